@@ -1,0 +1,49 @@
+# Two commands on a fresh Linux machine (Python >= 3.10, a C++ compiler):
+#   make demo     fine-tunes a real sentence encoder with forward passes only
+#   make test     runs the whole test suite
+# Everything is installed into .venv. On a machine without a GPU the CPU build of PyTorch is a tenth of the download:
+#   make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_TORCH ?=
+BIN = $(VENV)/bin
+SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: setup demo test test-slow lint format bench clean
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install $(PIP_TORCH) $(TORCH)
+	$(BIN)/python -m pip install --quiet cmake ninja pybind11
+	touch $@
+
+# Built in the environment that runs it, so that a second build compiles only what changed.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/zokern finetune --output demo-out --force
+
+test: setup
+	$(BIN)/python -m pytest --cov=zokern --cov-report=term:skip-covered
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+
+bench: setup
+	$(BIN)/python benchmarks/bench_pass.py
+
+clean:
+	rm -rf build $(VENV) zokern/*.so demo-out

@@ -1,0 +1,81 @@
+// The Python module zokern._C: addresses, sizes, scalars and a stream go in, nothing else. No libtorch, so that one
+// build serves every version of PyTorch. It trusts its caller: zokern/ops.py has checked everything.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/run.h"
+#ifdef ZK_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// What a pass is given as: seeds and rounding_seed are addresses, or 0 where the host knows the one seed there is.
+zk::Pass make_pass(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, uintptr_t coefs, uintptr_t decays,
+                   uintptr_t seeds, int64_t seed, int32_t num_seeds, uintptr_t rounding_seed,
+                   int64_t known_rounding_seed, uintptr_t enabled) {
+  zk::Pass p{};
+  p.tensors = reinterpret_cast<const zk::TensorRow*>(tensors);
+  p.chunks = reinterpret_cast<const zk::ChunkRow*>(chunks);
+  p.num_chunks = num_chunks;
+  p.coefs = reinterpret_cast<const float*>(coefs);
+  p.decays = reinterpret_cast<const float*>(decays);
+  p.seeds = reinterpret_cast<const int64_t*>(seeds);
+  p.rounding_seed = reinterpret_cast<const int64_t*>(rounding_seed);
+  p.enabled = reinterpret_cast<const int32_t*>(enabled);
+  p.first_keys = zk::key_schedule(seed);
+  p.rounding_keys = zk::key_schedule(known_rounding_seed);
+  p.num_seeds = num_seeds;
+  return p;
+}
+
+#ifdef ZK_WITH_CUDA
+void raise_if(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error("zokern: " + error);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "zokern's compiled passes; use zokern.ops, which checks its arguments.";
+  py::class_<zk::Pass>(m, "Pass").def(py::init(&make_pass), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
+                                      py::arg("num_chunks"), py::arg("coefs"), py::arg("decays"), py::arg("seeds"),
+                                      py::arg("seed"), py::arg("num_seeds"), py::arg("rounding_seed"),
+                                      py::arg("known_rounding_seed"), py::arg("enabled"));
+
+  m.def("cpu_instruction_sets", &zk::cpu::instruction_sets, "Built and supported by this processor, best first.");
+  m.def(
+      "cpu_add_noise",
+      [](const zk::Pass& pass, int dtype, int distribution, int rounding, int threads, const std::string& set) {
+        zk::cpu::add_noise(pass, zk::DType(dtype), zk::Distribution(distribution), zk::Rounding(rounding), threads,
+                           set);
+      },
+      py::arg("pass_"), py::arg("dtype"), py::arg("distribution"), py::arg("rounding"), py::arg("threads"),
+      py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_normal_checksum", &zk::cpu::normal_checksum, py::arg("first"), py::arg("last"), py::arg("threads"),
+        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>(),
+        "Sum over words of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64.");
+
+#ifdef ZK_WITH_CUDA
+  m.attr("cuda_architectures") = zk::cuda::architectures();
+  m.attr("cuda_toolkit") = zk::cuda::toolkit();
+  m.def(
+      "cuda_add_noise",
+      [](const zk::Pass& pass, int dtype, int distribution, int rounding, int device, uintptr_t stream) {
+        raise_if(zk::cuda::add_noise(pass, zk::DType(dtype), zk::Distribution(distribution), zk::Rounding(rounding),
+                                     device, reinterpret_cast<void*>(stream)));
+      },
+      py::arg("pass_"), py::arg("dtype"), py::arg("distribution"), py::arg("rounding"), py::arg("device"),
+      py::arg("stream"));
+  m.def(
+      "cuda_normal_checksum",
+      [](uint64_t first, uint64_t last, uintptr_t sum, int device, uintptr_t stream) {
+        raise_if(zk::cuda::normal_checksum(first, last, reinterpret_cast<uint64_t*>(sum), device,
+                                           reinterpret_cast<void*>(stream)));
+      },
+      py::arg("first"), py::arg("last"), py::arg("sum"), py::arg("device"), py::arg("stream"));
+#endif
+}

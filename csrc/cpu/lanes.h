@@ -1,0 +1,234 @@
+// The CPU's lane bundle: a small vector layer over the compiler's vector types, W blocks of eight elements side by
+// side.
+//
+// One source for AVX-512 (W = 16), AVX2 with FMA (W = 8), and plain builds for any processor (W = 4: SSE2, NEON, or
+// what the compiler makes of it). Intrinsics appear only where vector types cannot say it: fused multiply-add,
+// 32x32->64 products of the even lanes, and float16 conversion. Included once per instruction set, in its own
+// namespace, so that no function compiled for one set can be linked into another.
+#pragma once
+#include <cstring>
+#include <utility>
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "../pass.h"
+#include "../rounding.h"
+
+namespace zk {
+namespace ZK_ISA {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// One block at a time: the words of the sign blocks.
+struct ScalarLanes {
+  using u32 = uint32_t;
+  using u64 = uint64_t;
+  static constexpr int kWidth = 1, kHalves = 1;
+  static ZK_FN u64 mul(u64 a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
+  static ZK_FN u64 counter(uint32_t block, int) { return block; }
+  static ZK_FN u64 splat64(uint32_t x) { return x; }
+  static ZK_FN u32 join(u64 a, u64) { return u32(a); }
+};
+
+struct Lanes {
+#if defined(__AVX512F__)
+  static constexpr int W = 16;
+#elif defined(__AVX2__)
+  static constexpr int W = 8;
+#else
+  static constexpr int W = 4;
+#endif
+  using Scalar = ScalarLanes;
+  static constexpr int kWidth = W, kHalves = 2;
+  static constexpr int kTile = 8 * W;
+  typedef float f32 __attribute__((vector_size(4 * W)));
+  typedef uint32_t u32 __attribute__((vector_size(4 * W)));
+  typedef int32_t i32 __attribute__((vector_size(4 * W)));
+  typedef uint64_t u64 __attribute__((vector_size(4 * W)));
+  typedef uint16_t u16 __attribute__((vector_size(2 * W)));
+
+  static ZK_FN f32 all(float x) { return f32{} + x; }
+  static ZK_FN u32 splat(uint32_t x) { return u32{} + x; }
+  static ZK_FN u64 splat64(uint32_t x) { return u64{} + uint64_t(x); }
+  static ZK_FN u32 bits(f32 x) { return (u32)x; }
+  static ZK_FN f32 as_float(u32 x) { return (f32)x; }
+  static ZK_FN i32 as_int(u32 x) { return (i32)x; }
+  static ZK_FN f32 to_float(i32 x) { return __builtin_convertvector(x, f32); }
+  static ZK_FN f32 constant(uint32_t pattern) { return as_float(splat(pattern)); }
+  static ZK_FN u32 insert_mantissa(u32 x, uint32_t exponent) { return (x & 0x007fffffu) | exponent; }
+  static ZK_FN f32 signed_one(u32 x) { return as_float((x & 0x80000000u) | 0x3f800000u); }
+  static ZK_FN u32 iota() {
+    u32 lanes{};
+    for (int i = 0; i < W; ++i) lanes[i] = uint32_t(i);
+    return lanes;
+  }
+
+  // Unsigned to float through 16-bit halves: both are exact, and the sum is the only rounding.
+  static ZK_FN f32 to_float(u32 x) {
+#if defined(__AVX512F__)
+    return __builtin_convertvector(x, f32);
+#else
+    return to_float((i32)(x >> 16)) * 65536.f + to_float((i32)(x & 0xffffu));
+#endif
+  }
+
+  static ZK_FN f32 fma(f32 a, f32 b, f32 c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)
+    return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    // The exact product, a sum rounded to odd, one rounding to float: no double rounding (Boldo and Melquiond 2008).
+    typedef double f64 __attribute__((vector_size(8 * W)));
+    typedef int64_t i64 __attribute__((vector_size(8 * W)));
+    const f64 p = __builtin_convertvector(a, f64) * __builtin_convertvector(b, f64);
+    const f64 d = __builtin_convertvector(c, f64), s = p + d, dd = s - p;
+    const f64 error = (p - (s - dd)) + (d - dd);  // NaN where s is not finite, and then both comparisons are false
+    const i64 even = ((i64)s & 1) - 1;
+    const i64 up = (error > 0.0) & even, down = (error < 0.0) & even, negative = (i64)s >> 63;
+    const i64 away = (up & ~negative) | (down & negative), toward = (down & ~negative) | (up & negative);
+    return __builtin_convertvector((f64)((i64)s - away + toward), f32);
+#endif
+  }
+
+  // Products of 32 bits by 32 bits in lanes of 64.
+  static ZK_FN u64 mul(u64 a, uint32_t b) {
+#if defined(__AVX512F__)
+    return (u64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+    return (u64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+    return (u64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#elif defined(__ARM_NEON)
+    return (u64)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
+#else
+    return (a & 0xffffffffull) * uint64_t(b);
+#endif
+  }
+
+  // Philox runs on even and odd blocks apart, in lanes of 64 bits, so that no product needs a shuffle.
+  static ZK_FN u64 counter(uint32_t block, int half) {
+    u64 c{};
+    for (int i = 0; i < W / 2; ++i) c[i] = block + uint32_t(2 * i + half);
+    return c;
+  }
+  static ZK_FN u32 join(u64 even, u64 odd) { return (u32)((even & 0xffffffffull) | (odd << 32)); }
+
+  // zip: lanes a0 b0 a1 b1 ..., low or high half.
+  template <class V, int... I>
+  static ZK_FN V zip(V a, V b, bool high, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return high ? __builtin_shufflevector(a, b, ((I / 2 + W / 2) + (I % 2) * W)...)
+                : __builtin_shufflevector(a, b, ((I / 2) + (I % 2) * W)...);
+#else
+    return high ? __builtin_shuffle(a, b, i32{((I / 2 + W / 2) + (I % 2) * W)...})
+                : __builtin_shuffle(a, b, i32{((I / 2) + (I % 2) * W)...});
+#endif
+  }
+
+  // x[e] lane b is element e of block b; afterwards x[v] lane l is element v*W + l. An 8 x W transposition as three
+  // rounds of zips: each moves one bit of e from the register number into the lane number.
+  template <class V>
+  static ZK_FN void to_memory_order(V (&x)[8]) {
+    constexpr auto lanes = std::make_integer_sequence<int, W>();
+    ZK_UNROLL
+    for (int round = 0; round < 3; ++round) {
+      V y[8];
+      ZK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        y[2 * i] = zip(x[i], x[i + 4], false, lanes);
+        y[2 * i + 1] = zip(x[i], x[i + 4], true, lanes);
+      }
+      ZK_UNROLL
+      for (int i = 0; i < 8; ++i) x[i] = y[i];
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------- dtypes and memory
+  template <class T>
+  struct Out { T element[kTile]; };
+
+  static ZK_FN u32 wide16(const void* p) {
+    u16 x;
+    std::memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, u32);
+  }
+  static ZK_FN void narrow16(void* p, u32 x) {
+    const u16 y = __builtin_convertvector(x, u16);
+    std::memcpy(p, &y, sizeof y);
+  }
+
+  static ZK_FN f32 load_one(const float* p) {
+    f32 x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static ZK_FN f32 load_one(const BFloat* p) { return as_float(wide16(p) << 16); }
+  static ZK_FN f32 load_one(const Half* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    return widen_fp16<Lanes>(wide16(p));
+#endif
+  }
+  static ZK_FN void round_one(float* p, f32 x) { std::memcpy(p, &x, sizeof x); }
+  static ZK_FN void round_one(BFloat* p, f32 x) { narrow16(p, nearest_bf16<Lanes>(x)); }
+  static ZK_FN void round_one(Half* p, f32 x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    narrow16(p, nearest_fp16<Lanes>(x));
+#endif
+  }
+  static ZK_FN void round_one(BFloat* p, f32 x, u32 random) { narrow16(p, stochastic_bf16<Lanes>(x, random)); }
+  static ZK_FN void round_one(Half* p, f32 x, u32 random) { narrow16(p, stochastic_fp16<Lanes>(x, random)); }
+
+  template <class T>
+  static ZK_FN void load(f32 (&x)[8], const T* p) {
+    ZK_UNROLL
+    for (int v = 0; v < 8; ++v) x[v] = load_one(p + v * W);
+  }
+  template <class T>
+  static ZK_FN void load_part(f32 (&x)[8], const T* p, int lo, int hi) {
+    T whole[kTile] = {};
+    std::memcpy(whole + lo, p + lo, size_t(hi - lo) * sizeof(T));
+    load(x, whole);
+  }
+  template <class T>
+  static ZK_FN void round(Out<T>& out, const f32 (&x)[8]) {
+    ZK_UNROLL
+    for (int v = 0; v < 8; ++v) round_one(out.element + v * W, x[v]);
+  }
+  template <class T>
+  static ZK_FN void round(Out<T>& out, const f32 (&x)[8], const u32 (&words)[4]) {
+    u32 random[8];
+    rounding_bits<Lanes>(random, words);
+    ZK_UNROLL
+    for (int v = 0; v < 8; ++v) round_one(out.element + v * W, x[v], random[v]);
+  }
+  template <class T>
+  static ZK_FN void store(T* p, const Out<T>& out) {
+    std::memcpy(p, out.element, sizeof out.element);
+  }
+  template <class T>
+  static ZK_FN void store_part(T* p, const Out<T>& out, int lo, int hi) {
+    std::memcpy(p + lo, out.element + lo, size_t(hi - lo) * sizeof(T));
+  }
+};
+
+}  // namespace ZK_ISA
+}  // namespace zk

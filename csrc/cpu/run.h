@@ -1,0 +1,18 @@
+// CPU entry points: choose the instruction set at run time, split the chunks over threads.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "traverse.h"
+
+namespace zk {
+namespace cpu {
+
+// Instruction sets that were built and that this processor has, best first: "avx512", "avx2", "plain".
+std::vector<std::string> instruction_sets();
+
+void add_noise(const Pass&, DType, Distribution, Rounding, int threads, const std::string& instruction_set);
+uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& instruction_set);
+
+}  // namespace cpu
+}  // namespace zk

@@ -1,0 +1,21 @@
+// CUDA entry points for bindings.cpp: plain numbers in, an error string out (empty when the launch was accepted).
+#pragma once
+#include <string>
+
+#include "../pass.h"
+
+namespace zk {
+namespace cuda {
+
+// All addresses in `pass` are device addresses. Enqueues on `stream` of `device`; allocates nothing, waits for nothing.
+std::string add_noise(const Pass& pass, DType, Distribution, Rounding, int device, void* stream);
+
+// Adds sum over words first .. last-1 of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64, to *sum (device memory).
+std::string normal_checksum(uint64_t first, uint64_t last, uint64_t* sum, int device, void* stream);
+
+// Architectures in the fat binary, as built ("80 90 120"), and the toolkit's version.
+std::string architectures();
+std::string toolkit();
+
+}  // namespace cuda
+}  // namespace zk

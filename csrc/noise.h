@@ -1,0 +1,155 @@
+// The noise contract zk1: words, normals, signs and rounding bits. Shared by the CPU and the CUDA backend.
+//
+// z is a pure function of (seed, tensor id, global element index). Everything is templated on a lane bundle L, which is
+// one element block per thread on a GPU (cuda/lanes.cuh) and a vector of blocks on a CPU (cpu/lanes.h). L supplies the
+// types and a handful of operations; every float operation here is one correctly rounded IEEE-754 single operation, and
+// nothing may be contracted (-ffp-contract=off, --fmad=false), which is why the bits are the same everywhere.
+// Sources: Salmon et al. 2011 (Philox4x32-10), Box and Muller 1958; docs/noise.md.
+#pragma once
+#include <cstdint>
+
+#include "pass.h"
+
+#ifndef ZK_ISA
+#error "define ZK_ISA, the namespace of this build: the same templates are compiled for several instruction sets"
+#endif
+#ifdef __CUDACC__
+#define ZK_FN __device__ __forceinline__
+#define ZK_LAMBDA
+#define ZK_UNROLL _Pragma("unroll")
+#else
+#define ZK_FN inline __attribute__((always_inline))
+#define ZK_LAMBDA __attribute__((always_inline))
+#define ZK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace zk {
+namespace ZK_ISA {
+
+enum Purpose : uint32_t { kNormal = 0, kRounding = 1, kRademacher = 2 };
+
+// The key words of a round, from a seed or from a schedule made on the host (pass.h).
+struct SeedKeys {
+  uint32_t low, high;
+  ZK_FN uint32_t k0(int round) const { return low + uint32_t(round) * 0x9E3779B9u; }
+  ZK_FN uint32_t k1(int round) const { return high + uint32_t(round) * 0xBB67AE85u; }
+};
+struct HostKeys {
+  const KeySchedule& schedule;
+  ZK_FN uint32_t k0(int round) const { return schedule.k[round][0]; }
+  ZK_FN uint32_t k1(int round) const { return schedule.k[round][1]; }
+};
+
+// Ten rounds on lanes of 64 bits whose low 32 are the word. The high halves carry garbage that no product reads.
+template <class L, class Keys>
+ZK_FN void philox(typename L::u64 (&c)[4], const Keys& keys) {
+  ZK_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const typename L::u64 p0 = L::mul(c[0], 0xD2511F53u), p1 = L::mul(c[2], 0xCD9E8D57u);
+    c[0] = (p1 >> 32) ^ c[1] ^ uint64_t(keys.k0(round));
+    c[1] = p1;
+    c[2] = (p0 >> 32) ^ c[3] ^ uint64_t(keys.k1(round));
+    c[3] = p0;
+  }
+}
+
+// The four words of L::kWidth consecutive blocks. The first, lo + 2^32*hi, is a multiple of L::kWidth.
+template <class L, class Keys>
+ZK_FN void block_words(typename L::u32 (&w)[4], uint32_t lo, uint32_t hi, uint32_t id, Purpose purpose, const Keys& keys) {
+  typename L::u64 c[L::kHalves][4];
+  ZK_UNROLL
+  for (int h = 0; h < L::kHalves; ++h) {
+    c[h][0] = L::counter(lo, h);
+    c[h][1] = L::splat64(hi);
+    c[h][2] = L::splat64(id);
+    c[h][3] = L::splat64(purpose);
+    philox<L>(c[h], keys);
+  }
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j) w[j] = L::join(c[0][j], c[L::kHalves - 1][j]);
+}
+
+// One word to two independent standard normals: radius from a bijection of the word, angle from the word itself.
+template <class L>
+ZK_FN void normal_pair(typename L::u32 w, typename L::f32& z0, typename L::f32& z1) {
+  using F = typename L::f32;
+  using U = typename L::u32;
+  const F xf = L::to_float(w * 0x915f77f5u) + 0.5f;
+  const U i = L::bits(xf);
+  const F e = L::to_float(L::as_int(i - 0x4f800000u));
+  const F m = L::as_float(L::insert_mantissa(i, 0x3f800000u));
+  F p = L::constant(0xbd002f20u);
+  p = L::fma(p, m, L::constant(0x3e94d03bu));
+  p = L::fma(p, m, L::constant(0xbf91a12fu));
+  p = L::fma(p, m, L::constant(0x401e51d6u));
+  p = L::fma(p, m, L::constant(0xc03630f9u));
+  p = L::fma(p, m, L::constant(0x3fa02ce3u));
+  const F h = L::fma(e, L::constant(0xb3b17218u), p);              // -ln((x + 1/2) / 2^32)
+  const F y = L::as_float(0x5eec0000u - (L::bits(h) >> 1));         // 1/sqrt(2h), 4 % off
+  const F s = h * y, v = s * y;
+  F g = L::fma(v, L::constant(0x407b6a77u), L::constant(0xc0bc39e4u));
+  g = L::fma(g, v, L::constant(0x407d6a5au));
+  const F r = s * g;                                                // sqrt(2h)
+  const F t = L::to_float(L::as_int(w)) * 0x1p-32f, q = t * t;      // the angle in turns
+  F c = L::constant(0xc1a89d40u);                                   // cos(2 pi t)
+  c = L::fma(c, q, L::constant(0x426b2d19u));
+  c = L::fma(c, q, L::constant(0xc2aa8b78u));
+  c = L::fma(c, q, L::constant(0x4281db82u));
+  c = L::fma(c, q, L::constant(0xc19de970u));
+  c = L::fma(c, q, L::constant(0x3f7ffff3u));
+  F d = L::constant(0x42032028u);                                   // sin(2 pi t) / t
+  d = L::fma(d, q, L::constant(0xc294f4bdu));
+  d = L::fma(d, q, L::constant(0x42a2bbcfu));
+  d = L::fma(d, q, L::constant(0xc225532au));
+  d = L::fma(d, q, L::constant(0x40c90ecbu));
+  z0 = r * c;
+  z1 = r * (d * t);
+}
+
+// A tile is 8 * L::kWidth consecutive elements, as eight vectors in memory order. Its first global index is base + 8*b:
+// base, a multiple of 2^14, is uniform over a chunk (so c1 is), and b < 2^11 counts blocks of eight in the chunk.
+
+template <class L, class Keys>
+ZK_FN void normals(typename L::f32 (&z)[8], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+  typename L::u32 w[4];
+  block_words<L>(w, uint32_t(base >> 3) + b, uint32_t(base >> 35), id, kNormal, keys);
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j) normal_pair<L>(w[j], z[2 * j], z[2 * j + 1]);
+  L::to_memory_order(z);
+}
+
+// A 128-bit block serves 128 signs, so a tile needs one block or a part of one. The block itself is scalar work.
+template <class L, class Keys>
+ZK_FN void signs(typename L::f32 (&z)[8], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+  using S = typename L::Scalar;
+  uint32_t w[4];
+  block_words<S>(w, uint32_t(base >> 7) + (b >> 4), uint32_t(base >> 39), id, kRademacher, keys);
+  constexpr int kVectors = L::kWidth < 4 ? 8 : 32 / L::kWidth;      // vectors that share a word: all 8, or 32 bits' worth
+  ZK_UNROLL
+  for (int v = 0; v < 8; v += kVectors) {
+    const uint32_t bit = 8 * (b & 15) + uint32_t(v * L::kWidth);      // of the vector's first element
+    const uint32_t high = bit & 64 ? w[2] : w[0], odd = bit & 64 ? w[3] : w[1];
+    const uint32_t word = (bit & 32 ? odd : high) >> (bit & 31);
+    ZK_UNROLL
+    for (int i = 0; i < kVectors; ++i)  // the wanted bit of each lane becomes the sign of 1.0f
+      z[v + i] = L::signed_one(L::splat(word) << (31u - uint32_t(i * L::kWidth) - L::iota()));
+  }
+}
+
+// The words that round a tile, and the 16 bits of each element in them: word j serves elements 2j (low half) and 2j + 1.
+template <class L, class Keys>
+ZK_FN void rounding_words(typename L::u32 (&w)[4], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+  block_words<L>(w, uint32_t(base >> 3) + b, uint32_t(base >> 35), id, kRounding, keys);
+}
+template <class L>
+ZK_FN void rounding_bits(typename L::u32 (&bits)[8], const typename L::u32 (&w)[4]) {
+  ZK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    bits[2 * j] = w[j] & 0xffffu;
+    bits[2 * j + 1] = w[j] >> 16;
+  }
+  L::to_memory_order(bits);
+}
+
+}  // namespace ZK_ISA
+}  // namespace zk

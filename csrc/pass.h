@@ -1,0 +1,80 @@
+// One pass over a table of tensors, as plain numbers: what bindings.cpp receives and every traversal reads.
+//
+//   dst <- round(decay[g]*src + sum_k coef[g][k] z(seed_k))       all in float32, one rounding to the storage type
+//
+// The table is built by zokern/table.py and is the same memory layout for the CPU, CUDA and Triton backends.
+#pragma once
+#include <cstdint>
+
+namespace zk {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Distribution : int { normal = 0, rademacher = 1 };
+enum class Rounding : int { nearest = 0, stochastic = 1 };
+
+// A chunk is this many consecutive global indices, so c1 (the high word of the block index) is uniform in it.
+constexpr int64_t kChunk = 1 << 14;
+
+struct TensorRow {  // eight int64, one row per tensor
+  int64_t numel;
+  int64_t offset;   // global index of the first element: not 0 for a shard
+  int64_t id;       // the 32-bit tensor id
+  int64_t group;    // row of decays and coefs
+  int64_t aligned;  // global indices divisible by 8 sit on 16-byte boundaries, in src and in dst
+  int64_t src;      // addresses; equal for an in-place pass
+  int64_t dst;
+  int64_t reserved;
+};
+
+struct ChunkRow {  // two int32, one row per chunk
+  int32_t tensor;
+  int32_t number;  // the chunk covers global indices [number*kChunk, (number+1)*kChunk)
+};
+
+// Philox' key words of all ten rounds. Computed on the host where a seed is known there: as launch parameters they cost
+// a GPU no instruction and no register, while ten rounds of key bumps are a tenth of a block's instructions.
+struct alignas(8) KeySchedule {
+  uint32_t k[10][2];  // k[0] is the seed itself, low word first
+};
+
+inline KeySchedule key_schedule(int64_t seed) {
+  KeySchedule s;
+  uint32_t k0 = uint32_t(uint64_t(seed)), k1 = uint32_t(uint64_t(seed) >> 32);
+  for (auto& words : s.k) {
+    words[0] = k0;
+    words[1] = k1;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return s;
+}
+
+struct Pass {
+  const TensorRow* tensors;
+  const ChunkRow* chunks;
+  int64_t num_chunks;
+  const float* coefs;            // [groups][num_seeds]
+  const float* decays;           // [groups]
+  const int64_t* seeds;          // [num_seeds], or null where there is one and it is known in first_keys
+  const int64_t* rounding_seed;  // [1], or null where it is known in rounding_keys
+  const int32_t* enabled;        // null, or [1]: a zero there makes the pass write nothing
+  KeySchedule first_keys;        // where seeds is null
+  KeySchedule rounding_keys;     // where rounding_seed is null
+  int32_t num_seeds;
+};
+
+// The part of a chunk that its tensor covers, in global indices.
+struct Span {
+  int64_t begin, end;
+};
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    inline Span span_of(const TensorRow& t, const ChunkRow& c) {
+  const int64_t first = int64_t(c.number) * kChunk, last = first + kChunk;
+  const int64_t stop = t.offset + t.numel;
+  return {first > t.offset ? first : t.offset, last < stop ? last : stop};
+}
+
+}  // namespace zk

@@ -1,0 +1,83 @@
+"""Checks of user input, and the errors they raise. Each message names the argument and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_SEED = (1 << 63) - 1
+MAX_TENSOR_ID = (1 << 32) - 1
+MAX_INDEX = 1 << 45  # chunks are numbered in 32 bits
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DISTRIBUTIONS = ("normal", "rademacher")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+class ZokernWarning(UserWarning):
+    """Something that zokern went on after, and that the user should know."""
+
+
+def check_integer(value: object, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be in [{low}, {high}]")
+    return value
+
+
+def check_seed(value: object, name: str) -> int:
+    return check_integer(value, name, 0, MAX_SEED)
+
+
+def check_number(
+    value: object, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """A finite real number in [low, high], or (low, high] where `open_low`."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
+    if value < low or value > high or (open_low and value == low):
+        interval = f"{'(' if open_low else '['}{low}, {high}]"
+        raise ValueError(f"{name} is {value}; it must be in {interval}")
+    return float(value)
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(repr(c) for c in choices)}")
+    return str(value)
+
+
+def describe(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+def check_tensor(t: object, name: str) -> Tensor:
+    """A tensor that a pass can work on: float32, float16 or bfloat16, row-major, with memory of its own."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} is {describe(t)}; zokern works on float32, float16 and bfloat16. Leave out integer, quantised and "
+            "float64 tensors, or convert them."
+        )
+    if t.layout != torch.strided or t.device.type == "meta":
+        raise ValueError(f"{name} is {describe(t)} with layout {t.layout}; a pass needs a dense tensor with storage")
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
+        raise TypeError(
+            f"{name} is a {type(t).__name__}; pass the plain tensor inside it (for a DTensor: to_local(), with `offsets`)"
+        )
+    if t.numel() == 0:
+        raise ValueError(f"{name} is {describe(t)}: it has no elements. Leave it out.")
+    if not t.is_contiguous():
+        raise ValueError(
+            f"{name} is {describe(t)} with strides {t.stride()}; element indices are row-major. Pass a contiguous tensor, "
+            "for example p.data = p.data.contiguous() before the optimizer is made."
+        )
+    return t

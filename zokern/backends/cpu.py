@@ -1,0 +1,43 @@
+"""The compiled CPU backend: AVX-512, AVX2 or plain, chosen at run time; same bits on all.
+
+$ZOKERN_CPU_ISA forces an instruction set. The number of threads is torch.get_num_threads().
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from zokern.backends import native
+from zokern.backends.scalars import Scalars
+from zokern.table import Table
+
+ENVIRONMENT = "ZOKERN_CPU_ISA"
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "it works on CPU tensors only"
+    return native.import_error
+
+
+def instruction_set() -> str:
+    available: list[str] = native.extension.cpu_instruction_sets()
+    forced = os.environ.get(ENVIRONMENT)
+    if forced is None:
+        return available[0]
+    if forced not in available:
+        raise ValueError(f"{ENVIRONMENT} is {forced!r}; this build and processor have {', '.join(available)}")
+    return forced
+
+
+def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) -> None:
+    native.extension.cpu_add_noise(
+        native.make_pass(table, scalars),
+        dtype=native.DTYPES[table.dtype],
+        distribution=native.DISTRIBUTIONS[distribution],
+        rounding=native.ROUNDINGS[rounding],
+        threads=torch.get_num_threads(),
+        instruction_set=instruction_set(),
+    )

@@ -1,0 +1,43 @@
+"""The compiled CUDA backend: one launch for a table, on the current stream; no synchronisation."""
+
+from __future__ import annotations
+
+import torch
+
+from zokern.backends import native
+from zokern.backends.scalars import Scalars
+from zokern.table import Table, upload
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it works on CUDA tensors only"
+    if native.import_error is not None:
+        return native.import_error
+    if not hasattr(native.extension, "cuda_add_noise"):
+        return (
+            "zokern._C was built without CUDA kernels; rebuild where nvcc is found (ZOKERN_CUDA=on says where it looks)"
+        )
+    if torch.version.hip is not None:
+        return "this PyTorch is for AMD GPUs; the Triton backend serves those"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device (torch.cuda.is_available() is False)"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) -> None:
+    device = table.tensors.device
+    seeds = scalars.seeds if scalars.seeds.numel() == 1 else upload(scalars.seeds, device)
+    on_device = Scalars(
+        seeds, upload(scalars.coefs, device), upload(scalars.decays, device), scalars.rounding_seed, scalars.enabled
+    )
+    native.extension.cuda_add_noise(
+        native.make_pass(table, on_device),
+        dtype=native.DTYPES[table.dtype],
+        distribution=native.DISTRIBUTIONS[distribution],
+        rounding=native.ROUNDINGS[rounding],
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )

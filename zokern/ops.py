@@ -1,0 +1,273 @@
+"""The public passes: check once, pick the backend, launch; and their registration with torch.library.
+
+    dst <- round(decay*src + sum_k coef_k z(seed_k))
+
+z is never stored, and everything between reading src and writing dst happens in registers. The two operators
+`zokern::add_noise_` and `zokern::add_noise_out` carry mutation annotations and fakes, so functions that call a pass
+compile under torch.compile(fullgraph=True).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zokern import _checks, backends
+from zokern.backends.scalars import Scalars
+from zokern.table import tables
+
+_SCALARS = (
+    "int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, Tensor coefs, Tensor decays, Tensor? rounding_seed, "
+    "Tensor? enabled, str distribution, str rounding, str backend"
+)
+_library = torch.library.Library("zokern", "DEF")
+_library.define(f"add_noise_(Tensor(a!)[] tensors, {_SCALARS}) -> ()")
+_library.define(f"add_noise_out(Tensor[] src, Tensor(a!)[] dst, {_SCALARS}) -> ()")
+
+
+def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int]) -> None:
+    for name, tensors in (("tensors", src), ("out", dst)) if dst is not src else (("tensors", src),):
+        for i, t in enumerate(tensors):
+            _checks.check_tensor(t, f"{name}[{i}]")
+    for i, (s, d) in enumerate(zip(src, dst, strict=True)):
+        if s.device != src[0].device:
+            raise ValueError(
+                f"tensors[{i}] is on {s.device} and tensors[0] on {src[0].device}; make one call per device"
+            )
+        if d.shape != s.shape or d.dtype != s.dtype or d.device != s.device:
+            raise ValueError(f"out[{i}] is {_checks.describe(d)}, unlike tensors[{i}], which is {_checks.describe(s)}")
+    for i, (tensor_id, offset) in enumerate(zip(ids, offsets, strict=True)):
+        _checks.check_integer(tensor_id, f"tensor_ids[{i}]", 0, _checks.MAX_TENSOR_ID)
+        _checks.check_integer(offset, f"offsets[{i}]", 0, _checks.MAX_INDEX - src[i].numel())
+    # Two threads may take any two chunks at once, so no element may be written twice, nor read after it was written.
+    written = sorted((d.data_ptr(), d.data_ptr() + d.nbytes, i) for i, d in enumerate(dst))
+    for (_, end, i), (begin, _, j) in itertools.pairwise(written):
+        if begin < end:
+            raise ValueError(
+                f"{'out' if dst is not src else 'tensors'}[{i}] and [{j}] share memory; pass each tensor once"
+            )
+    if dst is not src:
+        spans = sorted(
+            [(s.data_ptr(), s.data_ptr() + s.nbytes, i, "tensors") for i, s in enumerate(src)]
+            + [(begin, end, i, "out") for begin, end, i in written]
+        )
+        for (begin, end, i, what), (begin2, end2, j, what2) in itertools.pairwise(spans):
+            if begin2 < end and what != what2 and (begin, end, i) != (begin2, end2, j):
+                raise ValueError(
+                    f"{what}[{i}] and {what2}[{j}] overlap; out must be apart from tensors, or the same memory"
+                )
+
+
+def _run(
+    src: list[Tensor],
+    dst: list[Tensor],
+    tensor_ids: list[int],
+    offsets: list[int],
+    groups: list[int],
+    seeds: Tensor,
+    coefs: Tensor,
+    decays: Tensor,
+    rounding_seed: Tensor | None,
+    enabled: Tensor | None,
+    distribution: str,
+    rounding: str,
+    backend: str,
+) -> None:
+    """One launch for each dtype. Backends see addresses only, so everything must be right before they are called."""
+    chosen = backends.choose(backend, src[0].device)
+    found, new = tables(src, dst, tensor_ids, offsets, groups)
+    if new:
+        _check_pairs(src, dst, tensor_ids, offsets)
+    scalars = Scalars(seeds.contiguous(), coefs.contiguous(), decays.contiguous(), rounding_seed, enabled)
+    for table in found:
+        chosen.add_noise(table, scalars, distribution, "nearest" if table.dtype == torch.float32 else rounding)
+
+
+def _add_noise_(tensors: list[Tensor], *args: object) -> None:
+    _run(tensors, tensors, *args)  # type: ignore[arg-type]
+
+
+def _add_noise_out(src: list[Tensor], dst: list[Tensor], *args: object) -> None:
+    _run(src, dst, *args)  # type: ignore[arg-type]
+
+
+def _fake(*args: object) -> None:
+    """Nothing is returned and no shape changes."""
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("add_noise_", _add_noise_, _key)
+    _library.impl("add_noise_out", _add_noise_out, _key)
+torch.library.register_fake("zokern::add_noise_", _fake, lib=_library)
+torch.library.register_fake("zokern::add_noise_out", _fake, lib=_library)
+
+
+def launch(
+    src: list[Tensor],
+    dst: list[Tensor] | None,
+    *,
+    tensor_ids: list[int],
+    offsets: list[int],
+    groups: list[int],
+    seeds: Tensor,
+    coefs: Tensor,
+    decays: Tensor,
+    rounding_seed: Tensor | None = None,
+    enabled: Tensor | None = None,
+    distribution: str = "normal",
+    rounding: str = "nearest",
+    backend: str = "auto",
+) -> None:
+    """The pass as the optimizers call it: scalars as tensors (backends/scalars.py), one row of coefs and decays a group.
+
+    dst None works in place. Tensors are checked when they are first seen; scalars are the caller's to check.
+    """
+    scalars = (
+        tensor_ids,
+        offsets,
+        groups,
+        seeds,
+        coefs,
+        decays,
+        rounding_seed,
+        enabled,
+        distribution,
+        rounding,
+        backend,
+    )
+    if dst is None:
+        torch.ops.zokern.add_noise_(src, *scalars)
+    else:
+        torch.ops.zokern.add_noise_out(src, dst, *scalars)
+    if not torch.compiler.is_compiling():  # autograd must know that the values changed
+        torch.autograd.graph.increment_version([t for t in (src if dst is None else dst) if not t.is_inference()])
+
+
+def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 1:
+            raise TypeError(f"seeds must be a 1-D int64 tensor or a list of ints, got {_checks.describe(seeds)}")
+        if seeds.device.type == "cpu" and bool((seeds < 0).any()):
+            raise ValueError(f"seeds has a negative value; seeds are in [0, {_checks.MAX_SEED}]")
+        return seeds
+    return torch.tensor([_checks.check_seed(s, f"seeds[{k}]") for k, s in enumerate(seeds)], dtype=torch.int64)
+
+
+def _coef_tensor(coefs: Sequence[float] | Tensor) -> Tensor:
+    if isinstance(coefs, Tensor):
+        if coefs.dtype != torch.float32 or coefs.dim() != 1:
+            raise TypeError(f"coefs must be a 1-D float32 tensor or a list of floats, got {_checks.describe(coefs)}")
+        if coefs.device.type == "cpu" and not bool(coefs.isfinite().all()):
+            raise ValueError("coefs has a value that is not finite")
+        return coefs
+    values = torch.tensor([_checks.check_number(c, f"coefs[{k}]") for k, c in enumerate(coefs)], dtype=torch.float64)
+    narrow = values.to(torch.float32)
+    if not bool(narrow.isfinite().all()):
+        raise ValueError(f"coefs[{int((~narrow.isfinite()).nonzero()[0])}] does not fit float32")
+    return narrow
+
+
+def add_noise_(
+    tensors: Sequence[Tensor],
+    *,
+    tensor_ids: Sequence[int],
+    seeds: Sequence[int] | Tensor,
+    coefs: Sequence[float] | Tensor,
+    decay: float | Tensor = 1.0,
+    distribution: str = "normal",
+    rounding: str = "nearest",
+    rounding_seed: int | None = None,
+    out: Sequence[Tensor] | None = None,
+    offsets: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> None:
+    """dst <- round(decay*src + sum_k coefs[k] z(seeds[k])), all tensors in one launch for each dtype.
+
+    Arithmetic is float32: one multiply by decay, one fused multiply-add for each direction in order, one rounding to the
+    storage type. The result is the same bits on every backend (docs/noise.md).
+
+    Args:
+        tensors: float32, float16 or bfloat16, contiguous, on one device. Changed in place unless `out` is given.
+        tensor_ids: one for each tensor, in [0, 2^32): which noise it gets.
+        seeds: of the K >= 0 directions, ints in [0, 2^63), or an int64 tensor [K] on the host or the device.
+        coefs: one for each seed, finite, or a float32 tensor [K].
+        decay: finite, or a float32 tensor with one element.
+        distribution: "normal" for N(0, 1), "rademacher" for random signs.
+        rounding: "nearest" (even) or "stochastic" (unbiased; 16-bit tensors only, float32 has nothing to round).
+        rounding_seed: of the stochastic rounding, in [0, 2^63). Give every rounding event its own.
+        out: where the results go, shaped like `tensors`; None means in place.
+        offsets: global index of each tensor's first element, for shards; None means zeros.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; $ZOKERN_BACKEND sets what "auto" means.
+
+    Raises:
+        TypeError, ValueError: before anything is changed, naming the argument, the tensor and the remedy.
+        RuntimeError: when the backend asked for cannot run there, with the reason.
+
+    No allocation grows with the tensors, and nothing waits for the device.
+    """
+    if isinstance(tensors, Tensor):
+        raise TypeError("tensors must be a list of tensors; for one tensor t pass [t]")
+    src = list(tensors)
+    if not src:
+        raise ValueError("tensors is empty: there is nothing to add noise to")
+    dst = None if out is None else list(out)
+    ids, starts = list(tensor_ids), [0] * len(src) if offsets is None else list(offsets)
+    for name, given in (("tensor_ids", ids), ("offsets", starts), ("out", dst)):
+        if given is not None and len(given) != len(src):
+            raise ValueError(
+                f"{name} has {len(given)} entries and tensors has {len(src)}; one for each tensor is needed"
+            )
+    _check_pairs(src, src if dst is None else dst, ids, starts)
+    device = src[0].device
+    seed_tensor, coef_tensor = _seed_tensor(seeds), _coef_tensor(coefs)
+    if seed_tensor.shape != coef_tensor.shape:
+        raise ValueError(
+            f"seeds has {seed_tensor.numel()} entries and coefs has {coef_tensor.numel()}; they go in pairs"
+        )
+    if isinstance(decay, Tensor):
+        if decay.dtype != torch.float32 or decay.numel() != 1:
+            raise TypeError(
+                f"decay must be a number or a float32 tensor with one element, got {_checks.describe(decay)}"
+            )
+        decays = decay.reshape(1)
+    else:
+        decays = torch.tensor([_checks.check_number(decay, "decay", -3.4e38, 3.4e38)], dtype=torch.float32)
+    for name, t in (("seeds", seed_tensor), ("coefs", coef_tensor), ("decay", decays)):
+        if t.device.type != "cpu" and t.device != device:
+            raise ValueError(f"{name} is on {t.device}, tensors on {device}; put it there or on the CPU")
+        if t.device.type != "cpu" and device.type == "cpu":
+            raise ValueError(f"{name} is on {t.device}, tensors on the CPU")
+    _checks.check_choice(distribution, "distribution", _checks.DISTRIBUTIONS)
+    _checks.check_choice(rounding, "rounding", _checks.ROUNDINGS)
+    if (rounding == "stochastic") != (rounding_seed is not None):
+        raise ValueError(
+            f"rounding is {rounding!r} and rounding_seed is {rounding_seed}; stochastic rounding needs a seed of its own, "
+            "and nearest takes none"
+        )
+    rounding_tensor = None
+    if rounding_seed is not None:
+        rounding_tensor = torch.tensor([_checks.check_seed(rounding_seed, "rounding_seed")], dtype=torch.int64)
+    with torch.no_grad():
+        launch(
+            src,
+            dst if dst is None or any(a.data_ptr() != b.data_ptr() for a, b in zip(src, dst, strict=True)) else None,
+            tensor_ids=ids,
+            offsets=starts,
+            groups=[0] * len(src),
+            seeds=seed_tensor,
+            coefs=coef_tensor.reshape(1, -1),
+            decays=decays,
+            rounding_seed=rounding_tensor,
+            distribution=distribution,
+            rounding=rounding,
+            backend=backend,
+        )
+
+
+def predicted_bytes(tensors: Sequence[Tensor]) -> int:
+    """What a pass must move: each element read once and written once."""
+    return 2 * sum(math.prod(t.shape) * t.element_size() for t in tensors)

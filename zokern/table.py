@@ -1,0 +1,103 @@
+"""The chunk table: all tensors of a pass, one dtype on one device, as one kernel launch sees them.
+
+`tensors` is int64 [T, 8]: numel, offset, tensor id, group, aligned, src address, dst address, 0. `chunks` is int32
+[C, 2]: row of `tensors`, number of a chunk of 2^14 consecutive global indices. The layout is csrc/pass.h's and Triton's
+too. A table is built once and found again while the addresses stay the same.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 14
+_CACHED_TABLES = 64
+
+
+@dataclass(frozen=True)
+class Table:
+    """One launch: `numel` elements of `dtype`, described by device tensors."""
+
+    dtype: torch.dtype
+    tensors: Tensor
+    chunks: Tensor
+    numel: int
+    groups: int
+
+
+def build(
+    src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int], groups: Sequence[int]
+) -> Table:
+    """The table of tensors that share a dtype and a device. 40 bytes a tensor and 8 a chunk, uploaded once."""
+    size = src[0].element_size()
+    rows = np.zeros((len(src), 8), np.int64)
+    parts: list[np.ndarray[tuple[int, int], np.dtype[np.int32]]] = []
+    for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
+        # Blocks start at global indices divisible by 8: 16-byte accesses need those to lie on 16-byte boundaries.
+        lead = offset % 8 * size
+        aligned = (s.data_ptr() - lead) % 16 == 0 and (d.data_ptr() - lead) % 16 == 0
+        rows[i] = (s.numel(), offset, tensor_id, group, aligned, s.data_ptr(), d.data_ptr(), 0)
+        first, last = offset // CHUNK, -(-(offset + s.numel()) // CHUNK)
+        part = np.empty((last - first, 2), np.int32)
+        part[:, 0] = i
+        part[:, 1] = np.arange(first, last)
+        parts.append(part)
+    device = src[0].device
+    return Table(
+        dtype=src[0].dtype,
+        tensors=upload(torch.from_numpy(rows), device),
+        chunks=upload(torch.from_numpy(np.concatenate(parts)), device),
+        numel=int(rows[:, 0].sum()),
+        groups=max(groups) + 1,
+    )
+
+
+def upload(t: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for the device."""
+    if device.type == "cpu" or t.device == device:
+        return t
+    if t.device.type != "cpu":
+        return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
+
+
+_cache: OrderedDict[object, list[Table]] = OrderedDict()
+
+
+def tables(
+    src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int], groups: Sequence[int]
+) -> tuple[list[Table], bool]:
+    """One table for each dtype, and whether they had to be built."""
+    key = (
+        src[0].device,
+        tuple((s.data_ptr(), d.data_ptr(), s.numel(), s.dtype) for s, d in zip(src, dst, strict=True)),
+        tuple(ids),
+        tuple(offsets),
+        tuple(groups),
+    )
+    found = _cache.get(key)
+    if found is not None:
+        _cache.move_to_end(key)
+        return found, False
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, s in enumerate(src):
+        by_dtype.setdefault(s.dtype, []).append(i)
+    built = [
+        build(
+            [src[i] for i in at],
+            [dst[i] for i in at],
+            [ids[i] for i in at],
+            [offsets[i] for i in at],
+            [groups[i] for i in at],
+        )
+        for at in by_dtype.values()
+    ]
+    _cache[key] = built
+    while len(_cache) > _CACHED_TABLES:
+        _cache.popitem(last=False)
+    return built, True
