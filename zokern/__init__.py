@@ -2,7 +2,9 @@
 
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
+from zokern.layers import RandomBlocks
 from zokern.noise import noise
 from zokern.ops import add_noise_
+from zokern.optim import LeZO, MeZO
 
-__all__ = ["ZokernWarning", "__version__", "add_noise_", "noise"]
+__all__ = ["LeZO", "MeZO", "RandomBlocks", "ZokernWarning", "__version__", "add_noise_", "noise"]

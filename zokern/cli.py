@@ -1,0 +1,217 @@
+"""The command `zokern`: `finetune` and `info`. Everything heavy is imported by the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zokern.finetune.options import CHOICES, FinetuneError, Options
+
+app = typer.Typer(
+    name="zokern",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Zeroth-order fine-tuning of PyTorch models: forward passes only, at the memory of inference.",
+)
+DEFAULT = Options()
+
+
+def _option(panel: str, text: str, *names: str, name: str = "") -> Any:
+    choices = f" One of: {', '.join(CHOICES[name])}." if name else ""
+    return typer.Option(*names, rich_help_panel=panel, help=text + choices)
+
+
+DATA, METHOD, SCHEDULE = "Model and data", "Method", "Schedule"
+EVALUATION, OUTPUT, HARDWARE = "Evaluation", "Output", "Hardware"
+
+
+@app.command()
+def info() -> None:
+    """Print versions, backends and why one is off, and run the self-check: the same as `python -m zokern`."""
+    from zokern import report
+
+    raise typer.Exit(report.main())
+
+
+@app.command()
+def finetune(
+    model: Annotated[
+        str,
+        _option(
+            DATA,
+            "What to tune: a directory that save_pretrained wrote, a name of the Hugging Face hub, or demo, a sentence encoder of 23 million parameters that needs no download.",
+        ),
+    ] = DEFAULT.model,
+    data: Annotated[
+        str,
+        _option(
+            DATA,
+            "Texts and labels: a .csv, .tsv or .jsonl file, a data set of the hub (name, or name:configuration), or docstrings, first sentences of the Python standard library's docstrings with the topic of their module.",
+        ),
+    ] = DEFAULT.data,
+    objective: Annotated[
+        str,
+        _option(
+            DATA,
+            "How the model classifies. similarity: an encoder compares a text with a sentence about each label. classifier: a classification head. prompt: a language model scores each label's word after the text. auto goes by the model's configuration and says what it picked.",
+            name="objective",
+        ),
+    ] = DEFAULT.objective,
+    text_column: Annotated[str, _option(DATA, "The column that holds the texts.")] = DEFAULT.text_column,
+    label_column: Annotated[str, _option(DATA, "The column that holds the labels.")] = DEFAULT.label_column,
+    eval_data: Annotated[
+        str | None,
+        _option(
+            DATA,
+            "Texts to evaluate on, in any form that --data takes. Default: the validation or test part of a hub data set, else 20 % of the data, at most 400 texts, each label in its proportion.",
+        ),
+    ] = DEFAULT.eval_data,
+    descriptions: Annotated[
+        Path | None,
+        _option(DATA, "For similarity: a JSON file {label: sentence}. Default: the label itself is the sentence."),
+    ] = DEFAULT.descriptions,
+    temperature: Annotated[
+        float, _option(DATA, "For similarity: class logits are cosine similarities divided by this (above 0, no unit).")
+    ] = DEFAULT.temperature,
+    template: Annotated[
+        str, _option(DATA, "For prompt: what the model reads before the label's word; {text} stands for the text.")
+    ] = DEFAULT.template,
+    verbalizers: Annotated[
+        Path | None, _option(DATA, "For prompt: a JSON file {label: word}. Default: the label itself is the word.")
+    ] = DEFAULT.verbalizers,
+    max_length: Annotated[
+        int, _option(DATA, "Longer texts are cut to this many tokens; for prompt, the template is counted in.")
+    ] = DEFAULT.max_length,
+    limit_train: Annotated[
+        int | None, _option(DATA, "Train on this many texts at most, each label in its proportion. Default: all.")
+    ] = DEFAULT.limit_train,
+    limit_eval: Annotated[
+        int | None, _option(DATA, "Evaluate on this many texts at most, each label in its proportion. Default: all.")
+    ] = DEFAULT.limit_eval,
+    method: Annotated[str, _option(METHOD, "The zeroth-order method.", name="method")] = DEFAULT.method,
+    lr: Annotated[
+        float,
+        _option(
+            METHOD,
+            "Learning rate, the peak of the schedule. The default suits encoders of some ten million parameters; billions want 1e-7 to 1e-6.",
+        ),
+    ] = DEFAULT.lr,
+    eps: Annotated[
+        float,
+        _option(
+            METHOD,
+            "Radius of the perturbation: the loss is taken at weights + eps z and weights - eps z, z of variance 1.",
+        ),
+    ] = DEFAULT.eps,
+    weight_decay: Annotated[
+        float, _option(METHOD, "Decoupled weight decay: each step takes lr x this share off the weights.")
+    ] = DEFAULT.weight_decay,
+    num_samples: Annotated[
+        int, _option(METHOD, "Random directions a step, averaged; two forwards each.")
+    ] = DEFAULT.num_samples,
+    distribution: Annotated[
+        str, _option(METHOD, "Distribution of the directions' elements; rademacher is +1 or -1.", name="distribution")
+    ] = DEFAULT.distribution,
+    seed: Annotated[
+        int,
+        _option(
+            METHOD,
+            "Seed of the directions, of the data order and of a new head. The held-out texts do not depend on it.",
+        ),
+    ] = DEFAULT.seed,
+    rounding: Annotated[
+        str,
+        _option(
+            METHOD,
+            "Rounding of updated weights. auto is stochastic for 16-bit weights, where nearest would lose small updates.",
+            name="rounding",
+        ),
+    ] = DEFAULT.rounding,
+    placement: Annotated[
+        str,
+        _option(
+            METHOD,
+            "Where the perturbed weights live during a forward: in the weights' own memory, or in a copy, which keeps 16-bit weights exact.",
+            name="placement",
+        ),
+    ] = DEFAULT.placement,
+    backend: Annotated[
+        str, _option(METHOD, "What runs the passes over the weights.", name="backend")
+    ] = DEFAULT.backend,
+    steps: Annotated[int, _option(SCHEDULE, "Optimizer steps.")] = DEFAULT.steps,
+    batch_size: Annotated[int, _option(SCHEDULE, "Texts a forward.")] = DEFAULT.batch_size,
+    accumulate: Annotated[
+        int, _option(SCHEDULE, "Batches a step, averaged under one perturbation: a larger batch in the same memory.")
+    ] = DEFAULT.accumulate,
+    lr_schedule: Annotated[
+        str,
+        _option(
+            SCHEDULE,
+            "Course of the learning rate after the warm-up; linear and cosine fall to 0 at the last step.",
+            name="lr_schedule",
+        ),
+    ] = DEFAULT.lr_schedule,
+    warmup_steps: Annotated[
+        int, _option(SCHEDULE, "Steps over which the learning rate rises to --lr.")
+    ] = DEFAULT.warmup_steps,
+    eval_every: Annotated[
+        int, _option(EVALUATION, "Steps between evaluations; 0 for before and after only.")
+    ] = DEFAULT.eval_every,
+    eval_batch_size: Annotated[int, _option(EVALUATION, "Texts a forward in evaluations.")] = DEFAULT.eval_batch_size,
+    log_every: Annotated[
+        int, _option(EVALUATION, "Steps between lines of metrics.jsonl and updates of the display.")
+    ] = DEFAULT.log_every,
+    output: Annotated[
+        Path, _option(OUTPUT, "Directory for checkpoint/, metrics.jsonl, curves.png and run.json.")
+    ] = DEFAULT.output,
+    force: Annotated[
+        bool,
+        _option(OUTPUT, "Replace an earlier run in a directory that is not empty; other files in it stay.", "--force"),
+    ] = DEFAULT.force,
+    device: Annotated[
+        str, _option(HARDWARE, "cpu, cuda or cuda:N. auto is the first GPU, where there is one.")
+    ] = DEFAULT.device,
+    dtype: Annotated[
+        str,
+        _option(
+            HARDWARE,
+            "Number format of the weights. auto is float32 on a CPU and the checkpoint's own on a GPU.",
+            name="dtype",
+        ),
+    ] = DEFAULT.dtype,
+    threads: Annotated[
+        int | None, _option(HARDWARE, "CPU threads of torch. Default: as torch chooses.")
+    ] = DEFAULT.threads,
+) -> None:
+    """Fine-tune a Hugging Face model on a text-classification data set, with forward passes only.
+
+    With no options: a sentence encoder learns to sort docstrings by topic, in about two minutes on two cores, offline.
+    Ctrl-C stops the run and saves what it has. Exit codes: 0, 1 for an error, 130 after Ctrl-C.
+    """
+    values = locals()
+    options = Options(**{field.name: values[field.name] for field in dataclasses.fields(Options)})
+    try:
+        options.check()
+        from zokern.finetune.run import run
+
+        summary = run(options)
+    except FinetuneError as error:
+        _fail(str(error))
+    except ImportError as error:
+        _fail(f'{error}; install what the command needs with: pip install "zokern[finetune]"')
+    except KeyboardInterrupt:
+        print("stopped before the first step; nothing was saved", file=sys.stderr)
+        raise typer.Exit(130) from None
+    else:
+        if summary.result.interrupted:
+            raise typer.Exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(1)

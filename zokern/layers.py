@@ -1,0 +1,88 @@
+"""The transformer blocks of a model, and LeZO's draw of those that a step leaves out (Wang et al. 2024, arXiv 2410.09823).
+
+Blocks are found by structure: every outermost nn.ModuleList of two or more modules of one class whose length is that of
+the longest such list, or (an encoder-decoder) the several stacks that do not contain each other. Parameters outside all
+blocks are always active. The subset is a pure function of (run seed, step), so a replay finds it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from zokern import _checks
+from zokern.noise import LAYERS_STREAM, derive_seed
+from zokern.reference import splitmix64
+
+
+def find_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) for each transformer block of `module`, in order; empty where there are none."""
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.ModuleList) or len(child) < 2 or len({type(block) for block in child}) != 1:
+            continue
+        if not any(name.startswith(outer + ".") for outer, _ in stacks):  # the outermost list holds the blocks
+            stacks.append((name, child))
+    if not stacks:
+        return []
+    # Experts, projections and the like also come as lists: a stack of blocks is one that holds much of the weights.
+    sizes = [sum(p.numel() for p in stack.parameters()) for _, stack in stacks]
+    return [
+        (f"{name}.{i}", block)
+        for (name, stack), size in zip(stacks, sizes, strict=True)
+        if 2 * size * len(stacks) >= sum(sizes)
+        for i, block in enumerate(stack)
+    ]
+
+
+@dataclass
+class RandomBlocks:
+    """Each step leaves out `num_dropped` blocks, drawn without replacement: no pass touches them in that step.
+
+    Args:
+        num_dropped: 0 .. number of blocks; published main setting about 75 % of them.
+        blocks: the names of the blocks, where `find_blocks` does not find the right ones.
+
+    Raises:
+        ValueError: when the module has no blocks, a name is unknown, or num_dropped is out of range.
+    """
+
+    num_dropped: int
+    blocks: list[str] | None = None
+    _block_of: dict[int, int] = field(default_factory=dict, repr=False)
+    _count: int = field(default=0, repr=False)
+
+    def bind(self, module: nn.Module | None) -> None:
+        """Finds the blocks of `module`; called by the optimizer's constructor."""
+        if module is None:
+            raise ValueError("layers needs the module to find its blocks in: pass the nn.Module instead of its parameters")
+        if self.blocks is None:
+            found = find_blocks(module)
+            if not found:
+                raise ValueError(
+                    f"layers: {type(module).__name__} has no nn.ModuleList of equal blocks; name them, for example "
+                    "RandomBlocks(num_dropped, blocks=['encoder.0', 'encoder.1'])"
+                )
+        else:
+            named = dict(module.named_modules())
+            for name in self.blocks:
+                if name not in named:
+                    raise ValueError(f"layers: the module has no submodule {name!r}")
+            found = [(name, named[name]) for name in self.blocks]
+        _checks.check_integer(self.num_dropped, "num_dropped", 0, len(found))
+        self._count = len(found)
+        self._block_of = {id(p): i for i, (_, block) in enumerate(found) for p in block.parameters()}
+
+    def dropped(self, run_seed: int, step: int) -> set[int]:
+        """The numbers of the blocks that `step` leaves out: the first entries of a Fisher-Yates shuffle."""
+        state = derive_seed(run_seed, step, LAYERS_STREAM)
+        order = list(range(self._count))
+        for i in range(self.num_dropped):
+            # The modulo's bias is below count / 2^64.
+            j = i + splitmix64(state, i + 1) % (self._count - i)
+            order[i], order[j] = order[j], order[i]
+        return set(order[: self.num_dropped])
+
+    def is_active(self, param: Tensor, dropped: set[int]) -> bool:
+        return self._block_of.get(id(param)) not in dropped

@@ -1,0 +1,123 @@
+"""Forwards see a perturbed copy of the active parameters; the weights' own storage is written by updates alone.
+
+The copy is one allocation for each device and dtype, made at the first step and reused. While a closure runs, the
+module's entries for the active parameters are the copies; before and after, and in a state_dict() of the module asked
+for from inside the closure, they are the weights. No storage is ever exchanged (`param.data = ...`), so views, tied
+weights and optimizer state keep their meaning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zokern.interrupts import uninterrupted
+from zokern.passes import Member, Passes
+
+
+class Shadow:
+    def __init__(self, module: nn.Module, passes: Passes) -> None:
+        self.module = module
+        self.passes = passes
+        self.members: Sequence[Member] = ()
+        self.eps = torch.empty(0)
+        self.copies: list[nn.Parameter] = []
+        self.layout: object = None
+        self.sites: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []  # module, name, weight, copy
+        self.presented = False
+        self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
+
+    def begin(self, members: Sequence[Member], eps: Tensor) -> None:
+        self.members, self.eps = members, eps
+        layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
+        if layout != self.layout:
+            self.copies = _copies(members)
+            self.layout = layout
+        copy_of = {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
+        self.sites = [
+            (owner, name, param, copy_of[id(param)])
+            for owner in self.module.modules()
+            for name, param in owner._parameters.items()
+            if param is not None and id(param) in copy_of
+        ]
+        seen = {id(param) for _, _, param, _ in self.sites}
+        for member in members:
+            if id(member.param) not in seen:
+                raise RuntimeError(
+                    f"parameter {member.name} is not in the module any more, so placement='shadow' cannot show its "
+                    "perturbed copy; make a new optimizer after changing the module"
+                )
+
+        self.hooks = [
+            self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(copies=False)),
+            self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)),
+        ]
+
+    @contextlib.contextmanager
+    def present(self, terms: Mapping[int, float]) -> Iterator[None]:
+        if not terms:
+            yield
+            return
+        seeds = list(terms)
+        coefs = self.eps[:, None] * torch.tensor([terms[s] for s in seeds], dtype=torch.float64)
+        self.passes.run(self.members, seeds, coefs, out=[c.detach() for c in self.copies])
+        try:
+            with uninterrupted():
+                self._show(copies=True)
+            yield
+        finally:
+            with uninterrupted():
+                self._show(copies=False)
+
+    def update(
+        self, seeds: Sequence[int], coefs: Tensor, decays: Tensor, enabled: Tensor, rounding_seed: int | None
+    ) -> None:
+        self.passes.run(
+            self.members, seeds, coefs, decays=decays, rounding_seed=rounding_seed, enabled=enabled.to(torch.int32)
+        )
+
+    def end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.members, self.sites, self.hooks = (), [], []
+
+    def _show(self, *, copies: bool) -> None:
+        self._enter(copies)
+        self.presented = copies
+
+    def _enter(self, copies: bool) -> None:
+        for owner, name, param, copy in self.sites:
+            shown = copy if copies else param
+            if type(owner).__setattr__ is nn.Module.__setattr__:
+                owner._parameters[name] = shown
+            else:  # for example nn.LSTM, which keeps a flat list of its weights beside
+                setattr(owner, name, shown)
+
+    def _around_state_dict(self, *, copies: bool) -> None:
+        """A state_dict() asked for while the copies are shown is of the weights."""
+        if self.presented:
+            with uninterrupted():
+                self._enter(copies)
+
+
+def _copies(members: Sequence[Member]) -> list[nn.Parameter]:
+    """Uninitialised parameters like the members', out of one allocation per device and dtype, on 16-byte boundaries."""
+    total: dict[tuple[torch.device, torch.dtype], int] = {}
+    starts = []
+    for m in members:
+        key = (m.param.device, m.param.dtype)
+        starts.append(total.get(key, 0))
+        total[key] = starts[-1] + -(-m.param.numel() // 8) * 8
+    pools = {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in total.items()}
+    copies = []
+    for m, start in zip(members, starts, strict=True):
+        view = pools[m.param.device, m.param.dtype][start : start + m.param.numel()].view(m.param.shape)
+        copy = nn.Parameter(view, requires_grad=m.param.requires_grad)
+        copy.__dict__.update(m.param.__dict__)  # attributes that libraries hang on parameters
+        copies.append(copy)
+    return copies
