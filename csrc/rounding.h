@@ -12,9 +12,12 @@ namespace zk {
 namespace ZK_ISA {
 
 template <class L>
+ZK_FN typename L::u32 stochastic_bf16_no_nan(typename L::f32 x, typename L::u32 random) {
+  return (L::bits(x) + random) >> 16;
+}
+template <class L>
 ZK_FN typename L::u32 stochastic_bf16(typename L::f32 x, typename L::u32 random) {
-  const typename L::u32 b = L::bits(x);
-  return (b & 0x7fffffffu) > 0x7f800000u ? L::splat(0x7fc0u) : (b + random) >> 16;
+  return x != x ? L::splat(0x7fc0u) : stochastic_bf16_no_nan<L>(x, random);
 }
 
 template <class L>
@@ -33,12 +36,23 @@ ZK_FN typename L::u32 stochastic_fp16(typename L::f32 x, typename L::u32 random)
   return (mag < 0x477ff000u ? finite : overflow) | sign;  // 0x477ff000 is 65520
 }
 
+// Whether any element of a tile may be NaN: a chain of products and sums is NaN if one of its terms is (and now and
+// then where infinities meet, which only costs time). One test for a tile instead of one for each element.
+template <class L>
+ZK_FN bool maybe_nan(const typename L::f32 (&x)[8]) {
+  return L::any_unordered(L::fma(x[5], x[6], L::fma(x[3], x[4], L::fma(x[0], x[1], x[2]))), x[7]);
+}
+
 // Rounding to nearest even in integers, for machines without a conversion instruction.
 
 template <class L>
-ZK_FN typename L::u32 nearest_bf16(typename L::f32 x) {
+ZK_FN typename L::u32 nearest_bf16_no_nan(typename L::f32 x) {
   const typename L::u32 b = L::bits(x);
-  return (b & 0x7fffffffu) > 0x7f800000u ? L::splat(0x7fc0u) : (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+}
+template <class L>
+ZK_FN typename L::u32 nearest_bf16(typename L::f32 x) {
+  return x != x ? L::splat(0x7fc0u) : nearest_bf16_no_nan<L>(x);
 }
 
 template <class L>

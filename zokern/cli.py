@@ -1,4 +1,6 @@
-"""The command `zokern`: `finetune` and `info`. Everything heavy is imported by the commands, so that --help is instant."""
+"""The command `zokern`: `finetune` and `info`. Everything heavy is imported by the commands, so that --help is
+instant.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def info() -> None:
     """Print versions, backends and why one is off, and run the self-check: the same as `python -m zokern`."""
     from zokern import report
 
-    raise typer.Exit(report.main())
+    raise typer.Exit(report.main() or 0)
 
 
 @app.command()
@@ -44,21 +46,26 @@ def finetune(
         str,
         _option(
             DATA,
-            "What to tune: a directory that save_pretrained wrote, a name of the Hugging Face hub, or demo, a sentence encoder of 23 million parameters that needs no download.",
+            "What to tune: a directory that save_pretrained wrote, a name of the Hugging Face hub, or demo, a "
+            "sentence encoder of 23 million parameters that needs no download.",
         ),
     ] = DEFAULT.model,
     data: Annotated[
         str,
         _option(
             DATA,
-            "Texts and labels: a .csv, .tsv or .jsonl file, a data set of the hub (name, or name:configuration), or docstrings, first sentences of the Python standard library's docstrings with the topic of their module.",
+            "Texts and labels: a .csv, .tsv or .jsonl file, a data set of the hub (name, or name:configuration), or "
+            "docstrings, first sentences of the Python standard library's docstrings with the topic of their "
+            "module.",
         ),
     ] = DEFAULT.data,
     objective: Annotated[
         str,
         _option(
             DATA,
-            "How the model classifies. similarity: an encoder compares a text with a sentence about each label. classifier: a classification head. prompt: a language model scores each label's word after the text. auto goes by the model's configuration and says what it picked.",
+            "How the model classifies. similarity: an encoder compares a text with a sentence about each label. "
+            "classifier: a classification head. prompt: a language model scores each label's word after the text. "
+            "auto goes by the model's configuration and says what it picked.",
             name="objective",
         ),
     ] = DEFAULT.objective,
@@ -68,7 +75,8 @@ def finetune(
         str | None,
         _option(
             DATA,
-            "Texts to evaluate on, in any form that --data takes. Default: the validation or test part of a hub data set, else 20 % of the data, at most 400 texts, each label in its proportion.",
+            "Texts to evaluate on, in any form that --data takes. Default: the validation or test part of a hub "
+            "data set, else 20 % of the data, at most 400 texts, each label in its proportion.",
         ),
     ] = DEFAULT.eval_data,
     descriptions: Annotated[
@@ -98,7 +106,8 @@ def finetune(
         float,
         _option(
             METHOD,
-            "Learning rate, the peak of the schedule. The default suits encoders of some ten million parameters; billions want 1e-7 to 1e-6.",
+            "Learning rate, the peak of the schedule. The default suits encoders of some ten million parameters; "
+            "billions want 1e-7 to 1e-6.",
         ),
     ] = DEFAULT.lr,
     eps: Annotated[
@@ -128,7 +137,8 @@ def finetune(
         str,
         _option(
             METHOD,
-            "Rounding of updated weights. auto is stochastic for 16-bit weights, where nearest would lose small updates.",
+            "Rounding of updated weights. auto is stochastic for 16-bit weights, where nearest would lose small "
+            "updates.",
             name="rounding",
         ),
     ] = DEFAULT.rounding,
@@ -136,7 +146,8 @@ def finetune(
         str,
         _option(
             METHOD,
-            "Where the perturbed weights live during a forward: in the weights' own memory, or in a copy, which keeps 16-bit weights exact.",
+            "Where the perturbed weights live during a forward: in the weights' own memory, or in a copy, which "
+            "keeps 16-bit weights exact.",
             name="placement",
         ),
     ] = DEFAULT.placement,

@@ -56,7 +56,9 @@ class RandomBlocks:
     def bind(self, module: nn.Module | None) -> None:
         """Finds the blocks of `module`; called by the optimizer's constructor."""
         if module is None:
-            raise ValueError("layers needs the module to find its blocks in: pass the nn.Module instead of its parameters")
+            raise ValueError(
+                "layers needs the module to find its blocks in: pass the nn.Module instead of its parameters"
+            )
         if self.blocks is None:
             found = find_blocks(module)
             if not found:

@@ -45,6 +45,8 @@ def noise(
     Raises:
         TypeError, ValueError: naming the argument and its range.
     """
+    if not isinstance(shape, (int, Sequence)):
+        raise TypeError(f"shape must be an int or a sequence of ints, got {type(shape).__name__}")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     for i, size in enumerate(sizes):
         _checks.check_integer(size, f"shape[{i}]", 1, _checks.MAX_INDEX)

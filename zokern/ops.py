@@ -10,7 +10,6 @@ compile under torch.compile(fullgraph=True).
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +42,8 @@ def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int
     for i, (tensor_id, offset) in enumerate(zip(ids, offsets, strict=True)):
         _checks.check_integer(tensor_id, f"tensor_ids[{i}]", 0, _checks.MAX_TENSOR_ID)
         _checks.check_integer(offset, f"offsets[{i}]", 0, _checks.MAX_INDEX - src[i].numel())
+    if torch.compiler.is_compiling():
+        return  # addresses are not known yet; the operator looks when it runs
     # Two threads may take any two chunks at once, so no element may be written twice, nor read after it was written.
     written = sorted((d.data_ptr(), d.data_ptr() + d.nbytes, i) for i, d in enumerate(dst))
     for (_, end, i), (begin, _, j) in itertools.pairwise(written):
@@ -151,7 +152,7 @@ def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64 or seeds.dim() != 1:
             raise TypeError(f"seeds must be a 1-D int64 tensor or a list of ints, got {_checks.describe(seeds)}")
-        if seeds.device.type == "cpu" and bool((seeds < 0).any()):
+        if seeds.device.type == "cpu" and not torch.compiler.is_compiling() and bool((seeds < 0).any()):
             raise ValueError(f"seeds has a negative value; seeds are in [0, {_checks.MAX_SEED}]")
         return seeds
     return torch.tensor([_checks.check_seed(s, f"seeds[{k}]") for k, s in enumerate(seeds)], dtype=torch.int64)
@@ -161,14 +162,20 @@ def _coef_tensor(coefs: Sequence[float] | Tensor) -> Tensor:
     if isinstance(coefs, Tensor):
         if coefs.dtype != torch.float32 or coefs.dim() != 1:
             raise TypeError(f"coefs must be a 1-D float32 tensor or a list of floats, got {_checks.describe(coefs)}")
-        if coefs.device.type == "cpu" and not bool(coefs.isfinite().all()):
+        if coefs.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(coefs.isfinite().all()):
             raise ValueError("coefs has a value that is not finite")
         return coefs
-    values = torch.tensor([_checks.check_number(c, f"coefs[{k}]") for k, c in enumerate(coefs)], dtype=torch.float64)
-    narrow = values.to(torch.float32)
-    if not bool(narrow.isfinite().all()):
-        raise ValueError(f"coefs[{int((~narrow.isfinite()).nonzero()[0])}] does not fit float32")
-    return narrow
+    return torch.tensor(
+        [
+            _checks.check_number(c, f"coefs[{k}]", -_checks.MAX_FLOAT32, _checks.MAX_FLOAT32)
+            for k, c in enumerate(coefs)
+        ],
+        dtype=torch.float32,
+    )
+
+
+def _same_memory(src: Sequence[Tensor], dst: Sequence[Tensor]) -> bool:
+    return all(a.data_ptr() == b.data_ptr() for a, b in zip(src, dst, strict=True))
 
 
 def add_noise_(
@@ -215,6 +222,8 @@ def add_noise_(
     if not src:
         raise ValueError("tensors is empty: there is nothing to add noise to")
     dst = None if out is None else list(out)
+    if dst is not None and len(dst) == len(src) and _same_memory(src, dst):
+        dst = None
     ids, starts = list(tensor_ids), [0] * len(src) if offsets is None else list(offsets)
     for name, given in (("tensor_ids", ids), ("offsets", starts), ("out", dst)):
         if given is not None and len(given) != len(src):
@@ -235,7 +244,9 @@ def add_noise_(
             )
         decays = decay.reshape(1)
     else:
-        decays = torch.tensor([_checks.check_number(decay, "decay", -3.4e38, 3.4e38)], dtype=torch.float32)
+        decays = torch.tensor(
+            [_checks.check_number(decay, "decay", -_checks.MAX_FLOAT32, _checks.MAX_FLOAT32)], dtype=torch.float32
+        )
     for name, t in (("seeds", seed_tensor), ("coefs", coef_tensor), ("decay", decays)):
         if t.device.type != "cpu" and t.device != device:
             raise ValueError(f"{name} is on {t.device}, tensors on {device}; put it there or on the CPU")
@@ -254,7 +265,7 @@ def add_noise_(
     with torch.no_grad():
         launch(
             src,
-            dst if dst is None or any(a.data_ptr() != b.data_ptr() for a, b in zip(src, dst, strict=True)) else None,
+            dst,
             tensor_ids=ids,
             offsets=starts,
             groups=[0] * len(src),
@@ -266,8 +277,3 @@ def add_noise_(
             rounding=rounding,
             backend=backend,
         )
-
-
-def predicted_bytes(tensors: Sequence[Tensor]) -> int:
-    """What a pass must move: each element read once and written once."""
-    return 2 * sum(math.prod(t.shape) * t.element_size() for t in tensors)

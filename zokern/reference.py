@@ -25,7 +25,7 @@ C_COEFS = ("c1a89d40", "426b2d19", "c2aa8b78", "4281db82", "c19de970", "3f7ffff3
 D_COEFS = ("42032028", "c294f4bd", "42a2bbcf", "c225532a", "40c90ecb")  # sin(2 pi t) / t in t^2
 
 
-def _f32(pattern: str) -> np.float32:
+def _f32(pattern: str) -> Any:
     return np.uint32(int(pattern, 16)).view(np.float32)
 
 
@@ -80,7 +80,7 @@ def derive_seed(run_seed: int, step: int, stream: int) -> int:
 
 
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, seed: int) -> Array:
-    """Philox4x32-10: counter words (any broadcastable shapes) and a 63-bit seed to uint32 words, last axis of size 4."""
+    """Philox4x32-10: counter words (any broadcastable shapes) and a 63-bit seed to uint32 words [..., 4]."""
     low = np.uint64(0xFFFFFFFF)
     c = [x.astype(np.uint64) for x in np.broadcast_arrays(*(np.asarray(x, np.uint64) for x in (c0, c1, c2, c3)))]
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
@@ -136,11 +136,11 @@ def noise(n: int, seed: int, tensor_id: int, offset: int = 0, distribution: str 
         words = _block_words(first, last, seed, tensor_id, PURPOSE_RADEMACHER)
         bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
         z = np.where(bits.reshape(-1) == 0, np.float32(1), np.float32(-1))
-        return z[offset - 128 * first :][:n]
+        return np.asarray(z[offset - 128 * first :][:n])
     first, last = offset >> 3, (offset + n + 7) >> 3
     words = _block_words(first, last, seed, tensor_id, PURPOSE_NORMAL)
     z = np.stack(normal_pair(words.reshape(-1)), axis=-1).reshape(-1)
-    return z[offset - 8 * first :][:n]
+    return np.asarray(z[offset - 8 * first :][:n])
 
 
 def rounding_bits(n: int, seed: int, tensor_id: int, offset: int = 0) -> Array:
@@ -148,7 +148,7 @@ def rounding_bits(n: int, seed: int, tensor_id: int, offset: int = 0) -> Array:
     first, last = offset >> 3, (offset + n + 7) >> 3
     words = _block_words(first, last, seed, tensor_id, PURPOSE_ROUNDING)
     halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1)
-    return halves.reshape(-1)[offset - 8 * first :][:n]
+    return np.asarray(halves.reshape(-1)[offset - 8 * first :][:n])
 
 
 # ------------------------------------------------------------------------------------------------------------ rounding
@@ -160,7 +160,7 @@ def round_bf16(x: Array, random: Array | None = None) -> Array:
     nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     add = (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) if random is None else random.astype(np.uint32)
     rounded = (bits + add) >> np.uint32(16)
-    return np.where(nan, np.uint32(0x7FC0), rounded).astype(np.uint16)
+    return np.asarray(np.where(nan, np.uint32(0x7FC0), rounded)).astype(np.uint16)
 
 
 def round_fp16(x: Array, random: Array | None = None) -> Array:
@@ -188,7 +188,7 @@ def round_fp16(x: Array, random: Array | None = None) -> Array:
         half = ((np.maximum(e, 113) - 113) << 10) + q  # q carries the hidden bit into the exponent field
         half = np.where(mag < 0x477FF000, np.minimum(half, 0x7BFF), 0x7C00)  # 0x477ff000 is 65520
     half = np.where(mag > np.uint32(0x7F800000), 0x7E00, half)
-    return (half.astype(np.uint32) | sign).astype(np.uint16)
+    return np.asarray(half.astype(np.uint32) | sign).astype(np.uint16)
 
 
 def round_to(x: Array, dtype: str, rounding: str = "nearest", random: Array | None = None) -> Array:
@@ -212,8 +212,7 @@ def widen(x: Array, dtype: str) -> Array:
 
 
 def add_noise(
-    src: Array | None,
-    n: int,
+    src: Array,
     *,
     dtype: str,
     tensor_id: int,
@@ -225,8 +224,10 @@ def add_noise(
     rounding_seed: int = 0,
     offset: int = 0,
 ) -> Array:
-    """One tensor's pass round(decay*src + sum_k coef_k z(seed_k)); src None counts as zeros. Storage as in `round_to`."""
-    acc = np.zeros(n, np.float32) if src is None else np.float32(decay) * widen(src, dtype)
+    """One flat tensor's pass round(decay*src + sum_k coef_k z(seed_k)); storage as in `round_to`."""
+    n = len(src)
+    with np.errstate(invalid="ignore"):
+        acc = np.float32(decay) * widen(src, dtype)
     for seed, coef in zip(seeds, coefs, strict=True):
         acc = fma(np.float32(coef), noise(n, seed, tensor_id, offset, distribution), acc)
     random = rounding_bits(n, rounding_seed, tensor_id, offset) if rounding == "stochastic" else None

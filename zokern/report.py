@@ -81,7 +81,9 @@ def main() -> int:
     console.print(table)
 
     failed = False
-    table = RichTable("device", "backend", "state", title="backends", caption="noise contract zk1: the same bits on all")
+    table = RichTable(
+        "device", "backend", "state", title="backends", caption="noise contract zk1: the same bits on all"
+    )
     for device in devices():
         label = str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}"
         for name, reason in backends.explain(device).items():

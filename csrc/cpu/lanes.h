@@ -167,6 +167,18 @@ struct Lanes {
     const u16 y = __builtin_convertvector(x, u16);
     std::memcpy(p, &y, sizeof y);
   }
+  // Two vectors of numbers below 2^16 as one of 16 bits each: half the shuffles of two single conversions.
+  static ZK_FN void narrow16(void* p, u32 a, u32 b) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(lanes, _mm512_packus_epi32((__m512i)a, (__m512i)b)));
+#elif defined(__AVX2__)
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)b), 0xd8));
+#else
+    narrow16(p, a);
+    narrow16(static_cast<uint16_t*>(p) + W, b);
+#endif
+  }
 
   static ZK_FN f32 load_one(const float* p) {
     f32 x;
@@ -183,19 +195,18 @@ struct Lanes {
     return widen_fp16<Lanes>(wide16(p));
 #endif
   }
-  static ZK_FN void round_one(float* p, f32 x) { std::memcpy(p, &x, sizeof x); }
-  static ZK_FN void round_one(BFloat* p, f32 x) { narrow16(p, nearest_bf16<Lanes>(x)); }
-  static ZK_FN void round_one(Half* p, f32 x) {
+  static ZK_FN bool any_unordered(f32 a, f32 b) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0;
 #elif defined(__AVX2__)
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
 #else
-    narrow16(p, nearest_fp16<Lanes>(x));
+    const i32 either = (a != a) | (b != b);
+    int32_t any = 0;
+    for (int i = 0; i < W; ++i) any |= either[i];
+    return any != 0;
 #endif
   }
-  static ZK_FN void round_one(BFloat* p, f32 x, u32 random) { narrow16(p, stochastic_bf16<Lanes>(x, random)); }
-  static ZK_FN void round_one(Half* p, f32 x, u32 random) { narrow16(p, stochastic_fp16<Lanes>(x, random)); }
 
   template <class T>
   static ZK_FN void load(f32 (&x)[8], const T* p) {
@@ -208,17 +219,49 @@ struct Lanes {
     std::memcpy(whole + lo, p + lo, size_t(hi - lo) * sizeof(T));
     load(x, whole);
   }
-  template <class T>
-  static ZK_FN void round(Out<T>& out, const f32 (&x)[8]) {
+  static ZK_FN void round(Out<float>& out, const f32 (&x)[8]) { std::memcpy(out.element, x, sizeof x); }
+  static ZK_FN void round(Out<Half>& out, const f32 (&x)[8]) {
     ZK_UNROLL
-    for (int v = 0; v < 8; ++v) round_one(out.element + v * W, x[v]);
+    for (int v = 0; v < 8; ++v) {
+      Half* p = out.element + v * W;
+#if defined(__AVX512F__)
+      _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x[v], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+      _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x[v], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+      narrow16(p, nearest_fp16<Lanes>(x[v]));
+#endif
+    }
   }
-  template <class T>
-  static ZK_FN void round(Out<T>& out, const f32 (&x)[8], const u32 (&words)[4]) {
-    u32 random[8];
-    rounding_bits<Lanes>(random, words);
+  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[8]) {
+    const bool nan = maybe_nan<Lanes>(x);
     ZK_UNROLL
-    for (int v = 0; v < 8; ++v) round_one(out.element + v * W, x[v], random[v]);
+    for (int v = 0; v < 8; v += 2) {
+      if (__builtin_expect(nan, 0))
+        narrow16(out.element + v * W, nearest_bf16<Lanes>(x[v]), nearest_bf16<Lanes>(x[v + 1]));
+      else
+        narrow16(out.element + v * W, nearest_bf16_no_nan<Lanes>(x[v]), nearest_bf16_no_nan<Lanes>(x[v + 1]));
+    }
+  }
+  static ZK_FN void round(Out<Half>& out, const f32 (&x)[8], const u32 (&words)[4]) {
+    u32 r[8];
+    rounding_bits<Lanes>(r, words);
+    ZK_UNROLL
+    for (int v = 0; v < 8; v += 2)
+      narrow16(out.element + v * W, stochastic_fp16<Lanes>(x[v], r[v]), stochastic_fp16<Lanes>(x[v + 1], r[v + 1]));
+  }
+  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[8], const u32 (&words)[4]) {
+    u32 r[8];
+    rounding_bits<Lanes>(r, words);
+    const bool nan = maybe_nan<Lanes>(x);
+    ZK_UNROLL
+    for (int v = 0; v < 8; v += 2) {
+      BFloat* p = out.element + v * W;
+      if (__builtin_expect(nan, 0))
+        narrow16(p, stochastic_bf16<Lanes>(x[v], r[v]), stochastic_bf16<Lanes>(x[v + 1], r[v + 1]));
+      else
+        narrow16(p, stochastic_bf16_no_nan<Lanes>(x[v], r[v]), stochastic_bf16_no_nan<Lanes>(x[v + 1], r[v + 1]));
+    }
   }
   template <class T>
   static ZK_FN void store(T* p, const Out<T>& out) {

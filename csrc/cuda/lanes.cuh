@@ -116,16 +116,14 @@ struct Lanes {
     ZK_UNROLL
     for (int v = 0; v < 8; ++v) out.element[v] = __ushort_as_half(uint16_t(stochastic_fp16<Lanes>(x[v], random[v])));
   }
-  // A chain of products and sums is NaN if any element is (and now and then where infinities meet): one test for eight.
-  static ZK_FN bool maybe_nan(const f32 (&x)[8]) {
-    const f32 s = __fmaf_rn(x[5], x[6], __fmaf_rn(x[3], x[4], __fmaf_rn(x[0], x[1], x[2])));
+  static ZK_FN bool any_unordered(f32 a, f32 b) {
     uint32_t either;
-    asm("{ .reg .pred p; setp.nan.f32 p, %1, %2; selp.u32 %0, 1, 0, p; }" : "=r"(either) : "f"(s), "f"(x[7]));
+    asm("{ .reg .pred p; setp.nan.f32 p, %1, %2; selp.u32 %0, 1, 0, p; }" : "=r"(either) : "f"(a), "f"(b));
     return either != 0;
   }
   static ZK_FN void round(Out<__nv_bfloat16>& out, const f32 (&x)[8], const u32 (&words)[4]) {
     u32 y[8];
-    if (maybe_nan(x)) {
+    if (maybe_nan<Lanes>(x)) {
       u32 random[8];
       rounding_bits<Lanes>(random, words);
       ZK_UNROLL

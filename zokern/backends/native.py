@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ ROUNDINGS = {"nearest": 0, "stochastic": 1}
 extension: Any = None
 import_error: str | None = None
 try:
-    from zokern import _C as extension  # type: ignore[no-redef]
+    extension = importlib.import_module("zokern._C")
 except ImportError as error:
-    import_error = f"the compiled module zokern._C cannot be imported ({error}); build it with `pip install --no-build-isolation -e .`"
+    import_error = f"zokern._C cannot be imported ({error}); build it: pip install --no-build-isolation -e ."
 
 
 def make_pass(table: Table, scalars: Scalars) -> Any:

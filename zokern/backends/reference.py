@@ -32,7 +32,6 @@ def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) 
     for numel, offset, tensor_id, group, _, src, dst, _ in table.tensors.tolist():
         _memory(dst, numel, table.dtype)[:] = reference.add_noise(
             _memory(src, numel, table.dtype),
-            numel,
             dtype=_NAMES[table.dtype],
             tensor_id=tensor_id,
             seeds=scalars.seeds.tolist(),

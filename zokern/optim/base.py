@@ -94,7 +94,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 closure, KeyboardInterrupt included, the weights are clean afterwards.
         """
         if not callable(closure):
-            raise TypeError("step needs a closure that returns the loss, for example opt.step(lambda: model(x, y).loss)")
+            raise TypeError(
+                "step needs a closure that returns the loss, for example opt.step(lambda: model(x, y).loss)"
+            )
         micro = None if batches is None else list(batches)
         if micro is not None and not micro:
             raise ValueError("batches is empty")
@@ -143,9 +145,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         rounding_seed = None
         if self.rounding != "nearest":
             rounding_seed = derive_seed(self.seed, self._passes.counters.steps, ROUNDING_STREAM)
-        self._placement.update(
-            list(gradient), -(lr / eps)[:, None] * g, 1.0 - lr * decay, ok.reshape(1), rounding_seed
-        )
+        self._placement.update(list(gradient), -(lr / eps)[:, None] * g, 1.0 - lr * decay, ok.reshape(1), rounding_seed)
 
     def direction_seed(self, k: int) -> int:
         """Seed of the current step's direction k."""
@@ -171,7 +171,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def counters(self) -> dict[str, int]:
-        """"steps", "forwards", "passes", "launches" and "elements_moved" of this run so far."""
+        """ "steps", "forwards", "passes", "launches" and "elements_moved" of this run so far."""
         return asdict(self._passes.counters)
 
     @property
@@ -253,7 +253,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise ValueError(f"state_dict is of {own['method']}, and this is {type(self).__name__}")
         for name, value in self.options.items():
             if own["options"].get(name) != value:
-                raise ValueError(f"{name} is {own['options'].get(name)!r} in state_dict and {value!r} here; make them agree")
+                raise ValueError(
+                    f"{name} is {own['options'].get(name)!r} in state_dict and {value!r} here; make them agree"
+                )
         shapes = [len(ids) for ids in own["tensor_ids"]]
         if shapes != [len(group["params"]) for group in self.param_groups]:
             raise ValueError(

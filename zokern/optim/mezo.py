@@ -1,7 +1,7 @@
 """MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1) and LeZO, which is MeZO on random layers.
 
-    c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps)
-    theta <- (1 - lr*weight_decay) theta - lr/n * sum_k c_k z_k
+c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps)
+theta <- (1 - lr*weight_decay) theta - lr/n * sum_k c_k z_k
 """
 
 from __future__ import annotations

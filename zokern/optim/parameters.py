@@ -46,7 +46,9 @@ def parse(params: object) -> tuple[Groups, nn.Module | None, Registry]:
             raise ValueError(f"params: {type(params).__name__} has no parameter with requires_grad=True")
         return [{"params": trainable}], params, registry
     if isinstance(params, Tensor):
-        raise TypeError("params must be an nn.Module or an iterable of tensors, named tensors or groups; got one Tensor")
+        raise TypeError(
+            "params must be an nn.Module or an iterable of tensors, named tensors or groups; got one Tensor"
+        )
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an nn.Module or an iterable, got {type(params).__name__}")
     given = list(params)
@@ -61,7 +63,9 @@ def parse(params: object) -> tuple[Groups, nn.Module | None, Registry]:
         named = [e if isinstance(e, tuple) else (None, e) for e in entries]
         for name, p in named:
             if not isinstance(p, Tensor):
-                raise TypeError(f"params: group {g} has a {type(p).__name__}; tensors or (name, tensor) pairs are needed")
+                raise TypeError(
+                    f"params: group {g} has a {type(p).__name__}; tensors or (name, tensor) pairs are needed"
+                )
             registry.add(p, name)
         group["params"] = [p for _, p in named]
     return groups, None, registry

@@ -1,0 +1,47 @@
+"""Fixtures shared by the suite. Without a GPU, Triton's kernels run in its interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zokern import backends
+
+DATA = Path(__file__).parent / "data"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICE = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "reference": "cpu"}
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; one that cannot run here is skipped with its own reason."""
+    name: str = request.param
+    reason = backends.unavailable_reason(name, torch.device(DEVICE[name]))
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    return torch.device(DEVICE[backend])
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def vectors() -> dict:
+    """Known answers of the noise contract, made by an independent implementation."""
+    return json.loads((DATA / "zk1.json").read_text())

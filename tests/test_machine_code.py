@@ -1,0 +1,200 @@
+"""The kernels' cost in machine code (sm_90), which needs compilers but no GPU, and the counter itself.
+
+A pass is bound by an H200's memory while an element takes about 30 issue slots; LIMITS says what each kernel may take.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "machine_code.py"
+
+spec = importlib.util.spec_from_file_location("machine_code", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+machine_code: Any = importlib.util.module_from_spec(spec)
+sys.modules["machine_code"] = machine_code
+spec.loader.exec_module(machine_code)
+
+CUDA = "zk::cuda::add_noise_kernel<{}, (zk::Distribution){}, (zk::Rounding){}>"  # normal 0, rademacher 1; nearest 0
+TRITON = "triton add_noise<{}, {}, {}>"
+# kernel: issue slots per element for one seed, for each further seed, registers
+LIMITS: dict[str, tuple[float, float, int]] = {
+    TRITON.format("bf16", "normal", "nearest"): (31, 29, 40),
+    TRITON.format("fp16", "normal", "nearest"): (31, 29, 40),
+    TRITON.format("fp32", "normal", "nearest"): (31, 29, 40),
+    TRITON.format("bf16", "rademacher", "nearest"): (16, 14.5, 40),
+    CUDA.format("__nv_bfloat16", 0, 0): (27.5, 29, 40),
+    CUDA.format("__half", 0, 0): (27.5, 29, 40),
+    CUDA.format("float", 0, 0): (27.5, 29, 40),
+    CUDA.format("__nv_bfloat16", 0, 1): (34, 29, 40),
+    CUDA.format("__nv_bfloat16", 1, 0): (12.5, 13, 40),
+}
+
+needs_tools = pytest.mark.skipif(
+    not all(machine_code.find_tool(tool) for tool in ("cuobjdump", "nvdisasm")),
+    reason="cuobjdump and nvdisasm are neither in Triton's wheel nor on PATH",
+)
+
+
+def measure(kind: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """All reports of one kind, by kernel; in a process of its own because Triton must not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = folder / "report.json"
+    command = [sys.executable, str(SCRIPT), "--arch", "90", "--kernels", kind, "--json", str(out)]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return {report["name"]: report for report in json.loads(out.read_text())}
+
+
+@pytest.fixture(scope="module")
+def triton_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton")
+    return measure("triton", tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def cuda_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    return measure("cuda", tmp_path_factory.mktemp("cuda"))
+
+
+@needs_tools
+@pytest.mark.parametrize("name", LIMITS)
+def test_kernel_is_within_its_limits(name: str, request: pytest.FixtureRequest) -> None:
+    report = request.getfixturevalue("triton_reports" if name.startswith("triton") else "cuda_reports")[name]
+    slots, extra, registers = LIMITS[name]
+    assert 5 < report["slots_per_element_k1"] <= slots
+    assert 5 < report["slots_per_extra_seed"] <= extra
+    assert report["registers"] <= registers
+    assert report["elements_per_iteration"] % 8 == 0
+    assert set(report["global_bytes_in_loop"]) == {16}
+    assert report["barriers_in_loop"] == 0
+    assert report["spills"] == 0
+    assert report["stack_bytes"] == 0
+
+
+@needs_tools
+def test_no_kernel_spills_or_waits(triton_reports: dict[str, dict[str, Any]]) -> None:
+    assert len(triton_reports) == 10
+    for report in triton_reports.values():
+        assert (report["spills"], report["stack_bytes"], report["barriers_in_loop"]) == (0, 0, 0), report
+        assert set(report["global_bytes_in_loop"]) == {16}, report
+
+
+# ----------------------------------------------------------------------------------------------------- the counter
+
+# Two loops over tiles of eight bf16: the first is hot, holds a loop over seeds behind a guard and a rare fix-up; the
+# second is masked. Addresses do not matter to the counter.
+LISTING = """
+//--------------------- .nv.info    --------------------------
+//--------------------- .text.toy    --------------------------
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 BRA `(.L_x_4) ;
+.L_x_0:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   IMAD.WIDE.U32 R8, R8, R9, RZ ;
+        /*0040*/                   FFMA R4, R5, R6, R4 ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   MOV R7, UR4 ;
+.L_x_1:
+        /*0070*/                   FFMA R4, R5, R6, R4 ;
+        /*0080*/                   UIADD3 UR4, UR4, 0x1, URZ ;
+        /*0090*/               @P2 BRA `(.L_x_1) ;
+.L_x_2:
+        /*00a0*/              @!P3 BRA `(.L_x_3) ;
+        /*00b0*/                   SEL R4, R4, R5, P3 ;
+        /*00c0*/                   SEL R4, R4, R5, P3 ;
+.L_x_3:
+        /*00d0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00e0*/               @P0 BRA `(.L_x_0) ;
+.L_x_4:
+        /*00f0*/               @P5 LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0100*/                   FFMA R4, R5, R6, R4 ;
+        /*0110*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0120*/               @P5 STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0130*/               @P0 BRA `(.L_x_4) ;
+        /*0140*/                   EXIT ;
+.L_x_5:
+        /*0150*/                   BRA `(.L_x_5);
+        /*0160*/                   NOP ;
+"""
+
+
+def analyse(listing: str) -> Any:
+    (name, blocks), *rest = machine_code.parse_functions(listing).items()
+    assert name == "toy"
+    assert not rest
+    return machine_code.analyse(name, 90, blocks, 2, 32, 0)
+
+
+def test_counter_on_a_listing() -> None:
+    """Load, product, FFMA, guard, branch round the fix-up, store, branch back: 7 slots for 8 elements."""
+    report = analyse(LISTING)
+    assert report.elements_per_iteration == 8
+    assert report.slots_per_element_k1 == 7 / 8
+    assert report.slots_per_extra_seed == 3  # one FFMA is one element of one sign here
+    assert report.global_bytes_in_loop == [16, 16]
+    assert report.barriers_in_loop == 0
+    assert report.spills == 0
+    assert report.pipes == {"branch": 3, "memory": 2, "imad.wide": 1, "fp32": 1}
+    assert report.pipes_extra_seed == {"fp32": 1, "uniform": 1, "branch": 1}
+
+
+def test_counter_adds_the_inner_loop_where_the_first_seed_is_in_it() -> None:
+    listing = LISTING.replace("/*0040*/                   FFMA", "/*0040*/                   IADD3")
+    assert analyse(listing).slots_per_element_k1 == 7 / 8 + 3
+
+
+def test_counter_sees_barriers_narrow_accesses_and_spills() -> None:
+    assert analyse(LISTING.replace("MOV R7, UR4", "NOP").replace("IMAD.WIDE.U32", "BAR.SYNC.X")).barriers_in_loop == 1
+    assert analyse(LISTING.replace("G.E.128", "G.E.64")).global_bytes_in_loop == [8, 8]
+    assert analyse(LISTING.replace("S2R R0", "STL R0")).spills == 1
+
+
+def test_counter_without_a_loop() -> None:
+    report = analyse("//---- .text.toy   ----\n        /*0000*/                   EXIT ;\n")
+    assert report.slots_per_element_k1 is None
+    assert report.elements_per_iteration == 0
+
+
+TOY = """
+template <class T> __global__ void scale(const uint4* in, uint4* out, int n) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += 256) { uint4 v = in[i]; v.x ^= 1u; out[i] = v; }
+}
+template __global__ void scale<unsigned short>(const uint4*, uint4*, int);
+"""
+
+
+@needs_tools
+def test_counter_on_compiled_cuda(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    source = tmp_path / "toy.cu"
+    source.write_text(TOY)
+    (report,) = machine_code.compile_cuda(source, 90)
+    assert report.name == "scale<unsigned short>"
+    assert set(report.global_bytes_in_loop) == {16}
+    assert report.elements_per_iteration == 8 * report.pipes["memory"] // 2  # as many loads as stores
+    assert 0.5 < report.slots_per_element_k1 < 3
+    assert report.slots_per_extra_seed is None
+
+
+def test_refuses_to_count_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(SCRIPT), "--kernels", "triton"]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr

@@ -1,0 +1,59 @@
+"""The Triton backend: the same passes and the same bits as the others, compiled at run time for NVIDIA and AMD GPUs.
+
+Importing this package imports no Triton, so that `unavailable_reason` can say why the backend cannot be used. With
+TRITON_INTERPRET=1 in the environment before Triton is imported, it runs on CPU tensors, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import torch
+
+from zokern.backends.scalars import Scalars
+from zokern.table import Table, upload
+
+__all__ = ["NAME", "add_noise", "unavailable_reason"]
+
+NAME = "triton"
+MINIMUM_VERSION = (3, 4)
+
+
+def unavailable_reason(device: torch.device | None = None) -> str | None:
+    """Why this backend cannot be used on `device` (None: on any device), or None if it can."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    match = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    wanted = ".".join(map(str, MINIMUM_VERSION))
+    if match is None or (int(match[1]), int(match[2])) < MINIMUM_VERSION:
+        return f"Triton {triton.__version__} is installed, but {wanted} or newer is needed"
+    if triton.knobs.runtime.interpret:
+        only = "in its interpreter (TRITON_INTERPRET is set) it works on CPU tensors only"
+        return only if device is not None and device.type != "cpu" else None
+    if device is not None and device.type != "cuda":
+        return "it works on GPU tensors only (on CPU tensors with TRITON_INTERPRET=1, slowly, for tests)"
+    if not torch.cuda.is_available():  # torch.cuda is also PyTorch's name for AMD's HIP devices
+        return "PyTorch sees no CUDA or HIP device (torch.cuda.is_available() is False)"
+    return None
+
+
+def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) -> None:
+    """One pass over a table (zokern/table.py): one launch on the current stream, without synchronisation."""
+    from .launch import add_noise as launch
+
+    device = table.tensors.device
+    launch(
+        table.tensors,
+        table.chunks,
+        upload(scalars.seeds, device),
+        upload(scalars.coefs, device),
+        upload(scalars.decays, device),
+        None if scalars.rounding_seed is None else upload(scalars.rounding_seed, device),
+        None if scalars.enabled is None else upload(scalars.enabled, device),
+        dtype=table.dtype,
+        distribution=distribution,
+        rounding=rounding,
+    )

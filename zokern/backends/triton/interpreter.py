@@ -1,0 +1,80 @@
+"""Exact arithmetic for Triton's interpreter (TRITON_INTERPRET=1), for as long as a kernel runs.
+
+The noise contract needs a fused multiply-add and a conversion to bfloat16 that rounds to nearest even. Depending on its
+version, the interpreter multiplies and adds with two roundings, and converts to bfloat16 wrongly on ties and carries.
+`exact_arithmetic` puts both right inside a `with` block and restores the interpreter afterwards.
+Source: Boldo and Melquiond 2008 (rounding to odd makes a second rounding harmless); Knuth's TwoSum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton.language as tl
+
+Array = npt.NDArray[Any]
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """float32 a*b + c with one rounding, for all inputs.
+
+    The product is exact in float64. Its sum with c is rounded to odd there, so that the rounding to float32 sees on
+    which side of a tie, or of a float32, the exact sum lies. 53 bits are enough for it: more than 24 + 2.
+    """
+    with np.errstate(all="ignore"):
+        p: Array = a.astype(np.float64) * b.astype(np.float64)
+        c = c.astype(np.float64)
+        s = p + c
+        cc = s - p
+        error = (p - (s - cc)) + (c - cc)  # s + error is the exact sum
+        even = (s.view(np.int64) & 1) == 0
+        inexact = np.isfinite(s) & (error != 0) & even
+        step = np.where((error > 0) == (s > 0), 1, -1)  # away from zero is one up in the bit pattern
+        rounded: Array = np.where(inexact, (s.view(np.int64) + step).view(np.float64), s).astype(np.float32)
+        return rounded
+
+
+def to_bfloat16(x: Array) -> Array:
+    """float32 to bfloat16 bits (uint16), nearest even; a NaN becomes the quiet NaN 0x7fc0."""
+    bits = x.view(np.uint32)
+    even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded: Array = np.where(np.isnan(x), np.uint32(0x7FC0), (bits + even) >> np.uint32(16)).astype(np.uint16)
+    return rounded
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Inside, the interpreter's fma and its conversions between float32 and bfloat16 are those of a GPU."""
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    original_fma, original_cast = interpreter_builder.create_fma, interpreter_builder.cast_impl
+    original_options = interpreter_builder.options
+
+    def create_fma(x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return original_fma(x, y, z)
+        return TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
+
+    def cast_impl(source: Any, dtype: Any) -> Any:
+        types = source.dtype.scalar, dtype.scalar
+        if types == (tl.float32, tl.bfloat16):
+            return TensorHandle(to_bfloat16(source.data), tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
+        return original_cast(source, dtype)
+
+    # Attributes of the instance hide the class's methods, and deleting them brings the methods back. The contract's
+    # integers wrap around, so the interpreter need not look for overflows, which would double its work.
+    interpreter_builder.create_fma, interpreter_builder.cast_impl = create_fma, cast_impl
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    try:
+        with np.errstate(all="ignore"):  # overflow to infinity and wrapping integers are meant
+            yield
+    finally:
+        del interpreter_builder.create_fma, interpreter_builder.cast_impl
+        interpreter_builder.options = original_options
