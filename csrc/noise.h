@@ -46,9 +46,9 @@ ZK_FN void philox(typename L::u64 (&c)[4], const Keys& keys) {
   ZK_UNROLL
   for (int round = 0; round < 10; ++round) {
     const typename L::u64 p0 = L::mul(c[0], 0xD2511F53u), p1 = L::mul(c[2], 0xCD9E8D57u);
-    c[0] = (p1 >> 32) ^ c[1] ^ uint64_t(keys.k0(round));
+    c[0] = L::high(p1) ^ c[1] ^ uint64_t(keys.k0(round));
     c[1] = p1;
-    c[2] = (p0 >> 32) ^ c[3] ^ uint64_t(keys.k1(round));
+    c[2] = L::high(p0) ^ c[3] ^ uint64_t(keys.k1(round));
     c[3] = p0;
   }
 }

@@ -33,6 +33,7 @@ struct ScalarLanes {
   using u64 = uint64_t;
   static constexpr int kWidth = 1, kHalves = 1;
   static ZK_FN u64 mul(u64 a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
+  static ZK_FN u64 high(u64 p) { return p >> 32; }
   static ZK_FN u64 counter(uint32_t block, int) { return block; }
   static ZK_FN u64 splat64(uint32_t x) { return x; }
   static ZK_FN u32 join(u64 a, u64) { return u32(a); }
@@ -122,7 +123,26 @@ struct Lanes {
     for (int i = 0; i < W / 2; ++i) c[i] = block + uint32_t(2 * i + half);
     return c;
   }
-  static ZK_FN u32 join(u64 even, u64 odd) { return (u32)((even & 0xffffffffull) | (odd << 32)); }
+  // The high words of products, in the low halves. A shuffle where there is one: shifts share their port with the
+  // multiplies that bound this loop. The upper halves are garbage either way.
+  static ZK_FN u64 high(u64 p) {
+#if defined(__AVX512F__)
+    return (u64)_mm512_shuffle_epi32((__m512i)p, _MM_PERM_DDBB);
+#elif defined(__AVX2__)
+    return (u64)_mm256_shuffle_epi32((__m256i)p, 0xf5);
+#else
+    return p >> 32;
+#endif
+  }
+  static ZK_FN u32 join(u64 even, u64 odd) {
+#if defined(__AVX512F__)
+    return (u32)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
+#elif defined(__AVX2__)
+    return (u32)_mm256_blend_epi32((__m256i)even, _mm256_shuffle_epi32((__m256i)odd, 0xa0), 0xaa);
+#else
+    return (u32)((even & 0xffffffffull) | (odd << 32));
+#endif
+  }
 
   // zip: lanes a0 b0 a1 b1 ..., low or high half.
   template <class V, int... I>
@@ -158,10 +178,17 @@ struct Lanes {
   template <class T>
   struct Out { T element[kTile]; };
 
+  // The compilers' own vector conversion would go through halves.
   static ZK_FN u32 wide16(const void* p) {
+#if defined(__AVX512F__)
+    return (u32)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return (u32)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
     u16 x;
     std::memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x, u32);
+#endif
   }
   static ZK_FN void narrow16(void* p, u32 x) {
     const u16 y = __builtin_convertvector(x, u16);

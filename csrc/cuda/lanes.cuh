@@ -47,6 +47,7 @@ struct Lanes {
     asm("mul.wide.u32 %0, %1, %2;" : "=l"(p) : "r"(uint32_t(a)), "r"(b));
     return p;
   }
+  static ZK_FN u64 high(u64 p) { return p >> 32; }
   static ZK_FN u64 counter(uint32_t block, int) { return block; }
   static ZK_FN u32 join(u64 a, u64) { return u32(a); }
   template <class V>

@@ -1,0 +1,83 @@
+"""Writes the README's figures from benchmarks/results/*.json, so that they cannot disagree.
+
+python benchmarks/readme_tables.py           # rewrites README.md
+python benchmarks/readme_tables.py --check   # exit code 1 if README.md is not what this would write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def pass_table() -> str:
+    run = load("pass-cpu.json")
+    machine = run["machine"]
+    lines = [
+        f"Perturbing {run['settings']['elements']:,} elements in place, one run on {machine['threads']} threads of an "
+        f"{machine['processor']} ({machine['instruction_sets'][0]}, torch {machine['torch']}); times over the time of a copy:",
+        "",
+        "| way | " + " | ".join(run["results"]) + " |",
+        "|---|" + "---|" * len(run["results"]),
+    ]
+    labels = list(dict.fromkeys(label for times in run["results"].values() for label in times))
+    for label in labels:
+        cells = []
+        for times in run["results"].values():
+            t = times.get(label)
+            if t is None:
+                cells.append("-")
+                continue
+            note = f" ({t['speedup_over_published']:.1f}x faster than published)" if label.startswith("zokern") else ""
+            cells.append(f"{t['over_copy']:.2f}{note}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", "`published` draws z in the weights' type, scales it and adds it; `foreach` does it in place for a list."]
+    return "\n".join(lines)
+
+
+def demo_lines() -> str:
+    run = load("demo-cpu.json")
+    return (
+        f"accuracy on {run['eval_texts']} held-out sentences **{run['accuracy_before']:.1%} -> {run['accuracy_after']:.1%}** in "
+        f"{run['seconds']:.0f} seconds of training on {run['threads']} cores ({run['steps']} steps, {run['forwards']} forwards); "
+        f"{run['pass_share']:.0%} of the time goes to the passes over the weights."
+    )
+
+
+def render(text: str) -> str:
+    for name, content in (("pass", pass_table()), ("demo", demo_lines())):
+        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
+        text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md needs exactly one pair of markers '<!-- {name}: begin -->' and '<!-- {name}: end -->'")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say whether README.md is up to date")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = render(old)
+    if check:
+        if old != new:
+            print("README.md disagrees with benchmarks/results; run python benchmarks/readme_tables.py")
+        return int(old != new)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
