@@ -40,33 +40,37 @@ struct HostKeys {
   ZK_FN uint32_t k1(int round) const { return schedule.k[round][1]; }
 };
 
-// Ten rounds on lanes of 64 bits whose low 32 are the word. The high halves carry garbage that no product reads.
+// The four words of L::kWidth consecutive blocks, in L::kSub groups. The first block, lo + 2^32*hi, is a multiple of
+// L::kWidth. Rounds run on lanes of 64 bits whose low 32 are the word; the high halves carry garbage that no product
+// reads. All groups take a round together: one alone would leave a CPU waiting for its multiplications.
 template <class L, class Keys>
-ZK_FN void philox(typename L::u64 (&c)[4], const Keys& keys) {
-  ZK_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    const typename L::u64 p0 = L::mul(c[0], 0xD2511F53u), p1 = L::mul(c[2], 0xCD9E8D57u);
-    c[0] = L::high(p1) ^ c[1] ^ uint64_t(keys.k0(round));
-    c[1] = p1;
-    c[2] = L::high(p0) ^ c[3] ^ uint64_t(keys.k1(round));
-    c[3] = p0;
-  }
-}
-
-// The four words of L::kWidth consecutive blocks. The first, lo + 2^32*hi, is a multiple of L::kWidth.
-template <class L, class Keys>
-ZK_FN void block_words(typename L::u32 (&w)[4], uint32_t lo, uint32_t hi, uint32_t id, Purpose purpose, const Keys& keys) {
-  typename L::u64 c[L::kHalves][4];
+ZK_FN void block_words(typename L::u32 (&w)[L::kSub][4], uint32_t lo, uint32_t hi, uint32_t id, Purpose purpose,
+                        const Keys& keys) {
+  using U = typename L::u64;
+  U c[L::kHalves][4];
   ZK_UNROLL
   for (int h = 0; h < L::kHalves; ++h) {
     c[h][0] = L::counter(lo, h);
     c[h][1] = L::splat64(hi);
     c[h][2] = L::splat64(id);
     c[h][3] = L::splat64(purpose);
-    philox<L>(c[h], keys);
   }
   ZK_UNROLL
-  for (int j = 0; j < 4; ++j) w[j] = L::join(c[0][j], c[L::kHalves - 1][j]);
+  for (int round = 0; round < 10; ++round) {
+    ZK_UNROLL
+    for (int h = 0; h < L::kHalves; ++h) {
+      const U p0 = L::mul(c[h][0], 0xD2511F53u), p1 = L::mul(c[h][2], 0xCD9E8D57u);
+      c[h][0] = L::high(p1) ^ c[h][1] ^ uint64_t(keys.k0(round));
+      c[h][1] = p1;
+      c[h][2] = L::high(p0) ^ c[h][3] ^ uint64_t(keys.k1(round));
+      c[h][3] = p0;
+    }
+  }
+  constexpr int kParts = L::kHalves / L::kSub;
+  ZK_UNROLL
+  for (int s = 0; s < L::kSub; ++s)
+    ZK_UNROLL
+    for (int j = 0; j < 4; ++j) w[s][j] = L::join(c[s * kParts][j], c[s * kParts + kParts - 1][j]);
 }
 
 // One word to two independent standard normals: radius from a bijection of the word, angle from the word itself.
@@ -106,43 +110,50 @@ ZK_FN void normal_pair(typename L::u32 w, typename L::f32& z0, typename L::f32& 
   z1 = r * (d * t);
 }
 
-// A tile is 8 * L::kWidth consecutive elements, as eight vectors in memory order. Its first global index is base + 8*b:
-// base, a multiple of 2^14, is uniform over a chunk (so c1 is), and b < 2^11 counts blocks of eight in the chunk.
+// A tile is 8 * L::kWidth consecutive elements, as L::kVectors vectors in memory order. Its first global index is
+// base + 8*b: base, a multiple of 2^14, is uniform over a chunk (so c1 is), and b < 2^11 counts blocks of eight in it.
 
 template <class L, class Keys>
-ZK_FN void normals(typename L::f32 (&z)[8], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
-  typename L::u32 w[4];
+ZK_FN void normals(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+  typename L::u32 w[L::kSub][4];
   block_words<L>(w, uint32_t(base >> 3) + b, uint32_t(base >> 35), id, kNormal, keys);
   ZK_UNROLL
-  for (int j = 0; j < 4; ++j) normal_pair<L>(w[j], z[2 * j], z[2 * j + 1]);
-  L::to_memory_order(z);
+  for (int s = 0; s < L::kSub; ++s) {
+    ZK_UNROLL
+    for (int j = 0; j < 4; ++j) normal_pair<L>(w[s][j], z[8 * s + 2 * j], z[8 * s + 2 * j + 1]);
+    L::to_memory_order(z + 8 * s);
+  }
 }
 
-// A 128-bit block serves 128 signs, so a tile needs one block or a part of one. The block itself is scalar work.
+// A 128-bit block serves 128 signs, so a group of vectors needs one block or a part of one, which is scalar work.
 template <class L, class Keys>
-ZK_FN void signs(typename L::f32 (&z)[8], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
-  using S = typename L::Scalar;
-  uint32_t w[4];
-  block_words<S>(w, uint32_t(base >> 7) + (b >> 4), uint32_t(base >> 39), id, kRademacher, keys);
-  constexpr int kVectors = L::kWidth < 4 ? 8 : 32 / L::kWidth;      // vectors that share a word: all 8, or 32 bits' worth
+ZK_FN void signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+  constexpr int kLanes = L::kWidth / L::kSub;
+  constexpr int kShare = kLanes < 4 ? 8 : 32 / kLanes;  // vectors that share a word: all 8, or 32 bits' worth
   ZK_UNROLL
-  for (int v = 0; v < 8; v += kVectors) {
-    const uint32_t bit = 8 * (b & 15) + uint32_t(v * L::kWidth);      // of the vector's first element
-    const uint32_t high = bit & 64 ? w[2] : w[0], odd = bit & 64 ? w[3] : w[1];
-    const uint32_t word = (bit & 32 ? odd : high) >> (bit & 31);
+  for (int s = 0; s < L::kSub; ++s) {
+    const uint32_t first = b + uint32_t(s * kLanes);
+    uint32_t w[1][4];
+    block_words<typename L::Scalar>(w, uint32_t(base >> 7) + (first >> 4), uint32_t(base >> 39), id, kRademacher, keys);
     ZK_UNROLL
-    for (int i = 0; i < kVectors; ++i)  // the wanted bit of each lane becomes the sign of 1.0f
-      z[v + i] = L::signed_one(L::splat(word) << (31u - uint32_t(i * L::kWidth) - L::iota()));
+    for (int v = 0; v < 8; v += kShare) {
+      const uint32_t bit = 8 * (first & 15) + uint32_t(v * kLanes);  // of the vector's first element
+      const uint32_t even = bit & 64 ? w[0][2] : w[0][0], odd = bit & 64 ? w[0][3] : w[0][1];
+      const uint32_t word = (bit & 32 ? odd : even) >> (bit & 31);
+      ZK_UNROLL
+      for (int i = 0; i < kShare; ++i)  // the wanted bit of each lane becomes the sign of 1.0f
+        z[8 * s + v + i] = L::signed_one(L::splat(word) << (31u - uint32_t(i * kLanes) - L::iota()));
+    }
   }
 }
 
 // The words that round a tile, and the 16 bits of each element in them: word j serves elements 2j (low half) and 2j + 1.
 template <class L, class Keys>
-ZK_FN void rounding_words(typename L::u32 (&w)[4], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+ZK_FN void rounding_words(typename L::u32 (&w)[L::kSub][4], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
   block_words<L>(w, uint32_t(base >> 3) + b, uint32_t(base >> 35), id, kRounding, keys);
 }
 template <class L>
-ZK_FN void rounding_bits(typename L::u32 (&bits)[8], const typename L::u32 (&w)[4]) {
+ZK_FN void rounding_bits(typename L::u32* bits, const typename L::u32 (&w)[4]) {
   ZK_UNROLL
   for (int j = 0; j < 4; ++j) {
     bits[2 * j] = w[j] & 0xffffu;

@@ -39,8 +39,11 @@ ZK_FN typename L::u32 stochastic_fp16(typename L::f32 x, typename L::u32 random)
 // Whether any element of a tile may be NaN: a chain of products and sums is NaN if one of its terms is (and now and
 // then where infinities meet, which only costs time). One test for a tile instead of one for each element.
 template <class L>
-ZK_FN bool maybe_nan(const typename L::f32 (&x)[8]) {
-  return L::any_unordered(L::fma(x[5], x[6], L::fma(x[3], x[4], L::fma(x[0], x[1], x[2]))), x[7]);
+ZK_FN bool maybe_nan(const typename L::f32 (&x)[L::kVectors]) {
+  typename L::f32 chain = x[0];
+  ZK_UNROLL
+  for (int v = 1; v + 1 < L::kVectors - 1; v += 2) chain = L::fma(x[v], x[v + 1], chain);
+  return L::any_unordered(chain, x[L::kVectors - 1]);
 }
 
 // Rounding to nearest even in integers, for machines without a conversion instruction.

@@ -1,4 +1,4 @@
-// One tile of a pass: load eight vectors, apply the rule, round once, store. 8 elements per thread on a GPU, 8 * W on a
+// One tile of a pass: load its vectors, apply the rule, round once, store. 8 elements per thread on a GPU, 16 * W on a
 // CPU with W lanes. L hides dtypes and alignment behind load and store; `lo`, `hi` cut a tile at a tensor's ends.
 #pragma once
 #include "pass.h"
@@ -29,7 +29,7 @@ struct ManySeeds {
 };
 
 template <class L, Distribution D, class Keys>
-ZK_FN void draw(typename L::f32 (&z)[8], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+ZK_FN void draw(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
   if constexpr (D == Distribution::normal)
     normals<L>(z, base, b, id, keys);
   else
@@ -85,22 +85,22 @@ ZK_FN void with_uniform(const Pass& pass, const AnyUniform& any, const F& f) {
 // its elements [lo, hi) only.
 template <class L, class T, Distribution D, Rounding R, bool kCut, class U>
 ZK_FN void axpy_tile(const U& u, const T* src, T* dst, uint64_t base, uint32_t b, int lo, int hi) {
-  typename L::f32 acc[8];
+  typename L::f32 acc[L::kVectors];
   if constexpr (kCut)
     L::load_part(acc, src, lo, hi);
   else
     L::load(acc, src);
   ZK_UNROLL
-  for (int v = 0; v < 8; ++v) acc[v] = u.decay.template apply<L>(acc[v]);
+  for (int v = 0; v < L::kVectors; ++v) acc[v] = u.decay.template apply<L>(acc[v]);
   u.seeds.each([&](const auto& keys, float coef) ZK_LAMBDA {
-    typename L::f32 z[8];
+    typename L::f32 z[L::kVectors];
     draw<L, D>(z, base, b, u.id, keys);
     ZK_UNROLL
-    for (int v = 0; v < 8; ++v) acc[v] = Axpy::step<L>(acc[v], coef, z[v]);
+    for (int v = 0; v < L::kVectors; ++v) acc[v] = Axpy::step<L>(acc[v], coef, z[v]);
   });
   typename L::template Out<T> out;
   if constexpr (R == Rounding::stochastic) {
-    typename L::u32 words[4];
+    typename L::u32 words[L::kSub][4];
     rounding_words<L>(words, base, b, u.id, u.rounding_keys);
     L::round(out, acc, words);
   } else {

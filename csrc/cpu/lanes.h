@@ -31,7 +31,7 @@ struct BFloat {
 struct ScalarLanes {
   using u32 = uint32_t;
   using u64 = uint64_t;
-  static constexpr int kWidth = 1, kHalves = 1;
+  static constexpr int kSub = 1, kHalves = 1;
   static ZK_FN u64 mul(u64 a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
   static ZK_FN u64 high(u64 p) { return p >> 32; }
   static ZK_FN u64 counter(uint32_t block, int) { return block; }
@@ -48,8 +48,8 @@ struct Lanes {
   static constexpr int W = 4;
 #endif
   using Scalar = ScalarLanes;
-  static constexpr int kWidth = W, kHalves = 2;
-  static constexpr int kTile = 8 * W;
+  static constexpr int kSub = 2, kWidth = kSub * W, kHalves = 2 * kSub, kVectors = 8 * kSub;
+  static constexpr int kTile = 8 * kWidth;
   typedef float f32 __attribute__((vector_size(4 * W)));
   typedef uint32_t u32 __attribute__((vector_size(4 * W)));
   typedef int32_t i32 __attribute__((vector_size(4 * W)));
@@ -120,7 +120,7 @@ struct Lanes {
   // Philox runs on even and odd blocks apart, in lanes of 64 bits, so that no product needs a shuffle.
   static ZK_FN u64 counter(uint32_t block, int half) {
     u64 c{};
-    for (int i = 0; i < W / 2; ++i) c[i] = block + uint32_t(2 * i + half);
+    for (int i = 0; i < W / 2; ++i) c[i] = block + uint32_t(half / 2 * W + 2 * i + half % 2);
     return c;
   }
   // The high words of products, in the low halves. A shuffle where there is one: shifts share their port with the
@@ -159,7 +159,7 @@ struct Lanes {
   // x[e] lane b is element e of block b; afterwards x[v] lane l is element v*W + l. An 8 x W transposition as three
   // rounds of zips: each moves one bit of e from the register number into the lane number.
   template <class V>
-  static ZK_FN void to_memory_order(V (&x)[8]) {
+  static ZK_FN void to_memory_order(V* x) {
     constexpr auto lanes = std::make_integer_sequence<int, W>();
     ZK_UNROLL
     for (int round = 0; round < 3; ++round) {
@@ -236,20 +236,20 @@ struct Lanes {
   }
 
   template <class T>
-  static ZK_FN void load(f32 (&x)[8], const T* p) {
+  static ZK_FN void load(f32 (&x)[kVectors], const T* p) {
     ZK_UNROLL
-    for (int v = 0; v < 8; ++v) x[v] = load_one(p + v * W);
+    for (int v = 0; v < kVectors; ++v) x[v] = load_one(p + v * W);
   }
   template <class T>
-  static ZK_FN void load_part(f32 (&x)[8], const T* p, int lo, int hi) {
+  static ZK_FN void load_part(f32 (&x)[kVectors], const T* p, int lo, int hi) {
     T whole[kTile] = {};
     std::memcpy(whole + lo, p + lo, size_t(hi - lo) * sizeof(T));
     load(x, whole);
   }
-  static ZK_FN void round(Out<float>& out, const f32 (&x)[8]) { std::memcpy(out.element, x, sizeof x); }
-  static ZK_FN void round(Out<Half>& out, const f32 (&x)[8]) {
+  static ZK_FN void round(Out<float>& out, const f32 (&x)[kVectors]) { std::memcpy(out.element, x, sizeof x); }
+  static ZK_FN void round(Out<Half>& out, const f32 (&x)[kVectors]) {
     ZK_UNROLL
-    for (int v = 0; v < 8; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       Half* p = out.element + v * W;
 #if defined(__AVX512F__)
       _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x[v], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -260,29 +260,31 @@ struct Lanes {
 #endif
     }
   }
-  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[8]) {
+  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[kVectors]) {
     const bool nan = maybe_nan<Lanes>(x);
     ZK_UNROLL
-    for (int v = 0; v < 8; v += 2) {
+    for (int v = 0; v < kVectors; v += 2) {
       if (__builtin_expect(nan, 0))
         narrow16(out.element + v * W, nearest_bf16<Lanes>(x[v]), nearest_bf16<Lanes>(x[v + 1]));
       else
         narrow16(out.element + v * W, nearest_bf16_no_nan<Lanes>(x[v]), nearest_bf16_no_nan<Lanes>(x[v + 1]));
     }
   }
-  static ZK_FN void round(Out<Half>& out, const f32 (&x)[8], const u32 (&words)[4]) {
-    u32 r[8];
-    rounding_bits<Lanes>(r, words);
+  static ZK_FN void round(Out<Half>& out, const f32 (&x)[kVectors], const u32 (&words)[kSub][4]) {
+    u32 r[kVectors];
     ZK_UNROLL
-    for (int v = 0; v < 8; v += 2)
+    for (int s = 0; s < kSub; ++s) rounding_bits<Lanes>(r + 8 * s, words[s]);
+    ZK_UNROLL
+    for (int v = 0; v < kVectors; v += 2)
       narrow16(out.element + v * W, stochastic_fp16<Lanes>(x[v], r[v]), stochastic_fp16<Lanes>(x[v + 1], r[v + 1]));
   }
-  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[8], const u32 (&words)[4]) {
-    u32 r[8];
-    rounding_bits<Lanes>(r, words);
+  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[kVectors], const u32 (&words)[kSub][4]) {
+    u32 r[kVectors];
+    ZK_UNROLL
+    for (int s = 0; s < kSub; ++s) rounding_bits<Lanes>(r + 8 * s, words[s]);
     const bool nan = maybe_nan<Lanes>(x);
     ZK_UNROLL
-    for (int v = 0; v < 8; v += 2) {
+    for (int v = 0; v < kVectors; v += 2) {
       BFloat* p = out.element + v * W;
       if (__builtin_expect(nan, 0))
         narrow16(p, stochastic_bf16<Lanes>(x[v], r[v]), stochastic_bf16<Lanes>(x[v + 1], r[v + 1]));

@@ -17,7 +17,7 @@ void add_noise_tiles(const TensorRow& t, const Span span, const U& u, int64_t ba
     T* dst = reinterpret_cast<T*>(t.dst + (index - t.offset) * int64_t(sizeof(T)));
     const int lo = kCut && index < span.begin ? int(span.begin - index) : 0;
     const int hi = kCut && index + Lanes::kTile > span.end ? int(span.end - index) : Lanes::kTile;
-    axpy_tile<Lanes, T, D, R, kCut>(u, src, dst, uint64_t(base), uint32_t(i * Lanes::W), lo, hi);
+    axpy_tile<Lanes, T, D, R, kCut>(u, src, dst, uint64_t(base), uint32_t(i * Lanes::kWidth), lo, hi);
   }
 }
 

@@ -15,7 +15,7 @@ struct Lanes {
   using f32 = float;
   using u32 = uint32_t;
   using u64 = uint64_t;
-  static constexpr int kWidth = 1, kHalves = 1;
+  static constexpr int kWidth = 1, kSub = 1, kHalves = 1, kVectors = 8;
 
   static ZK_FN f32 all(float x) { return x; }
   static ZK_FN u32 splat(uint32_t x) { return x; }
@@ -51,7 +51,7 @@ struct Lanes {
   static ZK_FN u64 counter(uint32_t block, int) { return block; }
   static ZK_FN u32 join(u64 a, u64) { return u32(a); }
   template <class V>
-  static ZK_FN void to_memory_order(V (&)[8]) {}
+  static ZK_FN void to_memory_order(V*) {}
 
   // ------------------------------------------------------------------------------------------------- dtypes and memory
   template <class T>
@@ -111,9 +111,9 @@ struct Lanes {
     for (int v = 0; v < 8; v += 2)
       reinterpret_cast<__nv_bfloat162*>(out.element)[v / 2] = __floats2bfloat162_rn(x[v], x[v + 1]);
   }
-  static ZK_FN void round(Out<__half>& out, const f32 (&x)[8], const u32 (&words)[4]) {
+  static ZK_FN void round(Out<__half>& out, const f32 (&x)[8], const u32 (&words)[1][4]) {
     u32 random[8];
-    rounding_bits<Lanes>(random, words);
+    rounding_bits<Lanes>(random, words[0]);
     ZK_UNROLL
     for (int v = 0; v < 8; ++v) out.element[v] = __ushort_as_half(uint16_t(stochastic_fp16<Lanes>(x[v], random[v])));
   }
@@ -122,18 +122,18 @@ struct Lanes {
     asm("{ .reg .pred p; setp.nan.f32 p, %1, %2; selp.u32 %0, 1, 0, p; }" : "=r"(either) : "f"(a), "f"(b));
     return either != 0;
   }
-  static ZK_FN void round(Out<__nv_bfloat16>& out, const f32 (&x)[8], const u32 (&words)[4]) {
+  static ZK_FN void round(Out<__nv_bfloat16>& out, const f32 (&x)[8], const u32 (&words)[1][4]) {
     u32 y[8];
     if (maybe_nan<Lanes>(x)) {
       u32 random[8];
-      rounding_bits<Lanes>(random, words);
+      rounding_bits<Lanes>(random, words[0]);
       ZK_UNROLL
       for (int v = 0; v < 8; ++v) y[v] = stochastic_bf16<Lanes>(x[v], random[v]) << 16;
     } else {
       ZK_UNROLL
       for (int j = 0; j < 4; ++j) {
-        y[2 * j] = __dp2a_lo(words[j], 1u, bits(x[2 * j]));  // x + the low half of the word, in one instruction
-        y[2 * j + 1] = bits(x[2 * j + 1]) + (words[j] >> 16);
+        y[2 * j] = __dp2a_lo(words[0][j], 1u, bits(x[2 * j]));  // x + the low half of the word, in one instruction
+        y[2 * j + 1] = bits(x[2 * j + 1]) + (words[0][j] >> 16);
       }
     }
     ZK_UNROLL
