@@ -49,7 +49,7 @@ def self_check(backend: str, device: torch.device) -> str | None:
             start = torch.linspace(-2, 2, 1003, dtype=torch.float64).to(dtype)
             results = []
             for name, where in ((backend, device), ("reference", torch.device("cpu"))):
-                w = start.to(where)
+                w = start.clone().to(where)
                 zokern.add_noise_(
                     [w],
                     tensor_ids=[7],

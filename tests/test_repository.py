@@ -1,0 +1,106 @@
+"""What a newcomer runs first: the README's figures and example, the examples, the report, the build's errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    # A GPU-less machine's TRITON_INTERPRET of this suite is no business of a fresh process.
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**inherited, **env}, timeout=300)
+
+
+def test_readme_figures_come_from_the_stored_results() -> None:
+    done = run(sys.executable, "benchmarks/readme_tables.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/passes.md"])
+def test_python_blocks_run(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = run(sys.executable, "-c", block)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_examples_run(path: str) -> None:
+    done = run(sys.executable, f"examples/{path}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_report_says_what_runs_and_why_the_rest_does_not() -> None:
+    done = run(sys.executable, "-m", "zokern", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    assert "ok: same bits as the reference" in done.stdout
+    assert "WRONG" not in done.stdout
+    assert "it works on CUDA tensors only" in done.stdout
+
+
+def test_report_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from zokern import report
+    from zokern.backends import cpu
+
+    right = cpu.add_noise
+    monkeypatch.setattr(cpu, "add_noise", lambda table, scalars, *rest: right(table, scalars, "rademacher", "nearest"))
+    assert report.self_check("cpu", torch.device("cpu")) is not None
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"ZOKERN_CUDA": "on", "CUDA_HOME": "/nonexistent"}, "there is no nvcc. Looked at: /nonexistent/bin/nvcc"),
+        ({"ZOKERN_CUDA": "maybe"}, "'maybe' is not one of auto, on, off"),
+    ],
+)
+def test_build_errors_say_what_to_do(env: dict[str, str], message: str, tmp_path: Path) -> None:
+    done = run(sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path), **env)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+def test_architecture_list_is_understood_or_refused(tmp_path: Path) -> None:
+    """A stand-in nvcc that knows three architectures; the build stops at CMake, whose options are what is looked at."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\ncompute_100\\n'\n")
+    nvcc.chmod(0o755)
+    code = (
+        "import runpy, setuptools; setuptools.setup = lambda **kw: None; "
+        "m = runpy.run_path('setup.py'); print(m['architectures'](m['find_nvcc']()[0]))"
+    )
+    home = {"CUDA_HOME": str(tmp_path)}
+    assert run(sys.executable, "-c", code, **home).stdout.strip() == "80-real;90-real;90-virtual;100-real"
+    listed = run(sys.executable, "-c", code, TORCH_CUDA_ARCH_LIST="8.0;9.0a+PTX", **home)
+    assert listed.stdout.strip() == "80-real;90a-real;90a-virtual"
+    refused = run(sys.executable, "-c", code, TORCH_CUDA_ARCH_LIST="Hopper", **home)
+    assert refused.returncode != 0
+    assert "'Hopper'; wanted numbers like" in refused.stderr
+
+
+def test_compiled_module_links_no_libtorch() -> None:
+    from zokern.backends import native
+
+    needed = subprocess.run(["readelf", "-d", native.extension.__file__], capture_output=True, text=True, check=True)
+    libraries = re.findall(r"NEEDED.*\[(.*?)\]", needed.stdout)
+    assert libraries
+    assert not [name for name in libraries if "torch" in name or "c10" in name or "cudart" in name]
