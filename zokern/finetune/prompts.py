@@ -1,0 +1,108 @@
+"""The prompt objective: a text in a template, and the likelihood that a language model gives to each label's word
+after it.
+
+MeZO's own main setting (Malladi et al. 2023, section 3). Class logit = mean log-likelihood of the word's tokens.
+Where every word is a single token, that is one forward over the prompts alone: the logits of those tokens at the
+prompt's last position (the softmax over the vocabulary cancels in the softmax over the classes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zokern.finetune.batches import Batch, Group, cut
+from zokern.finetune.options import FinetuneError
+from zokern.finetune.tasks import Task, accepts
+
+
+class Prompt(Task):
+    """template: holds {text}; words[i]: the word of label i, put after the template with a space between."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int, template: str, words: list[str]
+    ) -> None:
+        super().__init__(model, tokenizer, labels, max_length)
+        self.template = template
+        self.words = [self._word(word) for word in words]
+        if len({tuple(word) for word in self.words}) < len(self.words):
+            raise FinetuneError(
+                f"--verbalizers: two labels have the same tokens in {dict(zip(labels, words, strict=True))}"
+            )
+        self.single = all(len(word) == 1 for word in self.words)
+        self._counts = torch.tensor([len(word) for word in self.words], device=self.device)
+        self._first = torch.tensor([word[0] for word in self.words], device=self.device)
+        self._keeps = accepts(model, "logits_to_keep")
+
+    def batch(self, name: str, wanted: Sequence[int]) -> Batch:
+        """The prompts with the indices `wanted`; where words have several tokens, each prompt once per label."""
+        rows, targets = self.sets[name]
+        each = 1 if self.single else len(self.words)
+        return cut(rows, [i * each + c for i in wanted for c in range(each)], [targets[i] for i in wanted])
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(texts, classes), in float32."""
+        if self.single:
+            return batch.gather([self._last(group) for group in batch.groups])
+        return batch.gather([self._likelihood(group) for group in batch.groups]).view(-1, len(self.words))
+
+    def _last(self, group: Group) -> Tensor:
+        end = group.lengths - 1
+        logits, first = self._vocabulary(group, group.shortest - 1)
+        at_end = logits[torch.arange(len(end), device=end.device), end - first]
+        return at_end.index_select(1, self._first).float()
+
+    def _likelihood(self, group: Group) -> Tensor:
+        counts = self._counts.index_select(0, group.rows % len(self.words))
+        start = group.lengths - counts  # where the word begins; position p is predicted at p - 1
+        logits, first = self._vocabulary(group, max(group.shortest - max(map(len, self.words)) - 1, 0))
+        spoken = F.log_softmax(logits[:, :-1].float(), dim=-1)
+        tokens = group.ids[:, first + 1 :]
+        likelihood = spoken.gather(2, tokens.unsqueeze(2)).squeeze(2)
+        position = torch.arange(first + 1, group.ids.shape[1], device=self.device)
+        inside = (position >= start[:, None]) & (position < group.lengths[:, None])
+        return torch.where(inside, likelihood, 0.0).sum(1) / counts
+
+    def _vocabulary(self, group: Group, first: int) -> tuple[Tensor, int]:
+        """(logits, the position of their first, `first` or earlier): most of the head's work is skipped."""
+        if not self._keeps:
+            return self.model(input_ids=group.ids, attention_mask=group.mask).logits, 0
+        keep = group.ids.shape[1] - first
+        return self.model(input_ids=group.ids, attention_mask=group.mask, logits_to_keep=keep).logits, first
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # the sentence goes on: no end token
+
+    def _word(self, word: str) -> list[int]:
+        before = self._ids(self._fill("x"))
+        after = self._ids(self._fill("x") + " " + word)
+        if after[: len(before)] != before or len(after) == len(before):
+            raise FinetuneError(
+                f"the label word {word!r} does not begin a token of its own after --template {self.template!r}; "
+                "end the template with a word or a colon, without a space, and choose words the tokenizer knows"
+            )
+        return after[len(before) :]
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        prompts = [self._prompt(text) for text in texts]
+        return prompts if self.single else [prompt + word for prompt in prompts for word in self.words]
+
+    def _prompt(self, text: str) -> list[int]:
+        """The filled-in template, the text (never the template) cut so that it has at most max_length tokens."""
+        ids = self._ids(self._fill(text))
+        while len(ids) > self.max_length and text:
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            text = self.tokenizer.decode(tokens[: max(len(tokens) - (len(ids) - self.max_length), 0)])
+            ids = self._ids(self._fill(text))
+        if len(ids) > self.max_length:
+            raise FinetuneError(f"--template alone has {len(ids)} tokens; --max-length is {self.max_length}: raise it")
+        return ids
+
+    def _fill(self, text: str) -> str:
+        return self.template.replace("{text}", text)

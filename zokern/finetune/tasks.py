@@ -1,0 +1,126 @@
+"""The objectives: what the model's outputs must say for a text to count as classified, as one matrix of class logits.
+
+Each task tokenises once, cuts batches, and turns a batch into logits (texts, classes); the loss is their cross entropy.
+`logits` is all that runs inside the optimizer's closure.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zokern.finetune.batches import Batch, Rows, cut
+from zokern.finetune.data import TextSet
+
+
+class Task:
+    """Common part of the objectives. rows[name] holds the tokenised texts of the set `name` ("train" or "eval")."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.labels = labels
+        self.max_length = max_length
+        self.device = next(model.parameters()).device
+        self.sets: dict[str, tuple[Rows, list[int]]] = {}
+
+    def add(self, name: str, texts: TextSet) -> None:
+        """Tokenise a set once, for the whole run."""
+        self.sets[name] = (self._pack(self._tokens(texts.texts)), texts.targets)
+
+    def batch(self, name: str, wanted: Sequence[int]) -> Batch:
+        """The texts with the indices `wanted` of a set, ready for `logits`."""
+        rows, targets = self.sets[name]
+        return cut(rows, wanted, [targets[i] for i in wanted])
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(texts, classes), in float32."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross entropy of a batch, a scalar."""
+        return F.cross_entropy(self.logits(batch), batch.targets)
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return ids
+
+    def _pack(self, tokens: Sequence[Sequence[int]]) -> Rows:
+        return Rows.pack(tokens, self.tokenizer.pad_token_id, self.device)
+
+
+class Classifier(Task):
+    """A model with a classification head: its logits as they are."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(texts, classes), in float32."""
+        return batch.gather([self.model(input_ids=g.ids, attention_mask=g.mask).logits.float() for g in batch.groups])
+
+
+class Similarity(Task):
+    """An encoder: cosine similarity between a text and a sentence about each label, divided by a temperature.
+
+    Both sides move with the weights, so the label sentences are rows of every batch, after the texts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        labels: list[str],
+        max_length: int,
+        sentences: list[str],
+        temperature: float,
+    ) -> None:
+        super().__init__(model, tokenizer, labels, max_length)
+        self.temperature = temperature
+        self._label_tokens = self._tokens(sentences)
+
+    def add(self, name: str, texts: TextSet) -> None:
+        """Tokenise a set once; the label sentences follow its texts."""
+        self.sets[name] = (self._pack(self._tokens(texts.texts) + self._label_tokens), texts.targets)
+
+    def batch(self, name: str, wanted: Sequence[int]) -> Batch:
+        """The texts with the indices `wanted`, followed by the label sentences."""
+        rows, targets = self.sets[name]
+        return cut(rows, [*wanted, *range(len(targets), len(rows.lengths))], [targets[i] for i in wanted])
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(texts, classes): cosine / temperature, in float32."""
+        pooled = []
+        for group in batch.groups:
+            hidden = self.model(input_ids=group.ids, attention_mask=group.mask).last_hidden_state.float()
+            mask = group.mask.unsqueeze(-1).to(hidden.dtype)
+            pooled.append((hidden * mask).sum(1) / mask.sum(1))
+        embedded = F.normalize(batch.gather(pooled), dim=-1)
+        count = len(self.labels)
+        return embedded[:-count] @ embedded[-count:].T / self.temperature
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward takes a keyword argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def evaluate(task: Task, name: str, batch_size: int, between: Callable[[], None] = lambda: None) -> tuple[float, float]:
+    """(share of texts classified rightly, mean cross entropy) over a set, taken by length: hardly any padding.
+
+    between: called before each batch; it may raise to end the evaluation.
+    """
+    rows, targets = task.sets[name]
+    by_length = sorted(range(len(targets)), key=lambda i: rows.lengths[i])
+    right = torch.zeros((), device=task.device)
+    loss = torch.zeros((), device=task.device)
+    for start in range(0, len(by_length), batch_size):
+        between()
+        batch = task.batch(name, by_length[start : start + batch_size])
+        logits = task.logits(batch)
+        right += (logits.argmax(dim=1) == batch.targets).sum()
+        loss += F.cross_entropy(logits, batch.targets, reduction="sum")
+    return right.item() / len(targets), loss.item() / len(targets)
