@@ -27,7 +27,8 @@ def pass_table() -> str:
     machine = run["machine"]
     lines = [
         f"Perturbing {run['settings']['elements']:,} elements in place, one run on {machine['threads']} threads of an "
-        f"{machine['processor']} ({machine['instruction_sets'][0]}, torch {machine['torch']}); times over the time of a copy:",
+        f"{machine['processor']} ({machine['instruction_sets'][0]}, torch {machine['torch']}); "
+        "times over the time of a copy:",
         "",
         "| way | " + " | ".join(run["results"]) + " |",
         "|---|" + "---|" * len(run["results"]),
@@ -43,7 +44,10 @@ def pass_table() -> str:
             note = f" ({t['speedup_over_published']:.1f}x faster than published)" if label.startswith("zokern") else ""
             cells.append(f"{t['over_copy']:.2f}{note}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", "`published` draws z in the weights' type, scales it and adds it; `foreach` does it in place for a list."]
+    lines += [
+        "",
+        "`published` draws z in the weights' type, scales it and adds it; `foreach` does it in place for a list.",
+    ]
     return "\n".join(lines)
 
 
@@ -59,9 +63,11 @@ def demo_lines() -> str:
     end, seconds = run["summary"], run["summary"]["seconds"]
     share = seconds["passes"] / (seconds["passes"] + seconds["forwards"])
     return (
-        f"accuracy on {run['data']['eval']} held-out sentences **{end['accuracy_before']:.1%} -> {end['accuracy_after']:.1%}** "
+        f"accuracy on {run['data']['eval']} held-out sentences "
+        f"**{end['accuracy_before']:.1%} -> {end['accuracy_after']:.1%}** "
         f"in {seconds['training']:.0f} seconds of training on {run['machine']['threads']} cores ({end['steps']} steps, "
-        f"{end['counters']['forwards']} forwards, no backward); {share:.0%} of that time goes to the passes over the weights."
+        f"{end['counters']['forwards']} forwards, no backward); {share:.0%} of that time "
+        "goes to the passes over the weights."
     )
 
 
@@ -70,7 +76,9 @@ def render(text: str) -> str:
         pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
         text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md needs exactly one pair of markers '<!-- {name}: begin -->' and '<!-- {name}: end -->'")
+            raise SystemExit(
+                f"README.md needs exactly one pair of markers '<!-- {name}: begin -->' and '<!-- {name}: end -->'"
+            )
     return text
 
 

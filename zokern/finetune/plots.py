@@ -53,7 +53,7 @@ def save(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
         right.annotate("before", (1, percents[0]), xycoords=("axes fraction", "data"), xytext=(-4, 4),
                        textcoords="offset points", ha="right", color=_INK, fontsize=9)  # fmt: skip
         at = (steps[-1], percents[-1])
-        right.annotate(f"{percents[-1]:.1f} %  ({percents[-1] - percents[0]:+.1f})", at, xytext=(0, 8), ha="right",
+        right.annotate(f"{percents[-1]:.1f} %  ({percents[-1] - percents[0]:+.1f})", at, xytext=(0, -20), ha="right",
                        textcoords="offset points", color=_ACCURACY, fontsize=10, weight="bold")  # fmt: skip
     left.set_title("Loss", loc="left", fontsize=11)
     right.set_title("Held-out accuracy, %", loc="left", fontsize=11)
