@@ -73,7 +73,9 @@ def test_report_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_build_errors_say_what_to_do(env: dict[str, str], message: str, tmp_path: Path) -> None:
-    done = run(sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path), **env)
+    done = run(
+        sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path), **env
+    )
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
 

@@ -19,18 +19,21 @@ from zokern.reference import splitmix64
 def find_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, block) for each transformer block of `module`, in order; empty where there are none."""
     stacks: list[tuple[str, nn.ModuleList]] = []
+    outer: list[str] = []  # the outermost lists hold the blocks; lists inside blocks hold experts and the like
     for name, child in module.named_modules():
-        if not isinstance(child, nn.ModuleList) or len(child) < 2 or len({type(block) for block in child}) != 1:
+        prefix = f"{name}." if name else ""
+        if not isinstance(child, nn.ModuleList) or any(name.startswith(p) for p in outer):
             continue
-        if not any(name.startswith(outer + ".") for outer, _ in stacks):  # the outermost list holds the blocks
-            stacks.append((name, child))
+        outer.append(prefix)
+        if len(child) >= 2 and len({type(block) for block in child}) == 1:
+            stacks.append((prefix, child))
     if not stacks:
         return []
     # Experts, projections and the like also come as lists: a stack of blocks is one that holds much of the weights.
     sizes = [sum(p.numel() for p in stack.parameters()) for _, stack in stacks]
     return [
-        (f"{name}.{i}", block)
-        for (name, stack), size in zip(stacks, sizes, strict=True)
+        (f"{prefix}{i}", block)
+        for (prefix, stack), size in zip(stacks, sizes, strict=True)
         if 2 * size * len(stacks) >= sum(sizes)
         for i, block in enumerate(stack)
     ]
@@ -51,7 +54,7 @@ class RandomBlocks:
     num_dropped: int
     blocks: list[str] | None = None
     _block_of: dict[int, int] = field(default_factory=dict, repr=False)
-    _count: int = field(default=0, repr=False)
+    names: list[str] = field(default_factory=list, repr=False)
 
     def bind(self, module: nn.Module | None) -> None:
         """Finds the blocks of `module`; called by the optimizer's constructor."""
@@ -71,18 +74,22 @@ class RandomBlocks:
             for name in self.blocks:
                 if name not in named:
                     raise ValueError(f"layers: the module has no submodule {name!r}")
+                others = list(self.blocks)
+                others.remove(name)
+                if any(f"{name}.".startswith(f"{other}.") for other in others):
+                    raise ValueError(f"layers: block {name!r} is named twice, or lies in another block that is named")
             found = [(name, named[name]) for name in self.blocks]
         _checks.check_integer(self.num_dropped, "num_dropped", 0, len(found))
-        self._count = len(found)
+        self.names = [name for name, _ in found]
         self._block_of = {id(p): i for i, (_, block) in enumerate(found) for p in block.parameters()}
 
     def dropped(self, run_seed: int, step: int) -> set[int]:
         """The numbers of the blocks that `step` leaves out: the first entries of a Fisher-Yates shuffle."""
         state = derive_seed(run_seed, step, LAYERS_STREAM)
-        order = list(range(self._count))
+        order = list(range(len(self.names)))
         for i in range(self.num_dropped):
             # The modulo's bias is below count / 2^64.
-            j = i + splitmix64(state, i + 1) % (self._count - i)
+            j = i + splitmix64(state, i + 1) % (len(self.names) - i)
             order[i], order[j] = order[j], order[i]
         return set(order[: self.num_dropped])
 

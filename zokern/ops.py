@@ -80,9 +80,7 @@ def _run(
 ) -> None:
     """One launch for each dtype. Backends see addresses only, so everything must be right before they are called."""
     chosen = backends.choose(backend, src[0].device)
-    found, new = tables(src, dst, tensor_ids, offsets, groups)
-    if new:
-        _check_pairs(src, dst, tensor_ids, offsets)
+    found, _ = tables(src, dst, tensor_ids, offsets, groups, lambda: _check_pairs(src, dst, tensor_ids, offsets))
     scalars = Scalars(seeds.contiguous(), coefs.contiguous(), decays.contiguous(), rounding_seed, enabled)
     for table in found:
         chosen.add_noise(table, scalars, distribution, "nearest" if table.dtype == torch.float32 else rounding)

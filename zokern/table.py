@@ -8,7 +8,7 @@ too. A table is built once and found again while the addresses stay the same.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,12 +70,20 @@ _cache: OrderedDict[object, list[Table]] = OrderedDict()
 
 
 def tables(
-    src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int], groups: Sequence[int]
+    src: Sequence[Tensor],
+    dst: Sequence[Tensor],
+    ids: Sequence[int],
+    offsets: Sequence[int],
+    groups: Sequence[int],
+    check: Callable[[], None] | None = None,
 ) -> tuple[list[Table], bool]:
-    """One table for each dtype, and whether they had to be built."""
+    """One table for each dtype, and whether they had to be built. `check` may refuse tensors not seen before."""
     key = (
         src[0].device,
-        tuple((s.data_ptr(), d.data_ptr(), s.numel(), s.dtype) for s, d in zip(src, dst, strict=True)),
+        tuple(
+            (s.data_ptr(), d.data_ptr(), s.shape, s.stride(), d.stride(), s.dtype)
+            for s, d in zip(src, dst, strict=True)
+        ),
         tuple(ids),
         tuple(offsets),
         tuple(groups),
@@ -84,6 +92,8 @@ def tables(
     if found is not None:
         _cache.move_to_end(key)
         return found, False
+    if check is not None:
+        check()
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, s in enumerate(src):
         by_dtype.setdefault(s.dtype, []).append(i)

@@ -11,6 +11,7 @@ the host never waits. A loss that is not finite makes the step skip itself on th
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zokern import _checks, backends, placement
+from zokern.interrupts import HeldInterrupts
 from zokern.layers import RandomBlocks
 from zokern.noise import ROUNDING_STREAM, derive_seed
 from zokern.optim import parameters
@@ -55,7 +57,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         groups, self.module, self._registry = parameters.parse(params)
         self.seed = _checks.check_seed(seed, "seed")
         self.rounding = rounding
-        self.layers = layers
+        self.layers = copy.copy(layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": distribution, "rounding": rounding, **options}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self._passes = Passes(distribution, backend)
@@ -63,8 +65,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._skipped_seen: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._warned = False
         super().__init__(cast("Iterable[Tensor]", groups), defaults)
-        if layers is not None:
-            layers.bind(self.module)
+        self.options["layers"] = None
+        if self.layers is not None:
+            self.layers.bind(self.module)
+            self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
         sixteen_bit = any(p.element_size() == 2 for group in self.param_groups for p in group["params"])
         self._placement = placement.make(placement_name, self.module, sixteen_bit, self._passes)
 
@@ -101,13 +105,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if micro is not None and not micro:
             raise ValueError("batches is empty")
         self._warn_of_skipped()
+        with HeldInterrupts() as interrupts:
+            self._step(closure, micro, interrupts)
+        return self.metrics["loss"]
+
+    def _step(
+        self, closure: Callable[..., Tensor | float], micro: list[Any] | None, interrupts: HeldInterrupts
+    ) -> None:
         members = self._members()
         eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64)
         self._placement.begin(members, eps)
         try:
 
             def probe(terms: Mapping[int, float]) -> Tensor:
-                with self._placement.present(terms):
+                with self._placement.present(terms), interrupts.allowed():
                     if micro is None:
                         return self._evaluate(closure)
                     return torch.stack([self._evaluate(closure, batch) for batch in micro]).mean()
@@ -117,13 +128,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         finally:
             self._placement.end()
         self._passes.counters.steps += 1
-        return self.metrics["loss"]
 
     def _evaluate(self, closure: Callable[..., Tensor | float], *batch: Any) -> Tensor:
         loss = closure(*batch)
         self._passes.counters.forwards += 1
         if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-            loss = torch.tensor(float(loss))
+            loss = torch.tensor(float(loss), dtype=torch.float64)
         if not isinstance(loss, Tensor):
             raise TypeError(f"closure must return the loss as a scalar tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
@@ -132,20 +142,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _update(self, gradient: Mapping[int, Tensor], eps: Tensor) -> None:
         g = torch.stack(list(gradient.values()))  # [K], float64, on the losses' device
-        ok = torch.isfinite(g).all()
+        lr = torch.stack([torch.as_tensor(group["lr"]).to(g.device, torch.float64) for group in self.param_groups])
+        decay = torch.tensor([float(group["weight_decay"]) for group in self.param_groups], dtype=torch.float64)
+        eps, decay = eps.to(g.device, non_blocking=True), decay.to(g.device, non_blocking=True)
+        coefs = -(lr / eps)[:, None] * g
+        ok = torch.isfinite(coefs.to(torch.float32)).all()  # as the pass will read them
         if g.device.type == "cpu" and self._skipped.device.type == "cpu":
             self._skipped += int(not ok)
             self._warn_of_skipped()
         else:
             self._skipped = self._skipped.to(g.device, non_blocking=True) + (~ok)
             self._remember_skipped()
-        lr = torch.stack([torch.as_tensor(group["lr"]).to(g.device, torch.float64) for group in self.param_groups])
-        decay = torch.tensor([float(group["weight_decay"]) for group in self.param_groups], dtype=torch.float64)
-        eps, decay = eps.to(g.device, non_blocking=True), decay.to(g.device, non_blocking=True)
         rounding_seed = None
         if self.rounding != "nearest":
             rounding_seed = derive_seed(self.seed, self._passes.counters.steps, ROUNDING_STREAM)
-        self._placement.update(list(gradient), -(lr / eps)[:, None] * g, 1.0 - lr * decay, ok.reshape(1), rounding_seed)
+        self._placement.update(list(gradient), coefs, 1.0 - lr * decay, ok.reshape(1), rounding_seed)
 
     def direction_seed(self, k: int) -> int:
         """Seed of the current step's direction k."""

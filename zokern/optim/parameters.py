@@ -32,7 +32,7 @@ class Registry:
 
     def add(self, p: Tensor, name: str | None = None) -> None:
         if id(p) not in self.ids:
-            self.ids[id(p)] = len(self.ids)
+            self.ids[id(p)] = max(self.ids.values(), default=-1) + 1
             self.names[id(p)] = name or f"parameter {self.ids[id(p)]}"
             self._keep.append(p)
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from zokern.interrupts import uninterrupted
 from zokern.passes import Member, Passes
 
 
@@ -34,10 +33,9 @@ class InPlace:
     def _move(self, terms: Mapping[int, float]) -> None:
         delta = {s: terms.get(s, 0.0) - self.current.get(s, 0.0) for s in [*self.current, *terms]}
         seeds = [s for s, a in delta.items() if a != 0.0]
-        with uninterrupted():
-            if seeds:
-                self.passes.run(self.members, seeds, self._coefs(delta, seeds))
-            self.current = dict(terms)
+        if seeds:
+            self.passes.run(self.members, seeds, self._coefs(delta, seeds))
+        self.current = dict(terms)
 
     @contextlib.contextmanager
     def present(self, terms: Mapping[int, float]) -> Iterator[None]:
@@ -56,9 +54,8 @@ class InPlace:
         ok = enabled.to(torch.bool)
         decays = torch.where(ok, decays, torch.ones_like(decays))
         combined = torch.where(ok, wanted, torch.zeros_like(wanted)) - decays[:, None] * restore
-        with uninterrupted():
-            self.passes.run(self.members, every, combined, decays=decays, rounding_seed=rounding_seed)
-            self.current = {}
+        self.passes.run(self.members, every, combined, decays=decays, rounding_seed=rounding_seed)
+        self.current = {}
 
     def end(self) -> None:
         if self.current:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zokern.interrupts import uninterrupted
 from zokern.passes import Member, Passes
 
 
@@ -66,12 +65,10 @@ class Shadow:
         coefs = self.eps[:, None] * torch.tensor([terms[s] for s in seeds], dtype=torch.float64)
         self.passes.run(self.members, seeds, coefs, out=[c.detach() for c in self.copies])
         try:
-            with uninterrupted():
-                self._show(copies=True)
+            self._show(copies=True)
             yield
         finally:
-            with uninterrupted():
-                self._show(copies=False)
+            self._show(copies=False)
 
     def update(
         self, seeds: Sequence[int], coefs: Tensor, decays: Tensor, enabled: Tensor, rounding_seed: int | None
@@ -100,8 +97,7 @@ class Shadow:
     def _around_state_dict(self, *, copies: bool) -> None:
         """A state_dict() asked for while the copies are shown is of the weights."""
         if self.presented:
-            with uninterrupted():
-                self._enter(copies)
+            self._enter(copies)
 
 
 def _copies(members: Sequence[Member]) -> list[nn.Parameter]:
