@@ -1098,3 +1098,32 @@ def test_inplace_drifts_only_by_rounding_in_float32():
         opt.step(lambda: 1.0)
     for i, w in oracle.theta_of(model).items():
         assert np.abs(w - clean[i]).max() < 50 * 3 * 2.0**-24 * max(1.0, np.abs(clean[i]).max())
+
+
+# ------------------------------------------------------------------------------------------------- found by later review
+
+
+@PLACEMENTS
+def test_a_step_that_moves_nothing_keeps_negative_zeros(placement):
+    model = linear(4, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(-0.0)
+    opt = zokern.MeZO(model, 0.0, placement=placement)
+    opt.step(in_turn([2.0, 1.0]))
+    if placement == "shadow":
+        assert all(bool(torch.signbit(p).all()) for p in model.parameters())
+    assert opt.skipped_steps == 0
+
+
+def test_a_state_of_other_parameters_is_refused():
+    state = zokern.MeZO(nn.ModuleDict({"a": nn.Linear(3, 3)}), 1e-3).state_dict()
+    with pytest.raises(ValueError, match=r"'a\.weight' where this module has 'b\.weight'"):
+        zokern.MeZO(nn.ModuleDict({"b": nn.Linear(3, 3)}), 1e-3).load_state_dict(state)
+
+
+def test_copying_the_optimizer_whole_is_refused():
+    opt = zokern.MeZO(linear(4, 3), 1e-3)
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"state_dict\(\)"):
+            attempt(opt)

@@ -146,7 +146,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         decay = torch.tensor([float(group["weight_decay"]) for group in self.param_groups], dtype=torch.float64)
         eps, decay = eps.to(g.device, non_blocking=True), decay.to(g.device, non_blocking=True)
         coefs = -(lr / eps)[:, None] * g
-        ok = torch.isfinite(coefs.to(torch.float32)).all()  # as the pass will read them
+        decays = 1.0 - lr * decay
+        as_read = coefs.to(torch.float32), decays.to(torch.float32)  # by the pass
+        ok = torch.isfinite(as_read[0]).all()
+        # Adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing.
+        moves = (as_read[0] != 0).any() | (as_read[1] != 1).any()
         if g.device.type == "cpu" and self._skipped.device.type == "cpu":
             self._skipped += int(not ok)
             self._warn_of_skipped()
@@ -156,7 +160,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         rounding_seed = None
         if self.rounding != "nearest":
             rounding_seed = derive_seed(self.seed, self._passes.counters.steps, ROUNDING_STREAM)
-        self._placement.update(list(gradient), coefs, 1.0 - lr * decay, ok.reshape(1), rounding_seed)
+        self._placement.update(list(gradient), coefs, decays, (ok & moves).reshape(1), rounding_seed)
 
     def direction_seed(self, k: int) -> int:
         """Seed of the current step's direction k."""
@@ -229,6 +233,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _ids(self) -> list[list[int]]:
         return [[self._registry.ids[id(p)] for p in group["params"]] for group in self.param_groups]
 
+    def _names(self) -> list[list[str]]:
+        return [[self._registry.names[id(p)] for p in group["params"]] for group in self.param_groups]
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled whole: it holds on to its module. Save state_dict() and "
+            "load it into a new optimizer"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus the entry "zokern": what it takes to continue with the same noise."""
         state = super().state_dict()
@@ -238,7 +251,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "method": type(self).__name__,
             "seed": self.seed,
             "tensor_ids": self._ids(),
-            "names": [[self._registry.names[id(p)] for p in group["params"]] for group in self.param_groups],
+            "module": self.module is not None,
+            "names": self._names(),
             "counters": self.counters,
             "skipped": self.skipped_steps,
             "options": dict(self.options),
@@ -273,6 +287,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 f"state_dict has groups of {shapes} parameters, this optimizer of "
                 f"{[len(group['params']) for group in self.param_groups]}"
             )
+        if own["module"] and self.module is not None:
+            for theirs, ours in zip(own["names"], self._names(), strict=True):
+                for a, b in zip(theirs, ours, strict=True):
+                    if a != b:
+                        raise ValueError(f"state_dict has parameter {a!r} where this module has {b!r}")
         super().load_state_dict(state)
         for group, ids in zip(self.param_groups, own["tensor_ids"], strict=True):
             for p, tensor_id in zip(group["params"], ids, strict=True):

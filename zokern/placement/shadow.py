@@ -1,9 +1,9 @@
 """Forwards see a perturbed copy of the active parameters; the weights' own storage is written by updates alone.
 
-The copy is one allocation for each device and dtype, made at the first step and reused. While a closure runs, the
-module's entries for the active parameters are the copies; before and after, and in a state_dict() of the module asked
-for from inside the closure, they are the weights. No storage is ever exchanged (`param.data = ...`), so views, tied
-weights and optimizer state keep their meaning.
+The copy is one allocation for each device and dtype, reused while the active parameters stay the same. While a
+closure runs, the module's entries for the active parameters are the copies; before and after, and in a state_dict()
+of the module asked for from inside the closure, they are the weights. No storage is ever exchanged (`param.data =
+...`), so views, tied weights and optimizer state keep their meaning.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Shadow:
         self.members, self.eps = members, eps
         layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
         if layout != self.layout:
+            self.copies = []  # freed before the next are made: LeZO's active layers change from step to step
             self.copies = _copies(members)
             self.layout = layout
         copy_of = {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
