@@ -282,12 +282,7 @@ def test_losses_too_large_for_an_update_do_not_destroy_the_weights(placement, si
 # ----------------------------------------------------------------------------------------------------------- interrupts
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The transformer blocks of a model, and LeZO's draw of those that a step leaves out (Wang et al. 2024, arXiv 2410.09823).
 
-Blocks are found by structure: every outermost nn.ModuleList of two or more modules of one class whose length is that of
-the longest such list, or (an encoder-decoder) the several stacks that do not contain each other. Parameters outside all
-blocks are always active. The subset is a pure function of (run seed, step), so a replay finds it again.
+Blocks are found by structure: the entries of every outermost nn.ModuleList of two or more modules of one class that
+holds its share of the weights (an encoder-decoder has two such stacks). Parameters outside all blocks are always
+active. The subset is a pure function of (run seed, step), so a replay finds it again.
 """
 
 from __future__ import annotations

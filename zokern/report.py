@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Iterable
 
 import torch
 from rich.console import Console
@@ -17,9 +18,10 @@ from zokern import backends, reference
 from zokern.backends import native
 
 
-def versions() -> dict[str, str]:
-    out = {"zokern": zokern.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers"):
+def versions(packages: Iterable[str] = ("zokern", "torch", "triton", "transformers")) -> dict[str, str]:
+    """The installed versions of `packages`, and Python's."""
+    out = {"python": platform.python_version()}
+    for name in packages:
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

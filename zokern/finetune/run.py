@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import platform
 import sys
 import time
@@ -21,6 +20,7 @@ from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output
 from zokern.finetune.prompts import Prompt
 from zokern.finetune.tasks import Classifier, Similarity, Task
+from zokern.report import versions
 
 _PACKAGES = ("zokern", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -132,16 +132,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
 def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, Any]:
     result = summary.result
     return {
@@ -149,7 +139,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
         "options": options.as_json(),
         "chosen": {"objective": summary.objective, "device": summary.device, "dtype": summary.dtype},
         "data": {"source": data.source, "train": len(data.train), "eval": len(data.eval), "labels": data.labels},
-        "versions": _versions(),
+        "versions": versions(_PACKAGES),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
                     "gpu": torch.cuda.get_device_name(summary.device) if summary.device.startswith("cuda") else None},
         "summary": {

@@ -62,7 +62,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self._passes = Passes(distribution, backend)
         self._skipped = torch.zeros((), dtype=torch.int64)
-        self._skipped_seen: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._skipped_seen: tuple[Tensor, torch.cuda.Event] | None = None
         self._warned = False
         super().__init__(cast("Iterable[Tensor]", groups), defaults)
         self.options["layers"] = None
@@ -209,7 +209,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             count = int(self._skipped)
         elif self._skipped_seen is not None:
             host, event = self._skipped_seen
-            if event is None or event.query():
+            if event.query():
                 count, self._skipped_seen = int(host), None
         if count and not self._warned:
             self._warned = True

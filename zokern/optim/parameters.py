@@ -22,7 +22,6 @@ class Registry:
     """Ids and names by parameter; new parameters (add_param_group) get the module's id, or the next free one."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.module = module
         self.ids: dict[int, int] = {}
         self.names: dict[int, str] = {}
         self._keep: list[Tensor] = []  # an id() is only valid while its object lives
