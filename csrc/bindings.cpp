@@ -13,21 +13,27 @@ namespace py = pybind11;
 namespace {
 
 // What a pass is given as: seeds and rounding_seed are addresses, or 0 where the host knows the one seed there is.
-zk::Pass make_pass(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, uintptr_t coefs, uintptr_t decays,
+zk::Pass make_pass(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, uintptr_t coefs, uintptr_t scalars,
                    uintptr_t seeds, int64_t seed, int32_t num_seeds, uintptr_t rounding_seed,
-                   int64_t known_rounding_seed, uintptr_t enabled) {
+                   int64_t known_rounding_seed, int64_t known_state_seed, uintptr_t enabled, bool rademacher,
+                   bool stochastic, bool square_of_sum, bool keep_second) {
   zk::Pass p{};
   p.tensors = reinterpret_cast<const zk::TensorRow*>(tensors);
   p.chunks = reinterpret_cast<const zk::ChunkRow*>(chunks);
   p.num_chunks = num_chunks;
   p.coefs = reinterpret_cast<const float*>(coefs);
-  p.decays = reinterpret_cast<const float*>(decays);
+  p.scalars = reinterpret_cast<const float*>(scalars);
   p.seeds = reinterpret_cast<const int64_t*>(seeds);
   p.rounding_seed = reinterpret_cast<const int64_t*>(rounding_seed);
   p.enabled = reinterpret_cast<const int32_t*>(enabled);
   p.first_keys = zk::key_schedule(seed);
   p.rounding_keys = zk::key_schedule(known_rounding_seed);
+  p.state_keys = zk::key_schedule(known_state_seed);
   p.num_seeds = num_seeds;
+  p.rademacher = rademacher;
+  p.stochastic = stochastic;
+  p.square_of_sum = square_of_sum;
+  p.keep_second = keep_second;
   return p;
 }
 
@@ -41,19 +47,19 @@ void raise_if(const std::string& error) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "zokern's compiled passes; use zokern.ops, which checks its arguments.";
-  py::class_<zk::Pass>(m, "Pass").def(py::init(&make_pass), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
-                                      py::arg("num_chunks"), py::arg("coefs"), py::arg("decays"), py::arg("seeds"),
-                                      py::arg("seed"), py::arg("num_seeds"), py::arg("rounding_seed"),
-                                      py::arg("known_rounding_seed"), py::arg("enabled"));
+  py::class_<zk::Pass>(m, "Pass").def(
+      py::init(&make_pass), py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("num_chunks"),
+      py::arg("coefs"), py::arg("scalars"), py::arg("seeds"), py::arg("seed"), py::arg("num_seeds"),
+      py::arg("rounding_seed"), py::arg("known_rounding_seed"), py::arg("known_state_seed"), py::arg("enabled"),
+      py::arg("rademacher"), py::arg("stochastic"), py::arg("square_of_sum"), py::arg("keep_second"));
 
   m.def("cpu_instruction_sets", &zk::cpu::instruction_sets, "Built and supported by this processor, best first.");
   m.def(
-      "cpu_add_noise",
-      [](const zk::Pass& pass, int dtype, int distribution, int rounding, int threads, const std::string& set) {
-        zk::cpu::add_noise(pass, zk::DType(dtype), zk::Distribution(distribution), zk::Rounding(rounding), threads,
-                           set);
+      "cpu_run",
+      [](const zk::Pass& pass, int rule, int dtype, int state, int threads, const std::string& set) {
+        zk::cpu::run(pass, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), threads, set);
       },
-      py::arg("pass_"), py::arg("dtype"), py::arg("distribution"), py::arg("rounding"), py::arg("threads"),
+      py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("threads"),
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_normal_checksum", &zk::cpu::normal_checksum, py::arg("first"), py::arg("last"), py::arg("threads"),
         py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>(),
@@ -63,12 +69,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = zk::cuda::architectures();
   m.attr("cuda_toolkit") = zk::cuda::toolkit();
   m.def(
-      "cuda_add_noise",
-      [](const zk::Pass& pass, int dtype, int distribution, int rounding, int device, uintptr_t stream) {
-        raise_if(zk::cuda::add_noise(pass, zk::DType(dtype), zk::Distribution(distribution), zk::Rounding(rounding),
-                                     device, reinterpret_cast<void*>(stream)));
+      "cuda_run",
+      [](const zk::Pass& pass, int rule, int dtype, int state, int device, uintptr_t stream) {
+        raise_if(zk::cuda::run(pass, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), device,
+                               reinterpret_cast<void*>(stream)));
       },
-      py::arg("pass_"), py::arg("dtype"), py::arg("distribution"), py::arg("rounding"), py::arg("device"),
+      py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("device"),
       py::arg("stream"));
   m.def(
       "cuda_normal_checksum",

@@ -15,10 +15,12 @@
 #endif
 #ifdef __CUDACC__
 #define ZK_FN __device__ __forceinline__
+#define ZK_OUTLINE __device__ __forceinline__
 #define ZK_LAMBDA
 #define ZK_UNROLL _Pragma("unroll")
 #else
 #define ZK_FN inline __attribute__((always_inline))
+#define ZK_OUTLINE static __attribute__((noinline))
 #define ZK_LAMBDA __attribute__((always_inline))
 #define ZK_UNROLL _Pragma("GCC unroll 16")
 #endif

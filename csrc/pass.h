@@ -1,6 +1,7 @@
 // One pass over a table of tensors, as plain numbers: what bindings.cpp receives and every traversal reads.
 //
-//   dst <- round(decay[g]*src + sum_k coef[g][k] z(seed_k))       all in float32, one rounding to the storage type
+//   dst, states <- round(rule(src, states, sums of coef[g][c][k] z(seed_k)))     all in float32, one rounding to the
+//                                                                                storage type; rules are in rules.h
 //
 // The table is built by zokern/table.py and is the same memory layout for the CPU, CUDA and Triton backends.
 #pragma once
@@ -9,20 +10,34 @@
 namespace zk {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
-enum class Distribution : int { normal = 0, rademacher = 1 };
-enum class Rounding : int { nearest = 0, stochastic = 1 };
+// `any`: a kernel that looks at the pass at run time, where a kernel for each would be many.
+enum class Distribution : int { normal = 0, rademacher = 1, any = 2 };
+enum class Rounding : int { nearest = 0, stochastic = 1, any = 2 };
+// The structs of rules.h, in this order in zokern/rules.py too.
+enum class RuleId : int {
+  axpy = 0,
+  scaled_axpy = 1,
+  hizoo = 2,
+  hizoo_restore = 3,
+  helene = 4,
+  momentum = 5,
+  adam = 6,
+  adamezo = 7,
+  sign = 8,
+};
 
 // A chunk is this many consecutive global indices, so c1 (the high word of the block index) is uniform in it.
 constexpr int64_t kChunk = 1 << 14;
 
-struct TensorRow {  // eight int64, one row per tensor
+struct TensorRow {  // ten int64, one row per tensor
   int64_t numel;
   int64_t offset;   // global index of the first element: not 0 for a shard
   int64_t id;       // the 32-bit tensor id
-  int64_t group;    // row of decays and coefs
-  int64_t aligned;  // global indices divisible by 8 sit on 16-byte boundaries, in src and in dst
+  int64_t group;    // row of scalars and coefs
+  int64_t aligned;  // global indices divisible by 8 sit on 16-byte boundaries, in src, in dst and in the states
   int64_t src;      // addresses; equal for an in-place pass
   int64_t dst;
+  int64_t state[2];  // addresses of what the rule keeps for each element, as many as it has
   int64_t reserved;
 };
 
@@ -53,14 +68,18 @@ struct Pass {
   const TensorRow* tensors;
   const ChunkRow* chunks;
   int64_t num_chunks;
-  const float* coefs;            // [groups][num_seeds]
-  const float* decays;           // [groups]
+  const float* coefs;            // [groups][the rule's coefficients][num_seeds]
+  const float* scalars;          // [groups][the rule's scalars], the first of which is the decay
   const int64_t* seeds;          // [num_seeds], or null where there is one and it is known in first_keys
-  const int64_t* rounding_seed;  // [1], or null where it is known in rounding_keys
+  const int64_t* rounding_seed;  // [2]: of the weights and of a state; or null where they are known in the keys below
   const int32_t* enabled;        // null, or [1]: a zero there makes the pass write nothing
   KeySchedule first_keys;        // where seeds is null
   KeySchedule rounding_keys;     // where rounding_seed is null
+  KeySchedule state_keys;        // where rounding_seed is null
   int32_t num_seeds;
+  int32_t rademacher, stochastic;  // for kernels of Distribution::any and Rounding::any
+  int32_t square_of_sum;           // curvature from (sum_k b_k z_k)^2 instead of sum_k b_k z_k^2
+  int32_t keep_second;             // the second state is read but not written
 };
 
 // The part of a chunk that its tensor covers, in global indices.

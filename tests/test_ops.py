@@ -221,8 +221,8 @@ def test_groups_and_the_enabled_flag(backend: str, device: torch.device) -> None
             offsets=[0, 0],
             groups=[1, 0],
             seeds=torch.tensor([3, 4]),
-            coefs=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-            decays=torch.tensor([0.5, 0.25]),
+            coefs=torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]),
+            shared=torch.tensor([[0.5], [0.25]]),
             enabled=torch.tensor([enabled], dtype=torch.int32, device=device),
             backend=backend,
         )
@@ -368,30 +368,35 @@ def test_global_generators_are_left_alone(backend: str, device: torch.device) ->
 def operator_arguments(tensors: list[torch.Tensor]) -> tuple[object, ...]:
     n = len(tensors)
     return (
+        [],
+        [],
         list(range(n)),
         [0] * n,
         [0] * n,
         torch.tensor([1, 2]),
-        torch.tensor([[0.1, 0.2]]),
-        torch.tensor([1.0]),
+        torch.tensor([[[0.1, 0.2]]]),
+        torch.tensor([[1.0]]),
         None,
         None,
+        "axpy",
         "normal",
         "nearest",
+        False,
+        False,
         "cpu",
     )
 
 
 def test_opcheck() -> None:
     tensors = weights(torch.float32, (10, 20))
-    torch.library.opcheck(torch.ops.zokern.add_noise_, (tensors, *operator_arguments(tensors)))
+    torch.library.opcheck(torch.ops.zokern.pass_, (tensors, *operator_arguments(tensors)))
     out = [torch.empty_like(t) for t in tensors]
-    torch.library.opcheck(torch.ops.zokern.add_noise_out, (tensors, out, *operator_arguments(tensors)))
+    torch.library.opcheck(torch.ops.zokern.pass_out, (tensors, out, *operator_arguments(tensors)))
 
 
 def test_compiles_as_one_graph_with_the_same_bits() -> None:
     def perturbed_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        torch.ops.zokern.add_noise_([a, b], *operator_arguments([a, b]))
+        torch.ops.zokern.pass_([a, b], *operator_arguments([a, b]))
         return a.sum() * 2 + b.sum()
 
     eager, compiled = weights(torch.float32, (100, 200)), weights(torch.float32, (100, 200))

@@ -59,9 +59,10 @@ def test_report_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from zokern import report
     from zokern.backends import cpu
+    from zokern.backends.scalars import Kind
 
-    right = cpu.add_noise
-    monkeypatch.setattr(cpu, "add_noise", lambda table, scalars, *rest: right(table, scalars, "rademacher", "nearest"))
+    right, wrong = cpu.run, Kind(distribution="rademacher")
+    monkeypatch.setattr(cpu, "run", lambda table, kind, scalars: right(table, wrong, scalars))
     assert report.self_check("cpu", torch.device("cpu")) is not None
 
 

@@ -337,7 +337,7 @@ def test_ctrl_c_in_a_launch(placement, when, launch, monkeypatch):
         pytest.skip("one dtype: five launches")
     model, opt = make(placement, backend="cpu")
     before = Snapshot(model)
-    original, calls = backends.cpu.add_noise, iter(range(100))
+    original, calls = backends.cpu.run, iter(range(100))
 
     def interrupted(*args: Any) -> None:
         mine = next(calls) == launch
@@ -347,7 +347,7 @@ def test_ctrl_c_in_a_launch(placement, when, launch, monkeypatch):
         if mine and when == "after":
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(backends.cpu, "add_noise", interrupted)
+    monkeypatch.setattr(backends.cpu, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.step(model)
     monkeypatch.undo()

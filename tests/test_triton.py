@@ -272,18 +272,14 @@ def check(
         wanted.append(p.dst.clone().cpu() if enabled == 0 else from_storage(result, dtype))
         guards.append(p.guarded.clone())
     rows = make_table(pieces)
-    launch.add_noise(
-        rows.tensors,
-        rows.chunks,
+    numbers = scalars.Scalars(
         torch.tensor(seeds, dtype=torch.int64, device=DEVICE),
-        coefs.to(DEVICE),
-        decays.to(DEVICE),
-        torch.tensor([99], device=DEVICE) if how == "stochastic" else None,
+        coefs.unsqueeze(1).to(DEVICE),
+        decays.unsqueeze(1).to(DEVICE),
+        torch.tensor([99, 0], device=DEVICE),
         None if enabled is None else torch.tensor([enabled], dtype=torch.int32, device=DEVICE),
-        dtype=dtype,
-        distribution=distribution,
-        rounding=how,
     )
+    launch.run(rows, scalars.Kind(distribution=distribution, rounding=how), numbers)
     for p, want, guard in zip(pieces, wanted, guards, strict=True):
         assert torch.equal(p.dst.cpu(), want), p
         start = p.dst.storage_offset()
@@ -342,13 +338,12 @@ def test_minus_zero_and_huge() -> None:
     """K = 0 and decay 1 is a copy that keeps the sign of zero, infinities and subnormals."""
     x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45, -1e-40, 3.4e38, 1.0], device=DEVICE)
     out = torch.empty_like(x)
-    row = [8, 0, 0, 0, int(x.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0), x.data_ptr(), out.data_ptr(), 0]
-    launch.add_noise(
-        torch.tensor([row], device=DEVICE), torch.tensor([[0, 0]], dtype=torch.int32, device=DEVICE),
-        torch.empty(0, dtype=torch.int64, device=DEVICE), torch.empty(1, 0, device=DEVICE),
-        torch.ones(1, device=DEVICE), None, None,
-        dtype=torch.float32, distribution="normal", rounding="nearest",
-    )  # fmt: skip
+    empty = scalars.Scalars(
+        torch.empty(0, dtype=torch.int64, device=DEVICE),
+        torch.empty(1, 1, 0, device=DEVICE),
+        torch.ones(1, 1, device=DEVICE),
+    )
+    launch.run(table.build([x], [out], [0], [0], [0]), scalars.Kind(), empty)
     assert torch.equal(bits_of(out), bits_of(x))
 
 
@@ -367,8 +362,9 @@ def test_backend_protocol() -> None:
         to_storage(piece.src).copy(), dtype="bfloat16", tensor_id=5, seeds=seeds, coefs=coefs[0].tolist(),
         decay=decays[0].item(), rounding="stochastic", rounding_seed=8,
     )  # fmt: skip
-    numbers = scalars.Scalars(torch.tensor(seeds), coefs, decays, torch.tensor([8]), torch.ones(1, dtype=torch.int32))
-    backend.add_noise(make_table([piece]), numbers, "normal", "stochastic")
+    shared, enabled = decays.unsqueeze(1), torch.ones(1, dtype=torch.int32)
+    numbers = scalars.Scalars(torch.tensor(seeds), coefs.unsqueeze(1), shared, torch.tensor([8, 0]), enabled)
+    backend.run(make_table([piece]), scalars.Kind(rounding="stochastic"), numbers)
     assert torch.equal(piece.dst.cpu(), from_storage(want, torch.bfloat16))
 
 

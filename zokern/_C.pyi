@@ -11,19 +11,22 @@ class Pass:
         chunks: int,
         num_chunks: int,
         coefs: int,
-        decays: int,
+        scalars: int,
         seeds: int,
         seed: int,
         num_seeds: int,
         rounding_seed: int,
         known_rounding_seed: int,
+        known_state_seed: int,
         enabled: int,
+        rademacher: bool,
+        stochastic: bool,
+        square_of_sum: bool,
+        keep_second: bool,
     ) -> None: ...
 
 def cpu_instruction_sets() -> list[str]: ...
-def cpu_add_noise(
-    pass_: Pass, dtype: int, distribution: int, rounding: int, threads: int, instruction_set: str
-) -> None: ...
+def cpu_run(pass_: Pass, rule: int, dtype: int, state_dtype: int, threads: int, instruction_set: str) -> None: ...
 def cpu_normal_checksum(first: int, last: int, threads: int, instruction_set: str) -> int: ...
-def cuda_add_noise(pass_: Pass, dtype: int, distribution: int, rounding: int, device: int, stream: int) -> None: ...
+def cuda_run(pass_: Pass, rule: int, dtype: int, state_dtype: int, device: int, stream: int) -> None: ...
 def cuda_normal_checksum(first: int, last: int, sum: int, device: int, stream: int) -> None: ...

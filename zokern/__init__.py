@@ -5,6 +5,21 @@ from zokern._version import __version__
 from zokern.layers import RandomBlocks
 from zokern.noise import noise
 from zokern.ops import add_noise_
-from zokern.optim import LeZO, MeZO
+from zokern.optim import ES, FZOO, HELENE, ByLayer, HiZOO, LeZO, MeZO, MeZOGreedy, MeZOGV
 
-__all__ = ["LeZO", "MeZO", "RandomBlocks", "ZokernWarning", "__version__", "add_noise_", "noise"]
+__all__ = [
+    "ES",
+    "FZOO",
+    "HELENE",
+    "ByLayer",
+    "HiZOO",
+    "LeZO",
+    "MeZO",
+    "MeZOGV",
+    "MeZOGreedy",
+    "RandomBlocks",
+    "ZokernWarning",
+    "__version__",
+    "add_noise_",
+    "noise",
+]

@@ -49,6 +49,27 @@ def check_number(
     return float(value)
 
 
+def check_flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_share(value: object, name: str) -> float:
+    """A number in [0, 1)."""
+    share = check_number(value, name, 0.0, 1.0)
+    if share == 1.0:
+        raise ValueError(f"{name} is {share}; it must be in [0, 1)")
+    return share
+
+
+def check_betas(value: object) -> tuple[float, float]:
+    """Two decay rates in [0, 1)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"betas must be two numbers in [0, 1), got {value!r}")
+    return check_share(value[0], "betas[0]"), check_share(value[1], "betas[1]")
+
+
 def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(repr(c) for c in choices)}")

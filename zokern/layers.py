@@ -93,5 +93,9 @@ class RandomBlocks:
             order[i], order[j] = order[j], order[i]
         return set(order[: self.num_dropped])
 
+    def block_of(self, param: Tensor) -> int | None:
+        """The number of the block that holds a parameter; None outside the blocks."""
+        return self._block_of.get(id(param))
+
     def is_active(self, param: Tensor, dropped: set[int]) -> bool:
-        return self._block_of.get(id(param)) not in dropped
+        return self.block_of(param) not in dropped

@@ -16,8 +16,9 @@ from zokern.reference import derive_seed
 
 ROUNDING_STREAM = 1 << 32  # streams below are the directions k of a step
 LAYERS_STREAM = ROUNDING_STREAM + 1
+STATE_STREAM = ROUNDING_STREAM + 2
 
-__all__ = ["LAYERS_STREAM", "ROUNDING_STREAM", "derive_seed", "noise"]
+__all__ = ["LAYERS_STREAM", "ROUNDING_STREAM", "STATE_STREAM", "derive_seed", "noise"]
 
 
 def noise(

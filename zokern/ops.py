@@ -1,10 +1,10 @@
 """The public passes: check once, pick the backend, launch; and their registration with torch.library.
 
-    dst <- round(decay*src + sum_k coef_k z(seed_k))
+    dst <- round(decay*src + sum_k coef_k z(seed_k))      and the other rules of zokern/rules.py, with their states
 
 z is never stored, and everything between reading src and writing dst happens in registers. The two operators
-`zokern::add_noise_` and `zokern::add_noise_out` carry mutation annotations and fakes, so functions that call a pass
-compile under torch.compile(fullgraph=True).
+`zokern::pass_` and `zokern::pass_out` carry mutation annotations and fakes, so functions that call a pass compile
+under torch.compile(fullgraph=True).
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from zokern import _checks, backends
-from zokern.backends.scalars import Scalars
+from zokern.backends.scalars import Kind, Scalars
+from zokern.rules import RULES
 from zokern.table import tables
 
-_SCALARS = (
-    "int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, Tensor coefs, Tensor decays, Tensor? rounding_seed, "
-    "Tensor? enabled, str distribution, str rounding, str backend"
+_REST = (
+    "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
+    "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
+    "bool square_of_sum, bool keep_second, str backend"
 )
 _library = torch.library.Library("zokern", "DEF")
-_library.define(f"add_noise_(Tensor(a!)[] tensors, {_SCALARS}) -> ()")
-_library.define(f"add_noise_out(Tensor[] src, Tensor(a!)[] dst, {_SCALARS}) -> ()")
+_library.define(f"pass_(Tensor(a!)[] tensors, {_REST}) -> ()")
+_library.define(f"pass_out(Tensor[] src, Tensor(a!)[] dst, {_REST}) -> ()")
 
 
 def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int]) -> None:
@@ -63,34 +65,56 @@ def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int
                 )
 
 
+def _check_states(src: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
+    for state in states:
+        for s, t in zip(src, state, strict=True):
+            if t.shape != s.shape or t.device != s.device or not t.is_contiguous() or t.dtype != state[0].dtype:
+                raise ValueError(
+                    f"a state is {_checks.describe(t)}, its tensor {_checks.describe(s)}: a state is contiguous, on the "
+                    f"same device, of the same shape, and {state[0].dtype} like the others"
+                )
+
+
 def _run(
     src: list[Tensor],
     dst: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
     tensor_ids: list[int],
     offsets: list[int],
     groups: list[int],
     seeds: Tensor,
     coefs: Tensor,
-    decays: Tensor,
+    shared: Tensor,
     rounding_seed: Tensor | None,
     enabled: Tensor | None,
+    rule: str,
     distribution: str,
     rounding: str,
+    square_of_sum: bool,
+    keep_second: bool,
     backend: str,
 ) -> None:
     """One launch for each dtype. Backends see addresses only, so everything must be right before they are called."""
     chosen = backends.choose(backend, src[0].device)
-    found, _ = tables(src, dst, tensor_ids, offsets, groups, lambda: _check_pairs(src, dst, tensor_ids, offsets))
-    scalars = Scalars(seeds.contiguous(), coefs.contiguous(), decays.contiguous(), rounding_seed, enabled)
+    states = [state for state in (first, second) if state]
+
+    def check() -> None:
+        _check_pairs(src, dst, tensor_ids, offsets)
+        _check_states(src, states)
+
+    found, _ = tables(src, dst, tensor_ids, offsets, groups, check, states)
+    scalars = Scalars(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
     for table in found:
-        chosen.add_noise(table, scalars, distribution, "nearest" if table.dtype == torch.float32 else rounding)
+        how = "nearest" if table.dtype == torch.float32 else rounding
+        chosen.run(table, Kind(RULES[rule], distribution, how, square_of_sum, keep_second), scalars)
 
 
-def _add_noise_(tensors: list[Tensor], *args: object) -> None:
+def _pass_(tensors: list[Tensor], *args: object) -> None:
     _run(tensors, tensors, *args)  # type: ignore[arg-type]
 
 
-def _add_noise_out(src: list[Tensor], dst: list[Tensor], *args: object) -> None:
+def _pass_out(src: list[Tensor], dst: list[Tensor], *args: object) -> None:
     _run(src, dst, *args)  # type: ignore[arg-type]
 
 
@@ -99,10 +123,10 @@ def _fake(*args: object) -> None:
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("add_noise_", _add_noise_, _key)
-    _library.impl("add_noise_out", _add_noise_out, _key)
-torch.library.register_fake("zokern::add_noise_", _fake, lib=_library)
-torch.library.register_fake("zokern::add_noise_out", _fake, lib=_library)
+    _library.impl("pass_", _pass_, _key)
+    _library.impl("pass_out", _pass_out, _key)
+torch.library.register_fake("zokern::pass_", _fake, lib=_library)
+torch.library.register_fake("zokern::pass_out", _fake, lib=_library)
 
 
 def launch(
@@ -114,34 +138,45 @@ def launch(
     groups: list[int],
     seeds: Tensor,
     coefs: Tensor,
-    decays: Tensor,
+    shared: Tensor,
+    states: Sequence[list[Tensor]] = (),
     rounding_seed: Tensor | None = None,
     enabled: Tensor | None = None,
+    rule: str = "axpy",
     distribution: str = "normal",
     rounding: str = "nearest",
+    square_of_sum: bool = False,
+    keep_second: bool = False,
     backend: str = "auto",
 ) -> None:
-    """The pass as the optimizers call it: scalars as tensors (backends/scalars.py), one row of coefs and decays a group.
+    """The pass as the optimizers call it: scalars as tensors (backends/scalars.py), one row of coefs and shared a group.
 
-    dst None works in place. Tensors are checked when they are first seen; scalars are the caller's to check.
+    dst None works in place. `states` are the rule's, one list each. Tensors are checked when they are first seen;
+    scalars are the caller's to check.
     """
-    scalars = (
+    first, second = [*states, [], []][:2]
+    rest = (
+        first,
+        second,
         tensor_ids,
         offsets,
         groups,
         seeds,
         coefs,
-        decays,
+        shared,
         rounding_seed,
         enabled,
+        rule,
         distribution,
         rounding,
+        square_of_sum,
+        keep_second,
         backend,
     )
     if dst is None:
-        torch.ops.zokern.add_noise_(src, *scalars)
+        torch.ops.zokern.pass_(src, *rest)
     else:
-        torch.ops.zokern.add_noise_out(src, dst, *scalars)
+        torch.ops.zokern.pass_out(src, dst, *rest)
     if not torch.compiler.is_compiling():  # autograd must know that the values changed
         torch.autograd.graph.increment_version([t for t in (src if dst is None else dst) if not t.is_inference()])
 
@@ -259,7 +294,7 @@ def add_noise_(
         )
     rounding_tensor = None
     if rounding_seed is not None:
-        rounding_tensor = torch.tensor([_checks.check_seed(rounding_seed, "rounding_seed")], dtype=torch.int64)
+        rounding_tensor = torch.tensor([_checks.check_seed(rounding_seed, "rounding_seed"), 0], dtype=torch.int64)
     with torch.no_grad():
         launch(
             src,
@@ -268,8 +303,8 @@ def add_noise_(
             offsets=starts,
             groups=[0] * len(src),
             seeds=seed_tensor,
-            coefs=coef_tensor.reshape(1, -1),
-            decays=decays,
+            coefs=coef_tensor.reshape(1, 1, -1),
+            shared=decays.reshape(1, 1),
             rounding_seed=rounding_tensor,
             distribution=distribution,
             rounding=rounding,

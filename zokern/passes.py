@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from zokern import ops
+from zokern.rules import RULES
+
+# A direction's seed: known to the host, or (a 0-d int64 tensor) to the device alone. Tensors are told apart by identity.
+Seed = int | Tensor
+# Multiples of eps by seed, each a number or a 0-d float64 tensor.
+Terms = Mapping[Seed, float | Tensor]
 
 
 @dataclass(frozen=True)
 class Member:
-    """An active parameter: its tensor id, its parameter group, and its name for messages."""
+    """An active parameter: its tensor id, its row of the coefficients, its name for messages, its states by name."""
 
     param: Tensor
     tensor_id: int
     group: int
     name: str
+    states: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -29,7 +36,7 @@ class Counters:
     forwards: int = 0
     passes: int = 0
     launches: int = 0
-    elements_moved: int = 0  # read or written: in place or not, two for each element of a pass
+    elements_moved: int = 0  # of weights, read or written: in place or not, two for each element of a pass
 
 
 @dataclass
@@ -41,22 +48,30 @@ class Passes:
     def run(
         self,
         members: Sequence[Member],
-        seeds: Sequence[int],
-        coefs: Tensor,
+        seeds: Sequence[Seed],
+        coefs: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor] | None = None,
         *,
-        decays: Tensor | None = None,
+        rule: str = "axpy",
         out: Sequence[Tensor] | None = None,
-        rounding_seed: int | None = None,
+        rounding_seeds: tuple[int, int] | None = None,
+        stochastic: bool = False,
         enabled: Tensor | None = None,
+        square_of_sum: bool = False,
+        keep_second: bool = False,
     ) -> None:
-        """dst <- round(decays[g]*param + sum_k coefs[g, k] z(seeds[k])) for every member, g its group.
+        """One pass of `rule` over every member, whose row g of the coefficients and scalars is its own.
 
-        coefs [G, K] and decays [G] are rounded to float32 here, once. rounding_seed None means rounding to nearest.
+        coefs: each of the rule's coefs, [G, K]; shared: each of its scalars, [G] (none given: no decay). They are rounded
+        to float32 here, once. rounding_seeds: the weights' and a state's; stochastic says whether weights use theirs.
         """
         if not members:
             return
-        if decays is None:
-            decays = torch.ones(coefs.shape[0], dtype=torch.float64)
+        which = RULES[rule]
+        stacked = torch.stack([coefs[name] for name in which.coefs], dim=1)
+        if shared is None:
+            shared = {"decay": torch.ones(stacked.shape[0], dtype=torch.float64)}
+        scalars = torch.stack([shared[name] for name in which.scalars], dim=1)
         by_device: dict[torch.device, list[int]] = {}
         for i, member in enumerate(members):
             by_device.setdefault(member.param.device, []).append(i)
@@ -65,21 +80,40 @@ class Passes:
             ops.launch(
                 [m.param.detach() for m in chosen],
                 None if out is None else [out[i] for i in at],
+                states=[[m.states[name] for m in chosen] for name in which.states],
                 tensor_ids=[m.tensor_id for m in chosen],
                 offsets=[0] * len(at),
                 groups=[m.group for m in chosen],
-                seeds=torch.tensor(list(seeds), dtype=torch.int64),
-                coefs=_float32_near(coefs, device),
-                decays=_float32_near(decays, device),
-                rounding_seed=None if rounding_seed is None else torch.tensor([rounding_seed], dtype=torch.int64),
+                seeds=_seed_tensor(seeds, device),
+                coefs=_float32_near(stacked, device),
+                shared=_float32_near(scalars, device),
+                rounding_seed=None if rounding_seeds is None else torch.tensor(rounding_seeds, dtype=torch.int64),
                 enabled=None if enabled is None else enabled.to(device, non_blocking=True),
+                rule=rule,
                 distribution=self.distribution,
-                rounding="nearest" if rounding_seed is None else "stochastic",
+                rounding="stochastic" if stochastic else "nearest",
+                square_of_sum=square_of_sum,
+                keep_second=keep_second,
                 backend=self.backend,
             )
             self.counters.launches += len({m.param.dtype for m in chosen})
         self.counters.passes += 1
         self.counters.elements_moved += 2 * sum(m.param.numel() for m in members)
+
+
+def multiples(terms: Terms, seeds: Sequence[Seed]) -> Tensor:
+    """The terms of `seeds`, in that order, float64 [K], on the device of those that are tensors; 0 for none."""
+    values = [terms.get(seed, 0.0) for seed in seeds]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if not tensors:
+        return torch.tensor(values, dtype=torch.float64)
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64).to(tensors[0].device) for v in values])
+
+
+def _seed_tensor(seeds: Sequence[Seed], device: torch.device) -> Tensor:
+    if not any(isinstance(seed, Tensor) for seed in seeds):
+        return torch.tensor(seeds, dtype=torch.int64)
+    return torch.stack([torch.as_tensor(seed, dtype=torch.int64).to(device, non_blocking=True) for seed in seeds])
 
 
 def _float32_near(t: Tensor, device: torch.device) -> Tensor:

@@ -74,7 +74,8 @@ def splitmix64(state: int, n: int) -> int:
 def derive_seed(run_seed: int, step: int, stream: int) -> int:
     """63-bit seed of `stream` in `step` of a run: three chained SplitMix64 outputs, the top 63 bits of the last.
 
-    Streams 0 <= k < 2^32 are the directions; 2^32 is the update's rounding, 2^32 + 1 the choice of layers.
+    Streams 0 <= k < 2^32 are the directions; 2^32 is the update's rounding, 2^32 + 1 the choice of layers, 2^32 + 2 the
+    rounding of a state.
     """
     return splitmix64(splitmix64(splitmix64(run_seed, 1), step + 1), stream + 1) >> 1
 

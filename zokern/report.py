@@ -39,7 +39,7 @@ def extension_facts() -> str:
         return native.import_error
     ext = native.extension
     cpu = "CPU " + ", ".join(ext.cpu_instruction_sets())
-    if not hasattr(ext, "cuda_add_noise"):
+    if not hasattr(ext, "cuda_run"):
         return f"{cpu}; no CUDA kernels in this build"
     return f"{cpu}; CUDA {ext.cuda_toolkit} for {ext.cuda_architectures}"
 

@@ -1,8 +1,8 @@
 """The chunk table: all tensors of a pass, one dtype on one device, as one kernel launch sees them.
 
-`tensors` is int64 [T, 8]: numel, offset, tensor id, group, aligned, src address, dst address, 0. `chunks` is int32
-[C, 2]: row of `tensors`, number of a chunk of 2^14 consecutive global indices. The layout is csrc/pass.h's and Triton's
-too. A table is built once and found again while the addresses stay the same.
+`tensors` is int64 [T, COLUMNS]: numel, offset, tensor id, group, aligned, the addresses of src, dst and two states, 0.
+`chunks` is int32 [C, 2]: row of `tensors`, number of a chunk of 2^14 consecutive global indices. The layout is
+csrc/pass.h's and Triton's too. A table is built once and found again while the addresses stay the same.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 14
+COLUMNS = 10
 _CACHED_TABLES = 64
 
 
 @dataclass(frozen=True)
 class Table:
-    """One launch: `numel` elements of `dtype`, described by device tensors."""
+    """One launch: `numel` elements of `dtype` with states of `state_dtype`, described by device tensors."""
 
     dtype: torch.dtype
+    state_dtype: torch.dtype
     tensors: Tensor
     chunks: Tensor
     numel: int
@@ -31,17 +33,22 @@ class Table:
 
 
 def build(
-    src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int], groups: Sequence[int]
+    src: Sequence[Tensor],
+    dst: Sequence[Tensor],
+    ids: Sequence[int],
+    offsets: Sequence[int],
+    groups: Sequence[int],
+    states: Sequence[Sequence[Tensor]] = (),
 ) -> Table:
-    """The table of tensors that share a dtype and a device. 40 bytes a tensor and 8 a chunk, uploaded once."""
-    size = src[0].element_size()
-    rows = np.zeros((len(src), 8), np.int64)
+    """The table of tensors that share a dtype and a device. 80 bytes a tensor and 8 a chunk, uploaded once."""
+    rows = np.zeros((len(src), COLUMNS), np.int64)
     parts: list[np.ndarray[tuple[int, int], np.dtype[np.int32]]] = []
     for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
         # Blocks start at global indices divisible by 8: 16-byte accesses need those to lie on 16-byte boundaries.
-        lead = offset % 8 * size
-        aligned = (s.data_ptr() - lead) % 16 == 0 and (d.data_ptr() - lead) % 16 == 0
-        rows[i] = (s.numel(), offset, tensor_id, group, aligned, s.data_ptr(), d.data_ptr(), 0)
+        kept = [state[i] for state in states]
+        aligned = all((t.data_ptr() - offset % 8 * t.element_size()) % 16 == 0 for t in (s, d, *kept))
+        addresses = [t.data_ptr() for t in (s, d, *kept)]
+        rows[i, : 5 + len(addresses)] = (s.numel(), offset, tensor_id, group, aligned, *addresses)
         first, last = offset // CHUNK, -(-(offset + s.numel()) // CHUNK)
         part = np.empty((last - first, 2), np.int32)
         part[:, 0] = i
@@ -50,6 +57,7 @@ def build(
     device = src[0].device
     return Table(
         dtype=src[0].dtype,
+        state_dtype=states[0][0].dtype if states else torch.float32,
         tensors=upload(torch.from_numpy(rows), device),
         chunks=upload(torch.from_numpy(np.concatenate(parts)), device),
         numel=int(rows[:, 0].sum()),
@@ -76,8 +84,12 @@ def tables(
     offsets: Sequence[int],
     groups: Sequence[int],
     check: Callable[[], None] | None = None,
+    states: Sequence[Sequence[Tensor]] = (),
 ) -> tuple[list[Table], bool]:
-    """One table for each dtype, and whether they had to be built. `check` may refuse tensors not seen before."""
+    """One table for each dtype, and whether they had to be built. `check` may refuse tensors not seen before.
+
+    states: of the rule, each a list with one tensor for each of src; all of one dtype.
+    """
     key = (
         src[0].device,
         tuple(
@@ -87,6 +99,7 @@ def tables(
         tuple(ids),
         tuple(offsets),
         tuple(groups),
+        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for state in states for t in state),
     )
     found = _cache.get(key)
     if found is not None:
@@ -104,6 +117,7 @@ def tables(
             [ids[i] for i in at],
             [offsets[i] for i in at],
             [groups[i] for i in at],
+            [[state[i] for i in at] for state in states],
         )
         for at in by_dtype.values()
     ]

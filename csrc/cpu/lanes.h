@@ -81,14 +81,12 @@ struct Lanes {
 #endif
   }
 
-  static ZK_FN f32 fma(f32 a, f32 b, f32 c) {
-#if defined(__AVX512F__)
-    return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
-    return _mm256_fmadd_ps(a, b, c);
-#elif defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)
-    return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
+  static ZK_FN f32 at_least(f32 x, f32 low) { return x > low ? x : low; }
+  static ZK_FN f32 at_most(f32 x, f32 high) { return x < high ? x : high; }
+
+#if !defined(__AVX2__) && !(defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON))
+  // Not inlined: some twenty instructions at each of hundreds of places.
+  static __attribute__((noinline)) f32 emulated_fma(f32 a, f32 b, f32 c) {
     // The exact product, a sum rounded to odd, one rounding to float: no double rounding (Boldo and Melquiond 2008).
     typedef double f64 __attribute__((vector_size(8 * W)));
     typedef int64_t i64 __attribute__((vector_size(8 * W)));
@@ -99,6 +97,18 @@ struct Lanes {
     const i64 up = (error > 0.0) & even, down = (error < 0.0) & even, negative = (i64)s >> 63;
     const i64 away = (up & ~negative) | (down & negative), toward = (down & ~negative) | (up & negative);
     return __builtin_convertvector((f64)((i64)s - away + toward), f32);
+  }
+#endif
+
+  static ZK_FN f32 fma(f32 a, f32 b, f32 c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)
+    return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return emulated_fma(a, b, c);
 #endif
   }
 

@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+
+#include "kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -83,12 +85,16 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-void add_noise(const Pass& pass, DType dtype, Distribution d, Rounding r, int threads, const std::string& isa) {
+void run(const Pass& pass, RuleId id, DType dtype, DType state, int threads, const std::string& isa) {
   if (pass.enabled != nullptr && *pass.enabled == 0) return;
   const Kernels& k = kernels(isa);
   // Four chunks of 16384 elements are some 20 microseconds of work: less is not worth a thread or a claim.
-  parallel(pass.num_chunks, 4, threads,
-           [&](int64_t first, int64_t last) { k.add_noise(pass, dtype, d, r, first, last); });
+  parallel(pass.num_chunks, 4, threads, [&](int64_t first, int64_t last) {
+    if (id == RuleId::axpy)
+      k.axpy(pass, dtype, first, last);
+    else
+      k.rule(pass, id, dtype, state, first, last);
+  });
 }
 
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& isa) {

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "traverse.h"
+#include "../pass.h"
 
 namespace zk {
 namespace cpu {
@@ -11,7 +11,7 @@ namespace cpu {
 // Instruction sets that were built and that this processor has, best first: "avx512", "avx2", "plain".
 std::vector<std::string> instruction_sets();
 
-void add_noise(const Pass&, DType, Distribution, Rounding, int threads, const std::string& instruction_set);
+void run(const Pass&, RuleId, DType, DType state, int threads, const std::string& instruction_set);
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& instruction_set);
 
 }  // namespace cpu

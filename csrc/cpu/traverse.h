@@ -1,23 +1,45 @@
-// What every instruction set's build of traverse.cpp exports, and what run.cpp chooses between.
+// The CPU traversal of chunks: walks tiles, hands them to tile.h. Included once per instruction set, whose build
+// defines ZK_ISA; what each exports is in kernels.h.
 #pragma once
-#include <cstdint>
-
-#include "../pass.h"
+#include "../tile.h"
+#include "kernels.h"
+#include "lanes.h"
 
 namespace zk {
-namespace cpu {
+namespace ZK_ISA {
 
-struct Kernels {
-  // Chunks first .. last-1 of a pass.
-  void (*add_noise)(const Pass&, DType, Distribution, Rounding, int64_t first, int64_t last);
-  // Sum over words of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64: the exhaustive test of the transform.
-  uint64_t (*normal_checksum)(uint64_t first, uint64_t last);
-};
+void axpy(const Pass&, DType, int64_t first, int64_t last);
+uint64_t normal_checksum(uint64_t first, uint64_t last);
 
-extern const Kernels kPlain;
-#if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512;
-#endif
+// Tiles first .. last-1 of the chunk at `base`, counted from it. Cut tiles touch only the elements inside the span.
+template <class T, class S, class R, Distribution D, Rounding Q, bool kCut, class U>
+void rule_tiles(const TensorRow& t, const Span span, const U& u, int64_t base, int64_t first, int64_t last) {
+  const Places<T, S> p = places<T, S, R>(t, base);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t at = i * Lanes::kTile, index = base + at;
+    const int lo = kCut && index < span.begin ? int(span.begin - index) : 0;
+    const int hi = kCut && index + Lanes::kTile > span.end ? int(span.end - index) : Lanes::kTile;
+    rule_tile<Lanes, T, S, R, D, Q, kCut>(u, p, at, uint64_t(base), uint32_t(i * Lanes::kWidth), lo, hi);
+  }
+}
 
-}  // namespace cpu
+template <class T, class S, class R, Distribution D, Rounding Q>
+void rule_chunks(const Pass& pass, int64_t first, int64_t last) {
+  for (int64_t c = first; c < last; ++c) {
+    const TensorRow& t = pass.tensors[pass.chunks[c].tensor];
+    const Span span = span_of(t, pass.chunks[c]);
+    const AnyUniform<R> any = any_uniform<R>(pass, t);
+    constexpr int64_t tile = Lanes::kTile;
+    const int64_t base = span.begin & ~(kChunk - 1), begin = span.begin - base, end = span.end - base;
+    const int64_t touched = begin / tile, touched_end = (end + tile - 1) / tile;
+    const int64_t whole = (begin + tile - 1) / tile, whole_end = end / tile;
+    if (whole > touched) rule_tiles<T, S, R, D, Q, true>(t, span, any, base, touched, whole);
+    with_uniform<R>(pass, any,
+                    [&](const auto& u) { rule_tiles<T, S, R, D, Q, false>(t, span, u, base, whole, whole_end); });
+    if (whole_end < touched_end && whole_end >= whole)
+      rule_tiles<T, S, R, D, Q, true>(t, span, any, base, whole_end, touched_end);
+  }
+}
+
+}  // namespace ZK_ISA
 }  // namespace zk

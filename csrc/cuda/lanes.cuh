@@ -41,6 +41,8 @@ struct Lanes {
     return y;
   }
   static ZK_FN f32 fma(f32 a, f32 b, f32 c) { return __fmaf_rn(a, b, c); }
+  static ZK_FN f32 at_least(f32 x, f32 low) { return fmaxf(x, low); }
+  static ZK_FN f32 at_most(f32 x, f32 high) { return fminf(x, high); }
   // In PTX, because the compiler widens the C++ expression to a 64-bit product: one more instruction for each.
   static ZK_FN u64 mul(u64 a, uint32_t b) {
     u64 p;

@@ -8,7 +8,7 @@ namespace zk {
 namespace cuda {
 
 // All addresses in `pass` are device addresses. Enqueues on `stream` of `device`; allocates nothing, waits for nothing.
-std::string add_noise(const Pass& pass, DType, Distribution, Rounding, int device, void* stream);
+std::string run(const Pass& pass, RuleId, DType, DType state, int device, void* stream);
 
 // Adds sum over words first .. last-1 of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64, to *sum (device memory).
 std::string normal_checksum(uint64_t first, uint64_t last, uint64_t* sum, int device, void* stream);

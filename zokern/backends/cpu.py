@@ -10,7 +10,7 @@ import os
 import torch
 
 from zokern.backends import native
-from zokern.backends.scalars import Scalars
+from zokern.backends.scalars import Kind, Scalars
 from zokern.table import Table
 
 ENVIRONMENT = "ZOKERN_CPU_ISA"
@@ -32,12 +32,12 @@ def instruction_set() -> str:
     return forced
 
 
-def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) -> None:
-    native.extension.cpu_add_noise(
-        native.make_pass(table, scalars),
+def run(table: Table, kind: Kind, scalars: Scalars) -> None:
+    native.extension.cpu_run(
+        native.make_pass(table, kind, scalars),
+        rule=kind.rule.id,
         dtype=native.DTYPES[table.dtype],
-        distribution=native.DISTRIBUTIONS[distribution],
-        rounding=native.ROUNDINGS[rounding],
+        state_dtype=native.DTYPES[table.state_dtype],
         threads=torch.get_num_threads(),
         instruction_set=instruction_set(),
     )

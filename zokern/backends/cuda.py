@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zokern.backends import native
-from zokern.backends.scalars import Scalars
+from zokern.backends.scalars import Kind, Scalars
 from zokern.table import Table, upload
 
 
@@ -14,7 +14,7 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "it works on CUDA tensors only"
     if native.import_error is not None:
         return native.import_error
-    if not hasattr(native.extension, "cuda_add_noise"):
+    if not hasattr(native.extension, "cuda_run"):
         return (
             "zokern._C was built without CUDA kernels; rebuild where nvcc is found (ZOKERN_CUDA=on says where it looks)"
         )
@@ -27,17 +27,17 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) -> None:
+def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     device = table.tensors.device
     seeds = scalars.seeds if scalars.seeds.numel() == 1 else upload(scalars.seeds, device)
     on_device = Scalars(
-        seeds, upload(scalars.coefs, device), upload(scalars.decays, device), scalars.rounding_seed, scalars.enabled
+        seeds, upload(scalars.coefs, device), upload(scalars.shared, device), scalars.rounding_seed, scalars.enabled
     )
-    native.extension.cuda_add_noise(
-        native.make_pass(table, on_device),
+    native.extension.cuda_run(
+        native.make_pass(table, kind, on_device),
+        rule=kind.rule.id,
         dtype=native.DTYPES[table.dtype],
-        distribution=native.DISTRIBUTIONS[distribution],
-        rounding=native.ROUNDINGS[rounding],
+        state_dtype=native.DTYPES[table.state_dtype],
         device=device.index,
         stream=torch.cuda.current_stream(device).cuda_stream,
     )

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from zokern.backends.scalars import Scalars
+from zokern.backends.scalars import Kind, Scalars
 from zokern.table import Table
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-DISTRIBUTIONS = {"normal": 0, "rademacher": 1}
-ROUNDINGS = {"nearest": 0, "stochastic": 1}
 
 extension: Any = None
 import_error: str | None = None
@@ -22,21 +20,27 @@ except ImportError as error:
     import_error = f"zokern._C cannot be imported ({error}); build it: pip install --no-build-isolation -e ."
 
 
-def make_pass(table: Table, scalars: Scalars) -> Any:
-    """The pass as csrc/pass.h has it. A seed in host memory that is alone travels in the launch itself."""
+def make_pass(table: Table, kind: Kind, scalars: Scalars) -> Any:
+    """The pass as csrc/pass.h has it. Seeds in host memory travel in the launch itself where there is but one."""
     seeds, rounding_seed = scalars.seeds, scalars.rounding_seed
     seed_known = seeds.device.type == "cpu" and seeds.numel() == 1
-    rounding_known = rounding_seed is not None and rounding_seed.device.type == "cpu"
+    rounding_known = rounding_seed is None or rounding_seed.device.type == "cpu"
+    weights, state = rounding_seed.tolist() if rounding_seed is not None and rounding_known else (0, 0)
     return extension.Pass(
         tensors=table.tensors.data_ptr(),
         chunks=table.chunks.data_ptr(),
         num_chunks=table.chunks.shape[0],
         coefs=scalars.coefs.data_ptr(),
-        decays=scalars.decays.data_ptr(),
+        scalars=scalars.shared.data_ptr(),
         seeds=0 if seed_known else seeds.data_ptr(),
         seed=int(seeds[0]) if seed_known else 0,
         num_seeds=seeds.numel(),
         rounding_seed=0 if rounding_known or rounding_seed is None else rounding_seed.data_ptr(),
-        known_rounding_seed=int(rounding_seed) if rounding_known and rounding_seed is not None else 0,
+        known_rounding_seed=weights,
+        known_state_seed=state,
         enabled=0 if scalars.enabled is None else scalars.enabled.data_ptr(),
+        rademacher=kind.distribution == "rademacher",
+        stochastic=kind.rounding == "stochastic",
+        square_of_sum=kind.square_of_sum,
+        keep_second=kind.keep_second,
     )

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from zokern import reference
-from zokern.backends.scalars import Scalars
+from zokern import reference, reference_rules
+from zokern.backends.scalars import Kind, Scalars
 from zokern.table import Table
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -26,19 +26,29 @@ def _memory(address: int, numel: int, dtype: torch.dtype) -> np.ndarray[Any, Any
     return view
 
 
-def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) -> None:
+def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     if scalars.enabled is not None and int(scalars.enabled) == 0:
         return
-    for numel, offset, tensor_id, group, _, src, dst, _ in table.tensors.tolist():
-        _memory(dst, numel, table.dtype)[:] = reference.add_noise(
+    rule, state_dtype = kind.rule, _NAMES[table.state_dtype]
+    weights_seed, state_seed = scalars.rounding_seed.tolist() if scalars.rounding_seed is not None else (0, 0)
+    for numel, offset, tensor_id, group, _, src, dst, *addresses in table.tensors.tolist():
+        states = {name: _memory(at, numel, table.state_dtype) for name, at in zip(rule.states, addresses, strict=False)}
+        result, changed = reference_rules.apply(
+            rule.name,
             _memory(src, numel, table.dtype),
+            {name: reference.widen(stored, state_dtype) for name, stored in states.items()},
             dtype=_NAMES[table.dtype],
             tensor_id=tensor_id,
             seeds=scalars.seeds.tolist(),
-            coefs=scalars.coefs[group].tolist(),
-            decay=float(scalars.decays[group]),
-            distribution=distribution,
-            rounding=rounding,
-            rounding_seed=int(scalars.rounding_seed) if scalars.rounding_seed is not None else 0,
+            coefs=dict(zip(rule.coefs, scalars.coefs[group].tolist(), strict=True)),
+            scalars=dict(zip(rule.scalars, scalars.shared[group].tolist(), strict=True)),
+            distribution=kind.distribution,
+            rounding=kind.rounding,
+            rounding_seed=weights_seed,
             offset=offset,
+            square_of_sum=kind.square_of_sum,
         )
+        _memory(dst, numel, table.dtype)[:] = result
+        for name in rule.states[: 1 if kind.keep_second else rule.written]:
+            random = reference.rounding_bits(numel, state_seed, tensor_id, offset)
+            states[name][:] = reference.round_to(changed[name], state_dtype, "stochastic", random)

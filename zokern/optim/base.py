@@ -1,7 +1,7 @@
 """The step that all methods share: losses, clean-up, counting, state.
 
 A method implements `estimate(probe)`: it asks for losses at theta + eps * sum_k a_k z(seed_k) by calling probe({seed: a}),
-and returns the multiples g_k of the estimated gradient sum_k (g_k / eps) z(seed_k). The step then makes one pass
+and returns what they say about the gradient. `update` makes of that the one pass that the step ends with, by default
 
     theta <- (1 - lr*weight_decay) theta - lr * sum_k (g_k / eps) z(seed_k)
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -24,17 +24,23 @@ from torch import Tensor
 from zokern import _checks, backends, placement
 from zokern.interrupts import HeldInterrupts
 from zokern.layers import RandomBlocks
-from zokern.noise import ROUNDING_STREAM, derive_seed
-from zokern.optim import parameters
-from zokern.passes import Counters, Member, Passes
+from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
+from zokern.optim import parameters, state
+from zokern.optim.update import Estimate, Rates, Update, sgd
+from zokern.passes import Counters, Member, Passes, Terms
 
-Probe = Callable[[Mapping[int, float]], Tensor]
-STATE_FORMAT = 1
+Probe = Callable[[Terms], Tensor]
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Base class of the methods. Subclasses set `options` (what a saved state must agree on) and `estimate`."""
+    """Base class of the methods. Subclasses set `options` (what a saved state must agree on) and `estimate`.
+
+    states: what the method keeps for each parameter: name -> (dtype, initial value). scaled: directions are divided by the
+    root of the state "h".
+    """
+
+    takes_vector_losses = False
 
     def __init__(
         self,
@@ -48,6 +54,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         layers: RandomBlocks | None,
         backend: str,
         options: dict[str, Any],
+        states: state.Spec | None = None,
+        scaled: bool = False,
     ) -> None:
         _checks.check_choice(distribution, "distribution", _checks.DISTRIBUTIONS)
         _checks.check_choice(rounding, "rounding", ROUNDINGS)
@@ -60,6 +68,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.layers = copy.copy(layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": distribution, "rounding": rounding, **options}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
+        self._states = states or {}
+        self._scaled = scaled
+        self._rows: list[tuple[int, Hashable]] = []  # of the current step: the parameter group, and row_key
+        self._dropped: set[int] = set()
+        self._losses: list[Tensor] = []
         self._passes = Passes(distribution, backend)
         self._skipped = torch.zeros((), dtype=torch.int64)
         self._skipped_seen: tuple[Tensor, torch.cuda.Event] | None = None
@@ -73,8 +86,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._placement = placement.make(placement_name, self.module, sixteen_bit, self._passes)
 
     @abstractmethod
-    def estimate(self, probe: Probe) -> dict[int, Tensor]:
-        """Seeds and the multiples g_k (0-d float64) of a step's gradient estimate, unit eps. Sets self.metrics."""
+    def estimate(self, probe: Probe) -> Estimate:
+        """Asks for the step's losses and says what they tell about the gradient."""
+
+    def update(self, estimate: Estimate, rates: Rates) -> Update:
+        """The pass that applies an estimate."""
+        return sgd(estimate, rates)
+
+    def row_key(self, param: Tensor) -> Hashable:
+        """Parameters of one group whose keys differ get rows of coefficients of their own."""
+        return None
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -113,18 +134,22 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self, closure: Callable[..., Tensor | float], micro: list[Any] | None, interrupts: HeldInterrupts
     ) -> None:
         members = self._members()
-        eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64)
-        self._placement.begin(members, eps)
+        eps = self._of_rows("eps")
+        self._losses = []
+        self._placement.begin(members, eps, scaled=self._scaled)
         try:
 
-            def probe(terms: Mapping[int, float]) -> Tensor:
+            def probe(terms: Terms) -> Tensor:
                 with self._placement.present(terms), interrupts.allowed():
                     if micro is None:
-                        return self._evaluate(closure)
-                    return torch.stack([self._evaluate(closure, batch) for batch in micro]).mean()
+                        loss = self._evaluate(closure)
+                    else:
+                        losses = [self._evaluate(closure, batch) for batch in micro]
+                        loss = torch.cat(losses) if losses[0].dim() else torch.stack(losses).mean()
+                self._losses.append(loss.mean())
+                return loss
 
-            gradient = self.estimate(probe)
-            self._update(gradient, eps)
+            self._apply(self.estimate(probe), eps)
         finally:
             self._placement.end()
         self._passes.counters.steps += 1
@@ -136,31 +161,49 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             loss = torch.tensor(float(loss), dtype=torch.float64)
         if not isinstance(loss, Tensor):
             raise TypeError(f"closure must return the loss as a scalar tensor, got {type(loss).__name__}")
+        if self.takes_vector_losses and loss.dim() == 1 and loss.numel() > 0:
+            return loss.detach().to(torch.float64)
         if loss.numel() != 1:
-            raise TypeError(f"closure must return one loss, got a tensor of shape {tuple(loss.shape)}; take its mean")
+            raise TypeError(
+                f"closure must return one loss, got a tensor of shape {tuple(loss.shape)}; take its mean"
+                + (" or return a vector with the loss of each example" if self.takes_vector_losses else "")
+            )
         return loss.detach().reshape(()).to(torch.float64)
 
-    def _update(self, gradient: Mapping[int, Tensor], eps: Tensor) -> None:
-        g = torch.stack(list(gradient.values()))  # [K], float64, on the losses' device
-        lr = torch.stack([torch.as_tensor(group["lr"]).to(g.device, torch.float64) for group in self.param_groups])
-        decay = torch.tensor([float(group["weight_decay"]) for group in self.param_groups], dtype=torch.float64)
-        eps, decay = eps.to(g.device, non_blocking=True), decay.to(g.device, non_blocking=True)
-        coefs = -(lr / eps)[:, None] * g
-        decays = 1.0 - lr * decay
-        as_read = coefs.to(torch.float32), decays.to(torch.float32)  # by the pass
-        ok = torch.isfinite(as_read[0]).all()
-        # Adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing.
-        moves = (as_read[0] != 0).any() | (as_read[1] != 1).any()
-        if g.device.type == "cpu" and self._skipped.device.type == "cpu":
+    def _of_rows(self, name: str) -> Tensor:
+        """A hyper-parameter of each row's group, float64 [R], on the host or on the device of the first that is there."""
+        values = [torch.as_tensor(self.param_groups[g][name], dtype=torch.float64).reshape(()) for g, _ in self._rows]
+        device = next((v.device for v in values if v.device.type != "cpu"), torch.device("cpu"))
+        return torch.stack([v.to(device, non_blocking=True) for v in values]) if values else torch.empty(0)
+
+    def _apply(self, estimate: Estimate, eps: Tensor) -> None:
+        losses = torch.stack(self._losses)
+        device = losses.device
+        self.metrics = {
+            "loss": losses.mean().to(torch.float32),
+            "projected_gradient": (estimate.projected / float(self.param_groups[0]["eps"])).to(torch.float32),
+        }
+        lr, eps, decay = (
+            x.to(device, non_blocking=True) for x in (self._of_rows("lr"), eps, self._of_rows("weight_decay"))
+        )
+        update = self.update(estimate, Rates(lr, eps, decay))
+        ok = torch.isfinite(losses).all()
+        for value in (*update.coefs.values(), *update.shared.values()):
+            ok = ok & torch.isfinite(value.to(torch.float32)).all()  # as the pass reads it
+        if device.type == "cpu" and self._skipped.device.type == "cpu":
             self._skipped += int(not ok)
             self._warn_of_skipped()
         else:
-            self._skipped = self._skipped.to(g.device, non_blocking=True) + (~ok)
+            self._skipped = self._skipped.to(device, non_blocking=True) + (~ok)
             self._remember_skipped()
-        rounding_seed = None
-        if self.rounding != "nearest":
-            rounding_seed = derive_seed(self.seed, self._passes.counters.steps, ROUNDING_STREAM)
-        self._placement.update(list(gradient), coefs, decays, (ok & moves).reshape(1), rounding_seed)
+        steps = self._passes.counters.steps
+        stochastic = self.rounding != "nearest"
+        seeds = derive_seed(self.seed, steps, ROUNDING_STREAM), derive_seed(self.seed, steps, STATE_STREAM)
+        self._placement.update(update, ok, rounding_seeds=seeds, stochastic=stochastic)
+        self.applied(ok)
+
+    def applied(self, ok: Tensor) -> None:
+        """Called after the step's last pass; ok (0-d bool, on the device) says whether it did anything."""
 
     def direction_seed(self, k: int) -> int:
         """Seed of the current step's direction k."""
@@ -169,7 +212,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _members(self) -> list[Member]:
         """The parameters that this step moves. Read from param_groups each time: users replace them."""
         dropped = set() if self.layers is None else self.layers.dropped(self.seed, self._passes.counters.steps)
-        members, seen = [], set()
+        self._dropped = dropped
+        members: list[Member] = []
+        rows: dict[tuple[int, Hashable], int] = {}
+        seen: set[int] = set()
         for g, group in enumerate(self.param_groups):
             parameters.check_group(group, g)
             for p in group["params"]:
@@ -179,7 +225,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if self.layers is not None and not self.layers.is_active(p, dropped):
                     continue
                 self._registry.add(p)
-                members.append(Member(p, self._registry.ids[id(p)], g, self._registry.names[id(p)]))
+                name, kept = self._registry.names[id(p)], state.of(self.state, p, self._states)
+                row = rows.setdefault((g, self.row_key(p)), len(rows))
+                members.append(Member(p, self._registry.ids[id(p)], row, name, kept))
+        self._rows = list(rows)
         return members
 
     # -------------------------------------------------------------------------------------------------- what it tells
@@ -244,9 +293,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus the entry "zokern": what it takes to continue with the same noise."""
-        state = super().state_dict()
-        state["zokern"] = {
-            "format": STATE_FORMAT,
+        saved = super().state_dict()
+        saved["zokern"] = {
+            "format": state.FORMAT,
             "contract": "zk1",
             "method": type(self).__name__,
             "seed": self.seed,
@@ -256,8 +305,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "counters": self.counters,
             "skipped": self.skipped_steps,
             "options": dict(self.options),
+            "history": self.history(),
         }
-        return state
+        return saved
+
+    def history(self) -> list[Any]:
+        """What a method remembers of earlier steps besides its states, as plain values and tensors."""
+        return []
+
+    def load_history(self, history: list[Any]) -> None:
+        """Takes back what `history` gave."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues a saved run: step, seed, tensor ids, hyper-parameters.
@@ -265,34 +322,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the state is not zokern's, or of another contract, method, options or parameters.
         """
-        state = dict(state_dict)
-        own = state.pop("zokern", None)
-        if own is None:
-            raise ValueError("state_dict has no 'zokern' entry: it was not saved by a zokern optimizer")
-        if own["format"] != STATE_FORMAT or own["contract"] != "zk1":
-            raise ValueError(
-                f"state_dict has format {own['format']} and noise contract {own['contract']!r}; this version reads "
-                f"format {STATE_FORMAT} and contract 'zk1'"
-            )
-        if own["method"] != type(self).__name__:
-            raise ValueError(f"state_dict is of {own['method']}, and this is {type(self).__name__}")
-        for name, value in self.options.items():
-            if own["options"].get(name) != value:
-                raise ValueError(
-                    f"{name} is {own['options'].get(name)!r} in state_dict and {value!r} here; make them agree"
-                )
-        shapes = [len(ids) for ids in own["tensor_ids"]]
-        if shapes != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError(
-                f"state_dict has groups of {shapes} parameters, this optimizer of "
-                f"{[len(group['params']) for group in self.param_groups]}"
-            )
-        if own["module"] and self.module is not None:
-            for theirs, ours in zip(own["names"], self._names(), strict=True):
-                for a, b in zip(theirs, ours, strict=True):
-                    if a != b:
-                        raise ValueError(f"state_dict has parameter {a!r} where this module has {b!r}")
-        super().load_state_dict(state)
+        saved = dict(state_dict)
+        own = saved.pop("zokern", None)
+        state.check(own, type(self).__name__, self.options, self._names(), self.module is not None)
+        kept = state.check_tensors(saved, self.param_groups, self._states)
+        super().load_state_dict(saved)
+        for p, values in kept.items():
+            self.state[p] = values  # as they were saved: torch has cast them to the parameter's dtype
         for group, ids in zip(self.param_groups, own["tensor_ids"], strict=True):
             for p, tensor_id in zip(group["params"], ids, strict=True):
                 self._registry.ids[id(p)] = tensor_id
@@ -300,3 +336,4 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._passes.counters = Counters(**own["counters"])
         self._skipped = torch.tensor(own["skipped"], dtype=torch.int64)
         self._warned = self._warned or own["skipped"] > 0
+        self.load_history(own["history"])

@@ -1,11 +1,12 @@
-"""MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1) and LeZO, which is MeZO on random layers.
+"""MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1) with the updates it can be given, and LeZO.
 
-c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps)
-theta <- (1 - lr*weight_decay) theta - lr/n * sum_k c_k z_k
+c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps), or one-sided (L(theta + eps z_k) - L(theta)) / eps
+g = 1/n sum_k c_k z_k;    theta <- (1 - lr*weight_decay) theta - lr * update(g)
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 
 from zokern import _checks
 from zokern.layers import RandomBlocks
+from zokern.optim import moments, update
 from zokern.optim.base import Probe, ZerothOrderOptimizer
+from zokern.optim.update import Estimate, Rates, Update
+from zokern.passes import Seed
+
+UPDATES = ("sgd", "momentum", "adam", "adamezo", "sign")
+STATES = {"momentum": ("m",), "adam": ("m", "v")}
 
 
 class MeZO(ZerothOrderOptimizer):
@@ -26,6 +33,13 @@ class MeZO(ZerothOrderOptimizer):
         eps: perturbation radius, > 0. Published: 1e-3 (LoRA 1e-2, prefix tuning 1e-1).
         weight_decay: decoupled, as in AdamW. Published: 0.
         num_samples: directions averaged in a step, n >= 1; 2n forwards, and one update pass for all.
+        one_sided: c from one forward per sample and one at theta, n + 1 in all: cheaper for n > 1, biased by O(eps).
+        update: what is done with g. "sgd": g itself. "momentum": m <- betas[0] m + g, as torch.optim.SGD. "adam": its two
+            moments, with bias correction. "adamezo": moments from the directions of the last `horizon` steps, made again
+            (Cai et al. 2026, arXiv 2605.00650). "sign": the sign of g.
+        betas: decay of the first and of the second moment, in [0, 1).
+        delta: added to the root of Adam's second moment; under the root for "adamezo". At least 1e-30.
+        horizon: steps that "adamezo" looks back on, >= 1, this one counted.
         distribution: "normal", or "rademacher" for random signs.
         seed: of the run, in [0, 2^63): direction k of step t has the seed derive_seed(seed, t, k).
         rounding: of the update. "auto": to nearest for float32, stochastic for 16-bit weights.
@@ -33,8 +47,9 @@ class MeZO(ZerothOrderOptimizer):
         layers: RandomBlocks(num_dropped) leaves out that many transformer blocks in each step (LeZO).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
-    Passes over the weights in a step: 2n + 1. After a step, `metrics` holds "loss" and "projected_gradient" (the mean of
-    c_k), 0-d tensors on the device.
+    Passes over the weights in a step: 2n + 1 (one-sided n + 1). State for each parameter, float32: none, "m" for
+    momentum, "m" and "v" for Adam. After a step, `metrics` holds "loss" and "projected_gradient" (the mean of c_k), 0-d
+    tensors on the device.
 
     Raises:
         TypeError, ValueError: naming the argument, or the parameter, and the remedy.
@@ -48,6 +63,11 @@ class MeZO(ZerothOrderOptimizer):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         num_samples: int = 1,
+        one_sided: bool = False,
+        update: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        delta: float = 1e-8,
+        horizon: int = 10,
         distribution: str = "normal",
         seed: int = 0,
         rounding: str = "auto",
@@ -56,6 +76,20 @@ class MeZO(ZerothOrderOptimizer):
         backend: str = "auto",
     ) -> None:
         self.num_samples = _checks.check_integer(num_samples, "num_samples", 1, 1 << 20)
+        self.one_sided = _checks.check_flag(one_sided, "one_sided")
+        self.rule = _checks.check_choice(update, "update", UPDATES)
+        self.betas = _checks.check_betas(betas)
+        self.delta = _checks.check_number(delta, "delta", 1e-30, 1e30)
+        if self.rule == "adamezo" and self.num_samples > 1:
+            raise ValueError(
+                f"num_samples is {num_samples}; update='adamezo' works with 1, one direction for each step"
+            )
+        self.horizon = _checks.check_integer(horizon, "horizon", 1, 1 << 20)
+        self._memory = moments.Nothing()
+        if self.rule == "adam":
+            self._memory = moments.AdamCounts()
+        elif self.rule == "adamezo":
+            self._memory = moments.AdaMeZOHistory(horizon)
         super().__init__(
             params,
             {"lr": lr, "eps": eps, "weight_decay": weight_decay},
@@ -65,22 +99,48 @@ class MeZO(ZerothOrderOptimizer):
             placement_name=placement,
             layers=layers,
             backend=backend,
-            options={"num_samples": num_samples},
+            options={
+                "num_samples": num_samples,
+                "one_sided": one_sided,
+                "update": update,
+                "betas": list(self.betas),
+                "delta": delta,
+                "horizon": horizon,
+            },
+            states=dict.fromkeys(STATES.get(update, ()), (torch.float32, 0.0)),
         )
 
-    def estimate(self, probe: Probe) -> dict[int, Tensor]:
-        gradient, losses = {}, []
-        for k in range(self.num_samples):
-            seed = self.direction_seed(k)
-            plus, minus = probe({seed: 1.0}), probe({seed: -1.0})
-            gradient[seed] = (plus - minus) / (2 * self.num_samples)
-            losses += [plus, minus]
-        eps = float(self.param_groups[0]["eps"])
-        self.metrics = {
-            "loss": torch.stack(losses).mean().to(torch.float32),
-            "projected_gradient": (torch.stack(list(gradient.values())).sum() / eps).to(torch.float32),
-        }
-        return gradient
+    def estimate(self, probe: Probe) -> Estimate:
+        seeds = [self.direction_seed(k) for k in range(self.num_samples)]
+        if self.one_sided:
+            here = probe({})
+            change = [probe({seed: 1.0}) - here for seed in seeds]
+        else:
+            change = [(probe({seed: 1.0}) - probe({seed: -1.0})) / 2 for seed in seeds]
+        terms: dict[Seed, Tensor] = {seed: g / self.num_samples for seed, g in zip(seeds, change, strict=True)}
+        return Estimate(terms, torch.stack(list(terms.values())).sum())
+
+    def row_key(self, param: Tensor) -> Hashable:
+        return self.layers.block_of(param) if self.layers is not None and self.rule in ("adam", "adamezo") else None
+
+    def update(self, estimate: Estimate, rates: Rates) -> Update:
+        if isinstance(self._memory, moments.AdamCounts):
+            return self._memory.update(estimate, rates, self._rows, self.betas, self.delta)
+        if isinstance(self._memory, moments.AdaMeZOHistory):
+            eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64)
+            return self._memory.update(estimate, rates, self._rows, self.betas, self.delta, self._dropped, eps)
+        if self.rule == "momentum":
+            return update.momentum(estimate, rates, self.betas[0])
+        return update.sign(estimate, rates) if self.rule == "sign" else update.sgd(estimate, rates)
+
+    def applied(self, ok: Tensor) -> None:
+        self._memory.commit(ok)
+
+    def history(self) -> list[Any]:
+        return self._memory.save()
+
+    def load_history(self, history: list[Any]) -> None:
+        self._memory.load(history)
 
 
 class LeZO(MeZO):

@@ -1,36 +1,38 @@
-"""Where perturbed weights live during a forward. One file each; a placement presents theta + eps sum_k a_k z(seed_k).
+"""Where perturbed weights live during a forward. One file each; each presents theta + eps d, d = sum_k a_k z(seed_k).
 
 inplace: in the weights themselves. Least memory; a forward's perturbation and restore each round, so 16-bit weights
     drift. Sensible for float32.
 shadow: in a copy of the active parameters, which the module sees while the closure runs. The weights' own storage is
     written by updates alone: restore is free and exact. Costs the memory of the active parameters once more.
 auto: shadow if any active parameter has 16 bits and the optimizer was given an nn.Module; inplace otherwise.
+
+A method with a curvature h asks for `scaled` directions: theta + eps d / sqrt(h).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from zokern import _checks
-from zokern.passes import Member, Passes
+from zokern.optim.update import Update
+from zokern.passes import Member, Passes, Terms
 from zokern.placement.inplace import InPlace
 from zokern.placement.shadow import Shadow
 
 PLACEMENTS = ("auto", "inplace", "shadow")
-Terms = Mapping[int, float]  # seed -> multiple of eps
 
 
 class Placement(Protocol):
     """One step's life: begin, then present and update in any order, then end, which always leaves clean weights."""
 
-    def begin(self, members: Sequence[Member], eps: Tensor) -> None: ...
+    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None: ...
     def present(self, terms: Terms) -> AbstractContextManager[None]: ...
     def update(
-        self, seeds: Sequence[int], coefs: Tensor, decays: Tensor, enabled: Tensor, rounding_seed: int | None
+        self, update: Update, ok: Tensor, *, rounding_seeds: tuple[int, int] | None, stochastic: bool
     ) -> None: ...
     def end(self) -> None: ...
 

@@ -7,12 +7,13 @@ perturbation of the next are one pass, and so are the last restore and the updat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from zokern.passes import Member, Passes
+from zokern.optim.update import Update
+from zokern.passes import Member, Passes, Seed, Terms, multiples
 
 
 class InPlace:
@@ -20,41 +21,56 @@ class InPlace:
         self.passes = passes
         self.members: Sequence[Member] = ()
         self.eps = torch.empty(0)
-        self.current: dict[int, float] = {}  # the weights are theta + eps * sum of these
+        self.rule = "axpy"
+        self.current: dict[Seed, float | Tensor] = {}  # the weights are theta + eps * sum of these, maybe scaled
 
-    def begin(self, members: Sequence[Member], eps: Tensor) -> None:
+    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
         self.members, self.eps, self.current = members, eps, {}
+        self.rule = "scaled_axpy" if scaled else "axpy"
 
-    def _coefs(self, terms: Mapping[int, float], seeds: Sequence[int]) -> Tensor:
-        """[G, K]: each group's eps times the terms."""
-        row = torch.tensor([terms.get(seed, 0.0) for seed in seeds], dtype=torch.float64)
-        return self.eps[:, None] * row
+    def _coefs(self, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
+        """[R, K]: each row's eps times the terms."""
+        row = multiples(terms, seeds)
+        return self.eps.to(row.device, non_blocking=True)[:, None] * row
 
-    def _move(self, terms: Mapping[int, float]) -> None:
+    def _move(self, terms: Terms) -> None:
         delta = {s: terms.get(s, 0.0) - self.current.get(s, 0.0) for s in [*self.current, *terms]}
-        seeds = [s for s, a in delta.items() if a != 0.0]
+        seeds = [s for s, a in delta.items() if isinstance(a, Tensor) or a != 0.0]
         if seeds:
-            self.passes.run(self.members, seeds, self._coefs(delta, seeds))
+            self.passes.run(self.members, seeds, {"A": self._coefs(delta, seeds)}, rule=self.rule)
         self.current = dict(terms)
 
     @contextlib.contextmanager
-    def present(self, terms: Mapping[int, float]) -> Iterator[None]:
+    def present(self, terms: Terms) -> Iterator[None]:
         self._move(terms)
         yield
 
-    def update(
-        self, seeds: Sequence[int], coefs: Tensor, decays: Tensor, enabled: Tensor, rounding_seed: int | None
-    ) -> None:
+    def update(self, update: Update, ok: Tensor, *, rounding_seeds: tuple[int, int] | None, stochastic: bool) -> None:
         # The weights are w = theta + sum r z, and decay*theta + sum u z = decay*w + sum (u - decay*r) z. A skipped step
-        # (enabled 0) is the same pass with u = 0 and decay = 1, which only restores.
-        every = list(dict.fromkeys([*seeds, *self.current]))
-        wanted = torch.zeros(coefs.shape[0], len(every), dtype=torch.float64, device=coefs.device)
-        wanted[:, : len(seeds)] = coefs
-        restore = self._coefs(self.current, every).to(coefs.device, non_blocking=True)
-        ok = enabled.to(torch.bool)
-        decays = torch.where(ok, decays, torch.ones_like(decays))
-        combined = torch.where(ok, wanted, torch.zeros_like(wanted)) - decays[:, None] * restore
-        self.passes.run(self.members, every, combined, decays=decays, rounding_seed=rounding_seed)
+        # is the same pass with u = 0, decay = 1 and states left alone, which only restores.
+        every = list(dict.fromkeys([*update.seeds, *self.current]))
+        shared = {
+            name: torch.where(ok, value, 1.0 if name == "decay" else update.idle[name])
+            if name == "decay" or name in update.idle
+            else value
+            for name, value in update.shared.items()
+        }
+        coefs = {name: torch.zeros(value.shape[0], len(every)).to(value) for name, value in update.coefs.items()}
+        for name, value in update.coefs.items():
+            coefs[name][:, : len(update.seeds)] = torch.where(ok, value, 0.0)
+        restore = self._coefs(self.current, every).to(ok.device, non_blocking=True)
+        coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore
+        self.passes.run(
+            self.members,
+            every,
+            coefs,
+            shared,
+            rule="hizoo_restore" if update.rule == "hizoo" else update.rule,
+            rounding_seeds=rounding_seeds,
+            stochastic=stochastic,
+            square_of_sum=update.square_of_sum,
+            keep_second=update.keep_second,
+        )
         self.current = {}
 
     def end(self) -> None:

@@ -9,13 +9,14 @@ of the module asked for from inside the closure, they are the weights. No storag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zokern.passes import Member, Passes
+from zokern.optim.update import Update
+from zokern.passes import Member, Passes, Terms, multiples
 
 
 class Shadow:
@@ -24,14 +25,16 @@ class Shadow:
         self.passes = passes
         self.members: Sequence[Member] = ()
         self.eps = torch.empty(0)
+        self.rule = "axpy"
         self.copies: list[nn.Parameter] = []
         self.layout: object = None
         self.sites: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []  # module, name, weight, copy
         self.presented = False
         self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
-    def begin(self, members: Sequence[Member], eps: Tensor) -> None:
+    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
         self.members, self.eps = members, eps
+        self.rule = "scaled_axpy" if scaled else "axpy"
         layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
         if layout != self.layout:
             self.copies = []  # freed before the next are made: LeZO's active layers change from step to step
@@ -58,24 +61,38 @@ class Shadow:
         ]
 
     @contextlib.contextmanager
-    def present(self, terms: Mapping[int, float]) -> Iterator[None]:
+    def present(self, terms: Terms) -> Iterator[None]:
         if not terms:
             yield
             return
         seeds = list(terms)
-        coefs = self.eps[:, None] * torch.tensor([terms[s] for s in seeds], dtype=torch.float64)
-        self.passes.run(self.members, seeds, coefs, out=[c.detach() for c in self.copies])
+        row = multiples(terms, seeds)
+        coefs = self.eps.to(row.device, non_blocking=True)[:, None] * row
+        self.passes.run(self.members, seeds, {"A": coefs}, rule=self.rule, out=[c.detach() for c in self.copies])
         try:
             self._show(copies=True)
             yield
         finally:
             self._show(copies=False)
 
-    def update(
-        self, seeds: Sequence[int], coefs: Tensor, decays: Tensor, enabled: Tensor, rounding_seed: int | None
-    ) -> None:
+    def update(self, update: Update, ok: Tensor, *, rounding_seeds: tuple[int, int] | None, stochastic: bool) -> None:
+        coefs = dict(update.coefs)
+        if update.rule == "axpy":  # adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing
+            read = coefs["A"].to(torch.float32), update.shared["decay"].to(torch.float32)
+            ok = ok & ((read[0] != 0).any() | (read[1] != 1).any())
+        elif update.rule != "hizoo":
+            coefs["A"] = torch.zeros_like(coefs["G"])
         self.passes.run(
-            self.members, seeds, coefs, decays=decays, rounding_seed=rounding_seed, enabled=enabled.to(torch.int32)
+            self.members,
+            update.seeds,
+            coefs,
+            update.shared,
+            rule=update.rule,
+            rounding_seeds=rounding_seeds,
+            stochastic=stochastic,
+            enabled=ok.reshape(1).to(torch.int32),
+            square_of_sum=update.square_of_sum,
+            keep_second=update.keep_second,
         )
 
     def end(self) -> None:

@@ -11,10 +11,10 @@ import re
 
 import torch
 
-from zokern.backends.scalars import Scalars
+from zokern.backends.scalars import Kind, Scalars
 from zokern.table import Table, upload
 
-__all__ = ["NAME", "add_noise", "unavailable_reason"]
+__all__ = ["NAME", "run", "unavailable_reason"]
 
 NAME = "triton"
 MINIMUM_VERSION = (3, 4)
@@ -40,20 +40,12 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
 
 
-def add_noise(table: Table, scalars: Scalars, distribution: str, rounding: str) -> None:
+def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     """One pass over a table (zokern/table.py): one launch on the current stream, without synchronisation."""
-    from .launch import add_noise as launch
+    from .launch import run as launch
 
-    device = table.tensors.device
-    launch(
-        table.tensors,
-        table.chunks,
-        upload(scalars.seeds, device),
-        upload(scalars.coefs, device),
-        upload(scalars.decays, device),
-        None if scalars.rounding_seed is None else upload(scalars.rounding_seed, device),
-        None if scalars.enabled is None else upload(scalars.enabled, device),
-        dtype=table.dtype,
-        distribution=distribution,
-        rounding=rounding,
-    )
+    def here(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else upload(t, table.tensors.device)
+
+    seeds, coefs, shared = (upload(t, table.tensors.device) for t in (scalars.seeds, scalars.coefs, scalars.shared))
+    launch(table, kind, Scalars(seeds, coefs, shared, here(scalars.rounding_seed), here(scalars.enabled)))

@@ -1,4 +1,4 @@
-"""The pass dst <- round(decay[g]*src + sum_k coef[g,k] z(seed_k)) over a chunk table, as one Triton kernel.
+"""A pass of any rule over a chunk table, as one Triton kernel; the first-order one is round(decay*src + sum_k coef_k z_k).
 
 One program per chunk of CHUNK consecutive global indices; all tensors of a call in one launch. The chunk is walked in
 tiles of BLOCK blocks of 8 elements. Tiles that lie wholly in the tensor and on 16-byte boundaries take 16-byte
@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .noise import direction, rounding_bits
 from .rounding import round_nearest, round_stochastic
+from .rules import finish, start_of_squares
 
 
 @triton.jit
@@ -83,40 +84,96 @@ def _key(seed):
 
 
 @triton.jit
+def _grow(
+    w, a, g, v, z, ca, cg, cv,
+    A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
+):  # fmt: skip
+    """One direction more: A onto the weight or into its own sum, G, and V of z^2 or, to be squared later, of z."""
+    if A == "direct":
+        w = tl.fma(z, ca, w)
+    elif A == "sum":
+        a = tl.fma(z, ca, a)
+    if HAS_G:
+        g = tl.fma(z, cg, g)
+    if HAS_V:
+        v = tl.fma(z if SQUARE_OF_SUM else z * z, cv, v)
+    return w, a, g, v
+
+
+@triton.jit
+def _coefs(coefs, k, num_seeds, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr):
+    """A's, G's and V's coefficient of direction k; the array has those that the rule has, in this order."""
+    ca, cg, cv = 0.0, 0.0, 0.0
+    if A != "none":
+        ca = tl.load(coefs + k)
+        coefs += num_seeds
+    if HAS_G:
+        cg = tl.load(coefs + k)
+        coefs += num_seeds
+    if HAS_V:
+        cv = tl.load(coefs + k)
+    return ca, cg, cv
+
+
+@triton.jit
 def _tile(
-    src, dst, tile, lanes, begin, end, first, high, tensor_id, decay,
-    k0, k1, coef0, seeds, coefs, num_seeds, r0, r1,
-    DTYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
+    src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
+    k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
+    RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr,
+    STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_NOISE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """One tile: load, accumulate every direction in registers, round once, store."""
+    """One tile: load, take every direction in registers, apply the rule, round once, store."""
     start = tile * (lanes.shape[0] * 8)
     block = first + tile * lanes.shape[0]
-    acc = decay * _load_tile(src, start, lanes, begin, end, CUT, DTYPE)
+    w = decay * _load_tile(src, start, lanes, begin, end, CUT, DTYPE)
+    a = tl.zeros([lanes.shape[0], 8], tl.float32)
+    g = a
+    squares = start_of_squares(p1, p2, RULE)
+    v = a if SQUARE_OF_SUM else a + squares
     if HAS_NOISE:
         # The first direction is apart so that its seed, and all that depends on it alone, leaves the loop over tiles.
-        acc = tl.fma(coef0, direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION), acc)
+        z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION)
+        w, a, g, v = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM)
         for k in range(1, num_seeds):
             z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION)
-            acc = tl.fma(tl.load(coefs + k), z, acc)
+            da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
+            w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM)
+    if SQUARE_OF_SUM:
+        v = tl.fma(v, v, squares)
+    x, y = a, a
+    if STATES >= 1:
+        x = _load_tile(state0, start, lanes, begin, end, CUT, STATE)
+    if STATES == 2:
+        y = _load_tile(state1, start, lanes, begin, end, CUT, STATE)
+    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
     if ROUNDING == "stochastic":
-        out = round_stochastic(acc, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE)
+        out = round_stochastic(w, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE)
     else:
-        out = round_nearest(acc, DTYPE)
+        out = round_nearest(w, DTYPE)
     _store_tile(dst, start, lanes, out, begin, end, CUT, DTYPE)
+    if WRITTEN >= 1:
+        if STATE.primitive_bitwidth == 16:
+            x = round_stochastic(x, rounding_bits(block, high, lanes, tensor_id, s0, s1), STATE)
+        _store_tile(state0, start, lanes, x, begin, end, CUT, STATE)
+    if WRITTEN == 2:
+        _store_tile(state1, start, lanes, y, begin, end, CUT, STATE)
 
 
 @triton.jit(do_not_specialize=["num_seeds"])
-def add_noise_kernel(
-    tensors, chunks, seeds, coefs, decays, rounding_seed, enabled, num_seeds,
-    DTYPE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_NOISE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+def pass_kernel(
+    tensors, chunks, seeds, coefs, shared, rounding_seed, enabled, num_seeds,
+    RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
+    STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
+    HAS_NOISE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in launch.add_noise, num_seeds = K at run time; HAS_NOISE is K > 0."""
+    """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none"."""
     if enabled is not None:  # noqa: SIM102 - decided by the compiler, the test below at run time
         if tl.load(enabled) == 0:
             return
-    row = tensors + tl.load(chunks + 2 * tl.program_id(0)) * 8
+    row = tensors + tl.load(chunks + 2 * tl.program_id(0)) * COLUMNS
     chunk = tl.load(chunks + 2 * tl.program_id(0) + 1)
     numel, offset = tl.load(row), tl.load(row + 1)
     tensor_id = tl.load((row + 2).to(tl.pointer_type(tl.uint32)))
@@ -127,22 +184,34 @@ def add_noise_kernel(
     begin = tl.maximum(-origin, 0).to(tl.int32)
     end = tl.minimum(numel - origin, CHUNK).to(tl.int32)
     item: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    state_item: tl.constexpr = STATE.primitive_bitwidth // 8
     src = (tl.load(row + 5) + origin * item).to(tl.pointer_type(DTYPE))
     dst = (tl.load(row + 6) + origin * item).to(tl.pointer_type(DTYPE))
+    state0 = (tl.load(row + 7) + origin * state_item).to(tl.pointer_type(STATE))
+    state1 = (tl.load(row + 8) + origin * state_item).to(tl.pointer_type(STATE))
     first, high = chunk.to(tl.uint32) * (CHUNK // 8), chunk.to(tl.uint32) // (2**32 // (CHUNK // 8))
 
     lanes = tl.arange(0, BLOCK)
-    decay = tl.load(decays + group)
-    coefs += group * num_seeds
+    shared += group * NUM_SHARED
+    decay = tl.load(shared)
+    p1 = tl.load(shared + 1) if NUM_SHARED > 1 else 0.0
+    p2 = tl.load(shared + 2) if NUM_SHARED > 2 else 0.0
+    p3 = tl.load(shared + 3) if NUM_SHARED > 3 else 0.0
+    p4 = tl.load(shared + 4) if NUM_SHARED > 4 else 0.0
+    p5 = tl.load(shared + 5) if NUM_SHARED > 5 else 0.0
+    p6 = tl.load(shared + 6) if NUM_SHARED > 6 else 0.0
+    num_coefs: tl.constexpr = (1 if A != "none" else 0) + (1 if HAS_G else 0) + (1 if HAS_V else 0)
+    coefs += group * num_seeds * num_coefs
     if HAS_NOISE:
-        coef0 = tl.load(coefs)
+        ca, cg, cv = _coefs(coefs, 0, num_seeds, A, HAS_G, HAS_V)
         k0, k1 = _key(seeds)
     else:
-        k0, k1, coef0 = 0, 0, 0.0
+        k0, k1, ca, cg, cv = 0, 0, 0.0, 0.0, 0.0
+    r0, r1, s0, s1 = 0, 0, 0, 0
     if ROUNDING == "stochastic":
         r0, r1 = _key(rounding_seed)
-    else:
-        r0, r1 = 0, 0
+    if WRITTEN >= 1 and STATE.primitive_bitwidth == 16:
+        s0, s1 = _key(rounding_seed + 1)
 
     # Tiles [whole_begin, whole_end) are whole and aligned; the rest of [tile_begin, tile_end) is masked.
     tile_begin, tile_end = begin // (BLOCK * 8), tl.cdiv(end, BLOCK * 8)
@@ -150,14 +219,16 @@ def add_noise_kernel(
     whole_end = tl.where(tl.load(row + 4) != 0, tl.maximum(end // (BLOCK * 8), whole_begin), whole_begin)
     for tile in range(whole_begin, whole_end):
         _tile(
-            src, dst, tile, lanes, begin, end, first, high, tensor_id, decay,
-            k0, k1, coef0, seeds, coefs, num_seeds, r0, r1,
-            DTYPE, DISTRIBUTION, ROUNDING, HAS_NOISE, False,
+            src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
+            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
+            RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _tile(
-            src, dst, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
-            begin, end, first, high, tensor_id, decay,
-            k0, k1, coef0, seeds, coefs, num_seeds, r0, r1,
-            DTYPE, DISTRIBUTION, ROUNDING, HAS_NOISE, True,
+            src, dst, state0, state1, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
+            begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
+            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
+            RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True,
         )  # fmt: skip

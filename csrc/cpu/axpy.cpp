@@ -1,0 +1,41 @@
+// The first-order pass on the CPU, which most steps consist of: one instance for each distribution and rounding.
+#include "traverse.h"
+
+namespace zk {
+namespace ZK_ISA {
+
+template <class T, Distribution D>
+static void axpy_rounded(const Pass& pass, int64_t first, int64_t last) {
+  if constexpr (sizeof(T) == 2) {
+    if (pass.stochastic != 0) return rule_chunks<T, float, Axpy, D, Rounding::stochastic>(pass, first, last);
+  }
+  rule_chunks<T, float, Axpy, D, Rounding::nearest>(pass, first, last);
+}
+
+template <class T>
+static void axpy_typed(const Pass& pass, int64_t first, int64_t last) {
+  if (pass.rademacher != 0)
+    axpy_rounded<T, Distribution::rademacher>(pass, first, last);
+  else
+    axpy_rounded<T, Distribution::normal>(pass, first, last);
+}
+
+void axpy(const Pass& pass, DType dtype, int64_t first, int64_t last) {
+  if (dtype == DType::f32) axpy_typed<float>(pass, first, last);
+  if (dtype == DType::f16) axpy_typed<Half>(pass, first, last);
+  if (dtype == DType::bf16) axpy_typed<BFloat>(pass, first, last);
+}
+
+uint64_t normal_checksum(uint64_t first, uint64_t last) {
+  uint64_t sum = 0;
+  for (uint64_t w = first; w < last; w += Lanes::W) {
+    Lanes::f32 z0, z1;
+    normal_pair<Lanes>(Lanes::iota() + uint32_t(w), z0, z1);
+    const Lanes::u32 b0 = Lanes::bits(z0), b1 = Lanes::bits(z1);
+    for (int l = 0; l < Lanes::W; ++l) sum += b0[l] * (2 * (w + l) + 1) + b1[l] * (2 * (w + l) + 2);
+  }
+  return sum;
+}
+
+}  // namespace ZK_ISA
+}  // namespace zk

@@ -1,0 +1,81 @@
+// CUDA entry points: select the device, launch, describe what went wrong.
+#include "kernels.cuh"
+#include "launch.h"
+
+namespace zk {
+namespace cuda {
+
+__global__ void __launch_bounds__(kThreads)
+    normal_checksum_kernel(uint64_t first, uint64_t last, unsigned long long* sum) {
+  unsigned long long mine = 0;
+  const uint64_t stride = uint64_t(gridDim.x) * kThreads;
+  for (uint64_t w = first + uint64_t(blockIdx.x) * kThreads + threadIdx.x; w < last; w += stride) {
+    float z0, z1;
+    gpu::normal_pair<Lanes>(uint32_t(w), z0, z1);
+    mine += __float_as_uint(z0) * (2 * w + 1) + __float_as_uint(z1) * (2 * w + 2);
+  }
+  atomicAdd(sum, mine);
+}
+
+namespace {
+
+std::string describe(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return {};
+  return std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")";
+}
+
+// Makes `device` current and puts the caller's choice back.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    status_ = cudaGetDevice(&old_);
+    if (status_ == cudaSuccess && old_ != device) status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess && old_ != device;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(old_);
+  }
+  cudaError_t status() const { return status_; }
+
+ private:
+  int old_ = 0;
+  bool changed_ = false;
+  cudaError_t status_;
+};
+
+}  // namespace
+
+std::string run(const Pass& pass, RuleId id, DType dtype, DType state, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (id == RuleId::axpy) launch_axpy(pass, dtype, s);
+  launch_hizoo(pass, id, dtype, state, s);
+  launch_moments(pass, id, dtype, s);
+  return describe(cudaGetLastError(), "launching a pass");
+}
+
+std::string normal_checksum(uint64_t first, uint64_t last, uint64_t* sum, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
+  normal_checksum_kernel<<<4096, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      first, last, reinterpret_cast<unsigned long long*>(sum));
+  return describe(cudaGetLastError(), "launching normal_checksum");
+}
+
+#define ZK_STRING_OF(x) #x
+#define ZK_STRING(x) ZK_STRING_OF(x)
+std::string toolkit() {
+  return ZK_STRING(__CUDACC_VER_MAJOR__) "." ZK_STRING(__CUDACC_VER_MINOR__);
+}
+
+std::string architectures() {
+#ifdef ZK_CUDA_ARCHITECTURES
+  return ZK_CUDA_ARCHITECTURES;
+#else
+  return "unknown";
+#endif
+}
+
+}  // namespace cuda
+}  // namespace zk

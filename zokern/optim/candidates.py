@@ -1,0 +1,175 @@
+"""MeZO-GV and MeZO-Greedy (Jin, Cen, Tan 2026, arXiv 2601.04710): M candidate directions, tried before one is taken.
+
+l_j = L(theta + eps z_j).  GV: v = mean of the lowest floor(elite*M) candidates' z minus mean of the others',
+c = (L(theta + eps v) - L(theta - eps v)) / (2 eps).  Greedy: the lowest candidate's z, whose l_j is L+ already.
+theta <- (1 - lr*weight_decay) theta - lr c v
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from zokern import _checks
+from zokern.layers import RandomBlocks
+from zokern.optim import curvature
+from zokern.optim.base import Probe, ZerothOrderOptimizer
+from zokern.optim.update import Estimate, Rates, Update
+from zokern.passes import Seed
+
+
+class _Candidates(ZerothOrderOptimizer):
+    def __init__(
+        self,
+        params: object,
+        lr: float | Tensor,
+        *,
+        candidates: int = 4,
+        smoothing: float | None = None,
+        curvature_dtype: torch.dtype = torch.float32,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        distribution: str = "normal",
+        seed: int = 0,
+        rounding: str = "auto",
+        placement: str = "auto",
+        layers: RandomBlocks | None = None,
+        backend: str = "auto",
+        **options: float,
+    ) -> None:
+        self.candidates = _checks.check_integer(candidates, "candidates", 2, 1 << 16)
+        self.smoothing, states = None, None
+        if smoothing is not None:
+            self.smoothing, states = curvature.check(smoothing, curvature_dtype)
+        super().__init__(
+            params,
+            {"lr": lr, "eps": eps, "weight_decay": weight_decay},
+            distribution=distribution,
+            seed=seed,
+            rounding=rounding,
+            placement_name=placement,
+            layers=layers,
+            backend=backend,
+            options={
+                "candidates": candidates,
+                "smoothing": smoothing,
+                "curvature_dtype": None if smoothing is None else str(curvature_dtype),
+                **options,
+            },
+            states=states,
+            scaled=smoothing is not None,
+        )
+
+    def estimate(self, probe: Probe) -> Estimate:
+        here = None if self.smoothing is None else probe({})
+        seeds = [self.direction_seed(j) for j in range(self.candidates)]
+        losses = torch.stack([probe({seed: 1.0}) for seed in seeds])
+        return self.choose(probe, seeds, losses, here)
+
+    @abstractmethod
+    def choose(self, probe: Probe, seeds: list[int], losses: Tensor, here: Tensor | None) -> Estimate:
+        """The estimate along the direction that the candidates' losses [M] select."""
+
+    def update(self, estimate: Estimate, rates: Rates) -> Update:
+        if self.smoothing is None:
+            return super().update(estimate, rates)
+        return curvature.update(estimate, rates, self.smoothing)
+
+
+class MeZOGV(_Candidates):
+    """MeZO along a guiding vector: M + 2 forwards, M + 3 passes; v is a weighted sum of seeds and never stored.
+
+    Args:
+        params, lr, eps, weight_decay, distribution, seed, rounding, placement, layers, backend: as :class:`zokern.MeZO`.
+        candidates: M >= 2. Published: 4 (2 for the largest models).
+        elite: share of the candidates in the top group, floor(elite*M) of them; both groups need one. Published: 0.5.
+        smoothing: None, or HiZOO's a in [0, 1): its curvature h scales all directions, for one forward more. v has variance
+            s = 1/n_top + 1/n_bottom, and h takes kappa v^2 / s^2, which for s = 1 is HiZOO's kappa z^2.
+        curvature_dtype: of h, as :class:`zokern.HiZOO`.
+
+    The released trainer seeds anew for each tensor in its loop, so most of its v was never evaluated; here v is what was.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
+    """
+
+    def __init__(
+        self,
+        params: object,
+        lr: float | Tensor,
+        *,
+        candidates: int = 4,
+        elite: float = 0.5,
+        smoothing: float | None = None,
+        curvature_dtype: torch.dtype = torch.float32,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        distribution: str = "normal",
+        seed: int = 0,
+        rounding: str = "auto",
+        placement: str = "auto",
+        layers: RandomBlocks | None = None,
+        backend: str = "auto",
+    ) -> None:
+        _checks.check_integer(candidates, "candidates", 2, 1 << 16)
+        self.elite = _checks.check_number(elite, "elite", 0.0, 1.0)
+        self.num_top = int(self.elite * candidates)
+        if not 1 <= self.num_top < candidates:
+            raise ValueError(
+                f"elite is {elite}, which puts {self.num_top} of {candidates} candidates in the top group; both groups "
+                f"need one, so it must be in [{1 / candidates:g}, 1)"
+            )
+        super().__init__(
+            params,
+            lr,
+            candidates=candidates,
+            smoothing=smoothing,
+            curvature_dtype=curvature_dtype,
+            eps=eps,
+            weight_decay=weight_decay,
+            distribution=distribution,
+            seed=seed,
+            rounding=rounding,
+            placement=placement,
+            layers=layers,
+            backend=backend,
+            elite=self.elite,
+        )
+
+    def choose(self, probe: Probe, seeds: list[int], losses: Tensor, here: Tensor | None) -> Estimate:
+        top, bottom = self.num_top, self.candidates - self.num_top
+        ranks = torch.argsort(torch.argsort(losses, stable=True))
+        weights = torch.where(ranks < top, 1.0 / top, -1.0 / bottom).to(torch.float64)
+        v: dict[Seed, Tensor] = dict(zip(seeds, weights.unbind(), strict=True))
+        plus, minus = probe(v), probe({seed: -weight for seed, weight in v.items()})
+        c = (plus - minus) / 2
+        gradient = {seed: c * weight for seed, weight in v.items()}
+        if here is None:
+            return Estimate(gradient, c)
+        root = curvature.second_difference(plus, minus, here).sqrt() / (1.0 / top + 1.0 / bottom)
+        return Estimate(gradient, c, {seed: root * weight for seed, weight in v.items()}, square_of_sum=True)
+
+
+class MeZOGreedy(_Candidates):
+    """MeZO along the best of M candidate directions: M + 1 forwards, M + 2 passes.
+
+    Args:
+        params, lr, eps, weight_decay, distribution, seed, rounding, placement, layers, backend: as :class:`zokern.MeZO`.
+        candidates: M >= 2. Published: 4 (2 for the largest models).
+        smoothing, curvature_dtype: as :class:`zokern.MeZOGV`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
+    """
+
+    def choose(self, probe: Probe, seeds: list[int], losses: Tensor, here: Tensor | None) -> Estimate:
+        best = losses.argmin()
+        # Losses on a GPU choose the seed there, so that the host need not wait for them.
+        seed: Seed = seeds[int(best)] if losses.device.type == "cpu" else torch.tensor(seeds).to(losses.device)[best]
+        plus, minus = losses[best], probe({seed: -1.0})
+        c = (plus - minus) / 2
+        if here is None:
+            return Estimate({seed: c}, c)
+        return Estimate({seed: c}, c, {seed: curvature.second_difference(plus, minus, here)})

@@ -1,0 +1,110 @@
+"""What Adam's updates remember between steps besides their states; all of it on the device, so that nothing waits.
+
+Rows are (parameter group, block): a block that LeZO leaves out has seen fewer updates than others. Block None stands for
+all that lies outside the blocks, and for everything where there are no layers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from zokern.optim.update import Estimate, Rates, Update, adam
+
+Rows = Sequence[tuple[int, Hashable]]
+
+
+class Nothing:
+    """Of updates that remember nothing."""
+
+    def commit(self, ok: Tensor) -> None:
+        """Called after the pass; ok says whether it was done or skipped."""
+
+    def save(self) -> list[Any]:
+        return []
+
+    def load(self, history: list[Any]) -> None:
+        pass
+
+
+class AdamCounts(Nothing):
+    """How many updates each block has had, for the bias corrections."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, Tensor] = {}
+        self._now: set[int] = set()
+
+    def update(self, estimate: Estimate, rates: Rates, rows: Rows, betas: tuple[float, float], delta: float) -> Update:
+        """Adam's pass, with each row's count."""
+        keys = [-1 if block is None else cast(int, block) for _, block in rows]
+        self._now = set(keys)
+        for key in self._now:
+            self.counts.setdefault(key, torch.zeros((), dtype=torch.float64, device=rates.lr.device))
+        n = torch.stack([self.counts[key].to(rates.lr.device) for key in keys]) + 1.0
+        return adam(estimate, rates, betas, delta, n)
+
+    def commit(self, ok: Tensor) -> None:
+        for key in self._now:
+            self.counts[key] = self.counts[key].to(ok.device) + ok
+
+    def save(self) -> list[Any]:
+        return [[key, count] for key, count in self.counts.items()]
+
+    def load(self, history: list[Any]) -> None:
+        self.counts = dict(history)
+
+
+class AdaMeZOHistory(Nothing):
+    """Seeds and projected gradients of the last `horizon` steps: both moments are made again from these, no state is kept.
+
+    M = (1-b1) sum_i b1^i c_{t-i} z_{t-i}, V = (1-b2) sum_i b2^i c_{t-i}^2 z_{t-i}^2, theta <- ... - lr M / sqrt(V + delta)
+    (arXiv 2605.00650, equations of the truncated moments). A block has no terms of the steps that left it out.
+    """
+
+    def __init__(self, horizon: int) -> None:
+        self.entries: deque[tuple[int, list[int], Tensor]] = deque(maxlen=horizon)  # seed, dropped blocks, c [groups]
+        self._now: tuple[int, list[int], Tensor] | None = None
+
+    def update(
+        self,
+        estimate: Estimate,
+        rates: Rates,
+        rows: Rows,
+        betas: tuple[float, float],
+        delta: float,
+        dropped: set[int],
+        eps: Tensor,
+    ) -> Update:
+        """The pass over the last steps' directions, newest first; eps [groups] is of all groups, active or not."""
+        device = rates.lr.device
+        seed = cast(int, next(iter(estimate.gradient)))
+        self._now = (seed, sorted(dropped), estimate.projected / eps.to(device, non_blocking=True))
+        steps = [self._now, *list(self.entries)[: cast(int, self.entries.maxlen) - 1]]
+        seen = torch.tensor([[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows])
+        c = torch.stack([torch.stack([c[g] for g, _ in rows]).to(device) for _, _, c in steps], dim=1)
+        c = c * seen.to(device, torch.float64)
+        age = torch.arange(len(steps), dtype=torch.float64, device=device)
+        b1, b2 = betas
+        return Update(
+            [seed for seed, _, _ in steps],
+            {"G": (1.0 - b1) * b1**age * c, "V": (1.0 - b2) * b2**age * c * c},
+            {"decay": rates.decay, "step": -rates.lr, "delta": torch.full_like(rates.lr, delta)},
+            "adamezo",
+            {"step": 0.0},
+        )
+
+    def commit(self, ok: Tensor) -> None:
+        assert self._now is not None
+        seed, dropped, c = self._now
+        self.entries.appendleft((seed, dropped, torch.where(ok, c, 0.0)))  # a skipped step is a step without gradient
+
+    def save(self) -> list[Any]:
+        return [list(entry) for entry in self.entries]
+
+    def load(self, history: list[Any]) -> None:
+        self.entries.clear()
+        self.entries.extend((seed, dropped, c) for seed, dropped, c in history)

@@ -1,0 +1,115 @@
+"""What a step has measured, and the pass that it ends with.
+
+A method turns losses into an Estimate; `Update` is the pass that applies it, in the terms of zokern/rules.py. The gradient
+is sum_k G_k z(seed_k) with G_k = g_k / eps, and its diagonal curvature comes from sum_k V_k z(seed_k)^2. All coefficients
+are float64 until a pass rounds them to float32, once; rows are the parameter groups, or finer where a method needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zokern.passes import Seed, Terms
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """gradient: g_k, in units of 1/eps; curvature: in units of 1/eps^2; projected: c, in units of 1/eps, for metrics.
+
+    square_of_sum: the curvature goes with (sum_k b_k z_k)^2, b_k being what `curvature` holds, instead of sum_k b_k z_k^2.
+    """
+
+    gradient: Terms
+    projected: Tensor
+    curvature: Terms = field(default_factory=dict)
+    square_of_sum: bool = False
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Each row's learning rate, perturbation radius and weight decay, float64 [R]."""
+
+    lr: Tensor
+    eps: Tensor
+    weight_decay: Tensor
+
+    @property
+    def decay(self) -> Tensor:
+        return 1.0 - self.lr * self.weight_decay
+
+
+@dataclass(frozen=True)
+class Update:
+    """A pass of `rule`: coefs [R, K] by name, A without what restores the weights; shared [R] by name.
+
+    idle: the values of shared with which the rule leaves its states alone, for a step that is skipped.
+    """
+
+    seeds: Sequence[Seed]
+    coefs: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    rule: str = "axpy"
+    idle: Mapping[str, float] = field(default_factory=dict)
+    square_of_sum: bool = False
+    keep_second: bool = False
+
+
+def gradient(estimate: Estimate, eps: Tensor) -> Tensor:
+    """G [R, K] of an estimate."""
+    return torch.stack([torch.as_tensor(g) for g in estimate.gradient.values()]) / eps[:, None]
+
+
+def sgd(estimate: Estimate, rates: Rates) -> Update:
+    """theta <- (1 - lr*wd) theta - lr sum_k G_k z_k."""
+    coefs = -rates.lr[:, None] * gradient(estimate, rates.eps)
+    return Update(list(estimate.gradient), {"A": coefs}, {"decay": rates.decay})
+
+
+def sign(estimate: Estimate, rates: Rates) -> Update:
+    """theta <- (1 - lr*wd) theta - lr sign(sum_k G_k z_k)."""
+    return Update(
+        list(estimate.gradient),
+        {"G": gradient(estimate, rates.eps)},
+        {"decay": rates.decay, "step": -rates.lr},
+        "sign",
+        {"step": 0.0},
+    )
+
+
+def momentum(estimate: Estimate, rates: Rates, beta: float) -> Update:
+    """m <- beta m + sum_k G_k z_k; theta <- (1 - lr*wd) theta - lr m. torch.optim.SGD's momentum."""
+    return Update(
+        list(estimate.gradient),
+        {"G": gradient(estimate, rates.eps)},
+        {"decay": rates.decay, "beta": torch.full_like(rates.lr, beta), "step": -rates.lr},
+        "momentum",
+        {"beta": 1.0, "step": 0.0},
+    )
+
+
+def adam(estimate: Estimate, rates: Rates, betas: tuple[float, float], delta: float, n: Tensor) -> Update:
+    """Adam (Kingma and Ba 2015, algorithm 1) on g = sum_k G_k z_k; n [R]: each row's number of updates, with this one.
+
+    m <- b1 m + (1-b1) g, v <- b2 v + (1-b2) g^2, theta <- (1 - lr*wd) theta - lr m^ / (sqrt(v^) + delta), where m^ and v^
+    are m / (1-b1^n) and v / (1-b2^n). The pass has the same with sqrt(1-b2^n) multiplied through.
+    """
+    b1, b2 = betas
+    first, second = 1.0 - b1**n, (1.0 - b2**n).sqrt()
+    return Update(
+        list(estimate.gradient),
+        {"G": (1.0 - b1) * gradient(estimate, rates.eps)},
+        {
+            "decay": rates.decay,
+            "beta1": torch.full_like(rates.lr, b1),
+            "beta2": torch.full_like(rates.lr, b2),
+            "ratio": torch.full_like(rates.lr, (1.0 - b2) / (1.0 - b1) ** 2),
+            "step": -rates.lr * second / first,
+            "delta": delta * second,
+        },
+        "adam",
+        {"beta1": 1.0, "beta2": 1.0, "ratio": 0.0, "step": 0.0},
+    )
