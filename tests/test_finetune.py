@@ -75,7 +75,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         bert = transformers.BertConfig(
-            vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
             max_position_embeddings=64, initializer_range=0.3, hidden_dropout_prob=0.5,
         )  # fmt: skip
         gpt = transformers.GPT2Config(vocab_size=size, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=3,
@@ -464,8 +464,64 @@ def test_the_method_gets_all_its_settings(options: Options) -> None:
     group = optimizer.param_groups[0]
     assert (optimizer.seed, group["eps"], group["lr"], group["weight_decay"]) == (5, 0.5, 0.25, 0.125)
     optimizer.step(lambda: torch.zeros(()))
-    assert optimizer.counters["forwards"] == methods.METHODS["mezo"].forwards(given) == 6
+    assert optimizer.counters["forwards"] == methods.forwards(given) == 6
     assert optimizer.state_dict()["zokern"]["options"]["distribution"] == "rademacher"
+
+
+OWN_SETTINGS: dict[str, dict] = {
+    "mezo": {"num_samples": 2, "one_sided": True, "update": "adam", "beta1": 0.5, "beta2": 0.75, "delta": 1e-3,
+             "horizon": 4},
+    "lezo": {"num_dropped": 1, "update": "momentum", "beta1": 0.5},
+    "hizoo": {"num_samples": 2, "smoothing": 1e-5, "curvature_dtype": "bfloat16"},
+    "helene": {"num_samples": 2, "beta1": 0.5, "anneal_steps": 7.0, "hessian_interval": 3, "gamma": 2.0, "floor": 0.5,
+               "delta": 1e-3},
+    "mezo-gv": {"candidates": 3, "elite": 0.4, "smoothing": 1e-4},
+    "mezo-greedy": {"candidates": 3, "curvature_dtype": "bfloat16", "smoothing": 0.0},
+    "fzoo": {"candidates": 3},
+    "es": {"num_directions": 3, "shaping": "ranked", "antithetic": True},
+}  # fmt: skip
+KEPT_AS = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
+
+
+def test_every_method_has_settings_here() -> None:
+    assert set(OWN_SETTINGS) == set(methods.METHODS)
+    assert set(methods.OWN) == {name for given in OWN_SETTINGS.values() for name in given} - {"num_dropped"}
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_runs_and_gets_its_own_settings(method: str, options: Options) -> None:
+    """From the options through the files: the settings reach the optimizer, forwards are what was announced."""
+    given = dataclasses.replace(options, method=method, lr=None, steps=2, eval_every=0, **OWN_SETTINGS[method])
+    given.check()
+    summary = finetune(given)
+    assert summary.counters["forwards"] == 2 * methods.forwards(given)
+    train = [line for line in records(given.output) if line["kind"] == "train"]
+    assert train[-1]["loss"] > 0  # of the model: a reward's sign is changed back
+    model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(4)]))
+    kept = methods.build(model, given).state_dict()["zokern"]["options"]
+    for name, value in OWN_SETTINGS[method].items():
+        if name == "num_dropped":
+            assert kept["layers"]["num_dropped"] == value
+        elif name in KEPT_AS:
+            assert kept[KEPT_AS[name][0]][KEPT_AS[name][1]] == value
+        else:
+            assert str(kept[name]).removeprefix("torch.") == str(value)
+
+
+def test_lezo_leaves_out_three_quarters_of_the_blocks_unless_told(options: Options) -> None:
+    model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(8)]))
+    assert methods.build(model, dataclasses.replace(options, method="lezo")).layers.num_dropped == 6
+    assert methods.build(model, dataclasses.replace(options, method="hizoo", num_dropped=3)).layers.num_dropped == 3
+    assert methods.build(model, options).layers is None
+
+
+def test_a_setting_of_another_method_is_refused(options: Options) -> None:
+    with pytest.raises(FinetuneError, match=r"--candidates is not a setting of --method hizoo; .* mezo-gv, .*fzoo"):
+        dataclasses.replace(options, method="hizoo", candidates=4).check()
+    with pytest.raises(FinetuneError, match=r"elite is 0\.1, which puts 0 of 4"):
+        finetune(dataclasses.replace(options, method="mezo-gv", elite=0.1))
+    with pytest.raises(FinetuneError, match="num_dropped is 9"):
+        finetune(dataclasses.replace(options, num_dropped=9))
 
 
 def test_accumulation_averages_micro_batches(options: Options, tmp_path: Path) -> None:

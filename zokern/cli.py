@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from zokern.finetune.methods import LR_OF_UPDATE, METHODS
 from zokern.finetune.options import CHOICES, FinetuneError, Options
 
 if "torch" not in sys.modules:  # OpenMP reads this once, when torch loads it
@@ -34,7 +35,7 @@ def _option(panel: str, text: str, *names: str, name: str = "") -> Any:
     return typer.Option(*names, rich_help_panel=panel, help=text + choices)
 
 
-DATA, METHOD, SCHEDULE = "Model and data", "Method", "Schedule"
+DATA, METHOD, OWN_SETTINGS, SCHEDULE = "Model and data", "Method", "Settings of some methods", "Schedule"
 EVALUATION, OUTPUT, HARDWARE = "Evaluation", "Output", "Hardware"
 
 
@@ -107,31 +108,157 @@ def finetune(
     limit_eval: Annotated[
         int | None, _option(DATA, "Evaluate on this many texts at most, each label in its proportion. Default: all.")
     ] = DEFAULT.limit_eval,
-    method: Annotated[str, _option(METHOD, "The zeroth-order method.", name="method")] = DEFAULT.method,
-    lr: Annotated[
-        float,
+    method: Annotated[
+        str,
         _option(
             METHOD,
-            "Learning rate, the peak of the schedule. The default suits encoders of some ten million parameters; "
-            "billions want 1e-7 to 1e-6.",
+            "The zeroth-order method. mezo: two forwards and plain steps. lezo: mezo on random blocks. hizoo: a diagonal "
+            "curvature from one forward more. helene: momentum over a curvature with a floor. mezo-gv, mezo-greedy: the "
+            "best of several candidate directions. fzoo: random signs, steps scaled by the losses' spread. es: many "
+            "directions weighted by reward (here the loss with its sign changed).",
+            name="method",
+        ),
+    ] = DEFAULT.method,
+    lr: Annotated[
+        float | None,
+        _option(
+            METHOD,
+            "Learning rate, the peak of the schedule. The default suits encoders of some ten million parameters: "
+            + ", ".join(f"{name} {entry.lr:g}" for name, entry in METHODS.items())
+            + "; with --update "
+            + ", ".join(f"{name} {lr:g}" for name, lr in LR_OF_UPDATE.items())
+            + ". Billions of parameters want 1e-7 to 1e-6 with mezo.",
         ),
     ] = DEFAULT.lr,
     eps: Annotated[
         float,
         _option(
             METHOD,
-            "Radius of the perturbation: the loss is taken at weights + eps z and weights - eps z, z of variance 1.",
+            "Radius of the perturbation: losses are taken at weights + eps z and weights - eps z, z of variance 1. "
+            "Published: 1e-3.",
         ),
     ] = DEFAULT.eps,
     weight_decay: Annotated[
-        float, _option(METHOD, "Decoupled weight decay: each step takes lr x this share off the weights.")
+        float, _option(METHOD, "Decoupled weight decay: each step takes lr x this share off the weights. Published: 0.")
     ] = DEFAULT.weight_decay,
-    num_samples: Annotated[
-        int, _option(METHOD, "Random directions a step, averaged; two forwards each.")
-    ] = DEFAULT.num_samples,
     distribution: Annotated[
-        str, _option(METHOD, "Distribution of the directions' elements; rademacher is +1 or -1.", name="distribution")
+        str | None,
+        _option(
+            METHOD,
+            "Distribution of the directions' elements; rademacher is +1 or -1. Default: normal, and rademacher for fzoo.",
+            name="distribution",
+        ),
     ] = DEFAULT.distribution,
+    num_dropped: Annotated[
+        int | None,
+        _option(
+            METHOD,
+            "Blocks that a step leaves out, drawn anew each time, with any method: no pass touches them. Default: none; "
+            "for lezo three quarters of the blocks, as published.",
+        ),
+    ] = DEFAULT.num_dropped,
+    num_samples: Annotated[
+        int | None,
+        _option(OWN_SETTINGS, "mezo, lezo, hizoo, helene: directions a step, averaged. Published: 1."),
+    ] = DEFAULT.num_samples,
+    one_sided: Annotated[
+        bool | None,
+        _option(
+            OWN_SETTINGS,
+            "mezo, lezo: one forward for each direction and one at the weights. Default: two for each direction.",
+            "--one-sided/--two-sided",
+        ),
+    ] = DEFAULT.one_sided,
+    update: Annotated[
+        str | None,
+        _option(
+            OWN_SETTINGS,
+            "mezo, lezo: what is done with the gradient estimate. Default: sgd; adamezo makes Adam's moments again from "
+            "the last steps' seeds.",
+            name="update",
+        ),
+    ] = DEFAULT.update,
+    beta1: Annotated[
+        float | None,
+        _option(OWN_SETTINGS, "mezo, lezo, helene: decay of the momentum, in [0, 1). Default: 0.9."),
+    ] = DEFAULT.beta1,
+    beta2: Annotated[
+        float | None,
+        _option(
+            OWN_SETTINGS,
+            "Decay of the second moment (mezo, lezo: 0.999 by default) or of the curvature (helene: 0.99), in [0, 1).",
+        ),
+    ] = DEFAULT.beta2,
+    delta: Annotated[
+        float | None,
+        _option(OWN_SETTINGS, "mezo, lezo, helene: added to what an update is divided by. Default: 1e-8."),
+    ] = DEFAULT.delta,
+    horizon: Annotated[
+        int | None,
+        _option(
+            OWN_SETTINGS, "mezo, lezo with --update adamezo: steps whose directions make the moments. Default: 10."
+        ),
+    ] = DEFAULT.horizon,
+    smoothing: Annotated[
+        float | None,
+        _option(
+            OWN_SETTINGS,
+            "hizoo: weight of a step's curvature, in [0, 1). Published: 1e-8. mezo-gv, mezo-greedy: turns hizoo's "
+            "curvature on, for one forward more. Default: off.",
+        ),
+    ] = DEFAULT.smoothing,
+    curvature_dtype: Annotated[
+        str | None,
+        _option(
+            OWN_SETTINGS,
+            "hizoo, mezo-gv, mezo-greedy: storage of the curvature. Default: float32; bfloat16 is rounded stochastically.",
+            name="curvature_dtype",
+        ),
+    ] = DEFAULT.curvature_dtype,
+    anneal_steps: Annotated[
+        float | None,
+        _option(
+            OWN_SETTINGS, "helene: steps in which the gradient's weight falls from 1 to beta1. Default: 1000 (ours)."
+        ),
+    ] = DEFAULT.anneal_steps,
+    hessian_interval: Annotated[
+        int | None,
+        _option(OWN_SETTINGS, "helene: steps from one update of the curvature to the next. Default: 10 (ours)."),
+    ] = DEFAULT.hessian_interval,
+    gamma: Annotated[
+        float | None, _option(OWN_SETTINGS, "helene: factor of the curvature, at least 0. Default: 1 (ours).")
+    ] = DEFAULT.gamma,
+    floor: Annotated[
+        float | None,
+        _option(OWN_SETTINGS, "helene: the curvature counts as this much at least (layer-wise clipping). Default: 1."),
+    ] = DEFAULT.floor,
+    candidates: Annotated[
+        int | None,
+        _option(
+            OWN_SETTINGS,
+            "mezo-gv, mezo-greedy: directions tried before one is taken, at least 2. Published: 4. fzoo: directions a "
+            "step. Published: 8.",
+        ),
+    ] = DEFAULT.candidates,
+    elite: Annotated[
+        float | None,
+        _option(OWN_SETTINGS, "mezo-gv: share of the candidates in the better group; both need one. Published: 0.5."),
+    ] = DEFAULT.elite,
+    num_directions: Annotated[
+        int | None, _option(OWN_SETTINGS, "es: directions a step, at least 2. Published: about 30.")
+    ] = DEFAULT.num_directions,
+    shaping: Annotated[
+        str | None,
+        _option(OWN_SETTINGS, "es: how rewards become weights. Default: standardised, as published.", name="shaping"),
+    ] = DEFAULT.shaping,
+    antithetic: Annotated[
+        bool | None,
+        _option(
+            OWN_SETTINGS,
+            "es: try every direction both ways, twice the forwards. Default: one way.",
+            "--antithetic/--not-antithetic",
+        ),
+    ] = DEFAULT.antithetic,
     seed: Annotated[
         int,
         _option(

@@ -23,6 +23,7 @@ from zokern import ZokernWarning
 from zokern.finetune.batches import Batch, Order
 from zokern.finetune.clock import Clock, memory
 from zokern.finetune.display import Display, Status
+from zokern.finetune.methods import METHODS
 from zokern.finetune.options import Options
 from zokern.finetune.output import Output
 from zokern.finetune.tasks import Task, evaluate
@@ -90,12 +91,13 @@ def train(task: Task, optimizer: Any, options: Options, output: Output, display:
     order, clock, interrupt = Order(len(task.sets["train"][1]), options.seed), Clock(task.device), Interrupt()
     status, begun, evaluating = Status(), time.perf_counter(), 0.0
     recent: list[Tensor] = []
+    sign = -1.0 if METHODS[options.method].maximises else 1.0  # what maximises takes a reward
     step, interrupted = 0, False
 
     def closure(batch: Batch) -> Tensor:
         interrupt.raise_if_asked()
         with clock.measure("forwards"):
-            return task.loss(batch)
+            return sign * task.loss(batch)
 
     def check() -> None:
         if not interrupted:
@@ -145,7 +147,7 @@ def train(task: Task, optimizer: Any, options: Options, output: Output, display:
                 micro = [task.batch("train", order.draw(options.batch_size)) for _ in range(options.accumulate)]
                 with clock.measure("step"):
                     loss = optimizer.step(closure, micro)
-                recent.append(loss.detach())
+                recent.append(sign * loss.detach())
                 step += 1
                 if step % options.log_every == 0 or step == options.steps:
                     report()

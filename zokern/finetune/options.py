@@ -10,12 +10,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from zokern.finetune.methods import METHODS
+from zokern.finetune.methods import METHODS, OWN
 
 REMEDY = 'install the extra with: pip install "zokern[finetune]"'
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("auto", "similarity", "classifier", "prompt"),
     "method": tuple(METHODS),
+    "update": ("sgd", "momentum", "adam", "adamezo", "sign"),
+    "curvature_dtype": ("float32", "bfloat16"),
+    "shaping": ("standardised", "ranked"),
     "distribution": ("normal", "rademacher"),
     "rounding": ("auto", "nearest", "stochastic"),
     "placement": ("auto", "inplace", "shadow"),
@@ -31,6 +34,19 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "eps": (0.0, math.inf, False),
     "weight_decay": (0.0, math.inf, True),
     "num_samples": (1, 1024, True),
+    "beta1": (0.0, 1.0, True),
+    "beta2": (0.0, 1.0, True),
+    "delta": (0.0, math.inf, True),
+    "horizon": (1, 1 << 20, True),
+    "num_dropped": (0, math.inf, True),
+    "smoothing": (0.0, 1.0, True),
+    "anneal_steps": (0.0, math.inf, False),
+    "hessian_interval": (1, math.inf, True),
+    "gamma": (0.0, math.inf, True),
+    "floor": (0.0, math.inf, True),
+    "candidates": (2, 1 << 16, True),
+    "elite": (0.0, 1.0, False),
+    "num_directions": (2, 1 << 16, True),
     "seed": (0, 2**63 - 1, True),
     "warmup_steps": (0, math.inf, True),
     "accumulate": (1, math.inf, True),
@@ -68,11 +84,29 @@ class Options:
     limit_eval: int | None = None
 
     method: str = "mezo"
-    lr: float = 5e-5
+    lr: float | None = None
     eps: float = 1e-3
     weight_decay: float = 0.0
-    num_samples: int = 1
-    distribution: str = "normal"
+    num_samples: int | None = None
+    one_sided: bool | None = None
+    update: str | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    delta: float | None = None
+    horizon: int | None = None
+    num_dropped: int | None = None
+    smoothing: float | None = None
+    curvature_dtype: str | None = None
+    anneal_steps: float | None = None
+    hessian_interval: int | None = None
+    gamma: float | None = None
+    floor: float | None = None
+    candidates: int | None = None
+    elite: float | None = None
+    num_directions: int | None = None
+    shaping: str | None = None
+    antithetic: bool | None = None
+    distribution: str | None = None
     seed: int = 0
     rounding: str = "auto"
     placement: str = "auto"
@@ -105,7 +139,7 @@ class Options:
         """Raise FinetuneError naming the option, its value and what is allowed, before anything is loaded."""
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed:
+            if value is not None and value not in allowed:
                 raise FinetuneError(f"{flag(name)} is {value!r}; allowed: {', '.join(allowed)}")
         for name, (low, high, closed) in RANGES.items():
             value = getattr(self, name)
@@ -116,6 +150,10 @@ class Options:
                     f", at most {high:g}" if high < math.inf else ""
                 )
                 raise FinetuneError(f"{flag(name)} is {value}; allowed: {bounds}")
+        for name in OWN:
+            if getattr(self, name) is not None and name not in METHODS[self.method].takes:
+                takers = ", ".join(method for method, entry in METHODS.items() if name in entry.takes)
+                raise FinetuneError(f"{flag(name)} is not a setting of --method {self.method}; it belongs to {takers}")
         if self.warmup_steps > self.steps:
             raise FinetuneError(
                 f"--warmup-steps is {self.warmup_steps}; allowed: at most --steps, which is {self.steps}"

@@ -67,7 +67,7 @@ def run(options: Options, console: Console | None = None) -> Summary:
         task.add(name, part)
     try:
         optimizer = methods.build(task.model, options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise FinetuneError(str(error)) from error
     output = Output(options.output)
     tuned = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
@@ -75,17 +75,15 @@ def run(options: Options, console: Console | None = None) -> Summary:
     def say(name: str, value: str) -> None:
         console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
 
-    forwards = methods.METHODS[options.method].forwards(options) * options.accumulate
-    settings = f"lr {options.lr:g} {options.lr_schedule}, eps {options.eps:g}"
+    settings = f"lr {methods.settings(options)['lr']:g} {options.lr_schedule}, eps {options.eps:g}"
+    each = f"{methods.forwards(options)} forwards of {options.batch_size} texts a step, no backward"
     say(
         "model",
         f"{options.model}: {config.model_type}, {tuned / 1e6:,.1f} million parameters, {_name(dtype)} on {device}",
     )
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
     say("objective", f"{objective} ({reason})")
-    say(
-        "method", f"{options.method}, {settings}, {forwards} forwards of {options.batch_size} texts a step, no backward"
-    )
+    say("method", f"{options.method}, {settings}, {each}")
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
 
     display = Display(console, options.steps, f"zokern finetune, {options.method}")

@@ -106,7 +106,7 @@ class HELENE(ZerothOrderOptimizer):
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if isinstance(self.floor, list) and len(self.floor) != len(trainable):
             raise ValueError(
-                f"floor has {len(self.floor)} numbers and there are {len(trainable)} trainable parameters; one each is needed"
+                f"floor has {len(self.floor)} numbers for {len(trainable)} trainable parameters; give one for each"
             )
         listed = self.floor if isinstance(self.floor, list) else []
         self._listed = {id(p): value for p, value in zip(trainable, listed, strict=False)}
