@@ -4,8 +4,9 @@ A pass over 16-bit weights is at an H200's copy bandwidth only if it needs about
 measured where it can be kept: in the compiled code. Triton kernels are compiled for a named target, CUDA kernels with
 `nvcc -cubin`, both are disassembled with the tools in Triton's wheel (or on PATH). The hot loop is the loop with the
 widest global stores; counted is the way round it that an ordinary iteration takes, which neither enters an inner loop
-nor touches memory in narrower pieces (masked slow paths). An inner loop is the loop over further seeds. Instructions of
-the uniform datapath take issue slots like any other. Longer than other files because it is a tool of its own.
+nor touches memory in narrower pieces (masked slow paths), and which where a kernel decides at run time draws normals,
+writes every state and rounds to nearest. An inner loop is the loop over further seeds. Instructions of the uniform
+datapath take issue slots like any other. Longer than other files because it is a tool of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zokern.rules import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
-CUDA_SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
+CUDA_SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("axpy.cu", "hizoo.cu", "moments.cu")]
 ITEM_SIZES = {"float": 4, "bfloat16": 2, "half": 2, "short": 2}  # what ends a template argument's or a dtype's name
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L\w+):")
@@ -183,30 +187,37 @@ def _code(blocks: list[Block], indices: Iterable[int]) -> list[Instruction]:
 def _path(blocks: list[Block], loop: Loop, without: set[int]) -> list[Instruction]:
     """Code of the way round the loop, avoiding the blocks `without`, that an ordinary iteration takes.
 
-    It is that with the most noise arithmetic (a guard for "no seeds" jumps over it), then the shortest (no fix-ups).
+    It is that with the most normals (rather than signs), then the most stored (every state), then the most arithmetic
+    (a guard for "no seeds" jumps over it), then the shortest (no stochastic rounding where that is asked at run time).
     """
 
     @functools.cache
-    def best(block: int) -> tuple[int, int, tuple[int, ...]] | None:
+    def best(block: int) -> tuple[tuple[int, int, int, int], tuple[int, ...]] | None:
         code = _code(blocks, [block])
-        noise = sum(bool(re.match(r"FFMA|IMAD\.WIDE", i.opcode)) for i in code)
-        following: list[tuple[int, int, tuple[int, ...]]] = (
-            [(0, 0, ())] if loop.header in blocks[block].successors else []
+        stored = sum(i.global_bytes for i in code if i.opcode.startswith("STG"))
+        arithmetic = sum(i.pipe == "fp32" for i in code)
+        following: list[tuple[tuple[int, int, int, int], tuple[int, ...]]] = (
+            [((0, 0, 0, 0), ())] if loop.header in blocks[block].successors else []
         )
         for successor in blocks[block].successors:
             if successor in loop.blocks and successor != loop.header and successor not in without:
                 following += [way for way in [best(successor)] if way is not None]
         if not following:
             return None
-        more, length, rest = max(following)
-        return noise + more, length - len(code), (block, *rest)
+        (normals, more_stored, more, length), rest = max(following)
+        return (normals + _conversions(code), more_stored + stored, more + arithmetic, length - len(code)), (block, *rest)
 
     way = None if loop.header in without else best(loop.header)
-    return _code(blocks, way[2]) if way else []
+    return _code(blocks, way[1]) if way else []
 
 
 def _ffma(code: list[Instruction]) -> int:
     return sum(i.opcode.startswith("FFMA") for i in code)
+
+
+def _conversions(code: list[Instruction]) -> int:
+    """Integers converted to float32: three make two normals."""
+    return sum(i.opcode.startswith("I2F") for i in code)
 
 
 @dataclasses.dataclass
@@ -221,14 +232,15 @@ class HotLoop:
     @property
     def extra(self) -> float:
         """Slots per element of one seed in the inner loop, which may be unrolled: the elements are counted by their
-        noise. Three conversions make two normals; a sign costs one fused multiply-add."""
-        conversions = sum(i.opcode.startswith("I2F") for i in self.inner)
+        noise. Three conversions make two normals; a sign costs one fused multiply-add in a rule without sums."""
+        conversions = _conversions(self.inner)
         return len(self.inner) / (conversions * 2 / 3 if conversions else _ffma(self.inner))
 
-    def slots(self, item_size: int) -> float:
-        """Slots per element for one seed. It runs in the inner loop unless it is peeled off, with its own FFMAs."""
-        per_element = len(self.code) / (self.stored_bytes // item_size)
-        return per_element if _ffma(self.code) >= _ffma(self.inner) / 2 else per_element + self.extra
+    def slots(self, stored_size: int) -> float:
+        """Slots per element for one seed. It runs in the inner loop unless it is peeled off, with its own noise."""
+        per_element = len(self.code) / (self.stored_bytes // stored_size)
+        noise = _conversions if _conversions(self.inner) else _ffma
+        return per_element if noise(self.code) >= noise(self.inner) / 2 else per_element + self.extra
 
 
 def _hot_loops(blocks: list[Block]) -> list[HotLoop]:
@@ -242,24 +254,25 @@ def _hot_loops(blocks: list[Block]) -> list[HotLoop]:
         narrow = {b for b in loop.blocks if any(0 < i.global_bytes < wide for i in _element_accesses(blocks[b].code))}
         code = _path(blocks, loop, inside | narrow)
         stored = sum(i.global_bytes for i in code if i.opcode.startswith("STG"))
-        inner = max((_path(blocks, other, set()) for other in within), key=_ffma, default=[])
+        # The loop over seeds; of two, the shorter is that over the seeds whose keys are ready.
+        inner = max((_path(blocks, other, set()) for other in within), key=lambda c: (_ffma(c), -len(c)), default=[])
         if stored:
             found.append(HotLoop(wide, stored, code, inner if _ffma(inner) else []))
     best = max(((h.store_width, h.stored_bytes) for h in found), default=None)
     return [h for h in found if (h.store_width, h.stored_bytes) == best]
 
 
-def analyse(name: str, arch: int, blocks: list[Block], item_size: int, registers: int, stack_bytes: int) -> Report:
-    """Finds the hot loop of one kernel and counts it."""
+def analyse(name: str, arch: int, blocks: list[Block], stored_size: int, registers: int, stack_bytes: int) -> Report:
+    """Finds the hot loop of one kernel, which stores `stored_size` bytes for an element, and counts it."""
     spills = sum(bool(re.match(r"LDL|STL", i.opcode)) for i in _code(blocks, range(len(blocks))))
     hot = _hot_loops(blocks)
     if not hot:
         return Report(name, arch, registers, stack_bytes, spills, 0, None, None, 0, [], {}, {})
-    one = min(hot, key=lambda h: h.slots(item_size))
+    one = min(hot, key=lambda h: h.slots(stored_size))
     more = min((h for h in hot if h.inner), key=lambda h: h.extra, default=None)
     extra_code = more.inner if more else []
     return Report(
-        name, arch, registers, stack_bytes, spills, one.stored_bytes // item_size, one.slots(item_size),
+        name, arch, registers, stack_bytes, spills, one.stored_bytes // stored_size, one.slots(stored_size),
         more.extra if more else None,
         barriers_in_loop=sum(i.pipe == "barrier" for i in one.code + extra_code),
         global_bytes_in_loop=[i.global_bytes for i in one.code if i.global_bytes],
@@ -303,14 +316,14 @@ def _tool(name: str, *arguments: str) -> str:
     return _run(path, *arguments)
 
 
-def analyse_cubin(cubin: Path, arch: int, item_size: int | None = None, title: str | None = None) -> list[Report]:
-    """All kernels of a cubin. Without `item_size` it is read off the demangled name's first template argument."""
+def analyse_cubin(cubin: Path, arch: int, stored_size: int | None = None, title: str | None = None) -> list[Report]:
+    """All kernels of a cubin. Without `stored_size` it is read off the demangled names."""
     usage = _tool("cuobjdump", "-res-usage", str(cubin))
     resources = {m[1]: (int(m[2]), int(m[3])) for m in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
     reports = []
     for mangled, blocks in parse_functions(_tool("nvdisasm", "-c", str(cubin))).items():
         name = title or demangle(mangled)
-        reports.append(analyse(name, arch, blocks, item_size or _item_size(name), *resources[mangled]))
+        reports.append(analyse(name, arch, blocks, stored_size or _stored_size(name), *resources[mangled]))
     return reports
 
 
@@ -327,9 +340,14 @@ def demangle(name: str) -> str:
     return text.removeprefix("void ")
 
 
-def _item_size(name: str) -> int:
-    found = re.search(r"<\s*(?:[\w ]+::)*[\w ]*?(" + "|".join(ITEM_SIZES) + r")\d*\b", name)
-    return ITEM_SIZES[found[1]] if found else 4
+def _stored_size(name: str) -> int:
+    """Bytes that a kernel stores for an element, by its template arguments: a dtype, its states' dtype, a rule."""
+    from zokern.rules import RULES
+
+    sizes = [ITEM_SIZES[found] for found in re.findall(r"[<,]\s*[\w ]*?(" + "|".join(ITEM_SIZES) + r")\d*\b", name)]
+    written = {rule.name.replace("_", ""): rule.written for rule in RULES.values()}
+    struct = re.search(r"::gpu::(\w+)", name)
+    return (sizes or [4])[0] + (sizes[1] * written[struct[1].lower()] if struct else 0)
 
 
 def compile_cuda(source: Path, arch: int, flags: Sequence[str] = ()) -> list[Report]:
@@ -342,35 +360,43 @@ def compile_cuda(source: Path, arch: int, flags: Sequence[str] = ()) -> list[Rep
 
 
 def compile_triton(arch: int) -> list[Report]:
-    """The Triton pass in every dtype, distribution and rounding, with the options it is launched with."""
+    """The Triton pass with the options it is launched with: the first-order one in every dtype, distribution and
+    rounding, and the other rules with normals and float32 states."""
     from zokern.backends.triton import launch
+    from zokern.rules import RULES
 
     reports = []
-    for dtype in launch.DTYPES.values():
-        for distribution in ("normal", "rademacher"):
-            for rounding in ("nearest",) if dtype.primitive_bitwidth == 32 else ("nearest", "stochastic"):
-                name = f"triton add_noise<{dtype}, {distribution}, {rounding}>"
-                cubin = _triton_cubin(arch, dtype, distribution, rounding)
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "kernel.cubin"
-                    path.write_bytes(cubin)
-                    reports += analyse_cubin(path, arch, dtype.primitive_bitwidth // 8, name)
+    for rule in RULES.values():
+        for dtype in launch.DTYPES.values():
+            for distribution in ("normal", "rademacher") if rule.name == "axpy" else ("normal",):
+                for rounding in ("nearest",) if dtype.primitive_bitwidth == 32 else ("nearest", "stochastic"):
+                    name = f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"
+                    cubin = _triton_cubin(arch, rule, dtype, distribution, rounding)
+                    with tempfile.TemporaryDirectory() as folder:
+                        path = Path(folder) / "kernel.cubin"
+                        path.write_bytes(cubin)
+                        stored_size = dtype.primitive_bitwidth // 8 + 4 * rule.written
+                        reports += analyse_cubin(path, arch, stored_size, name)
     return reports
 
 
-def _triton_cubin(arch: int, dtype: Any, distribution: str, rounding: str) -> bytes:
+def _triton_cubin(arch: int, rule: Rule, dtype: Any, distribution: str, rounding: str) -> bytes:
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from zokern.backends.triton import kernels, launch
-    from zokern.table import CHUNK
+    from zokern.table import CHUNK, COLUMNS
 
-    kernel = kernels.add_noise_kernel
-    signature = {"tensors": "*i64", "chunks": "*i32", "seeds": "*i64", "coefs": "*fp32", "decays": "*fp32",
+    kernel = kernels.pass_kernel
+    signature = {"tensors": "*i64", "chunks": "*i32", "seeds": "*i64", "coefs": "*fp32", "shared": "*fp32",
                  "rounding_seed": "*i64", "enabled": "*i32", "num_seeds": "i32"}  # fmt: skip
-    constants = {"DTYPE": dtype, "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
-                 "CHUNK": CHUNK, "BLOCK": launch.BLOCK}  # fmt: skip
+    constants = launch.constants(rule) | {
+        "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
+        "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
+        "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": launch.BLOCK,
+    }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     # torch's allocations are 16-byte aligned, which the launcher tells Triton of every pointer.
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
@@ -406,7 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities (default: 90)")
     parser.add_argument("--kernels", nargs="+", choices=["triton", "cuda"], default=["triton", "cuda"],
                         help="which kernels to compile (default: both)")  # fmt: skip
-    parser.add_argument("--source", type=Path, default=CUDA_SOURCE, help="the .cu file (default: %(default)s)")
+    parser.add_argument("--source", type=Path, nargs="+", default=CUDA_SOURCES,
+                        help="the .cu files (default: all with kernels of passes)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all counts to FILE")
     options = parser.parse_args(arguments)
     if "triton" in options.kernels and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -416,7 +443,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "triton" in options.kernels:
             reports += compile_triton(arch)
         if "cuda" in options.kernels:
-            reports += compile_cuda(options.source, arch)
+            for source in options.source:
+                reports += compile_cuda(source, arch)
     print(table(reports))
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")

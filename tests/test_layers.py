@@ -398,3 +398,55 @@ def test_lezo_needs_a_module_and_a_number():
         zokern.LeZO(make().parameters(), 1e-3, num_dropped=1)
     with pytest.raises(TypeError, match="num_dropped"):
         zokern.LeZO(make(), 1e-3)
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("method", ["MeZO", "HiZOO", "HELENE", "MeZOGV", "FZOO"])
+def test_a_pass_moves_the_active_elements_only(placement, method):
+    """30 of 40 blocks dropped: every pass of the step reads and writes what is left, whatever the method."""
+    model = make(40)
+    block = sum(p.numel() for p in model.layers[0].parameters())
+    rest = sum(p.numel() for p in model.parameters()) - 40 * block
+    opt = getattr(zokern, method)(model, 1e-3, layers=RandomBlocks(30), placement=placement)
+    for _ in range(2):
+        before, after = opt.counters, (opt.step(model), opt.counters)[1]
+        passes = after["passes"] - before["passes"]
+        assert after["elements_moved"] - before["elements_moved"] == 2 * passes * (10 * block + rest)
+
+
+def test_shadow_keeps_one_pool_for_changing_blocks():
+    """Its size is that of one step's active parameters, and it is not made anew when others become active."""
+    model = make(8)
+    opt = zokern.LeZO(model, 1e-3, num_dropped=6, placement="shadow")
+    opt.step(model)
+    (pool,) = opt._placement.pools.values()
+    padded = [-(-p.numel() // 8) * 8 for p in model.parameters()]
+    blocks = [sum(-(-p.numel() // 8) * 8 for p in layer.parameters()) for layer in model.layers]
+    assert pool.numel() == sum(padded) - sum(blocks) + 2 * blocks[0]
+    for _ in range(5):
+        opt.step(model)
+    assert next(iter(opt._placement.pools.values())).data_ptr() == pool.data_ptr()
+
+
+@PLACEMENTS
+def test_a_model_wrapped_by_peft(placement):
+    """LoRA: only the adapters move, blocks are found inside the wrapping, and dropped ones keep their adapters."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=17, n_embd=8, n_layer=4, n_head=2, n_positions=16)
+        lora = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+        model = peft.get_peft_model(transformers.GPT2LMHeadModel(config).eval(), lora).eval()
+    tokens = torch.arange(12)[None]
+    before = values(model)
+    opt = zokern.HiZOO(model, 1e-2, layers=RandomBlocks(3), placement=placement, smoothing=1e-4)
+    first = opt.step(lambda: model(input_ids=tokens, labels=tokens).loss)
+    assert first.isfinite()
+    moved = changed(before, values(model))
+    assert len(moved) == 2
+    assert all("lora_" in name for name in moved)
+    for _ in range(30):
+        last = opt.step(lambda: model(input_ids=tokens, labels=tokens).loss)
+    assert last < first
+    assert all("lora_" in name for name in changed(before, values(model)))

@@ -1,9 +1,10 @@
 """Forwards see a perturbed copy of the active parameters; the weights' own storage is written by updates alone.
 
-The copy is one allocation for each device and dtype, reused while the active parameters stay the same. While a
-closure runs, the module's entries for the active parameters are the copies; before and after, and in a state_dict()
-of the module asked for from inside the closure, they are the weights. No storage is ever exchanged (`param.data =
-...`), so views, tied weights and optimizer state keep their meaning.
+The copy is one allocation for each device and dtype, which serves every step that needs no more than it has: LeZO's
+active layers change from step to step, and their copies share it. While a closure runs, the module's entries for the
+active parameters are the copies; before and after, and in a state_dict() of the module asked for from inside the
+closure, they are the weights. No storage is ever exchanged (`param.data = ...`), so views, tied weights and optimizer
+state keep their meaning.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Shadow:
         self.members: Sequence[Member] = ()
         self.eps = torch.empty(0)
         self.rule = "axpy"
+        self.pools: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.copies: list[nn.Parameter] = []
         self.layout: object = None
         self.sites: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []  # module, name, weight, copy
@@ -37,8 +39,8 @@ class Shadow:
         self.rule = "scaled_axpy" if scaled else "axpy"
         layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
         if layout != self.layout:
-            self.copies = []  # freed before the next are made: LeZO's active layers change from step to step
-            self.copies = _copies(members)
+            self.copies = []  # views of the pools, which may be replaced
+            self.copies = _copies(members, self.pools)
             self.layout = layout
         copy_of = {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
         self.sites = [
@@ -118,15 +120,20 @@ class Shadow:
             self._enter(copies)
 
 
-def _copies(members: Sequence[Member]) -> list[nn.Parameter]:
-    """Uninitialised parameters like the members', out of one allocation per device and dtype, on 16-byte boundaries."""
+def _copies(members: Sequence[Member], pools: dict[tuple[torch.device, torch.dtype], Tensor]) -> list[nn.Parameter]:
+    """Uninitialised parameters like the members', out of one pool per device and dtype, on 16-byte boundaries."""
     total: dict[tuple[torch.device, torch.dtype], int] = {}
     starts = []
     for m in members:
         key = (m.param.device, m.param.dtype)
         starts.append(total.get(key, 0))
         total[key] = starts[-1] + -(-m.param.numel() // 8) * 8
-    pools = {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in total.items()}
+    for key, size in total.items():
+        if key not in pools or pools[key].numel() < size:
+            pools.pop(key, None)  # freed before the larger one is made
+            pools[key] = torch.empty(size, dtype=key[1], device=key[0])
+    for key in pools.keys() - total.keys():
+        del pools[key]
     copies = []
     for m, start in zip(members, starts, strict=True):
         view = pools[m.param.device, m.param.dtype][start : start + m.param.numel()].view(m.param.shape)
