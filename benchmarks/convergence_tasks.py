@@ -71,7 +71,7 @@ class Task(ABC):
 class Demo(Task):
     """The model, data and loss of `zokern finetune` without options."""
 
-    CURVE_TEXTS = 64
+    CURVE_TEXTS = 48
 
     def __init__(self) -> None:
         options = Options()
@@ -98,7 +98,7 @@ class Demo(Task):
         return self._task.loss(batch)
 
     def evaluate(self, part: str) -> dict[str, float]:
-        accuracy, loss = evaluate(self._task, part, 16)  # small batches of texts alike in length: hardly any padding
+        accuracy, loss = evaluate(self._task, part, 100)
         return {"loss": loss, "accuracy": accuracy}
 
     def describe(self) -> dict[str, Any]:
@@ -112,12 +112,13 @@ class Demo(Task):
 # ------------------------------------------------------------------------------------------------ the language model
 
 VOCABULARY = 128  # ASCII; anything else becomes "?"
-CONTEXT = 96
+CONTEXT = 64
+MAX_CHARACTERS = 30_000  # of one file, so that none outweighs the others
 
 
 def _sources() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings", "__pycache__"}
     paths = [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
     return sorted(paths, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
 
@@ -151,8 +152,8 @@ def corpora(held_files: int = 24, train_characters: int = 1_500_000) -> dict[str
         if wanted > 0:
             source = _without_docstrings(tree)
             if len(source) > 2000:  # a file of a few lines has no style
-                code.append(source)
-                wanted -= len(source) if len(code) > held_files else 0
+                code.append(source[:MAX_CHARACTERS])
+                wanted -= len(code[-1]) if len(code) > held_files else 0
     held, train = code[:held_files], code[held_files:]
     parts = {"prose": [p for p in prose if p], "train": train, "validation": held[::2], "report": held[1::2]}
     return {name: _encode("\n\n".join(part)) for name, part in parts.items()}
@@ -161,12 +162,12 @@ def corpora(held_files: int = 24, train_characters: int = 1_500_000) -> dict[str
 class LanguageModel(Task):
     """A small LLaMA over characters that has read docstrings, and is now to write code."""
 
-    HELD_WINDOWS, CURVE_WINDOWS = 160, 64
+    HELD_WINDOWS, CURVE_WINDOWS = 256, 96
 
-    def __init__(self, cache: Path, pretrain_steps: int = 700, *, redo: bool = False) -> None:
+    def __init__(self, cache: Path, pretrain_steps: int = 1500, *, redo: bool = False) -> None:
         transformers = models.import_transformers()
         config = transformers.LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
             max_position_embeddings=CONTEXT, tie_word_embeddings=True, use_cache=False,
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip

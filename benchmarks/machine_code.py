@@ -205,7 +205,8 @@ def _path(blocks: list[Block], loop: Loop, without: set[int]) -> list[Instructio
         if not following:
             return None
         (normals, more_stored, more, length), rest = max(following)
-        return (normals + _conversions(code), more_stored + stored, more + arithmetic, length - len(code)), (block, *rest)
+        cost = normals + _conversions(code), more_stored + stored, more + arithmetic, length - len(code)
+        return cost, (block, *rest)
 
     way = None if loop.header in without else best(loop.header)
     return _code(blocks, way[1]) if way else []

@@ -1,7 +1,7 @@
-"""Writes the README's figures from benchmarks/results/*.json, so that they cannot disagree.
+"""Writes the figures of README.md and docs/ from benchmarks/results/*.json, so that they cannot disagree.
 
-python benchmarks/readme_tables.py           # rewrites README.md
-python benchmarks/readme_tables.py --check   # exit code 1 if README.md is not what this would write
+python benchmarks/readme_tables.py           # rewrites the pages
+python benchmarks/readme_tables.py --check   # exit code 1 if a page is not what this would write
 python benchmarks/readme_tables.py --demo demo-out/run.json   # keeps that demo run as the one that README.md tells of
 """
 
@@ -71,33 +71,59 @@ def demo_lines() -> str:
     )
 
 
-def render(text: str) -> str:
-    for name, content in (("pass", pass_table()), ("demo", demo_lines())):
+def layers_table() -> str:
+    run = load("layers-cpu.json")
+    settings = run["settings"]
+    lines = [
+        f"{settings['parameters'] / 1e6:.0f} million parameters ({settings['dtype']}), {settings['share_in_blocks']:.0%} "
+        f"of them in {settings['blocks']} blocks, one run on {run['machine']['threads']} threads of an "
+        f"{run['machine']['processor']} (`python benchmarks/bench_layers.py`); a step's passes with all that Python does "
+        "around them, over those of a step that drops nothing:",
+        "",
+        "| blocks dropped | elements moved | time |",
+        "|---|---|---|",
+    ]
+    for name, t in run["results"].items():
+        lines.append(f"| {name} | {t['elements_share']:.3f} | {t['share_of_full']:.3f} |")
+    return "\n".join(lines)
+
+
+PAGES = {
+    "README.md": {"pass": pass_table, "demo": demo_lines},
+    "docs/methods/lezo.md": {"layers": layers_table},
+}
+
+
+def render(page: str, text: str) -> str:
+    for name, content in ((name, make()) for name, make in PAGES[page].items()):
         pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
         text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(
-                f"README.md needs exactly one pair of markers '<!-- {name}: begin -->' and '<!-- {name}: end -->'"
+                f"{page} needs exactly one pair of markers '<!-- {name}: begin -->' and '<!-- {name}: end -->'"
             )
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; say whether README.md is up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing; say whether the pages are up to date")
     parser.add_argument("--demo", type=Path, help="run.json of a demo run to keep in benchmarks/results")
     args = parser.parse_args()
     if args.demo is not None:
         store_demo(args.demo)
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
-    if args.check:
-        if old != new:
-            print("README.md disagrees with benchmarks/results; run python benchmarks/readme_tables.py")
-        return int(old != new)
-    readme.write_text(new)
-    return 0
+    wrong = []
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text()
+        new = render(page, old)
+        if new != old:
+            wrong.append(page)
+            if not args.check:
+                path.write_text(new)
+    if args.check and wrong:
+        print(f"{', '.join(wrong)}: disagrees with benchmarks/results; run python benchmarks/readme_tables.py")
+    return int(args.check and bool(wrong))
 
 
 if __name__ == "__main__":

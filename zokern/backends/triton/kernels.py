@@ -77,6 +77,13 @@ def _store_tile(pointer, start, lanes, x, begin, end, CUT: tl.constexpr, DTYPE: 
 
 
 @triton.jit
+def _zeros_like(w):
+    """Zeros in the layout of w. That of plain zeros is another, and sums in it would be swapped through shared memory,
+    all noise made twice. Triton keeps these operations while it chooses layouts; the code generator sees through them."""
+    return ((w.to(tl.uint32, bitcast=True) & 1) >> 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _key(seed):
     """The two words, low first, of the int64 seed at this address: never cut from 64 bits (see noise.philox)."""
     words = seed.to(tl.pointer_type(tl.uint32))
@@ -128,7 +135,7 @@ def _tile(
     start = tile * (lanes.shape[0] * 8)
     block = first + tile * lanes.shape[0]
     w = decay * _load_tile(src, start, lanes, begin, end, CUT, DTYPE)
-    a = tl.zeros([lanes.shape[0], 8], tl.float32)
+    a = _zeros_like(w)
     g = a
     squares = start_of_squares(p1, p2, RULE)
     v = a if SQUARE_OF_SUM else a + squares
