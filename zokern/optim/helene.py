@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -143,13 +144,13 @@ class HELENE(ZerothOrderOptimizer):
         return Estimate(terms, torch.stack(list(terms.values())).sum(), squares)
 
     def update(self, estimate: Estimate, rates: Rates) -> Update:
-        step = self.counters["steps"]
+        step = self._passes.counters.steps
         b1, b2 = self.betas
         alpha = b1 + (1.0 - b1) * math.exp(-step / self.anneal_steps)
         with_h = step % self.hessian_interval == 0
         squares = torch.stack([torch.as_tensor(s) for s in estimate.curvature.values()]) / rates.eps[:, None] ** 2
         constants = {"beta1": b1, "beta2": b2 if with_h else 1.0, "gamma": self.gamma, "delta": self.delta}
-        floors = torch.tensor([float(str(key)) for _, key in self._rows], dtype=torch.float64)
+        floors = torch.tensor([cast(float, key) for _, key in self._rows], dtype=torch.float64)
         return Update(
             list(estimate.gradient),
             {"G": alpha * gradient(estimate, rates.eps), "V": (1.0 - b2) * squares if with_h else 0.0 * squares},
