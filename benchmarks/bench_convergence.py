@@ -8,11 +8,11 @@ Tasks: `demo` is what `zokern finetune` without options does, `lm` a small langu
 tuned to write code. A run may spend --budget forwards on training (0: the default of each task); Adam by backpropagation
 is drawn for reference and pays 3 forwards for a forward and a backward.
 
-How large a step is depends on the method: FZOO and ES divide by a spread, momentum adds up, signs have size one. So the grid
-is not of lr but of the distance that the weights travel: a dry run at a tiny lr measures it, and for each method lr is set
-so that the rms change of a weight per forward takes the same values. Each method starts with the same grid; where the
-lowest validation loss lies at its edge, the grid grows there. Chosen with seed 0 on one half of the held-out data, told
-of for three seeds on the other half.
+How large a step is depends on the method: FZOO and ES divide by a spread, momentum adds up, signs have size one. So the
+grid is not of lr but of the distance that the weights travel: a dry run at a tiny lr measures it, and for each method lr
+is set so that the rms change of a weight per forward takes the same values. Each method starts with the same grid; where
+the lowest validation loss lies at its edge, the grid grows there. Chosen with seed 0 on one half of the held-out data,
+told of for three seeds on the other half.
 
 Runs that are finished are kept in --cache: an interrupted benchmark goes on where it was. Results of all methods that are
 finished for the settings at hand go to benchmarks/results/convergence-cpu.json.
@@ -42,16 +42,15 @@ import zokern
 from zokern.finetune.loop import factor
 
 Settings = dict[str, Any]
-CURVE_POINTS = 20
 EPS = 1e-3
 SCHEDULE = "linear"
 SEEDS = (0, 1, 2)
-MAX_EXTENSIONS = 3  # of a grid, beyond its edges
+MAX_EXTENSIONS = 4  # of a grid, beyond its edges
 BACKPROPAGATION = 3  # forwards that one forward and backward count as
 TASKS: dict[str, Settings] = {
-    # budget and dry in forwards; sizes: rms change of a weight per forward, in the dry run
-    "demo": {"budget": 240, "batch_size": 12, "dry": 48, "sizes": [1e-7, 2.5e-7, 6.25e-7, 1.5625e-6]},
-    "lm": {"budget": 2000, "batch_size": 8, "dry": 192, "sizes": [1e-7, 2.5e-7, 6.25e-7, 1.5625e-6, 3.9e-6]},
+    # budget and dry in forwards; points of a curve; sizes: rms change of a weight per forward, in the dry run
+    "demo": {"budget": 192, "batch_size": 12, "points": 12, "dry": 48, "sizes": [2e-5, 5e-5, 1.25e-4, 3.125e-4]},
+    "lm": {"budget": 1600, "batch_size": 8, "points": 20, "dry": 192, "sizes": [1e-5, 2.5e-5, 6.25e-5, 1.5625e-4]},
 }
 
 
@@ -100,6 +99,11 @@ METHODS: dict[str, Method] = {
 # ---------------------------------------------------------------------------------------------------------- one run
 
 
+def clock() -> float:
+    """Seconds of training: on one thread those of the processor, which other work on the machine does not lengthen."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def _closure(task: Task, method: Method, optimizer: Any, batch: Any) -> Callable[[], Any]:
     def closure() -> Any:
         if method.build is not _adam:
@@ -126,22 +130,22 @@ def train(
     optimizer = method.build(task.model, lr=lr, eps=EPS, seed=seed, **settings)
     steps = max(config["budget"] // method.forwards, 1)
     share = factor(SCHEDULE, 0, steps)
-    looks = {round(i * steps / CURVE_POINTS) for i in range(1, CURVE_POINTS + 1)}
+    looks = {round(i * steps / config["points"]) for i in range(1, config["points"] + 1)}
     batches = task.batches(config["batch_size"], seed)
     curve = [{"forwards": 0, "seconds": 0.0, **task.evaluate("curve")}]
-    seconds = cpu = 0.0
+    seconds = wall = 0.0
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * share(step)
         batch = next(batches)
-        start, start_cpu = time.perf_counter(), time.process_time()
+        start, wall_start = clock(), time.perf_counter()
         optimizer.step(_closure(task, method, optimizer, batch))
-        seconds, cpu = seconds + time.perf_counter() - start, cpu + time.process_time() - start_cpu
+        seconds, wall = seconds + clock() - start, wall + time.perf_counter() - wall_start
         advance(method.forwards)
         if step + 1 in looks:
             curve.append({"forwards": (step + 1) * method.forwards, "seconds": seconds, **task.evaluate("curve")})
             if not math.isfinite(curve[-1]["loss"]):
                 break  # it has diverged, and stays so
-    return {"steps": steps, "seconds": seconds, "cpu_seconds": cpu, "curve": curve,
+    return {"steps": steps, "seconds": seconds, "wall_seconds": wall, "curve": curve,
             "validation": task.evaluate("validation"), "report": task.evaluate("report")}  # fmt: skip
 
 
@@ -212,9 +216,7 @@ class Search:
         lr = float(f"{size / per_lr:.3g}")
         key = {**base, "size": f"{size:.4g}", "lr": lr, "seed": seed, "budget": self.config["budget"],
                "schedule": SCHEDULE}  # fmt: skip
-        run = self.cache.get(
-            key, task and (lambda: self.say(self, settings, size, lr, seed, self.config["budget"]))
-        )
+        run = self.cache.get(key, task and (lambda: self.say(self, settings, size, lr, seed, self.config["budget"])))
         return run and {**run, "lr": lr, "size": size, "settings": settings}
 
     def _try(self, settings: Settings, size: float) -> float | None:
@@ -232,7 +234,7 @@ class Search:
         sizes = list(self.config["sizes"])
         ratio = sizes[1] / sizes[0]
         found = {}
-        settings = {k: v for k, v in self.method.settings.items()}
+        settings = dict(self.method.settings)
         if self.method_name == "helene":
             settings["batch_size"] = self.config["batch_size"]
         for size in sizes:
@@ -276,7 +278,7 @@ class Search:
             "forwards_per_step": self.method.forwards,
             "steps": runs[0]["steps"],
             "seconds": round(statistics.mean(run["seconds"] for run in runs), 2),
-            "cpu_seconds": round(statistics.mean(run["cpu_seconds"] for run in runs), 2),
+            "wall_seconds": round(statistics.mean(run["wall_seconds"] for run in runs), 2),
             "final": {key: _spread([run["report"][key] for run in runs]) for key in keys},
             "grid": self.grid,
             "curve": curve,
@@ -298,12 +300,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: both")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
                         help=f"default: all of {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--budget", type=int, default=0, help="forwards that a run may spend; 0 (default): as TASKS says")
+    parser.add_argument(
+        "--budget", type=int, default=0, help="forwards that a run may spend; 0 (default): as TASKS says"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1, on which seconds mean most)")
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     parser.add_argument("--cache", type=Path, default=home / "zokern-convergence", help="where finished runs are kept")
     parser.add_argument("--redo", action="store_true", help="run what is in the cache again")
     parser.add_argument("--redo-pretraining", action="store_true", help="pre-train the language model again")
+    parser.add_argument("--finished", action="store_true", help="run nothing: store the methods that are finished")
     parser.add_argument("--json", type=Path, help="where to store the results, in place of benchmarks/results")
     args = parser.parse_args()
     if args.budget < 0 or args.threads < 1:
@@ -335,7 +340,7 @@ def main() -> None:
                     console.print(f"{title}: validation {end}, {run['seconds']:.1f} s", highlight=False, soft_wrap=True)
                     return run
 
-                found = Search(name, method, config, cache, task, say).result()
+                found = Search(name, method, config, cache, None if args.finished else task, say).result()
                 if found is not None:
                     results[name]["methods"][method] = found
                     loss = found["final"]["loss"]

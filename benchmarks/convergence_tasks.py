@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -45,9 +46,7 @@ class Task(ABC):
     @torch.no_grad()
     def moved(self) -> float:
         """Root mean square change of the trainable parameters' elements since reset()."""
-        pairs = [
-            (p, s) for p, s in zip(self.model.parameters(), self._start, strict=True) if p.requires_grad
-        ]
+        pairs = [(p, s) for p, s in zip(self.model.parameters(), self._start, strict=True) if p.requires_grad]
         total = sum((p.double() - s.double()).square().sum().item() for p, s in pairs)
         return (total / sum(p.numel() for p, _ in pairs)) ** 0.5
 
@@ -80,7 +79,9 @@ class Demo(Task):
         model, tokenizer = models.load(options, "similarity", data.labels, config, torch.float32)
         sentences = [data.descriptions[label] for label in data.labels]
         self._task = Similarity(model, tokenizer, data.labels, options.max_length, sentences, options.temperature)
-        held = range(len(data.eval))  # in the order of a hash of the texts: any regular choice is as good as a random one
+        held = range(
+            len(data.eval)
+        )  # in the order of a hash of the texts, so a regular choice is as good as a random one
         chosen = {"validation": held[::2], "report": held[1::2], "curve": held[1::2][: self.CURVE_TEXTS]}
         for part, indices in chosen.items():
             pick = texts.TextSet([data.eval.texts[i] for i in indices], [data.eval.targets[i] for i in indices])
@@ -113,12 +114,13 @@ class Demo(Task):
 
 VOCABULARY = 128  # ASCII; anything else becomes "?"
 CONTEXT = 64
+PROSE = re.compile(r"[A-Za-z0-9 ,.;!?'\n-]+")  # paragraphs without a sign of code: the styles are to differ
 MAX_CHARACTERS = 30_000  # of one file, so that none outweighs the others
 
 
 def _sources() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings", "__pycache__"}
+    skipped = set("test tests site-packages idlelib lib2to3 turtledemo pydoc_data encodings __pycache__".split())
     paths = [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
     return sorted(paths, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
 
@@ -137,7 +139,7 @@ def _encode(text: str) -> Tensor:
 
 
 def corpora(held_files: int = 24, train_characters: int = 1_500_000) -> dict[str, Tensor]:
-    """Characters of `prose` (docstrings), and of code in `train`, `validation` and `report`: no file in two of these."""
+    """Characters of `prose` (in docstrings), and of code in `train`, `validation` and `report`: no file in two of these."""
     prose: list[str] = []
     code: list[str] = []
     wanted = train_characters
@@ -148,23 +150,24 @@ def corpora(held_files: int = 24, train_characters: int = 1_500_000) -> dict[str
             continue  # templates, and sources of other versions
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                prose.append(ast.get_docstring(node) or "")
+                paragraphs = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
+                prose += [p for p in paragraphs if PROSE.fullmatch(p) and len(p.split()) >= 4]
         if wanted > 0:
             source = _without_docstrings(tree)
             if len(source) > 2000:  # a file of a few lines has no style
                 code.append(source[:MAX_CHARACTERS])
                 wanted -= len(code[-1]) if len(code) > held_files else 0
     held, train = code[:held_files], code[held_files:]
-    parts = {"prose": [p for p in prose if p], "train": train, "validation": held[::2], "report": held[1::2]}
+    parts = {"prose": prose, "train": train, "validation": held[::2], "report": held[1::2]}
     return {name: _encode("\n\n".join(part)) for name, part in parts.items()}
 
 
 class LanguageModel(Task):
-    """A small LLaMA over characters that has read docstrings, and is now to write code."""
+    """A small LLaMA over characters that has read the prose of docstrings, and is now to write code."""
 
     HELD_WINDOWS, CURVE_WINDOWS = 256, 96
 
-    def __init__(self, cache: Path, pretrain_steps: int = 1500, *, redo: bool = False) -> None:
+    def __init__(self, cache: Path, pretrain_steps: int = 1000, *, redo: bool = False) -> None:
         transformers = models.import_transformers()
         config = transformers.LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
@@ -230,7 +233,7 @@ class LanguageModel(Task):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "what": "a LLaMA over characters, pre-trained on docstrings of the Python standard library, tuned on its code",
+            "what": "a LLaMA over characters: pre-trained on the Python standard library's docstrings, tuned on its code",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "blocks": self.model.config.num_hidden_layers,
             "width": self.model.config.hidden_size,

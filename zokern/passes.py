@@ -59,11 +59,13 @@ class Passes:
         enabled: Tensor | None = None,
         square_of_sum: bool = False,
         keep_second: bool = False,
+        counted: bool = True,
     ) -> None:
         """One pass of `rule` over every member, whose row g of the coefficients and scalars is its own.
 
         coefs: each of the rule's coefs, [G, K]; shared: each of its scalars, [G] (none given: no decay). They are rounded
         to float32 here, once. rounding_seeds: the weights' and a state's; stochastic says whether weights use theirs.
+        counted False: a piece of a sweep that the caller counts.
         """
         if not members:
             return
@@ -97,7 +99,7 @@ class Passes:
                 backend=self.backend,
             )
             self.counters.launches += len({m.param.dtype for m in chosen})
-        self.counters.passes += 1
+        self.counters.passes += counted
         self.counters.elements_moved += 2 * sum(m.param.numel() for m in members)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 CHUNK = 1 << 14
 COLUMNS = 10
-_CACHED_TABLES = 64
+_CACHED_BYTES = 128 << 20  # of device memory: a model of 13 billion parameters has 6 MB of chunks
+_CACHED_TABLES = 4096
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Table:
     chunks: Tensor
     numel: int
     groups: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensors.nbytes + self.chunks.nbytes
 
 
 def build(
@@ -75,6 +80,7 @@ def upload(t: Tensor, device: torch.device) -> Tensor:
 
 
 _cache: OrderedDict[object, list[Table]] = OrderedDict()
+_held = [0]  # bytes in _cache
 
 
 def tables(
@@ -122,6 +128,8 @@ def tables(
         for at in by_dtype.values()
     ]
     _cache[key] = built
-    while len(_cache) > _CACHED_TABLES:
-        _cache.popitem(last=False)
+    _held[0] += sum(table.nbytes for table in built)
+    while len(_cache) > 1 and (_held[0] > _CACHED_BYTES or len(_cache) > _CACHED_TABLES):
+        _, oldest = _cache.popitem(last=False)
+        _held[0] -= sum(table.nbytes for table in oldest)
     return built, True

@@ -1,0 +1,104 @@
+"""Where a module keeps its parameters, and copies of them to show there while a closure runs.
+
+No storage is ever exchanged (`param.data = ...`): a module's entry for a parameter is another Parameter for a while, so
+views, tied weights and optimizer state keep their meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zokern.passes import Member
+
+Pools = dict[tuple[torch.device, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that holds a parameter: a tied one has several."""
+
+    owner: nn.Module
+    name: str
+    param: nn.Parameter
+
+    def show(self, shown: nn.Parameter) -> None:
+        if type(self.owner).__setattr__ is nn.Module.__setattr__:
+            self.owner._parameters[self.name] = shown
+        else:  # for example nn.LSTM, which keeps a flat list of its weights beside
+            setattr(self.owner, self.name, shown)
+
+
+def refuse_unswappable(module: nn.Module, placement: str) -> None:
+    """A module that keeps its weights where nothing can be shown in their place."""
+    for name, child in module.named_modules():
+        if isinstance(child, (torch.jit.ScriptModule, nn.DataParallel)):
+            raise ValueError(
+                f"placement={placement!r} cannot show perturbed weights to {name or 'the module'}, a "
+                f"{type(child).__name__}; use placement='inplace', or the plain module"
+            )
+
+
+def find(module: nn.Module, members: Sequence[Member], placement: str) -> list[Site]:
+    """All sites of the members' parameters.
+
+    Raises:
+        RuntimeError: naming a parameter that the module does not hold any more.
+    """
+    wanted = {id(m.param) for m in members}
+    sites = [
+        Site(owner, name, param)
+        for owner in module.modules()
+        for name, param in owner._parameters.items()
+        if param is not None and id(param) in wanted
+    ]
+    seen = {id(site.param) for site in sites}
+    for member in members:
+        if id(member.param) not in seen:
+            raise RuntimeError(
+                f"parameter {member.name} is not in the module any more, so placement={placement!r} cannot show its "
+                "perturbed copy; make a new optimizer after changing the module"
+            )
+    return sites
+
+
+def padded_size(p: Tensor) -> int:
+    """Elements of a pool that a copy takes: to the next 16-byte boundary of 16-bit types."""
+    return -(-p.numel() // 8) * 8
+
+
+def sizes(members: Sequence[Member]) -> dict[tuple[torch.device, torch.dtype], int]:
+    """Elements that copies of the members take, by device and dtype."""
+    total: dict[tuple[torch.device, torch.dtype], int] = {}
+    for m in members:
+        key = (m.param.device, m.param.dtype)
+        total[key] = total.get(key, 0) + padded_size(m.param)
+    return total
+
+
+def fit(pools: Pools, wanted: Mapping[tuple[torch.device, torch.dtype], int]) -> None:
+    """Makes each pool hold what is wanted; one that is large enough is kept, one that nobody wants is freed."""
+    for key in pools.keys() - wanted.keys():
+        del pools[key]
+    for key, size in wanted.items():
+        if key not in pools or pools[key].numel() < size:
+            pools.pop(key, None)  # freed before the larger one is made
+            pools[key] = torch.empty(size, dtype=key[1], device=key[0])
+
+
+def copies(members: Sequence[Member], pools: Pools) -> list[nn.Parameter]:
+    """Uninitialised parameters like the members', in the pools from their beginning."""
+    used: dict[tuple[torch.device, torch.dtype], int] = {}
+    made = []
+    for m in members:
+        key = (m.param.device, m.param.dtype)
+        start = used.get(key, 0)
+        used[key] = start + padded_size(m.param)
+        view = pools[key][start : start + m.param.numel()].view(m.param.shape)
+        copy = nn.Parameter(view, requires_grad=m.param.requires_grad)
+        copy.__dict__.update(m.param.__dict__)  # attributes that libraries hang on parameters
+        made.append(copy)
+    return made

@@ -1,0 +1,239 @@
+"""As shadow, but one block at a time: a block's perturbed weights are written just before the block runs.
+
+A block's active parameters go into a scratch that all blocks share, and the module sees its own storage again right after.
+Parameters outside the blocks (embeddings, final norm, head), and those that a block shares with anything else, have a
+scratch of their own. So the extra memory is that of the largest block and of what lies outside: 4.5 % for OPT-13B.
+
+While a closure runs, a block's parameters cannot be read from outside the block's own forward: their places hold
+`OutsideItsBlock`, which refuses every operation by name, so that nothing is ever silently unperturbed. A block that the
+closure never called is an error for the same reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zokern.layers import find_blocks
+from zokern.passes import Member, Passes, Terms
+from zokern.placement import sites
+from zokern.placement.shadow import Exact
+
+# What may be asked of a parameter without reading its values.
+_HARMLESS = {"numel", "size", "dim", "stride", "element_size", "is_floating_point", "is_complex", "is_contiguous",
+             "__len__", "ndimension", "nelement", "__repr__", "__format__", "type"}  # fmt: skip
+_VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
+
+
+class OutsideItsBlock(nn.Parameter):
+    """Stands in for a block's parameter while that block is not running; knows its shape, refuses to be computed with."""
+
+    parameter: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property: its own name is on the descriptor
+            allowed = getattr(getattr(func, "__self__", None), "__name__", "") not in _VALUES
+        else:
+            allowed = name in _HARMLESS
+        if not allowed:
+            every = [*args, *(kwargs or {}).values()]
+            flat = [a for x in every for a in (x if isinstance(x, (list, tuple)) else [x])]
+            names = [a.parameter for a in flat if isinstance(a, cls)]
+            raise RuntimeError(
+                f"{', '.join(names) or 'a parameter'} was used outside its block's forward, where placement='stream' has "
+                "no perturbed copy of it; use placement='shadow' for this model"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def stand_in(param: Tensor, name: str) -> OutsideItsBlock:
+    """For `param`, with its shape, dtype and device."""
+    made: OutsideItsBlock = torch.Tensor._make_subclass(OutsideItsBlock, param.detach(), False)
+    made.parameter = name
+    return made
+
+
+@dataclass
+class Unit:
+    """A block, or (module None) all that lies outside the blocks: members, their copies, and the places they stand in."""
+
+    name: str
+    module: nn.Module | None
+    members: list[Member] = field(default_factory=list)
+    copies: list[nn.Parameter] = field(default_factory=list)
+    pairs: list[tuple[sites.Site, nn.Parameter, nn.Parameter]] = field(default_factory=list)  # copy, stand-in
+    shown: str = "weights"
+    calls: int = 0
+
+    def enter(self, what: str) -> None:
+        """Puts the weights, the copies or the stand-ins into the module."""
+        for site, copy, outside in self.pairs:
+            site.show({"weights": site.param, "copies": copy, "outside": outside}[what])
+
+    def show(self, what: str) -> None:
+        self.enter(what)
+        self.shown = what
+
+
+def units_of(module: nn.Module, members: Sequence[Member], placement: str = "stream") -> list[Unit]:
+    """What lies outside the blocks first, then each block that has members. Shared parameters count as outside."""
+    blocks = find_blocks(module)
+    number = {id(owner): i for i, (_, block) in enumerate(blocks) for owner in block.modules()}
+    found = sites.find(module, members, placement)
+    homes: dict[int, set[int | None]] = {}
+    for site in found:
+        homes.setdefault(id(site.param), set()).add(number.get(id(site.owner)))
+    units = {None: Unit("outside the blocks", None)} | {i: Unit(*entry) for i, entry in enumerate(blocks)}
+    home = {p: next(iter(at)) if len(at) == 1 else None for p, at in homes.items()}
+    for m in members:
+        units[home[id(m.param)]].members.append(m)
+    for site in found:
+        units[home[id(site.param)]].pairs.append((site, site.param, site.param))  # copies come later
+    return [unit for i, unit in units.items() if i is None or unit.members]
+
+
+def extra_bytes(module: nn.Module) -> int:
+    """The memory that stream needs beside the trainable weights: the largest block's, and that of what lies outside."""
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    members = [Member(p, i, 0, name) for i, (name, p) in enumerate(trainable)]
+    outside, *blocks = (
+        sum(sites.padded_size(m.param) * m.param.element_size() for m in unit.members)
+        for unit in units_of(module, members)
+    )
+    return outside + max(blocks, default=0)
+
+
+class Stream(Exact):
+    def __init__(self, module: nn.Module, passes: Passes) -> None:
+        super().__init__(module, passes)
+        refuse(module)
+        self.outside_pools: sites.Pools = {}
+        self.block_pools: sites.Pools = {}
+        self.units: list[Unit] = []
+        self.layout: object = None
+        self.terms: Terms = {}
+        self.running: Unit | None = None
+        self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
+
+    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
+        self.members, self.eps = members, eps
+        self.rule = "scaled_axpy" if scaled else "axpy"
+        units = units_of(self.module, members)
+        self._allocate(units)
+        self.units = units
+        self.hooks = [
+            self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(clean=True)),
+            self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(clean=False)),
+        ]
+        for unit in units[1:]:
+            assert unit.module is not None
+            # First and last of the block's hooks, so that those of the user see what the forward sees.
+            self.hooks += [
+                unit.module.register_forward_pre_hook(lambda *_, u=unit: self._before(u), prepend=True),
+                unit.module.register_forward_hook(lambda *_, u=unit: self._after(u), always_call=True),
+            ]
+
+    def _allocate(self, units: list[Unit]) -> None:
+        layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for u in units for m in u.members)
+        if layout == self.layout:
+            for unit, old in zip(units, self.kept, strict=True):
+                unit.copies = old
+        else:
+            self.kept: list[list[nn.Parameter]] = []  # views of the pools, which may be replaced
+            self.layout = None
+            wanted: dict[tuple[torch.device, torch.dtype], int] = {}
+            for unit in units[1:]:
+                for key, size in sites.sizes(unit.members).items():
+                    wanted[key] = max(wanted.get(key, 0), size)
+            sites.fit(self.block_pools, wanted)
+            sites.fit(self.outside_pools, sites.sizes(units[0].members))
+            for i, unit in enumerate(units):
+                unit.copies = sites.copies(unit.members, self.block_pools if i else self.outside_pools)
+            self.kept, self.layout = [unit.copies for unit in units], layout
+        for unit in units:
+            copy_of = {id(m.param): (copy, m.name) for m, copy in zip(unit.members, unit.copies, strict=True)}
+            unit.pairs = [
+                (site, copy_of[id(site.param)][0], stand_in(site.param, copy_of[id(site.param)][1]))
+                for site, _, _ in unit.pairs
+            ]
+
+    @contextlib.contextmanager
+    def present(self, terms: Terms) -> Iterator[None]:
+        if not terms:
+            yield
+            return
+        outside, *blocks = self.units
+        self.passes.counters.passes += 1  # one sweep over the active parameters, in pieces
+        self.perturb(outside.members, terms, outside.copies, counted=False)
+        self.terms = terms
+        try:
+            outside.show("copies")
+            for unit in blocks:
+                unit.calls = 0
+                unit.show("outside")
+            yield
+            idle = [unit.name for unit in blocks if unit.calls == 0]
+            if idle:
+                raise RuntimeError(
+                    f"the closure did not call {', '.join(idle[:4])}{' ...' if len(idle) > 4 else ''}, whose perturbed "
+                    "weights were therefore not seen; use placement='shadow' for this model"
+                )
+        finally:
+            self.terms, self.running = {}, None
+            for unit in self.units:
+                unit.show("weights")
+
+    def end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.members, self.units, self.hooks = (), [], []
+
+    def _before(self, unit: Unit) -> None:
+        if not self.terms:
+            return
+        if self.running is not None:
+            raise RuntimeError(
+                f"{unit.name} was called while {self.running.name} runs, and placement='stream' has room for one block; "
+                "use placement='shadow' for this model"
+            )
+        self.perturb(unit.members, self.terms, unit.copies, counted=False)
+        unit.calls += 1
+        unit.show("copies")
+        self.running = unit
+
+    def _after(self, unit: Unit) -> None:
+        if self.running is unit:
+            unit.show("outside")
+            self.running = None
+
+    def _around_state_dict(self, *, clean: bool) -> None:
+        """A state_dict() asked for inside the closure is of the weights."""
+        for unit in self.units if self.terms else []:
+            unit.enter("weights" if clean else unit.shown)
+
+
+def refuse(module: nn.Module) -> None:
+    """Modules that stream cannot serve, with the remedy."""
+    sites.refuse_unswappable(module, "stream")
+    if not find_blocks(module):
+        raise ValueError(
+            f"placement='stream' works block by block, and {type(module).__name__} has no nn.ModuleList of equal blocks; "
+            "use placement='shadow'"
+        )
+    for name, child in module.named_modules():
+        if type(child).__name__ == "OptimizedModule" or getattr(child, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"placement='stream' works through hooks, which {name or 'the module'}, compiled by torch.compile, does "
+                "not run; use placement='inplace', or give the module that is not compiled"
+            )
