@@ -49,7 +49,7 @@ MAX_EXTENSIONS = 4  # of a grid, beyond its edges
 BACKPROPAGATION = 3  # forwards that one forward and backward count as
 TASKS: dict[str, Settings] = {
     # budget and dry in forwards; points of a curve; sizes: rms change of a weight per forward, in the dry run
-    "demo": {"budget": 192, "batch_size": 12, "points": 12, "dry": 48, "sizes": [2e-5, 5e-5, 1.25e-4, 3.125e-4]},
+    "demo": {"budget": 192, "batch_size": 12, "points": 12, "dry": 48, "sizes": [5e-5, 1.25e-4, 3.125e-4]},
     "lm": {"budget": 1600, "batch_size": 8, "points": 20, "dry": 192, "sizes": [1e-5, 2.5e-5, 6.25e-5, 1.5625e-4]},
 }
 

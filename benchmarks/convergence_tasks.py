@@ -70,8 +70,6 @@ class Task(ABC):
 class Demo(Task):
     """The model, data and loss of `zokern finetune` without options."""
 
-    CURVE_TEXTS = 48
-
     def __init__(self) -> None:
         options = Options()
         config = models.load_config(options.model)
@@ -79,10 +77,9 @@ class Demo(Task):
         model, tokenizer = models.load(options, "similarity", data.labels, config, torch.float32)
         sentences = [data.descriptions[label] for label in data.labels]
         self._task = Similarity(model, tokenizer, data.labels, options.max_length, sentences, options.temperature)
-        held = range(
-            len(data.eval)
-        )  # in the order of a hash of the texts, so a regular choice is as good as a random one
-        chosen = {"validation": held[::2], "report": held[1::2], "curve": held[1::2][: self.CURVE_TEXTS]}
+        # Sorted by label and, as the sort is stable, by a hash of the text within: each part has each label's share.
+        held = sorted(range(len(data.eval)), key=data.eval.targets.__getitem__)
+        chosen = {"validation": held[::2], "report": held[1::2], "curve": held[1::8]}
         for part, indices in chosen.items():
             pick = texts.TextSet([data.eval.texts[i] for i in indices], [data.eval.targets[i] for i in indices])
             self._task.add(part, pick)
@@ -120,7 +117,7 @@ MAX_CHARACTERS = 30_000  # of one file, so that none outweighs the others
 
 def _sources() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = set("test tests site-packages idlelib lib2to3 turtledemo pydoc_data encodings __pycache__".split())
+    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings"}
     paths = [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
     return sorted(paths, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
 

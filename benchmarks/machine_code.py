@@ -187,15 +187,17 @@ def _code(blocks: list[Block], indices: Iterable[int]) -> list[Instruction]:
 def _path(blocks: list[Block], loop: Loop, without: set[int]) -> list[Instruction]:
     """Code of the way round the loop, avoiding the blocks `without`, that an ordinary iteration takes.
 
-    It is that with the most normals (rather than signs), then the most stored (every state), then the most arithmetic
-    (a guard for "no seeds" jumps over it), then the shortest (no stochastic rounding where that is asked at run time).
+    It is that with the most normals (rather than signs), then the most stored (every state), then, in loops without
+    normals, the most arithmetic (a guard for "no seeds" jumps over it), then the shortest (no fix-ups, and no stochastic
+    rounding where that is asked at run time).
     """
+    has_normals = _conversions(_code(blocks, loop.blocks)) > 0
 
     @functools.cache
     def best(block: int) -> tuple[tuple[int, int, int, int], tuple[int, ...]] | None:
         code = _code(blocks, [block])
         stored = sum(i.global_bytes for i in code if i.opcode.startswith("STG"))
-        arithmetic = sum(i.pipe == "fp32" for i in code)
+        arithmetic = 0 if has_normals else sum(i.pipe == "fp32" for i in code)
         following: list[tuple[tuple[int, int, int, int], tuple[int, ...]]] = (
             [((0, 0, 0, 0), ())] if loop.header in blocks[block].successors else []
         )

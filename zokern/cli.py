@@ -279,8 +279,8 @@ def finetune(
         str,
         _option(
             METHOD,
-            "Where the perturbed weights live during a forward: in the weights' own memory, or in a copy, which "
-            "keeps 16-bit weights exact.",
+            "Where the perturbed weights live during a forward: in the weights' own memory, in a copy, which keeps "
+            "16-bit weights exact, or (stream) in a copy of one block at a time. auto: inplace for float32.",
             name="placement",
         ),
     ] = DEFAULT.placement,

@@ -39,6 +39,17 @@ def find_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def draw(run_seed: int, step: int, num_dropped: int, num_blocks: int) -> set[int]:
+    """LeZO's subset of a step: the first entries of a Fisher-Yates shuffle of the blocks' numbers."""
+    state = derive_seed(run_seed, step, LAYERS_STREAM)
+    order = list(range(num_blocks))
+    for i in range(num_dropped):
+        # The modulo's bias is below count / 2^64.
+        j = i + splitmix64(state, i + 1) % (num_blocks - i)
+        order[i], order[j] = order[j], order[i]
+    return set(order[:num_dropped])
+
+
 @dataclass
 class RandomBlocks:
     """Each step leaves out `num_dropped` blocks, drawn without replacement: no pass touches them in that step.
@@ -84,14 +95,8 @@ class RandomBlocks:
         self._block_of = {id(p): i for i, (_, block) in enumerate(found) for p in block.parameters()}
 
     def dropped(self, run_seed: int, step: int) -> set[int]:
-        """The numbers of the blocks that `step` leaves out: the first entries of a Fisher-Yates shuffle."""
-        state = derive_seed(run_seed, step, LAYERS_STREAM)
-        order = list(range(len(self.names)))
-        for i in range(self.num_dropped):
-            # The modulo's bias is below count / 2^64.
-            j = i + splitmix64(state, i + 1) % (len(self.names) - i)
-            order[i], order[j] = order[j], order[i]
-        return set(order[: self.num_dropped])
+        """The numbers of the blocks that `step` leaves out."""
+        return draw(run_seed, step, self.num_dropped, len(self.names))
 
     def block_of(self, param: Tensor) -> int | None:
         """The number of the block that holds a parameter; None outside the blocks."""

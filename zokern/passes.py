@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,11 +40,26 @@ class Counters:
     elements_moved: int = 0  # of weights, read or written: in place or not, two for each element of a pass
 
 
+class Listener(Protocol):
+    """Is told of every pass that writes to the weights' own storage, with its numbers as float32: a journal's recorder."""
+
+    def add(
+        self,
+        rule: str,
+        seeds: Sequence[Seed],
+        coefs: Tensor,
+        shared: Tensor,
+        enabled: Tensor | None,
+        how: Mapping[str, bool],
+    ) -> None: ...
+
+
 @dataclass
 class Passes:
     distribution: str
     backend: str
     counters: Counters = field(default_factory=Counters)
+    recorder: Listener | None = None
 
     def run(
         self,
@@ -99,6 +115,14 @@ class Passes:
                 backend=self.backend,
             )
             self.counters.launches += len({m.param.dtype for m in chosen})
+        if self.recorder is not None and out is None:
+            how = {
+                "stochastic": stochastic,
+                "rounded": rounding_seeds is not None,
+                "square_of_sum": square_of_sum,
+                "keep_second": keep_second,
+            }
+            self.recorder.add(rule, seeds, stacked.to(torch.float32), scalars.to(torch.float32), enabled, how)
         self.counters.passes += counted
         self.counters.elements_moved += 2 * sum(m.param.numel() for m in members)
 

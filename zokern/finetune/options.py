@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shaping": ("standardised", "ranked"),
     "distribution": ("normal", "rademacher"),
     "rounding": ("auto", "nearest", "stochastic"),
-    "placement": ("auto", "inplace", "shadow"),
+    "placement": ("auto", "inplace", "shadow", "stream"),
     "backend": ("auto", "cuda", "triton", "cpu", "reference"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from zokern import _checks, backends, placement
 from zokern.interrupts import HeldInterrupts
+from zokern.journal.format import BROKEN_OFF, SKIPPED
+from zokern.journal.record import Recorder
 from zokern.layers import RandomBlocks
 from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.optim import parameters, state
@@ -68,10 +70,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.layers = copy.copy(layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": distribution, "rounding": rounding, **options}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
+        self.recorder: Recorder | None = None  # while a journal is written
         self._states = states or {}
         self._scaled = scaled
         self._rows: list[tuple[int, Hashable]] = []  # of the current step: the parameter group, and row_key
         self._dropped: set[int] = set()
+        self._ok = torch.ones((), dtype=torch.bool)
         self._losses: list[Tensor] = []
         self._passes = Passes(distribution, backend)
         self._skipped = torch.zeros((), dtype=torch.int64)
@@ -150,9 +154,48 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 return loss
 
             self._apply(self.estimate(probe), eps)
+            flags = 0
+        except BaseException:
+            flags = BROKEN_OFF
+            raise
         finally:
             self._placement.end()
+            if self.recorder is not None:
+                self._record(self.recorder, flags)
         self._passes.counters.steps += 1
+
+    def _record(self, recorder: Recorder, flags: int) -> None:
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        if flags == BROKEN_OFF:
+            recorder.finish(self._passes.counters.steps, flags, [], lrs, float("nan"), self.layout())
+            return
+        flags = 0 if bool(self._ok) else SKIPPED
+        memory = self.memory()
+        recorder.finish(self._passes.counters.steps, flags, memory, lrs, float(self.metrics["loss"]), self.layout())
+
+    def layout(self) -> dict[str, Any]:
+        """What a replay has to know of the parameters: their ids, shapes, dtypes, groups, rows and blocks."""
+        params: list[list[Any]] = []
+        seen: set[int] = set()
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad and p.numel() and id(p) not in seen:
+                    seen.add(id(p))
+                    self._registry.add(p)
+                    params.append([
+                        self._registry.ids[id(p)], self._registry.names[id(p)], list(p.shape),
+                        str(p.dtype).removeprefix("torch."), g, self.row_key(p),
+                        None if self.layers is None else self.layers.block_of(p),
+                    ])  # fmt: skip
+        layers = None if self.layers is None else [self.layers.num_dropped, len(self.layers.names)]
+        return {"params": params, "layers": layers}
+
+    def memory(self) -> list[float]:
+        """Numbers of the last step that a method needs again in later ones, for the journal."""
+        return []
+
+    def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
+        """Takes back what `memory` gave of a step, when a run is taken up from its journal."""
 
     def _evaluate(self, closure: Callable[..., Tensor | float], *batch: Any) -> Tensor:
         loss = closure(*batch)
@@ -200,6 +243,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         stochastic = self.rounding != "nearest"
         seeds = derive_seed(self.seed, steps, ROUNDING_STREAM), derive_seed(self.seed, steps, STATE_STREAM)
         self._placement.update(update, ok, rounding_seeds=seeds, stochastic=stochastic)
+        self._ok = ok
         self.applied(ok)
 
     def applied(self, ok: Tensor) -> None:
@@ -207,7 +251,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def direction_seed(self, k: int) -> int:
         """Seed of the current step's direction k."""
-        return derive_seed(self.seed, self._passes.counters.steps, k)
+        seed = derive_seed(self.seed, self._passes.counters.steps, k)
+        if self.recorder is not None:
+            self.recorder.known[seed] = (self._passes.counters.steps, k)
+        return seed
 
     def _members(self) -> list[Member]:
         """The parameters that this step moves. Read from param_groups each time: users replace them."""

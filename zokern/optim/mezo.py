@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zokern import _checks
 from zokern.layers import RandomBlocks
+from zokern.noise import derive_seed
 from zokern.optim import moments, update
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update
@@ -141,6 +142,13 @@ class MeZO(ZerothOrderOptimizer):
 
     def load_history(self, history: list[Any]) -> None:
         self._memory.load(history)
+
+    def memory(self) -> list[float]:
+        return self._memory.numbers()
+
+    def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
+        blocks = [None, *range(0 if self.layers is None else len(self.layers.names))]
+        self._memory.remember(derive_seed(self.seed, step, 0), memory, dropped, blocks, ok)
 
 
 class LeZO(MeZO):

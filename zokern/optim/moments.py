@@ -30,6 +30,15 @@ class Nothing:
     def load(self, history: list[Any]) -> None:
         pass
 
+    def numbers(self) -> list[float]:
+        """Of the last step, for a journal."""
+        return []
+
+    def remember(
+        self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
+    ) -> None:
+        """A step that was done before, told by a journal."""
+
 
 class AdamCounts(Nothing):
     """How many updates each block has had, for the bias corrections."""
@@ -53,6 +62,14 @@ class AdamCounts(Nothing):
 
     def save(self) -> list[Any]:
         return [[key, count] for key, count in self.counts.items()]
+
+    def remember(
+        self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
+    ) -> None:
+        for block in blocks:
+            if block not in dropped:
+                key = -1 if block is None else block
+                self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64)) + ok
 
     def load(self, history: list[Any]) -> None:
         self.counts = dict(history)
@@ -104,6 +121,14 @@ class AdaMeZOHistory(Nothing):
 
     def save(self) -> list[Any]:
         return [list(entry) for entry in self.entries]
+
+    def numbers(self) -> list[float]:
+        return [float(c) for c in self.entries[0][2]]
+
+    def remember(
+        self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
+    ) -> None:
+        self.entries.appendleft((seed, sorted(dropped), torch.tensor(numbers, dtype=torch.float64)))
 
     def load(self, history: list[Any]) -> None:
         self.entries.clear()

@@ -1,0 +1,19 @@
+"""The journal of a run: a few bytes for each step, from which its weights can be made again, bit for bit.
+
+    with zokern.journal.write(optimizer, "run.zkj"):      # from the first step on
+        ... optimizer.step(closure) ...
+
+    zokern.journal.replay("run.zkj", base_model)          # the tuned model, without a forward
+    zokern.journal.resume(optimizer, "run.zkj")           # a run that broke off: weights, states, step; it writes on
+
+The format is in format.py and docs/journal.md.
+"""
+
+from __future__ import annotations
+
+from zokern.journal.format import JournalError, Reader
+from zokern.journal.hashing import hash_of
+from zokern.journal.replay import replay
+from zokern.journal.run import resume, write
+
+__all__ = ["JournalError", "Reader", "hash_of", "replay", "resume", "write"]

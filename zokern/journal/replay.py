@@ -1,0 +1,160 @@
+"""Does a run's passes again on the weights that it started from: the same bits as training gave, without a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zokern.journal.format import BROKEN_OFF, SKIPPED, JournalError, Reader, Step
+from zokern.journal.hashing import hash_of
+from zokern.layers import draw
+from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
+from zokern.passes import Member, Passes
+from zokern.rules import RULES
+
+States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
+
+
+class Player:
+    """Applies the steps of a journal to parameters by their names."""
+
+    def __init__(self, reader: Reader, params: Mapping[str, Tensor], states: States, backend: str = "auto") -> None:
+        self.reader, self.params, self.states = reader, params, states
+        self.passes = Passes(str(reader.header["distribution"]), backend)
+        self.seed = int(reader.header["seed"])
+
+    def play(self, step: Step) -> set[int]:
+        """One step; returns the blocks that it left out."""
+        layers = step.layout["layers"]
+        dropped = draw(self.seed, step.number, *layers) if layers is not None else set()
+        chosen: list[tuple[Tensor, int, int, str]] = []
+        rows: dict[tuple[int, Any], int] = {}
+        for tensor_id, name, shape, dtype, group, key, block in step.layout["params"]:
+            if block in dropped and block is not None:
+                continue
+            if name not in self.params:
+                raise JournalError(
+                    f"{self.reader.path}: it moves the parameter {name!r}, which the model does not have"
+                )
+            p = self.params[name]
+            if list(p.shape) != shape or str(p.dtype).removeprefix("torch.") != dtype:
+                raise JournalError(
+                    f"{self.reader.path}: {name} is {shape} {dtype} there, and {list(p.shape)} {p.dtype} in the model"
+                )
+            chosen.append((p, tensor_id, rows.setdefault((group, key), len(rows)), name))
+        at = 0
+        for one in step.signature["passes"]:
+            rule = RULES[one["rule"]]
+            seeds = [derive_seed(self.seed, step.number - age, k) for age, k in one["seeds"]]
+            shape = one["rows"], len(rule.coefs), len(seeds)
+            coefs, at = _take(step.frame, at, shape)
+            shared, at = _take(step.frame, at, (one["rows"], len(rule.scalars)))
+            members = [
+                Member(p, i, row, name, {s: self.states(p, s) for s in rule.states}) for p, i, row, name in chosen
+            ]
+            rounding = (
+                derive_seed(self.seed, step.number, ROUNDING_STREAM),
+                derive_seed(self.seed, step.number, STATE_STREAM),
+            )
+            self.passes.run(
+                members,
+                seeds,
+                dict(zip(rule.coefs, coefs.unbind(1), strict=True)),
+                dict(zip(rule.scalars, shared.unbind(1), strict=True)),
+                rule=one["rule"],
+                rounding_seeds=rounding if one.get("rounded") else None,
+                stochastic=one.get("stochastic", False),
+                square_of_sum=one.get("square_of_sum", False),
+                keep_second=one.get("keep_second", False),
+            )
+        return dropped
+
+
+def _take(frame: np.ndarray[Any, Any], at: int, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+    end = at + int(np.prod(shape))
+    return torch.from_numpy(frame[at:end].reshape(shape).copy()), end
+
+
+def memory_of(step: Step) -> list[float]:
+    """What the method remembered of a step."""
+    count, groups = step.signature["memory"], step.signature["groups"]
+    end = len(step.frame) - groups - 1
+    values: list[float] = step.frame[end - 2 * count : end].copy().view(np.float64).tolist()
+    return values
+
+
+def named(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name; of a module, tied ones under their first name."""
+    return dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
+
+
+def fresh_states(header: Mapping[str, Any]) -> States:
+    """States as they are at a run's beginning, by parameter and name."""
+    made: dict[tuple[int, str], Tensor] = {}
+
+    def of(p: Tensor, name: str) -> Tensor:
+        dtype, initial = header["states"][name]
+        key = id(p), name
+        if key not in made:
+            made[key] = torch.full(p.shape, initial, dtype=getattr(torch, dtype), device=p.device)
+        return made[key]
+
+    return of
+
+
+@torch.no_grad()
+def replay(
+    path: str | Path,
+    model: nn.Module | Mapping[str, Tensor],
+    *,
+    until: int | None = None,
+    verify: bool = True,
+    backend: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Makes the tuned weights of a journal's run out of those it started from, in place.
+
+    Args:
+        path: the journal.
+        model: with the weights that the run started from, as a module or as tensors by name; on any device.
+        until: how many of the run's steps to do; None for all.
+        verify: compare the weights with the hashes in the journal, before the first step and at its marks.
+        backend: as for the optimizers; all give the same bits.
+        progress: called with the number of steps done, after each.
+
+    Returns:
+        The number of steps done.
+
+    Raises:
+        JournalError: if the journal is damaged, the weights are not those it starts from, or the result is not what
+            training had. Weights are changed only in the last case, and where a damaged record follows good ones.
+    """
+    reader, params = Reader(Path(path)), named(model)
+    if verify and hash_of(params.items()) != reader.header["base"]:
+        raise JournalError(f"{path}: the weights given are not those that the run started from; give its base model")
+    player = Player(reader, params, fresh_states(reader.header), backend)
+    done = int(reader.header["first_step"])
+    if until is not None and until < done:
+        raise JournalError(f"until is {until}, and the journal starts at step {done}")
+    for step in reader.steps():
+        if until is not None and step.number >= until:
+            return done
+        player.play(step)
+        if not step.flags & BROKEN_OFF:
+            done = step.number + 1
+        if progress is not None:
+            progress(done)
+    if until is not None and until > done:
+        raise JournalError(f"until is {until}, and the journal ends after {done} steps")
+    for mark in reader.marks if verify else []:
+        if mark.get("step") == done and hash_of(params.items()) != mark.get("hash"):
+            raise JournalError(f"{path}: the weights after {done} steps are not those that training had")
+    return done
+
+
+__all__ = ["BROKEN_OFF", "SKIPPED", "Player", "replay"]

@@ -1,0 +1,148 @@
+"""Writing the journal of an optimizer's run, and taking a run up again from it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zokern._checks import ZokernWarning
+from zokern._version import __version__
+from zokern.journal import format as journal
+from zokern.journal.format import BROKEN_OFF, MARK, SKIPPED, JournalError, Reader
+from zokern.journal.hashing import hash_of
+from zokern.journal.record import Recorder
+from zokern.journal.replay import Player, memory_of
+
+
+def _weights(optimizer: Any) -> dict[str, torch.Tensor]:
+    if optimizer.module is not None:
+        return dict(optimizer.module.named_parameters())
+    return {name: p for names, group in zip(optimizer._names(), optimizer.param_groups, strict=True)
+            for name, p in zip(names, group["params"], strict=True)}  # fmt: skip
+
+
+def _header(optimizer: Any) -> dict[str, Any]:
+    return {
+        "zokern": __version__,
+        "contract": "zk1",
+        "method": type(optimizer).__name__,
+        "options": optimizer.options,
+        "distribution": optimizer.options["distribution"],
+        "placement": type(optimizer._placement).__name__.lower(),
+        "seed": optimizer.seed,
+        "first_step": optimizer._passes.counters.steps,
+        "states": {
+            name: [str(dtype).removeprefix("torch."), value] for name, (dtype, value) in optimizer._states.items()
+        },
+        "groups": [{k: float(group[k]) for k in ("lr", "eps", "weight_decay")} for group in optimizer.param_groups],
+        "base": hash_of(_weights(optimizer).items()),
+    }
+
+
+@contextlib.contextmanager
+def write(optimizer: Any, path: str | Path, *, force: bool = False) -> Iterator[None]:
+    """Inside, every step of the optimizer is written to a new journal at `path`; at the end, a hash of the weights.
+
+    A step waits for the device, because its numbers have to be on the host. The journal has to begin with the run, or
+    with weights from which a run without states goes on.
+
+    Raises:
+        JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
+    """
+    path = Path(path)
+    if optimizer.recorder is not None:
+        raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
+    if any(optimizer.state.values()):
+        raise JournalError(
+            f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; start the "
+            "journal before the first step, or take the run up from its own journal with resume"
+        )
+    try:
+        file = path.open("wb" if force else "xb")
+    except FileExistsError as error:
+        raise JournalError(f"{path} exists; give another name, or force=True to replace it") from error
+    with file:
+        writer = journal.start(file, _header(optimizer))
+        recorder = Recorder(writer, optimizer.seed, optimizer.layout())
+        writer.append_json(journal.LAYOUT, recorder.layout)
+        with _recording(optimizer, recorder):
+            yield
+
+
+@contextlib.contextmanager
+def _recording(optimizer: Any, recorder: Recorder) -> Iterator[None]:
+    optimizer.recorder = optimizer._passes.recorder = recorder
+    try:
+        yield
+    finally:
+        optimizer.recorder = optimizer._passes.recorder = None
+        mark = {"step": optimizer._passes.counters.steps, "hash": hash_of(_weights(optimizer).items())}
+        recorder.writer.append_json(MARK, mark)
+        recorder.writer.file.flush()
+        os.fsync(recorder.writer.file.fileno())
+
+
+@contextlib.contextmanager
+def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
+    """Takes a run up where its journal ends, and writes on: the weights, states and the step of the optimizer become what
+    they were after the last step in the journal, without any other checkpoint.
+
+    optimizer: as the run's was at its start: same method, options and parameters, and the weights that it started from.
+    Yields the number of steps done. A record that was cut off while it was written is dropped from the file. lr, eps and
+    weight_decay stay the optimizer's own: a scheduler has to be set to the step.
+
+    Raises:
+        JournalError: if the journal is damaged or does not fit the optimizer, before anything is changed.
+    """
+    path = Path(path)
+    reader, wanted = Reader(path), _header(optimizer)
+    for name in ("contract", "method", "options", "placement", "seed", "first_step", "states"):
+        if reader.header.get(name) != wanted[name]:
+            raise JournalError(
+                f"{path}: {name} is {reader.header.get(name)!r} there, {wanted[name]!r} in this optimizer; make them agree"
+            )
+    if reader.header.get("base") != wanted["base"]:
+        raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
+    params = _weights(optimizer)
+
+    def state(p: torch.Tensor, name: str) -> torch.Tensor:
+        own = optimizer.state[p]
+        dtype, initial = optimizer._states[name]
+        if name not in own:
+            own[name] = torch.full(p.shape, initial, dtype=dtype, device=p.device)
+        value: torch.Tensor = own[name]
+        return value
+
+    player, counters = Player(reader, params, state, optimizer._passes.backend), optimizer._passes.counters
+    skipped = 0
+    with torch.no_grad():
+        for step in reader.steps():
+            dropped = player.play(step)
+            if step.flags & BROKEN_OFF:
+                continue
+            skipped += bool(step.flags & SKIPPED)
+            optimizer.remember(step.number, memory_of(step), dropped, not step.flags & SKIPPED)
+            counters.steps = step.number + 1
+    optimizer._skipped = torch.tensor(skipped, dtype=torch.int64)
+    if reader.torn:
+        warnings.warn(
+            f"{path}: its last record was cut off ({path.stat().st_size - reader.end} bytes), and is dropped",
+            ZokernWarning,
+            stacklevel=3,
+        )
+    with path.open("r+b") as file:
+        file.truncate(reader.end)
+        file.seek(reader.end)
+        recorder = Recorder(journal.Writer(file, reader.crc), optimizer.seed, reader.layout)
+        recorder.numbers = {json.dumps(signature): i for i, signature in enumerate(reader.signatures)}
+        recorder.frames = [np.array(frame) for frame in reader.frames]
+        with _recording(optimizer, recorder):
+            yield counters.steps
