@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -317,6 +317,24 @@ def finetune(
         bool,
         _option(OUTPUT, "Replace an earlier run in a directory that is not empty; other files in it stay.", "--force"),
     ] = DEFAULT.force,
+    journal: Annotated[
+        bool,
+        _option(
+            OUTPUT,
+            "Write journal.zkj: some twenty bytes a step, from which `zokern replay` makes the tuned model again and "
+            "--resume goes on.",
+            "--journal/--no-journal",
+        ),
+    ] = DEFAULT.journal,
+    resume: Annotated[
+        bool,
+        _option(
+            OUTPUT,
+            "Go on with the run in --output, which broke off, from its journal: the same bits as without the break. All "
+            "other options are that run's.",
+            "--resume",
+        ),
+    ] = False,
     device: Annotated[
         str, _option(HARDWARE, "cpu, cuda or cuda:N. auto is the first GPU, where there is one.")
     ] = DEFAULT.device,
@@ -340,10 +358,13 @@ def finetune(
     values = locals()
     options = Options(**{field.name: values[field.name] for field in dataclasses.fields(Options)})
     try:
-        options.check()
+        if resume:
+            options = Options.load(output)
+        else:
+            options.check()
         from zokern.finetune.run import run
 
-        summary = run(options)
+        summary = run(options, resume=resume)
     except FinetuneError as error:
         _fail(str(error))
     except ImportError as error:
@@ -356,6 +377,106 @@ def finetune(
             raise typer.Exit(130)
 
 
-def _fail(message: str) -> None:
+@app.command()
+def replay(
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="What the run started from: for a run of `zokern finetune` its --model (a directory, hub name, or demo); "
+            "else a .safetensors file whose names are the parameters' names."
+        ),
+    ],
+    journal: Annotated[Path, typer.Argument(help="The journal that the run wrote, journal.zkj.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the tuned model goes.")],
+    until: Annotated[int | None, typer.Option(help="Do this many of the run's steps. Default: all.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare hashes: the base with what the run started from, the result with what training had.",
+        ),
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda or cuda:N. All give the same bits.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="One of: auto, cuda, triton, cpu, reference.")] = "auto",
+) -> None:
+    """Make the tuned model of a journal again, bit for bit, from its base model: no data, no forward passes.
+
+    Exit codes: 0, or 1 for an error. Without --no-verify, 0 means that the bits are those of the training.
+    """
+    from zokern.journal import JournalError, tools
+
+    try:
+        from rich.progress import Progress
+
+        total = until if until is not None else len(tools.summary(journal)["steps"])
+        with Progress(transient=True) as display:
+            task = display.add_task("replay", total=total)
+            done = tools.rebuild(
+                base, journal, output, until=until, verify=verify, force=force, device=device, backend=backend,
+                progress=lambda step: display.update(task, completed=step),
+            )  # fmt: skip
+    except (JournalError, FinetuneError, OSError, RuntimeError) as error:
+        _fail(str(error))
+    print(f"{done} steps replayed; the model is {output}" + ("" if verify else " (not verified)"))
+
+
+journals = typer.Typer(no_args_is_help=True, help="Look into journals.")
+app.add_typer(journals, name="journal")
+
+
+@journals.command()
+def show(
+    journal: Annotated[Path, typer.Argument(help="A journal.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw loss and lr to this PNG file.")] = None,
+) -> None:
+    """Say what a journal is of, and draw its curves."""
+    from zokern.journal import JournalError, tools
+
+    try:
+        found = tools.summary(journal)
+    except JournalError as error:
+        _fail(str(error))
+    header, losses = found["header"], [x for x in found["loss"] if x == x]
+    print(
+        f"method      {header['method']}, {header['distribution']} noise, seed {header['seed']}, {header['placement']}"
+    )
+    print(f"options     {', '.join(f'{k} {v}' for k, v in header['options'].items() if v is not None)}")
+    print(f"parameters  {found['parameters']:,} in {found['tensors']} tensors; base {header['base']}")
+    print(f"steps       {len(found['steps'])} ({found['skipped']} skipped, {found['broken_off']} broken off)")
+    if losses:
+        print(f"loss        {losses[0]:.4f} -> {losses[-1]:.4f}")
+    print(f"size        {found['bytes'] / 1000:,.1f} kB, written by zokern {header['zokern']}")
+    if found["torn"]:
+        print("end         its last record was cut off while it was written; the steps before it are whole")
+    for mark in found["marks"][-1:]:
+        print(f"result      after {mark['step']} steps: {mark['hash']}")
+    if plot is not None:
+        tools.plot(found, plot)
+        print(f"plot        {plot}")
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A journal.")], b: Annotated[Path, typer.Argument(help="Another.")]
+) -> None:
+    """Say where two runs first differ, and in what: settings, seed, lr, a scalar, the loss.
+
+    Exit codes: 0 if their steps are the same, 1 if they differ, 2 for an error.
+    """
+    from zokern.journal import JournalError, tools
+
+    try:
+        where = tools.first_difference(a, b)
+    except JournalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    print("the runs are the same, step by step" if where is None else f"the runs differ {where}")
+    raise typer.Exit(0 if where is None else 1)
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1)

@@ -83,16 +83,20 @@ def factor(schedule: str, warmup: int, steps: int) -> Callable[[int], float]:
     return at
 
 
-def train(task: Task, optimizer: Any, options: Options, output: Output, display: Display) -> Result:
-    """Run options.steps steps, or fewer after a Ctrl-C. The weights are clean on return."""
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, factor(options.lr_schedule, options.warmup_steps, options.steps)
-    )
+def train(task: Task, optimizer: Any, options: Options, output: Output, display: Display, done: int = 0) -> Result:
+    """Run steps `done` to options.steps, or fewer after a Ctrl-C. The weights are clean on return."""
+    schedule = factor(options.lr_schedule, options.warmup_steps, options.steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler.last_epoch, scheduler._step_count = done, done + 1
+    for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+        group["lr"] = base * schedule(done)
     order, clock, interrupt = Order(len(task.sets["train"][1]), options.seed), Clock(task.device), Interrupt()
     status, begun, evaluating = Status(), time.perf_counter(), 0.0
     recent: list[Tensor] = []
     sign = -1.0 if METHODS[options.method].maximises else 1.0  # what maximises takes a reward
-    step, interrupted = 0, False
+    step, interrupted = done, False
+    for _ in range(done * options.accumulate):
+        order.draw(options.batch_size)  # the batches that the run has had
 
     def closure(batch: Batch) -> Tensor:
         interrupt.raise_if_asked()
@@ -139,9 +143,11 @@ def train(task: Task, optimizer: Any, options: Options, output: Output, display:
 
     with torch.no_grad(), display, interrupt.installed(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ZokernWarning)  # of skipped steps: the display has their count
-        before = after = assess()
+        earlier = [record for record in output.records if record["kind"] == "eval"]
+        before = after = (earlier[0]["accuracy"], earlier[0]["loss"]) if earlier else assess()
         status.accuracy_before = before[0]
-        begun, evaluating = time.perf_counter(), 0.0
+        begun = time.perf_counter() - max((record["seconds"] for record in output.records if done), default=0.0)
+        evaluating = 0.0
         try:
             while step < options.steps:
                 micro = [task.batch("train", order.draw(options.batch_size)) for _ in range(options.accumulate)]

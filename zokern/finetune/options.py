@@ -6,6 +6,7 @@ The command line and Python share this one class, so that both have the same def
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ class Options:
 
     output: Path = Path("zokern-out")
     force: bool = False
+    journal: bool = True
 
     device: str = "auto"
     dtype: str = "auto"
@@ -186,6 +188,17 @@ class Options:
                 f"--output {str(self.output)!r} is not empty; give another directory, "
                 "or --force to replace an earlier run there"
             )
+
+    @classmethod
+    def load(cls, directory: Path) -> Options:
+        """The options of the run in a directory, for it to go on there."""
+        path = Path(directory) / "options.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            options = cls(**values)
+        except (OSError, ValueError, TypeError) as error:
+            raise FinetuneError(f"--resume: {path} cannot be read ({error}); give the --output of a run") from error
+        return dataclasses.replace(options, output=Path(directory))
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

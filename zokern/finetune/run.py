@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from zokern import journal
 from zokern.finetune import data as texts
 from zokern.finetune import methods, models, plots
 from zokern.finetune.clock import peak_memory
@@ -37,6 +39,7 @@ class Summary:
     memory: int
     counters: dict[str, int]
     skipped: int
+    model: str
     output: Output
 
     @property
@@ -45,10 +48,14 @@ class Summary:
         return 100 * (self.result.accuracy[1] - self.result.accuracy[0])
 
 
-def run(options: Options, console: Console | None = None) -> Summary:
-    """Fine-tune as `options` say. Raises FinetuneError for what the user can mend; Ctrl-C ends it early, saved."""
+def run(options: Options, console: Console | None = None, *, resume: bool = False) -> Summary:
+    """Fine-tune as `options` say. Raises FinetuneError for what the user can mend; Ctrl-C ends it early, saved.
+
+    resume: options are those that a run which broke off left in its output directory; it goes on with the same bits.
+    """
     console = console or Console()
-    options.check()
+    if not resume:
+        options.check()
     models.import_transformers()
     plots.require()
     if options.threads is not None:
@@ -69,7 +76,8 @@ def run(options: Options, console: Console | None = None) -> Summary:
         optimizer = methods.build(task.model, options)
     except (TypeError, ValueError) as error:
         raise FinetuneError(str(error)) from error
-    output = Output(options.output)
+    about = {"model": options.model, "objective": objective, "labels": data.labels, "dtype": _name(dtype),
+             "seed": options.seed}  # fmt: skip
     tuned = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
 
     def say(name: str, value: str) -> None:
@@ -87,17 +95,39 @@ def run(options: Options, console: Console | None = None) -> Summary:
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
 
     display = Display(console, options.steps, f"zokern finetune, {options.method}")
-    result = train(task, optimizer, options, output, display)
+    with contextlib.ExitStack() as stack:
+        output, done = _open(options, optimizer, about, resume, stack)
+        if resume:
+            say("resumed", f"at step {done} of {options.steps}")
+        result = train(task, optimizer, options, output, display, done)
     output.save_model(task.model, tokenizer)
     output.close()
     plots.save(
         output.curves, output.records, f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
     )
     summary = Summary(result, objective, str(device), _name(dtype), tuned, peak_memory(device),
-                      dict(optimizer.counters), int(optimizer.skipped_steps), output)  # fmt: skip
+                      dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output)  # fmt: skip
     output.save_json("run.json", _record(options, data, summary))
     _print(summary, say)
     return summary
+
+
+def _open(
+    options: Options, optimizer: Any, about: dict[str, Any], resume: bool, stack: contextlib.ExitStack
+) -> tuple[Output, int]:
+    """The output directory and the journal in it; how many steps are done."""
+    path = options.output / "journal.zkj"
+    try:
+        if resume:
+            done = stack.enter_context(journal.resume(optimizer, path))
+            return Output(options.output, resumed_at=done), done
+        output = Output(options.output)
+        output.save_json("options.json", options.as_json())
+        if options.journal:
+            stack.enter_context(journal.write(optimizer, path, about=about))
+        return output, 0
+    except journal.JournalError as error:
+        raise FinetuneError(str(error)) from error
 
 
 def _task(
@@ -179,3 +209,8 @@ def _print(summary: Summary, say: Any) -> None:
         )
     say("curves", str(summary.output.curves))
     say("model", f"{summary.output.checkpoint} (loads with from_pretrained)")
+    path = summary.output.journal
+    if path.exists():
+        size = path.stat().st_size / 1000
+        again = f"zokern replay {summary.model} {path} -o DIRECTORY"
+        say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {again} makes the model again")

@@ -48,11 +48,13 @@ def _header(optimizer: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def write(optimizer: Any, path: str | Path, *, force: bool = False) -> Iterator[None]:
+def write(
+    optimizer: Any, path: str | Path, *, force: bool = False, about: dict[str, Any] | None = None
+) -> Iterator[None]:
     """Inside, every step of the optimizer is written to a new journal at `path`; at the end, a hash of the weights.
 
     A step waits for the device, because its numbers have to be on the host. The journal has to begin with the run, or
-    with weights from which a run without states goes on.
+    with weights from which a run without states goes on. `about`: anything that the header should hold besides, as JSON.
 
     Raises:
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
@@ -70,7 +72,7 @@ def write(optimizer: Any, path: str | Path, *, force: bool = False) -> Iterator[
     except FileExistsError as error:
         raise JournalError(f"{path} exists; give another name, or force=True to replace it") from error
     with file:
-        writer = journal.start(file, _header(optimizer))
+        writer = journal.start(file, {**_header(optimizer), "about": about or {}})
         recorder = Recorder(writer, optimizer.seed, optimizer.layout())
         writer.append_json(journal.LAYOUT, recorder.layout)
         with _recording(optimizer, recorder):
