@@ -58,7 +58,7 @@ TASKS: dict[str, Settings] = {
 class Method:
     """A way to build an optimizer, and what a step of it costs.
 
-    settings: beside lr, eps and seed. trials: other settings, tried at the best size of `settings`.
+    settings: beside lr, eps and seed. trials: other settings, tried at the best size of `settings` and at the one below.
     """
 
     label: str
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     "mezo-onesided": Method("MeZO, one-sided, n=4", zokern.MeZO, 5, {"num_samples": 4, "one_sided": True}),
     "lezo": Method("LeZO", _lezo, 2, {"share": 0.7}),
     "hizoo": Method("HiZOO", zokern.HiZOO, 3, {"smoothing": 1e-6}, [{"smoothing": 1e-8}, {"smoothing": 1e-4}]),
-    "helene": Method("HELENE", zokern.HELENE, 2, {"floor": 1.0}, [{"floor": 1e3}, {"floor": 1e-2}]),
+    "helene": Method("HELENE", zokern.HELENE, 2, {"floor": 1.0}, [{"floor": 30.0}, {"floor": 1e3}]),
     "mezo-gv": Method("MeZO-GV", zokern.MeZOGV, 6),
     "mezo-greedy": Method("MeZO-Greedy", zokern.MeZOGreedy, 5),
     "fzoo": Method("FZOO", zokern.FZOO, 9),
@@ -255,11 +255,12 @@ class Search:
         size = min(found, key=found.get)
         lowest, chosen = found[size], settings
         for trial in self.method.trials:
-            loss = self._try({**settings, **trial}, size)
-            if loss is None:
-                return None
-            if loss < lowest:
-                lowest, chosen = loss, {**settings, **trial}
+            for near in [s for s in sorted(found) if s <= min(found, key=found.get)][-2:]:
+                loss = self._try({**settings, **trial}, near)
+                if loss is None:
+                    return None
+                if loss < lowest:
+                    lowest, size, chosen = loss, near, {**settings, **trial}
         runs = [self._run(chosen, size, seed) for seed in SEEDS]
         return None if None in runs else self._summary(chosen, size, runs)
 

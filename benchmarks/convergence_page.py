@@ -109,12 +109,14 @@ def render(text: str, record: dict[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------------- the pictures
 
 
-def _bounds(methods: dict[str, Any], names: list[str]) -> tuple[float, float]:
+def _bounds(methods: dict[str, Any], names: list[str], bands: bool) -> tuple[float, float]:
     """What of the loss is shown: all that the forward-only methods reach, and little of where one climbs."""
-    start = methods["mezo"]["curve"]["loss"][0]["mean"]
-    forward_only = [name for name in names if name != FIRST_ORDER]
-    lowest = min(point["mean"] for name in forward_only for point in methods[name]["curve"]["loss"])
-    return lowest - 0.08 * (start - lowest), start + 0.15 * (start - lowest)
+    curves = [methods[name]["curve"]["loss"] for name in names if name != FIRST_ORDER]
+    start = curves[0][0]["mean"]
+    lowest = min(point["mean"] - bands * point["std"] for curve in curves for point in curve)
+    highest = max(start, *(curve[-1]["mean"] for curve in curves))
+    margin = 0.08 * (highest - lowest)
+    return lowest - margin, highest + 2 * margin
 
 
 def _draw(axes: Any, methods: dict[str, Any], names: list[str], against: str, bands: bool) -> None:
@@ -129,7 +131,7 @@ def _draw(axes: Any, methods: dict[str, Any], names: list[str], against: str, ba
         if bands and not first_order:
             low, high = ([p["mean"] + sign * p["std"] for p in curve["loss"]] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set_ylim(*_bounds(methods, names))
+    axes.set_ylim(*_bounds(methods, names, bands))
     if against == "seconds":  # backpropagation or a slow method must not squeeze the rest
         axes.set_xlim(left=0)
     axes.set_xlabel(

@@ -51,10 +51,11 @@ struct Decay {
   }
 };
 
-// What is uniform over a chunk: the tensor's id, its group's scalars, the directions and the keys of the roundings.
-template <class R, class DecayT, class Seeds, class RoundingKeys>
+// What is uniform over a chunk: the tensor's id, its group's scalars, the directions and the keys of the roundings. P is
+// the pass, or what a kernel for one kind of pass still asks it.
+template <class R, class DecayT, class Seeds, class RoundingKeys, class P = Pass>
 struct Uniform {
-  const Pass& pass;
+  const P& pass;
   uint32_t id;
   R rule;
   DecayT decay;
@@ -98,8 +99,8 @@ ZK_OUTLINE void draw_any(typename L::f32 (&z)[L::kVectors], bool rademacher, uin
   else
     normals<L>(z, base, b, id, keys);
 }
-template <class L, Distribution D, class Keys>
-ZK_FN void draw(typename L::f32 (&z)[L::kVectors], const Pass& pass, uint64_t base, uint32_t b, uint32_t id,
+template <class L, Distribution D, class P, class Keys>
+ZK_FN void draw(typename L::f32 (&z)[L::kVectors], const P& pass, uint64_t base, uint32_t b, uint32_t id,
                 const Keys& keys) {
   if constexpr (D == Distribution::any)
     draw_any<L>(z, pass.rademacher != 0, base, b, id, keys);

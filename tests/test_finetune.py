@@ -256,7 +256,8 @@ def test_wrong_options_are_named_with_the_allowed_range(change: dict, message: s
 def test_the_command_has_every_option_with_a_sentence_and_the_same_default() -> None:
     parameters = {p.name: p for p in get_command(app).commands["finetune"].params if p.name != "help"}
     fields = {field.name: field for field in dataclasses.fields(Options)}
-    assert set(parameters) == set(fields)
+    assert set(parameters) == {*fields, "resume"}
+    del parameters["resume"]
     for name, parameter in parameters.items():
         assert parameter.default == fields[name].default, name
         assert parameter.help.endswith("."), name
@@ -431,7 +432,9 @@ def test_it_learns_and_the_checkpoint_is_what_was_evaluated(
     assert sorted(path.name for path in options.output.iterdir()) == [
         "checkpoint",
         "curves.png",
+        "journal.zkj",
         "metrics.jsonl",
+        "options.json",
         "run.json",
     ]
 
@@ -615,3 +618,77 @@ def test_sigint_stops_the_command_and_saves(options: Options, tmp_path: Path) ->
     assert "Traceback" not in out
     assert json.loads((options.output / "run.json").read_text())["summary"]["interrupted"] is True
     transformers.AutoModelForSequenceClassification.from_pretrained(options.output / "checkpoint")
+
+
+# ------------------------------------------------------------------------------------------------------------- journal
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    return done.exit_code, f"{done.output}{done.exception or ''}"
+
+
+def tensors(checkpoint: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["bert", "classifier", "gpt"])
+def test_a_replay_makes_the_checkpoint_again(kind: str, options: Options, models_dir: Path, tmp_path: Path) -> None:
+    options.model, options.method, options.num_dropped = str(models_dir / kind), "hizoo", 1
+    if kind == "gpt":
+        options.num_dropped = None  # one block
+    summary = finetune(options)
+    code, said = command("replay", options.model, summary.output.journal, "-o", tmp_path / "again")
+    assert (code, "8 steps replayed" in said) == (0, True), said
+    trained, again = tensors(summary.output.checkpoint), tensors(tmp_path / "again")
+    assert trained.keys() == again.keys()
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+    code, said = command("replay", options.model, summary.output.journal, "-o", tmp_path / "again")
+    assert (code, "--force" in said) == (1, True), said
+    code, said = command("replay", summary.output.checkpoint, summary.output.journal, "-o", tmp_path / "other")
+    assert (code, "not those that the run started from" in said) == (1, True), said
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_broke_off_goes_on_with_the_same_bits(options: Options, tmp_path: Path) -> None:
+    """Stopped by an error in step 5 of 8; data order, schedule, metrics and weights are those of a run that was not."""
+    whole = finetune(dataclasses.replace(options, accumulate=2))
+    broken = dataclasses.replace(options, accumulate=2, output=tmp_path / "broken")
+    calls = iter(range(10**6))
+
+    def loss(self: tasks.Task, batch: object, original: object = tasks.Classifier.loss) -> torch.Tensor:
+        if next(calls) == 4 * 4 + 2:
+            raise MemoryError("in a forward")
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.Classifier, "loss", loss)
+        with pytest.raises(MemoryError):
+            finetune(broken)
+    journal = tmp_path / "broken" / "journal.zkj"
+    with journal.open("r+b") as file:  # as a process leaves it that is killed while it writes
+        file.truncate(journal.stat().st_size - 3)
+    code, said = command("finetune", "--resume", "--output", tmp_path / "broken")
+    assert (code, "at step 4 of 8" in said) == (0, True), said
+    trained, resumed = tensors(whole.output.checkpoint), tensors(tmp_path / "broken" / "checkpoint")
+    assert all(torch.equal(trained[name], resumed[name]) for name in trained)
+    mine, theirs = (
+        [{k: v for k, v in line.items() if k not in ("seconds", "forwards")} for line in records(where)]
+        for where in (tmp_path / "broken", options.output)
+    )
+    assert mine == theirs
+    code, said = command("diff", whole.output.journal, journal)
+    assert "5" not in said.split("at step")[0]
+    code, said = command("replay", options.model, journal, "-o", tmp_path / "again")
+    assert code == 0, said
+    again = tensors(tmp_path / "again")
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
+    code, said = command("finetune", "--resume", "--output", tmp_path)
+    assert code == 1
+    assert "--resume" in said
+    assert "options.json" in said

@@ -1,16 +1,25 @@
-// The first-order pass, which most steps consist of: one kernel for each dtype, distribution and rounding.
+// The first-order pass, which most steps consist of: kernels for each dtype, distribution and rounding, for one seed
+// and for any number.
 #include "kernels.cuh"
 
 namespace zk {
 namespace cuda {
 namespace {
 
+template <class T, Distribution D, Rounding Q>
+void seeded(const Pass& pass, cudaStream_t stream) {
+  if (one_known_seed(pass))
+    launch<T, float, gpu::Axpy, D, Q, Seeds::one>(pass, stream);
+  else
+    launch<T, float, gpu::Axpy, D, Q, Seeds::any>(pass, stream);
+}
+
 template <class T, Distribution D>
 void rounded(const Pass& pass, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (pass.stochastic != 0) return launch<T, float, gpu::Axpy, D, Rounding::stochastic>(pass, stream);
+    if (pass.stochastic != 0) return seeded<T, D, Rounding::stochastic>(pass, stream);
   }
-  launch<T, float, gpu::Axpy, D, Rounding::nearest>(pass, stream);
+  seeded<T, D, Rounding::nearest>(pass, stream);
 }
 
 template <class T>

@@ -1,10 +1,13 @@
 // The CUDA traversal over a chunk table, as a kernel template, and its launch. One launch serves all tensors of a pass.
 //
-// A thread block takes one chunk of 2^14 consecutive global indices; a thread takes blocks of eight elements. Key and
-// counter words c1..c3 are uniform over a chunk, so the compiler keeps two of Philox' twenty products and the first
-// direction's key schedule out of the loop. Whole aligned blocks go through 16-byte accesses; the blocks that a
-// tensor's ends cut, and tensors off 16-byte boundaries, go element by element. Arithmetic is in rules.h and noise.h.
+// A thread block takes one chunk of 2^14 consecutive global indices; a thread takes blocks of eight elements, in a loop
+// over many seeds two at once. Key and counter words c1..c3 are uniform over a chunk, so the compiler keeps two of
+// Philox' twenty products and the key schedule out of the loop. Whole aligned blocks go through 16-byte accesses; the
+// blocks that a tensor's ends cut, and tensors off 16-byte boundaries, go element by element. Arithmetic is in rules.h
+// and noise.h.
 #pragma once
+#include <type_traits>
+
 #define ZK_ISA gpu
 #include "../tile.h"
 #include "lanes.cuh"
@@ -12,14 +15,72 @@
 namespace zk {
 namespace cuda {
 
+using gpu::kThreads;
 using gpu::Lanes;
-constexpr int kThreads = 256;
-// Thread blocks that a multiprocessor holds: 6 leave 40 registers to a thread, 5 leave 48, 4 leave 64.
-template <class R>
-constexpr int kBlocksPerSM = R::kStates + R::kSums >= 3 ? (R::kStates == 2 ? 4 : 5) : 6;
 
-template <class T, class S, class R, Distribution D, Rounding Q>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM<R>) rule_kernel(const __grid_constant__ Pass pass) {
+// Which directions a kernel is for: one whose seed the host knew, which leaves registers and branches for little else
+// than the arithmetic, or any.
+enum class Seeds { one = 0, any = 1 };
+
+// Thread blocks that a multiprocessor holds: 6 leave 40 registers to a thread, 5 leave 48, 4 leave 64, 3 leave 80. As
+// many as leave nothing to spill, on any architecture; machine_code.py counts.
+template <class S, class R, Rounding Q, Seeds K>
+constexpr int blocks_per_sm() {
+  if (K == Seeds::any) return Q == Rounding::stochastic ? 3 : 4;
+  if (R::kSums == 0) return 6;
+  const bool stochastic = Q == Rounding::stochastic || (R::kWritten > 0 && sizeof(S) == 2);
+  if (stochastic) return R::kWritten > 0 ? 4 : 5;
+  return R::kWritten == 2 ? 4 : 6;
+}
+
+// What a kernel for one seed asks the pass: HELENE writes its curvature now and then only.
+struct Plain {
+  static constexpr int32_t rademacher = 0, stochastic = 0, square_of_sum = 0;
+  int32_t keep_second;
+};
+
+// The first seeds' keys and coefficients, in shared memory: made in the loop over seeds, a key word would take a slot
+// of every warp for every tile.
+constexpr int kStaged = 128;
+struct alignas(16) StagedSeed {
+  KeySchedule keys;
+  float coef[4];
+};
+struct StagedSeeds {
+  const StagedSeed* staged;
+  gpu::ManySeeds all;
+  template <class F>
+  ZK_FN void each(const F& f) const {
+    const StagedSeed* s = staged;
+#pragma unroll 1
+    for (int k = min(all.num_seeds, kStaged); k > 0; --k, ++s)  // an end to compare with would be computed each time
+      f(gpu::HostKeys{s->keys}, [&](int c) { return s->coef[c]; });
+#pragma unroll 1
+    for (int k = kStaged; k < all.num_seeds; ++k)
+      f(gpu::SeedKeys{all.seeds[2 * k], all.seeds[2 * k + 1]}, [&](int c) { return all.coefs[c * all.num_seeds + k]; });
+  }
+};
+template <class R>
+ZK_FN StagedSeeds stage(StagedSeed* staged, const gpu::ManySeeds& all) {
+  const int k = int(threadIdx.x);
+  static_assert(kStaged <= kThreads && gpu::kCoefs<R> <= 4);
+  if (k < min(all.num_seeds, kStaged)) {
+    const gpu::SeedKeys keys{all.seeds[2 * k], all.seeds[2 * k + 1]};
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+      staged[k].keys.k[round][0] = keys.k0(round);
+      staged[k].keys.k[round][1] = keys.k1(round);
+    }
+#pragma unroll
+    for (int c = 0; c < gpu::kCoefs<R>; ++c) staged[k].coef[c] = all.coefs[c * all.num_seeds + k];
+  }
+  __syncthreads();
+  return {staged, all};
+}
+
+template <class T, class S, class R, Distribution D, Rounding Q, Seeds K>
+__global__ void __launch_bounds__(kThreads, (blocks_per_sm<S, R, Q, K>()))
+    rule_kernel(const __grid_constant__ Pass pass) {
   if (pass.enabled != nullptr && *pass.enabled == 0) return;
   const ChunkRow chunk = pass.chunks[blockIdx.x];
   const TensorRow& t = pass.tensors[chunk.tensor];
@@ -31,36 +92,82 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<R>) rule_kernel(const _
   const gpu::Places<T, S> p = gpu::places<T, S, R>(t, base);
   const uint32_t begin = uint32_t(span.begin - base), end = uint32_t(span.end - base);
   const uint32_t touched = begin / 8, touched_end = (end + 7) / 8;
-  const uint32_t whole = t.aligned ? (begin + 7) / 8 : touched_end, whole_end = t.aligned ? end / 8 : touched_end;
+  const uint32_t whole = t.aligned ? (begin + 7) / 8 : touched_end;
+  uint32_t whole_end = t.aligned ? end / 8 : touched_end;
 
-  gpu::with_uniform<R>(pass, any, [&](const auto& u) {
+  const auto go_through_whole = [&](auto lanes, const auto& u) {
+    using L = decltype(lanes);
 #pragma unroll 1
-    for (uint32_t b = whole + threadIdx.x; b < whole_end; b += kThreads)
-      gpu::rule_tile<Lanes, T, S, R, D, Q, false>(u, p, 8 * size_t(b), uint64_t(base), b, 0, 8);
-  });
+    for (uint32_t b = whole + threadIdx.x; b < whole_end; b += L::kWidth * kThreads)
+      gpu::rule_tile<L, T, S, R, D, Q, false>(u, p, 8 * size_t(b), uint64_t(base), b, 0, 8);
+  };
+  const auto go_through_rest = [&](const auto& u) {
+    if (touched == whole && touched_end == whole_end) return;
+#pragma unroll 1
+    for (uint32_t b = touched + threadIdx.x; b < touched_end; b += kThreads) {
+      if (b >= whole && b < whole_end) continue;
+      const int lo = begin > 8 * b ? int(begin - 8 * b) : 0, hi = end < 8 * b + 8 ? int(end - 8 * b) : 8;
+      gpu::rule_tile<Lanes, T, S, R, D, Q, true>(u, p, 8 * size_t(b), uint64_t(base), b, lo, hi);
+    }
+  };
 
-  if (touched == whole && touched_end == whole_end) return;
-#pragma unroll 1
-  for (uint32_t b = touched + threadIdx.x; b < touched_end; b += kThreads) {
-    if (b >= whole && b < whole_end) continue;
-    const int lo = begin > 8 * b ? int(begin - 8 * b) : 0, hi = end < 8 * b + 8 ? int(end - 8 * b) : 8;
-    gpu::rule_tile<Lanes, T, S, R, D, Q, true>(any, p, 8 * size_t(b), uint64_t(base), b, lo, hi);
+  if constexpr (K == Seeds::one) {
+    using gpu::HostKeys;
+    using One = gpu::OneSeed<R>;
+    const Plain plain{pass.keep_second};
+    const One one(pass, any.seeds.coefs);
+    const HostKeys keys{pass.rounding_keys}, state_keys{pass.state_keys};
+    const gpu::Uniform<R, gpu::Decay, One, HostKeys, Plain> u{plain, any.id, any.rule,  any.decay,
+                                                              one,   keys,   state_keys};
+    const gpu::Uniform<R, gpu::NoDecay, One, HostKeys, Plain> no_decay{plain, any.id, any.rule,  {},
+                                                                       one,   keys,   state_keys};
+    if (any.decay.factor == 1.f)
+      go_through_whole(Lanes(), no_decay);
+    else
+      go_through_whole(Lanes(), u);
+    go_through_rest(u);
+  } else {
+    __shared__ StagedSeed staged[kStaged];
+    const StagedSeeds seeds = stage<R>(staged, any.seeds);
+    const gpu::Uniform<R, gpu::Decay, StagedSeeds, gpu::SeedKeys> u{
+        pass, any.id, any.rule, any.decay, seeds, any.rounding_keys, any.state_keys};
+    if constexpr (R::kSums == 0 && D == Distribution::normal) {
+      if (whole < whole_end)
+        whole_end -= (whole_end - whole) % (2 * kThreads);  // whole pairs; others are with the rest
+      go_through_whole(gpu::Pair(), u);
+    } else {
+      go_through_whole(Lanes(), u);
+    }
+    go_through_rest(any);
   }
 }
 
-template <class T, class S, class R, Distribution D, Rounding Q>
+template <class T, class S, class R, Distribution D, Rounding Q, Seeds K>
 void launch(const Pass& pass, cudaStream_t stream) {
-  rule_kernel<T, S, R, D, Q><<<unsigned(pass.num_chunks), kThreads, 0, stream>>>(pass);
+  rule_kernel<T, S, R, D, Q, K><<<unsigned(pass.num_chunks), kThreads, 0, stream>>>(pass);
 }
 
-// One kernel for each dtype, which looks up distribution and rounding.
+inline bool one_known_seed(const Pass& pass) {
+  return pass.num_seeds == 1 && pass.seeds == nullptr && pass.rounding_seed == nullptr;
+}
+
+// Of each dtype a kernel for the common kind of pass, for each rounding, and one that looks up what it is to do.
+template <class T, class S, class R>
+void launch_typed(const Pass& pass, cudaStream_t stream) {
+  constexpr auto D = Distribution::normal;
+  if (!one_known_seed(pass) || pass.rademacher != 0 || pass.square_of_sum != 0)
+    return launch<T, S, R, Distribution::any, Rounding::any, Seeds::any>(pass, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (pass.stochastic != 0) return launch<T, S, R, D, Rounding::stochastic, Seeds::one>(pass, stream);
+  }
+  launch<T, S, R, D, Rounding::nearest, Seeds::one>(pass, stream);
+}
+
 template <class S, class R>
 void launch_any(const Pass& pass, DType dtype, cudaStream_t stream) {
-  constexpr auto D = Distribution::any;
-  constexpr auto Q = Rounding::any;
-  if (dtype == DType::f32) launch<float, S, R, D, Q>(pass, stream);
-  if (dtype == DType::f16) launch<__half, S, R, D, Q>(pass, stream);
-  if (dtype == DType::bf16) launch<__nv_bfloat16, S, R, D, Q>(pass, stream);
+  if (dtype == DType::f32) launch_typed<float, S, R>(pass, stream);
+  if (dtype == DType::f16) launch_typed<__half, S, R>(pass, stream);
+  if (dtype == DType::bf16) launch_typed<__nv_bfloat16, S, R>(pass, stream);
 }
 
 // Each in a file of its own, because they take long to compile.

@@ -10,6 +10,8 @@
 namespace zk {
 namespace ZK_ISA {
 
+constexpr int kThreads = 256;  // of a thread block
+
 struct Lanes {
   using Scalar = Lanes;
   using f32 = float;
@@ -156,6 +158,41 @@ struct Lanes {
     ZK_UNROLL
     for (int v = 0; v < 8; ++v)
       if (mask & (1u << v)) p[v] = out.element[v];
+  }
+};
+
+// Two blocks of eight elements per thread, which share what a further direction costs besides its noise. They lie
+// kThreads blocks apart, so that a warp's accesses are to consecutive addresses. For whole tiles, and not for signs.
+struct Pair : Lanes {
+  static constexpr int kWidth = 2, kSub = 2, kHalves = 2, kVectors = 16;
+  static constexpr int kStride = 8 * kThreads;
+  using Eight = f32[8];
+  using Words = u32[1][4];
+
+  static ZK_FN u64 counter(uint32_t block, int half) { return block + uint32_t(half * kThreads); }
+  template <class T>
+  struct Out {
+    Lanes::Out<T> half[2];
+  };
+  template <class T>
+  static ZK_FN void load(f32 (&x)[16], const T* p) {
+    Lanes::load(reinterpret_cast<Eight&>(x[0]), p);
+    Lanes::load(reinterpret_cast<Eight&>(x[8]), p + kStride);
+  }
+  template <class T>
+  static ZK_FN void round(Out<T>& out, const f32 (&x)[16]) {
+    Lanes::round(out.half[0], reinterpret_cast<const Eight&>(x[0]));
+    Lanes::round(out.half[1], reinterpret_cast<const Eight&>(x[8]));
+  }
+  template <class T>
+  static ZK_FN void round(Out<T>& out, const f32 (&x)[16], const u32 (&words)[2][4]) {
+    Lanes::round(out.half[0], reinterpret_cast<const Eight&>(x[0]), reinterpret_cast<const Words&>(words[0]));
+    Lanes::round(out.half[1], reinterpret_cast<const Eight&>(x[8]), reinterpret_cast<const Words&>(words[1]));
+  }
+  template <class T>
+  static ZK_FN void store(T* p, const Out<T>& out) {
+    Lanes::store(p, out.half[0]);
+    Lanes::store(p + kStride, out.half[1]);
   }
 };
 

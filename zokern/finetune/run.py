@@ -7,12 +7,13 @@ import dataclasses
 import platform
 import sys
 import time
+import warnings
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from zokern import journal
+from zokern import ZokernWarning, journal
 from zokern.finetune import data as texts
 from zokern.finetune import methods, models, plots
 from zokern.finetune.clock import peak_memory
@@ -119,7 +120,9 @@ def _open(
     path = options.output / "journal.zkj"
     try:
         if resume:
-            done = stack.enter_context(journal.resume(optimizer, path))
+            with warnings.catch_warnings():  # a record that was cut off is what a killed run leaves
+                warnings.simplefilter("ignore", ZokernWarning)
+                done = stack.enter_context(journal.resume(optimizer, path))
             return Output(options.output, resumed_at=done), done
         output = Output(options.output)
         output.save_json("options.json", options.as_json())

@@ -98,8 +98,8 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
     they were after the last step in the journal, without any other checkpoint.
 
     optimizer: as the run's was at its start: same method, options and parameters, and the weights that it started from.
-    Yields the number of steps done. A record that was cut off while it was written is dropped from the file. lr, eps and
-    weight_decay stay the optimizer's own: a scheduler has to be set to the step.
+    Yields the number of steps done. What the file has after the last step that was done is dropped: a record that was cut
+    off, a step that an exception broke off. lr, eps and weight_decay stay the optimizer's own: set a scheduler to the step.
 
     Raises:
         JournalError: if the journal is damaged or does not fit the optimizer, before anything is changed.
@@ -124,12 +124,18 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
         return value
 
     player, counters = Player(reader, params, state, optimizer._passes.backend), optimizer._passes.counters
-    skipped = 0
+    skipped, pending = 0, []
+    kept = reader.end, reader.crc, reader.layout, 0, list(reader.frames)  # up to the last step that was done
     with torch.no_grad():
         for step in reader.steps():
-            dropped = player.play(step)
-            if step.flags & BROKEN_OFF:
+            if step.flags & BROKEN_OFF:  # left out at the end: the weights that it touched are gone
+                pending.append(step)
                 continue
+            for broken in pending:
+                player.play(broken)
+            pending.clear()
+            dropped = player.play(step)
+            kept = reader.end, reader.crc, reader.layout, len(reader.signatures), list(reader.frames)
             skipped += bool(step.flags & SKIPPED)
             optimizer.remember(step.number, memory_of(step), dropped, not step.flags & SKIPPED)
             counters.steps = step.number + 1
@@ -140,11 +146,12 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
             ZokernWarning,
             stacklevel=3,
         )
+    end, crc, layout, count, frames = kept
     with path.open("r+b") as file:
-        file.truncate(reader.end)
-        file.seek(reader.end)
-        recorder = Recorder(journal.Writer(file, reader.crc), optimizer.seed, reader.layout)
-        recorder.numbers = {json.dumps(signature): i for i, signature in enumerate(reader.signatures)}
-        recorder.frames = [np.array(frame) for frame in reader.frames]
+        file.truncate(end)
+        file.seek(end)
+        recorder = Recorder(journal.Writer(file, crc), optimizer.seed, layout)
+        recorder.numbers = {json.dumps(signature): i for i, signature in enumerate(reader.signatures[:count])}
+        recorder.frames = [np.array(frame) for frame in frames]
         with _recording(optimizer, recorder):
             yield counters.steps

@@ -38,6 +38,7 @@ class InPlace:
         seeds = [s for s, a in delta.items() if isinstance(a, Tensor) or a != 0.0]
         if seeds:
             self.passes.run(self.members, seeds, {"A": self._coefs(delta, seeds)}, rule=self.rule)
+            torch.clear_autocast_cache()  # of casts of what the weights were before
         self.current = dict(terms)
 
     @contextlib.contextmanager
@@ -71,6 +72,7 @@ class InPlace:
             square_of_sum=update.square_of_sum,
             keep_second=update.keep_second,
         )
+        torch.clear_autocast_cache()
         self.current = {}
 
     def end(self) -> None:

@@ -29,6 +29,13 @@ class Exact:
         self.members: Sequence[Member] = ()
         self.eps = torch.empty(0)
         self.rule = "axpy"
+        self.saving = False  # a state_dict() asked for inside the closure is under way
+
+    def check_saved(self) -> None:
+        if self.saving:
+            raise RuntimeError(
+                "a state_dict() asked for inside the closure failed, and the closure went on with unperturbed weights"
+            )
 
     def perturb(self, members: Sequence[Member], terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`."""
@@ -37,6 +44,7 @@ class Exact:
         coefs = self.eps.to(row.device, non_blocking=True)[:, None] * row
         where = [t.detach() for t in out]
         self.passes.run(members, seeds, {"A": coefs}, rule=self.rule, out=where, counted=counted)
+        torch.clear_autocast_cache()  # of casts of what the copies held before
 
     def update(self, update: Update, ok: Tensor, *, rounding_seeds: tuple[int, int] | None, stochastic: bool) -> None:
         coefs = dict(update.coefs)
@@ -57,6 +65,7 @@ class Exact:
             square_of_sum=update.square_of_sum,
             keep_second=update.keep_second,
         )
+        torch.clear_autocast_cache()
 
 
 class Shadow(Exact):
@@ -95,7 +104,9 @@ class Shadow(Exact):
         self.perturb(self.members, terms, self.copies)
         try:
             self._show(copies=True)
+            self.saving = False
             yield
+            self.check_saved()
         finally:
             self._show(copies=False)
 
@@ -114,5 +125,6 @@ class Shadow(Exact):
 
     def _around_state_dict(self, *, copies: bool) -> None:
         """A state_dict() asked for while the copies are shown is of the weights."""
+        self.saving = not copies
         if self.presented:
             self._enter(copies)

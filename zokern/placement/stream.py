@@ -6,15 +6,16 @@ scratch of their own. So the extra memory is that of the largest block and of wh
 
 While a closure runs, a block's parameters cannot be read from outside the block's own forward: their places hold
 `OutsideItsBlock`, which refuses every operation by name, so that nothing is ever silently unperturbed. A block that the
-closure never called is an error for the same reason.
+closure never called is an error for the same reason, and so is a view of a block's weights that outlives its forward.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,41 +26,54 @@ from zokern.passes import Member, Passes, Terms
 from zokern.placement import sites
 from zokern.placement.shadow import Exact
 
-# What may be asked of a parameter without reading its values.
-_HARMLESS = {"numel", "size", "dim", "stride", "element_size", "is_floating_point", "is_complex", "is_contiguous",
-             "__len__", "ndimension", "nelement", "__repr__", "__format__", "type"}  # fmt: skip
-_VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
-
 
 class OutsideItsBlock(nn.Parameter):
-    """Stands in for a block's parameter while that block is not running; knows its shape, refuses to be computed with."""
+    """Stands in for a block's parameter while that block is not running; knows its shape, refuses to be computed with.
+
+    It has no memory: whatever reads values ends at the dispatcher, also from C++, and finds none that are clean.
+    """
 
     parameter: str
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_function__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # a property: its own name is on the descriptor
-            allowed = getattr(getattr(func, "__self__", None), "__name__", "") not in _VALUES
-        else:
-            allowed = name in _HARMLESS
-        if not allowed:
-            every = [*args, *(kwargs or {}).values()]
-            flat = [a for x in every for a in (x if isinstance(x, (list, tuple)) else [x])]
-            names = [a.parameter for a in flat if isinstance(a, cls)]
-            raise RuntimeError(
-                f"{', '.join(names) or 'a parameter'} was used outside its block's forward, where placement='stream' has "
-                "no perturbed copy of it; use placement='shadow' for this model"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        every = [*args, *(kwargs or {}).values()]
+        flat = [a for x in every for a in (x if isinstance(x, (list, tuple)) else [x])]
+        _refuse(*(a.parameter for a in flat if isinstance(a, cls)))
+
+    def data_ptr(self) -> int:
+        _refuse(self.parameter)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":  # it would be lost
+            _refuse(self.parameter)
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<{self.parameter}, outside its block: {tuple(self.shape)} {self.dtype}>"
+
+
+def _refuse(*names: str) -> NoReturn:
+    raise RuntimeError(
+        f"{', '.join(names) or 'a parameter'} was used outside its block's forward, where placement='stream' has "
+        "no perturbed copy of it; use placement='shadow' for this model"
+    )
 
 
 def stand_in(param: Tensor, name: str) -> OutsideItsBlock:
     """For `param`, with its shape, dtype and device."""
-    made: OutsideItsBlock = torch.Tensor._make_subclass(OutsideItsBlock, param.detach(), False)
+    made: OutsideItsBlock = torch.Tensor._make_wrapper_subclass(
+        OutsideItsBlock,
+        param.shape,
+        strides=param.stride(),
+        dtype=param.dtype,
+        device=param.device,
+        requires_grad=param.requires_grad,
+    )
+    made.__dict__.update(param.__dict__)  # attributes that libraries hang on parameters
     made.parameter = name
     return made
 
@@ -72,7 +86,8 @@ class Unit:
     module: nn.Module | None
     members: list[Member] = field(default_factory=list)
     copies: list[nn.Parameter] = field(default_factory=list)
-    pairs: list[tuple[sites.Site, nn.Parameter, nn.Parameter]] = field(default_factory=list)  # copy, stand-in
+    places: list[sites.Site] = field(default_factory=list)
+    pairs: list[tuple[sites.Site, nn.Parameter, OutsideItsBlock]] = field(default_factory=list)  # copy, stand-in
     shown: str = "weights"
     calls: int = 0
 
@@ -89,29 +104,53 @@ class Unit:
 def units_of(module: nn.Module, members: Sequence[Member], placement: str = "stream") -> list[Unit]:
     """What lies outside the blocks first, then each block that has members. Shared parameters count as outside."""
     blocks = find_blocks(module)
-    number = {id(owner): i for i, (_, block) in enumerate(blocks) for owner in block.modules()}
+    reached_in = _reached_in(module, [block for _, block in blocks])
     found = sites.find(module, members, placement)
     homes: dict[int, set[int | None]] = {}
     for site in found:
-        homes.setdefault(id(site.param), set()).add(number.get(id(site.owner)))
+        homes.setdefault(id(site.param), set()).update(reached_in[id(site.owner)])
     units = {None: Unit("outside the blocks", None)} | {i: Unit(*entry) for i, entry in enumerate(blocks)}
     home = {p: next(iter(at)) if len(at) == 1 else None for p, at in homes.items()}
     for m in members:
         units[home[id(m.param)]].members.append(m)
     for site in found:
-        units[home[id(site.param)]].pairs.append((site, site.param, site.param))  # copies come later
+        units[home[id(site.param)]].places.append(site)
     return [unit for i, unit in units.items() if i is None or unit.members]
+
+
+def _reached_in(module: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, set[int | None]]:
+    """For each submodule the blocks that hold it, None among them if it is reached past all blocks."""
+    number = {id(block): i for i, block in enumerate(blocks)}
+    found: dict[int, set[int | None]] = {}
+    pending: list[tuple[nn.Module, int | None]] = [(module, None)]
+    while pending:
+        child, block = pending.pop()
+        block = number.get(id(child)) if block is None else block
+        if block not in found.setdefault(id(child), set()):
+            found[id(child)].add(block)
+            pending += [(c, block) for c in child._modules.values() if c is not None]
+    return found
+
+
+def _largest(units: Sequence[Unit]) -> dict[tuple[torch.device, torch.dtype], int]:
+    """Elements that the scratch of these blocks takes, by device and dtype."""
+    wanted: dict[tuple[torch.device, torch.dtype], int] = {}
+    for unit in units:
+        for key, size in sites.sizes(unit.members).items():
+            wanted[key] = max(wanted.get(key, 0), size)
+    return wanted
 
 
 def extra_bytes(module: nn.Module) -> int:
     """The memory that stream needs beside the trainable weights: the largest block's, and that of what lies outside."""
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     members = [Member(p, i, 0, name) for i, (name, p) in enumerate(trainable)]
-    outside, *blocks = (
-        sum(sites.padded_size(m.param) * m.param.element_size() for m in unit.members)
-        for unit in units_of(module, members)
+    outside, *blocks = units_of(module, members)
+    return sum(
+        size * key[1].itemsize
+        for wanted in (sites.sizes(outside.members), _largest(blocks))
+        for key, size in wanted.items()
     )
-    return outside + max(blocks, default=0)
 
 
 class Stream(Exact):
@@ -124,9 +163,12 @@ class Stream(Exact):
         self.layout: object = None
         self.terms: Terms = {}
         self.running: Unit | None = None
+        self.last: Unit | None = None  # whose weights the scratch holds
+        self.users: list[int] = []  # of each block pool: how many tensors look at it
         self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
     def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
+        refuse_compiled(self.module)  # it may have been since
         self.members, self.eps = members, eps
         self.rule = "scaled_axpy" if scaled else "axpy"
         units = units_of(self.module, members)
@@ -145,28 +187,24 @@ class Stream(Exact):
             ]
 
     def _allocate(self, units: list[Unit]) -> None:
-        layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for u in units for m in u.members)
+        layout = [[(id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in u.members] for u in units]
         if layout == self.layout:
             for unit, old in zip(units, self.kept, strict=True):
                 unit.copies = old
         else:
             self.kept: list[list[nn.Parameter]] = []  # views of the pools, which may be replaced
             self.layout = None
-            wanted: dict[tuple[torch.device, torch.dtype], int] = {}
-            for unit in units[1:]:
-                for key, size in sites.sizes(unit.members).items():
-                    wanted[key] = max(wanted.get(key, 0), size)
-            sites.fit(self.block_pools, wanted)
+            sites.fit(self.block_pools, _largest(units[1:]))
             sites.fit(self.outside_pools, sites.sizes(units[0].members))
             for i, unit in enumerate(units):
                 unit.copies = sites.copies(unit.members, self.block_pools if i else self.outside_pools)
             self.kept, self.layout = [unit.copies for unit in units], layout
         for unit in units:
-            copy_of = {id(m.param): (copy, m.name) for m, copy in zip(unit.members, unit.copies, strict=True)}
-            unit.pairs = [
-                (site, copy_of[id(site.param)][0], stand_in(site.param, copy_of[id(site.param)][1]))
-                for site, _, _ in unit.pairs
-            ]
+            shown = {
+                id(m.param): (copy, stand_in(m.param, m.name))
+                for m, copy in zip(unit.members, unit.copies, strict=True)
+            }
+            unit.pairs = [(site, *shown[id(site.param)]) for site in unit.places]
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:
@@ -176,13 +214,15 @@ class Stream(Exact):
         outside, *blocks = self.units
         self.passes.counters.passes += 1  # one sweep over the active parameters, in pieces
         self.perturb(outside.members, terms, outside.copies, counted=False)
-        self.terms = terms
+        self.terms, self.last, self.saving = terms, None, False
+        self.users = self._count_users()
         try:
             outside.show("copies")
             for unit in blocks:
                 unit.calls = 0
                 unit.show("outside")
             yield
+            self.check_saved()
             idle = [unit.name for unit in blocks if unit.calls == 0]
             if idle:
                 raise RuntimeError(
@@ -197,16 +237,26 @@ class Stream(Exact):
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.members, self.units, self.hooks = (), [], []
+        self.members, self.units, self.hooks, self.last = (), [], [], None
 
     def _before(self, unit: Unit) -> None:
         if not self.terms:
             return
+        if torch.compiler.is_compiling():
+            raise RuntimeError("placement='stream' cannot run under torch.compile; use placement='shadow'")
         if self.running is not None:
             raise RuntimeError(
                 f"{unit.name} was called while {self.running.name} runs, and placement='stream' has room for one block; "
                 "use placement='shadow' for this model"
             )
+        for site, _, outside in unit.pairs:
+            if site.owner._parameters.get(site.name) is not outside:
+                raise RuntimeError(
+                    f"{outside.parameter} was replaced inside the closure, so placement='stream' cannot show its perturbed "
+                    "copy; use placement='shadow' for this model"
+                )
+        self._refuse_views()
+        self.last = unit
         self.perturb(unit.members, self.terms, unit.copies, counted=False)
         unit.calls += 1
         unit.show("copies")
@@ -217,8 +267,25 @@ class Stream(Exact):
             unit.show("outside")
             self.running = None
 
+    def _count_users(self) -> list[int]:
+        return [torch._C._storage_Use_Count(pool.untyped_storage()._cdata) for pool in self.block_pools.values()]
+
+    def _refuse_views(self) -> None:
+        """What the last block returned or stored may be a view of its weights, which are about to be overwritten."""
+        now = self._count_users()
+        if self.last is not None and any(n > own for n, own in zip(now, self.users, strict=True)):
+            gc.collect()  # it may be one that nobody can reach
+            now = self._count_users()
+            if any(n > own for n, own in zip(now, self.users, strict=True)):
+                raise RuntimeError(
+                    f"a view of the perturbed weights of {self.last.name} is still held after its forward, and "
+                    "placement='stream' overwrites them now; use placement='shadow' for this model, or clone it"
+                )
+        self.users = now
+
     def _around_state_dict(self, *, clean: bool) -> None:
         """A state_dict() asked for inside the closure is of the weights."""
+        self.saving = clean
         for unit in self.units if self.terms else []:
             unit.enter("weights" if clean else unit.shown)
 
@@ -231,9 +298,13 @@ def refuse(module: nn.Module) -> None:
             f"placement='stream' works block by block, and {type(module).__name__} has no nn.ModuleList of equal blocks; "
             "use placement='shadow'"
         )
+    refuse_compiled(module)
+
+
+def refuse_compiled(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if type(child).__name__ == "OptimizedModule" or getattr(child, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"placement='stream' works through hooks, which {name or 'the module'}, compiled by torch.compile, does "
-                "not run; use placement='inplace', or give the module that is not compiled"
+                "not run; use placement='shadow', or give the module that is not compiled"
             )
