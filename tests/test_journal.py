@@ -6,6 +6,7 @@ Every method writes one under every placement; a replay and a run taken up from 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import multiprocessing
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "fzoo": ("FZOO", 1e-6, {"candidates": 3}),
     "es": ("ES", 1e-6, {"num_directions": 3}),
 }
+replaying = importlib.import_module("zokern.journal.replay")  # the package's function has the same name
 PLACEMENTS = ("inplace", "shadow", "stream")
 
 
@@ -283,7 +285,72 @@ def test_a_result_that_is_not_training_s_is_noticed(tmp_path):
     assert journal.replay(path, base, verify=False) == 1
 
 
+def test_many_float32_steps_are_one_pass(tmp_path):
+    """Nothing is rounded between first-order passes over float32 weights without decay: 32 seeds move memory once."""
+    path, base, model = written(tmp_path, 100, placement="shadow")
+    player = replaying.Player(journal.Reader(path), dict(base.named_parameters()), replaying.fresh_states({}))
+    for step in player.reader.steps():
+        player.play(step)
+    player.flush()
+    assert player.passes.counters.passes == math.ceil(100 / replaying.MERGED_SEEDS)
+    assert same(weights(base), weights(model))
+    for options, passes in (({"placement": "shadow", "weight_decay": 0.1}, 6), ({"placement": "inplace"}, 1)):
+        (tmp_path / "run.zkj").unlink()
+        path, base, model = written(tmp_path, **options)
+        player = replaying.Player(journal.Reader(path), dict(base.named_parameters()), replaying.fresh_states({}))
+        for step in player.reader.steps():
+            player.play(step)
+        player.flush()
+        assert player.passes.counters.passes == passes
+        assert same(weights(base), weights(model))
+
+
 # ------------------------------------------------------------------------------------------------- damage and hostility
+
+
+def test_damage_at_the_end_is_known_before_anything_changes(tmp_path):
+    path, base, _ = written(tmp_path, 6)
+    data, before = bytearray(path.read_bytes()), weights(base)
+    data[-3] ^= 1  # of the mark
+    path.write_bytes(bytes(data))
+    with pytest.raises(journal.JournalError, match="damaged"):
+        journal.replay(path, base)
+    with pytest.raises(journal.JournalError, match="damaged"), journal.resume(zokern.MeZO(base, 1e-2), path):
+        pass
+    assert same(weights(base), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "word"),
+    [
+        (1, {"params": [], "layers": [1, 1 << 40]}, "cannot be"),
+        (1, {"params": [[0]], "layers": None}, "malformed"),
+        (1, {}, "malformed"),
+        (
+            2,
+            {"numbers": 2, "passes": [{"rule": "none", "seeds": [], "rows": 1}], "memory": 0, "groups": 1},
+            "malformed",
+        ),
+        (
+            2,
+            {"numbers": 2, "passes": [{"rule": "axpy", "seeds": [[0, 0]], "rows": 1}], "memory": 0, "groups": 1},
+            "do not fit",
+        ),
+        (2, {"numbers": 2}, "malformed"),
+    ],
+)
+def test_hostile_layouts_and_signatures_are_refused(kind, value, word, tmp_path):
+    path, base, _ = written(tmp_path, 1)
+    reader, before = journal.Reader(path), weights(base)
+    list(reader.steps())
+    with path.open("ab") as file:
+        writer = journal_format.Writer(file, reader.crc)
+        writer.append_json(kind, value)
+        number = len(reader.signatures) if kind == 2 else 0
+        writer.append(bytes([3]) + journal_format.varint(number) + b"\0")
+    with pytest.raises(journal.JournalError, match=word):
+        journal.replay(path, base)
+    assert same(weights(base), before)
 
 
 def read_all(path: Path) -> tuple[list[Any], bool]:

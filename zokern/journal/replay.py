@@ -20,17 +20,54 @@ from zokern.rules import RULES
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
 
 
+MERGED_SEEDS = 32
+MAX_EMPTY_BLOCKS = 1 << 16
+REQUIRED = ("contract", "method", "options", "distribution", "placement", "seed", "first_step", "states", "base")
+
+
 class Player:
-    """Applies the steps of a journal to parameters by their names."""
+    """Applies the steps of a journal to parameters by their names. `flush` does what is still waiting.
+
+    Float32 weights that take first-order passes without decay have nothing rounded between one pass and the next: the
+    fused multiply-adds of many are those of one pass with all their seeds. Up to 32 seeds wait for it, and memory is moved
+    once for all of them. Other passes are done as they were.
+    """
 
     def __init__(self, reader: Reader, params: Mapping[str, Tensor], states: States, backend: str = "auto") -> None:
         self.reader, self.params, self.states = reader, params, states
         self.passes = Passes(str(reader.header["distribution"]), backend)
         self.seed = int(reader.header["seed"])
+        self.waiting: tuple[list[Member], list[int], list[Tensor]] | None = None  # members, seeds, coefs [R, K]
+
+    def flush(self) -> None:
+        """The passes that wait."""
+        if self.waiting is not None:
+            members, seeds, coefs = self.waiting
+            self.waiting = None
+            self.passes.run(members, list(seeds), {"A": torch.cat(coefs, dim=1)})
+
+    def _wait(self, members: list[Member], seeds: list[int], coefs: Tensor) -> None:
+        if self.waiting is not None:
+            theirs, waiting, _ = self.waiting
+            same = [(m.name, m.group) for m in theirs] == [(m.name, m.group) for m in members]
+            if not same or len(waiting) + len(seeds) > MERGED_SEEDS:
+                self.flush()
+        if self.waiting is None:
+            self.waiting = members, [], []
+        self.waiting[1].extend(seeds)
+        self.waiting[2].append(coefs)
 
     def play(self, step: Step) -> set[int]:
         """One step; returns the blocks that it left out."""
+        dropped, chosen = self.active(step)
+        self._passes_of(step, chosen)
+        return dropped
+
+    def active(self, step: Step) -> tuple[set[int], list[tuple[Tensor, int, int, str]]]:
+        """The blocks that a step left out; its parameters with their ids, rows and names."""
         layers = step.layout["layers"]
+        if layers is not None and not 0 <= layers[0] <= layers[1] <= len(step.layout["params"]) + MAX_EMPTY_BLOCKS:
+            raise JournalError(f"{self.reader.path}: {layers[0]} of {layers[1]} blocks are left out, which cannot be")
         dropped = draw(self.seed, step.number, *layers) if layers is not None else set()
         chosen: list[tuple[Tensor, int, int, str]] = []
         rows: dict[tuple[int, Any], int] = {}
@@ -47,6 +84,9 @@ class Player:
                     f"{self.reader.path}: {name} is {shape} {dtype} there, and {list(p.shape)} {p.dtype} in the model"
                 )
             chosen.append((p, tensor_id, rows.setdefault((group, key), len(rows)), name))
+        return dropped, chosen
+
+    def _passes_of(self, step: Step, chosen: list[tuple[Tensor, int, int, str]]) -> None:
         at = 0
         for one in step.signature["passes"]:
             rule = RULES[one["rule"]]
@@ -57,6 +97,11 @@ class Player:
             members = [
                 Member(p, i, row, name, {s: self.states(p, s) for s in rule.states}) for p, i, row, name in chosen
             ]
+            exact = all(m.param.dtype == torch.float32 for m in members) and bool((shared == 1).all())
+            if one["rule"] == "axpy" and exact and members:
+                self._wait(members, seeds, coefs[:, 0])
+                continue
+            self.flush()
             rounding = (
                 derive_seed(self.seed, step.number, ROUNDING_STREAM),
                 derive_seed(self.seed, step.number, STATE_STREAM),
@@ -72,7 +117,41 @@ class Player:
                 square_of_sum=one.get("square_of_sum", False),
                 keep_second=one.get("keep_second", False),
             )
-        return dropped
+
+
+def check(path: Path, params: Mapping[str, Tensor], until: int | None = None) -> None:
+    """Reads the whole journal, so that what is wrong with it is known before anything is changed."""
+    reader = Reader(path)
+    missing = [name for name in REQUIRED if name not in reader.header]
+    if missing:
+        raise JournalError(f"{path}: its header has no {missing[0]!r}; take another copy of it")
+    done, layout = int(reader.header["first_step"]), None
+    if until is not None and until < done:
+        raise JournalError(f"until is {until}, and the journal starts at step {done}")
+    try:
+        player = Player(reader, params, lambda p, name: p)
+        for step in reader.steps():
+            if until is not None and step.number >= until:
+                return
+            if step.layout is not layout:
+                player.active(step)
+                layout = step.layout
+            numbers = sum(
+                one["rows"] * (len(RULES[one["rule"]].coefs) * len(one["seeds"]) + len(RULES[one["rule"]].scalars))
+                for one in step.signature["passes"]
+            )
+            if numbers + 2 * step.signature["memory"] + step.signature["groups"] + 1 != len(step.frame):
+                raise JournalError(f"{path}: the numbers of step {step.number} do not fit its passes")
+            if not step.flags & BROKEN_OFF:
+                done = step.number + 1
+    except JournalError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise JournalError(
+            f"{path}: a layout or a signature is malformed ({error!r}); take another copy of it"
+        ) from error
+    if until is not None and until > done:
+        raise JournalError(f"until is {until}, and the journal ends after {done} steps")
 
 
 def _take(frame: np.ndarray[Any, Any], at: int, shape: tuple[int, ...]) -> tuple[Tensor, int]:
@@ -132,25 +211,23 @@ def replay(
 
     Raises:
         JournalError: if the journal is damaged, the weights are not those it starts from, or the result is not what
-            training had. Weights are changed only in the last case, and where a damaged record follows good ones.
+            training had. Weights are changed in the last case only.
     """
     reader, params = Reader(Path(path)), named(model)
+    check(Path(path), params, until)
     if verify and hash_of(params.items()) != reader.header["base"]:
         raise JournalError(f"{path}: the weights given are not those that the run started from; give its base model")
     player = Player(reader, params, fresh_states(reader.header), backend)
     done = int(reader.header["first_step"])
-    if until is not None and until < done:
-        raise JournalError(f"until is {until}, and the journal starts at step {done}")
     for step in reader.steps():
         if until is not None and step.number >= until:
-            return done
+            break
         player.play(step)
         if not step.flags & BROKEN_OFF:
             done = step.number + 1
         if progress is not None:
             progress(done)
-    if until is not None and until > done:
-        raise JournalError(f"until is {until}, and the journal ends after {done} steps")
+    player.flush()
     for mark in reader.marks if verify else []:
         if mark.get("step") == done and hash_of(params.items()) != mark.get("hash"):
             raise JournalError(f"{path}: the weights after {done} steps are not those that training had")

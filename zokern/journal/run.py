@@ -19,7 +19,7 @@ from zokern.journal import format as journal
 from zokern.journal.format import BROKEN_OFF, MARK, SKIPPED, JournalError, Reader
 from zokern.journal.hashing import hash_of
 from zokern.journal.record import Recorder
-from zokern.journal.replay import Player, memory_of
+from zokern.journal.replay import Player, check, memory_of
 
 
 def _weights(optimizer: Any) -> dict[str, torch.Tensor]:
@@ -114,6 +114,7 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
     if reader.header.get("base") != wanted["base"]:
         raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
     params = _weights(optimizer)
+    check(path, params)
 
     def state(p: torch.Tensor, name: str) -> torch.Tensor:
         own = optimizer.state[p]
@@ -139,6 +140,7 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
             skipped += bool(step.flags & SKIPPED)
             optimizer.remember(step.number, memory_of(step), dropped, not step.flags & SKIPPED)
             counters.steps = step.number + 1
+    player.flush()
     optimizer._skipped = torch.tensor(skipped, dtype=torch.int64)
     if reader.torn:
         warnings.warn(
