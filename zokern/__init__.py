@@ -1,5 +1,6 @@
 """zokern: fused kernels and a drop-in optimizer for zeroth-order fine-tuning, with forward passes only."""
 
+from zokern import journal
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
 from zokern.layers import RandomBlocks
@@ -21,5 +22,6 @@ __all__ = [
     "ZokernWarning",
     "__version__",
     "add_noise_",
+    "journal",
     "noise",
 ]
