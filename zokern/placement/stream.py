@@ -1,6 +1,6 @@
 """As shadow, but one block at a time: a block's perturbed weights are written just before the block runs.
 
-A block's active parameters go into a scratch that all blocks share, and the module sees its own storage again right after.
+A block's active parameters go into a scratch that all blocks share, which the block sees until it has run.
 Parameters outside the blocks (embeddings, final norm, head), and those that a block shares with anything else, have a
 scratch of their own. So the extra memory is that of the largest block and of what lies outside: 4.5 % for OPT-13B.
 
@@ -57,9 +57,10 @@ class OutsideItsBlock(nn.Parameter):
 
 
 def _refuse(*names: str) -> NoReturn:
+    listed = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
     raise RuntimeError(
-        f"{', '.join(names) or 'a parameter'} was used outside its block's forward, where placement='stream' has "
-        "no perturbed copy of it; use placement='shadow' for this model"
+        f"{listed or 'a parameter'} was used outside its block's forward, where placement='stream' has no perturbed copy "
+        "of it; use placement='shadow' for this model"
     )
 
 
@@ -215,7 +216,6 @@ class Stream(Exact):
         self.passes.counters.passes += 1  # one sweep over the active parameters, in pieces
         self.perturb(outside.members, terms, outside.copies, counted=False)
         self.terms, self.last, self.saving = terms, None, False
-        self.users = self._count_users()
         try:
             outside.show("copies")
             for unit in blocks:
@@ -244,6 +244,7 @@ class Stream(Exact):
             return
         if torch.compiler.is_compiling():
             raise RuntimeError("placement='stream' cannot run under torch.compile; use placement='shadow'")
+        self.check_saved()
         if self.running is not None:
             raise RuntimeError(
                 f"{unit.name} was called while {self.running.name} runs, and placement='stream' has room for one block; "
