@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/zokern finetune --output demo-out --force
 
 test: setup
-	$(BIN)/python -m pytest --cov=zokern --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov=zokern --cov-report=term:skip-covered
 
 lint: setup
 	$(BIN)/ruff check .

@@ -44,7 +44,8 @@ class MeZO(ZerothOrderOptimizer):
         distribution: "normal", or "rademacher" for random signs.
         seed: of the run, in [0, 2^63): direction k of step t has the seed derive_seed(seed, t, k).
         rounding: of the update. "auto": to nearest for float32, stochastic for 16-bit weights.
-        placement: where the perturbed weights live during a forward: "inplace", "shadow", or "auto" (zokern.placement).
+        placement: where the perturbed weights live during a forward: "inplace", "shadow", "stream", or "auto", which is
+            exact for 16-bit weights (zokern.placement).
         layers: RandomBlocks(num_dropped) leaves out that many transformer blocks in each step (LeZO).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
