@@ -1,6 +1,6 @@
 """Held-out loss of every method on two real tasks, for the same number of forwards.
 
-    python benchmarks/bench_convergence.py                         # both tasks, all methods: about an hour on one core
+    python benchmarks/bench_convergence.py                         # both tasks, all methods: an hour on one core
     python benchmarks/bench_convergence.py --tasks lm --methods mezo fzoo --budget 400     # a look, in two minutes
     python benchmarks/convergence_page.py                          # table and pictures of docs/convergence.md, anew
 

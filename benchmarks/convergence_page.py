@@ -148,7 +148,7 @@ def _figure(columns: int, width: float, height: float) -> Any:
 
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def _save(figure: Any, name: str) -> None:
@@ -170,8 +170,9 @@ def draw_task(name: str, task: dict[str, Any]) -> None:
 
 
 def draw_method(method: str, tasks: dict[str, Any]) -> None:
-    """One method against MeZO, versus forwards, on all tasks."""
-    figure, panels = _figure(len(tasks), 9, 3.4)
+    """One method against MeZO, versus forwards, on the tasks that it has finished."""
+    tasks = {name: task for name, task in tasks.items() if method in task["methods"]}
+    figure, panels = _figure(len(tasks), 4.5 * len(tasks), 3.4)
     for axes, (name, task) in zip(panels, tasks.items(), strict=True):
         names = [n for n in dict.fromkeys(("mezo", method, FIRST_ORDER)) if n in task["methods"]]
         _draw(axes, task["methods"], names, "forwards", bands=True)

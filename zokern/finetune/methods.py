@@ -41,7 +41,7 @@ METHODS: dict[str, Method] = {
         "MeZO",
         (*SAMPLES, "one_sided", "update", "beta1", "beta2", "delta", "horizon"),
         lambda s: s["num_samples"] + 1 if s["one_sided"] else 2 * s["num_samples"],
-        5e-5,
+        2e-4,
     ),
     "hizoo": Method("HiZOO", (*SAMPLES, *CURVATURE), lambda s: 2 * s["num_samples"] + 1, 5e-5),
     "helene": Method(
@@ -54,12 +54,12 @@ METHODS: dict[str, Method] = {
         "MeZOGV",
         ("candidates", "elite", *CURVATURE),
         lambda s: s["candidates"] + 2 + (s["smoothing"] is not None),
-        5e-5,
+        1e-4,
     ),
     "mezo-greedy": Method(
         "MeZOGreedy", ("candidates", *CURVATURE), lambda s: s["candidates"] + 1 + (s["smoothing"] is not None), 5e-5
     ),
-    "fzoo": Method("FZOO", ("candidates",), lambda s: s["candidates"] + 1, 1e-7),
+    "fzoo": Method("FZOO", ("candidates",), lambda s: s["candidates"] + 1, 5e-6),
     "es": Method(
         "ES",
         ("num_directions", "shaping", "antithetic"),
