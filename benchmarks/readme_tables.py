@@ -88,7 +88,18 @@ def layers_table() -> str:
     return "\n".join(lines)
 
 
+def replay_lines() -> str:
+    run = load("replay-cpu.json")
+    told = " and ".join(f"{r['step_over_pass']:.2f} ({name})" for name, r in run["results"].items())
+    return (
+        f"Measured with `python benchmarks/bench_replay.py` on {run['machine']['threads']} threads of an "
+        f"{run['machine']['processor']}, {run['settings']['parameters'] / 1e6:.0f} million parameters: a replayed step takes "
+        f"{told} of the time of one update pass."
+    )
+
+
 PAGES = {
+    "docs/journal.md": {"replay": replay_lines},
     "README.md": {"pass": pass_table, "demo": demo_lines},
     "docs/methods/lezo.md": {"layers": layers_table},
 }

@@ -19,8 +19,9 @@ def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**inherited, **env}, timeout=300)
 
 
-def test_readme_figures_come_from_the_stored_results() -> None:
-    done = run(sys.executable, "benchmarks/readme_tables.py", "--check")
+@pytest.mark.parametrize("script", ["readme_tables.py", "convergence_page.py"])
+def test_figures_in_pages_come_from_the_stored_results(script: str) -> None:
+    done = run(sys.executable, f"benchmarks/{script}", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
