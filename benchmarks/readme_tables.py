@@ -93,8 +93,8 @@ def replay_lines() -> str:
     told = " and ".join(f"{r['step_over_pass']:.2f} ({name})" for name, r in run["results"].items())
     return (
         f"Measured with `python benchmarks/bench_replay.py` on {run['machine']['threads']} threads of an "
-        f"{run['machine']['processor']}, {run['settings']['parameters'] / 1e6:.0f} million parameters: a replayed step takes "
-        f"{told} of the time of one update pass."
+        f"{run['machine']['processor']}, {run['settings']['parameters'] / 1e6:.0f} million parameters: a replayed step "
+        f"takes {told} of the time of one update pass."
     )
 
 

@@ -64,13 +64,13 @@ METHODS: dict[str, Method] = {
         "ES",
         ("num_directions", "shaping", "antithetic"),
         lambda s: s["num_directions"] * (1 + s["antithetic"]),
-        1e-7,
+        5e-6,
         maximises=True,
     ),
 }
 # The settings that belong to some methods only, in the order of the command's options.
 OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.takes))
-LR_OF_UPDATE = {"momentum": 5e-6, "adam": 1e-4, "adamezo": 1e-5, "sign": 1e-5}  # of mezo and lezo, where it is not sgd
+LR_OF_UPDATE = {"momentum": 5e-6, "adam": 5e-4, "adamezo": 1e-4, "sign": 3e-4}  # of mezo and lezo, where it is not sgd
 
 
 def settings(options: Options) -> dict[str, Any]:
