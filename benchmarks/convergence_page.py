@@ -96,6 +96,11 @@ def chosen(record: dict[str, Any]) -> str:
 
 def render(text: str, record: dict[str, Any]) -> str:
     """The page with what lies between its markers made anew."""
+    missing = {"demo", "lm"} - record["results"].keys()
+    if missing:
+        raise SystemExit(
+            f"the stored results have no {missing.pop()}: run benchmarks/bench_convergence.py without --tasks"
+        )
     parts = {"machine": machine(record), "chosen": chosen(record)}
     parts |= {name: table(task) for name, task in record["results"].items()}
     for name, content in parts.items():
