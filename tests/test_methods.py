@@ -1359,3 +1359,10 @@ def test_states_of_another_method_or_option_are_refused():
     adam = build(METHODS["mezo-adam"], small())
     with pytest.raises(ValueError, match="update"):
         adam.load_state_dict(zokern.MeZO(small(), 1e-3).state_dict())
+
+
+@pytest.mark.parametrize("name", ["MeZOGreedy", "MeZOGV", "FZOO"])
+def test_unknown_keywords_are_refused(name):
+    """An option of another method must not be taken without a word."""
+    with pytest.raises(TypeError, match="horizon"):
+        getattr(zokern, name)(small(), 1e-3, horizon=3)

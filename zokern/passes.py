@@ -136,6 +136,12 @@ def multiples(terms: Terms, seeds: Sequence[Seed]) -> Tensor:
     return torch.stack([torch.as_tensor(v, dtype=torch.float64).to(tensors[0].device) for v in values])
 
 
+def perturbation(eps: Tensor, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
+    """Coefficients [R, K] of a perturbation: each row's eps times the terms of `seeds`."""
+    row = multiples(terms, seeds)
+    return eps.to(row.device, non_blocking=True)[:, None] * row
+
+
 def _seed_tensor(seeds: Sequence[Seed], device: torch.device) -> Tensor:
     if not any(isinstance(seed, Tensor) for seed in seeds):
         return torch.tensor(seeds, dtype=torch.int64)

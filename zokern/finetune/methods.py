@@ -30,19 +30,15 @@ class Method(NamedTuple):
     maximises: bool = False  # a reward: the closure's loss with its sign changed
 
 
+_MEZO = Method(
+    "MeZO",
+    (*SAMPLES, "one_sided", "update", "beta1", "beta2", "delta", "horizon"),
+    lambda s: s["num_samples"] + 1 if s["one_sided"] else 2 * s["num_samples"],
+    5e-5,
+)
 METHODS: dict[str, Method] = {
-    "mezo": Method(
-        "MeZO",
-        (*SAMPLES, "one_sided", "update", "beta1", "beta2", "delta", "horizon"),
-        lambda s: s["num_samples"] + 1 if s["one_sided"] else 2 * s["num_samples"],
-        5e-5,
-    ),
-    "lezo": Method(
-        "MeZO",
-        (*SAMPLES, "one_sided", "update", "beta1", "beta2", "delta", "horizon"),
-        lambda s: s["num_samples"] + 1 if s["one_sided"] else 2 * s["num_samples"],
-        2e-4,
-    ),
+    "mezo": _MEZO,
+    "lezo": _MEZO._replace(lr=2e-4),
     "hizoo": Method("HiZOO", (*SAMPLES, *CURVATURE), lambda s: 2 * s["num_samples"] + 1, 5e-5),
     "helene": Method(
         "HELENE",

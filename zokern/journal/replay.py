@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zokern.journal.format import BROKEN_OFF, SKIPPED, JournalError, Reader, Step
+from zokern.journal.format import BROKEN_OFF, JournalError, Reader, Step
 from zokern.journal.hashing import hash_of
 from zokern.layers import draw
 from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
@@ -232,6 +232,3 @@ def replay(
         if mark.get("step") == done and hash_of(params.items()) != mark.get("hash"):
             raise JournalError(f"{path}: the weights after {done} steps are not those that training had")
     return done
-
-
-__all__ = ["BROKEN_OFF", "SKIPPED", "Player", "replay"]

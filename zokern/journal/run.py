@@ -20,6 +20,7 @@ from zokern.journal.format import BROKEN_OFF, MARK, SKIPPED, JournalError, Reade
 from zokern.journal.hashing import hash_of
 from zokern.journal.record import Recorder
 from zokern.journal.replay import Player, check, memory_of
+from zokern.optim import state
 
 
 def _weights(optimizer: Any) -> dict[str, torch.Tensor]:
@@ -116,15 +117,10 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
     params = _weights(optimizer)
     check(path, params)
 
-    def state(p: torch.Tensor, name: str) -> torch.Tensor:
-        own = optimizer.state[p]
-        dtype, initial = optimizer._states[name]
-        if name not in own:
-            own[name] = torch.full(p.shape, initial, dtype=dtype, device=p.device)
-        value: torch.Tensor = own[name]
-        return value
+    def state_of(p: torch.Tensor, name: str) -> torch.Tensor:
+        return state.of(optimizer.state, p, optimizer._states)[name]
 
-    player, counters = Player(reader, params, state, optimizer._passes.backend), optimizer._passes.counters
+    player, counters = Player(reader, params, state_of, optimizer._passes.backend), optimizer._passes.counters
     skipped, pending = 0, []
     kept = reader.end, reader.crc, reader.layout, 0, list(reader.frames)  # up to the last step that was done
     with torch.no_grad():

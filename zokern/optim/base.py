@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -175,18 +175,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def layout(self) -> dict[str, Any]:
         """What a replay has to know of the parameters: their ids, shapes, dtypes, groups, rows and blocks."""
-        params: list[list[Any]] = []
-        seen: set[int] = set()
-        for g, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.requires_grad and p.numel() and id(p) not in seen:
-                    seen.add(id(p))
-                    self._registry.add(p)
-                    params.append([
-                        self._registry.ids[id(p)], self._registry.names[id(p)], list(p.shape),
-                        str(p.dtype).removeprefix("torch."), g, self.row_key(p),
-                        None if self.layers is None else self.layers.block_of(p),
-                    ])  # fmt: skip
+        params = [
+            [
+                self._registry.ids[id(p)], self._registry.names[id(p)], list(p.shape),
+                str(p.dtype).removeprefix("torch."), g, self.row_key(p),
+                None if self.layers is None else self.layers.block_of(p),
+            ]
+            for g, p in self._trainable()
+        ]  # fmt: skip
         layers = None if self.layers is None else [self.layers.num_dropped, len(self.layers.names)]
         return {"params": params, "layers": layers}
 
@@ -256,25 +252,30 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.recorder.known[seed] = (self._passes.counters.steps, k)
         return seed
 
+    def _trainable(self) -> Iterator[tuple[int, Tensor]]:
+        """Each parameter that has something to train, once, with the number of its group; all are registered."""
+        seen: set[int] = set()
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad and p.numel() and id(p) not in seen:
+                    seen.add(id(p))
+                    self._registry.add(p)
+                    yield g, p
+
     def _members(self) -> list[Member]:
         """The parameters that this step moves. Read from param_groups each time: users replace them."""
         dropped = set() if self.layers is None else self.layers.dropped(self.seed, self._passes.counters.steps)
         self._dropped = dropped
         members: list[Member] = []
         rows: dict[tuple[int, Hashable], int] = {}
-        seen: set[int] = set()
         for g, group in enumerate(self.param_groups):
             parameters.check_group(group, g)
-            for p in group["params"]:
-                if not p.requires_grad or p.numel() == 0 or id(p) in seen:
-                    continue
-                seen.add(id(p))
-                if self.layers is not None and not self.layers.is_active(p, dropped):
-                    continue
-                self._registry.add(p)
-                name, kept = self._registry.names[id(p)], state.of(self.state, p, self._states)
-                row = rows.setdefault((g, self.row_key(p)), len(rows))
-                members.append(Member(p, self._registry.ids[id(p)], row, name, kept))
+        for g, p in self._trainable():
+            if self.layers is not None and not self.layers.is_active(p, dropped):
+                continue
+            name, kept = self._registry.names[id(p)], state.of(self.state, p, self._states)
+            row = rows.setdefault((g, self.row_key(p)), len(rows))
+            members.append(Member(p, self._registry.ids[id(p)], row, name, kept))
         self._rows = list(rows)
         return members
 

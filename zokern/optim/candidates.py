@@ -37,7 +37,6 @@ class _Candidates(ZerothOrderOptimizer):
         placement: str = "auto",
         layers: RandomBlocks | None = None,
         backend: str = "auto",
-        **options: float,
     ) -> None:
         self.candidates = _checks.check_integer(candidates, "candidates", 2, 1 << 16)
         self.smoothing, states = None, None
@@ -56,7 +55,6 @@ class _Candidates(ZerothOrderOptimizer):
                 "candidates": candidates,
                 "smoothing": smoothing,
                 "curvature_dtype": None if smoothing is None else str(curvature_dtype),
-                **options,
             },
             states=states,
             scaled=smoothing is not None,
@@ -135,8 +133,8 @@ class MeZOGV(_Candidates):
             placement=placement,
             layers=layers,
             backend=backend,
-            elite=self.elite,
         )
+        self.options["elite"] = self.elite
 
     def choose(self, probe: Probe, seeds: list[int], losses: Tensor, here: Tensor | None) -> Estimate:
         top, bottom = self.num_top, self.candidates - self.num_top

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zokern.optim.update import Update
-from zokern.passes import Member, Passes, Seed, Terms, multiples
+from zokern.passes import Member, Passes, Seed, Terms, perturbation
 
 
 class InPlace:
@@ -28,16 +28,11 @@ class InPlace:
         self.members, self.eps, self.current = members, eps, {}
         self.rule = "scaled_axpy" if scaled else "axpy"
 
-    def _coefs(self, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
-        """[R, K]: each row's eps times the terms."""
-        row = multiples(terms, seeds)
-        return self.eps.to(row.device, non_blocking=True)[:, None] * row
-
     def _move(self, terms: Terms) -> None:
         delta = {s: terms.get(s, 0.0) - self.current.get(s, 0.0) for s in [*self.current, *terms]}
         seeds = [s for s, a in delta.items() if isinstance(a, Tensor) or a != 0.0]
         if seeds:
-            self.passes.run(self.members, seeds, {"A": self._coefs(delta, seeds)}, rule=self.rule)
+            self.passes.run(self.members, seeds, {"A": perturbation(self.eps, delta, seeds)}, rule=self.rule)
             torch.clear_autocast_cache()  # of casts of what the weights were before
         self.current = dict(terms)
 
@@ -59,7 +54,7 @@ class InPlace:
         coefs = {name: torch.zeros(value.shape[0], len(every)).to(value) for name, value in update.coefs.items()}
         for name, value in update.coefs.items():
             coefs[name][:, : len(update.seeds)] = torch.where(ok, value, 0.0)
-        restore = self._coefs(self.current, every).to(ok.device, non_blocking=True)
+        restore = perturbation(self.eps, self.current, every).to(ok.device, non_blocking=True)
         coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore
         self.passes.run(
             self.members,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zokern.optim.update import Update
-from zokern.passes import Member, Passes, Terms, multiples
+from zokern.passes import Member, Passes, Terms, perturbation
 from zokern.placement import sites
 
 
@@ -40,8 +40,7 @@ class Exact:
     def perturb(self, members: Sequence[Member], terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`."""
         seeds = list(terms)
-        row = multiples(terms, seeds)
-        coefs = self.eps.to(row.device, non_blocking=True)[:, None] * row
+        coefs = perturbation(self.eps, terms, seeds)
         where = [t.detach() for t in out]
         self.passes.run(members, seeds, {"A": coefs}, rule=self.rule, out=where, counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before

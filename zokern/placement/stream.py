@@ -102,11 +102,11 @@ class Unit:
         self.shown = what
 
 
-def units_of(module: nn.Module, members: Sequence[Member], placement: str = "stream") -> list[Unit]:
+def units_of(module: nn.Module, members: Sequence[Member]) -> list[Unit]:
     """What lies outside the blocks first, then each block that has members. Shared parameters count as outside."""
     blocks = find_blocks(module)
     reached_in = _reached_in(module, [block for _, block in blocks])
-    found = sites.find(module, members, placement)
+    found = sites.find(module, members, "stream")
     homes: dict[int, set[int | None]] = {}
     for site in found:
         homes.setdefault(id(site.param), set()).update(reached_in[id(site.owner)])
@@ -162,6 +162,7 @@ class Stream(Exact):
         self.block_pools: sites.Pools = {}
         self.units: list[Unit] = []
         self.layout: object = None
+        self.kept: list[list[nn.Parameter]] = []  # each unit's copies, while the layout stays
         self.terms: Terms = {}
         self.running: Unit | None = None
         self.last: Unit | None = None  # whose weights the scratch holds
@@ -193,7 +194,7 @@ class Stream(Exact):
             for unit, old in zip(units, self.kept, strict=True):
                 unit.copies = old
         else:
-            self.kept: list[list[nn.Parameter]] = []  # views of the pools, which may be replaced
+            self.kept = []  # views of the pools, which may be replaced
             self.layout = None
             sites.fit(self.block_pools, _largest(units[1:]))
             sites.fit(self.outside_pools, sites.sizes(units[0].members))
