@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from pages import fill
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "convergence-cpu.json"
@@ -103,12 +104,7 @@ def render(text: str, record: dict[str, Any]) -> str:
         )
     parts = {"machine": machine(record), "chosen": chosen(record)}
     parts |= {name: table(task) for name, task in record["results"].items()}
-    for name, content in parts.items():
-        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
-        text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"{PAGE.name} needs exactly one pair of markers '<!-- {name}: begin -->', end likewise")
-    return text
+    return fill(PAGE.name, text, parts)
 
 
 # -------------------------------------------------------------------------------------------------------- the pictures

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from pages import fill
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,14 +107,7 @@ PAGES = {
 
 
 def render(page: str, text: str) -> str:
-    for name, content in ((name, make()) for name, make in PAGES[page].items()):
-        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
-        text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(
-                f"{page} needs exactly one pair of markers '<!-- {name}: begin -->' and '<!-- {name}: end -->'"
-            )
-    return text
+    return fill(page, text, {name: make() for name, make in PAGES[page].items()})
 
 
 def main() -> int:
