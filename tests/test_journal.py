@@ -437,6 +437,15 @@ def test_a_hostile_record_with_a_right_checksum_is_refused(body, word, tmp_path)
         read_all(path)
 
 
+def test_bits_of_a_mask_beyond_its_frame_are_refused():
+    """One frame has one encoding: what a reader ignored could hide anything."""
+    last = np.zeros(3, np.float32)
+    body = journal_format.encode_step(0, 0, np.float32([1, 0, 0]), last)
+    assert body[2] == 0b001
+    with pytest.raises(ValueError, match="mask"):
+        journal_format.decode_step(body[:2] + bytes([0b1001]) + body[3:], [last])
+
+
 def test_lengths_are_bounded(tmp_path):
     """A file of some bytes cannot make the reader ask for gigabytes."""
     path = tmp_path / "big.zkj"
