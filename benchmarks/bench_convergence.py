@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import store
 from convergence_tasks import Demo, LanguageModel, Task
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 import zokern
+from zokern.bench.record import store
 from zokern.finetune.loop import factor
 
 Settings = dict[str, Any]

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import store
 from rich.progress import Progress
 from torch import Tensor, nn
 
 import zokern
+from zokern.bench.record import store
 
 ROOT = Path(__file__).parent.parent
 DTYPES = ("float32", "float16", "bfloat16")

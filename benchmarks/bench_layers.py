@@ -14,12 +14,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import store, time_in_rounds
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import zokern
+from zokern.bench.record import store
+from zokern.bench.timing import time_in_rounds
 
 BLOCKS, TENSORS, IN_BLOCKS = 40, 12, 0.95
 

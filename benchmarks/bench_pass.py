@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import store, time_in_rounds
 from rich.console import Console
 from rich.table import Table
 
 import zokern
 from zokern import backends
+from zokern.bench.record import store
+from zokern.bench.timing import time_in_rounds
 
 EPS = 1e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,0 +1,71 @@
+"""One JSON file per run: machine, driver, versions, commit, settings and results. A figure without these is none."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zokern.backends import native
+from zokern.report import versions
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", "../../csrc", "../../zokern"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), **versions()}
+    facts["instruction_sets"] = native.extension.cpu_instruction_sets() if native.extension else []
+    if device.type == "cuda":
+        query = "--query-gpu=driver_version"
+        driver = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+        facts |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "driver": driver.stdout.strip(),
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def store(name: str, device: torch.device, settings: Mapping[str, Any], results: Any, path: Path | None = None) -> Path:
+    """Writes one run's JSON, by default to benchmarks/results/<name>-<device>.json."""
+    path = path or RESULTS / f"{name}-{device.type}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(device),
+        "settings": dict(settings),
+        "results": results,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
