@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <stdexcept>
+#include <vector>
+
 #include "cpu/run.h"
 #ifdef ZK_WITH_CUDA
 #include "cuda/launch.h"
@@ -37,6 +41,35 @@ zk::Pass make_pass(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, uint
   return p;
 }
 
+// Stages as rows of addresses and flags, in the order of pass.h's Stage.
+zk::Chain make_chain(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, uintptr_t enabled, bool rademacher,
+                     bool fork, bool keep_second, const std::vector<std::array<int64_t, 9>>& stages) {
+  if (stages.empty() || stages.size() > size_t(zk::kMaxStages))
+    throw std::invalid_argument("zokern: a chain has 1 to 32 stages");
+  zk::Chain c{};
+  c.tensors = reinterpret_cast<const zk::TensorRow*>(tensors);
+  c.chunks = reinterpret_cast<const zk::ChunkRow*>(chunks);
+  c.num_chunks = num_chunks;
+  c.enabled = reinterpret_cast<const int32_t*>(enabled);
+  c.num_stages = int32_t(stages.size());
+  c.rademacher = rademacher;
+  c.fork = fork;
+  c.keep_second = keep_second;
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const auto& s = stages[i];
+    c.stages[i] = {reinterpret_cast<const int64_t*>(s[0]),
+                   reinterpret_cast<const float*>(s[1]),
+                   reinterpret_cast<const float*>(s[2]),
+                   reinterpret_cast<const int64_t*>(s[3]),
+                   int32_t(s[4]),
+                   int16_t(s[5]),
+                   int16_t(s[6]),
+                   int16_t(s[7]),
+                   int16_t(s[8])};
+  }
+  return c;
+}
+
 #ifdef ZK_WITH_CUDA
 void raise_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("zokern: " + error);
@@ -53,6 +86,12 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rounding_seed"), py::arg("known_rounding_seed"), py::arg("known_state_seed"), py::arg("enabled"),
       py::arg("rademacher"), py::arg("stochastic"), py::arg("square_of_sum"), py::arg("keep_second"));
 
+  py::class_<zk::Chain>(m, "Chain")
+      .def(py::init(&make_chain), py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("num_chunks"),
+           py::arg("enabled"), py::arg("rademacher"), py::arg("fork"), py::arg("keep_second"), py::arg("stages"));
+  m.attr("max_stages") = zk::kMaxStages;
+  m.attr("max_chain_seeds") = zk::kMaxChainSeeds;
+
   m.def("cpu_instruction_sets", &zk::cpu::instruction_sets, "Built and supported by this processor, best first.");
   m.def(
       "cpu_run",
@@ -60,6 +99,13 @@ PYBIND11_MODULE(_C, m) {
         zk::cpu::run(pass, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), threads, set);
       },
       py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("threads"),
+      py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cpu_run_chain",
+      [](const zk::Chain& chain, int rule, int dtype, int state, int threads, const std::string& set) {
+        zk::cpu::run_chain(chain, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), threads, set);
+      },
+      py::arg("chain"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("threads"),
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_normal_checksum", &zk::cpu::normal_checksum, py::arg("first"), py::arg("last"), py::arg("threads"),
         py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>(),
@@ -75,6 +121,14 @@ PYBIND11_MODULE(_C, m) {
                                reinterpret_cast<void*>(stream)));
       },
       py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("device"),
+      py::arg("stream"));
+  m.def(
+      "cuda_run_chain",
+      [](const zk::Chain& chain, int rule, int dtype, int state, int device, uintptr_t stream) {
+        raise_if(zk::cuda::run_chain(chain, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), device,
+                                     reinterpret_cast<void*>(stream)));
+      },
+      py::arg("chain"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("device"),
       py::arg("stream"));
   m.def(
       "cuda_normal_checksum",

@@ -38,7 +38,7 @@ struct TensorRow {  // ten int64, one row per tensor
   int64_t src;      // addresses; equal for an in-place pass
   int64_t dst;
   int64_t state[2];  // addresses of what the rule keeps for each element, as many as it has
-  int64_t reserved;
+  int64_t probe;     // where a forked chain's last stage goes; 0 for none
 };
 
 struct ChunkRow {  // two int32, one row per chunk
@@ -80,6 +80,32 @@ struct Pass {
   int32_t rademacher, stochastic;  // for kernels of Distribution::any and Rounding::any
   int32_t square_of_sum;           // curvature from (sum_k b_k z_k)^2 instead of sum_k b_k z_k^2
   int32_t keep_second;             // the second state is read but not written
+};
+
+// A chain is several passes over the same tensors, done one after another while an element is in registers: each rounds
+// to the storage type as it would alone, so the bits are those of the passes, and memory moves once. A stage is the
+// chain's rule, or `perturbs`: the perturbation that goes with it, w + A or, where the rule has a curvature, w +
+// A/sqrt(h).
+struct Stage {
+  const int64_t* seeds;  // [num_seeds]
+  const float* coefs;    // as a pass has them, of the stage's rule
+  const float* scalars;
+  const int64_t* rounding_seed;  // [2], or null where nothing is rounded stochastically
+  int32_t num_seeds;
+  int16_t perturbs, stochastic, square_of_sum, keep_second;
+};
+constexpr int kMaxStages = 32, kMaxChainSeeds = 128;
+
+struct Chain {
+  const TensorRow* tensors;
+  const ChunkRow* chunks;
+  int64_t num_chunks;
+  const int32_t* enabled;  // null, or [1]: a zero there leaves out all stages but a fork's last
+  int32_t num_stages;
+  int32_t rademacher;
+  int32_t fork;         // the last stage, a perturbation, goes to the tensors' probes; weights are stored before it
+  int32_t keep_second;  // no stage writes the second state
+  Stage stages[kMaxStages];
 };
 
 // The part of a chunk that its tensor covers, in global indices.

@@ -184,14 +184,13 @@ ZK_FN void each_vector(const F& f) {
   }
 }
 
-// The tile's first global index is base + 8*b (see noise.h), and p points `at` elements before it. A cut tile touches
-// its elements [lo, hi) only.
-template <class L, class T, class S, class R, Distribution D, Rounding Q, bool kCut, class U>
-ZK_FN void rule_tile(const U& u, const Places<T, S>& p, int64_t at, uint64_t base, uint32_t b, int lo, int hi) {
-  using F = typename L::f32;
+// The rule on a tile's weights w, before their rounding: decay, every direction, and the states x, which `load_states`
+// provides when they are needed.
+template <class L, class R, Distribution D, class U, class F = typename L::f32, int N, class Load>
+ZK_FN void apply(const U& u, F (&w)[L::kVectors], F (&x)[N][L::kVectors], uint64_t base, uint32_t b,
+                 const Load& load_states) {
   constexpr int V = L::kVectors, kArrays = R::kSums > 0 ? R::kSums : 1, kStates = R::kStates > 0 ? R::kStates : 1;
-  F w[V], sum[kArrays][V], x[kStates][V];
-  load_tile<L, kCut>(w, p.src + at, lo, hi);
+  F sum[kArrays][V];
   each_vector<L, R>([&](int v) ZK_LAMBDA { w[v] = u.decay.template apply<L>(w[v]); });
   // A square of a sum starts from nothing, and takes the sum's own start when it is squared.
   const bool square_of_sum = R::kSquares >= 0 && u.pass.square_of_sum != 0;
@@ -221,8 +220,7 @@ ZK_FN void rule_tile(const U& u, const Places<T, S>& p, int64_t at, uint64_t bas
     const F start = L::all(u.rule.start(q));
     each_vector<L, R>([&](int v) ZK_LAMBDA { sum[q][v] = L::fma(sum[q][v], sum[q][v], start); });
   }
-  ZK_UNROLL
-  for (int i = 0; i < R::kStates; ++i) load_tile<L, kCut>(x[i], p.state[i] + at, lo, hi);
+  load_states();
   each_vector<L, R>([&](int v) ZK_LAMBDA {
     F sums[kArrays], states[kStates];
     ZK_UNROLL
@@ -232,6 +230,20 @@ ZK_FN void rule_tile(const U& u, const Places<T, S>& p, int64_t at, uint64_t bas
     u.rule.template finish<L>(w[v], sums, states);
     ZK_UNROLL
     for (int i = 0; i < R::kWritten; ++i) x[i][v] = states[i];
+  });
+}
+
+// The tile's first global index is base + 8*b (see noise.h), and p points `at` elements before it. A cut tile touches
+// its elements [lo, hi) only.
+template <class L, class T, class S, class R, Distribution D, Rounding Q, bool kCut, class U>
+ZK_FN void rule_tile(const U& u, const Places<T, S>& p, int64_t at, uint64_t base, uint32_t b, int lo, int hi) {
+  using F = typename L::f32;
+  constexpr int kStates = R::kStates > 0 ? R::kStates : 1;
+  F w[L::kVectors], x[kStates][L::kVectors];
+  load_tile<L, kCut>(w, p.src + at, lo, hi);
+  apply<L, R, D>(u, w, x, base, b, [&]() ZK_LAMBDA {
+    ZK_UNROLL
+    for (int i = 0; i < R::kStates; ++i) load_tile<L, kCut>(x[i], p.state[i] + at, lo, hi);
   });
   typename L::template Out<T> out;
   round_tile<L, Q, T>(out, w, u.pass.stochastic != 0, base, b, u.id, u.rounding_keys);

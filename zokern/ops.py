@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from zokern import _checks, backends
-from zokern.backends.scalars import Kind, Scalars
+from zokern.backends.scalars import Chain, Kind, Scalars
 from zokern.rules import RULES
 from zokern.table import tables
 
@@ -179,6 +180,41 @@ def launch(
         torch.ops.zokern.pass_out(src, dst, *rest)
     if not torch.compiler.is_compiling():  # autograd must know that the values changed
         torch.autograd.graph.increment_version([t for t in (src if dst is None else dst) if not t.is_inference()])
+
+
+def launch_chain(
+    tensors: list[Tensor],
+    stages: Sequence[tuple[Kind, Scalars]],
+    *,
+    tensor_ids: list[int],
+    offsets: list[int],
+    groups: list[int],
+    rule: str,
+    states: Sequence[list[Tensor]] = (),
+    probes: Sequence[Tensor | None] = (),
+    enabled: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Several passes in place, one after another in registers (backends/scalars.py's Chain): memory moves once.
+
+    probes: the last stage, a perturbation, goes to these and not to the tensors; None leaves one out. The bits are those
+    of the passes done one by one. At most 32 stages and 128 seeds.
+    """
+    chosen = backends.choose(backend, tensors[0].device)
+
+    def check() -> None:
+        _check_pairs(tensors, tensors, tensor_ids, offsets)
+        _check_states(tensors, states)
+        given = [(t, probe) for t, probe in zip(tensors, probes, strict=bool(probes)) if probe is not None]
+        if given:
+            _check_pairs([t for t, _ in given], [probe for _, probe in given], [0] * len(given), [0] * len(given))
+
+    found, _ = tables(tensors, tensors, tensor_ids, offsets, groups, check, states, probes)
+    for table in found:
+        exact = table.dtype == torch.float32
+        own = [(replace(kind, rounding="nearest") if exact else kind, scalars) for kind, scalars in stages]
+        chosen.run_chain(table, Chain(own, RULES[rule], bool(probes), enabled))
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:

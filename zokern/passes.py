@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zokern import ops
+from zokern.backends.scalars import Kind, Scalars
 from zokern.rules import RULES
 
 # A direction's seed: known to the host, or (a 0-d int64 tensor) to the device alone. Tensors are told apart by identity.
@@ -54,6 +55,36 @@ class Listener(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """What a pass is told besides its members, as `Passes.run` takes it: for the passes of a chain."""
+
+    seeds: Sequence[Seed]
+    coefs: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor] | None = None
+    rule: str = "axpy"
+    rounding_seeds: tuple[int, int] | None = None
+    stochastic: bool = False
+    square_of_sum: bool = False
+    keep_second: bool = False
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """coefs [G, C, K] and shared [G, S], not yet rounded."""
+        which = RULES[self.rule]
+        coefs = torch.stack([self.coefs[name] for name in which.coefs], dim=1)
+        shared = self.shared or {"decay": torch.ones(coefs.shape[0], dtype=torch.float64)}
+        return coefs, torch.stack([shared[name] for name in which.scalars], dim=1)
+
+    def how(self) -> dict[str, bool]:
+        """For a listener."""
+        return {
+            "stochastic": self.stochastic,
+            "rounded": self.rounding_seeds is not None,
+            "square_of_sum": self.square_of_sum,
+            "keep_second": self.keep_second,
+        }
+
+
 @dataclass
 class Passes:
     distribution: str
@@ -64,67 +95,117 @@ class Passes:
     def run(
         self,
         members: Sequence[Member],
-        seeds: Sequence[Seed],
-        coefs: Mapping[str, Tensor],
-        shared: Mapping[str, Tensor] | None = None,
+        numbers: Numbers,
         *,
-        rule: str = "axpy",
         out: Sequence[Tensor] | None = None,
-        rounding_seeds: tuple[int, int] | None = None,
-        stochastic: bool = False,
         enabled: Tensor | None = None,
-        square_of_sum: bool = False,
-        keep_second: bool = False,
         counted: bool = True,
     ) -> None:
-        """One pass of `rule` over every member, whose row g of the coefficients and scalars is its own.
+        """One pass over every member, whose row g of the coefficients and scalars is its own.
 
-        coefs: each of the rule's coefs, [G, K]; shared: each of its scalars, [G] (none given: no decay). They are rounded
-        to float32 here, once. rounding_seeds: the weights' and a state's; stochastic says whether weights use theirs.
-        counted False: a piece of a sweep that the caller counts.
+        The numbers are rounded to float32 here, once. counted False: a piece of a sweep that the caller counts.
         """
         if not members:
             return
-        which = RULES[rule]
-        stacked = torch.stack([coefs[name] for name in which.coefs], dim=1)
-        if shared is None:
-            shared = {"decay": torch.ones(stacked.shape[0], dtype=torch.float64)}
-        scalars = torch.stack([shared[name] for name in which.scalars], dim=1)
-        by_device: dict[torch.device, list[int]] = {}
-        for i, member in enumerate(members):
-            by_device.setdefault(member.param.device, []).append(i)
-        for device, at in by_device.items():
+        stacked, scalars = numbers.stacked()
+        for device, at in _by_device(members).items():
             chosen = [members[i] for i in at]
             ops.launch(
                 [m.param.detach() for m in chosen],
                 None if out is None else [out[i] for i in at],
-                states=[[m.states[name] for m in chosen] for name in which.states],
+                states=[[m.states[name] for m in chosen] for name in RULES[numbers.rule].states],
                 tensor_ids=[m.tensor_id for m in chosen],
                 offsets=[0] * len(at),
                 groups=[m.group for m in chosen],
-                seeds=_seed_tensor(seeds, device),
+                seeds=_seed_tensor(numbers.seeds, device),
                 coefs=_float32_near(stacked, device),
                 shared=_float32_near(scalars, device),
-                rounding_seed=None if rounding_seeds is None else torch.tensor(rounding_seeds, dtype=torch.int64),
+                rounding_seed=_rounding_tensor(numbers),
                 enabled=None if enabled is None else enabled.to(device, non_blocking=True),
-                rule=rule,
+                rule=numbers.rule,
                 distribution=self.distribution,
-                rounding="stochastic" if stochastic else "nearest",
-                square_of_sum=square_of_sum,
-                keep_second=keep_second,
+                rounding="stochastic" if numbers.stochastic else "nearest",
+                square_of_sum=numbers.square_of_sum,
+                keep_second=numbers.keep_second,
                 backend=self.backend,
             )
             self.counters.launches += len({m.param.dtype for m in chosen})
-        if self.recorder is not None and out is None:
-            how = {
-                "stochastic": stochastic,
-                "rounded": rounding_seeds is not None,
-                "square_of_sum": square_of_sum,
-                "keep_second": keep_second,
-            }
-            self.recorder.add(rule, seeds, stacked.to(torch.float32), scalars.to(torch.float32), enabled, how)
+        if out is None:
+            self._tell(numbers, stacked, scalars, enabled)
         self.counters.passes += counted
         self.counters.elements_moved += 2 * sum(m.param.numel() for m in members)
+
+    def chain(
+        self,
+        members: Sequence[Member],
+        stages: Sequence[Numbers],
+        rule: str,
+        *,
+        probes: Sequence[Tensor | None] = (),
+        enabled: Tensor | None = None,
+    ) -> None:
+        """Passes over the same members, one after another while an element is in registers: one sweep (ops.launch_chain).
+
+        Each stage's rule is `rule` or the perturbation that goes with it. probes: the last stage, a perturbation, goes
+        there instead, also where `enabled` leaves the others out.
+        """
+        stacked = [stage.stacked() for stage in stages]
+        for device, at in _by_device(members).items():
+            chosen = [members[i] for i in at]
+            told = [
+                (
+                    Kind(
+                        RULES[stage.rule],
+                        self.distribution,
+                        "stochastic" if stage.stochastic else "nearest",
+                        stage.square_of_sum,
+                        stage.keep_second,
+                    ),
+                    Scalars(
+                        _seed_tensor(stage.seeds, device),
+                        _float32_near(coefs, device).contiguous(),
+                        _float32_near(shared, device).contiguous(),
+                        _rounding_tensor(stage),
+                    ),
+                )
+                for stage, (coefs, shared) in zip(stages, stacked, strict=True)
+            ]
+            ops.launch_chain(
+                [m.param.detach() for m in chosen],
+                told,
+                states=[[m.states[name] for m in chosen] for name in RULES[rule].states],
+                tensor_ids=[m.tensor_id for m in chosen],
+                offsets=[0] * len(at),
+                groups=[m.group for m in chosen],
+                rule=rule,
+                probes=[probes[i] for i in at] if probes else (),
+                enabled=None if enabled is None else enabled.to(device, non_blocking=True),
+                backend=self.backend,
+            )
+            self.counters.launches += len({m.param.dtype for m in chosen})
+        for stage, (coefs, shared) in zip(stages[:-1] if probes else stages, stacked, strict=False):
+            self._tell(stage, coefs, shared, enabled)
+        self.counters.passes += 1
+        self.counters.elements_moved += 2 * sum(m.param.numel() for m in members)
+        self.counters.elements_moved += sum(probe.numel() for probe in probes if probe is not None)
+
+    def _tell(self, numbers: Numbers, coefs: Tensor, shared: Tensor, enabled: Tensor | None) -> None:
+        if self.recorder is not None:
+            coefs, shared = coefs.to(torch.float32), shared.to(torch.float32)
+            self.recorder.add(numbers.rule, numbers.seeds, coefs, shared, enabled, numbers.how())
+
+
+def _by_device(members: Sequence[Member]) -> dict[torch.device, list[int]]:
+    found: dict[torch.device, list[int]] = {}
+    for i, member in enumerate(members):
+        found.setdefault(member.param.device, []).append(i)
+    return found
+
+
+def _rounding_tensor(numbers: Numbers) -> Tensor | None:
+    if numbers.rounding_seeds is None:
+        return None
+    return torch.tensor(numbers.rounding_seeds, dtype=torch.int64)
 
 
 def multiples(terms: Terms, seeds: Sequence[Seed]) -> Tensor:

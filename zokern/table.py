@@ -1,6 +1,6 @@
 """The chunk table: all tensors of a pass, one dtype on one device, as one kernel launch sees them.
 
-`tensors` is int64 [T, COLUMNS]: numel, offset, tensor id, group, aligned, the addresses of src, dst and two states, 0.
+`tensors` is int64 [T, COLUMNS]: numel, offset, tensor id, group, aligned, addresses of src, dst, two states and a probe.
 `chunks` is int32 [C, 2]: row of `tensors`, number of a chunk of 2^14 consecutive global indices. The layout is
 csrc/pass.h's and Triton's too. A table is built once and found again while the addresses stay the same.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 CHUNK = 1 << 14
 COLUMNS = 10
+SRC, DST, PROBE = 5, 6, 9  # columns with addresses
 _CACHED_BYTES = 128 << 20  # of device memory: a model of 13 billion parameters has 6 MB of chunks
 _CACHED_TABLES = 4096
 
@@ -44,6 +45,7 @@ def build(
     offsets: Sequence[int],
     groups: Sequence[int],
     states: Sequence[Sequence[Tensor]] = (),
+    probes: Sequence[Tensor | None] = (),
 ) -> Table:
     """The table of tensors that share a dtype and a device. 80 bytes a tensor and 8 a chunk, uploaded once."""
     rows = np.zeros((len(src), COLUMNS), np.int64)
@@ -51,9 +53,12 @@ def build(
     for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
         # Blocks start at global indices divisible by 8: 16-byte accesses need those to lie on 16-byte boundaries.
         kept = [state[i] for state in states]
-        aligned = all((t.data_ptr() - offset % 8 * t.element_size()) % 16 == 0 for t in (s, d, *kept))
+        probe = probes[i] if probes else None
+        touched = (s, d, *kept) if probe is None else (s, d, *kept, probe)
+        aligned = all((t.data_ptr() - offset % 8 * t.element_size()) % 16 == 0 for t in touched)
         addresses = [t.data_ptr() for t in (s, d, *kept)]
         rows[i, : 5 + len(addresses)] = (s.numel(), offset, tensor_id, group, aligned, *addresses)
+        rows[i, PROBE] = 0 if probe is None else probe.data_ptr()
         first, last = offset // CHUNK, -(-(offset + s.numel()) // CHUNK)
         part = np.empty((last - first, 2), np.int32)
         part[:, 0] = i
@@ -91,10 +96,12 @@ def tables(
     groups: Sequence[int],
     check: Callable[[], None] | None = None,
     states: Sequence[Sequence[Tensor]] = (),
+    probes: Sequence[Tensor | None] = (),
 ) -> tuple[list[Table], bool]:
     """One table for each dtype, and whether they had to be built. `check` may refuse tensors not seen before.
 
-    states: of the rule, each a list with one tensor for each of src; all of one dtype.
+    states: of the rule, each a list with one tensor for each of src; all of one dtype. probes: where a forked chain's last
+    stage goes, for each of src, None where it is left out.
     """
     key = (
         src[0].device,
@@ -106,6 +113,7 @@ def tables(
         tuple(offsets),
         tuple(groups),
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for state in states for t in state),
+        tuple(0 if t is None else t.data_ptr() for t in probes),
     )
     found = _cache.get(key)
     if found is not None:
@@ -124,6 +132,7 @@ def tables(
             [offsets[i] for i in at],
             [groups[i] for i in at],
             [[state[i] for i in at] for state in states],
+            [probes[i] for i in at] if probes else (),
         )
         for at in by_dtype.values()
     ]

@@ -97,6 +97,12 @@ void run(const Pass& pass, RuleId id, DType dtype, DType state, int threads, con
   });
 }
 
+void run_chain(const Chain& chain, RuleId id, DType dtype, DType state, int threads, const std::string& isa) {
+  const Kernels& k = kernels(isa);
+  parallel(chain.num_chunks, 4, threads,
+           [&](int64_t first, int64_t last) { k.chain(chain, id, dtype, state, first, last); });
+}
+
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& isa) {
   const Kernels& k = kernels(isa);
   std::atomic<uint64_t> sum{0};

@@ -12,6 +12,7 @@ namespace cpu {
 std::vector<std::string> instruction_sets();
 
 void run(const Pass&, RuleId, DType, DType state, int threads, const std::string& instruction_set);
+void run_chain(const Chain&, RuleId, DType, DType state, int threads, const std::string& instruction_set);
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& instruction_set);
 
 }  // namespace cpu

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #define ZK_ISA gpu
-#include "../tile.h"
+#include "../chain.h"
 #include "lanes.cuh"
 
 namespace zk {
@@ -174,6 +174,7 @@ void launch_any(const Pass& pass, DType dtype, cudaStream_t stream) {
 void launch_axpy(const Pass&, DType, cudaStream_t);
 void launch_hizoo(const Pass&, RuleId, DType, DType state, cudaStream_t);
 void launch_moments(const Pass&, RuleId, DType, cudaStream_t);
+void launch_chain(const Chain&, RuleId, DType, DType state, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace zk

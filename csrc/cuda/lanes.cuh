@@ -92,6 +92,11 @@ struct Lanes {
     widen_pair(x, 4, T(), in.z);
     widen_pair(x, 6, T(), in.w);
   }
+  template <class T>
+  static ZK_FN void widen(f32 (&x)[8], const Out<T>& out) {
+    ZK_UNROLL
+    for (int v = 0; v < 8; v += 2) widen_pair(x, v, T(), reinterpret_cast<const u32*>(out.element)[v / 2]);
+  }
   // Elements [lo, hi) of eight as a bit mask: one register instead of two, tested bit by bit.
   static ZK_FN uint32_t part(int lo, int hi) { return (0xffu << lo) & (0xffu >> (8 - hi)); }
   template <class T>

@@ -55,6 +55,13 @@ std::string run(const Pass& pass, RuleId id, DType dtype, DType state, int devic
   return describe(cudaGetLastError(), "launching a pass");
 }
 
+std::string run_chain(const Chain& chain, RuleId id, DType dtype, DType state, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
+  launch_chain(chain, id, dtype, state, static_cast<cudaStream_t>(stream));
+  return describe(cudaGetLastError(), "launching a chain of passes");
+}
+
 std::string normal_checksum(uint64_t first, uint64_t last, uint64_t* sum, int device, void* stream) {
   const OnDevice guard(device);
   if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");

@@ -1,7 +1,7 @@
 """The backends, and the choice between them. Nothing falls back silently: `explain` says why each was refused.
 
-A backend is a module with `unavailable_reason(device) -> str | None` and `run(table, kind, scalars)`, which runs one
-pass over one table. Adding one is adding a folder and its name here.
+A backend is a module with `unavailable_reason(device) -> str | None`, `run(table, kind, scalars)`, which runs one pass over
+one table, and `run_chain(table, chain)`, which runs several. Adding one is adding a folder and its name here.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import os
 import torch
 
 from zokern.backends import native
-from zokern.backends.scalars import Kind, Scalars
+from zokern.backends.scalars import Chain, Kind, Scalars
 from zokern.table import Table
 
 ENVIRONMENT = "ZOKERN_CPU_ISA"
@@ -36,6 +36,17 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     native.extension.cpu_run(
         native.make_pass(table, kind, scalars),
         rule=kind.rule.id,
+        dtype=native.DTYPES[table.dtype],
+        state_dtype=native.DTYPES[table.state_dtype],
+        threads=torch.get_num_threads(),
+        instruction_set=instruction_set(),
+    )
+
+
+def run_chain(table: Table, chain: Chain) -> None:
+    native.extension.cpu_run_chain(
+        native.make_chain(table, chain),
+        rule=chain.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         threads=torch.get_num_threads(),

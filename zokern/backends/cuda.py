@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zokern.backends import native
-from zokern.backends.scalars import Kind, Scalars
+from zokern.backends.scalars import Chain, Kind, Scalars, on_device
 from zokern.table import Table, upload
 
 
@@ -30,12 +30,25 @@ def unavailable_reason(device: torch.device) -> str | None:
 def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     device = table.tensors.device
     seeds = scalars.seeds if scalars.seeds.numel() == 1 else upload(scalars.seeds, device)
-    on_device = Scalars(
+    there = Scalars(
         seeds, upload(scalars.coefs, device), upload(scalars.shared, device), scalars.rounding_seed, scalars.enabled
     )
     native.extension.cuda_run(
-        native.make_pass(table, kind, on_device),
+        native.make_pass(table, kind, there),
         rule=kind.rule.id,
+        dtype=native.DTYPES[table.dtype],
+        state_dtype=native.DTYPES[table.state_dtype],
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def run_chain(table: Table, chain: Chain) -> None:
+    device = table.tensors.device
+    there = on_device(chain, device)
+    native.extension.cuda_run_chain(
+        native.make_chain(table, there),
+        rule=chain.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         device=device.index,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zokern.backends.scalars import Kind, Scalars
+from zokern.backends.scalars import Chain, Kind, Scalars
 from zokern.table import Table
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -44,3 +44,35 @@ def make_pass(table: Table, kind: Kind, scalars: Scalars) -> Any:
         square_of_sum=kind.square_of_sum,
         keep_second=kind.keep_second,
     )
+
+
+def make_chain(table: Table, chain: Chain) -> Any:
+    """The chain as csrc/pass.h has it; all numbers are in the memory of the table's device."""
+    return extension.Chain(
+        tensors=table.tensors.data_ptr(),
+        chunks=table.chunks.data_ptr(),
+        num_chunks=table.chunks.shape[0],
+        enabled=0 if chain.enabled is None else chain.enabled.data_ptr(),
+        rademacher=chain.stages[0][0].distribution == "rademacher",
+        fork=chain.fork,
+        keep_second=chain.keep_second,
+        stages=stage_rows(chain),
+    )
+
+
+def stage_rows(chain: Chain) -> list[tuple[int, ...]]:
+    """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags: pass.h's Stage."""
+    return [
+        (
+            scalars.seeds.data_ptr(),
+            scalars.coefs.data_ptr(),
+            scalars.shared.data_ptr(),
+            0 if scalars.rounding_seed is None else scalars.rounding_seed.data_ptr(),
+            scalars.seeds.numel(),
+            kind.rule != chain.rule,
+            kind.rounding == "stochastic",
+            kind.square_of_sum,
+            kind.keep_second,
+        )
+        for kind, scalars in chain.stages
+    ]

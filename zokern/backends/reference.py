@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from zokern import reference, reference_rules
-from zokern.backends.scalars import Kind, Scalars
-from zokern.table import Table
+from zokern.backends.scalars import Chain, Kind, Scalars
+from zokern.table import DST, PROBE, SRC, Table
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -31,7 +32,7 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
         return
     rule, state_dtype = kind.rule, _NAMES[table.state_dtype]
     weights_seed, state_seed = scalars.rounding_seed.tolist() if scalars.rounding_seed is not None else (0, 0)
-    for numel, offset, tensor_id, group, _, src, dst, *addresses in table.tensors.tolist():
+    for numel, offset, tensor_id, group, _, src, dst, *addresses, _ in table.tensors.tolist():
         states = {name: _memory(at, numel, table.state_dtype) for name, at in zip(rule.states, addresses, strict=False)}
         result, changed = reference_rules.apply(
             rule.name,
@@ -52,3 +53,19 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
         for name in rule.states[: 1 if kind.keep_second else rule.written]:
             random = reference.rounding_bits(numel, state_seed, tensor_id, offset)
             states[name][:] = reference.round_to(changed[name], state_dtype, "stochastic", random)
+
+
+def run_chain(table: Table, chain: Chain) -> None:
+    """One pass after another, through memory."""
+    stages = [(kind, replace(scalars, enabled=chain.enabled)) for kind, scalars in chain.stages]
+    for i, (kind, scalars) in enumerate(stages[:-1] if chain.fork else stages):
+        run(table if i == 0 else _moved(table, src=DST), kind, scalars)
+    if chain.fork:
+        run(_moved(table, src=DST, dst=PROBE), chain.stages[-1][0], chain.stages[-1][1])
+
+
+def _moved(table: Table, src: int, dst: int = DST) -> Table:
+    """The table with other columns as src and dst, without the tensors that have none."""
+    rows = table.tensors.clone()
+    rows[:, SRC], rows[:, DST] = table.tensors[:, src], table.tensors[:, dst]
+    return replace(table, tensors=rows[rows[:, DST] != 0])

@@ -14,7 +14,7 @@ from zokern.journal.format import BROKEN_OFF, JournalError, Reader, Step
 from zokern.journal.hashing import hash_of
 from zokern.layers import draw
 from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
-from zokern.passes import Member, Passes
+from zokern.passes import Member, Numbers, Passes
 from zokern.rules import RULES
 
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
@@ -44,7 +44,7 @@ class Player:
         if self.waiting is not None:
             members, seeds, coefs = self.waiting
             self.waiting = None
-            self.passes.run(members, list(seeds), {"A": torch.cat(coefs, dim=1)})
+            self.passes.run(members, Numbers(list(seeds), {"A": torch.cat(coefs, dim=1)}))
 
     def _wait(self, members: list[Member], seeds: list[int], coefs: Tensor) -> None:
         if self.waiting is not None:
@@ -108,14 +108,16 @@ class Player:
             )
             self.passes.run(
                 members,
-                seeds,
-                dict(zip(rule.coefs, coefs.unbind(1), strict=True)),
-                dict(zip(rule.scalars, shared.unbind(1), strict=True)),
-                rule=one["rule"],
-                rounding_seeds=rounding if one.get("rounded") else None,
-                stochastic=one.get("stochastic", False),
-                square_of_sum=one.get("square_of_sum", False),
-                keep_second=one.get("keep_second", False),
+                Numbers(
+                    seeds,
+                    dict(zip(rule.coefs, coefs.unbind(1), strict=True)),
+                    dict(zip(rule.scalars, shared.unbind(1), strict=True)),
+                    rule=one["rule"],
+                    rounding_seeds=rounding if one.get("rounded") else None,
+                    stochastic=one.get("stochastic", False),
+                    square_of_sum=one.get("square_of_sum", False),
+                    keep_second=one.get("keep_second", False),
+                ),
             )
 
 

@@ -28,7 +28,7 @@ from zokern.journal.record import Recorder
 from zokern.layers import RandomBlocks
 from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.optim import parameters, state
-from zokern.optim.update import Estimate, Rates, Update, sgd
+from zokern.optim.update import Ahead, Estimate, Rates, Update, sgd
 from zokern.passes import Counters, Member, Passes, Terms
 
 Probe = Callable[[Terms], Tensor]
@@ -53,6 +53,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         seed: int,
         rounding: str,
         placement_name: str,
+        pipelined: bool,
         layers: RandomBlocks | None,
         backend: str,
         options: dict[str, Any],
@@ -66,6 +67,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         parameters.check_group(defaults, 0)
         groups, self.module, self._registry = parameters.parse(params)
         self.seed = _checks.check_seed(seed, "seed")
+        self.pipelined = _checks.check_flag(pipelined, "pipelined")
         self.rounding = rounding
         self.layers = copy.copy(layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": distribution, "rounding": rounding, **options}
@@ -87,7 +89,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.layers.bind(self.module)
             self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
         sixteen_bit = any(p.element_size() == 2 for group in self.param_groups for p in group["params"])
-        self._placement = placement.make(placement_name, self.module, sixteen_bit, self._passes)
+        self._placement = placement.make(
+            placement_name, self.module, sixteen_bit, self._passes, pipelined=self.pipelined
+        )
 
     @abstractmethod
     def estimate(self, probe: Probe) -> Estimate:
@@ -137,7 +141,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _step(
         self, closure: Callable[..., Tensor | float], micro: list[Any] | None, interrupts: HeldInterrupts
     ) -> None:
-        members = self._members()
+        for g, group in enumerate(self.param_groups):
+            parameters.check_group(group, g)
+            if self.pipelined and isinstance(group["eps"], Tensor):
+                raise TypeError(f"eps of parameter group {g} is a tensor; pipelined=True needs a number")
+        self._dropped = set() if self.layers is None else self.layers.dropped(self.seed, self._passes.counters.steps)
+        members, self._rows = self._members(self._dropped)
         eps = self._of_rows("eps")
         self._losses = []
         self._placement.begin(members, eps, scaled=self._scaled)
@@ -238,7 +247,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         steps = self._passes.counters.steps
         stochastic = self.rounding != "nearest"
         seeds = derive_seed(self.seed, steps, ROUNDING_STREAM), derive_seed(self.seed, steps, STATE_STREAM)
-        self._placement.update(update, ok, rounding_seeds=seeds, stochastic=stochastic)
+        self._placement.update(
+            update, ok, rounding_seeds=seeds, stochastic=stochastic, ahead=self._ahead() if self.pipelined else None
+        )
         self._ok = ok
         self.applied(ok)
 
@@ -262,22 +273,24 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     self._registry.add(p)
                     yield g, p
 
-    def _members(self) -> list[Member]:
-        """The parameters that this step moves. Read from param_groups each time: users replace them."""
-        dropped = set() if self.layers is None else self.layers.dropped(self.seed, self._passes.counters.steps)
-        self._dropped = dropped
+    def _ahead(self) -> Ahead:
+        """Every method's first probe of perturbed weights is along direction 0."""
+        step = self._passes.counters.steps + 1
+        dropped = set() if self.layers is None else self.layers.dropped(self.seed, step)
+        members, _ = self._members(dropped)
+        return Ahead(members, {derive_seed(self.seed, step, 0): 1.0})
+
+    def _members(self, dropped: set[int]) -> tuple[list[Member], list[tuple[int, Hashable]]]:
+        """The parameters that a step moves, and its rows. Read from param_groups each time: users replace them."""
         members: list[Member] = []
         rows: dict[tuple[int, Hashable], int] = {}
-        for g, group in enumerate(self.param_groups):
-            parameters.check_group(group, g)
         for g, p in self._trainable():
             if self.layers is not None and not self.layers.is_active(p, dropped):
                 continue
             name, kept = self._registry.names[id(p)], state.of(self.state, p, self._states)
             row = rows.setdefault((g, self.row_key(p)), len(rows))
             members.append(Member(p, self._registry.ids[id(p)], row, name, kept))
-        self._rows = list(rows)
-        return members
+        return members, list(rows)
 
     # -------------------------------------------------------------------------------------------------- what it tells
 

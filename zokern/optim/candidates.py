@@ -35,6 +35,7 @@ class _Candidates(ZerothOrderOptimizer):
         seed: int = 0,
         rounding: str = "auto",
         placement: str = "auto",
+        pipelined: bool = False,
         layers: RandomBlocks | None = None,
         backend: str = "auto",
     ) -> None:
@@ -49,6 +50,7 @@ class _Candidates(ZerothOrderOptimizer):
             seed=seed,
             rounding=rounding,
             placement_name=placement,
+            pipelined=pipelined,
             layers=layers,
             backend=backend,
             options={
@@ -80,7 +82,8 @@ class MeZOGV(_Candidates):
     """MeZO along a guiding vector: M + 2 forwards, M + 3 passes; v is a weighted sum of seeds and never stored.
 
     Args:
-        params, lr, eps, weight_decay, distribution, seed, rounding, placement, layers, backend: as :class:`zokern.MeZO`.
+        params, lr, eps, weight_decay, distribution, seed, rounding, placement, pipelined, layers, backend: as
+            :class:`zokern.MeZO`.
         candidates: M >= 2. Published: 4 (2 for the largest models).
         elite: share of the candidates in the top group, floor(elite*M) of them; both groups need one. Published: 0.5.
         smoothing: None, or HiZOO's a in [0, 1): its curvature h scales all directions, for one forward more. v has variance
@@ -108,6 +111,7 @@ class MeZOGV(_Candidates):
         seed: int = 0,
         rounding: str = "auto",
         placement: str = "auto",
+        pipelined: bool = False,
         layers: RandomBlocks | None = None,
         backend: str = "auto",
     ) -> None:
@@ -131,6 +135,7 @@ class MeZOGV(_Candidates):
             seed=seed,
             rounding=rounding,
             placement=placement,
+            pipelined=pipelined,
             layers=layers,
             backend=backend,
         )
@@ -154,7 +159,8 @@ class MeZOGreedy(_Candidates):
     """MeZO along the best of M candidate directions: M + 1 forwards, M + 2 passes.
 
     Args:
-        params, lr, eps, weight_decay, distribution, seed, rounding, placement, layers, backend: as :class:`zokern.MeZO`.
+        params, lr, eps, weight_decay, distribution, seed, rounding, placement, pipelined, layers, backend: as
+            :class:`zokern.MeZO`.
         candidates: M >= 2. Published: 4 (2 for the largest models).
         smoothing, curvature_dtype: as :class:`zokern.MeZOGV`.
 

@@ -24,7 +24,7 @@ class ES(ZerothOrderOptimizer):
     N forwards and N + 1 passes (antithetic 2N and 2N + 1); all N directions go into one update pass.
 
     Args:
-        params, weight_decay, distribution, seed, rounding, placement, layers, backend: as :class:`zokern.MeZO`.
+        params, weight_decay, distribution, seed, rounding, placement, pipelined, layers, backend: as :class:`zokern.MeZO`.
         lr: learning rate. Shaped rewards have no scale, so it does not depend on the reward's.
         eps: standard deviation of the perturbations (sigma in the paper). Published: 1e-3.
         num_directions: N >= 2. Published: about 30.
@@ -52,6 +52,7 @@ class ES(ZerothOrderOptimizer):
         seed: int = 0,
         rounding: str = "auto",
         placement: str = "auto",
+        pipelined: bool = False,
         layers: RandomBlocks | None = None,
         backend: str = "auto",
     ) -> None:
@@ -65,6 +66,7 @@ class ES(ZerothOrderOptimizer):
             seed=seed,
             rounding=rounding,
             placement_name=placement,
+            pipelined=pipelined,
             layers=layers,
             backend=backend,
             options={"num_directions": num_directions, "shaping": shaping, "antithetic": antithetic},

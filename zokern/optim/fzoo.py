@@ -20,7 +20,7 @@ class FZOO(ZerothOrderOptimizer):
     """N + 1 forwards, N + 1 passes; all N directions go into one update pass.
 
     Args:
-        params, eps, weight_decay, seed, rounding, placement, layers, backend: as :class:`zokern.MeZO`.
+        params, eps, weight_decay, seed, rounding, placement, pipelined, layers, backend: as :class:`zokern.MeZO`.
         lr: learning rate. The division by sigma takes the losses' scale out of the step: |update| is about
             1 / (eps sqrt(N)) for each element whatever the loss, so lr is about eps times what MeZO's signs would take.
         candidates: N >= 2 directions. Published: 8.
@@ -44,6 +44,7 @@ class FZOO(ZerothOrderOptimizer):
         seed: int = 0,
         rounding: str = "auto",
         placement: str = "auto",
+        pipelined: bool = False,
         layers: RandomBlocks | None = None,
         backend: str = "auto",
     ) -> None:
@@ -55,6 +56,7 @@ class FZOO(ZerothOrderOptimizer):
             seed=seed,
             rounding=rounding,
             placement_name=placement,
+            pipelined=pipelined,
             layers=layers,
             backend=backend,
             options={"candidates": candidates},

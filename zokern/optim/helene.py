@@ -32,7 +32,7 @@ class HELENE(ZerothOrderOptimizer):
     """2n forwards, 2n + 1 passes, the last of which updates m, h and the weights in one sweep.
 
     Args:
-        params, lr, eps, weight_decay, num_samples, distribution, seed, rounding, placement, layers, backend: as
+        params, lr, eps, weight_decay, num_samples, distribution, seed, rounding, placement, pipelined, layers, backend: as
             :class:`zokern.MeZO`. Since alpha_t >= betas[0], |m| is about ten times |g|: lr is on its own scale.
         betas: decay of the momentum and of the curvature, in [0, 1).
         anneal_steps: T > 0, the steps over which alpha falls from 1 to betas[0].
@@ -72,6 +72,7 @@ class HELENE(ZerothOrderOptimizer):
         seed: int = 0,
         rounding: str = "auto",
         placement: str = "auto",
+        pipelined: bool = False,
         layers: RandomBlocks | None = None,
         backend: str = "auto",
     ) -> None:
@@ -90,6 +91,7 @@ class HELENE(ZerothOrderOptimizer):
             seed=seed,
             rounding=rounding,
             placement_name=placement,
+            pipelined=pipelined,
             layers=layers,
             backend=backend,
             options={

@@ -21,7 +21,7 @@ class HiZOO(ZerothOrderOptimizer):
     """Hessian-informed zeroth-order SGD: 2n + 1 forwards, 2n + 1 passes, the last of which updates h and the weights.
 
     Args:
-        params, lr, eps, weight_decay, num_samples, distribution, seed, rounding, placement, layers, backend: as
+        params, lr, eps, weight_decay, num_samples, distribution, seed, rounding, placement, pipelined, layers, backend: as
             :class:`zokern.MeZO`. Published: lr 1e-6, eps 1e-3.
         smoothing: a in [0, 1), the weight of a step's curvature. Published: 1e-8 (1e-6 in an earlier version). 0 keeps h.
         curvature_dtype: of h, torch.float32, or torch.bfloat16, rounded stochastically: half the memory, and h still
@@ -48,6 +48,7 @@ class HiZOO(ZerothOrderOptimizer):
         seed: int = 0,
         rounding: str = "auto",
         placement: str = "auto",
+        pipelined: bool = False,
         layers: RandomBlocks | None = None,
         backend: str = "auto",
     ) -> None:
@@ -60,6 +61,7 @@ class HiZOO(ZerothOrderOptimizer):
             seed=seed,
             rounding=rounding,
             placement_name=placement,
+            pipelined=pipelined,
             layers=layers,
             backend=backend,
             options={"num_samples": num_samples, "smoothing": smoothing, "curvature_dtype": str(curvature_dtype)},

@@ -46,6 +46,9 @@ class MeZO(ZerothOrderOptimizer):
         rounding: of the update. "auto": to nearest for float32, stochastic for 16-bit weights.
         placement: where the perturbed weights live during a forward: "inplace", "shadow", "stream", or "auto", which is
             exact for 16-bit weights (zokern.placement).
+        pipelined: for shadow and stream: the pass that updates the weights also writes the next step's first perturbation,
+            as far as there is room for it, with the same bits as without. Between steps, change weights by operations
+            that autograd sees (not through .data), or the copy would be of what they were.
         layers: RandomBlocks(num_dropped) leaves out that many transformer blocks in each step (LeZO).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
@@ -74,6 +77,7 @@ class MeZO(ZerothOrderOptimizer):
         seed: int = 0,
         rounding: str = "auto",
         placement: str = "auto",
+        pipelined: bool = False,
         layers: RandomBlocks | None = None,
         backend: str = "auto",
     ) -> None:
@@ -99,6 +103,7 @@ class MeZO(ZerothOrderOptimizer):
             seed=seed,
             rounding=rounding,
             placement_name=placement,
+            pipelined=pipelined,
             layers=layers,
             backend=backend,
             options={

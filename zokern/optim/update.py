@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zokern.passes import Seed, Terms
+from zokern.passes import Member, Seed, Terms
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ class Update:
     idle: Mapping[str, float] = field(default_factory=dict)
     square_of_sum: bool = False
     keep_second: bool = False
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What the next step begins with, as far as it is known: its members, and the direction of its first probe."""
+
+    members: Sequence[Member]
+    terms: Terms
 
 
 def gradient(estimate: Estimate, eps: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from zokern import _checks
-from zokern.optim.update import Update
+from zokern.optim.update import Ahead, Update
 from zokern.passes import Member, Passes, Terms
 from zokern.placement import stream
 from zokern.placement.inplace import InPlace
@@ -39,7 +39,13 @@ class Placement(Protocol):
     def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None: ...
     def present(self, terms: Terms) -> AbstractContextManager[None]: ...
     def update(
-        self, update: Update, ok: Tensor, *, rounding_seeds: tuple[int, int] | None, stochastic: bool
+        self,
+        update: Update,
+        ok: Tensor,
+        *,
+        rounding_seeds: tuple[int, int] | None,
+        stochastic: bool,
+        ahead: Ahead | None = None,
     ) -> None: ...
     def end(self) -> None: ...
 
@@ -58,7 +64,9 @@ def choose(module: nn.Module | None, sixteen_bit: bool) -> tuple[str, str]:
     return "stream", f"16-bit weights stay exact, for {extra:.1%} of the model's memory"
 
 
-def make(name: str, module: nn.Module | None, sixteen_bit: bool, passes: Passes) -> Placement:
+def make(
+    name: str, module: nn.Module | None, sixteen_bit: bool, passes: Passes, *, pipelined: bool = False
+) -> Placement:
     """The placement called `name`; `sixteen_bit` says whether any parameter has a 16-bit type."""
     _checks.check_choice(name, "placement", PLACEMENTS)
     if name in ("shadow", "stream") and module is None:
@@ -70,6 +78,11 @@ def make(name: str, module: nn.Module | None, sixteen_bit: bool, passes: Passes)
         if sixteen_bit and name not in _told:
             _told.add(name)
             print(f"zokern: placement='auto' is {name!r} here ({reason})", file=sys.stderr)
+    if pipelined and (name == "inplace" or module is None):
+        raise ValueError(
+            "pipelined=True writes the next perturbation to copies while it updates, and placement='inplace' has none; "
+            "use placement='shadow' or 'stream' with an nn.Module"
+        )
     if name == "inplace" or module is None:
         return InPlace(passes)
     return Stream(module, passes) if name == "stream" else Shadow(module, passes)

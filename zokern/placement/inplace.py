@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from zokern.optim.update import Update
-from zokern.passes import Member, Passes, Seed, Terms, perturbation
+from zokern.optim.update import Ahead, Update
+from zokern.passes import Member, Numbers, Passes, Seed, Terms, perturbation
 
 
 class InPlace:
@@ -32,7 +32,7 @@ class InPlace:
         delta = {s: terms.get(s, 0.0) - self.current.get(s, 0.0) for s in [*self.current, *terms]}
         seeds = [s for s, a in delta.items() if isinstance(a, Tensor) or a != 0.0]
         if seeds:
-            self.passes.run(self.members, seeds, {"A": perturbation(self.eps, delta, seeds)}, rule=self.rule)
+            self.passes.run(self.members, Numbers(seeds, {"A": perturbation(self.eps, delta, seeds)}, rule=self.rule))
             torch.clear_autocast_cache()  # of casts of what the weights were before
         self.current = dict(terms)
 
@@ -41,7 +41,15 @@ class InPlace:
         self._move(terms)
         yield
 
-    def update(self, update: Update, ok: Tensor, *, rounding_seeds: tuple[int, int] | None, stochastic: bool) -> None:
+    def update(
+        self,
+        update: Update,
+        ok: Tensor,
+        *,
+        rounding_seeds: tuple[int, int] | None,
+        stochastic: bool,
+        ahead: Ahead | None = None,
+    ) -> None:
         # The weights are w = theta + sum r z, and decay*theta + sum u z = decay*w + sum (u - decay*r) z. A skipped step
         # is the same pass with u = 0, decay = 1 and states left alone, which only restores.
         every = list(dict.fromkeys([*update.seeds, *self.current]))
@@ -58,14 +66,16 @@ class InPlace:
         coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore
         self.passes.run(
             self.members,
-            every,
-            coefs,
-            shared,
-            rule="hizoo_restore" if update.rule == "hizoo" else update.rule,
-            rounding_seeds=rounding_seeds,
-            stochastic=stochastic,
-            square_of_sum=update.square_of_sum,
-            keep_second=update.keep_second,
+            Numbers(
+                every,
+                coefs,
+                shared,
+                "hizoo_restore" if update.rule == "hizoo" else update.rule,
+                rounding_seeds,
+                stochastic,
+                update.square_of_sum,
+                update.keep_second,
+            ),
         )
         torch.clear_autocast_cache()
         self.current = {}

@@ -9,19 +9,35 @@ closure, they are the weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zokern.optim.update import Update
-from zokern.passes import Member, Passes, Terms, perturbation
+from zokern.backends.scalars import MAX_CHAIN_SEEDS
+from zokern.optim.update import Ahead, Update
+from zokern.passes import Member, Numbers, Passes, Terms, perturbation
 from zokern.placement import sites
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A copy that holds a perturbation which is yet to be asked for: of which weights, in which state, and by what."""
+
+    address: int
+    versions: tuple[int, ...]  # of the weights and the states: torch counts what is done to them
+    eps: float
+    terms: Terms
+
+
 class Exact:
-    """What placements share that leave the weights alone: the update works on clean weights."""
+    """What placements share that leave the weights alone: the update works on clean weights.
+
+    Pipelined, the update writes the next step's first perturbation too, while it has the new weights in registers: into
+    the copies that are there for the next step. They are used if that is then asked for and the weights are as they were.
+    """
 
     def __init__(self, module: nn.Module, passes: Passes) -> None:
         self.module = module
@@ -30,6 +46,7 @@ class Exact:
         self.eps = torch.empty(0)
         self.rule = "axpy"
         self.saving = False  # a state_dict() asked for inside the closure is under way
+        self.ready: dict[int, Ready] = {}  # by the parameter's id
 
     def check_saved(self) -> None:
         if self.saving:
@@ -38,33 +55,73 @@ class Exact:
             )
 
     def perturb(self, members: Sequence[Member], terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
-        """Writes the members' perturbed weights to `out`."""
+        """Writes the members' perturbed weights to `out`, but for those that are there already."""
+        pairs = [(m, t.detach()) for m, t in zip(members, out, strict=True)]
+        if self.ready:
+            wanted = self._ready(terms)
+            pairs = [(m, t) for m, t in pairs if self.ready.pop(id(m.param), None) != wanted(m, t)]
         seeds = list(terms)
-        coefs = perturbation(self.eps, terms, seeds)
-        where = [t.detach() for t in out]
-        self.passes.run(members, seeds, {"A": coefs}, rule=self.rule, out=where, counted=counted)
+        numbers = Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
+        self.passes.run([m for m, _ in pairs], numbers, out=[t for _, t in pairs], counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
 
-    def update(self, update: Update, ok: Tensor, *, rounding_seeds: tuple[int, int] | None, stochastic: bool) -> None:
+    def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
+        """What makes a member's copy the perturbation by these terms."""
+        eps: list[float] = self.eps.tolist()
+
+        def of(member: Member, copy: Tensor) -> Ready:
+            versions = tuple(t._version for t in (member.param, *member.states.values()) if not t.is_inference())
+            return Ready(copy.data_ptr(), versions, eps[member.group], dict(terms))
+
+        return of
+
+    def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
+        """Makes the copies of a step with these members, and says which can be filled before it, by parameter's id."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        update: Update,
+        ok: Tensor,
+        *,
+        rounding_seeds: tuple[int, int] | None,
+        stochastic: bool,
+        ahead: Ahead | None = None,
+    ) -> None:
         coefs = dict(update.coefs)
         if update.rule == "axpy":  # adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing
             read = coefs["A"].to(torch.float32), update.shared["decay"].to(torch.float32)
             ok = ok & ((read[0] != 0).any() | (read[1] != 1).any())
         elif update.rule != "hizoo":
             coefs["A"] = torch.zeros_like(coefs["G"])
-        self.passes.run(
-            self.members,
+        numbers = Numbers(
             update.seeds,
             coefs,
             update.shared,
-            rule=update.rule,
-            rounding_seeds=rounding_seeds,
-            stochastic=stochastic,
-            enabled=ok.reshape(1).to(torch.int32),
-            square_of_sum=update.square_of_sum,
-            keep_second=update.keep_second,
+            update.rule,
+            rounding_seeds,
+            stochastic,
+            update.square_of_sum,
+            update.keep_second,
         )
+        enabled = ok.reshape(1).to(torch.int32)
+        if ahead is None or len(update.seeds) + len(ahead.terms) > MAX_CHAIN_SEEDS:
+            self.passes.run(self.members, numbers, enabled=enabled)
+        else:
+            self._update_and_perturb(numbers, enabled, ahead)
         torch.clear_autocast_cache()
+
+    def _update_and_perturb(self, numbers: Numbers, enabled: Tensor, ahead: Ahead) -> None:
+        copies = self.arrange(ahead.members)
+        probes = [copies.get(id(m.param)) for m in self.members]
+        seeds = list(ahead.terms)
+        first = Numbers(seeds, {"A": perturbation(self.eps, ahead.terms, seeds)}, rule=self.rule)
+        self.ready = {}
+        self.passes.chain(self.members, [numbers, first], numbers.rule, probes=probes, enabled=enabled)
+        made = self._ready(ahead.terms)
+        self.ready = {
+            id(m.param): made(m, probe) for m, probe in zip(self.members, probes, strict=True) if probe is not None
+        }
 
 
 class Shadow(Exact):
@@ -82,18 +139,26 @@ class Shadow(Exact):
         self.members, self.eps = members, eps
         self.rule = "scaled_axpy" if scaled else "axpy"
         found = sites.find(self.module, members, "shadow")
-        layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
-        if layout != self.layout:
-            self.copies = []  # views of the pools, which may be replaced
-            sites.fit(self.pools, sites.sizes(members))
-            self.copies = sites.copies(members, self.pools)
-            self.layout = layout
-        copy_of = {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
+        copy_of = self._lay_out(members)
         self.pairs = [(site, copy_of[id(site.param)]) for site in found]
         self.hooks = [
             self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(copies=False)),
             self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)),
         ]
+
+    def _lay_out(self, members: Sequence[Member]) -> dict[int, nn.Parameter]:
+        """Each member's copy, by the parameter's id."""
+        layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
+        if layout != self.layout:
+            self.copies, self.ready = [], {}  # views of the pools, which may be replaced
+            sites.fit(self.pools, sites.sizes(members))
+            self.copies = sites.copies(members, self.pools)
+            self.layout = layout
+        return {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
+
+    def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
+        self.pairs = []
+        return {p: copy.detach() for p, copy in self._lay_out(members).items()}
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:

@@ -173,14 +173,12 @@ class Stream(Exact):
         refuse_compiled(self.module)  # it may have been since
         self.members, self.eps = members, eps
         self.rule = "scaled_axpy" if scaled else "axpy"
-        units = units_of(self.module, members)
-        self._allocate(units)
-        self.units = units
+        self.units = self._lay_out(members)
         self.hooks = [
             self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(clean=True)),
             self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(clean=False)),
         ]
-        for unit in units[1:]:
+        for unit in self.units[1:]:
             assert unit.module is not None
             # First and last of the block's hooks, so that those of the user see what the forward sees.
             self.hooks += [
@@ -188,13 +186,15 @@ class Stream(Exact):
                 unit.module.register_forward_hook(lambda *_, u=unit: self._after(u), always_call=True),
             ]
 
-    def _allocate(self, units: list[Unit]) -> None:
+    def _lay_out(self, members: Sequence[Member]) -> list[Unit]:
+        """The units of these members, each with its copies."""
+        units = units_of(self.module, members)
         layout = [[(id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in u.members] for u in units]
         if layout == self.layout:
             for unit, old in zip(units, self.kept, strict=True):
                 unit.copies = old
         else:
-            self.kept = []  # views of the pools, which may be replaced
+            self.kept, self.ready = [], {}  # views of the pools, which may be replaced
             self.layout = None
             sites.fit(self.block_pools, _largest(units[1:]))
             sites.fit(self.outside_pools, sites.sizes(units[0].members))
@@ -207,6 +207,14 @@ class Stream(Exact):
                 for m, copy in zip(unit.members, unit.copies, strict=True)
             }
             unit.pairs = [(site, *shown[id(site.param)]) for site in unit.places]
+        return units
+
+    def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
+        """What lies outside the blocks, and the first block: others have no room before they run."""
+        units = self._lay_out(members)
+        return {
+            id(m.param): copy.detach() for unit in units[:2] for m, copy in zip(unit.members, unit.copies, strict=True)
+        }
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:
@@ -259,6 +267,10 @@ class Stream(Exact):
                 )
         self._refuse_views()
         self.last = unit
+        for other in self.units[1:] if self.ready else []:  # the scratch they share is written now
+            if other is not unit:
+                for member in other.members:
+                    self.ready.pop(id(member.param), None)
         self.perturb(unit.members, self.terms, unit.copies, counted=False)
         unit.calls += 1
         unit.show("copies")

@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from zokern.backends.scalars import Kind, Scalars
+from zokern.backends.scalars import Chain, Kind, Scalars
 from zokern.table import Table, upload
 
 __all__ = ["NAME", "run", "unavailable_reason"]
@@ -49,3 +49,10 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
 
     seeds, coefs, shared = (upload(t, table.tensors.device) for t in (scalars.seeds, scalars.coefs, scalars.shared))
     launch(table, kind, Scalars(seeds, coefs, shared, here(scalars.rounding_seed), here(scalars.enabled)))
+
+
+def run_chain(table: Table, chain: Chain) -> None:
+    """A chain over one table: one launch, as above."""
+    from .launch import run_chain as launch
+
+    launch(table, chain)

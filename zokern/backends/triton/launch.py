@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from zokern.backends.scalars import Kind, Scalars
+from zokern.backends.native import stage_rows
+from zokern.backends.scalars import Chain, Kind, Scalars, on_device, perturbation
 from zokern.rules import Rule
-from zokern.table import CHUNK, COLUMNS, Table
+from zokern.table import CHUNK, COLUMNS, PROBE, Table, upload
 
+from .chain import chain_kernel
 from .interpreter import exact_arithmetic
 from .kernels import pass_kernel
 
@@ -70,6 +72,37 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
             ROUNDING=kind.rounding,
             HAS_NOISE=num_seeds > 0,
             COLUMNS=COLUMNS,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            **LAUNCH_OPTIONS,
+        )
+
+
+def run_chain(table: Table, chain: Chain) -> None:
+    """A chain over a table, in one launch; the stages' addresses go along in a table of their own."""
+    if table.chunks.shape[0] == 0:
+        return
+    device = table.tensors.device
+    there = on_device(chain, device)
+    stages = upload(torch.tensor(stage_rows(there), dtype=torch.int64), device)
+    with _launch_context(device):
+        chain_kernel[(table.chunks.shape[0],)](
+            table.tensors,
+            table.chunks,
+            stages,
+            chain.enabled,
+            len(chain.stages),
+            **constants(chain.rule),
+            PERTURBATION=perturbation(chain.rule).name,
+            WRITTEN=chain.rule.written,
+            KEEP_SECOND=chain.keep_second,
+            FORK=chain.fork,
+            DTYPE=DTYPES[table.dtype],
+            STATE=DTYPES[table.state_dtype],
+            DISTRIBUTION=chain.stages[0][0].distribution,
+            COLUMNS=COLUMNS,
+            PROBE=PROBE,
+            STAGE_COLUMNS=stages.shape[1],
             CHUNK=CHUNK,
             BLOCK=BLOCK,
             **LAUNCH_OPTIONS,

@@ -1,0 +1,148 @@
+// Chains on the GPU: a thread block takes a chunk, as in kernels.cuh, and keeps the numbers of all stages in shared
+// memory.
+#include "kernels.cuh"
+
+namespace zk {
+namespace cuda {
+namespace {
+
+constexpr int kMaxScalars = 8;
+struct alignas(16) StagedStage {
+  KeySchedule rounding, state;
+  float scalars[kMaxScalars];
+  int32_t first_seed, num_seeds;
+};
+struct Staged {
+  StagedStage stages[kMaxStages];
+  StagedSeed seeds[kMaxChainSeeds];
+};
+
+struct StagedDirections {
+  const StagedSeed* first;
+  int32_t num_seeds;
+  template <class F>
+  ZK_FN void each(const F& f) const {
+    const StagedSeed* s = first;
+#pragma unroll 1
+    for (int k = num_seeds; k > 0; --k, ++s) f(gpu::HostKeys{s->keys}, [&](int c) { return s->coef[c]; });
+  }
+};
+
+struct StagedStages {
+  const Staged& staged;
+  uint32_t id;
+  template <class R>
+  using Uniform = gpu::Uniform<R, gpu::Decay, StagedDirections, gpu::HostKeys, gpu::StageKind>;
+  template <class R>
+  ZK_FN Uniform<R> uniform(int i, const gpu::StageKind& kind) const {
+    static_assert(R::kScalars <= kMaxScalars);
+    const StagedStage& s = staged.stages[i];
+    return {kind,         id,       R(s.scalars), {s.scalars[0]}, {staged.seeds + s.first_seed, s.num_seeds},
+            {s.rounding}, {s.state}};
+  }
+};
+
+ZK_FN void stage_keys(KeySchedule& schedule, uint32_t low, uint32_t high) {
+  const gpu::SeedKeys keys{low, high};
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    schedule.k[round][0] = keys.k0(round);
+    schedule.k[round][1] = keys.k1(round);
+  }
+}
+
+// Thread i makes stage i's numbers ready, then thread k direction k's, counted over all stages.
+template <class R>
+ZK_FN void make_ready(Staged& staged, const Chain& chain, int64_t group) {
+  static_assert(kMaxStages <= kThreads && kMaxChainSeeds <= kThreads);
+  const int thread = int(threadIdx.x);
+  using P = gpu::Perturbation<R>;
+  if (thread < chain.num_stages) {
+    const Stage& s = chain.stages[thread];
+    StagedStage& out = staged.stages[thread];
+    int first = 0;
+    for (int i = 0; i < thread; ++i) first += chain.stages[i].num_seeds;
+    out.first_seed = first;
+    out.num_seeds = s.num_seeds;
+    const int scalars = s.perturbs != 0 ? P::kScalars : R::kScalars;
+    for (int i = 0; i < scalars; ++i) out.scalars[i] = s.scalars[group * scalars + i];
+    if (s.rounding_seed != nullptr) {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(s.rounding_seed);
+      stage_keys(out.rounding, words[0], words[1]);
+      stage_keys(out.state, words[2], words[3]);
+    }
+  }
+  int stage = 0, k = thread;
+  while (stage < chain.num_stages && k >= chain.stages[stage].num_seeds) k -= chain.stages[stage++].num_seeds;
+  if (stage < chain.num_stages) {
+    const Stage& s = chain.stages[stage];
+    StagedSeed& out = staged.seeds[thread];
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(s.seeds + k);
+    stage_keys(out.keys, words[0], words[1]);
+    const int coefs = s.perturbs != 0 ? gpu::kCoefs<P> : gpu::kCoefs<R>;
+    for (int c = 0; c < coefs; ++c) out.coef[c] = s.coefs[(group * coefs + c) * s.num_seeds + k];
+  }
+  __syncthreads();
+}
+
+template <class T, class S, class R>
+__global__ void __launch_bounds__(kThreads, R::kStates == 2 || sizeof(S) == 2 ? 2 : 3)
+    chain_kernel(const __grid_constant__ Chain chain) {
+  __shared__ Staged staged;
+  const bool enabled = chain.enabled == nullptr || *chain.enabled != 0;
+  const ChunkRow chunk = chain.chunks[blockIdx.x];
+  const TensorRow& t = chain.tensors[chunk.tensor];
+  if (!enabled && (chain.fork == 0 || t.probe == 0)) return;
+  make_ready<R>(staged, chain, t.group);
+  const Span span = span_of(t, chunk);
+  const int64_t base = int64_t(chunk.number) * kChunk;
+  const gpu::Places<T, S> p = gpu::places<T, S, R>(t, base);
+  T* probe = t.probe != 0 ? reinterpret_cast<T*>(t.probe + (base - t.offset) * int64_t(sizeof(T))) : nullptr;
+  const StagedStages stages{staged, uint32_t(t.id)};
+  const uint32_t begin = uint32_t(span.begin - base), end = uint32_t(span.end - base);
+  const uint32_t touched = begin / 8, touched_end = (end + 7) / 8;
+  const uint32_t whole = t.aligned ? (begin + 7) / 8 : touched_end;
+  const uint32_t whole_end = t.aligned ? end / 8 : touched_end;
+#pragma unroll 1
+  for (uint32_t b = whole + threadIdx.x; b < whole_end; b += kThreads)
+    gpu::chain_tile<Lanes, T, S, R, false>(chain, enabled, stages, p, probe, 8 * size_t(b), uint64_t(base), b, 0, 8);
+  if (touched == whole && touched_end == whole_end) return;
+#pragma unroll 1
+  for (uint32_t b = touched + threadIdx.x; b < touched_end; b += kThreads) {
+    if (b >= whole && b < whole_end) continue;
+    const int lo = begin > 8 * b ? int(begin - 8 * b) : 0, hi = end < 8 * b + 8 ? int(end - 8 * b) : 8;
+    gpu::chain_tile<Lanes, T, S, R, true>(chain, enabled, stages, p, probe, 8 * size_t(b), uint64_t(base), b, lo, hi);
+  }
+}
+
+template <class S, class R>
+void typed(const Chain& chain, DType dtype, cudaStream_t stream) {
+  const auto blocks = unsigned(chain.num_chunks);
+  if (dtype == DType::f32) chain_kernel<float, S, R><<<blocks, kThreads, 0, stream>>>(chain);
+  if (dtype == DType::f16) chain_kernel<__half, S, R><<<blocks, kThreads, 0, stream>>>(chain);
+  if (dtype == DType::bf16) chain_kernel<__nv_bfloat16, S, R><<<blocks, kThreads, 0, stream>>>(chain);
+}
+
+template <class R>
+void with_state(const Chain& chain, DType dtype, DType state, cudaStream_t stream) {
+  if (state == DType::bf16)
+    typed<__nv_bfloat16, R>(chain, dtype, stream);
+  else
+    typed<float, R>(chain, dtype, stream);
+}
+
+}  // namespace
+
+void launch_chain(const Chain& chain, RuleId id, DType dtype, DType state, cudaStream_t stream) {
+  if (id == RuleId::axpy) typed<float, gpu::Axpy>(chain, dtype, stream);
+  if (id == RuleId::hizoo) with_state<gpu::HiZOO<false>>(chain, dtype, state, stream);
+  if (id == RuleId::hizoo_restore) with_state<gpu::HiZOO<true>>(chain, dtype, state, stream);
+  if (id == RuleId::helene) typed<float, gpu::Helene>(chain, dtype, stream);
+  if (id == RuleId::momentum) typed<float, gpu::Momentum>(chain, dtype, stream);
+  if (id == RuleId::adam) typed<float, gpu::Adam>(chain, dtype, stream);
+  if (id == RuleId::adamezo) typed<float, gpu::AdaMeZO>(chain, dtype, stream);
+  if (id == RuleId::sign) typed<float, gpu::Sign>(chain, dtype, stream);
+}
+
+}  // namespace cuda
+}  // namespace zk
