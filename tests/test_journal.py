@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 
 import zokern
 from zokern import journal
+from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_STAGES
 from zokern.cli import app
 from zokern.journal import format as journal_format
 from zokern.journal import tools
@@ -285,24 +286,39 @@ def test_a_result_that_is_not_training_s_is_noticed(tmp_path):
     assert journal.replay(path, base, verify=False) == 1
 
 
-def test_many_float32_steps_are_one_pass(tmp_path):
-    """Nothing is rounded between first-order passes over float32 weights without decay: 32 seeds move memory once."""
-    path, base, model = written(tmp_path, 100, placement="shadow")
-    player = replaying.Player(journal.Reader(path), dict(base.named_parameters()), replaying.fresh_states({}))
-    for step in player.reader.steps():
+@pytest.mark.parametrize(
+    ("case", "steps", "options", "passes"),
+    [
+        # Nothing is rounded between first-order passes over float32 weights without decay: their seeds go in one pass.
+        ("MeZO", 300, {"placement": "shadow"}, math.ceil(300 / MAX_CHAIN_SEEDS)),
+        ("MeZO", 12, {"placement": "inplace"}, 1),
+        ("MeZO", 40, {"placement": "shadow", "weight_decay": 0.1}, math.ceil(40 / MAX_STAGES)),
+        ("MeZO", 40, {"placement": "shadow", "dtype": torch.bfloat16}, math.ceil(40 / MAX_STAGES)),
+        ("MeZO", 40, {"placement": "inplace", "dtype": torch.float16}, math.ceil(40 * 3 / MAX_STAGES)),
+        ("HiZOO", 33, {"placement": "shadow", "dtype": torch.bfloat16}, 2),
+        ("HiZOO", 10, {"placement": "inplace", "dtype": torch.bfloat16, "curvature_dtype": torch.bfloat16}, 1),
+        ("HELENE", 20, {"placement": "inplace", "hessian_interval": 3}, math.ceil(20 * 3 / MAX_STAGES)),
+        ("ES", 4, {"placement": "shadow", "num_directions": 60}, 2),
+        ("ES", 3, {"placement": "shadow", "num_directions": 100, "dtype": torch.bfloat16}, 3),
+    ],
+)
+def test_many_steps_are_one_pass(tmp_path, case, steps, options, passes):
+    """A replay moves memory once for up to 32 passes or 128 seeds, and gives training's bits."""
+    dtype = options.pop("dtype", torch.float32)
+    model, path = make(dtype), tmp_path / "run.zkj"
+    base, optimizer = copy.deepcopy(model), getattr(zokern, case)(model, 1e-2, **options)
+    with journal.write(optimizer, path):
+        for _ in range(steps):
+            optimizer.step(model)
+    reader = journal.Reader(path)
+    player = replaying.Player(reader, dict(base.named_parameters()), replaying.fresh_states(reader.header))
+    for step in reader.steps():
         player.play(step)
     player.flush()
-    assert player.passes.counters.passes == math.ceil(100 / replaying.MERGED_SEEDS)
     assert same(weights(base), weights(model))
-    for options, passes in (({"placement": "shadow", "weight_decay": 0.1}, 6), ({"placement": "inplace"}, 1)):
-        (tmp_path / "run.zkj").unlink()
-        path, base, model = written(tmp_path, **options)
-        player = replaying.Player(journal.Reader(path), dict(base.named_parameters()), replaying.fresh_states({}))
-        for step in player.reader.steps():
-            player.play(step)
-        player.flush()
-        assert player.passes.counters.passes == passes
-        assert same(weights(base), weights(model))
+    assert not same(weights(base), weights(make(dtype)))
+    assert player.passes.counters.passes == passes
+    assert player.passes.counters.elements_moved == passes * 2 * sum(p.numel() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------- damage and hostility

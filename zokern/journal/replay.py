@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_STAGES, perturbation
 from zokern.journal.format import BROKEN_OFF, JournalError, Reader, Step
 from zokern.journal.hashing import hash_of
 from zokern.layers import draw
@@ -20,7 +22,6 @@ from zokern.rules import RULES
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
 
 
-MERGED_SEEDS = 32
 MAX_EMPTY_BLOCKS = 1 << 16
 REQUIRED = ("contract", "method", "options", "distribution", "placement", "seed", "first_step", "states", "base")
 
@@ -28,34 +29,53 @@ REQUIRED = ("contract", "method", "options", "distribution", "placement", "seed"
 class Player:
     """Applies the steps of a journal to parameters by their names. `flush` does what is still waiting.
 
-    Float32 weights that take first-order passes without decay have nothing rounded between one pass and the next: the
-    fused multiply-adds of many are those of one pass with all their seeds. Up to 32 seeds wait for it, and memory is moved
-    once for all of them. Other passes are done as they were.
+    No forward needs the weights in between, so passes over the same parameters wait for each other and are then done as
+    one chain (backends/scalars.py): each element is read once, takes up to 32 passes with the rounding of each, and is
+    written once.
     """
 
     def __init__(self, reader: Reader, params: Mapping[str, Tensor], states: States, backend: str = "auto") -> None:
         self.reader, self.params, self.states = reader, params, states
         self.passes = Passes(str(reader.header["distribution"]), backend)
         self.seed = int(reader.header["seed"])
-        self.waiting: tuple[list[Member], list[int], list[Tensor]] | None = None  # members, seeds, coefs [R, K]
+        self.members: list[Member] = []
+        self.waiting: list[Numbers] = []
 
     def flush(self) -> None:
         """The passes that wait."""
-        if self.waiting is not None:
-            members, seeds, coefs = self.waiting
-            self.waiting = None
-            self.passes.run(members, Numbers(list(seeds), {"A": torch.cat(coefs, dim=1)}))
+        waiting, self.waiting = self.waiting, []
+        if len(waiting) == 1:
+            self.passes.run(self.members, waiting[0])
+        elif waiting:
+            rule = _rule_of({n.rule for n in waiting})
+            assert rule is not None
+            self.passes.chain(self.members, waiting, rule)
 
-    def _wait(self, members: list[Member], seeds: list[int], coefs: Tensor) -> None:
-        if self.waiting is not None:
-            theirs, waiting, _ = self.waiting
-            same = [(m.name, m.group) for m in theirs] == [(m.name, m.group) for m in members]
-            if not same or len(waiting) + len(seeds) > MERGED_SEEDS:
-                self.flush()
-        if self.waiting is None:
-            self.waiting = members, [], []
-        self.waiting[1].extend(seeds)
-        self.waiting[2].append(coefs)
+    def _wait(self, members: list[Member], numbers: Numbers) -> None:
+        if not members:
+            return
+        same = [(m.name, m.group) for m in self.members] == [(m.name, m.group) for m in members]
+        seeds = sum(len(n.seeds) for n in self.waiting) + len(numbers.seeds)
+        fits = len(self.waiting) < MAX_STAGES and seeds <= MAX_CHAIN_SEEDS
+        if not (same and fits and _rule_of({n.rule for n in [*self.waiting, numbers]})):
+            self.flush()
+        if not self.waiting:  # a rule that comes later may have states that the members so far have not
+            self.members = members
+        self.members = [
+            replace(old, states={**old.states, **new.states}) for old, new in zip(self.members, members, strict=True)
+        ]
+        last = self.waiting[-1] if self.waiting else None
+        if last is not None and self._one_pass(last, numbers):
+            coefs = torch.cat([last.coefs["A"], numbers.coefs["A"]], dim=1)
+            self.waiting[-1] = replace(last, seeds=[*last.seeds, *numbers.seeds], coefs={"A": coefs})
+        else:
+            self.waiting.append(numbers)
+
+    def _one_pass(self, first: Numbers, second: Numbers) -> bool:
+        """Where nothing is rounded or scaled between two passes, their fused multiply-adds are those of one."""
+        exact = all(m.param.dtype == torch.float32 for m in self.members)
+        decays = (second.shared or {}).get("decay", torch.ones(1))
+        return exact and first.rule == second.rule == "axpy" and bool((decays == 1).all())
 
     def play(self, step: Step) -> set[int]:
         """One step; returns the blocks that it left out."""
@@ -97,28 +117,29 @@ class Player:
             members = [
                 Member(p, i, row, name, {s: self.states(p, s) for s in rule.states}) for p, i, row, name in chosen
             ]
-            exact = all(m.param.dtype == torch.float32 for m in members) and bool((shared == 1).all())
-            if one["rule"] == "axpy" and exact and members:
-                self._wait(members, seeds, coefs[:, 0])
-                continue
-            self.flush()
             rounding = (
                 derive_seed(self.seed, step.number, ROUNDING_STREAM),
                 derive_seed(self.seed, step.number, STATE_STREAM),
             )
-            self.passes.run(
-                members,
-                Numbers(
-                    seeds,
-                    dict(zip(rule.coefs, coefs.unbind(1), strict=True)),
-                    dict(zip(rule.scalars, shared.unbind(1), strict=True)),
-                    rule=one["rule"],
-                    rounding_seeds=rounding if one.get("rounded") else None,
-                    stochastic=one.get("stochastic", False),
-                    square_of_sum=one.get("square_of_sum", False),
-                    keep_second=one.get("keep_second", False),
-                ),
+            numbers = Numbers(
+                seeds,
+                dict(zip(rule.coefs, coefs.unbind(1), strict=True)),
+                dict(zip(rule.scalars, shared.unbind(1), strict=True)),
+                rule=one["rule"],
+                rounding_seeds=rounding if one.get("rounded") else None,
+                stochastic=one.get("stochastic", False),
+                square_of_sum=one.get("square_of_sum", False),
+                keep_second=one.get("keep_second", False),
             )
+            self._wait(members, numbers)
+
+
+def _rule_of(rules: set[str]) -> str | None:
+    """The rule of a chain with stages of these rules, None where no chain has them all."""
+    if rules == {"scaled_axpy"}:
+        return "hizoo"
+    candidates = [name for name in rules if name != "scaled_axpy" and rules <= {name, perturbation(RULES[name]).name}]
+    return candidates[0] if candidates else None
 
 
 def check(path: Path, params: Mapping[str, Tensor], until: int | None = None) -> None:
