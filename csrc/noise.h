@@ -42,29 +42,52 @@ struct HostKeys {
   ZK_FN uint32_t k1(int round) const { return schedule.k[round][1]; }
 };
 
-// The four words of L::kWidth consecutive blocks, in L::kSub groups. The first block, lo + 2^32*hi, is a multiple of
-// L::kWidth. Rounds run on lanes of 64 bits whose low 32 are the word; the high halves carry garbage that no product
-// reads. All groups take a round together: one alone would leave a CPU waiting for its multiplications.
+// What Philox' first three rounds take of the counter words c1, c2, c3 and the key, which are uniform over a chunk: two
+// of the twenty products are in here.
+struct Head {
+  uint32_t first_c2, second_c0, second_c2, third_c2;  // each to be xored into the word of that name after that round
+};
+// Keys with the head of one purpose in a chunk, for loops out of which the compiler would not take it.
+template <Purpose kPurpose>
+struct ChunkKeys : HostKeys {
+  Head head;
+};
+// Of the chunk at the global index `base`, in blocks of eight elements or, for signs, 128.
+template <Purpose kPurpose, class Keys>
+ZK_FN Head chunk_head(uint64_t base, uint32_t id, const Keys& keys) {
+  const uint32_t c1 = uint32_t(base >> (kPurpose == kRademacher ? 39 : 35));
+  const uint64_t p1 = uint64_t(id) * 0xCD9E8D57u;
+  const uint64_t p0 = uint64_t(uint32_t(p1 >> 32) ^ c1 ^ keys.k0(0)) * 0xD2511F53u;  // of the second round
+  return {kPurpose ^ keys.k1(0), uint32_t(p1) ^ keys.k0(1), uint32_t(p0 >> 32) ^ keys.k1(1), uint32_t(p0) ^ keys.k1(2)};
+}
+template <Purpose kPurpose>
+ZK_FN Head chunk_head(uint64_t, uint32_t, const ChunkKeys<kPurpose>& keys) {
+  return keys.head;
+}
+
+// The four words of L::kWidth consecutive blocks, in L::kSub groups, the first of them with the low counter word lo, a
+// multiple of L::kWidth. Rounds run on lanes of 64 bits whose low 32 are the word; the high halves carry garbage that
+// no product reads. All groups take a round together: one alone would leave a CPU waiting for its multiplications.
 template <class L, class Keys>
-ZK_FN void block_words(typename L::u32 (&w)[L::kSub][4], uint32_t lo, uint32_t hi, uint32_t id, Purpose purpose,
-                        const Keys& keys) {
+ZK_FN void block_words(typename L::u32 (&w)[L::kSub][4], uint32_t lo, const Head& head, const Keys& keys) {
   using U = typename L::u64;
+  constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
   U c[L::kHalves][4];
   ZK_UNROLL
   for (int h = 0; h < L::kHalves; ++h) {
-    c[h][0] = L::counter(lo, h);
-    c[h][1] = L::splat64(hi);
-    c[h][2] = L::splat64(id);
-    c[h][3] = L::splat64(purpose);
+    const U p0 = L::mul(L::counter(lo, h), kM0), p1 = L::mul(L::high(p0) ^ uint64_t(head.first_c2), kM1);
+    c[h][0] = L::high(p1) ^ uint64_t(head.second_c0);
+    c[h][1] = p1;
+    c[h][2] = p0 ^ uint64_t(head.second_c2);
   }
   ZK_UNROLL
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 2; round < 10; ++round) {
     ZK_UNROLL
     for (int h = 0; h < L::kHalves; ++h) {
-      const U p0 = L::mul(c[h][0], 0xD2511F53u), p1 = L::mul(c[h][2], 0xCD9E8D57u);
+      const U p0 = L::mul(c[h][0], kM0), p1 = L::mul(c[h][2], kM1);
       c[h][0] = L::high(p1) ^ c[h][1] ^ uint64_t(keys.k0(round));
       c[h][1] = p1;
-      c[h][2] = L::high(p0) ^ c[h][3] ^ uint64_t(keys.k1(round));
+      c[h][2] = round == 2 ? L::high(p0) ^ uint64_t(head.third_c2) : L::high(p0) ^ c[h][3] ^ uint64_t(keys.k1(round));
       c[h][3] = p0;
     }
   }
@@ -118,7 +141,7 @@ ZK_FN void normal_pair(typename L::u32 w, typename L::f32& z0, typename L::f32& 
 template <class L, class Keys>
 ZK_FN void normals(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
   typename L::u32 w[L::kSub][4];
-  block_words<L>(w, uint32_t(base >> 3) + b, uint32_t(base >> 35), id, kNormal, keys);
+  block_words<L>(w, uint32_t(base >> 3) + b, chunk_head<kNormal>(base, id, keys), keys);
   ZK_UNROLL
   for (int s = 0; s < L::kSub; ++s) {
     ZK_UNROLL
@@ -132,11 +155,12 @@ template <class L, class Keys>
 ZK_FN void signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
   constexpr int kLanes = L::kWidth / L::kSub;
   constexpr int kShare = kLanes < 4 ? 8 : 32 / kLanes;  // vectors that share a word: all 8, or 32 bits' worth
+  const Head head = chunk_head<kRademacher>(base, id, keys);
   ZK_UNROLL
   for (int s = 0; s < L::kSub; ++s) {
     const uint32_t first = b + uint32_t(s * kLanes);
     uint32_t w[1][4];
-    block_words<typename L::Scalar>(w, uint32_t(base >> 7) + (first >> 4), uint32_t(base >> 39), id, kRademacher, keys);
+    block_words<typename L::Scalar>(w, uint32_t(base >> 7) + (first >> 4), head, keys);
     ZK_UNROLL
     for (int v = 0; v < 8; v += kShare) {
       const uint32_t bit = 8 * (first & 15) + uint32_t(v * kLanes);  // of the vector's first element
@@ -152,7 +176,7 @@ ZK_FN void signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, u
 // The words that round a tile, and the 16 bits of each element in them: word j serves elements 2j (low half) and 2j + 1.
 template <class L, class Keys>
 ZK_FN void rounding_words(typename L::u32 (&w)[L::kSub][4], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
-  block_words<L>(w, uint32_t(base >> 3) + b, uint32_t(base >> 35), id, kRounding, keys);
+  block_words<L>(w, uint32_t(base >> 3) + b, chunk_head<kRounding>(base, id, keys), keys);
 }
 template <class L>
 ZK_FN void rounding_bits(typename L::u32* bits, const typename L::u32 (&w)[4]) {

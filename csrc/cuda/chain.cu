@@ -18,6 +18,7 @@ struct Staged {
 };
 
 struct StagedDirections {
+  static constexpr bool kOne = false;
   const StagedSeed* first;
   int32_t num_seeds;
   template <class F>

@@ -22,16 +22,32 @@ using gpu::Lanes;
 // than the arithmetic, or any.
 enum class Seeds { one = 0, any = 1 };
 
+// One thread block fewer for the rules of one sum without a written state on sm_120, whose code for them needs more
+// registers and would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kFewer = 1;
+#else
+constexpr int kFewer = 0;
+#endif
+
 // Thread blocks that a multiprocessor holds: 6 leave 40 registers to a thread, 5 leave 48, 4 leave 64, 3 leave 80. As
 // many as leave nothing to spill, on any architecture; machine_code.py counts.
-template <class S, class R, Rounding Q, Seeds K>
+template <class T, class S, class R, Rounding Q, Seeds K>
 constexpr int blocks_per_sm() {
-  if (K == Seeds::any) return Q == Rounding::stochastic ? 3 : 4;
+  const bool state_rounded = R::kWritten > 0 && sizeof(S) == 2;
+  if (K == Seeds::any) return Q == Rounding::stochastic || (state_rounded && R::kSums == 3) ? 3 : 4;
   if (R::kSums == 0) return 6;
-  const bool stochastic = Q == Rounding::stochastic || (R::kWritten > 0 && sizeof(S) == 2);
-  if (stochastic) return R::kWritten > 0 ? 4 : 5;
-  return R::kWritten == 2 ? 4 : 6;
+  if (state_rounded && Q == Rounding::stochastic && std::is_same_v<T, __half>) return 3;
+  const bool stochastic = Q == Rounding::stochastic || state_rounded;
+  const int fewer = R::kSums == 1 && R::kWritten == 0 ? kFewer : 0;
+  if (stochastic) return R::kWritten > 0 ? 4 : 5 - fewer;
+  return R::kWritten == 2 ? 4 : 6 - fewer;
 }
+
+// The purpose whose head a kernel makes before its loop, where ptxas would make it anew for each tile to save
+// registers.
+template <Distribution D>
+constexpr gpu::Purpose kDrawn = D == Distribution::rademacher ? gpu::kRademacher : gpu::kNormal;
 
 // What a kernel for one seed asks the pass: HELENE writes its curvature now and then only.
 struct Plain {
@@ -44,9 +60,12 @@ struct Plain {
 constexpr int kStaged = 128;
 struct alignas(16) StagedSeed {
   KeySchedule keys;
+  gpu::Head head;
   float coef[4];
 };
+template <Distribution D>
 struct StagedSeeds {
+  static constexpr bool kOne = false;
   const StagedSeed* staged;
   gpu::ManySeeds all;
   template <class F>
@@ -54,14 +73,14 @@ struct StagedSeeds {
     const StagedSeed* s = staged;
 #pragma unroll 1
     for (int k = min(all.num_seeds, kStaged); k > 0; --k, ++s)  // an end to compare with would be computed each time
-      f(gpu::HostKeys{s->keys}, [&](int c) { return s->coef[c]; });
+      f(gpu::ChunkKeys<kDrawn<D>>{{s->keys}, s->head}, [&](int c) { return s->coef[c]; });
 #pragma unroll 1
     for (int k = kStaged; k < all.num_seeds; ++k)
       f(gpu::SeedKeys{all.seeds[2 * k], all.seeds[2 * k + 1]}, [&](int c) { return all.coefs[c * all.num_seeds + k]; });
   }
 };
-template <class R>
-ZK_FN StagedSeeds stage(StagedSeed* staged, const gpu::ManySeeds& all) {
+template <class R, Distribution D>
+ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const gpu::ManySeeds& all, uint64_t base, uint32_t id) {
   const int k = int(threadIdx.x);
   static_assert(kStaged <= kThreads && gpu::kCoefs<R> <= 4);
   if (k < min(all.num_seeds, kStaged)) {
@@ -71,6 +90,7 @@ ZK_FN StagedSeeds stage(StagedSeed* staged, const gpu::ManySeeds& all) {
       staged[k].keys.k[round][0] = keys.k0(round);
       staged[k].keys.k[round][1] = keys.k1(round);
     }
+    staged[k].head = gpu::chunk_head<kDrawn<D>>(base, id, keys);
 #pragma unroll
     for (int c = 0; c < gpu::kCoefs<R>; ++c) staged[k].coef[c] = all.coefs[c * all.num_seeds + k];
   }
@@ -79,7 +99,7 @@ ZK_FN StagedSeeds stage(StagedSeed* staged, const gpu::ManySeeds& all) {
 }
 
 template <class T, class S, class R, Distribution D, Rounding Q, Seeds K>
-__global__ void __launch_bounds__(kThreads, (blocks_per_sm<S, R, Q, K>()))
+__global__ void __launch_bounds__(kThreads, (blocks_per_sm<T, S, R, Q, K>()))
     rule_kernel(const __grid_constant__ Pass pass) {
   if (pass.enabled != nullptr && *pass.enabled == 0) return;
   const ChunkRow chunk = pass.chunks[blockIdx.x];
@@ -113,9 +133,10 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<S, R, Q, K>()))
 
   if constexpr (K == Seeds::one) {
     using gpu::HostKeys;
-    using One = gpu::OneSeed<R>;
+    using One = gpu::OneSeed<R, gpu::ChunkKeys<kDrawn<D>>>;
     const Plain plain{pass.keep_second};
-    const One one(pass, any.seeds.coefs);
+    const HostKeys first{pass.first_keys};
+    const One one({first, gpu::chunk_head<kDrawn<D>>(uint64_t(base), any.id, first)}, any.seeds.coefs);
     const HostKeys keys{pass.rounding_keys}, state_keys{pass.state_keys};
     const gpu::Uniform<R, gpu::Decay, One, HostKeys, Plain> u{plain, any.id, any.rule,  any.decay,
                                                               one,   keys,   state_keys};
@@ -128,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<S, R, Q, K>()))
     go_through_rest(u);
   } else {
     __shared__ StagedSeed staged[kStaged];
-    const StagedSeeds seeds = stage<R>(staged, any.seeds);
-    const gpu::Uniform<R, gpu::Decay, StagedSeeds, gpu::SeedKeys> u{
+    const StagedSeeds<D> seeds = stage<R, D>(staged, any.seeds, uint64_t(base), any.id);
+    const gpu::Uniform<R, gpu::Decay, StagedSeeds<D>, gpu::SeedKeys> u{
         pass, any.id, any.rule, any.decay, seeds, any.rounding_keys, any.state_keys};
     if constexpr (R::kSums == 0 && D == Distribution::normal) {
       if (whole < whole_end)
