@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -55,8 +56,19 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def store(name: str, device: torch.device, settings: Mapping[str, Any], results: Any, path: Path | None = None) -> Path:
-    """Writes one run's JSON, by default to benchmarks/results/<name>-<device>.json."""
+def store(
+    name: str,
+    device: torch.device,
+    settings: Mapping[str, Any],
+    results: Any,
+    path: Path | None = None,
+    *,
+    complete: bool = True,
+) -> Path:
+    """Writes one run's JSON, by default to benchmarks/results/<name>-<device>.json. A kill leaves the old file or the new.
+
+    complete: False while the run goes on, so that what a broken-off run left can be told from a whole one.
+    """
     path = path or RESULTS / f"{name}-{device.type}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -65,7 +77,10 @@ def store(name: str, device: torch.device, settings: Mapping[str, Any], results:
         "commit": commit(),
         "machine": machine(device),
         "settings": dict(settings),
+        "complete": complete,
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
     return path
