@@ -53,7 +53,8 @@ def figure_of(width: float, height: float) -> tuple[Any, Any]:
 
 
 def save(figure: Any, record: Record, path: Path) -> Path:
-    text = f"{caption(record)}; {record['date'][:10]}, commit {record['commit'][:10]}"
+    head, _, changes = record["commit"].partition("+")
+    text = f"{caption(record)}; {record['date'][:10]}, commit {head[:10]}{' with ' + changes if changes else ''}"
     if not record.get("complete", True):
         text += "; the run broke off"
     figure.supxlabel(text, fontsize=7.5, color=INK, x=0.01, ha="left")

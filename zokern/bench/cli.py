@@ -6,6 +6,7 @@ The commands import what is heavy themselves, so that --help is quick. Whole ste
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -65,6 +66,10 @@ Compiled = Annotated[
         help="Time torch.compile's version too; compiling takes minutes. Default: on a GPU yes, on a CPU no.",
     ),
 ]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(help="Seconds after which no further pass is begun; what was timed by then is stored. Default: none."),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory for the JSON files and pictures.")]
 Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw pictures at the end; needs matplotlib.")]
 
@@ -84,12 +89,13 @@ def kernels(
     rounds: Rounds = None,
     quick: Quick = False,
     compiled: Compiled = None,
+    time_limit: TimeLimit = None,
     output: Output = OUTPUT,
     plot: Plot = True,
 ) -> None:
     run_kernels(
         names or [], device=device, dtypes=dtype, elements=elements, rounds=rounds, quick=quick, compiled=compiled,
-        output=output, plot=plot,
+        time_limit=time_limit, output=output, plot=plot,
     )  # fmt: skip
 
 
@@ -136,6 +142,7 @@ def run_kernels(
     rounds: int | None = None,
     quick: bool = False,
     compiled: bool | None = None,
+    time_limit: float | None = None,
     output: Path = OUTPUT,
     plot: bool = True,
 ) -> None:
@@ -151,6 +158,8 @@ def run_kernels(
         raise typer.BadParameter(f"{elements} is too few; at least {MIN_ELEMENTS}", param_hint="--elements")
     if rounds is not None and rounds < 1:
         raise typer.BadParameter(f"{rounds} is too few; at least 1", param_hint="--rounds")
+    if time_limit is not None and not time_limit > 0:
+        raise typer.BadParameter(f"{time_limit} is no time; more than 0 seconds", param_hint="--time-limit")
     for name in names:
         if not any(BENCHMARKS[name].cases(dtype) for dtype in dtypes):
             raise typer.BadParameter(
@@ -182,6 +191,7 @@ def run_kernels(
         rounds=rounds or (kernels.QUICK_ROUNDS if quick else kernels.ROUNDS[where.type]),
         compiled=where.type == "cuda" if compiled is None else compiled,
         output=output,
+        deadline=None if time_limit is None else time.monotonic() + time_limit,
     )
     console, paths = Console(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -190,12 +200,15 @@ def run_kernels(
             total = sum(len(BENCHMARKS[name].cases(dtype)) for name in names for dtype in dtypes)
             task = progress.add_task("passes", total=total)
             for name in names:
-                paths.append(kernels.run(name, settings, progress, lambda *_: progress.advance(task)))
+                path = kernels.run(name, settings, progress, lambda *_: progress.advance(task))
+                paths += [path] if path else []
     except KeyboardInterrupt:
         print(f"stopped; what is finished is in {output}", file=sys.stderr)
         raise typer.Exit(130) from None
     except RuntimeError as error:
         _fail(str(error))
+    if not paths or not all(plots.load(path)["complete"] for path in paths) or len(paths) < len(names):
+        console.print("--time-limit: not all passes were timed", style="yellow")
     records = [plots.load(path) for path in paths]
     for record in records:
         console.print(tables.kernels(record))
@@ -203,6 +216,13 @@ def run_kernels(
         console.print(f"no predicted share: {reason}", style="dim")
     for path in paths + (plots.draw(paths, output) if plot else []):
         console.print(f"stored {path}", soft_wrap=True)
+
+
+def script(*names: str) -> None:
+    """What benchmarks/bench_<name>.py do: `kernels` with its names given, into benchmarks/results."""
+    from zokern.bench.record import RESULTS
+
+    app(["kernels", *names, "--no-plot", "--output", str(RESULTS), *sys.argv[1:]])
 
 
 def find_device(name: str) -> torch.device:

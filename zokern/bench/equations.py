@@ -1,7 +1,8 @@
 """The methods' updates as plain torch expressions, from the equations of docs/methods.md: what the peers compute.
 
-One function each for one tensor, functional; then each over a list and in place, for torch.compile. c is the projected
-gradient, z the direction; numbers are floats or tensors of one element. Results have torch's promoted dtype.
+One function each for one tensor, functional; then each over lists and in place, for torch.compile (k: the numbers). c is
+the projected gradient, z the direction; numbers are floats or tensors of one element. Results have torch's promoted
+dtype.
 """
 
 from __future__ import annotations
@@ -43,10 +44,6 @@ def scaled_axpy(w: Tensor, h: Tensor, z: Tensor, first: Number, second: Number) 
     return w + first * z * second / torch.sqrt(h)
 
 
-def mezo(w: Tensor, z: Tensor, c: Number, lr: Number, weight_decay: Number) -> Tensor:
-    return w - lr * (c * z + weight_decay * w)
-
-
 def hizoo(w: Tensor, h: Tensor, z: Tensor, c: Number, lr: Number, ak: Number, a: Number) -> tuple[Tensor, Tensor]:
     new = (1 - a) * h + ak * h * (z * z)
     return w - lr * (c * z / torch.sqrt(new)), new
@@ -61,29 +58,24 @@ def helene(
 
 
 # copy_ rounds to the dtype of what it writes to; torch.compile makes it the store of the fused kernel.
-def axpy_(w: list[Tensor], k: list[Tensor], distribution: str) -> None:
+def axpy_(k: list[Tensor], w: list[Tensor], distribution: str) -> None:
     for p in w:
         p.copy_(axpy(p, draw(p, distribution), *k))
 
 
-def scaled_axpy_(w: list[Tensor], k: list[Tensor], h: list[Tensor]) -> None:
+def scaled_axpy_(k: list[Tensor], w: list[Tensor], h: list[Tensor]) -> None:
     for p, x in zip(w, h, strict=True):
         p.copy_(scaled_axpy(p, x, draw(p), *k))
 
 
-def mezo_(w: list[Tensor], k: list[Tensor]) -> None:
-    for p in w:
-        p.copy_(mezo(p, draw(p), *k))
-
-
-def hizoo_(w: list[Tensor], k: list[Tensor], h: list[Tensor]) -> None:
+def hizoo_(k: list[Tensor], w: list[Tensor], h: list[Tensor]) -> None:
     for p, x in zip(w, h, strict=True):
         new, curvature = hizoo(p, x, draw(p), *k)
         p.copy_(new)
         x.copy_(curvature)
 
 
-def helene_(w: list[Tensor], k: list[Tensor], m: list[Tensor], h: list[Tensor], s: HeleneSettings) -> None:
+def helene_(k: list[Tensor], w: list[Tensor], m: list[Tensor], h: list[Tensor], s: HeleneSettings) -> None:
     c, lr, alpha, b = k
     for p, y, x in zip(w, m, h, strict=True):
         new, momentum, curvature = helene(p, y, x, draw(p), c, lr, alpha, b, s)
@@ -95,7 +87,6 @@ def helene_(w: list[Tensor], k: list[Tensor], m: list[Tensor], h: list[Tensor], 
 IN_PLACE: dict[str, Callable[..., None]] = {
     "axpy": axpy_,
     "scaled_axpy": scaled_axpy_,
-    "mezo": mezo_,
     "hizoo": hizoo_,
     "helene": helene_,
 }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from rich.progress import Progress
 
 from zokern.bench import limits
 from zokern.bench.cases import BENCHMARKS, Case
+from zokern.bench.peers import Peer, peers
 from zokern.bench.record import RESULTS, store
+from zokern.bench.shapes import block_shapes
 from zokern.bench.timing import time_in_rounds
 from zokern.bench.workload import EPS, Workload, choose_backends
 
@@ -31,7 +34,10 @@ QUICK_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run. elements: of the whole model; rounds: timed calls of each candidate; compiled: time torch.compile too."""
+    """Of a run. elements: of the whole model; rounds: timed calls of each candidate; compiled: time torch.compile too.
+
+    deadline: of time.monotonic(), after which no case is begun; None for none.
+    """
 
     device: torch.device
     dtypes: tuple[str, ...]
@@ -39,6 +45,7 @@ class Settings:
     rounds: int
     compiled: bool
     output: Path
+    deadline: float | None = None
 
 
 def default_elements(device: torch.device, names: list[str], dtypes: list[str], quick: bool) -> int:
@@ -74,15 +81,17 @@ def machine_code(path: Path = MACHINE_CODE) -> tuple[list[dict[str, Any]], str |
     return kernels, None
 
 
-def measure(case: Case, settings: Settings, backends: list[str], progress: Progress | None = None) -> dict[str, Any]:
-    """Times a case.
+def measure(
+    case: Case, settings: Settings, backends: list[str], others: Sequence[Peer], progress: Progress | None = None
+) -> dict[str, Any]:
+    """Times a case against `others`.
 
     {"case", "elements" (active), "tensors", "blocks", "blocks_active", "bytes_per_element", "operations_per_element",
     "bytes" (that the pass must move), "ways": {label: {"median", "min", "max" (seconds), "rounds", "ns_per_element",
     "gb_per_s" (of those bytes), "share_of_copy", "speedup_over": {peer or copy: its time over this}}}}
     """
     work = Workload(case, settings.elements, settings.device)
-    calls = work.candidates(backends, compiled=settings.compiled)
+    calls = work.candidates(backends, others)
     times = time_in_rounds(calls, settings.device, settings.rounds, case.title, progress=progress, device_only=True)
     ways: dict[str, dict[str, Any]] = {}
     for label, t in times.items():
@@ -134,8 +143,8 @@ def run(
     settings: Settings,
     progress: Progress | None = None,
     done: Callable[[str, dict[str, Any]], None] | None = None,
-) -> Path:
-    """One benchmark with all its cases; the path of its JSON. `done` is told of each case.
+) -> Path | None:
+    """One benchmark with all its cases; the path of its JSON, None where there was no time. `done` is told of each case.
 
     Raises:
         ValueError: where the dtypes leave no case. RuntimeError: where no backend runs on the device.
@@ -161,7 +170,12 @@ def run(
     path = settings.output / f"kernels-{name}-{device.type}.json"
     results: dict[str, Any] = {}
     for number, case in enumerate(cases, 1):
-        result = measure(case, settings, names, progress)
+        if settings.deadline is not None and time.monotonic() > settings.deadline:
+            break
+        if number == 1 or case.dtype != cases[number - 2].dtype:
+            torch.compiler.reset()  # PyTorch compiles a function for eight kinds of input at most
+            others = peers(compiled=settings.compiled, group=len(block_shapes(1)))
+        result = measure(case, settings, names, others, progress)
         predict(result, case, device, names)
         results[case.title] = result
         store(f"kernels-{name}", device, said, results, path, complete=number == len(cases))
@@ -170,4 +184,4 @@ def run(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the next case's tensors have other sizes
-    return path
+    return path if results else None

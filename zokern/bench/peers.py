@@ -12,7 +12,7 @@ entries). Intermediates have torch's promoted dtype; what is stored has the dtyp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class Peer(Protocol):
 
     def scaled_axpy(self, w: Sequence[Tensor], h: list[Tensor], seed: int, factors: tuple[float, float]) -> None:
         """HiZOO's probe: w + (first * z) * second / sqrt(h)."""
-
-    def mezo(self, w: Sequence[Tensor], seed: int, c: float, lr: float, weight_decay: float = 0.0) -> None:
-        """MeZO's update: w - lr * (c*z + weight_decay*w)."""
 
     def hizoo(self, w: Sequence[Tensor], h: list[Tensor], seed: int, c: float, lr: float, ak: float, a: float) -> None:
         """HiZOO's update: h' = (1 - a) h + ak h z^2, ak = a * kappa; w - lr * c*z / sqrt(h')."""
@@ -58,13 +55,6 @@ class Published:
         torch.manual_seed(seed)
         for p, x in zip(w, h, strict=True):
             p.data = equations.scaled_axpy(p.data, x, equations.draw(p), *factors).to(p.dtype)
-
-    @torch.no_grad()
-    def mezo(self, w: Sequence[Tensor], seed: int, c: float, lr: float, weight_decay: float = 0.0) -> None:
-        torch.manual_seed(seed)
-        for p in w:
-            z = equations.draw(p)
-            p.data = equations.mezo(p.data, z, c, lr, weight_decay) if weight_decay else p.data - lr * (c * z)
 
     @torch.no_grad()
     def hizoo(self, w: Sequence[Tensor], h: list[Tensor], seed: int, c: float, lr: float, ak: float, a: float) -> None:
@@ -107,12 +97,6 @@ class Foreach:
         torch._foreach_add_(list(w), z, alpha=factors[0] * factors[1])
 
     @torch.no_grad()
-    def mezo(self, w: Sequence[Tensor], seed: int, c: float, lr: float, weight_decay: float = 0.0) -> None:
-        if weight_decay:
-            torch._foreach_mul_(list(w), 1.0 - lr * weight_decay)
-        torch._foreach_add_(list(w), self._draw(w, seed), alpha=-lr * c)
-
-    @torch.no_grad()
     def hizoo(self, w: Sequence[Tensor], h: list[Tensor], seed: int, c: float, lr: float, ak: float, a: float) -> None:
         z = self._draw(w, seed)
         change = torch._foreach_mul(z, z)
@@ -142,44 +126,51 @@ class Foreach:
 class Compiled:
     """Scalars reach the compiled functions as tensors, so that a new step's do not compile anew. Compiles on first use.
 
-    All tensors of a call are in one graph: the first call takes minutes for hundreds of tensors.
+    group: tensors that make one graph, 0 for all. A model's block is a good group: all blocks share a graph. Each graph
+        takes seconds to compile, and one of hundreds of tensors takes minutes.
     """
 
     name = "compiled"
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0) -> None:
+        self._group = group
         self._functions: dict[str, Callable[..., None]] = {}
 
     @torch.no_grad()
-    def _run(self, name: str, w: Sequence[Tensor], seed: int, numbers: Sequence[float], *rest: Any) -> None:
+    def _run(
+        self, name: str, seed: int, numbers: Sequence[float], lists: Sequence[Sequence[Tensor]], *rest: object
+    ) -> None:
         if name not in self._functions:
-            self._functions[name] = torch.compile(equations.IN_PLACE[name], dynamic=False)
+            # fullgraph also makes it an error, not plain torch, when there are too many graphs of one function.
+            self._functions[name] = torch.compile(equations.IN_PLACE[name], dynamic=False, fullgraph=True)
         torch.manual_seed(seed)
+        w = lists[0]
         # A fill on the device: copying from the host would wait for it.
         scalars = [torch.full((), value, device=w[0].device) for value in numbers]
-        self._functions[name]([p.data for p in w], scalars, *rest)
+        step = self._group or len(w)
+        for start in range(0, len(w), step):
+            group = [[t.data for t in tensors[start : start + step]] for tensors in lists]
+            self._functions[name](scalars, *group, *rest)
 
     def axpy(self, w: Sequence[Tensor], seed: int, factors: tuple[float, float], distribution: str = "normal") -> None:
-        self._run("axpy", w, seed, factors, distribution)
+        self._run("axpy", seed, factors, (w,), distribution)
 
     def scaled_axpy(self, w: Sequence[Tensor], h: list[Tensor], seed: int, factors: tuple[float, float]) -> None:
-        self._run("scaled_axpy", w, seed, factors, h)
-
-    def mezo(self, w: Sequence[Tensor], seed: int, c: float, lr: float, weight_decay: float = 0.0) -> None:
-        self._run("mezo", w, seed, (c, lr, weight_decay))
+        self._run("scaled_axpy", seed, factors, (w, h))
 
     def hizoo(self, w: Sequence[Tensor], h: list[Tensor], seed: int, c: float, lr: float, ak: float, a: float) -> None:
-        self._run("hizoo", w, seed, (c, lr, ak, a), h)
+        self._run("hizoo", seed, (c, lr, ak, a), (w, h))
 
     def helene(
         self, w: Sequence[Tensor], m: list[Tensor], h: list[Tensor], seed: int, c: float, lr: float, s: HeleneSettings
     ) -> None:
         fixed = HeleneSettings(0.0, s.beta1, s.beta2, 0.0, s.gamma, s.floor, s.delta)
-        self._run("helene", w, seed, (c, lr, s.alpha, s.b), m, h, fixed)
+        self._run("helene", seed, (c, lr, s.alpha, s.b), (w, m, h), fixed)
 
 
-PEERS: dict[str, type[Published] | type[Foreach] | type[Compiled]] = {
-    "published": Published,
-    "foreach": Foreach,
-    "compiled": Compiled,
-}
+NAMES = ("published", "foreach", "compiled")
+
+
+def peers(*, compiled: bool, group: int = 0) -> list[Peer]:
+    """All peers, or all but the compiled one."""
+    return [Published(), Foreach(), *([Compiled(group)] if compiled else [])]

@@ -19,8 +19,8 @@ def kernels(record: Mapping[str, Any]) -> Table:
     ours = [way for r in results.values() for label, way in r["ways"].items() if label.startswith("zokern")]
     predicted = any("predicted_share" in way for way in ours)
     table = Table(title=f"{record['benchmark']}, {record['settings']['elements']:,} elements in the model")
-    table.add_column("pass")
-    columns = ["ns/element", "spread", "GB/s", "% copy", *(["predicted"] if predicted else [])]
+    table.add_column("pass", min_width=27)
+    columns = ["ns/elem", "spread", "GB/s", "% copy", *(["predicted"] if predicted else [])]
     for column in [*columns, *(f"x {peer}" for peer in peers)]:
         table.add_column(column, justify="right", no_wrap=True)
     for title, result in results.items():

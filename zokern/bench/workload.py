@@ -6,7 +6,7 @@ because the published way moves its weights to new addresses. Weights and states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from zokern import backends
 from zokern.bench.cases import Case
 from zokern.bench.equations import HeleneSettings
 from zokern.bench.limits import bytes_per_element
-from zokern.bench.peers import PEERS, Peer
+from zokern.bench.peers import Peer
 from zokern.bench.shapes import Shape, opt_like
 from zokern.passes import Member, Passes
 from zokern.rules import RULES
@@ -135,7 +135,7 @@ class Workload:
         dst = torch.empty_like(src)
         return lambda: dst.copy_(src)
 
-    def candidates(self, names: list[str], *, compiled: bool) -> dict[str, Callable[[], object]]:
+    def candidates(self, names: list[str], peers: Sequence[Peer]) -> dict[str, Callable[[], object]]:
         """All that is timed, by label: ours for each backend in `names`, "copy", and the peers."""
         seeds = list(range(self.case.seeds))
         calls: dict[str, Callable[[], object]] = {}
@@ -145,7 +145,4 @@ class Workload:
                 calls[f"zokern {name}, a pass a seed"] = self.one_by_one(name, seeds)
         calls["copy"] = self.copy()
         members = self._members()
-        for name, make in PEERS.items():
-            if compiled or name != "compiled":
-                calls[name] = self.peer(make(), members)
-        return calls
+        return calls | {peer.name: self.peer(peer, members) for peer in peers}
