@@ -11,6 +11,7 @@ from zokern.bench.cases import BENCHMARKS
 
 ROOT = Path(__file__).parent.parent
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+QUIET = 2.0  # slowest over fastest round of any way, above which a page says that the run is not to be trusted
 HEADLINES = ("axpy, K = 1", "axpy, K = 4", "axpy, Rademacher", "axpy, stochastic rounding", "HiZOO perturb, h float32",
              "HiZOO update, h float32", "HELENE update")  # fmt: skip
 
@@ -43,7 +44,12 @@ def _peers(found: list[dict[str, Any]]) -> list[str]:
 def _run_of(record: dict[str, Any]) -> str:
     settings = record["settings"]
     text = f"{plots.caption(record)}; {settings['elements']:,} weights, medians of {settings['rounds']} rounds"
-    return text + ("" if record["complete"] else "; the run broke off") + "."
+    text += ("" if record["complete"] else "; the run broke off") + "."
+    ways = [way for result in record["results"].values() for way in result["ways"].values()]
+    worst = max(way["max"] / way["min"] for way in ways)
+    if worst > QUIET:
+        text += f" **The machine was not quiet:** times of one way differ by up to {worst:.1f} x; run it again."
+    return text
 
 
 def kernel_headlines() -> str:

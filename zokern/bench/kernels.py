@@ -6,7 +6,6 @@ The layout of "results" is {title of the case: see `measure`}.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -173,7 +172,8 @@ def run(
         if settings.deadline is not None and time.monotonic() > settings.deadline:
             break
         if number == 1 or case.dtype != cases[number - 2].dtype:
-            torch.compiler.reset()  # PyTorch compiles a function for eight kinds of input at most
+            if settings.compiled:
+                torch.compiler.reset()  # PyTorch compiles a function for eight kinds of input at most
             others = peers(compiled=settings.compiled, group=len(block_shapes(1)))
         result = measure(case, settings, names, others, progress)
         predict(result, case, device, names)
@@ -181,7 +181,6 @@ def run(
         store(f"kernels-{name}", device, said, results, path, complete=number == len(cases))
         if done is not None:
             done(case.title, result)
-        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the next case's tensors have other sizes
     return path if results else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache  # of the code that was loaded, not of a checkout that moved on during a run
 def commit() -> str:
     here = Path(__file__).parent
     try:
