@@ -29,6 +29,7 @@ from zokern.bench.peers import Compiled, Foreach, Peer, Published, peers
 from zokern.bench.shapes import MIN_ELEMENTS, opt_like
 from zokern.bench.workload import COEFS, EPS, SCALARS, Workload, choose_backends
 from zokern.cli import app
+from zokern.passes import Passes
 from zokern.reference_rules import apply
 
 CPU, N = torch.device("cpu"), MIN_ELEMENTS
@@ -119,6 +120,46 @@ def test_one_pass_a_seed_makes_the_same_number_of_moves_as_seeds() -> None:
     work = Workload(CASES["axpy, K = 4, float32"], N, CPU)
     work.one_by_one("cpu", [0, 1, 2, 3])()
     assert work.passes["cpu"].counters.launches == 4
+
+
+class Recorder(Published):
+    """Notes which sweeps it is asked for, with their seeds."""
+
+    def __init__(self) -> None:
+        self.sweeps: list[tuple[str, int]] = []
+
+    def axpy(self, w: Any, seed: int, factors: Any, distribution: str = "normal") -> None:
+        self.sweeps.append((distribution, seed))
+
+    def scaled_axpy(self, w: Any, h: Any, seed: int, factors: Any) -> None:
+        self.sweeps.append(("scaled_axpy", seed))
+
+    def hizoo(self, w: Any, h: Any, seed: int, *numbers: Any) -> None:
+        self.sweeps.append(("hizoo", seed))
+
+    def helene(self, w: Any, m: Any, h: Any, seed: int, *numbers: Any) -> None:
+        self.sweeps.append(("helene", seed))
+
+
+@pytest.mark.parametrize(("title", "sweeps"), [
+    ("axpy, K = 4, float32", [("normal", k) for k in range(4)]), ("axpy, Rademacher, bfloat16", [("rademacher", 0)]),
+    ("HiZOO perturb, h float32, float32", [("scaled_axpy", 0)]), ("HiZOO update, h float32, float32", [("hizoo", 0)]),
+    ("HiZOO restore and update, h float32, float32", [("scaled_axpy", 0), ("hizoo", 0)]),
+    ("HELENE update, float32", [("helene", 0)]),
+])  # fmt: skip
+def test_a_peer_does_a_sweep_for_each_thing_that_our_pass_does(
+    title: str, sweeps: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, ours = Recorder(), []
+    real = Passes.run
+    monkeypatch.setattr(Passes, "run", lambda self, members, seeds, *a, **k: ours.append(list(seeds)) or real(
+        self, members, seeds, *a, **k))  # fmt: skip
+    calls = Workload(CASES[title], N, CPU).candidates(["cpu"], [recorder])
+    calls["published"]()
+    assert recorder.sweeps == sweeps
+    calls["zokern cpu"]()
+    assert ours == [list(range(CASES[title].seeds))]
+    assert ("zokern cpu, a pass a seed" in calls) == (CASES[title].seeds > 1)
 
 
 def test_the_interpreter_is_no_backend_to_time() -> None:

@@ -24,7 +24,7 @@ What the figures mean. A pass must read and write each weight once (and each sta
 time are its **GB/s**. **% of copy** compares them with a plain copy of as many bytes, timed in the same run: 100 % is
 memory speed, and a pass cannot do much better. (On a CPU it can a little: a copy into other memory fetches what it
 overwrites.) **published** is the way of the released MeZO code in plain torch (draw z, scale it, add it), **foreach** the
-same with torch._foreach_*, **compiled** the same under torch.compile. **predicted**, on a GPU: what the kernel's
+same with `torch._foreach_*`, **compiled** the same under torch.compile. **predicted**, on a GPU: what the kernel's
 instructions leave of the copy's bandwidth. Machines drift: quote ratios within one run.
 """
 
@@ -169,6 +169,7 @@ def run_kernels(
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is a file; give a directory", param_hint="--output")
 
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -205,6 +206,8 @@ def run_kernels(
     except KeyboardInterrupt:
         print(f"stopped; what is finished is in {output}", file=sys.stderr)
         raise typer.Exit(130) from None
+    except torch.OutOfMemoryError as error:
+        _fail(f"{error}; give fewer --elements. What is finished is in {output}")
     except RuntimeError as error:
         _fail(str(error))
     if not paths or not all(plots.load(path)["complete"] for path in paths) or len(paths) < len(names):

@@ -17,6 +17,7 @@ from rich.progress import Progress
 L2_FLUSH_BYTES = 256 << 20
 MAX_CLOCK = 3e9  # cycles a second, above any GPU's: what _sleep gets must last at least as long as it should
 HEAD_START = 1.5  # of the time that the host takes to queue a call
+MAX_HEAD_START = 0.02  # seconds; in that time a host queues more kernels than a GPU's queue holds
 
 
 def time_in_rounds(
@@ -68,7 +69,7 @@ def _time_on_device(call: Callable[[], object], flush: torch.Tensor, wait: float
         flush.zero_()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if wait:
-            torch.cuda._sleep(int(HEAD_START * wait * MAX_CLOCK))
+            torch.cuda._sleep(int(min(HEAD_START * wait, MAX_HEAD_START) * MAX_CLOCK))
         begin.record()
         start = time.perf_counter()
         call()
