@@ -36,7 +36,8 @@ def caption(record: Record) -> str:
     if "gpu" in machine:
         return f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}"
     sets = machine.get("instruction_sets") or ["no compiled module"]
-    return f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, {sets[0]}, torch {machine['torch']}"
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+    return f"{machine['processor']}, {threads}, {sets[0]}, torch {machine['torch']}"
 
 
 def figure_of(width: float, height: float) -> tuple[Any, Any]:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from zokern.bench.cases import BENCHMARKS, DEFAULT_DTYPES, DTYPES
 from zokern.bench.shapes import MIN_ELEMENTS
-
-if TYPE_CHECKING:
-    import torch
 
 OUTPUT = Path("bench-out")
 TEACH = """
@@ -175,6 +172,7 @@ def run_kernels(
 
     from zokern.bench import kernels, plots, tables
     from zokern.bench.canvas import PlotError, require
+    from zokern.bench.devices import find_device
 
     if plot:
         try:
@@ -226,27 +224,6 @@ def script(*names: str) -> None:
     from zokern.bench.record import RESULTS
 
     app(["kernels", *names, "--no-plot", "--output", str(RESULTS), *sys.argv[1:]])
-
-
-def find_device(name: str) -> torch.device:
-    """The torch.device of --device; refuses one that is not there."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise typer.BadParameter(
-            f"{name!r} is not a device; give auto, cpu, cuda or cuda:N", param_hint="--device"
-        ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"zokern has no kernels for {name}; give cpu or cuda", param_hint="--device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(
-            f"{name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices", param_hint="--device"
-        )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _fail(message: str) -> NoReturn:
