@@ -43,7 +43,8 @@ format: setup
 	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
 
 bench: setup
-	$(BIN)/python benchmarks/bench_pass.py
+	$(BIN)/zokern bench kernels --no-plot --output benchmarks/results
+	$(BIN)/python benchmarks/readme_tables.py
 
 clean:
 	rm -rf build $(VENV) zokern/*.so demo-out

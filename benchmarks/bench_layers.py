@@ -6,11 +6,14 @@
 The model is parameters only: 40 blocks of 12 tensors that hold 95 % of the weights, and an embedding. A step's closure
 returns a number at once, so its time is that of its three passes and of what Python does around them, the draw of the
 blocks and the table of addresses included. Stores benchmarks/results/layers-<device>.json.
+
+    python benchmarks/bench_layers.py --passes [OPTIONS]   # single passes instead: `zokern bench kernels layers`
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from rich.table import Table
 from torch import nn
 
 import zokern
+from zokern.bench.cli import script
 from zokern.bench.record import store
 from zokern.bench.timing import time_in_rounds
 
@@ -73,4 +77,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "--passes" in sys.argv:
+        sys.argv.remove("--passes")
+        script("layers")
+    else:
+        main()

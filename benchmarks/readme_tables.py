@@ -1,6 +1,6 @@
 """Writes the figures of README.md and docs/ from benchmarks/results/*.json, so that they cannot disagree.
 
-python benchmarks/readme_tables.py           # rewrites the pages
+python benchmarks/readme_tables.py           # rewrites the pages and draws the pictures of docs/benchmarks.md
 python benchmarks/readme_tables.py --check   # exit code 1 if a page is not what this would write
 python benchmarks/readme_tables.py --demo demo-out/run.json   # keeps that demo run as the one that README.md tells of
 """
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench_tables import draw, kernel_headlines, kernels_cpu, kernels_gpu
 from pages import fill
 
 ROOT = Path(__file__).parent.parent
@@ -21,35 +22,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
-
-
-def pass_table() -> str:
-    run = load("pass-cpu.json")
-    machine = run["machine"]
-    lines = [
-        f"Perturbing {run['settings']['elements']:,} elements in place, one run on {machine['threads']} threads of an "
-        f"{machine['processor']} ({machine['instruction_sets'][0]}, torch {machine['torch']}); "
-        "times over the time of a copy:",
-        "",
-        "| way | " + " | ".join(run["results"]) + " |",
-        "|---|" + "---|" * len(run["results"]),
-    ]
-    labels = list(dict.fromkeys(label for times in run["results"].values() for label in times))
-    for label in labels:
-        cells = []
-        for times in run["results"].values():
-            t = times.get(label)
-            if t is None:
-                cells.append("-")
-                continue
-            note = f" ({t['speedup_over_published']:.1f}x faster than published)" if label.startswith("zokern") else ""
-            cells.append(f"{t['over_copy']:.2f}{note}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "`published` draws z in the weights' type, scales it and adds it; `foreach` does it in place for a list.",
-    ]
-    return "\n".join(lines)
 
 
 def store_demo(path: Path) -> None:
@@ -101,7 +73,8 @@ def replay_lines() -> str:
 
 PAGES = {
     "docs/journal.md": {"replay": replay_lines},
-    "README.md": {"pass": pass_table, "demo": demo_lines},
+    "docs/benchmarks.md": {"kernels-cpu": kernels_cpu, "kernels-gpu": kernels_gpu},
+    "README.md": {"kernels": kernel_headlines, "demo": demo_lines},
     "docs/methods/lezo.md": {"layers": layers_table},
 }
 
@@ -126,6 +99,8 @@ def main() -> int:
             wrong.append(page)
             if not args.check:
                 path.write_text(new)
+    if not args.check:
+        draw()
     if args.check and wrong:
         print(f"{', '.join(wrong)}: disagrees with benchmarks/results; run python benchmarks/readme_tables.py")
     return int(args.check and bool(wrong))

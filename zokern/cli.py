@@ -1,5 +1,5 @@
-"""The command `zokern`: `finetune` and `info`. Everything heavy is imported by the commands, so that --help is
-instant.
+"""The command `zokern`: `finetune`, `bench`, `replay` and more. Everything heavy is imported by the commands, so that
+--help is instant.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from zokern.bench.cli import app as bench
 from zokern.finetune.methods import LR_OF_UPDATE, METHODS
 from zokern.finetune.options import CHOICES, FinetuneError, Options
 
@@ -425,6 +426,7 @@ def replay(
 
 journals = typer.Typer(no_args_is_help=True, help="Look into journals.")
 app.add_typer(journals, name="journal")
+app.add_typer(bench, name="bench")
 
 
 @journals.command()

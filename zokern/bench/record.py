@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -26,6 +28,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache  # of the code that was loaded, not of a checkout that moved on during a run
 def commit() -> str:
     here = Path(__file__).parent
     try:
@@ -55,8 +58,19 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def store(name: str, device: torch.device, settings: Mapping[str, Any], results: Any, path: Path | None = None) -> Path:
-    """Writes one run's JSON, by default to benchmarks/results/<name>-<device>.json."""
+def store(
+    name: str,
+    device: torch.device,
+    settings: Mapping[str, Any],
+    results: Any,
+    path: Path | None = None,
+    *,
+    complete: bool = True,
+) -> Path:
+    """Writes one run's JSON, by default to benchmarks/results/<name>-<device>.json. A kill leaves the old file or the new.
+
+    complete: False while the run goes on, so that what a broken-off run left can be told from a whole one.
+    """
     path = path or RESULTS / f"{name}-{device.type}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -65,7 +79,10 @@ def store(name: str, device: torch.device, settings: Mapping[str, Any], results:
         "commit": commit(),
         "machine": machine(device),
         "settings": dict(settings),
+        "complete": complete,
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
     return path

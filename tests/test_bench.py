@@ -1,0 +1,610 @@
+"""`zokern bench`: what its cases really do, what bytes and shares they report, its files, pictures and command line.
+
+Tiny sizes; nothing here looks at how long anything took, except that a time is a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_machine_code import LIMITS
+from typer.testing import CliRunner
+
+from zokern import noise
+from zokern.bench import equations, kernels, limits, plots, record, tables, timing
+from zokern.bench.canvas import PlotError
+from zokern.bench.cases import BENCHMARKS, SIZES, Case
+from zokern.bench.equations import HeleneSettings
+from zokern.bench.peers import Compiled, Foreach, Peer, Published, peers
+from zokern.bench.shapes import MIN_ELEMENTS, opt_like
+from zokern.bench.workload import COEFS, EPS, SCALARS, Workload, choose_backends
+from zokern.cli import app
+from zokern.passes import Passes
+from zokern.reference_rules import apply
+
+CPU, N = torch.device("cpu"), MIN_ELEMENTS
+CASES = {c.title: c for b in BENCHMARKS.values() for dtype in SIZES for c in b.cases(dtype)}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def settings(output: Path, **changes: Any) -> kernels.Settings:
+    given = {"device": CPU, "dtypes": ("float32",), "elements": N, "rounds": 1, "compiled": False, "output": output}
+    return kernels.Settings(**{**given, **changes})
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+# -------------------------------------------------------------------------------------------------- what a case does
+
+
+@pytest.mark.parametrize("elements", [N, 100_003, 1 << 25, 1 << 30])
+def test_shapes_sum_to_the_elements_asked_for(elements: int) -> None:
+    shapes = opt_like(elements)
+    sizes = [math.prod(shape) for shape in [*(s for block in shapes.blocks for s in block), *shapes.rest]]
+    assert sum(sizes) == elements
+    assert min(sizes) > 0
+    assert len(shapes.blocks) % 4 == 0
+    assert {len(block) for block in shapes.blocks} == {16}
+    assert sum(math.prod(s) for block in shapes.blocks for s in block) <= 0.9 * elements
+
+
+def test_too_few_elements_are_refused() -> None:
+    with pytest.raises(ValueError, match="elements is 8191"):
+        opt_like(8191)
+
+
+@pytest.mark.parametrize("title", CASES)
+def test_our_call_is_one_launch_over_every_element(title: str) -> None:
+    work = Workload(CASES[title], N, CPU)
+    before = [m.param.clone() for m in work.members]
+    states = [{name: t.clone() for name, t in m.states.items()} for m in work.members]
+    work.ours("cpu", list(range(work.case.seeds)))()
+    counters = work.passes["cpu"].counters
+    assert (counters.launches, counters.passes) == (1, 1)
+    assert counters.elements_moved == 2 * work.active
+    changed = {"scaled_axpy": (), "axpy": (), "hizoo": ("h",), "hizoo_restore": ("h",), "helene": ("m", "h")}
+    for i, m in enumerate(work.members):
+        if work.case.rule in ("axpy", "scaled_axpy", "hizoo_restore") and m.param.numel() > 8:
+            assert not torch.equal(m.param, before[i])
+        for name, old in states[i].items():
+            if work.case.state_dtype == "float32" and m.param.numel() > 8:
+                assert torch.equal(m.states[name], old) == (name not in changed[work.case.rule])
+
+
+@pytest.mark.parametrize("title", ["axpy, K = 4, float32", "HiZOO restore and update, h float32, bfloat16",
+                                   "axpy, stochastic rounding, bfloat16", "axpy, Rademacher, float32",
+                                   "HELENE update, float32"])  # fmt: skip
+def test_our_call_is_the_pass_that_the_case_names(title: str) -> None:
+    """Bits of the last tensor but one against the reference."""
+    case, seeds = CASES[title], list(range(CASES[title].seeds))
+    work = Workload(case, N, CPU)
+    member = work.members[-2]
+    bits = {"float32": torch.float32, "bfloat16": torch.uint16}[case.dtype]
+    old = member.param.flatten().view(bits).numpy().copy()
+    states = {name: t.flatten().numpy().copy() for name, t in member.states.items()}
+    work.ours("cpu", seeds)()
+    new, changed = apply(
+        case.rule, old, states, dtype=case.dtype, tensor_id=member.tensor_id, seeds=seeds,
+        coefs={name: [value / len(seeds)] * len(seeds) for name, value in COEFS[case.rule].items()},
+        scalars={name: SCALARS[name] for name in SCALARS}, distribution=case.distribution, rounding=case.rounding,
+        rounding_seed=7,
+    )  # fmt: skip
+    assert torch.equal(member.param.flatten().view(bits), torch.from_numpy(new))
+    for name, value in changed.items():
+        assert torch.equal(member.states[name].flatten(), torch.from_numpy(value))
+
+
+def test_left_out_blocks_are_neither_timed_nor_counted() -> None:
+    whole, part = (Workload(CASES[f"axpy, {n}% of the blocks left out, bfloat16"], N, CPU) for n in (0, 75))
+    block = sum(math.prod(shape) for shape in opt_like(N).blocks[0])
+    assert (part.blocks, part.blocks_active) == (4, 1)
+    assert whole.active == N
+    assert part.active == N - 3 * block
+    assert part.nbytes == 4 * part.active
+    assert part.copy()().nbytes == part.nbytes // 8 * 4  # as much again is read
+
+
+def test_one_pass_a_seed_makes_the_same_number_of_moves_as_seeds() -> None:
+    work = Workload(CASES["axpy, K = 4, float32"], N, CPU)
+    work.one_by_one("cpu", [0, 1, 2, 3])()
+    assert work.passes["cpu"].counters.launches == 4
+
+
+class Recorder(Published):
+    """Notes which sweeps it is asked for, with their seeds."""
+
+    def __init__(self) -> None:
+        self.sweeps: list[tuple[str, int]] = []
+
+    def axpy(self, w: Any, seed: int, factors: Any, distribution: str = "normal") -> None:
+        self.sweeps.append((distribution, seed))
+
+    def scaled_axpy(self, w: Any, h: Any, seed: int, factors: Any) -> None:
+        self.sweeps.append(("scaled_axpy", seed))
+
+    def hizoo(self, w: Any, h: Any, seed: int, *numbers: Any) -> None:
+        self.sweeps.append(("hizoo", seed))
+
+    def helene(self, w: Any, m: Any, h: Any, seed: int, *numbers: Any) -> None:
+        self.sweeps.append(("helene", seed))
+
+
+@pytest.mark.parametrize(("title", "sweeps"), [
+    ("axpy, K = 4, float32", [("normal", k) for k in range(4)]), ("axpy, Rademacher, bfloat16", [("rademacher", 0)]),
+    ("HiZOO perturb, h float32, float32", [("scaled_axpy", 0)]), ("HiZOO update, h float32, float32", [("hizoo", 0)]),
+    ("HiZOO restore and update, h float32, float32", [("scaled_axpy", 0), ("hizoo", 0)]),
+    ("HELENE update, float32", [("helene", 0)]),
+])  # fmt: skip
+def test_a_peer_does_a_sweep_for_each_thing_that_our_pass_does(
+    title: str, sweeps: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, ours = Recorder(), []
+    real = Passes.run
+    monkeypatch.setattr(Passes, "run", lambda self, members, seeds, *a, **k: ours.append(list(seeds)) or real(
+        self, members, seeds, *a, **k))  # fmt: skip
+    calls = Workload(CASES[title], N, CPU).candidates(["cpu"], [recorder])
+    calls["published"]()
+    assert recorder.sweeps == sweeps
+    calls["zokern cpu"]()
+    assert ours == [list(range(CASES[title].seeds))]
+    assert ("zokern cpu, a pass a seed" in calls) == (CASES[title].seeds > 1)
+
+
+def test_the_interpreter_is_no_backend_to_time() -> None:
+    assert choose_backends(CPU) == (["cpu"], {})
+
+
+# ------------------------------------------------------------------------------------------------- bytes and the model
+
+
+@pytest.mark.parametrize(("title", "nbytes"), [
+    ("axpy, K = 1, float32", 8), ("axpy, K = 16, bfloat16", 4), ("HiZOO perturb, h float32, float32", 12),
+    ("HiZOO perturb, h bfloat16, bfloat16", 6), ("HiZOO update, h float32, bfloat16", 12),
+    ("HiZOO restore and update, h bfloat16, float32", 12), ("HELENE update, float32", 24), ("HELENE update, bfloat16", 20),
+])  # fmt: skip
+def test_bytes_that_a_pass_must_move(title: str, nbytes: int) -> None:
+    assert limits.bytes_per_element(CASES[title]) == nbytes
+
+
+@pytest.mark.parametrize(("title", "operations"), [
+    ("axpy, K = 1, float32", 26.5), ("axpy, K = 4, bfloat16", 1 + 4 * 25.5), ("axpy, Rademacher, float32", 4.46875),
+    ("axpy, stochastic rounding, bfloat16", 37.0), ("HiZOO update, h float32, float32", 41.5),
+    ("HELENE update, float32", 42.5),
+])  # fmt: skip
+def test_operations_of_an_element(title: str, operations: float) -> None:
+    assert limits.operations_per_element(CASES[title]) == operations
+
+
+def test_operations_of_the_noise_are_those_of_the_source() -> None:
+    """normal_pair's, from csrc/noise.h: fused multiply-adds, conversions, and what the count gives for the rest."""
+    source = (Path(__file__).parents[1] / "csrc" / "noise.h").read_text()
+    body = re.sub(r"//.*", "", source[source.index("void normal_pair") : source.index("// A tile is")])
+    fused, conversions = body.count("L::fma("), body.count("L::to_float(")
+    others = len(re.findall(r" \* | \+ | - | >> |insert_mantissa\(", body))
+    assert fused + conversions + others == 34 == 2 * (limits.NORMAL - limits.PHILOX / 8)
+
+
+def test_prediction_is_issue_over_slots_and_at_most_one() -> None:
+    rate = limits.Issue(132, 1.98e9, "by hand")
+    assert rate.predicted(26.2, 4, 4.3e12) == 1.0
+    # 4 bytes at 4.3 TB/s take 0.93 ps, in which 132 SMs issue 31.1 instructions (design's figure).
+    assert rate.predicted(62.2, 4, 4.3e12) == pytest.approx(0.5, rel=2e-3)
+
+
+def test_kernel_names_are_those_that_machine_code_counts() -> None:
+    """All names of bfloat16 kernels that have a limit there and a case here."""
+    names = {limits.kernel_name(case, backend) for case in CASES.values() for backend in ("cuda", "triton")}
+    ours = [name for name in LIMITS if re.search(r"axpy|Axpy|hizoo|HiZOO|helene|Helene", name)]
+    assert len(names & set(ours)) > 20
+
+
+def test_slots_of_many_seeds_and_of_kernels_not_counted() -> None:
+    one, four = CASES["axpy, K = 1, bfloat16"], CASES["axpy, K = 4, bfloat16"]
+    name = limits.kernel_name(four, "cuda")
+    kernels_counted = [{"name": name, "arch": 90, "slots_per_element_k1": 28.0, "slots_per_extra_seed": 24.0}]
+    assert limits.slots(four, "cuda", kernels_counted, 90) == 28 + 3 * 24
+    assert limits.slots(one, "cuda", kernels_counted, 90) is None
+    assert limits.slots(four, "cuda", kernels_counted, 80) is None
+    triton = [{"name": "triton axpy<bf16, normal, nearest>", "arch": 90, "slots": 29.9}]
+    assert limits.slots(one, "triton", triton, 90) == 29.9
+    assert limits.slots(four, "triton", triton, 90) is None
+
+
+def test_a_prediction_is_added_or_its_lack_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = CASES["axpy, K = 1, bfloat16"]
+    ways = {"zokern triton": {}, "zokern cuda": {}, "copy": {"gb_per_s": 4300.0}}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(limits, "issue", lambda device: limits.Issue(132, 1.98e9, "by hand"))
+    counted = [{"name": "triton axpy<bf16, normal, nearest>", "arch": 90, "slots": 62.2}]
+    monkeypatch.setattr(kernels, "machine_code", lambda: (counted, None))
+    kernels.predict({"ways": ways}, case, torch.device("cuda"), ["cuda", "triton"])
+    assert ways["zokern triton"]["predicted_share"] == pytest.approx(0.5, rel=2e-3)
+    assert "sm_90 is not in machine_code.json" in ways["zokern cuda"]["not_predicted"]
+    monkeypatch.undo()
+    assert kernels.machine_code(tmp_path / "none.json")[1] is not None
+
+
+# ------------------------------------------------------------------------------------------------------------- peers
+
+HELENE = HeleneSettings(alpha=0.95, beta1=0.9, beta2=0.99, b=0.3, gamma=2.0, floor=0.5, delta=1e-3)
+
+
+def lists(dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    """w, h, m: two tensors each."""
+    generator = torch.Generator().manual_seed(3)
+    make = [[torch.rand(shape, generator=generator) + 0.5 for shape in ((40, 8), (33,))] for _ in range(3)]
+    return [[t.to(dtype) for t in tensors] for tensors in make]
+
+
+class InPlace(Compiled):
+    """The functions that `compiled` compiles, without torch.compile: it draws from a generator of its own."""
+
+    def __init__(self, group: int = 0) -> None:
+        super().__init__(group)
+        self._functions = dict(equations.IN_PLACE)
+
+
+def drawn(w: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(t.shape, dtype=t.dtype).double() for t in w]
+
+
+@pytest.mark.parametrize("peer", [Published(), Foreach(), InPlace(), InPlace(group=1)])
+def test_peers_compute_the_methods_equations(peer: Peer) -> None:
+    (w, h, m), c, lr, a, ak = lists(torch.float32), 0.7, 0.1, 0.01, 0.2
+    with torch.random.fork_rng():
+        z = drawn(w, 5)
+        was = [t.double() for t in w]
+        peer.axpy(w, 5, (-2.0, 1e-2))
+        for new, old, x in zip(w, was, z, strict=True):
+            torch.testing.assert_close(new.double(), old - 2e-2 * x, rtol=1e-5, atol=1e-6)
+        was, root = [t.double() for t in w], [t.double().sqrt() for t in h]
+        peer.scaled_axpy(w, h, 5, (1.0, 1e-2))
+        for new, old, x, r in zip(w, was, z, root, strict=True):
+            torch.testing.assert_close(new.double(), old + 1e-2 * x / r, rtol=1e-5, atol=1e-6)
+        was, curvature = [t.double() for t in w], [t.double() for t in h]
+        peer.hizoo(w, h, 5, c, lr, ak, a)
+        for i, x in enumerate(z):
+            expected = (1 - a) * curvature[i] + ak * curvature[i] * x * x
+            torch.testing.assert_close(h[i].double(), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(w[i].double(), was[i] - lr * c * x / expected.sqrt(), rtol=1e-5, atol=1e-6)
+        was, states = [t.double() for t in w], [(x.double(), y.double()) for x, y in zip(m, h, strict=True)]
+        peer.helene(w, m, h, 5, c, lr, HELENE)
+        for i, x in enumerate(z):
+            momentum, hessian = 0.9 * states[i][0] + 0.95 * c * x, 0.99 * states[i][1] + 0.3 * x * x
+            torch.testing.assert_close(m[i].double(), momentum, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(h[i].double(), hessian, rtol=1e-5, atol=1e-6)
+            below = 2.0 * hessian.clamp(min=0.5) + 1e-3
+            torch.testing.assert_close(w[i].double(), was[i] - lr * momentum / below, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("peer", [Published(), Foreach(), InPlace()])
+def test_peers_keep_dtypes_restore_by_the_seed_and_draw_signs(peer: Peer) -> None:
+    w, h, _ = lists(torch.bfloat16)
+    wide = [t.float() for t in h]
+    with torch.random.fork_rng():
+        peer.hizoo(w, wide, 1, 0.5, 1e-3, 0.1, 0.1)
+        assert {t.dtype for t in w} == {torch.bfloat16}
+        assert {t.dtype for t in wide} == {torch.float32}
+        zeros = [torch.zeros(64), torch.zeros(3, 5)]
+        peer.axpy(zeros, 9, (1.0, 0.5), "rademacher")
+        assert all(t.abs().eq(0.5).all() for t in zeros)
+        assert zeros[0].unique().numel() == 2
+        peer.axpy(zeros, 9, (-1.0, 0.5), "rademacher")
+        assert not any(t.any() for t in zeros)
+
+
+@pytest.mark.slow
+def test_the_compiled_peer_compiles_and_restores_by_the_seed() -> None:
+    w = [torch.zeros(64, 32), torch.zeros(40)]
+    compiled = Compiled(group=1)
+    with torch.random.fork_rng():
+        compiled.axpy(w, 3, (1.0, 0.1))
+        assert 0.09 < w[0].std() < 0.11
+        compiled.axpy(w, 3, (-1.0, 0.1))
+    assert max(float(t.abs().max()) for t in w) < 1e-6
+    assert [p.name for p in peers(compiled=True)] == ["published", "foreach", "compiled"]
+
+
+def test_published_peer_moves_as_often_as_counted() -> None:
+    """37 element moves of MeZO's step: a sweep is 8 (draw 1, two products 2 each, a sum 3), three of them make 24."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Moves(TorchDispatchMode):
+        moved = 0
+
+        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = f(*args, **(kwargs or {}))
+            name = f.overloadpacket.__name__
+            reads = sum(isinstance(t, torch.Tensor) and t.numel() > 1 for t in args) if name in ("mul", "add") else 0
+            if name in ("mul", "add", "normal", "normal_"):
+                Moves.moved += reads + 1
+            return out
+
+    w = [torch.zeros(100)]
+    with torch.random.fork_rng(), Moves():
+        Published().axpy(w, 0, (1.0, EPS))
+    assert Moves.moved == 8
+
+
+# ------------------------------------------------------------------------------------------------- runs and their files
+
+WAY = {"median", "min", "max", "rounds", "ns_per_element", "gb_per_s", "share_of_copy", "speedup_over"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Every benchmark at the least size."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("bench")
+    for name in BENCHMARKS:
+        kernels.run(name, settings(output, dtypes=("float32", "bfloat16")))
+    return output, json.loads((output / "kernels-hizoo-cpu.json").read_text())
+
+
+def test_a_record_tells_the_machine_the_settings_and_consistent_figures(run: tuple[Path, dict[str, Any]]) -> None:
+    _, stored = run
+    assert {"benchmark", "date", "commit", "machine", "settings", "complete", "results"} == stored.keys()
+    assert {"processor", "threads", "torch", "python", "zokern"} <= stored["machine"].keys()
+    assert stored["settings"]["issue"] == {"unknown": "the model is of GPUs"}
+    assert stored["complete"]
+    assert len(stored["results"]) == 12
+    for title, result in stored["results"].items():
+        assert result["bytes"] == result["bytes_per_element"] * result["elements"] == N * result["bytes_per_element"]
+        assert list(result["ways"]) == ["zokern cpu", "copy", "published", "foreach"]
+        assert Case(**result["case"]).title == title
+        for label, way in result["ways"].items():
+            assert way.keys() - {"not_predicted"} == WAY
+            assert 0 < way["min"] <= way["median"] <= way["max"]
+            assert way["gb_per_s"] == pytest.approx(result["bytes"] / way["median"] / 1e9)
+            assert way["ns_per_element"] == pytest.approx(way["median"] / N * 1e9)
+            copy = result["ways"]["copy"]
+            assert way["share_of_copy"] == pytest.approx(way["gb_per_s"] / copy["gb_per_s"])
+            other = result["ways"]["foreach"]["median"] / way["median"]
+            assert way["speedup_over"]["foreach"] == pytest.approx(other), label
+
+
+def test_a_killed_run_leaves_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies at once when the third case begins, as under kill -9."""
+    code = (
+        "import os, sys, torch; from pathlib import Path; from zokern.bench import kernels\n"
+        "torch.set_num_threads(1); real, count = kernels.measure, []\n"
+        "def measure(*a):\n    count.append(1)\n    return real(*a) if len(count) < 3 else os._exit(9)\n"
+        "kernels.measure = measure\n"
+        f"s = kernels.Settings(torch.device('cpu'), ('float32',), {N}, 1, False, Path(sys.argv[1]))\n"
+        "kernels.run('layers', s)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 9
+    stored = json.loads((tmp_path / "kernels-layers-cpu.json").read_text())
+    assert len(stored["results"]) == 2
+    assert stored["complete"] is False
+
+
+def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    record.store("x", CPU, {}, {"a": 1}, path)
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        record.store("x", CPU, {}, {"a": 2}, path)
+    assert json.loads(path.read_text())["results"] == {"a": 1}
+
+
+def test_nothing_is_begun_after_the_deadline(tmp_path: Path) -> None:
+    assert kernels.run("axpy", settings(tmp_path, deadline=0.0)) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dtypes_that_leave_no_case_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give a 16-bit dtype"):
+        kernels.run("stochastic", settings(tmp_path))
+
+
+def test_each_candidate_is_called_once_a_round_and_for_a_warm_up() -> None:
+    calls: list[str] = []
+    times = timing.time_in_rounds({n: lambda n=n: calls.append(n) for n in "ab"}, CPU, 3, "", device_only=True)
+    assert "".join(calls) == "abababab"
+    assert {t["rounds"] for t in times.values()} == {3}
+
+
+# ---------------------------------------------------------------------------------------------------- tables, pictures
+
+
+def test_pictures_are_made_from_stored_files_alone(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = sorted(run[0].glob("*.json"))
+    assert len(files) == len(BENCHMARKS)
+    result = invoke("plot", *files, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{path.stem}.png" for path in files} | {"kernels-roofline-cpu.png"}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert 5_000 < path.stat().st_size < 150_000
+
+
+def test_bars_show_the_stored_shares(run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("matplotlib")
+    from zokern.bench import plots_kernels
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plots_kernels, "save", lambda figure, record, path: figures.append(figure) or path)
+    plots_kernels.bars(run[1], tmp_path / "x.png")
+    widths = sorted(patch.get_width() for patch in figures[0].axes[0].patches)
+    shares = [
+        100 * way["share_of_copy"] for r in run[1]["results"].values() for label, way in r["ways"].items()
+        if label != "copy"
+    ]  # fmt: skip
+    assert widths == pytest.approx(sorted(shares))
+
+
+GPU = {"gpu": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "torch": "2.13.0"}
+
+
+def as_if_on_a_gpu(stored: dict[str, Any]) -> dict[str, Any]:
+    """The record with made-up slots and predictions, for the pictures' and tables' other branch."""
+    copy = json.loads(json.dumps(stored))
+    copy["machine"], copy["settings"]["issue"] = GPU, {"per_second": 3.3e13}
+    for result in copy["results"].values():
+        for label, way in result["ways"].items():
+            if label.startswith("zokern"):
+                way |= {"slots": 40.0, "predicted_share": 0.97}
+    return copy
+
+
+def test_predictions_and_the_issue_roof_are_drawn(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "kernels-hizoo-cuda.json"
+    path.write_text(json.dumps(as_if_on_a_gpu(run[1])))
+    names = {path.name for path in plots.draw([path], tmp_path)}
+    assert names == {"kernels-hizoo-cuda.png", "kernels-roofline-cuda.png"}
+    assert "predicted" in [column.header for column in tables.kernels(as_if_on_a_gpu(run[1])).columns]
+    assert "NVIDIA H200, driver 580.1" in plots.caption(as_if_on_a_gpu(run[1]))
+
+
+@pytest.mark.parametrize(("results", "kind"), [
+    ({"MeZO, ours": {"forwards": 0.3, "passes": 0.03, "other": 0.01}, "MeZO, published": {"forwards": 0.3, "passes": 0.2,
+      "other": 0.02, "ms": 520}}, "step"),
+    ([{"parameters": 10**n, "ns_per_parameter": 2.0 / n, "bytes": 4, "way": way} for n in (6, 7) for way in "ab"],
+     "scaling"),
+])  # fmt: skip
+def test_pictures_of_whole_steps(results: Any, kind: str, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    stored = {**run[1], "benchmark": kind, "results": results}
+    assert plots.kind(stored) == kind
+    path = tmp_path / f"{kind}-cpu.json"
+    path.write_text(json.dumps(stored))
+    (drawn,) = plots.draw([path], tmp_path)
+    assert 5_000 < drawn.stat().st_size < 150_000
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "is not JSON"), ("[]", "is not a record of zokern bench"),
+    ('{"benchmark": "x", "machine": {}, "settings": {}, "results": {}}', "has no results"),
+    ('{"benchmark": "drift", "machine": {}, "settings": {}, "results": {"a": {"b": 1}}}',
+     "no picture for the benchmark 'drift'"),
+])  # fmt: skip
+def test_files_without_a_picture_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(PlotError, match=message):
+        plots.draw([path], tmp_path)
+    assert invoke("plot", path, "-o", tmp_path).exit_code == 1
+    with pytest.raises(PlotError, match="No such file"):
+        plots.load(tmp_path / "none.json")
+
+
+def test_pages_say_what_is_stored(run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/bench_tables.py on this run's files: figures as stored, a warning where rounds differ, no GPU run."""
+    root = Path(__file__).parents[1] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("bench_tables", root / "bench_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", run[0])
+    assert module.kernels_gpu() == "**Not yet run on a GPU.**"
+    way = run[1]["results"]["HiZOO perturb, h float32, bfloat16"]["ways"]["zokern cpu"]
+    assert f"| {way['ns_per_element']:.3g} | {way['gb_per_s']:.3g} |" in module.kernels_cpu()
+    assert f"{way['ns_per_element']:.2f} ns" in module.kernel_headlines()
+    assert "not quiet" not in module._run_of(run[1])  # of one round each
+    way["max"] = 3 * way["min"]
+    assert "times of one way differ by up to 3.0 x" in module._run_of(run[1])
+    way["max"] = way["min"]
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((), ["kernels", "plot", "list", "% of copy", "published", "predicted"]),
+    (("kernels",), ["--elements", "--quick", "--compiled", "--time-limit", "33,554,432"]),
+    (("plot",), ["JSON..."]),
+])  # fmt: skip
+def test_help_teaches(arguments: tuple[str, ...], words: list[str]) -> None:
+    result = invoke(*arguments, "--help")
+    assert result.exit_code == 0
+    for word in words:
+        assert word in result.output
+
+
+def test_list_names_every_case() -> None:
+    output = invoke("list").output
+    for case in CASES.values():
+        assert case.label in output
+
+
+def test_command_times_stores_and_tells(tmp_path: Path) -> None:
+    result = invoke("kernels", "rademacher", "--elements", N, "--rounds", 2, "--dtype", "bfloat16", "--no-plot",
+                    "-o", tmp_path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "axpy, Rademacher, bfloat16" in result.output
+    assert "no predicted share: the model is of GPUs" in result.output
+    stored = json.loads((tmp_path / "kernels-rademacher-cpu.json").read_text())
+    assert (stored["settings"]["rounds"], stored["settings"]["elements"]) == (2, N)
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels-rademacher-cpu.json"]
+
+
+def test_without_a_command_all_kernels_run_with_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernels, "ELEMENTS", {"cpu": N})
+    monkeypatch.setattr(kernels, "ROUNDS", {"cpu": 1})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert invoke().exit_code == 0
+    names = {path.name for path in (tmp_path / "bench-out").iterdir()}
+    made = {f"kernels-{name}-cpu.{ending}" for name in BENCHMARKS for ending in ("json", "png")}
+    assert names == made | {"kernels-roofline-cpu.png"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("nonsense",), "'nonsense' is not one of axpy"),
+    (("--dtype", "int8"), "'int8' is not one of float32"),
+    (("--elements", 100), "100 is too few"),
+    (("--rounds", 0), "0 is too few"),
+    (("--time-limit", 0), "more than 0 seconds"),
+    (("--device", "tpu"), "'tpu' is not a device"),
+    (("--device", "mps"), "zokern has no kernels for mps"),
+    (("--device", "cuda:99"), "cuda:99 is not there"),
+    (("stochastic", "--dtype", "float32"), "give a 16-bit dtype"),
+    (("--output", __file__), "is a file; give a directory"),
+])  # fmt: skip
+def test_bad_values_are_refused_by_name(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    given = arguments if "--output" in arguments else (*arguments, "--output", tmp_path)
+    result = invoke("kernels", *given)
+    assert result.exit_code == 2
+    text = " ".join(result.output.replace("│", " ").split())
+    assert message in text
+    option = next((a for a in reversed(arguments) if str(a).startswith("--")), "NAMES")
+    assert str(option) in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_matplotlib_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(kernels, "run", lambda *a: pytest.fail("it ran"))
+    result = invoke("kernels", "--elements", N, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert 'pip install "zokern[bench]"' in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_noise_of_ours_and_of_the_peers_has_one_scale() -> None:
+    """A sanity check of the comparison: both perturb by eps z with z of variance 1."""
+    z = noise(1 << 14, seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = equations.draw(torch.empty(1 << 14))
+    assert float(z.std()) == pytest.approx(float(theirs.std()), rel=0.03)

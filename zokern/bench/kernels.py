@@ -1,0 +1,186 @@
+"""Runs kernel benchmarks: every case on every backend of the device, with its peers and a copy, in one run.
+
+Stores <output>/kernels-<benchmark>-<device>.json after every case, so that a run that is killed leaves what it had.
+The layout of "results" is {title of the case: see `measure`}.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from zokern.bench import limits
+from zokern.bench.cases import BENCHMARKS, Case
+from zokern.bench.peers import Peer, peers
+from zokern.bench.record import RESULTS, store
+from zokern.bench.shapes import block_shapes
+from zokern.bench.timing import time_in_rounds
+from zokern.bench.workload import EPS, Workload, choose_backends
+
+MACHINE_CODE = RESULTS / "machine_code.json"
+ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 30}
+QUICK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+ROUNDS = {"cpu": 7, "cuda": 30}
+QUICK_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run. elements: of the whole model; rounds: timed calls of each candidate; compiled: time torch.compile too.
+
+    deadline: of time.monotonic(), after which no case is begun; None for none.
+    """
+
+    device: torch.device
+    dtypes: tuple[str, ...]
+    elements: int
+    rounds: int
+    compiled: bool
+    output: Path
+    deadline: float | None = None
+
+
+def default_elements(device: torch.device, names: list[str], dtypes: list[str], quick: bool) -> int:
+    """The device's default, halved until the largest case fits into nine tenths of a GPU's free memory."""
+    elements = (QUICK_ELEMENTS if quick else ELEMENTS)[device.type]
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        while _largest(names, dtypes, elements) > 0.9 * free and elements > 1 << 20:
+            elements //= 2
+    return elements
+
+
+def check_memory(device: torch.device, names: list[str], dtypes: list[str], elements: int) -> str | None:
+    """Why `elements` do not fit on a GPU, or None. Said before a run rather than in the middle of it."""
+    if device.type != "cuda":
+        return None
+    need, free = _largest(names, dtypes, elements), torch.cuda.mem_get_info(device)[0]
+    if need <= free:
+        return None
+    return f"{elements:,} need about {need / 1e9:.1f} GB of GPU memory and {free / 1e9:.1f} GB are free; give fewer"
+
+
+def _largest(names: list[str], dtypes: list[str], elements: int) -> int:
+    cases = [case for name in names for dtype in dtypes for case in BENCHMARKS[name].cases(dtype)]
+    return max((limits.memory_needed(case, elements) for case in cases), default=0)
+
+
+def machine_code(path: Path = MACHINE_CODE) -> tuple[list[dict[str, Any]], str | None]:
+    """The stored counts of benchmarks/machine_code.py, and why there are none."""
+    if not path.is_file():
+        return [], f"no {path.name}: benchmarks/machine_code.py writes it"
+    kernels: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
+    return kernels, None
+
+
+def measure(
+    case: Case, settings: Settings, backends: list[str], others: Sequence[Peer], progress: Progress | None = None
+) -> dict[str, Any]:
+    """Times a case against `others`.
+
+    {"case", "elements" (active), "tensors", "blocks", "blocks_active", "bytes_per_element", "operations_per_element",
+    "bytes" (that the pass must move), "ways": {label: {"median", "min", "max" (seconds), "rounds", "ns_per_element",
+    "gb_per_s" (of those bytes), "share_of_copy", "speedup_over": {peer or copy: its time over this}}}}
+    """
+    work = Workload(case, settings.elements, settings.device)
+    calls = work.candidates(backends, others)
+    times = time_in_rounds(calls, settings.device, settings.rounds, case.title, progress=progress, device_only=True)
+    ways: dict[str, dict[str, Any]] = {}
+    for label, t in times.items():
+        ways[label] = {
+            **t,
+            "ns_per_element": t["median"] / work.active * 1e9,
+            "gb_per_s": work.nbytes / t["median"] / 1e9,
+            "share_of_copy": times["copy"]["median"] / t["median"],
+            "speedup_over": {
+                other: times[other]["median"] / t["median"] for other in times if not other.startswith("zokern")
+            },
+        }
+    return {
+        "case": asdict(case),
+        "elements": work.active,
+        "tensors": work.tensors,
+        "blocks": work.blocks,
+        "blocks_active": work.blocks_active,
+        "bytes_per_element": limits.bytes_per_element(case),
+        "operations_per_element": limits.operations_per_element(case),
+        "bytes": work.nbytes,
+        "ways": ways,
+    }
+
+
+def predict(result: dict[str, Any], case: Case, device: torch.device, backends: list[str]) -> None:
+    """Adds to each of our ways "slots" and "predicted_share" of the copy bandwidth, or "not_predicted", the reason."""
+    kernels, missing = machine_code()
+    found = limits.issue(device)
+    for backend in backends:
+        way = result["ways"][f"zokern {backend}"]
+        if isinstance(found, str) or missing:
+            way["not_predicted"] = found if isinstance(found, str) else missing
+            continue
+        major, minor = torch.cuda.get_device_capability(device)
+        slots = limits.slots(case, backend, kernels, 10 * major + minor)
+        if slots is None:
+            way["not_predicted"] = (
+                f"the machine code of this kernel for sm_{major}{minor} is not in {MACHINE_CODE.name}"
+            )
+            continue
+        copied = 1e9 * result["ways"]["copy"]["gb_per_s"]
+        way["slots"] = slots
+        way["predicted_share"] = found.predicted(slots, limits.bytes_per_element(case), copied)
+
+
+def run(
+    name: str,
+    settings: Settings,
+    progress: Progress | None = None,
+    done: Callable[[str, dict[str, Any]], None] | None = None,
+) -> Path | None:
+    """One benchmark with all its cases; the path of its JSON, None where there was no time. `done` is told of each case.
+
+    Raises:
+        ValueError: where the dtypes leave no case. RuntimeError: where no backend runs on the device.
+    """
+    device, benchmark = settings.device, BENCHMARKS[name]
+    cases = [case for dtype in settings.dtypes for case in benchmark.cases(dtype)]
+    if not cases:
+        raise ValueError(f"{name} has nothing to time for {', '.join(settings.dtypes)}; give a 16-bit dtype")
+    names, refused = choose_backends(device)
+    if not names:
+        raise RuntimeError(f"no backend runs on {device}: " + "; ".join(f"{n}: {why}" for n, why in refused.items()))
+    rate = limits.issue(device)
+    said = {
+        "elements": settings.elements,
+        "rounds": settings.rounds,
+        "dtypes": list(settings.dtypes),
+        "compiled": settings.compiled,
+        "eps": EPS,
+        "backends": names,
+        "backends_refused": refused,
+        "issue": {"unknown": rate} if isinstance(rate, str) else rate.facts(),
+    }
+    path = settings.output / f"kernels-{name}-{device.type}.json"
+    results: dict[str, Any] = {}
+    for number, case in enumerate(cases, 1):
+        if settings.deadline is not None and time.monotonic() > settings.deadline:
+            break
+        if number == 1 or case.dtype != cases[number - 2].dtype:
+            if settings.compiled:
+                torch.compiler.reset()  # PyTorch compiles a function for eight kinds of input at most
+            others = peers(compiled=settings.compiled, group=len(block_shapes(1)))
+        result = measure(case, settings, names, others, progress)
+        predict(result, case, device, names)
+        results[case.title] = result
+        store(f"kernels-{name}", device, said, results, path, complete=number == len(cases))
+        if done is not None:
+            done(case.title, result)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next case's tensors have other sizes
+    return path if results else None

@@ -1,0 +1,148 @@
+"""The tensors of a case and the calls that are timed: ours on each backend, the peers', and a copy of as many bytes.
+
+Ours go through zokern.passes.Passes, as an optimizer's do: all tensors in one launch. Peers work on tensors of their own,
+because the published way moves its weights to new addresses. Weights and states are random, never zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from zokern import backends
+from zokern.bench.cases import Case
+from zokern.bench.equations import HeleneSettings
+from zokern.bench.limits import bytes_per_element
+from zokern.bench.peers import Peer
+from zokern.bench.shapes import Shape, opt_like
+from zokern.passes import Member, Passes
+from zokern.rules import RULES
+
+EPS, LR, C = 1e-3, 1e-6, 0.5  # C: a projected gradient
+SMOOTHING, KAPPA = 1e-6, 1.0  # HiZOO's
+HELENE = HeleneSettings(alpha=0.95, beta1=0.9, beta2=0.99, b=0.01 * C * C, gamma=1.0, floor=1.0, delta=1e-8)
+ROUNDING_SEEDS = (7, 8)
+
+# Each rule's coefficients for one seed, and its scalars.
+COEFS = {
+    "axpy": {"A": EPS},
+    "scaled_axpy": {"A": EPS},
+    "hizoo": {"G": -LR * C, "V": SMOOTHING * KAPPA},
+    "hizoo_restore": {"A": EPS, "G": -LR * C, "V": SMOOTHING * KAPPA},
+    "helene": {"A": 0.0, "G": HELENE.alpha * C, "V": HELENE.b},
+}
+SCALARS = {
+    "decay": 1.0, "smoothing": SMOOTHING, "beta1": HELENE.beta1, "beta2": HELENE.beta2, "step": -LR,
+    "gamma": HELENE.gamma, "floor": HELENE.floor, "delta": HELENE.delta,
+}  # fmt: skip
+
+
+def choose_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The backends to time on `device`, and why others of its kind cannot run. Triton's interpreter is not one."""
+    found, refused = [], {}
+    for name in backends.PREFERENCE[device.type]:
+        reason = backends.unavailable_reason(name, device)
+        if reason is None:
+            found.append(name)
+        else:
+            refused[name] = reason
+    return found, refused
+
+
+class Workload:
+    """A case's tensors on a device, with `elements` in the whole model and `active` in the pass."""
+
+    def __init__(self, case: Case, elements: int, device: torch.device) -> None:
+        self.case, self.device = case, device
+        shapes = opt_like(elements)
+        kept = len(shapes.blocks) - round(case.left_out * len(shapes.blocks))
+        # Tensor ids are positions in the whole model, whatever is left out.
+        self._shapes = [shape for block in shapes.blocks[:kept] for shape in block] + shapes.rest
+        self.blocks, self.blocks_active = len(shapes.blocks), kept
+        self.members = self._members()
+        self.tensors = len(self.members)
+        self.active = sum(m.param.numel() for m in self.members)
+        self.nbytes = self.active * bytes_per_element(case)
+        self.passes: dict[str, Passes] = {}
+
+    def _random(self, shape: Shape, dtype: str, positive: bool = False) -> Tensor:
+        t = torch.randn(shape, device=self.device)
+        # Curvatures are near 1, as HiZOO's are; weights of a size that transformers start with.
+        t = t.mul_(0.1).abs_().add_(1.0) if positive else t.mul_(0.02)
+        return t.to(getattr(torch, dtype))
+
+    def _members(self) -> list[Member]:
+        names, dtype = RULES[self.case.rule].states, self.case.state_dtype
+        return [
+            Member(
+                self._random(shape, self.case.dtype), i, 0, f"tensor {i}",
+                {name: self._random(shape, dtype, positive=name == "h") for name in names},
+            )
+            for i, shape in enumerate(self._shapes)
+        ]  # fmt: skip
+
+    def ours(self, backend: str, seeds: list[int]) -> Callable[[], object]:
+        """One pass with all `seeds`."""
+        case, rule = self.case, RULES[self.case.rule]
+        passes = self.passes.setdefault(backend, Passes(case.distribution, backend))
+        share = 1.0 / len(seeds)
+        coefs = {
+            name: torch.full((1, len(seeds)), share * value, dtype=torch.float64)
+            for name, value in COEFS[case.rule].items()
+        }
+        shared = {name: torch.tensor([SCALARS[name]], dtype=torch.float64) for name in rule.scalars}
+        stochastic = case.rounding == "stochastic"
+        rounded = stochastic or (rule.written > 0 and case.state_dtype != "float32")
+        return lambda: passes.run(
+            self.members, seeds, coefs, shared, rule=case.rule, stochastic=stochastic,
+            rounding_seeds=ROUNDING_SEEDS if rounded else None,
+        )  # fmt: skip
+
+    def one_by_one(self, backend: str, seeds: list[int]) -> Callable[[], object]:
+        """The same directions in a pass each."""
+        calls = [self.ours(backend, [seed]) for seed in seeds]
+        return lambda: [call() for call in calls]
+
+    def peer(self, peer: Peer, members: list[Member]) -> Callable[[], object]:
+        """The peer's way to the same move; one sweep for each seed and for each thing that our pass merges."""
+        case, w = self.case, [m.param for m in members]
+        states = {name: [m.states[name] for m in members] for name in RULES[case.rule].states}
+        seeds, factors = range(case.seeds), (1.0, EPS)
+
+        def axpy() -> None:
+            for seed in seeds:
+                peer.axpy(w, seed, factors, case.distribution)
+
+        def hizoo() -> None:
+            if case.rule == "hizoo_restore":
+                peer.scaled_axpy(w, states["h"], 0, factors)
+            peer.hizoo(w, states["h"], 0, C, LR, SMOOTHING * KAPPA, SMOOTHING)
+
+        calls: Mapping[str, Callable[[], None]] = {
+            "axpy": axpy,
+            "scaled_axpy": lambda: peer.scaled_axpy(w, states["h"], 0, factors),
+            "hizoo": hizoo,
+            "hizoo_restore": hizoo,
+            "helene": lambda: peer.helene(w, states["m"], states["h"], 0, C, LR, HELENE),
+        }
+        return calls[case.rule]
+
+    def copy(self) -> Callable[[], object]:
+        """dst.copy_(src) that reads and writes as many bytes as the pass must, in float32."""
+        src = torch.randn(self.nbytes // 8, device=self.device)
+        dst = torch.empty_like(src)
+        return lambda: dst.copy_(src)
+
+    def candidates(self, names: list[str], peers: Sequence[Peer]) -> dict[str, Callable[[], object]]:
+        """All that is timed, by label: ours for each backend in `names`, "copy", and the peers."""
+        seeds = list(range(self.case.seeds))
+        calls: dict[str, Callable[[], object]] = {}
+        for name in names:
+            calls[f"zokern {name}"] = self.ours(name, seeds)
+            if len(seeds) > 1:
+                calls[f"zokern {name}, a pass a seed"] = self.one_by_one(name, seeds)
+        calls["copy"] = self.copy()
+        members = self._members()
+        return calls | {peer.name: self.peer(peer, members) for peer in peers}
