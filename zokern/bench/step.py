@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,20 +23,13 @@ from torch import Tensor, nn
 
 from zokern._checks import ZokernWarning
 from zokern.bench import models, split
-from zokern.bench.memory import free_bytes, peak_bytes
-from zokern.bench.record import store
+from zokern.bench.budget import Budget
+from zokern.bench.memory import peak_bytes
 from zokern.bench.step_cases import Case, Settings, cases, make, needed_bytes, resolve, state_bytes
 from zokern.optim import ZerothOrderOptimizer
 
 Results = dict[str, dict[str, Any]]
 Tick = Callable[[str], None]
-
-
-def save(name: str, device: torch.device, settings: dict[str, Any], results: Any, path: Path) -> None:
-    """One run's JSON at `path`, as zokern.bench.record has it. A kill leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    store(name, device, settings, results, part)
-    os.replace(part, path)
 
 
 class Run:
@@ -54,7 +45,7 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.results: Results = {}
         self._rounds: dict[str, list[dict[str, float]]] = {}
-        self._begun = time.monotonic()
+        self.budget = Budget(self.device, settings.time_limit, settings.memory_limit)
         self._facts: dict[str, Any] = {}
 
     def run(self) -> Results:
@@ -77,7 +68,7 @@ class Run:
             )
         shapes = [(t, list(cases(self.settings, placements, name, *t))) for t in self.settings.tokens]
         every = [case for _, group in shapes for case in group]
-        if self._late():
+        if self.budget.spent:
             for case in every:
                 self._put(case, {"status": "left out"})
             return
@@ -100,7 +91,7 @@ class Run:
         running = [case for case in group if self._fitting([case], forward + needed_bytes(case, model))]
         for number in range(self.settings.rounds + 1):
             for case in list(running):
-                if self._late():
+                if self.budget.spent:
                     if case.name not in self._rounds:
                         self._put(case, {"status": "left out"})
                     continue
@@ -168,22 +159,13 @@ class Run:
 
     # -------------------------------------------------------------------------------------------------------- the limits
 
-    def _late(self) -> bool:
-        limit = self.settings.time_limit
-        return limit is not None and time.monotonic() - self._begun >= limit
-
-    def _free(self) -> int:
-        free = free_bytes(self.device)
-        limit = self.settings.memory_limit
-        return free if limit is None else min(free, limit)
-
     def _put_unfit(self, group: list[Case], needed: int) -> None:
         for case in group:
-            self._put(case, {"status": "does not fit", "needed_bytes": needed, "free_bytes": self._free()})
+            self._put(case, self.budget.unfit(needed))
 
     def _fitting(self, group: list[Case], needed: int) -> list[Case]:
         """`group` if `needed` bytes can be had; else none, and the results say so."""
-        if needed <= self._free():
+        if needed <= self.budget.free:
             return group
         self._put_unfit(group, needed)
         return []
@@ -192,10 +174,5 @@ class Run:
         self.results[case.name] = {**case.facts(), "dtype": self.settings.dtype, **self._facts[case.model], **facts}
 
     def _save(self) -> None:
-        settings = {
-            **asdict(self.settings),
-            "left_out": [name for name, r in self.results.items() if r["status"] == "left out"],
-            "seconds": round(time.monotonic() - self._begun, 1),
-            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
-        }
-        save("step", self.device, settings, self.results, self.path)
+        left_out = [name for name, result in self.results.items() if result["status"] == "left out"]
+        self.budget.save("step", {**asdict(self.settings), "left_out": left_out}, self.results, self.path)
