@@ -14,6 +14,8 @@ import torch
 from zokern.bench.memory import free_bytes
 from zokern.bench.record import store
 
+SAVE_EVERY = 5.0  # seconds
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -23,6 +25,7 @@ class Budget:
     time_limit: float | None = None
     memory_limit: int | None = None
     begun: float = field(default_factory=time.monotonic)
+    saved: list[float] = field(default_factory=list)  # when the file was last written
 
     @property
     def seconds(self) -> float:
@@ -43,9 +46,13 @@ class Budget:
         """What is recorded of a case that needs more than there is."""
         return {"status": "does not fit", "needed_bytes": needed, "free_bytes": self.free}
 
-    def save(self, name: str, settings: Mapping[str, Any], results: Any, path: Path) -> None:
-        """The run's JSON so far. A kill leaves the old file or the new one."""
+    def save(self, name: str, settings: Mapping[str, Any], results: Any, path: Path, *, last: bool = False) -> None:
+        """The run's JSON so far; a kill leaves the old file or the new one. Unless it is the `last`, not within five
+        seconds of the one before: the record asks git and the driver."""
+        if not last and self.saved and time.monotonic() - self.saved[-1] < SAVE_EVERY:
+            return
         part = path.with_name(path.name + ".part")
         about = {"seconds": round(self.seconds, 1), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
         store(name, self.device, {**settings, **about}, results, part)
         os.replace(part, path)
+        self.saved[:] = [time.monotonic()]

@@ -51,9 +51,8 @@ MemoryLimit = Annotated[
 ]
 
 
-def _show(run: Any, visits: int, columns: Sequence[str], rows_of: Any) -> None:
-    """Runs with a live bar that names the case at work, then prints the table."""
-    from rich import box
+def _show(run: Any, visits: int, columns: Sequence[str], rows_of: Any, notes_of: Any) -> None:
+    """Runs with a live bar that names the case at work, then prints the table and what is not in it."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -63,11 +62,15 @@ def _show(run: Any, visits: int, columns: Sequence[str], rows_of: Any) -> None:
         bar = progress.add_task("", total=visits)
         run.tick = lambda name: progress.update(bar, description=name, advance=1)
         results = run.run()
-    table = Table(*columns, box=box.SIMPLE, title=f"{run.device}, {run.budget.seconds:.0f} s")
+    table = Table(title=f"{run.device}, {run.budget.seconds:.0f} s", box=None, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=column in columns[:2], justify="left" if column == "case" else "right")
     for row in rows_of(results):
         table.add_row(*row)
     console.print(table)
-    console.print(f"stored in {run.path}", highlight=False)
+    for line in notes_of(results):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"stored in {run.path}", highlight=False, soft_wrap=True)
 
 
 def step(
@@ -141,8 +144,8 @@ def step(
         peers, compiled, time_limit, gigabytes(memory_limit),
     )  # fmt: skip
     each = sum(len(list(step_cases.cases(settings, where, name, *shape))) for name in names for shape in shapes)
-    run = Run(settings, path)
-    _show(run, each * (settings.rounds + 1), step_tables.STEP_COLUMNS, step_tables.step_rows)
+    visits = each * (settings.rounds + 1)
+    _show(Run(settings, path), visits, step_tables.STEP_COLUMNS, step_tables.step_rows, step_tables.step_notes)
 
 
 def scaling(
@@ -193,4 +196,5 @@ def scaling(
         gigabytes(memory_limit),
     )
     visits = len(counts) * len(types) * len(wanted) * len(where) * settings.rounds
-    _show(benchmark.Run(settings, path), visits, step_tables.SCALING_COLUMNS, step_tables.scaling_rows)
+    columns, rows, notes = step_tables.SCALING_COLUMNS, step_tables.scaling_rows, step_tables.scaling_notes
+    _show(benchmark.Run(settings, path), visits, columns, rows, notes)

@@ -136,26 +136,29 @@ class Run:
         self.budget = Budget(self.device, settings.time_limit, settings.memory_limit)
 
     def run(self) -> list[dict[str, Any]]:
-        for name in self.settings.dtypes:
-            with torch.no_grad():
-                self._dtype(name)
-            gc.collect()
-        self._save([])
+        try:
+            for name in self.settings.dtypes:
+                with torch.no_grad():
+                    self._dtype(name)
+                gc.collect()
+        finally:
+            self._save([], last=True)
         return self.rows
 
     def _dtype(self, name: str) -> None:
         candidates: list[Candidate] = []
         for size in self.settings.sizes:
             candidates += self._candidates(size, name)
-        for number in range(1, self.settings.rounds + 1):
-            for candidate in candidates:
+        try:
+            for number, candidate in itertools.product(range(1, self.settings.rounds + 1), candidates):
                 if self.budget.spent:
-                    continue
+                    break
                 self.tick(f"{candidate.facts['parameters']:,} x {name}, {candidate.case.method}, round {number}")
                 seconds = measure(candidate.stepper, candidate.closure, self.device, self.settings.steps)
                 candidate.seconds.append(seconds)
                 self._save(candidates)
-        self.rows += [candidate.row() for candidate in candidates]
+        finally:
+            self.rows += [candidate.row() for candidate in candidates]
 
     def _candidates(self, size: int, name: str) -> Iterator[Candidate]:
         """The cases of one size, which share its weights; rows for those that cannot be."""
@@ -193,6 +196,6 @@ class Run:
         facts |= {"extra_bytes": extra, "state_bytes": state_bytes(kept[0], model)}
         return Candidate(case, model, kept[0], closure, facts, [])
 
-    def _save(self, running: list[Candidate]) -> None:
+    def _save(self, running: list[Candidate], *, last: bool = False) -> None:
         rows = [*self.rows, *(candidate.row() for candidate in running)]
-        self.budget.save("scaling", asdict(self.settings), rows, self.path)
+        self.budget.save("scaling", asdict(self.settings), rows, self.path, last=last)

@@ -51,9 +51,11 @@ class Run:
     def run(self) -> Results:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ZokernWarning)  # a skipped update would be timed as if it were one
-            for name in self.settings.models:
-                self._model(name)
-        self._save()
+            try:
+                for name in self.settings.models:
+                    self._model(name)
+            finally:
+                self._save(last=True)
         return self.results
 
     # ----------------------------------------------------------------------------------------------------- the levels
@@ -68,16 +70,20 @@ class Run:
             )
         shapes = [(t, list(cases(self.settings, placements, name, *t))) for t in self.settings.tokens]
         every = [case for _, group in shapes for case in group]
+        for case in every:
+            self._put(case, {"status": "left out"})  # until it is timed
         if self.budget.spent:
-            for case in every:
-                self._put(case, {"status": "left out"})
             return
         if len(self._fitting(every, parameters * self.dtype.itemsize)) < len(every):
             return
         model = models.build(name, self.dtype, self.device)
-        for (rows, length), group in shapes:
-            with torch.no_grad():
-                self._group(group, model, models.closure(name, model, rows, length, self.device))
+        gc.freeze()  # what is there stays: each visit ends with a collection, which need not look at all of transformers
+        try:
+            for (rows, length), group in shapes:
+                with torch.no_grad():
+                    self._group(group, model, models.closure(name, model, rows, length, self.device))
+        finally:
+            gc.unfreeze()
 
     def _group(self, group: list[Case], model: nn.Module, closure: Callable[[], Tensor]) -> None:
         first = group[0]
@@ -92,8 +98,6 @@ class Run:
         for number in range(self.settings.rounds + 1):
             for case in list(running):
                 if self.budget.spent:
-                    if case.name not in self._rounds:
-                        self._put(case, {"status": "left out"})
                     continue
                 self.tick(f"{case.name}, round {number} of {self.settings.rounds}")
                 visit = self._time if number else functools.partial(self._weigh, forward=forward)
@@ -132,7 +136,7 @@ class Run:
         self._put(
             case,
             {
-                "status": "left out",  # until it is timed
+                "status": "left out",
                 "forward_bytes": forward,
                 "extra_bytes": extra,
                 "extra_share": extra / weights,
@@ -173,6 +177,6 @@ class Run:
     def _put(self, case: Case, facts: dict[str, Any]) -> None:
         self.results[case.name] = {**case.facts(), "dtype": self.settings.dtype, **self._facts[case.model], **facts}
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
         left_out = [name for name, result in self.results.items() if result["status"] == "left out"]
-        self.budget.save("step", {**asdict(self.settings), "left_out": left_out}, self.results, self.path)
+        self.budget.save("step", {**asdict(self.settings), "left_out": left_out}, self.results, self.path, last=last)

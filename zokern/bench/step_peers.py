@@ -14,6 +14,7 @@ after the update, whose loss is only reported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -109,18 +110,20 @@ def _add_noise(w: Tensor, factor: Tensor) -> None:
     w.add_((torch.randn_like(w, dtype=torch.float32) * factor).to(w.dtype))
 
 
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor], None]:
+    """Compiled once in a process, whatever the number of peers."""
+    return torch.compile(_add_noise, dynamic=True)
+
+
 class Compiled(Peer):
     """One graph for tensors of any size: they are flattened, and the factor is a tensor. Reseeds torch's own generators."""
 
-    def __init__(self, model: nn.Module, lr: float, eps: float = 1e-3, seed: int = 0) -> None:
-        super().__init__(model, lr, eps, seed)
-        self.fused = torch.compile(_add_noise, dynamic=True)
-
     def sweep(self, seed: int, *factors: float) -> None:
         torch.manual_seed(seed)
-        factor = torch.full((), math.prod(factors), device=self.params[0].device)
+        add_noise, factor = _fused(), torch.full((), math.prod(factors), device=self.params[0].device)
         for p in self.params:
-            self.fused(p.data.view(-1), factor)
+            add_noise(p.data.view(-1), factor)
 
     @staticmethod
     def needed_bytes(params: Sequence[Tensor]) -> int:
