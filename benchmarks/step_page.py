@@ -1,0 +1,85 @@
+"""Writes the tables of docs/steps.md from benchmarks/results/step-cpu.json and scaling-cpu.json.
+
+python benchmarks/step_page.py           # rewrites the tables
+python benchmarks/step_page.py --check   # exit code 1 if the page is not what this would write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pages import fill
+
+from zokern.bench import step_tables
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "steps.md"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+
+
+def machine(run: dict[str, Any]) -> str:
+    m = run["machine"]
+    return (
+        f"One run on {m['threads']} threads of an {m['processor']} ({m['instruction_sets'][0]}), torch {m['torch']}, "
+        f"transformers {m['transformers']}, {run['date'][:10]}, commit {run['commit'][:12]}"
+    )
+
+
+def step_part() -> str:
+    run = load("step-cpu.json")
+    settings = run["settings"]
+    sizes = {r["model"]: r["parameters"] for r in run["results"].values()}
+    told = ", ".join(f"{name} has {count / 1e6:.1f} million parameters" for name, count in sizes.items())
+    head = f"{machine(run)}; {settings['dtype']}, {settings['rounds']} rounds of {settings['steps']}; ms. {told}."
+    notes = step_tables.step_notes(run["results"])
+    table = markdown(step_tables.STEP_COLUMNS, step_tables.step_rows(run["results"]))
+    return "\n".join([head, "", *table, *(f"\n{note}" for note in notes)])
+
+
+def spread(rows: Sequence[dict[str, Any]]) -> str:
+    """How far the slowest size lies above the fastest, for each type, method and placement."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            name = f"{row['dtype']} {row['method']} {row['placement']}"
+            times.setdefault(name, []).append(row["ns_per_parameter"]["median"])
+    told = ", ".join(f"{max(t) / min(t) - 1:.0%} ({name})" for name, t in times.items())
+    return f"Slowest size over the fastest: {told}."
+
+
+def scaling_part() -> str:
+    run = load("scaling-cpu.json")
+    rows = run["results"]
+    head = f"{machine(run)}; {run['settings']['rounds']} rounds. {spread(rows)}"
+    table = markdown(step_tables.SCALING_COLUMNS, step_tables.scaling_rows(rows))
+    return "\n".join([head, "", *table, *(f"\n{note}" for note in step_tables.scaling_notes(rows))])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say whether the page is up to date")
+    args = parser.parse_args()
+    old = PAGE.read_text()
+    new = fill("docs/steps.md", old, {"step": step_part(), "scaling": scaling_part()})
+    if args.check and new != old:
+        print("docs/steps.md: disagrees with benchmarks/results; run python benchmarks/step_page.py")
+        return 1
+    if new != old:
+        PAGE.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""The whole-step and the scaling benchmark: peers that do what they say, counts, parts that add up, files, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import nn
+from typer.testing import CliRunner
+
+from zokern import MeZO
+from zokern.bench import commands_step, models, scaling, split, step_peers, step_tables
+from zokern.bench.memory import peak_bytes
+from zokern.bench.step import Run
+from zokern.bench.step_cases import Case, Settings, make, needed_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+EPS, LR = 1e-3, 0.5
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.a = nn.Parameter(torch.randn(6, 5, generator=generator, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64))
+        self.frozen = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+        self.blocks = nn.ModuleList()
+
+    def forward(self) -> torch.Tensor:
+        return (self.a.square().sum() - 1.0).square() + (self.b + 0.5).square().sum() + self.frozen.sum()
+
+
+def noise_of(model: Small, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.normal(0.0, 1.0, p.shape, generator=generator, dtype=p.dtype) for p in (model.a, model.b)]
+
+
+def loss_at(model: Small, theta: list[torch.Tensor], direction: list[torch.Tensor], scale: float) -> float:
+    other = Small()
+    with torch.no_grad():
+        for p, t, d in zip((other.a, other.b), theta, direction, strict=True):
+            p.copy_(t + scale * d)
+        return float(other())
+
+
+@pytest.mark.parametrize("way", ["published", "foreach"])
+def test_mezo_peers_move_weights_as_described(way: str) -> None:
+    model = Small()
+    theta = [p.detach().clone() for p in (model.a, model.b)]
+    peer = step_peers.PEERS["mezo"][way](model, LR, EPS, seed=3)
+    for t in range(3):
+        z = noise_of(model, 3 + t)
+        c = (loss_at(model, theta, z, EPS) - loss_at(model, theta, z, -EPS)) / (2 * EPS)
+        theta = [w - LR * 1e-3 * c * d for w, d in zip(theta, z, strict=True)]
+        peer.lr = LR * 1e-3
+        peer.step(model)
+    torch.testing.assert_close([model.a.data, model.b.data], theta, rtol=1e-9, atol=1e-11)
+    assert torch.equal(model.frozen, torch.ones(3, dtype=torch.float64))
+    assert peer.counters == {"steps": 3, "forwards": 6, "passes": 12}
+
+
+def test_hizoo_peer_moves_weights_as_described() -> None:
+    model, a, lr = Small(), 1e-3, 1e-3
+    theta = [p.detach().clone() for p in (model.a, model.b)]
+    h = [torch.ones_like(w) for w in theta]
+    peer = step_peers.PublishedHiZOO(model, lr, EPS, seed=5, smoothing=a)
+    for t in range(3):
+        z = noise_of(model, 5 + t)
+        probe = [d / s.sqrt() for d, s in zip(z, h, strict=True)]
+        here, plus, minus = (loss_at(model, theta, probe, s * EPS) for s in (0, 1, -1))
+        kappa = abs(plus + minus - 2 * here) / (2 * EPS**2)
+        h = [(1 - a) * s + a * kappa * s * d * d for s, d in zip(h, z, strict=True)]
+        c = (plus - minus) / (2 * EPS)
+        theta = [w - lr * c * d / s.sqrt() for w, d, s in zip(theta, z, h, strict=True)]
+        peer.step(model)
+    torch.testing.assert_close([model.a.data, model.b.data], theta, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(peer.h, h, rtol=1e-5, atol=0)
+    assert not torch.equal(h[0], torch.ones_like(h[0]))
+    assert peer.counters == {"steps": 3, "forwards": 12, "passes": 12}
+
+
+def test_compiled_peer_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its graph run eagerly: whether it is compiled changes the noise, not the order of work."""
+    monkeypatch.setattr(step_peers, "_fused", lambda: step_peers._add_noise)
+    model = Small().float()
+    before = model.a.detach().clone()
+    peer = step_peers.Compiled(model, 0.0, EPS)
+    with torch.random.fork_rng(devices=[]):
+        peer.step(model)
+        torch.testing.assert_close(model.a.data, before, rtol=0, atol=1e-6)
+        peer.sweep(1, 2.0, 3.0)
+        torch.manual_seed(1)
+        torch.testing.assert_close(model.a.data, before + 6.0 * torch.randn_like(before), rtol=0, atol=1e-5)
+    assert peer.counters["passes"] == 4
+
+
+@pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
+def test_parts_of_a_step_add_up(placement: str) -> None:
+    with torch.no_grad():
+        model = models.build("tiny-opt", torch.float32, CPU)
+        closure = models.closure("tiny-opt", model, 2, 8, CPU)
+        optimizer = MeZO(model, 1e-7, placement=placement)
+        seconds = split.measure(optimizer, closure, CPU, steps=3)
+    assert seconds["step"] == pytest.approx(sum(seconds[part] for part in split.PARTS), rel=1e-9)
+    assert all(seconds[part] > 0 for part in split.PARTS)
+    assert "run" not in vars(optimizer._passes)
+    assert optimizer.counters["passes"] == 9
+    assert split.counted(optimizer, {"steps": 0, "passes": 0, "forwards": 0}) == {
+        "passes_per_step": 3,
+        "forwards_per_step": 2,
+    }
+
+
+def test_passes_inside_the_closure_are_not_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves by 1 at each look: stream's passes of blocks lie between looks of the closure."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr("zokern.finetune.clock.time.perf_counter", lambda: float(next(looks)))
+    with torch.no_grad():
+        model = models.build("tiny-opt", torch.float32, CPU)
+        closure = models.closure("tiny-opt", model, 2, 8, CPU)
+        seconds = split.measure(MeZO(model, 1e-7, placement="stream"), closure, CPU, steps=1)
+    # A forward perturbs what lies outside the blocks before the closure, and two blocks inside; then the update: each
+    # takes 1. A closure with two of them takes 5, of which 2 are theirs.
+    assert seconds["passes"] == 2 * (1 + 2) + 1
+    assert seconds["forwards"] == 2 * (5 - 2)
+
+
+def test_summary_is_of_one_round() -> None:
+    rounds = [dict(zip(("step", *split.PARTS), (x, x - 3.0, 2.0, 1.0), strict=True)) for x in (9.0, 7.0, 8.0, 6.0)]
+    told = split.summary(rounds)
+    assert told["step"] == {"median": 7.0, "min": 6.0, "max": 9.0, "rounds": 4}
+    assert [told[part] for part in split.PARTS] == [4.0, 2.0, 1.0]
+
+
+def test_peak_bytes_counts_what_lives_at_once() -> None:
+    held = []
+
+    def call() -> None:
+        a = torch.empty(1000)
+        held.append(torch.empty(500))
+        del a
+        torch.empty(900)
+
+    assert peak_bytes(call, CPU) == 4 * 1500
+    w = nn.Parameter(torch.ones(1000))
+
+    def replace() -> None:
+        for _ in range(3):
+            w.data = torch.neg(w.data)
+
+    assert peak_bytes(replace, CPU, [w]) == 4 * 1000
+    assert torch.equal(w.data, torch.full((1000,), -1.0))
+
+
+def settings(**changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "models": ("tiny-opt", "tiny-encoder"),
+        "methods": ("mezo", "hizoo"),
+        "placements": ("auto", "stream"),
+        "tokens": ((2, 8),),
+        "dtype": "float32",
+        "device": "cpu",
+        "rounds": 2,
+        "steps": 1,
+    }
+    return Settings(**{**values, **changes})
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_record_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    Run(settings(), path).run()
+    record = load(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
+    assert record["settings"]["left_out"] == []
+    results = record["results"]
+    ways = ["mezo published", "mezo foreach", "hizoo published"]
+    ways += [f"{m} {p}" for m in ("mezo", "hizoo") for p in ("inplace", "stream")]
+    assert list(results) == [f"{model} 2x8 {way}" for model in ("tiny-opt", "tiny-encoder") for way in ways]
+    weights = 4 * models.parameters("tiny-opt")
+    for result in results.values():
+        assert result["status"] == "timed"
+        assert result["step"]["rounds"] == len(result["each"]) == 2
+        assert result["step"]["min"] <= result["step"]["median"] <= result["step"]["max"]
+        assert result["step"]["median"] == pytest.approx(sum(result[part] for part in split.PARTS))
+        assert result["extra_share"] == result["extra_bytes"] / result["weights_bytes"]
+    counts = {name: (r["forwards_per_step"], r["passes_per_step"]) for name, r in results.items()}
+    assert counts["tiny-opt 2x8 mezo published"] == counts["tiny-opt 2x8 mezo foreach"] == (2, 4)
+    assert counts["tiny-opt 2x8 mezo inplace"] == counts["tiny-opt 2x8 mezo stream"] == (2, 3)
+    assert counts["tiny-opt 2x8 hizoo published"] == (4, 4)
+    assert counts["tiny-opt 2x8 hizoo stream"] == (3, 3)
+    assert results["tiny-opt 2x8 hizoo inplace"]["state_bytes"] == weights
+    assert weights <= results["tiny-opt 2x8 hizoo inplace"]["extra_bytes"] < 1.1 * weights
+    assert results["tiny-opt 2x8 mezo inplace"]["extra_bytes"] < 1000
+    assert 0 < results["tiny-opt 2x8 mezo stream"]["extra_bytes"] < weights
+    rows = step_tables.step_rows(results)
+    assert {len(row) for row in rows} == {len(step_tables.STEP_COLUMNS)}
+    assert rows[0][-1] == ""
+    assert float(rows[1][-1]) > 0
+
+
+def test_time_limit_leaves_a_valid_file_that_says_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    Run(settings(time_limit=0.0), path).run()
+    record = load(path)
+    assert {result["status"] for result in record["results"].values()} == {"left out"}
+    assert len(record["settings"]["left_out"]) == len(record["results"]) == 14
+    notes = step_tables.step_notes(record["results"])
+    assert notes[0] == "tiny-opt 2x8 mezo published: left out: the time was up"
+    assert len(notes) == 14
+    assert step_tables.step_rows(record["results"]) == []
+
+
+def test_time_limit_in_mid_run_keeps_the_rounds_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(
+        settings(models=("tiny-opt",), methods=("mezo",), placements=("inplace",), time_limit=1e9), tmp_path / "s"
+    )
+    visits: list[str] = []
+    now = run.budget.begun
+    monkeypatch.setattr("zokern.bench.budget.time.monotonic", lambda: now + (2e9 if len(visits) >= 5 else 0))
+    run.tick = visits.append
+    run.run()
+    record = load(tmp_path / "s")  # three cases: a round to weigh them, one timed round of two
+    assert [r["status"] for r in record["results"].values()] == ["timed", "timed", "left out"]
+    assert record["settings"]["left_out"] == ["tiny-opt 2x8 mezo inplace"]
+    assert record["results"]["tiny-opt 2x8 mezo published"]["step"]["rounds"] == 1
+
+
+def test_what_does_not_fit_is_recorded(tmp_path: Path) -> None:
+    weights = 4 * models.parameters("tiny-opt")
+    Run(settings(models=("tiny-opt",), memory_limit=weights - 1), tmp_path / "model").run()
+    for result in load(tmp_path / "model")["results"].values():
+        assert (result["status"], result["needed_bytes"], result["free_bytes"]) == (
+            "does not fit",
+            weights,
+            weights - 1,
+        )
+    Run(settings(models=("tiny-opt",), memory_limit=2 * weights, rounds=1), tmp_path / "cases").run()
+    results = load(tmp_path / "cases")["results"]
+    assert results["tiny-opt 2x8 mezo inplace"]["status"] == "timed"
+    assert results["tiny-opt 2x8 hizoo stream"]["status"] == "does not fit"
+    assert results["tiny-opt 2x8 hizoo stream"]["needed_bytes"] > 2 * weights
+    assert "does not fit: needs 0.0 GB" in step_tables.step_notes(results)[-1]
+    assert len(step_tables.step_rows(results)) + len(step_tables.step_notes(results)) == len(results)
+
+
+def test_memory_that_runs_out_in_mid_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(self: MeZO, probe: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MeZO, "estimate", exhausted)
+    results = Run(settings(models=("tiny-opt",), placements=("shadow",)), tmp_path / "s").run()
+    assert results["tiny-opt 2x8 mezo shadow"]["status"] == "does not fit"
+    assert results["tiny-opt 2x8 hizoo shadow"]["status"] == "timed"
+
+
+def test_skipped_updates_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "closure", lambda *args: lambda: torch.tensor(float("nan")))
+    with pytest.raises((RuntimeError, Warning), match="not finite"):
+        Run(settings(peers=False, placements=("inplace",)), tmp_path / "s").run()
+
+
+def test_needs_are_those_of_the_documents() -> None:
+    model = models.build("tiny-opt", torch.bfloat16, CPU)
+    count = models.parameters("tiny-opt")
+    assert needed_bytes(Case("tiny-opt", 1, 1, "mezo", "inplace"), model) == 0
+    assert needed_bytes(Case("tiny-opt", 1, 1, "helene", "inplace"), model) == 8 * count
+    assert needed_bytes(Case("tiny-opt", 1, 1, "hizoo", "shadow"), model) == (4 + 2) * count
+    assert needed_bytes(Case("tiny-opt", 1, 1, "mezo", "foreach"), model) == 2 * count
+    assert make(Case("tiny-opt", 1, 1, "lezo", "shadow"), model).layers.num_dropped == 1
+
+
+@pytest.mark.parametrize(("name", "millions"), [
+    ("demo", 22.565376), ("opt-125m", 125.239296), ("opt-1.3b", 1315.758080), ("opt-13b", 12853.473280),
+    ("qwen-0.6b", 596.049920), ("qwen-8b", 8190.735360),
+])  # fmt: skip
+def test_shapes_are_those_of_the_models(name: str, millions: float) -> None:
+    """Numbers of parameters of the published checkpoints; of the demo, those that `zokern finetune` trains."""
+    assert models.parameters(name) / 1e6 == pytest.approx(millions, abs=1e-6)
+
+
+def test_models_leave_torch_as_it_was() -> None:
+    state = torch.random.get_rng_state()
+    first, second = (models.build("tiny-qwen", torch.bfloat16, CPU) for _ in range(2))
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_scaling(tmp_path: Path) -> None:
+    wanted = scaling.Settings(
+        (100_000, 400_000), ("float32", "bfloat16"), ("mezo", "hizoo"), ("auto",), "cpu", rounds=2
+    )
+    scaling.Run(wanted, tmp_path / "s").run()
+    rows = load(tmp_path / "s")["results"]
+    assert len(rows) == 8
+    for row in rows:
+        size = {"float32": 4, "bfloat16": 2}[row["dtype"]]
+        assert row["placement"] == {"float32": "inplace", "bfloat16": "stream"}[row["dtype"]]
+        assert row["passes_per_step"] == 3
+        assert row["weights_bytes"] == size * row["parameters"]
+        assert row["state_bytes"] == (4 * row["parameters"] if row["method"] == "hizoo" else 0)
+        assert row["extra_bytes"] >= row["state_bytes"]
+        assert row["ns_per_parameter"]["rounds"] == len(row["each"]) == 2
+    assert {len(row) for row in step_tables.scaling_rows(rows)} == {len(step_tables.SCALING_COLUMNS)}
+
+
+def test_sizes_of_scaling_are_met() -> None:
+    for size in (10**7, 10**8, 10**9):
+        model = scaling.build(size, torch.float32, torch.device("meta"))
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(size, rel=0.1)
+
+
+def test_scaling_records_what_it_leaves_out(tmp_path: Path) -> None:
+    wanted = scaling.Settings((100_000, 10**6), ("float32",), ("mezo",), ("auto",), "cpu", rounds=1, memory_limit=10**6)
+    rows = scaling.Run(wanted, tmp_path / "s").run()
+    assert sorted(row["status"] for row in rows) == ["does not fit", "timed"]
+    assert len(step_tables.scaling_notes(rows)) == len(step_tables.scaling_rows(rows)) == 1
+    wanted = scaling.Settings((100_000,), ("float32",), ("mezo",), ("auto",), "cpu", time_limit=0.0)
+    scaling.Run(wanted, tmp_path / "s").run()
+    assert [row["status"] for row in load(tmp_path / "s")["results"]] == ["left out"]
+
+
+app = typer.Typer()
+app.command()(commands_step.step)
+app.command()(commands_step.scaling)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("step --model opt-2b", "--model: 'opt-2b' is not known"),
+        ("step --methods mezzo", "--methods: 'mezzo' is not known"),
+        ("step --placements inplace,up", "--placements: 'up' is not known"),
+        ("step --tokens 16", "--tokens: '16' is not rows x length"),
+        ("step --tokens 0x8", "--tokens: '0x8' is not rows x length"),
+        ("step --model demo --tokens 8x1024", "--tokens: rows of demo have at most 512"),
+        ("step --dtype float64", "--dtype: 'float64' is not known"),
+        ("step --dtype float32,bfloat16", "--dtype: one is needed"),
+        ("step --device tpu", "--device: 'tpu' is not known"),
+        ("step --device cuda:99", "--device: --device is 'cuda:99'"),
+        ("step --rounds 0", "--rounds: is 0; allowed: at least 1"),
+        ("step --steps 0", "--steps: is 0"),
+        ("step --time-limit -1", "--time-limit: is -1.0"),
+        ("step --memory-limit 0", "--memory-limit: is 0.0"),
+        ("step --output no/such/x.json", "--output: there is no directory no/such"),
+        ("scaling --sizes 3", "--sizes: '3' is not a number"),
+        ("scaling --sizes 10M,many", "--sizes: 'many' is not a number"),
+        ("scaling --dtypes int8", "--dtypes: 'int8' is not known"),
+    ],
+)
+def test_bad_values_are_refused_by_name(command: str, message: str) -> None:
+    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert f"Invalid value for {message}" in done.output
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = "step --model tiny-opt --tokens 2x8 --quick --device cpu"
+    done = CliRunner().invoke(app, command.split(" "), env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "tiny-opt 2x8 mezo inplace" in done.output
+    assert len(load(tmp_path / "step-cpu.json")["results"]) == 3
+    done = CliRunner().invoke(app, ["scaling", "--sizes", "100k", "--quick", "--device", "cpu", "--output", "s.json"])
+    assert done.exit_code == 0, done.output
+    assert len(load(tmp_path / "s.json")["results"]) == 2

@@ -1,0 +1,95 @@
+"""Checks of what the benchmark commands were given: a value is refused by its option's name, with what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from zokern.bench.models import MODELS
+
+if TYPE_CHECKING:
+    import torch
+
+UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def refuse(option: str, message: str) -> typer.BadParameter:
+    """The error of a value that `option` cannot have."""
+    return typer.BadParameter(message, param_hint=option)
+
+
+def choices(text: str, option: str, allowed: Iterable[str]) -> tuple[str, ...]:
+    """A list with commas, in the order given, each once; all: every one."""
+    allowed, given = list(allowed), [part.strip() for part in text.split(",") if part.strip()]
+    if given == ["all"]:
+        given = allowed
+    for name in given:
+        if name not in allowed:
+            raise refuse(option, f"{name!r} is not known; allowed: {', '.join(allowed)}, or all")
+    if not given:
+        raise refuse(option, f"is empty; allowed: {', '.join(allowed)}, or all")
+    return tuple(dict.fromkeys(given))
+
+
+def tokens(text: str, models: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Shapes like 16x32, which rows of all `models` have room for."""
+    shapes = []
+    for part in text.split(","):
+        rows, _, length = part.strip().partition("x")
+        if not (rows.isdigit() and length.isdigit() and int(rows) and int(length) > 1):
+            raise refuse("--tokens", f"{part!r} is not rows x length; for example 16x32,16x256")
+        shapes.append((int(rows), int(length)))
+    for name in models:
+        longest = MODELS[name].longest
+        if max(length for _, length in shapes) > longest:
+            raise refuse("--tokens", f"rows of {name} have at most {longest} tokens; run it with shorter ones")
+    return tuple(dict.fromkeys(shapes))
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Numbers of parameters like 10M, ascending."""
+    sizes = []
+    for part in (p.strip() for p in text.split(",")):
+        number, unit = (part[:-1], UNITS[part[-1]]) if part[-1:] in UNITS else (part, 1)
+        if not number.isdigit() or int(number) * unit < 100_000:
+            raise refuse("--sizes", f"{part!r} is not a number of parameters from 100k on; for example 10M,100M,1G")
+        sizes.append(int(number) * unit)
+    return tuple(sorted(set(sizes)))
+
+
+def chosen_device(text: str) -> torch.device:
+    """The device; auto: the first GPU, where there is one."""
+    from zokern.finetune.models import choose_device
+    from zokern.finetune.options import FinetuneError
+
+    if not (text in ("auto", "cpu", "cuda") or (text.startswith("cuda:") and text[5:].isdigit())):
+        raise refuse("--device", f"{text!r} is not known; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
+    try:
+        return choose_device(text)
+    except FinetuneError as error:
+        raise refuse("--device", str(error)) from error
+
+
+def limits(rounds: int | None, steps: int, time_limit: float | None, memory_limit: float | None) -> None:
+    """Checks the numbers that both commands take."""
+    for option, value, least in (("--rounds", rounds, 1), ("--steps", steps, 1), ("--time-limit", time_limit, 0)):
+        if value is not None and not value >= least:
+            raise refuse(option, f"is {value}; allowed: at least {least}")
+    if memory_limit is not None and not memory_limit > 0:
+        raise refuse("--memory-limit", f"is {memory_limit}; allowed: above 0 GB")
+
+
+def gigabytes(value: float | None) -> int | None:
+    """GB as bytes."""
+    return None if value is None else int(value * 1e9)
+
+
+def output_path(output: Path | None, name: str, device: torch.device) -> Path:
+    """Where the results go; its directory must be there."""
+    path = output or Path(f"{name}-{device.type}.json")
+    if not path.parent.is_dir():
+        raise refuse("--output", f"there is no directory {path.parent}; make it first")
+    return path
