@@ -102,12 +102,22 @@ def build(seconds: float) -> list[Command]:
 
 
 def pytest_runs(out: Path) -> list[Command]:
-    ignored = [f"--ignore={TESTS / name}" for name in (*untestable(), "test_machine_code.py", "test_gpu_suite.py")]
+    ignored = [
+        f"--ignore={TESTS / name}" for name in (*untestable(), "test_machine_code.py", "test_machine_code_table.py")
+    ]
     workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []  # Triton compiles for most of the time
     base = [sys.executable, "-m", "pytest", str(TESTS), *ignored, "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
     return [
         [*base, "-m", "gpu", f"--junitxml={out / 'tests-gpu.xml'}"],
-        [*base, *workers, "-m", "not gpu", "-k", "cuda or triton", f"--junitxml={out / 'tests-backends.xml'}"],
+        [
+            *base,
+            *workers,
+            "-m",
+            "not gpu and not slow_machine_code",
+            "-k",
+            "cuda or triton",
+            f"--junitxml={out / 'tests-backends.xml'}",
+        ],
     ]
 
 
@@ -154,6 +164,7 @@ def step(out: Path, model: str) -> Section:
 def all_sections(out: Path) -> list[Section]:
     cap = (gpu() or {}).get("compute_cap", "")
     plain = ("torch", "numpy")
+    plotting = [] if importlib.util.find_spec("matplotlib") else ["--no-plot"]
     jobs = max(min((os.cpu_count() or 2) // 2, 8), 1)
     return [
         Section("build", "the extension, for this GPU's architecture", build, 170, 60,
@@ -172,8 +183,10 @@ def all_sections(out: Path) -> list[Section]:
         Section("equality-large", "bits again, 50 million elements",
                 lambda s: [equality(out, "equality-large", 50_000_000, (jobs + 1) // 2, s)],
                 60, 20, lambda: lacks(plain)),
-        Section("kernels", "every kernel's time", lambda s: [bench(out, "kernels")], 120, 40,
-                lambda: lacks(("torch", "typer", "rich"))),
+        Section("kernels", "every kernel's time",
+                lambda s: [bench(out, "kernels", "--time-limit", int(max(s - 25, 10)), *plotting)], 120, 40,
+                lambda: lacks(("torch", "typer", "rich")),
+                lambda: "no pictures, for the lack of matplotlib" if plotting else ""),
         step(out, "opt-1.3b"),
         step(out, "opt-13b"),
     ]  # fmt: skip
