@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ import pass_cases  # noqa: E402
 import sanitizer_program  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """The programs ask for Triton's interpreter on a CPU, which must not reach other tests where there is a GPU."""
+    before = os.environ.get("TRITON_INTERPRET")
+    yield
+    os.environ.pop("TRITON_INTERPRET", None)
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before
 
 
 @pytest.fixture
@@ -126,6 +136,8 @@ def test_sanitizer_program_finds_wrong_bits(
     command = ["--device", "cpu", "--backends", "cpu", "--elements", "400", "--cases", "40"]
     assert sanitizer_program.main(command) == 0
     assert "40 of cpu passes, 0 with wrong bits" in capsys.readouterr().out
+    assert sanitizer_program.main([*command, "--time-limit", "1e-9"]) == 1  # nothing was checked
+    assert "time limit: 0 of 40 cases" in capsys.readouterr().out
     broken_cpu("momentum")
     assert sanitizer_program.main(command) == 1
     assert "'rule': 'momentum'" in capsys.readouterr().out
