@@ -31,6 +31,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov=zokern --cov-report=term:skip-covered
 
+test-slow: setup
+	$(BIN)/python -m pytest -m slow_machine_code
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,8 @@ PIPES = {
     "fp32": r"FFMA|FMUL|FADD",
     "imad.wide": r"IMAD\.(WIDE|HI)",
     "imad": r"IMAD",
-    "convert": r"I2F|F2F|F2I|HADD2\.F32",
+    "xu": r"I2F(?!P)|F2I(?!P)|MUFU",  # on sm_80 an int becomes a float in the unit for transcendental functions
+    "convert": r"I2FP|F2F|HADD2\.F32",
     "memory": r"LD|ST(?!L)|STL|ATOM|RED",
     "branch": r"BRA|BRX|BSSY|BSYNC|WARPSYNC|EXIT|CALL|RET|BREAK",
     "barrier": r"BAR",
@@ -155,8 +157,10 @@ def find_loops(blocks: list[Block]) -> list[Loop]:
             if successor <= index:
                 latches.setdefault(successor, set()).add(index)
     return [
-        Loop(header, frozenset(ends), frozenset(reachable(ends, backward, live - {header}) | {header}))
+        Loop(header, frozenset(ends), frozenset(reachable(ends, backward, live - {header}) & ahead | {header}))
         for header, ends in sorted(latches.items())
+        # A loop that is entered at its end has its entry's blocks behind the latches too, but not ahead of the header.
+        for ahead in [reachable([header], [b.successors for b in blocks], live)]
     ]
 
 
@@ -179,14 +183,19 @@ class Report:
     global_bytes_in_loop: list[int]  # of each access on the hot path
     pipes: dict[str, int]  # instructions on the hot path
     pipes_extra_seed: dict[str, int]
+    per_element: dict[str, float]  # instructions by pipe, for one seed; together slots_per_element_k1
 
 
 def _code(blocks: list[Block], indices: Iterable[int]) -> list[Instruction]:
     return [i for index in indices for i in blocks[index].code if i.opcode != "NOP"]
 
 
-def _path(blocks: list[Block], loop: Loop, without: set[int]) -> list[Instruction]:
+def _path(
+    blocks: list[Block], loop: Loop, without: set[int], passing: frozenset[int] | set[int] = frozenset()
+) -> list[Instruction]:
     """Code of the way round the loop, avoiding the blocks `without`, that an ordinary iteration takes.
+
+    Through the blocks `passing`, those of inner loops, it goes without counting them and without going round.
 
     It is that with the most normals (rather than signs), then the most stored (every state), then, in loops without
     normals, the most arithmetic (a guard for "no seeds" jumps over it), then the shortest (no fix-ups, and no stochastic
@@ -196,14 +205,15 @@ def _path(blocks: list[Block], loop: Loop, without: set[int]) -> list[Instructio
 
     @functools.cache
     def best(block: int) -> tuple[tuple[int, int, int, int], tuple[int, ...]] | None:
-        code = _code(blocks, [block])
+        code = [] if block in passing else _code(blocks, [block])
         stored = sum(i.global_bytes for i in code if i.opcode.startswith("STG"))
         arithmetic = 0 if has_normals else sum(i.pipe == "fp32" for i in code)
         following: list[tuple[tuple[int, int, int, int], tuple[int, ...]]] = (
             [((0, 0, 0, 0), ())] if loop.header in blocks[block].successors else []
         )
         for successor in blocks[block].successors:
-            if successor in loop.blocks and successor != loop.header and successor not in without:
+            again = block in passing and successor <= block
+            if successor in loop.blocks and successor != loop.header and successor not in without and not again:
                 following += [way for way in [best(successor)] if way is not None]
         if not following:
             return None
@@ -212,7 +222,7 @@ def _path(blocks: list[Block], loop: Loop, without: set[int]) -> list[Instructio
         return cost, (block, *rest)
 
     way = None if loop.header in without else best(loop.header)
-    return _code(blocks, way[1]) if way else []
+    return _code(blocks, [block for block in way[1] if block not in passing]) if way else []
 
 
 def _ffma(code: list[Instruction]) -> int:
@@ -240,11 +250,19 @@ class HotLoop:
         conversions = _conversions(self.inner)
         return len(self.inner) / (conversions * 2 / 3 if conversions else _ffma(self.inner))
 
-    def slots(self, stored_size: int) -> float:
-        """Slots per element for one seed. It runs in the inner loop unless it is peeled off, with its own noise."""
-        per_element = len(self.code) / (self.stored_bytes // stored_size)
+    def per_element(self, stored_size: int) -> dict[str, float]:
+        """Instructions per element by pipe, for one seed. It runs in the inner loop unless it is peeled off."""
+        elements = self.stored_bytes // stored_size
+        counts = Counter({pipe: n / elements for pipe, n in Counter(i.pipe for i in self.code).items()})
         noise = _conversions if _conversions(self.inner) else _ffma
-        return per_element if noise(self.code) >= noise(self.inner) / 2 else per_element + self.extra
+        if noise(self.code) < noise(self.inner) / 2:
+            inner_elements = len(self.inner) / self.extra
+            counts.update({pipe: n / inner_elements for pipe, n in Counter(i.pipe for i in self.inner).items()})
+        return dict(counts.most_common())
+
+    def slots(self, stored_size: int) -> float:
+        """Slots per element for one seed."""
+        return math.fsum(self.per_element(stored_size).values())
 
 
 def _hot_loops(blocks: list[Block]) -> list[HotLoop]:
@@ -257,6 +275,8 @@ def _hot_loops(blocks: list[Block]) -> list[HotLoop]:
         wide = max(stores, default=0)
         narrow = {b for b in loop.blocks if any(0 < i.global_bytes < wide for i in _element_accesses(blocks[b].code))}
         code = _path(blocks, loop, inside | narrow)
+        if not code:  # no way leads past the loop over seeds: there is at least one
+            code = _path(blocks, loop, narrow - inside, inside)
         stored = sum(i.global_bytes for i in code if i.opcode.startswith("STG"))
         # The loop over seeds; of two, the shorter is that over the seeds whose keys are ready.
         inner = max((_path(blocks, other, set()) for other in within), key=lambda c: (_ffma(c), -len(c)), default=[])
@@ -275,7 +295,7 @@ def analyse(name: str, arch: int, blocks: list[Block], stored_size: int, registe
     spills = sum(bool(re.match(r"LDL|STL", i.opcode)) for i in _code(blocks, range(len(blocks))))
     hot = _hot_loops(blocks)
     if not hot:
-        return Report(name, arch, registers, stack_bytes, spills, 0, None, None, 0, [], {}, {})
+        return Report(name, arch, registers, stack_bytes, spills, 0, None, None, 0, [], {}, {}, {})
     one = min(hot, key=lambda h: h.slots(stored_size))
     more = min((h for h in hot if h.inner), key=lambda h: h.extra, default=None)
     extra_code = more.inner if more else []
@@ -286,6 +306,7 @@ def analyse(name: str, arch: int, blocks: list[Block], stored_size: int, registe
         global_bytes_in_loop=[i.global_bytes for i in one.code if i.global_bytes],
         pipes=dict(Counter(i.pipe for i in one.code).most_common()),
         pipes_extra_seed=dict(Counter(i.pipe for i in extra_code).most_common()),
+        per_element=one.per_element(stored_size),
     )  # fmt: skip
 
 
@@ -367,32 +388,44 @@ def compile_cuda(source: Path, arch: int, flags: Sequence[str] = ()) -> list[Rep
         return analyse_cubin(cubin, arch)
 
 
-def compile_triton(arch: int) -> list[Report]:
-    """The Triton pass with the options it is launched with: the first-order one in every dtype, distribution and
-    rounding, and the other rules of bf16 and fp32 weights with normals and float32 states."""
+def triton_kinds() -> Iterator[tuple[Rule, Any, str, str]]:
+    """Rule, dtype, distribution and rounding of the Triton passes that are counted: the first-order one in all of them,
+    the other rules of bf16 and fp32 weights with normals and float32 states."""
     from zokern.backends.triton import launch
     from zokern.rules import RULES
 
-    reports = []
     for rule in RULES.values():
         first_order = rule.name == "axpy"
         for dtype in [dtype for dtype in launch.DTYPES.values() if first_order or str(dtype) != "fp16"]:
             for distribution in ("normal", "rademacher") if first_order else ("normal",):
                 for rounding in ("nearest",) if dtype.primitive_bitwidth == 32 else ("nearest", "stochastic"):
-                    name = f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"
-                    cubin = _triton_cubin(arch, rule, dtype, distribution, rounding)
-                    with tempfile.TemporaryDirectory() as folder:
-                        path = Path(folder) / "kernel.cubin"
-                        path.write_bytes(cubin)
-                        stored_size = dtype.primitive_bitwidth // 8 + 4 * rule.written
-                        reports += analyse_cubin(path, arch, stored_size, name)
+                    yield rule, dtype, distribution, rounding
+
+
+def compile_triton(arch: int) -> list[Report]:
+    """The Triton passes for sm_<arch>, with the options they are launched with."""
+    reports = []
+    for rule, dtype, distribution, rounding in triton_kinds():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(_triton_cubin(arch, rule, dtype, distribution, rounding))
+            stored_size = dtype.primitive_bitwidth // 8 + 4 * rule.written
+            name = f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"
+            reports += analyse_cubin(path, arch, stored_size, name)
     return reports
 
 
 def _triton_cubin(arch: int, rule: Rule, dtype: Any, distribution: str, rounding: str) -> bytes:
+    from triton.backends.compiler import GPUTarget
+
+    cubin: bytes = compile_pass(GPUTarget("cuda", arch, 32), rule, dtype, distribution, rounding)["cubin"]
+    return cubin
+
+
+def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, rounding: str) -> dict[str, Any]:
+    """The Triton pass for a target, in all its forms by name, with the options and hints that a launch gives it."""
     import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from zokern.backends.triton import kernels, launch
@@ -404,16 +437,15 @@ def _triton_cubin(arch: int, rule: Rule, dtype: Any, distribution: str, rounding
     constants = launch.constants(rule) | {
         "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
         "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
-        "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": launch.BLOCK,
+        "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     # torch's allocations are 16-byte aligned, which the launcher tells Triton of every pointer.
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", arch, 32)
-    cubin: bytes = triton.compile(source, target=target, options=dict(launch.LAUNCH_OPTIONS)).asm["cubin"]
-    return cubin
+    assembly: dict[str, Any] = triton.compile(source, target=target, options=dict(launch.LAUNCH_OPTIONS)).asm
+    return assembly
 
 
 # ------------------------------------------------------------------------------------------------------ command line

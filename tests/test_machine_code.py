@@ -222,6 +222,34 @@ def test_counter_adds_the_inner_loop_where_the_first_seed_is_in_it() -> None:
     assert analyse(listing).slots_per_element_k1 == 7 / 8 + 3
 
 
+def test_counter_goes_through_an_inner_loop_that_no_way_leads_past() -> None:
+    """Without the guard, as where a kernel has a loop of its own for "no seeds": two slots less, the seed's three more."""
+    listing = LISTING.replace("               @P1 BRA `(.L_x_2) ;", "                   MOV R9, R9 ;").replace(
+        "/*0040*/                   FFMA", "/*0040*/                   IADD3"
+    )
+    report = analyse(listing)
+    assert report.slots_per_element_k1 == 8 / 8 + 3  # a MOV for the branch, and the MOV that it jumped over
+    assert report.slots_per_extra_seed == 3
+
+
+def test_counts_per_element_by_pipe_sum_up_to_the_slots() -> None:
+    assert analyse(LISTING).per_element == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
+    report = analyse(LISTING.replace("/*0040*/                   FFMA", "/*0040*/                   IADD3"))
+    assert report.per_element == {
+        "branch": 3 / 8 + 1, "memory": 2 / 8, "imad.wide": 1 / 8, "int": 1 / 8, "fp32": 1, "uniform": 1
+    }  # fmt: skip
+    assert sum(report.per_element.values()) == report.slots_per_element_k1
+
+
+@pytest.mark.parametrize(
+    ("opcode", "pipe"),
+    [("I2F", "xu"), ("I2F.U32", "xu"), ("I2FP.F32.S32", "convert"), ("F2FP.BF16.F32.PACK_AB", "convert"),
+     ("IMAD.WIDE.U32", "imad.wide"), ("IMAD.MOV.U32", "imad"), ("UIADD3", "uniform"), ("LOP3.LUT", "int")],
+)  # fmt: skip
+def test_pipes(opcode: str, pipe: str) -> None:
+    assert machine_code.Instruction(False, opcode, "").pipe == pipe
+
+
 def test_counter_leaves_a_loop_by_a_call_that_does_not_return() -> None:
     listing = LISTING.replace("@P2 BRA `(.L_x_1) ;", "@P2 CALL.REL.NOINC `(.L_x_2) ;\n /*0098*/ BRA `(.L_x_1) ;")
     assert listing != LISTING

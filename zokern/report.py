@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterable
 
 import torch
-from rich.console import Console
-from rich.table import Table as RichTable
 
 import zokern
 from zokern import backends, reference
@@ -72,6 +70,9 @@ def self_check(backend: str, device: torch.device) -> str | None:
 
 def main() -> int:
     """Prints the report; 1 if a backend that says it runs gives wrong bits."""
+    from rich.console import Console  # here, because benchmarks ask for the versions where rich is not installed
+    from rich.table import Table as RichTable
+
     console = Console()
     table = RichTable(title="zokern", show_header=False)
     for name, version in versions().items():

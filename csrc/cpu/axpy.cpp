@@ -28,12 +28,15 @@ void axpy(const Pass& pass, DType dtype, int64_t first, int64_t last) {
 
 uint64_t normal_checksum(uint64_t first, uint64_t last) {
   uint64_t sum = 0;
-  for (uint64_t w = first; w < last; w += Lanes::W) {
+  const auto add = [&sum](uint64_t w, int count) {
     Lanes::f32 z0, z1;
     normal_pair<Lanes>(Lanes::iota() + uint32_t(w), z0, z1);
     const Lanes::u32 b0 = Lanes::bits(z0), b1 = Lanes::bits(z1);
-    for (int l = 0; l < Lanes::W; ++l) sum += b0[l] * (2 * (w + l) + 1) + b1[l] * (2 * (w + l) + 2);
-  }
+    for (int l = 0; l < count; ++l) sum += b0[l] * (2 * (w + l) + 1) + b1[l] * (2 * (w + l) + 2);
+  };
+  uint64_t w = first;
+  for (; w + Lanes::W <= last; w += Lanes::W) add(w, Lanes::W);
+  if (w < last) add(w, int(last - w));
   return sum;
 }
 

@@ -21,6 +21,7 @@ namespace {
 
 std::string describe(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return {};
+  cudaGetLastError();  // or the next launch would be blamed for it
   return std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")";
 }
 

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from zokern.bench import commands_step
 from zokern.bench.cases import BENCHMARKS, DEFAULT_DTYPES, DTYPES
 from zokern.bench.shapes import MIN_ELEMENTS
 
@@ -125,9 +126,8 @@ def list_() -> None:
     Console().print(table)
 
 
-# Whole steps: `step` and `scaling` of commands_step.py go here, as
-#   app.command()(commands_step.step)
-#   app.command()(commands_step.scaling)
+app.command()(commands_step.step)
+app.command()(commands_step.scaling)
 
 
 def run_kernels(

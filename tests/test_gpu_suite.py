@@ -1,0 +1,266 @@
+"""The suite's runner, driven with sections that sleep, fail and print; and its command line on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_suite  # noqa: E402
+import suite_runner  # noqa: E402
+from suite_runner import Runner, Section, choose  # noqa: E402
+
+PYTHON = sys.executable
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_runner, "GRACE", (0.5, 0.5))
+    monkeypatch.setattr(suite_runner, "RESERVE", 0.0)
+
+
+def section(name: str, code: str, budget: float = 20, minimum: float = 0.1, **more: Any) -> Section:
+    return Section(name, "a fake", lambda seconds: [[PYTHON, "-c", code]], budget, minimum, **more)
+
+
+def run(tmp_path: Path, *sections: Section, deadline: float = 60) -> tuple[int, dict[str, Any], str]:
+    said: list[str] = []
+    out = tmp_path / "out"
+    code = Runner(out, deadline, {"machine": "fake"}, said.append).run(sections)
+    return code, json.loads((out / "summary.json").read_text()), "\n".join(said)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and was not collected (a zombie) does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition: Any, what: str) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def test_passes_logs_and_packs(tmp_path: Path) -> None:
+    env = {"SUITE_WORD": "hello"}
+    code, summary, said = run(tmp_path, section("a", "import os; print(os.environ['SUITE_WORD'])", env=env),
+                              section("b", "print('bye')", note=lambda: "7 of 7"))  # fmt: skip
+    assert code == 0
+    assert summary["machine"] == "fake"
+    assert not summary["interrupted"]
+    assert [(s["name"], s["status"], s["why"]) for s in summary["sections"]] == [
+        ("a", "passed", ""), ("b", "passed", "7 of 7")
+    ]  # fmt: skip
+    assert "hello\n" in (tmp_path / "out" / "logs" / "a.log").read_text()
+    with tarfile.open(tmp_path / "out" / "suite.tar.gz") as tar:
+        assert {"summary.json", "logs", "logs/a.log", "logs/b.log"} == set(tar.getnames())
+    last = said.splitlines()[-3:]
+    assert [line.split()[0] for line in last] == ["section", "a", "b"]
+
+
+def test_a_failure_is_told_and_the_rest_runs(tmp_path: Path) -> None:
+    code, summary, said = run(tmp_path, section("bad", "print('why it broke'); raise SystemExit(7)"),
+                              section("killed", "import os; os.kill(os.getpid(), 9)"),
+                              section("good", ""))  # fmt: skip
+    assert code == 1
+    assert [(s["status"], s["why"]) for s in summary["sections"]] == [
+        ("failed", "exit code 7"), ("failed", "ended by SIGKILL"), ("passed", "")
+    ]  # fmt: skip
+    assert "  | why it broke" in said
+
+
+def test_all_commands_of_a_section_run(tmp_path: Path) -> None:
+    commands = [[PYTHON, "-c", f"print('number', {i}); raise SystemExit({i})"] for i in (1, 0)]
+    _, summary, _ = run(tmp_path, Section("two", "", lambda s: commands, 20))
+    assert summary["sections"][0]["status"] == "failed"
+    assert "number 0\n" in (tmp_path / "out" / "logs" / "two.log").read_text()
+
+
+def test_a_program_that_is_not_there_fails_its_section(tmp_path: Path) -> None:
+    code, summary, _ = run(tmp_path, Section("gone", "", lambda s: [["/nonexistent/program"]], 20), section("a", ""))
+    assert code == 1
+    assert "/nonexistent/program" in summary["sections"][0]["why"]
+    assert summary["sections"][1]["status"] == "passed"
+
+
+def test_nothing_ran(tmp_path: Path) -> None:
+    code, summary, said = run(tmp_path, section("a", "", reason=lambda: "no such thing here"))
+    assert code == 3
+    assert summary["sections"][0] == {"name": "a", "status": "skipped", "why": "no such thing here", "seconds": 0.0}
+    assert "no such thing here" in said
+
+
+FAMILY = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c",
+    "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; time.sleep(60)"])
+open({path!r}, "w").write(str(child.pid))
+{end}
+"""
+
+
+def test_time_out_ends_children_of_children(tmp_path: Path) -> None:
+    """The child ignores SIGINT, and its own child SIGTERM too."""
+    path = tmp_path / "pid"
+    stubborn = section("stubborn", FAMILY.format(path=str(path), end="time.sleep(60)"), budget=1.5)
+    code, summary, _ = run(tmp_path, stubborn, section("next", ""))
+    assert code == 1
+    assert [s["status"] for s in summary["sections"]] == ["timed out", "passed"]
+    wait_for(lambda: not alive(int(path.read_text())), "the grandchild's end")
+
+
+def test_what_a_passed_section_leaves_running_is_ended(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    assert run(tmp_path, section("forgets", FAMILY.format(path=str(path), end="")))[0] == 0
+    wait_for(lambda: not alive(int(path.read_text())), "the grandchild's end")
+
+
+def test_a_section_that_is_stopped_can_write_what_it_has(tmp_path: Path) -> None:
+    code = f"""
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(tmp_path / "partial")!r}, "w").write("half")
+"""
+    assert run(tmp_path, section("a", code, budget=1.5))[1]["sections"][0]["status"] == "timed out"
+    assert (tmp_path / "partial").read_text() == "half"
+
+
+def test_the_deadline_is_shared_and_leaves_the_minimum_of_what_follows(tmp_path: Path) -> None:
+    told: list[float] = []
+
+    def commands(seconds: float) -> list[list[str]]:
+        told.append(seconds)
+        return [[PYTHON, "-c", ""]]
+
+    sections = [Section(n, "", commands, 600, minimum) for n, minimum in (("a", 1), ("b", 500), ("c", 30))]
+    code, summary, _ = run(tmp_path, *sections, deadline=560)
+    assert code == 0
+    assert told[0] <= 560 - 530  # what b and c need is kept for them
+    assert 500 < told[1] <= 560 - 30 < told[2] <= 560
+    assert [s["status"] for s in summary["sections"]] == ["passed"] * 3
+    told.clear()
+    code, summary, _ = run(tmp_path / "2", *sections, deadline=31.5)
+    assert [s["status"] for s in summary["sections"]] == ["skipped", "skipped", "passed"]
+    assert "it needs 500" in summary["sections"][1]["why"]
+    assert len(told) == 1
+    told.clear()
+    run(tmp_path / "3", Section("d", "", commands, 7), deadline=60)
+    assert told == [7]  # its budget, however long the deadline
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C while the second of three sections runs."""
+    started = tmp_path / "started"
+    pid = os.getpid()
+
+    def interrupt() -> None:
+        wait_for(started.exists, "the section")
+        os.kill(pid, number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    slow = section("slow", f"import time; open({str(started)!r}, 'w').close(); time.sleep(60)")
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    code, summary, _ = run(tmp_path, section("a", ""), slow, section("c", ""))
+    thread.join()
+    assert code == 130
+    assert summary["interrupted"]
+    assert [s["status"] for s in summary["sections"]] == ["passed", "interrupted", "skipped"]
+    assert (tmp_path / "out" / "suite.tar.gz").exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_choice_of_sections() -> None:
+    sections = [section(name, "") for name in "abc"]
+    assert [s.name for s in choose(sections, [], [])] == ["a", "b", "c"]
+    assert [s.name for s in choose(sections, ["c", "a"], ["a"])] == ["c"]
+    with pytest.raises(ValueError, match=r"--only has 'd'; the sections are a, b, c"):
+        choose(sections, ["d"], [])
+    with pytest.raises(ValueError, match=r"--skip has 'x', 'y'"):
+        choose(sections, [], ["x", "y"])
+    with pytest.raises(ValueError, match="leave no section"):
+        choose(sections, ["a"], ["a"])
+
+
+def suite(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": PYTHON}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.skipif(gpu_suite.gpu() is not None, reason="there is a GPU here")
+def test_without_a_gpu_every_section_is_skipped(tmp_path: Path) -> None:
+    done = suite(str(tmp_path / "new"))
+    assert done.returncode == 3, done.stderr
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())
+    assert summary["gpu"] is None
+    assert {s["why"] for s in summary["sections"]} == {gpu_suite.NO_GPU}
+    assert [s["name"] for s in summary["sections"]] == [s.name for s in gpu_suite.all_sections(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "OUTDIR is missing"),
+        (["{here}"], "is not an empty folder"),
+        (["{here}/new", "--only", "kernel"], "--only has 'kernel'; the sections are build, "),
+        (["{here}/new", "--deadline", "0"], "--deadline is 0.0"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = suite(*(a.format(here=tmp_path) for a in arguments))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "gpu", lambda: {"name": "a GPU"})
+    assert gpu_suite.lacks(("torch",)) is None
+    reason = gpu_suite.lacks(("torch", "no_such_package"), ("no-such-program",))
+    assert reason == "this machine lacks the Python package no_such_package, the program no-such-program"
+
+
+def test_every_script_and_test_file_that_the_sections_name_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "gpu", lambda: {"name": "a GPU", "compute_cap": "9.0"})
+    sections = gpu_suite.all_sections(Path("/out"))
+    commands = [command for s in sections for command in s.commands(60)]
+    paths = [Path(word) for command in commands for word in command if word.startswith(str(ROOT))]
+    assert len(paths) >= 7
+    assert all(path.exists() for path in paths)
+    assert sections[0].env["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert sum(s.minimum for s in sections) + suite_runner.RESERVE < gpu_suite.DEADLINE < 540.1
+
+
+def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_suite.untestable() == {}
+    real = gpu_suite.importlib.util.find_spec
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda n: None if n == "hypothesis" else real(n))
+    assert gpu_suite.untestable()["test_properties.py"] == "hypothesis"
+    assert "test_ops.py" not in gpu_suite.untestable()
+
+
+def test_counts_of_the_tests_are_told(tmp_path: Path) -> None:
+    cases = '<testsuite tests="9" failures="1" errors="1" skipped="3"/>'
+    (tmp_path / "tests-gpu.xml").write_text(f"<testsuites>{cases}</testsuites>")
+    assert gpu_suite.tests_note(tmp_path) == "tests-gpu: 4 passed, 2 failed, 3 skipped"

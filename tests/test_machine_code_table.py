@@ -1,0 +1,208 @@
+"""The stored machine code and what is predicted from it; the counter of AMD code; slowly, the other architectures.
+
+`make test-slow` compiles for sm_80, sm_100 and gfx942, which takes minutes: `pytest -m slow_machine_code`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zokern.bench import model
+from zokern.rules import RULES
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import amdgcn  # noqa: E402
+import machine_code_table  # noqa: E402
+
+STORED = json.loads(machine_code_table.STORED.read_text())
+ROWS: list[dict[str, Any]] = STORED["kernels"]
+# What spills all the same: two accesses of local memory each, of kernels that are bound by global memory.
+SPILLS = {
+    ("triton hizoo_restore<bf16, normal, stochastic>", 100): 2,
+    ("triton helene<bf16, normal, nearest>", 100): 2,
+}
+
+
+def row(rule: str = "axpy", arch: int | str = 90, backend: str = "cuda", **more: Any) -> dict[str, Any]:
+    """The stored row of a kernel; by default CUDA's for one seed, bfloat16, normals, nearest."""
+    wanted = {"backend": backend, "rule": rule, "arch": arch, "dtype": "bfloat16", "state": "float32",
+              "distribution": "normal", "rounding": "nearest",
+              "seeds": "one" if backend == "cuda" else "any"} | more  # fmt: skip
+    (found,) = [r for r in ROWS if all(r[key] == value for key, value in wanted.items())]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, "gfx942"])
+def test_every_kernel_is_stored_for_every_architecture(arch: int | str) -> None:
+    mine = [r for r in ROWS if r["arch"] == arch]
+    triton = {r["name"] for r in mine if r["backend"] == "triton"}
+    assert {r["rule"] for r in mine if r["backend"] == "triton"} == set(RULES)
+    assert triton == {r["name"] for r in ROWS if r["arch"] == 90 and r["backend"] == "triton"}
+    if arch != "gfx942":
+        cuda = {r["name"] for r in mine if r["backend"] == "cuda"}
+        assert cuda == {r["name"] for r in ROWS if r["arch"] == 90 and r["backend"] == "cuda"}
+        assert {r["rule"] for r in mine if r["backend"] == "cuda"} == set(RULES)
+    for r in mine:
+        assert 5 < r["slots"] == pytest.approx(sum(r["pipes"].values()), abs=1e-3)
+        assert r["vector_bytes"] == 16
+        assert r["spills"] == SPILLS.get((r["name"], arch), 0)
+        assert (r["slots_per_extra_seed"] is None) == (r["seeds"] == "one")
+
+
+def test_names_are_understood() -> None:
+    name = ("zk::cuda::rule_kernel<__half, __nv_bfloat16, zk::gpu::HiZOO<true>, (zk::Distribution)2, (zk::Rounding)1, "
+            "(zk::cuda::Seeds)1>")  # fmt: skip
+    assert machine_code_table.kind(name) == {
+        "backend": "cuda", "name": name, "rule": "hizoo_restore", "dtype": "float16", "state": "bfloat16",
+        "distribution": "any", "rounding": "stochastic", "seeds": "any",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no name of a kernel"):
+        machine_code_table.kind("vector_add")
+    assert {machine_code_table.kind(r["name"])["rule"] for r in ROWS} == set(RULES)
+
+
+def test_measured_shares_are_read_where_there_are_any(tmp_path: Path) -> None:
+    assert machine_code_table.measured(row(), tmp_path) == []
+    case = {"rule": "axpy", "dtype": "bfloat16", "distribution": "normal", "rounding": "nearest", "state_dtype": "float32",
+            "seeds": 1, "left_out": 0.0}  # fmt: skip
+    ways = {"zokern cuda": {"share_of_copy": 0.5}, "zokern triton": {"share_of_copy": 0.25}}
+    cases = [case, case | {"seeds": 4}, case | {"dtype": "float32"}]
+    run = {"machine": {"gpu": "a GPU"}, "results": {str(i): {"case": c, "ways": ways} for i, c in enumerate(cases)}}
+    (tmp_path / "kernels-axpy-cuda.json").write_text(json.dumps(run))
+    assert machine_code_table.measured(row(), tmp_path) == ["50% (a GPU)"]
+    assert machine_code_table.measured(row(backend="triton"), tmp_path) == ["25% (a GPU)"]
+    assert machine_code_table.measured(row("hizoo"), tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+def test_model_by_hand() -> None:
+    """Issue-bound on sm_90: 26 instructions, 14 of them FP32; on sm_80 FP32 and products share 64 lanes."""
+    pipes = {"fp32": 14.0, "imad": 1.0, "imad.wide": 2.5, "int": 6.5, "convert": 2.0}
+    busy = model.clocks(pipes, 90)
+    assert busy == {"fma": 20 / 128, "heavy": 6 / 64, "alu": 8.5 / 64, "xu": 0.0, "issue": 26 / 128}
+    assert model.clocks(pipes | {"xu": 1.5}, 80)["fma"] == 20 / 64
+    assert model.clocks(pipes | {"xu": 1.5}, 80)["xu"] == 1.5 / 16
+    kernel = {"arch": 90, "pipes": pipes}
+    unit, seconds = model.compute_limit(kernel, "NVIDIA H200")
+    assert unit == "issue"
+    assert seconds == pytest.approx(26 / 128 / (132 * 1.98e9))
+    memory = 4 / (0.9 * 4.8e12)
+    assert model.predicted_share(kernel, 4, "H200") == pytest.approx((1 + (seconds / memory) ** 4) ** -0.25)
+
+
+def test_share_at_the_ends() -> None:
+    """No time for arithmetic, equal times, and arithmetic that takes a hundred times as long."""
+    memory = 4 / model.DEVICES["H200"].copy_bandwidth
+    equal = memory * 132 * 1.98e9 * 128
+    for slots, share in ((0.01 * equal, 1.0), (equal, 0.5**0.25), (100 * equal, 0.01)):
+        assert model.predicted_share({"arch": 90, "pipes": {"other": slots}}, 4, "H200") == pytest.approx(share)
+
+
+def test_predictions_from_the_stored_rows_are_in_order() -> None:
+    """More bytes, or fewer instructions, or a slower memory: a larger share."""
+    bf16, fp32 = row(), row(dtype="float32")
+    assert (model.bytes_moved(bf16), model.bytes_moved(fp32)) == (4, 8)
+    assert model.bytes_moved(row("hizoo")) == 4 + 8
+    assert model.bytes_moved(row("helene")) == 4 + 16
+    share = model.predicted_share(bf16, 4, "H200")
+    assert (
+        0.8 < share < model.predicted_share(bf16, 4, "NVIDIA H100 80GB HBM3") < model.predicted_share(fp32, 8, "H100")
+    )
+    assert model.predicted_share(row(rounding="stochastic"), 4, "H200") < share
+    assert model.predicted_share(row(arch=100), 4, "B200") < share  # 1.7 times the bandwidth, 1.1 times the issue
+    assert 0 < model.predicted_share(row(arch=80), 4, "A100-SXM4-80GB") < 1
+
+
+def test_model_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="device is 'GeForce'; there are figures of A100, H100"):
+        model.predicted_share(row(), 4, "GeForce")
+    with pytest.raises(ValueError, match="row is code for 90 and A100 has 80"):
+        model.predicted_share(row(), 4, "A100")
+    with pytest.raises(ValueError, match="arch is 75"):
+        model.clocks({}, 75)
+    assert model.device_named("sm_90") is model.DEVICES["H200"]
+
+
+# --------------------------------------------------------------------------------------------------------- AMD's code
+
+AMD_LISTING = """
+kernel:
+\ts_load_dwordx2 s[2:3], s[0:1], 0x0
+\ts_branch .LBB0_3
+.LBB0_1:
+\tglobal_store_dwordx4 v0, v[2:5], s[2:3]
+\ts_cbranch_scc1 .LBB0_5
+.LBB0_3:
+\tglobal_load_dwordx4 v[2:5], v0, s[2:3]
+\ts_waitcnt vmcnt(0)
+\ts_cbranch_scc1 .LBB0_1
+\tv_mov_b32_e32 v1, v2
+.LBB0_2:                                ; the loop over seeds
+\tv_cvt_f32_i32_e32 v1, v1
+\tv_fma_f32 v2, v1, v1, v2
+\ts_cbranch_scc1 .LBB0_2
+\ts_branch .LBB0_1
+.LBB0_5:
+\tglobal_store_short v0, v2, s[2:3]
+\ts_cbranch_scc1 .LBB0_5
+\ts_endpgm
+\t.section\t.rodata
+    .sgpr_count:     20
+    .sgpr_spill_count: 1
+    .vgpr_count:     63
+    .vgpr_spill_count: 2
+"""
+
+
+def test_amd_counter_on_a_listing() -> None:
+    """A loop that is entered at its end, with a loop over seeds in it; the masked loop behind it is not hot."""
+    report = amdgcn.analyse(AMD_LISTING, 2)
+    assert report.pipes == {"branch": 3 / 8, "vmem": 2 / 8, "valu": 1 / 8, "wait": 1 / 8}
+    assert (report.slots, report.extra_slots) == (7 / 8, 3 / 8)
+    assert (report.registers, report.scalar_registers, report.vector_bytes) == (63, 20, 16)
+    assert (report.spills, report.scalar_spills) == (2, 1)
+    assert amdgcn.analyse(AMD_LISTING.replace("store_dwordx4", "store_dword"), 2).slots is None
+
+
+# -------------------------------------------------------------------------------------------------------- compiled anew
+
+
+@pytest.mark.slow_machine_code
+@pytest.mark.parametrize("arch", machine_code_table.ARCHS)
+def test_stored_rows_are_what_the_compilers_make(arch: int, tmp_path: Path) -> None:
+    """Every NVIDIA kernel of an architecture, with the compilers that the stored results name."""
+    triton = pytest.importorskip("triton")
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    here = {"nvcc": re.findall(r"release ([\d.]+)", release)[0], "triton": triton.__version__}
+    if here != STORED["compilers"]:
+        pytest.skip(f"the stored rows are of {STORED['compilers']}, here are {here}")
+    out = tmp_path / "reports.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "machine_code.py"), "--arch", str(arch), "--json", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reports = {report["name"]: report for report in json.loads(out.read_text())}
+    stored = {r["name"]: r for r in ROWS if r["arch"] == arch}
+    assert set(reports) == set(stored)
+    for name, report in reports.items():
+        assert report["spills"] == SPILLS.get((name, arch), 0), name
+        assert report["barriers_in_loop"] == 0, name
+        assert report["registers"] == stored[name]["registers"], name
+        assert report["slots_per_element_k1"] == pytest.approx(stored[name]["slots"], abs=1e-3), name
