@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zokern.bench import plots
-from zokern.bench.cases import BENCHMARKS
+from zokern.bench.cases import BENCHMARKS, is_ours
 
 ROOT = Path(__file__).parent.parent
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
@@ -27,7 +27,7 @@ def records(device: str) -> list[dict[str, Any]]:
 
 def _ours(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for label, way in result["ways"].items():
-        if label.startswith("zokern") and "a pass a seed" not in label:
+        if is_ours(label):
             yield label, way
 
 

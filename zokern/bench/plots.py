@@ -57,15 +57,16 @@ def load(path: Path) -> dict[str, Any]:
 
 def kind(record: Record) -> str | None:
     """Which picture a record needs; None for none of them."""
+    name = record["benchmark"]
+    return name if name in ("step", "scaling") else "bars" if name.startswith("kernels-") else None
+
+
+def _timed(record: Record) -> Any:
+    """The results with times: those that did not fit, or that there was no time for, have none."""
     results = record["results"]
-    first = results[0] if isinstance(results, list) else next(iter(results.values()))
-    if not isinstance(first, dict):
-        return None
-    if "ways" in first:
-        return "bars"
-    if "ns_per_parameter" in first and isinstance(results, list):
-        return "scaling"
-    return "step" if PARTS.keys() <= first.keys() else None
+    if isinstance(results, list):
+        return [r for r in results if r["status"] == "timed"]
+    return {name: r for name, r in results.items() if r["status"] == "timed"}
 
 
 def draw(paths: Sequence[Path], output: Path) -> list[Path]:
@@ -79,6 +80,8 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
     for path, record in records:
         if kind(record) is None:
             raise PlotError(f"{path}: there is no picture for the benchmark {record['benchmark']!r}")
+        if kind(record) != "bars" and not _timed(record):
+            raise PlotError(f"{path}: nothing in it was timed; run the benchmark again, with more time or memory")
     output.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     machines: dict[str, list[tuple[Path, Record]]] = {}
@@ -95,8 +98,8 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
 
 
 def step(record: Record, path: Path) -> Path:
-    """Stacked bars for {case: {"forwards", "passes", "other"}}, seconds of one step each; the passes' share beside."""
-    results = record["results"]
+    """Stacked bars of the timed cases, {case: {"forwards", "passes", "other"}} in seconds; the passes' share beside."""
+    results = _timed(record)
     figure, axes = figure_of(8.2, max(1.5 + 0.34 * len(results), 2.6))
     totals = [1e3 * sum(r[part] for part in PARTS) for r in results.values()]
     start = [0.0] * len(results)
@@ -116,11 +119,11 @@ def step(record: Record, path: Path) -> Path:
 
 
 def scaling(record: Record, path: Path) -> Path:
-    """Curves for [{"parameters", "ns_per_parameter", ...}], one for each set of the entries' words (method, way, dtype)."""
+    """Curves of the timed sizes, ns of a step's passes for a parameter, one for each dtype, method and placement."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for entry in record["results"]:
-        name = ", ".join(value for value in entry.values() if isinstance(value, str))
-        curves.setdefault(name, []).append((entry["parameters"], entry["ns_per_parameter"]))
+    for entry in _timed(record):
+        name = ", ".join(entry[key] for key in ("dtype", "method", "placement"))
+        curves.setdefault(name, []).append((entry["parameters"], entry["ns_per_parameter"]["median"]))
     figure, axes = figure_of(8.2, 4.6)
     colours, lines = (BLUE, RED, GREEN, ORANGE, BLACK, SKY, PINK), ("-", "--", ":")
     for i, (name, points) in enumerate(curves.items()):
