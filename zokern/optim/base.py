@@ -193,6 +193,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if self.pipelined and isinstance(group["eps"], Tensor):
                 raise TypeError(f"eps of parameter group {g} is a tensor; pipelined=True needs a number")
 
+    @torch.no_grad()
     def step_live(self, closure: Callable[[], Tensor], live: Live) -> None:
         """A step that reads its numbers from the device and waits for nothing: what can be captured in a graph."""
         self.live, self._passes.gate = live, live.gate
