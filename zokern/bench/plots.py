@@ -30,6 +30,7 @@ from zokern.bench.canvas import (
     require,
     save,
 )  # fmt: skip
+from zokern.bench.cases import BENCHMARKS
 from zokern.bench.plots_kernels import bars, roofline
 
 PARTS = {"forwards": SKY, "passes": RED, "other": "#999999"}
@@ -58,7 +59,7 @@ def load(path: Path) -> dict[str, Any]:
 def kind(record: Record) -> str | None:
     """Which picture a record needs; None for none of them."""
     name = record["benchmark"]
-    return name if name in ("step", "scaling") else "bars" if name.startswith("kernels-") else None
+    return name if name in ("step", "scaling") else "bars" if name in {f"kernels-{b}" for b in BENCHMARKS} else None
 
 
 def _timed(record: Record) -> Any:

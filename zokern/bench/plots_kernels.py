@@ -19,10 +19,11 @@ from zokern.bench.canvas import (
     figure_of,
     save,
 )  # fmt: skip
-from zokern.bench.cases import is_ours
+from zokern.bench.cases import BENCHMARKS, is_ours
 
 OURS = (BLUE, SKY, GREEN, PINK)
 PEERS = {"published": RED, "foreach": ORANGE, "compiled": BLACK}
+BENCHMARK_COLOURS = (BLUE, PINK, ORANGE, GREEN, SKY, BLACK, YELLOW)
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
@@ -84,9 +85,8 @@ def roofline(records: Sequence[Record], path: Path) -> Path:
                     at = work / result["bytes_per_element"]
                     points.append((name, label, result["case"]["dtype"], at, way["gb_per_s"]))
     figure, axes = figure_of(8.2, 5.0)
-    colours = dict(
-        zip(dict.fromkeys(name for name, *_ in points), [BLUE, PINK, ORANGE, GREEN, SKY, BLACK], strict=False)
-    )
+    shown = {name for name, *_ in points}
+    colours = {name: c for name, c in zip(BENCHMARKS, BENCHMARK_COLOURS, strict=True) if name in shown}
     for name, label, dtype, x, y in points:
         filled = colours[name] if label != "published" else "none"
         axes.plot(x, y, MARKERS[dtype], color=filled, markeredgecolor=colours[name], markersize=7)
