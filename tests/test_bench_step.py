@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from zokern.bench import commands_step, models, scaling, split, step_peers, step
 from zokern.bench.memory import peak_bytes
 from zokern.bench.step import Run
 from zokern.bench.step_cases import Case, Settings, make, needed_bytes
+
+
+@pytest.fixture(autouse=True)
+def generators_of_the_suite() -> Iterator[None]:
+    """Peers reseed torch's global generators."""
+    with torch.random.fork_rng():
+        yield
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -94,7 +103,7 @@ def test_compiled_peer_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.random.fork_rng(devices=[]):
         peer.step(model)
         torch.testing.assert_close(model.a.data, before, rtol=0, atol=1e-6)
-        peer.sweep(1, 2.0, 3.0)
+        peer.sweep(1, (2.0, 3.0))
         torch.manual_seed(1)
         torch.testing.assert_close(model.a.data, before + 6.0 * torch.randn_like(before), rtol=0, atol=1e-5)
     assert peer.counters["passes"] == 4
