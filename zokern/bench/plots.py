@@ -33,8 +33,11 @@ from zokern.bench.canvas import (
 from zokern.bench.cases import BENCHMARKS
 from zokern.bench.plots_kernels import bars, roofline
 
-PARTS = {"forwards": SKY, "passes": RED, "other": "#999999"}
-PART_NAMES = {"forwards": "forwards", "passes": "passes over the weights", "other": "everything else"}
+WHOLE = "whole"
+PARTS = {"forwards": SKY, "passes": RED, "other": "#999999", WHOLE: GREEN}
+PART_NAMES = {
+    "forwards": "forwards", "passes": "passes over the weights", "other": "everything else", WHOLE: "all in one graph",
+}  # fmt: skip
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -99,23 +102,27 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
 
 
 def step(record: Record, path: Path) -> Path:
-    """Stacked bars of the timed cases, {case: {"forwards", "passes", "other"}} in seconds; the passes' share beside."""
-    results = _timed(record)
+    """Stacked bars of the timed cases, {case: {"forwards", "passes", "other"}} in seconds; the passes' share beside.
+
+    A step in one graph has no parts, and is a bar of its own colour.
+    """
+    results = {name: r if "passes" in r else {**r, WHOLE: r["step"]["median"]} for name, r in _timed(record).items()}
     figure, axes = figure_of(8.2, max(1.5 + 0.34 * len(results), 2.6))
-    totals = [1e3 * sum(r[part] for part in PARTS) for r in results.values()]
+    shown = {part: colour for part, colour in PARTS.items() if any(part in r for r in results.values())}
+    totals = [1e3 * sum(r.get(part, 0.0) for part in shown) for r in results.values()]
     start = [0.0] * len(results)
-    for part, colour in PARTS.items():
-        widths = [1e3 * r[part] for r in results.values()]
+    for part, colour in shown.items():
+        widths = [1e3 * r.get(part, 0.0) for r in results.values()]
         axes.barh(list(results), widths, 0.72, left=start, color=colour, label=PART_NAMES[part])
         start = [a + b for a, b in zip(start, widths, strict=True)]
     for at, (total, r) in enumerate(zip(totals, results.values(), strict=True)):
-        text = f"{total:,.3g} ms, passes {1e5 * r['passes'] / total:.0f} %"
+        text = f"{total:,.3g} ms" + (f", passes {1e5 * r['passes'] / total:.0f} %" if "passes" in r else "")
         axes.text(total + 0.008 * max(totals), at, text, va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * max(totals))
     axes.set_xlabel("ms of one step", fontsize=9.5)
     axes.grid(axis="x", color="#e5e5e5")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
+    figure.legend(loc="outside upper left", ncols=len(shown), frameon=False, fontsize=8.5)
     return save(figure, record, path)
 
 
