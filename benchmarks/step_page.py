@@ -43,7 +43,7 @@ def step_part() -> str:
     sizes = {r["model"]: r["parameters"] for r in run["results"].values()}
     told = ", ".join(f"{name} has {count / 1e6:.1f} million parameters" for name, count in sizes.items())
     head = f"{machine(run)}; {settings['dtype']}, {settings['rounds']} rounds of {settings['steps']}; ms. {told}."
-    notes = step_tables.step_notes(run["results"])
+    notes = step_tables.step_notes(run["results"], settings.get("not_timed", {}))
     table = markdown(step_tables.STEP_COLUMNS, step_tables.step_rows(run["results"]))
     return "\n".join([head, "", *table, *(f"\n{note}" for note in notes)])
 
