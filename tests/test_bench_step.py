@@ -421,6 +421,27 @@ def test_graphed_steps_are_timed_where_graphs_are(tmp_path: Path, emulated: None
     assert drawn.stat().st_size > 5_000
 
 
+def test_nothing_is_captured_while_the_clock_runs(
+    tmp_path: Path, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HELENE's steps are of two kinds, and each is captured when it first comes."""
+    captured: list[tuple[int, int]] = []
+    measure = split.measure
+
+    def watched(stepper: Any, *arguments: Any) -> dict[str, float]:
+        before = len(stepper._graph._captured) if hasattr(stepper, "_graph") else 0
+        seconds = measure(stepper, *arguments)
+        captured.append((before, len(stepper._graph._captured) if before else 0))
+        return seconds
+
+    monkeypatch.setattr(split, "measure", watched)
+    wanted = settings(
+        models=("tiny-opt",), methods=("helene",), placements=("inplace",), peers=False, rounds=1, steps=2
+    )
+    Run(wanted, tmp_path / "s").run()
+    assert captured == [(0, 0), (2, 2)]
+
+
 def test_graphed_steps_are_steps(emulated: None) -> None:
     """Weights move as in eager steps, and a batch is read anew."""
     with torch.no_grad():

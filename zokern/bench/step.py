@@ -26,7 +26,7 @@ from zokern.bench import models, split
 from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
 from zokern.bench.step_cases import Case, Settings, make, needed_bytes, optimizer_of, plan, state_bytes
-from zokern.bench.step_graphed import NotCaptured
+from zokern.bench.step_graphed import GRAPHED_WARM_UP, Graphed, NotCaptured
 
 Results = dict[str, dict[str, Any]]
 Tick = Callable[[str], None]
@@ -161,7 +161,8 @@ class Run:
     def _time(self, case: Case, model: nn.Module, closure: Callable[[], Tensor]) -> int:
         """One visit to a case. Returns how many there were."""
         stepper = make(case, model)
-        stepper.step(closure)
+        for _ in range(GRAPHED_WARM_UP if isinstance(stepper, Graphed) else 1):
+            stepper.step(closure)
         before = dict(stepper.counters)
         seconds = split.measure(stepper, closure, self.device, self.settings.steps)
         optimizer = optimizer_of(stepper)

@@ -15,6 +15,7 @@ from zokern import graphed
 from zokern.bench.models import Work
 from zokern.optim import ZerothOrderOptimizer
 
+GRAPHED_WARM_UP = 2  # steps: HELENE's second is of another kind than its first, and is captured when it comes
 NEEDS_CUDA = "it replays a CUDA graph, and this run is on {}"
 
 
