@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pages import RESULTS, ROOT
+
 from zokern.bench import plots
 from zokern.bench.cases import BENCHMARKS, is_ours
 
-ROOT = Path(__file__).parent.parent
-RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 QUIET = 2.0  # slowest over fastest round of any way, above which a page says that the run is not to be trusted
 HEADLINES = ("axpy, K = 1", "axpy, K = 4", "axpy, K = 16", "axpy, Rademacher", "axpy, stochastic rounding")
 

@@ -19,20 +19,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pages import fill
+from pages import ROOT, update
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # zokern may not be installed
-import machine_code  # noqa: E402
-from hot_loop import Report  # noqa: E402
-from machine_code_page import AMD, ARCHS, RESULTS, Row, parts  # noqa: E402
+import machine_code
+from hot_loop import Report
+from machine_code_page import AMD, ARCHS, RESULTS, Row, parts
 
-from zokern.rules import RULES  # noqa: E402
+from zokern.rules import RULES
 
-STORED, PAGE = RESULTS / "machine_code.json", ROOT / "docs" / "machine_code.md"
+STORED = RESULTS / "machine_code.json"
 DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
           "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
 DISTRIBUTIONS, ROUNDINGS, SEEDS = ("normal", "rademacher", "any"), ("nearest", "stochastic", "any"), ("one", "any")
@@ -148,13 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
             parser.error("TRITON_INTERPRET is set, so Triton would not compile: unset it")
         measure()
-    old = PAGE.read_text()
-    new = fill("docs/machine_code.md", old, parts(json.loads(STORED.read_text())))
-    if options.check and new != old:
-        print("docs/machine_code.md disagrees with benchmarks/results; run python benchmarks/machine_code_table.py")
-    elif new != old:
-        PAGE.write_text(new)
-    return int(options.check and new != old)
+    made = {"docs/machine_code.md": parts(json.loads(STORED.read_text()))}
+    return update(made, "machine_code_table.py", check=options.check)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import targets
 from bench_tables import draw, kernel_headlines, kernels_cpu, kernels_gpu
-from pages import fill
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
+from pages import RESULTS, load, update
 
 
 def store_demo(path: Path) -> None:
@@ -93,10 +85,6 @@ PAGES = {
 }
 
 
-def render(page: str, text: str) -> str:
-    return fill(page, text, {name: make() for name, make in PAGES[page].items()})
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the pages are up to date")
@@ -104,20 +92,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.demo is not None:
         store_demo(args.demo)
-    wrong = []
-    for page in PAGES:
-        path = ROOT / page
-        old = path.read_text()
-        new = render(page, old)
-        if new != old:
-            wrong.append(page)
-            if not args.check:
-                path.write_text(new)
+    made = {page: {name: make() for name, make in parts.items()} for page, parts in PAGES.items()}
+    code = update(made, "readme_tables.py", check=args.check)
     if not args.check:
         draw()
-    if args.check and wrong:
-        print(f"{', '.join(wrong)}: disagrees with benchmarks/results; run python benchmarks/readme_tables.py")
-    return int(args.check and bool(wrong))
+    return code
 
 
 if __name__ == "__main__":

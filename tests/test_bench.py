@@ -5,7 +5,7 @@ Tiny sizes; nothing here looks at how long anything took, except that a time is 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -496,6 +496,17 @@ def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: p
     assert json.loads(path.read_text())["results"] == {"a": 1}
 
 
+def test_the_driver_is_told_or_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(record.shutil, "which", lambda name, path=None: str(smi) if smi.exists() else None)
+    assert record.driver() == "unknown: there is no nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.95\necho 580.95\n")
+    smi.chmod(0o755)
+    assert record.driver() == "580.95"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert record.driver() == "unknown: nvidia-smi ended with 9"
+
+
 def test_nothing_is_begun_after_the_deadline(tmp_path: Path) -> None:
     assert kernels.run("axpy", settings(tmp_path, deadline=0.0)) is None
     assert list(tmp_path.iterdir()) == []
@@ -614,12 +625,8 @@ def test_files_without_a_picture_are_refused(text: str, message: str, tmp_path: 
 
 def test_pages_say_what_is_stored(run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """benchmarks/bench_tables.py on this run's files: figures as stored, a warning where rounds differ, no GPU run."""
-    root = Path(__file__).parents[1] / "benchmarks"
-    spec = importlib.util.spec_from_file_location("bench_tables", root / "bench_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    module: Any = importlib.import_module("bench_tables")
     monkeypatch.setattr(module, "RESULTS", run[0])
     assert module.kernels_gpu() == "**Not yet run on a GPU.**"
     way = run[1]["results"]["HiZOO perturb, h float32, bfloat16"]["ways"]["zokern cpu"]
