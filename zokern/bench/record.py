@@ -60,12 +60,9 @@ def driver() -> str:
         return "unknown: there is no nvidia-smi"
     command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    # One line for each GPU of the machine; they share the driver.
-    return (
-        done.stdout.split("\n")[0].strip()
-        if done.returncode == 0
-        else f"unknown: nvidia-smi ended with {done.returncode}"
-    )
+    if done.returncode != 0:
+        return f"unknown: nvidia-smi ended with {done.returncode}"
+    return done.stdout.split("\n")[0].strip()  # a line for each GPU of the machine; they share the driver
 
 
 def store(
