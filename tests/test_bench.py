@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_lines import parse
 from typer.testing import CliRunner
 
 from zokern import noise
@@ -652,6 +653,20 @@ def test_help_teaches(arguments: tuple[str, ...], words: list[str]) -> None:
     assert result.exit_code == 0
     for word in words:
         assert word in result.output
+
+
+def test_make_bench_is_understood_by_the_command_line() -> None:
+    """What `make bench` would run: each benchmark once, into the stored results, and then the pages."""
+    root = Path(__file__).parents[1]
+    told = subprocess.run(["make", "-n", "bench"], cwd=root, capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in told.splitlines()]
+    ran = [parse(line[1:]) for line in lines if len(line) > 2 and line[0].endswith("/zokern") and line[1] == "bench"]
+    assert [name for name, _ in ran] == ["kernels", "step", "scaling"]
+    for _, given in ran:
+        assert (given["output"], given["time_limit"]) == (Path("benchmarks/results"), 900)
+    scripts = [line[1] for line in lines if len(line) > 1 and line[0].endswith("/python") and line[1].endswith(".py")]
+    assert scripts == ["benchmarks/readme_tables.py", "benchmarks/step_page.py"]
+    assert all((root / script).exists() for script in scripts)
 
 
 def test_list_names_every_case() -> None:

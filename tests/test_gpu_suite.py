@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -270,25 +271,21 @@ def test_sections_fit_the_deadline_and_begin_with_the_build(commands: list[list[
 
 def test_benchmark_commands_are_understood_by_the_real_command_line(commands: list[list[str]]) -> None:
     """Parsed by zokern's own CLI, options, types and all, without running; then each value by the command's own checks."""
-    typer = pytest.importorskip("typer")
+    pytest.importorskip("typer")
     from zokern.bench import models, step_options
     from zokern.bench.cases import BENCHMARKS, DTYPES
-    from zokern.cli import app
     from zokern.finetune.methods import METHODS
 
     seen, outputs = [], []
     for command in commands:
         if command[1:3] != ["-m", "zokern"]:
             continue
-        group, arguments = typer.main.get_command(app), command[3:]
-        while hasattr(group, "commands"):
-            group, arguments = group.commands[arguments[0]], arguments[1:]
-        given = group.make_context(group.name, list(arguments)).params
+        name, given = parse(command[3:])
         assert given["device"] == "cuda"
         assert given["time_limit"] >= 10
-        seen.append(group.name)
+        seen.append(name)
         outputs.append(given["output"])
-        if group.name == "kernels":
+        if name == "kernels":
             assert set(given["names"] or []) <= set(BENCHMARKS)
             assert set(given["dtype"] or []) <= set(DTYPES)
         else:
