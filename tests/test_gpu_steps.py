@@ -81,11 +81,9 @@ def test_a_pipelined_step_does_not_wait(name: str, placement: str, no_waiting: N
 
 @PLACED
 @pytest.mark.parametrize("case", [c for _, c in CAPTURED], ids=[n for n, _ in CAPTURED])
-def test_a_captured_step_has_the_bits_of_an_eager_one(
-    case: Case, placement: str, dtype: torch.dtype, gpu_backend: str
-) -> None:
+def test_a_captured_step_has_the_bits_of_an_eager_one(case: Case, placement: str, dtype: torch.dtype) -> None:
     data = on_gpu(batches())
-    a, b = (way(case, placement, dtype, data, device="cuda", backend=gpu_backend) for way in (eager, replayed))
+    a, b = (way(case, placement, dtype, data, device="cuda") for way in (eager, replayed))
     same(a, b)
     assert a[1].counters == b[1].counters
     start = make(case, placement, dtype)[0]
