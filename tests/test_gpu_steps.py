@@ -65,6 +65,17 @@ def test_an_eager_step_does_not_wait(case: Case, placement: str, dtype: torch.dt
     assert opt.skipped_steps == 0
 
 
+@PLACED
+@CASES
+def test_a_pipelined_step_has_the_bits_of_one_that_is_not(
+    case: Case, placement: str, dtype: torch.dtype, gpu_backend: str
+) -> None:
+    if placement == "inplace":
+        pytest.skip("inplace has no copies to fill")
+    data = on_gpu(batches())
+    same(*(eager(case, placement, dtype, data, device="cuda", backend=gpu_backend, pipelined=p) for p in (False, True)))
+
+
 @pytest.mark.parametrize("placement", ["shadow", "stream"])
 @pytest.mark.parametrize("name", ["mezo", "hizoo", "helene", "greedy-curved", "fzoo", "es"])
 def test_a_pipelined_step_does_not_wait(name: str, placement: str, no_waiting: None) -> None:
