@@ -246,6 +246,7 @@ def test_labels_follow_numbers_or_the_model(table: Path, tmp_path: Path) -> None
         ({"descriptions": Path("/nowhere.json")}, "--descriptions is '/nowhere.json', which is not a file"),
         ({"data": "/nowhere.csv"}, "--data is '/nowhere.csv', which is not a file"),
         ({"eval_data": "x.csv"}, "--eval-data needs --data"),
+        ({"pipelined": True, "placement": "inplace"}, "--pipelined .* take --placement shadow or stream"),
     ],
 )
 def test_wrong_options_are_named_with_the_allowed_range(change: dict, message: str) -> None:
@@ -457,6 +458,21 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(options: Opti
         finetune(dataclasses.replace(options, output=tmp_path / str(i), seed=seed, eval_every=0))
         runs.append([{k: v for k, v in line.items() if k != "seconds"} for line in records(tmp_path / str(i))])
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_pipelined_changes_the_sweeps_and_not_the_bits(options: Options, tmp_path: Path) -> None:
+    runs = [
+        finetune(dataclasses.replace(options, output=tmp_path / str(on), placement="shadow", pipelined=on))
+        for on in (False, True)
+    ]
+    apart, shared = (tensors(run.output.checkpoint) for run in runs)
+    assert all(torch.equal(apart[name], shared[name]) for name in apart)
+    assert methods.build(
+        torch.nn.Linear(2, 2), dataclasses.replace(options, placement="shadow", pipelined=True)
+    ).pipelined
+    with pytest.raises(FinetuneError, match="placement='shadow' or 'stream'"):  # auto is inplace for float32
+        finetune(dataclasses.replace(options, output=tmp_path / "auto", pipelined=True))
+    assert not (tmp_path / "auto").exists()
 
 
 def test_the_method_gets_all_its_settings(options: Options) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -40,10 +41,10 @@ def batches(number: int = STEPS, bad: int | None = None) -> list[dict[str, Tenso
     return made
 
 
-def make(case: Case, placement: str, dtype: torch.dtype, **options):
+def make(case: Case, placement: str, dtype: torch.dtype, device: str = "cpu", **options):
     """A model, and an optimizer with two groups of different numbers where it takes them."""
     torch.manual_seed(2)
-    model = Net().to(dtype).eval()
+    model = Net().to(dtype).to(device).eval()
     made = {k: v() if callable(v) else v for k, v in case.options.items()} | options
     opt = getattr(zokern, case.cls)(model, case.rate, placement=placement, seed=5, weight_decay=0.01, **made)
     sign = -1.0 if case.climbs else 1.0
@@ -108,6 +109,27 @@ def test_a_skipped_step(emulated, name: str) -> None:
     assert a.skipped_steps == b.skipped_steps == 1
     for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def dropped_out(batch, model: Net) -> Tensor:
+    """A loss that draws from the global generator, as dropout does in training mode."""
+    return nn.functional.cross_entropy(nn.functional.dropout(model(batch["tokens"]).float(), 0.5), batch["labels"])
+
+
+def test_the_global_generator_is_left_where_it_was(emulated) -> None:
+    """So that a closure with dropout draws what it would have drawn in eager steps."""
+    data, runs = batches(), []
+    for captured in (False, True):
+        model, opt, _, _ = make(METHODS["mezo"], "shadow", torch.float32)
+        opt.param_groups[0]["lr"] = 1e-5  # other masks on the two sides make large differences
+        torch.manual_seed(3)
+        if captured:
+            step = zokern.GraphedStep(opt, partial(dropped_out, model=model), data[0])
+            losses = [step(batch) for batch in data]
+        else:
+            losses = [opt.step(lambda m=model, b=batch: dropped_out(b, m)) for batch in data]
+        runs.append((model, opt, torch.stack(losses)))
+    same(*runs)
 
 
 def test_the_constructor_changes_nothing(emulated) -> None:

@@ -76,7 +76,7 @@ def test_the_bits_are_those_without(case: Case, placement: str, num_dropped: int
 @pytest.mark.parametrize("name", ["mezo", "hizoo", "helene"])
 def test_every_backend_and_dtype(backend: str, device: torch.device, dtype: torch.dtype, name: str) -> None:
     if device.type != "cpu":
-        pytest.skip("the oracle's forwards are the CPU's; tests/test_gpu.py has these on a GPU")
+        pytest.skip("the oracle's forwards are the CPU's; test_gpu_steps.py has these on a GPU")
     same(
         run("shadow", False, METHODS[name], dtype, steps=3, backend="cpu"),
         run("shadow", True, METHODS[name], dtype, steps=3, backend=backend),

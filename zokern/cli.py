@@ -285,6 +285,15 @@ def finetune(
             name="placement",
         ),
     ] = DEFAULT.placement,
+    pipelined: Annotated[
+        bool,
+        _option(
+            METHOD,
+            "Let the pass that updates the weights write the next step's first perturbation too: same bits, a sweep over "
+            "memory less. For --placement shadow and stream.",
+            "--pipelined",
+        ),
+    ] = DEFAULT.pipelined,
     backend: Annotated[
         str, _option(METHOD, "What runs the passes over the weights.", name="backend")
     ] = DEFAULT.backend,

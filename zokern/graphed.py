@@ -138,11 +138,14 @@ class GraphedStep:
         graph = new_graph(self.device, self._pool)
         self._fill()
         live.gate.zero_()
+        # A closure with dropout draws in the first replay what it would have drawn in an eager step.
+        generators = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
         try:
-            for _ in range(WARM_UP_STEPS):
-                graph.warm_up(self._step)
-                optimizer.set_counters(before)
-            graph.capture(self._step)
+            with generators:
+                for _ in range(WARM_UP_STEPS):
+                    graph.warm_up(self._step)
+                    optimizer.set_counters(before)
+                graph.capture(self._step)
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
             captured = _Captured(graph, optimizer.metrics, cost, (table.cached(), optimizer.captured_tensors()))
         except (TypeError, ValueError):

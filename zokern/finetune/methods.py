@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from zokern.finetune.options import Options
 
-COMMON = ("lr", "eps", "weight_decay", "distribution", "seed", "rounding", "placement", "backend")
+COMMON = ("lr", "eps", "weight_decay", "distribution", "seed", "rounding", "placement", "pipelined", "backend")
 SAMPLES, CURVATURE = ("num_samples",), ("smoothing", "curvature_dtype")
 
 

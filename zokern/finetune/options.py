@@ -111,6 +111,7 @@ class Options:
     seed: int = 0
     rounding: str = "auto"
     placement: str = "auto"
+    pipelined: bool = False
     backend: str = "auto"
 
     steps: int = 500
@@ -156,6 +157,11 @@ class Options:
             if getattr(self, name) is not None and name not in METHODS[self.method].takes:
                 takers = ", ".join(method for method, entry in METHODS.items() if name in entry.takes)
                 raise FinetuneError(f"{flag(name)} is not a setting of --method {self.method}; it belongs to {takers}")
+        if self.pipelined and self.placement == "inplace":
+            raise FinetuneError(
+                "--pipelined writes perturbed weights into copies, and --placement inplace has none; "
+                "take --placement shadow or stream"
+            )
         if self.warmup_steps > self.steps:
             raise FinetuneError(
                 f"--warmup-steps is {self.warmup_steps}; allowed: at most --steps, which is {self.steps}"
