@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_TORCH ?=
+BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
@@ -45,9 +46,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
 
+# Kernels, whole steps and sizes on this machine's GPU or CPU, then the pages: at most three times BENCH_SECONDS and what
+# the case at work takes. make prints each command.
 bench: setup
-	$(BIN)/zokern bench kernels --no-plot --output benchmarks/results
+	$(BIN)/zokern bench kernels --no-plot --time-limit $(BENCH_SECONDS) --output benchmarks/results
+	$(BIN)/zokern bench step --time-limit $(BENCH_SECONDS) --output benchmarks/results
+	$(BIN)/zokern bench scaling --time-limit $(BENCH_SECONDS) --output benchmarks/results
 	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python benchmarks/step_page.py
 
 clean:
 	rm -rf build $(VENV) zokern/*.so demo-out

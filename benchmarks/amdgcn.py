@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from machine_code import Block, Instruction, find_loops
+from sass import Block, Instruction, find_loops
 
 WARP = 64
 LABEL = re.compile(r"^(\.LBB\d+_\d+):")

@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from pages import fill
+from pages import RESULTS, ROOT, fill
 
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "convergence-cpu.json"
+RESULT = RESULTS / "convergence-cpu.json"
 PAGE = ROOT / "docs" / "convergence.md"
 IMAGES = ROOT / "docs" / "images"
 TITLES = {"demo": "Sentence encoder, topics of docstrings", "lm": "Language model, from prose to code"}

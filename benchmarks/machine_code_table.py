@@ -4,8 +4,10 @@ python benchmarks/machine_code_table.py --measure   # compiles everything (minut
 python benchmarks/machine_code_table.py             # rewrites the page from the stored results
 python benchmarks/machine_code_table.py --check     # exit code 1 if the page is not what this would write
 
-A row of the JSON is one kernel on one architecture: slots, slots_per_extra_seed and pipes are instructions per element,
-vector_bytes is the width of a global access in the hot loop, arch is 90 for sm_90 or the name of an AMD target.
+A row of the JSON is one kernel on one architecture: slots, slots_per_extra_seed and pipes (pipes_extra: of a further
+seed) are instructions per element, vector_bytes is the width of a global access in the hot loop, arch is 90 for sm_90 or
+the name of an AMD target. Of a chain's kernel ("kernel": "chain") they are those of a stage, slots_stochastic those of a
+stage with stochastic rounding, slots_once those of the tile around the stages (chain_loop.py).
 """
 
 from __future__ import annotations
@@ -17,33 +19,26 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pages import fill
+from pages import ROOT, update
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # zokern may not be installed
-import machine_code  # noqa: E402
+import machine_code
+from hot_loop import Report
+from machine_code_page import AMD, ARCHS, RESULTS, Row, parts
 
-from zokern.bench import model  # noqa: E402
-from zokern.rules import RULES  # noqa: E402
+from zokern.rules import RULES
 
-RESULTS = ROOT / "benchmarks" / "results"
-STORED, PAGE = RESULTS / "machine_code.json", ROOT / "docs" / "machine_code.md"
-ARCHS, AMD = (80, 90, 100), "gfx942"
-DEVICES = ("A100", "H100", "H200", "B200")
+STORED = RESULTS / "machine_code.json"
 DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
           "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
 DISTRIBUTIONS, ROUNDINGS, SEEDS = ("normal", "rademacher", "any"), ("nearest", "stochastic", "any"), ("one", "any")
 STRUCTS = {"HiZOO<false>": "hizoo", "HiZOO<true>": "hizoo_restore", "ScaledAxpy": "scaled_axpy"}
 CUDA = re.compile(r"rule_kernel<(\w+), (\w+), zk::gpu::([\w<>]+), \(\w+::Distribution\)(\d), \(\w+::Rounding\)(\d), "
                   r"\(\w+::cuda::Seeds\)(\d)>")  # fmt: skip
+CHAIN = re.compile(r"chain_kernel<(\w+), (\w+), zk::gpu::([\w<>]+)>$")
 TRITON = re.compile(r"triton (\w+)<(\w+), (\w+), (\w+)>")
-Row = dict[str, Any]
-
-
-# ----------------------------------------------------------------------------------------------------------- measuring
 
 
 def kind(name: str) -> Row:
@@ -54,22 +49,36 @@ def kind(name: str) -> Row:
             names[int(n)] for names, n in zip((DISTRIBUTIONS, ROUNDINGS, SEEDS), numbers, strict=True)
         )
         rule = STRUCTS.get(struct, struct.lower())
-        return {"backend": "cuda", "name": name, "rule": rule, "dtype": DTYPES[dtype], "state": DTYPES[state],
-                "distribution": distribution, "rounding": rounding, "seeds": seeds}  # fmt: skip
+        return {"backend": "cuda", "kernel": "pass", "name": name, "rule": rule, "dtype": DTYPES[dtype],
+                "state": DTYPES[state], "distribution": distribution, "rounding": rounding,
+                "seeds": seeds}  # fmt: skip
+    if found := CHAIN.search(name):
+        dtype, state, struct = found.groups()
+        return {"backend": "cuda", "kernel": "chain", "name": name, "rule": STRUCTS.get(struct, struct.lower()),
+                "dtype": DTYPES[dtype], "state": DTYPES[state], "distribution": "any", "rounding": "any",
+                "seeds": "any"}  # fmt: skip
     if found := TRITON.fullmatch(name):
         rule, dtype, distribution, rounding = found.groups()
-        return {"backend": "triton", "name": name, "rule": rule, "dtype": DTYPES[dtype], "state": "float32",
-                "distribution": distribution, "rounding": rounding, "seeds": "any"}  # fmt: skip
+        return {"backend": "triton", "kernel": "pass", "name": name, "rule": rule, "dtype": DTYPES[dtype],
+                "state": "float32", "distribution": distribution, "rounding": rounding, "seeds": "any"}  # fmt: skip
     raise ValueError(f"{name} is no name of a kernel of ours")
 
 
-def nvidia_row(report: machine_code.Report) -> Row:
-    return {
+def nvidia_row(report: Report) -> Row:
+    row = {
         **kind(report.name), "arch": report.arch, "slots": _rounded(report.slots_per_element_k1),
         "slots_per_extra_seed": _rounded(report.slots_per_extra_seed), "registers": report.registers,
         "spills": report.spills, "vector_bytes": min(report.global_bytes_in_loop, default=0),
-        "pipes": {pipe: _rounded(n) for pipe, n in report.per_element.items()},
+        "pipes": _pipes(report.per_element), "pipes_extra": _pipes(report.extra_per_element),
     }  # fmt: skip
+    for name, pipes in (("once", report.once_per_element), ("stochastic", report.stochastic_per_element)):
+        if pipes is not None:
+            row |= {f"slots_{name}": _rounded(sum(pipes.values())), f"pipes_{name}": _pipes(pipes)}
+    return row
+
+
+def _pipes(counts: Mapping[str, float]) -> dict[str, float | None]:
+    return {pipe: _rounded(n) for pipe, n in counts.items()}
 
 
 def _rounded(x: float | None) -> float | None:
@@ -87,7 +96,7 @@ def amd_rows() -> Iterator[Row]:
             **kind(f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"), "arch": AMD, "slots": _rounded(r.slots),
             "slots_per_extra_seed": _rounded(r.extra_slots), "registers": r.registers, "spills": r.spills,
             "scalar_spills": r.scalar_spills, "vector_bytes": r.vector_bytes,
-            "pipes": {pipe: _rounded(n) for pipe, n in r.pipes.items()},
+            "pipes": _pipes(r.pipes),
         }  # fmt: skip
 
 
@@ -116,6 +125,7 @@ def _order(row: Row) -> tuple[Any, ...]:
     arch = (*ARCHS, AMD).index(row["arch"])
     return (
         row["backend"],
+        row["kernel"],
         RULES[row["rule"]].id,
         row["seeds"] != "one",
         *kinds,
@@ -123,104 +133,6 @@ def _order(row: Row) -> tuple[Any, ...]:
         row["rounding"],
         arch,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ the page
-
-
-def grouped(rows: Sequence[Row]) -> dict[str, dict[Any, Row]]:
-    """The rows of each kernel, by architecture."""
-    found: dict[str, dict[Any, Row]] = {}
-    for row in rows:
-        found.setdefault(row["name"], {})[row["arch"]] = row
-    return found
-
-
-def label(row: Row) -> str:
-    state = f", {row['state']} state" if RULES[row["rule"]].states else ""
-    noise = "any noise and rounding" if row["distribution"] == "any" else f"{row['distribution']}, {row['rounding']}"
-    seeds = ", one seed" if row["seeds"] == "one" else ""
-    return f"`{row['rule']}` {row['dtype']}{state}, {noise}{seeds}"
-
-
-def measured(row: Row, results: Path = RESULTS) -> list[str]:
-    """Shares of the copy bandwidth in stored kernel benchmarks of this kernel, with the GPU's name."""
-    out = []
-    for path in sorted(results.glob("kernels-*-cuda.json")):
-        run = json.loads(path.read_text())
-        for result in run["results"].values():
-            case, way = result["case"], result["ways"].get(f"zokern {row['backend']}")
-            same = all(case[key] == row[key] for key in ("rule", "dtype", "distribution", "rounding"))
-            state = not RULES[row["rule"]].states or case["state_dtype"] == row["state"]
-            seeds = case["seeds"] == 1 and (row["backend"] == "triton" or row["seeds"] == "one")
-            if way and same and state and seeds and not case["left_out"]:
-                out.append(f"{way['share_of_copy']:.0%} ({run['machine']['gpu']})")
-    return out
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def kernel_table(rows: Sequence[Row], backend: str) -> str:
-    targets = [*ARCHS, *([AMD] if backend == "triton" else [])]
-    names = [a if a == AMD else f"sm_{a}" for a in targets]
-    lines = [
-        f"| kernel | slots: {', '.join(names)} | each further seed, sm_90 | registers | spills | vector bytes | "
-        f"predicted: {', '.join(DEVICES)} | limit on an H200 | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for by_arch in grouped([row for row in rows if row["backend"] == backend]).values():
-        h200 = by_arch[90]
-        shares = [by_arch[model.DEVICES[d].arch] for d in DEVICES]
-        predicted = [f"{model.predicted_share(row, model.bytes_moved(row), d):.0%}"
-                     for row, d in zip(shares, DEVICES, strict=True)]  # fmt: skip
-        unit, seconds = model.compute_limit(h200, "H200")
-        memory = model.bytes_moved(h200) / model.DEVICES["H200"].copy_bandwidth
-        cells = [
-            label(h200),
-            ", ".join(_cell(by_arch[a]["slots"]) for a in targets),
-            _cell(h200["slots_per_extra_seed"]),
-            ", ".join(str(by_arch[a]["registers"]) for a in targets),
-            ", ".join(str(by_arch[a]["spills"]) for a in targets),
-            ", ".join(sorted({str(by_arch[a]["vector_bytes"]) for a in targets})),
-            ", ".join(predicted),
-            "memory" if memory >= seconds else unit,
-            ", ".join(measured(h200)) or "not yet run",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def pipe_table(rows: Sequence[Row], arch: int | str, pipes: Mapping[str, str]) -> str:
-    lines = ["| kernel | " + " | ".join(pipes.values()) + " |", "|---|" + "---|" * len(pipes)]
-    for row in rows:
-        if row["arch"] == arch and row["dtype"] == "bfloat16" and row["state"] == "float32":
-            lines.append(
-                f"| {row['backend']} {label(row)} | "
-                + " | ".join(_cell(row["pipes"].get(p, 0.0)) for p in pipes)
-                + " |"
-            )
-    return "\n".join(lines)
-
-
-NVIDIA_PIPES = {"fp32": "FP32", "imad": "IMAD", "imad.wide": "IMAD.WIDE", "int": "integer", "convert": "convert",
-                "xu": "XU", "memory": "memory", "uniform": "uniform", "branch": "branch", "other": "other"}  # fmt: skip
-AMD_PIPES = {"valu": "VALU", "salu": "SALU", "vmem": "VMEM", "smem": "SMEM", "lds": "LDS", "wait": "wait",
-             "branch": "branch"}  # fmt: skip
-
-
-def parts(stored: Mapping[str, Any]) -> dict[str, str]:
-    rows, compilers = stored["kernels"], stored["compilers"]
-    return {
-        "compilers": f"Compiled with nvcc {compilers['nvcc']} and Triton {compilers['triton']}.",
-        "cuda": kernel_table(rows, "cuda"),
-        "triton": kernel_table(rows, "triton"),
-        "pipes-80": pipe_table(rows, 80, NVIDIA_PIPES),
-        "pipes-90": pipe_table(rows, 90, NVIDIA_PIPES),
-        "pipes-100": pipe_table(rows, 100, NVIDIA_PIPES),
-        "pipes-gfx942": pipe_table(rows, AMD, AMD_PIPES),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,13 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
             parser.error("TRITON_INTERPRET is set, so Triton would not compile: unset it")
         measure()
-    old = PAGE.read_text()
-    new = fill("docs/machine_code.md", old, parts(json.loads(STORED.read_text())))
-    if options.check and new != old:
-        print("docs/machine_code.md disagrees with benchmarks/results; run python benchmarks/machine_code_table.py")
-    elif new != old:
-        PAGE.write_text(new)
-    return int(options.check and new != old)
+    made = {"docs/machine_code.md": parts(json.loads(STORED.read_text()))}
+    return update(made, "machine_code_table.py", check=options.check)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,13 @@ python benchmarks/step_page.py --check   # exit code 1 if the page is not what t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from pages import fill
+from pages import load, update
 
 from zokern.bench import step_tables
-
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "steps.md"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -43,7 +34,7 @@ def step_part() -> str:
     sizes = {r["model"]: r["parameters"] for r in run["results"].values()}
     told = ", ".join(f"{name} has {count / 1e6:.1f} million parameters" for name, count in sizes.items())
     head = f"{machine(run)}; {settings['dtype']}, {settings['rounds']} rounds of {settings['steps']}; ms. {told}."
-    notes = step_tables.step_notes(run["results"])
+    notes = step_tables.step_notes(run["results"], settings.get("not_timed", {}))
     table = markdown(step_tables.STEP_COLUMNS, step_tables.step_rows(run["results"]))
     return "\n".join([head, "", *table, *(f"\n{note}" for note in notes)])
 
@@ -71,14 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the page is up to date")
     args = parser.parse_args()
-    old = PAGE.read_text()
-    new = fill("docs/steps.md", old, {"step": step_part(), "scaling": scaling_part()})
-    if args.check and new != old:
-        print("docs/steps.md: disagrees with benchmarks/results; run python benchmarks/step_page.py")
-        return 1
-    if new != old:
-        PAGE.write_text(new)
-    return 0
+    return update({"docs/steps.md": {"step": step_part(), "scaling": scaling_part()}}, "step_page.py", check=args.check)
 
 
 if __name__ == "__main__":

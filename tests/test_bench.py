@@ -5,25 +5,40 @@ Tiny sizes; nothing here looks at how long anything took, except that a time is 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_machine_code import LIMITS
+from command_lines import parse
 from typer.testing import CliRunner
 
 from zokern import noise
-from zokern.bench import equations, kernels, limits, plots, record, tables, timing
+from zokern.bench import (
+    equations,
+    kernels,
+    limits,
+    model,
+    models,
+    plots,
+    prediction,
+    record,
+    scaling,
+    step,
+    step_cases,
+    tables,
+    timing,
+)  # fmt: skip
 from zokern.bench.canvas import PlotError
-from zokern.bench.cases import BENCHMARKS, SIZES, Case
+from zokern.bench.cases import BENCHMARKS, SIZES, Case, is_ours
 from zokern.bench.equations import HeleneSettings
 from zokern.bench.peers import Compiled, Foreach, Peer, Published, peers
 from zokern.bench.shapes import MIN_ELEMENTS, opt_like
@@ -70,10 +85,10 @@ def test_our_call_is_one_launch_over_every_element(title: str) -> None:
     work = Workload(CASES[title], N, CPU)
     before = [m.param.clone() for m in work.members]
     states = [{name: t.clone() for name, t in m.states.items()} for m in work.members]
-    work.ours("cpu", list(range(work.case.seeds)))()
+    work.ours("cpu")()
     counters = work.passes["cpu"].counters
     assert (counters.launches, counters.passes) == (1, 1)
-    assert counters.elements_moved == 2 * work.active
+    assert counters.elements_moved == (2 + work.case.fork) * work.active
     changed = {"scaled_axpy": (), "axpy": (), "hizoo": ("h",), "hizoo_restore": ("h",), "helene": ("m", "h")}
     for i, m in enumerate(work.members):
         if work.case.rule in ("axpy", "scaled_axpy", "hizoo_restore") and m.param.numel() > 8:
@@ -94,7 +109,7 @@ def test_our_call_is_the_pass_that_the_case_names(title: str) -> None:
     bits = {"float32": torch.float32, "bfloat16": torch.uint16}[case.dtype]
     old = member.param.flatten().view(bits).numpy().copy()
     states = {name: t.flatten().numpy().copy() for name, t in member.states.items()}
-    work.ours("cpu", seeds)()
+    work.ours("cpu")()
     new, changed = apply(
         case.rule, old, states, dtype=case.dtype, tensor_id=member.tensor_id, seeds=seeds,
         coefs={name: [value / len(seeds)] * len(seeds) for name, value in COEFS[case.rule].items()},
@@ -118,8 +133,27 @@ def test_left_out_blocks_are_neither_timed_nor_counted() -> None:
 
 def test_one_pass_a_seed_makes_the_same_number_of_moves_as_seeds() -> None:
     work = Workload(CASES["axpy, K = 4, float32"], N, CPU)
-    work.one_by_one("cpu", [0, 1, 2, 3])()
+    work.one_by_one("cpu")()
     assert work.passes["cpu"].counters.launches == 4
+
+
+@pytest.mark.parametrize("title", ["update and next perturbation, bfloat16", "update and next perturbation, float32",
+                                   "replay of 8 updates, bfloat16", "replay of 8 updates, float32"])  # fmt: skip
+def test_a_sweep_of_passes_has_the_bits_of_a_sweep_each(title: str) -> None:
+    torch.manual_seed(0)
+    one = Workload(CASES[title], N, CPU)
+    torch.manual_seed(0)
+    each = Workload(CASES[title], N, CPU)
+    before = [m.param.clone() for m in one.members]
+    one.ours("cpu")()
+    each.one_by_one("cpu")()
+    for a, b, old in zip(one.members, each.members, before, strict=True):
+        assert torch.equal(a.param, b.param)
+        assert not torch.equal(a.param, old)
+    assert len(one.probes) == (len(one.members) if one.case.fork else 0)
+    assert all(torch.equal(a, b) for a, b in zip(one.probes, each.probes, strict=True))
+    assert each.passes["cpu"].counters.passes == one.case.stages
+    assert (one.case.rounding == "stochastic") == (one.case.dtype == "bfloat16")
 
 
 class Recorder(Published):
@@ -146,20 +180,26 @@ class Recorder(Published):
     ("HiZOO perturb, h float32, float32", [("scaled_axpy", 0)]), ("HiZOO update, h float32, float32", [("hizoo", 0)]),
     ("HiZOO restore and update, h float32, float32", [("scaled_axpy", 0), ("hizoo", 0)]),
     ("HELENE update, float32", [("helene", 0)]),
+    ("update and next perturbation, float32", [("normal", 0), ("normal", 1)]),
+    ("replay of 8 updates, bfloat16", [("normal", k) for k in range(8)]),
 ])  # fmt: skip
 def test_a_peer_does_a_sweep_for_each_thing_that_our_pass_does(
     title: str, sweeps: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder, ours = Recorder(), []
-    real = Passes.run
-    monkeypatch.setattr(Passes, "run", lambda self, members, seeds, *a, **k: ours.append(list(seeds)) or real(
-        self, members, seeds, *a, **k))  # fmt: skip
+    monkeypatch.setattr(Passes, "run", lambda self, members, numbers, **more: ours.append([numbers]))
+    monkeypatch.setattr(Passes, "chain", lambda self, members, stages, rule, **more: ours.append(stages))
     calls = Workload(CASES[title], N, CPU).candidates(["cpu"], [recorder])
     calls["published"]()
     assert recorder.sweeps == sweeps
     calls["zokern cpu"]()
-    assert ours == [list(range(CASES[title].seeds))]
+    (stages,) = ours
+    assert len(stages) == CASES[title].stages
+    seeds = [seed for numbers in stages for seed in numbers.seeds]
+    assert seeds == list(range(CASES[title].seeds * CASES[title].stages))
     assert ("zokern cpu, a pass a seed" in calls) == (CASES[title].seeds > 1)
+    assert ("zokern cpu, a sweep a pass" in calls) == (CASES[title].stages > 1)
+    assert [label for label in calls if is_ours(label)] == ["zokern cpu"]
 
 
 def test_the_interpreter_is_no_backend_to_time() -> None:
@@ -173,6 +213,8 @@ def test_the_interpreter_is_no_backend_to_time() -> None:
     ("axpy, K = 1, float32", 8), ("axpy, K = 16, bfloat16", 4), ("HiZOO perturb, h float32, float32", 12),
     ("HiZOO perturb, h bfloat16, bfloat16", 6), ("HiZOO update, h float32, bfloat16", 12),
     ("HiZOO restore and update, h bfloat16, float32", 12), ("HELENE update, float32", 24), ("HELENE update, bfloat16", 20),
+    ("update and next perturbation, bfloat16", 6), ("update and next perturbation, float32", 12),
+    ("replay of 8 updates, bfloat16", 4),
 ])  # fmt: skip
 def test_bytes_that_a_pass_must_move(title: str, nbytes: int) -> None:
     assert limits.bytes_per_element(CASES[title]) == nbytes
@@ -181,7 +223,8 @@ def test_bytes_that_a_pass_must_move(title: str, nbytes: int) -> None:
 @pytest.mark.parametrize(("title", "operations"), [
     ("axpy, K = 1, float32", 26.5), ("axpy, K = 4, bfloat16", 1 + 4 * 25.5), ("axpy, Rademacher, float32", 4.46875),
     ("axpy, stochastic rounding, bfloat16", 37.0), ("HiZOO update, h float32, float32", 41.5),
-    ("HELENE update, float32", 42.5),
+    ("HELENE update, float32", 42.5), ("update and next perturbation, float32", 53.0),
+    ("update and next perturbation, bfloat16", 53.0 + 10.5), ("replay of 8 updates, bfloat16", 8 * (26.5 + 10.5)),
 ])  # fmt: skip
 def test_operations_of_an_element(title: str, operations: float) -> None:
     assert limits.operations_per_element(CASES[title]) == operations
@@ -196,44 +239,96 @@ def test_operations_of_the_noise_are_those_of_the_source() -> None:
     assert fused + conversions + others == 34 == 2 * (limits.NORMAL - limits.PHILOX / 8)
 
 
-def test_prediction_is_issue_over_slots_and_at_most_one() -> None:
-    rate = limits.Issue(132, 1.98e9, "by hand")
-    assert rate.predicted(26.2, 4, 4.3e12) == 1.0
-    # 4 bytes at 4.3 TB/s take 0.93 ps, in which 132 SMs issue 31.1 instructions (design's figure).
-    assert rate.predicted(62.2, 4, 4.3e12) == pytest.approx(0.5, rel=2e-3)
+class FakeGpu:
+    """What torch says of a GPU."""
+
+    type, multi_processor_count = "cuda", 132
 
 
-def test_kernel_names_are_those_that_machine_code_counts() -> None:
-    """All names of bfloat16 kernels that have a limit there and a case here."""
-    names = {limits.kernel_name(case, backend) for case in CASES.values() for backend in ("cuda", "triton")}
-    ours = [name for name in LIMITS if re.search(r"axpy|Axpy|hizoo|HiZOO|helene|Helene", name)]
-    assert len(names & set(ours)) > 20
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> prediction.Basis:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeGpu)
+    basis = prediction.basis(torch.device("cuda"))
+    assert isinstance(basis, prediction.Basis)
+    return basis
 
 
-def test_slots_of_many_seeds_and_of_kernels_not_counted() -> None:
-    one, four = CASES["axpy, K = 1, bfloat16"], CASES["axpy, K = 4, bfloat16"]
-    name = limits.kernel_name(four, "cuda")
-    kernels_counted = [{"name": name, "arch": 90, "slots_per_element_k1": 28.0, "slots_per_extra_seed": 24.0}]
-    assert limits.slots(four, "cuda", kernels_counted, 90) == 28 + 3 * 24
-    assert limits.slots(one, "cuda", kernels_counted, 90) is None
-    assert limits.slots(four, "cuda", kernels_counted, 80) is None
-    triton = [{"name": "triton axpy<bf16, normal, nearest>", "arch": 90, "slots": 29.9}]
-    assert limits.slots(one, "triton", triton, 90) == 29.9
-    assert limits.slots(four, "triton", triton, 90) is None
+def test_every_case_has_a_kernel_that_was_counted_or_none_for_a_reason(h200: prediction.Basis) -> None:
+    """CUDA: all but what a kernel for several things decides at run time; Triton: with float32 states, and no chains."""
+    for case in CASES.values():
+        told = prediction.of(case, "cuda", h200)
+        assert 0 < told["predicted_share"] <= 1, case
+        assert told["slots"] > 10 * case.stages * case.seeds
+        counted = case.stages == 1 and case.state_dtype == "float32"
+        counted &= not (case.dtype == "float16" and case.rule != "axpy")
+        assert ("predicted_share" in prediction.of(case, "triton", h200)) == counted, case
 
 
-def test_a_prediction_is_added_or_its_lack_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_predicted_share_is_the_models(h200: prediction.Basis) -> None:
+    one = next(
+        row for row in h200.rows
+        if (row["backend"], row["arch"], row["rule"], row["dtype"], row["distribution"], row["rounding"], row["seeds"])
+        == ("cuda", 90, "axpy", "bfloat16", "normal", "nearest", "one")
+    )  # fmt: skip
+    told = prediction.of(CASES["axpy, K = 1, bfloat16"], "cuda", h200)
+    assert told["predicted_share"] == model.predicted_share(one, 4, "H200")
+    assert told["slots"] == pytest.approx(one["slots"], abs=1e-2)
+
+
+def test_further_seeds_and_stages_add_what_was_counted_of_each(h200: prediction.Basis) -> None:
+    def rows(**wanted: Any) -> dict[str, Any]:
+        wanted |= {"backend": "cuda", "arch": 90, "rule": "axpy", "dtype": "bfloat16"}
+        (found,) = [row for row in h200.rows if all(row[key] == value for key, value in wanted.items())]
+        return found
+
+    several = rows(kernel="pass", distribution="normal", rounding="nearest", seeds="any")
+    slots = several["slots"] + 15 * several["slots_per_extra_seed"]
+    told = prediction.of(CASES["axpy, K = 16, bfloat16"], "cuda", h200)
+    assert told["slots"] == pytest.approx(slots, abs=0.05)
+    assert told["predicted_share"] < 0.1  # bound by instructions: 0.09 of the time is memory's
+    chain = rows(kernel="chain")
+    assert chain["slots"] < chain["slots_stochastic"]
+    told = prediction.of(CASES["replay of 8 updates, bfloat16"], "cuda", h200)
+    assert told["slots"] == pytest.approx(chain["slots_once"] + 8 * chain["slots_stochastic"], abs=0.05)
+    told = prediction.of(CASES["update and next perturbation, bfloat16"], "cuda", h200)
+    slots = chain["slots_once"] + chain["slots"] + chain["slots_stochastic"]
+    assert told["slots"] == pytest.approx(slots, abs=0.05)
+
+
+def test_kernels_that_decide_at_run_time_stand_for_the_way_that_was_counted() -> None:
+    row = {"arch": 90, "backend": "cuda", "kernel": "pass", "rule": "hizoo", "dtype": "bfloat16", "state": "float32",
+           "seeds": "any", "distribution": "any", "rounding": "any"}  # fmt: skip
+    nearest = Case("", "hizoo", "bfloat16", seeds=2)
+    assert prediction.row_of(nearest, "cuda", [row], 90) is row
+    for other in (
+        {"rounding": "stochastic"},
+        {"distribution": "rademacher"},
+        {"state_dtype": "bfloat16"},
+        {"seeds": 1},
+    ):
+        assert prediction.row_of(replace(nearest, **other), "cuda", [row], 90) is None
+    assert prediction.row_of(nearest, "triton", [row], 90) is None
+    assert prediction.row_of(nearest, "cuda", [row], 80) is None
+
+
+def test_why_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, h200: prediction.Basis) -> None:
+    gpu = torch.device("cuda")
+    assert prediction.basis(CPU) == "the model is of GPUs"
+    assert "machine_code.json: it is in a checkout" in str(prediction.basis(gpu, tmp_path / "machine_code.json"))
+    monkeypatch.setattr(FakeGpu, "multi_processor_count", 114)
+    assert "has 114 multiprocessors and the one in zokern/bench/model.py 132" in str(prediction.basis(gpu))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    assert "no figures of this GPU: device is 'NVIDIA L4'" in str(prediction.basis(gpu))
     case = CASES["axpy, K = 1, bfloat16"]
-    ways = {"zokern triton": {}, "zokern cuda": {}, "copy": {"gb_per_s": 4300.0}}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(limits, "issue", lambda device: limits.Issue(132, 1.98e9, "by hand"))
-    counted = [{"name": "triton axpy<bf16, normal, nearest>", "arch": 90, "slots": 62.2}]
-    monkeypatch.setattr(kernels, "machine_code", lambda: (counted, None))
-    kernels.predict({"ways": ways}, case, torch.device("cuda"), ["cuda", "triton"])
-    assert ways["zokern triton"]["predicted_share"] == pytest.approx(0.5, rel=2e-3)
-    assert "sm_90 is not in machine_code.json" in ways["zokern cuda"]["not_predicted"]
-    monkeypatch.undo()
-    assert kernels.machine_code(tmp_path / "none.json")[1] is not None
+    assert prediction.of(case, "cuda", "no reason") == {"not_predicted": "no reason"}
+    assert prediction.of(case, "cuda", replace(h200, rows=[])) == {
+        "not_predicted": "machine_code.json has no such kernel of cuda for sm_90"
+    }
+    facts = h200.facts()
+    assert facts["device"] == "H200"
+    assert facts["issue_per_second"] == 132 * 1.98e9 * 128
+    assert set(facts["compilers"]) == {"nvcc", "triton"}
 
 
 # ------------------------------------------------------------------------------------------------------------- peers
@@ -358,7 +453,7 @@ def test_a_record_tells_the_machine_the_settings_and_consistent_figures(run: tup
     _, stored = run
     assert {"benchmark", "date", "commit", "machine", "settings", "complete", "results"} == stored.keys()
     assert {"processor", "threads", "torch", "python", "zokern"} <= stored["machine"].keys()
-    assert stored["settings"]["issue"] == {"unknown": "the model is of GPUs"}
+    assert stored["settings"]["prediction"] == {"unknown": "the model is of GPUs"}
     assert stored["complete"]
     assert len(stored["results"]) == 12
     for title, result in stored["results"].items():
@@ -400,6 +495,17 @@ def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="disk"):
         record.store("x", CPU, {}, {"a": 2}, path)
     assert json.loads(path.read_text())["results"] == {"a": 1}
+
+
+def test_the_driver_is_told_or_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(record.shutil, "which", lambda name, path=None: str(smi) if smi.exists() else None)
+    assert record.driver() == "unknown: there is no nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.95\necho 580.95\n")
+    smi.chmod(0o755)
+    assert record.driver() == "580.95"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert record.driver() == "unknown: nvidia-smi ended with 9"
 
 
 def test_nothing_is_begun_after_the_deadline(tmp_path: Path) -> None:
@@ -456,7 +562,7 @@ GPU = {"gpu": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "torch": "2.13.0
 def as_if_on_a_gpu(stored: dict[str, Any]) -> dict[str, Any]:
     """The record with made-up slots and predictions, for the pictures' and tables' other branch."""
     copy = json.loads(json.dumps(stored))
-    copy["machine"], copy["settings"]["issue"] = GPU, {"per_second": 3.3e13}
+    copy["machine"], copy["settings"]["prediction"] = GPU, {"issue_per_second": 3.3e13}
     for result in copy["results"].values():
         for label, way in result["ways"].items():
             if label.startswith("zokern"):
@@ -474,20 +580,32 @@ def test_predictions_and_the_issue_roof_are_drawn(run: tuple[Path, dict[str, Any
     assert "NVIDIA H200, driver 580.1" in plots.caption(as_if_on_a_gpu(run[1]))
 
 
-@pytest.mark.parametrize(("results", "kind"), [
-    ({"MeZO, ours": {"forwards": 0.3, "passes": 0.03, "other": 0.01}, "MeZO, published": {"forwards": 0.3, "passes": 0.2,
-      "other": 0.02, "ms": 520}}, "step"),
-    ([{"parameters": 10**n, "ns_per_parameter": 2.0 / n, "bytes": 4, "way": way} for n in (6, 7) for way in "ab"],
-     "scaling"),
-])  # fmt: skip
-def test_pictures_of_whole_steps(results: Any, kind: str, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["step", "scaling"])
+def test_pictures_of_whole_steps(kind: str, tmp_path: Path) -> None:
+    """Of runs in which one case was not timed."""
     pytest.importorskip("matplotlib")
-    stored = {**run[1], "benchmark": kind, "results": results}
-    assert plots.kind(stored) == kind
     path = tmp_path / f"{kind}-cpu.json"
-    path.write_text(json.dumps(stored))
+    if kind == "step":
+        weights = 4 * models.parameters("tiny-opt")
+        wanted = ("tiny-opt",), ("mezo", "hizoo"), ("stream",), ((2, 8),), "float32", "cpu", 1, 1
+        step.Run(step_cases.Settings(*wanted, memory_limit=2 * weights), path).run()
+    else:
+        scaling.Run(
+            scaling.Settings((100_000, 10**6), ("float32",), ("mezo",), ("auto",), "cpu", rounds=1, memory_limit=10**6),
+            path,
+        ).run()
+    stored = json.loads(path.read_text())
+    results = stored["results"]
+    states = {r["status"] for r in (results if kind == "scaling" else results.values())}
+    assert states == {"timed", "does not fit"}
+    assert plots.kind(stored) == kind
     (drawn,) = plots.draw([path], tmp_path)
     assert 5_000 < drawn.stat().st_size < 150_000
+    for result in results if kind == "scaling" else results.values():
+        result["status"] = "left out"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(PlotError, match="nothing in it was timed"):
+        plots.draw([path], tmp_path)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -508,17 +626,14 @@ def test_files_without_a_picture_are_refused(text: str, message: str, tmp_path: 
 
 def test_pages_say_what_is_stored(run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """benchmarks/bench_tables.py on this run's files: figures as stored, a warning where rounds differ, no GPU run."""
-    root = Path(__file__).parents[1] / "benchmarks"
-    spec = importlib.util.spec_from_file_location("bench_tables", root / "bench_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    module: Any = importlib.import_module("bench_tables")
     monkeypatch.setattr(module, "RESULTS", run[0])
     assert module.kernels_gpu() == "**Not yet run on a GPU.**"
     way = run[1]["results"]["HiZOO perturb, h float32, bfloat16"]["ways"]["zokern cpu"]
     assert f"| {way['ns_per_element']:.3g} | {way['gb_per_s']:.3g} |" in module.kernels_cpu()
-    assert f"{way['ns_per_element']:.2f} ns" in module.kernel_headlines()
+    stored = json.loads((run[0] / "kernels-axpy-cpu.json").read_text())["results"]["axpy, K = 16, bfloat16"]
+    assert f"{stored['ways']['zokern cpu']['ns_per_element']:.2f} ns" in module.kernel_headlines()
     assert "not quiet" not in module._run_of(run[1])  # of one round each
     way["max"] = 3 * way["min"]
     assert "times of one way differ by up to 3.0 x" in module._run_of(run[1])
@@ -538,6 +653,20 @@ def test_help_teaches(arguments: tuple[str, ...], words: list[str]) -> None:
     assert result.exit_code == 0
     for word in words:
         assert word in result.output
+
+
+def test_make_bench_is_understood_by_the_command_line() -> None:
+    """What `make bench` would run: each benchmark once, into the stored results, and then the pages."""
+    root = Path(__file__).parents[1]
+    told = subprocess.run(["make", "-n", "bench"], cwd=root, capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in told.splitlines()]
+    ran = [parse(line[1:]) for line in lines if len(line) > 2 and line[0].endswith("/zokern") and line[1] == "bench"]
+    assert [name for name, _ in ran] == ["kernels", "step", "scaling"]
+    for _, given in ran:
+        assert (given["output"], given["time_limit"]) == (Path("benchmarks/results"), 900)
+    scripts = [line[1] for line in lines if len(line) > 1 and line[0].endswith("/python") and line[1].endswith(".py")]
+    assert scripts == ["benchmarks/readme_tables.py", "benchmarks/step_page.py"]
+    assert all((root / script).exists() for script in scripts)
 
 
 def test_list_names_every_case() -> None:

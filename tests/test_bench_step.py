@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+from emulated_graph import EmulatedGraph
 from torch import nn
 from typer.testing import CliRunner
 
-from zokern import MeZO
-from zokern.bench import commands_step, models, scaling, split, step_peers, step_tables
+from zokern import MeZO, graphed
+from zokern.bench import commands_step, models, plots, scaling, split, step_options, step_peers, step_tables
+from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
 from zokern.bench.step import Run
 from zokern.bench.step_cases import Case, Settings, make, needed_bytes
+
+
+@pytest.fixture(autouse=True)
+def generators_of_the_suite() -> Iterator[None]:
+    """Peers reseed torch's global generators."""
+    with torch.random.fork_rng():
+        yield
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -94,7 +105,7 @@ def test_compiled_peer_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.random.fork_rng(devices=[]):
         peer.step(model)
         torch.testing.assert_close(model.a.data, before, rtol=0, atol=1e-6)
-        peer.sweep(1, 2.0, 3.0)
+        peer.sweep(1, (2.0, 3.0))
         torch.manual_seed(1)
         torch.testing.assert_close(model.a.data, before + 6.0 * torch.randn_like(before), rtol=0, atol=1e-5)
     assert peer.counters["passes"] == 4
@@ -347,8 +358,8 @@ app.command()(commands_step.scaling)
         ("step --model demo --tokens 8x1024", "--tokens: rows of demo have at most 512"),
         ("step --dtype float64", "--dtype: 'float64' is not known"),
         ("step --dtype float32,bfloat16", "--dtype: one is needed"),
-        ("step --device tpu", "--device: 'tpu' is not known"),
-        ("step --device cuda:99", "--device: --device is 'cuda:99'"),
+        ("step --device tpu", "--device: 'tpu' is not a device"),
+        ("step --device cuda:99", "--device: cuda:99 is not there"),
         ("step --rounds 0", "--rounds: is 0; allowed: at least 1"),
         ("step --steps 0", "--steps: is 0"),
         ("step --time-limit -1", "--time-limit: is -1.0"),
@@ -375,3 +386,118 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["scaling", "--sizes", "100k", "--quick", "--device", "cpu", "--output", "s.json"])
     assert done.exit_code == 0, done.output
     assert len(load(tmp_path / "s.json")["results"]) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- whole graphs
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "SUPPORTED", ("cuda", "cpu"))
+    monkeypatch.setattr(graphed, "new_graph", EmulatedGraph)
+
+
+def test_graphed_steps_are_timed_where_graphs_are(tmp_path: Path, emulated: None) -> None:
+    """With the emulated graph of tests/test_graphed.py: the way, its counts, its one figure, and who cannot."""
+    path = tmp_path / "step.json"
+    wanted = settings(models=("tiny-opt",), methods=("mezo", "lezo"), placements=("inplace",), peers=False, rounds=1)
+    Run(wanted, path).run()
+    record = load(path)
+    assert list(record["results"]) == [
+        f"tiny-opt 2x8 {way}" for way in ("mezo inplace", "mezo graphed", "lezo inplace")
+    ]
+    assert record["settings"]["not_timed"] == {"lezo graphed": "layers leaves out other blocks in each step"}
+    eager, graph, _ = record["results"].values()
+    assert (graph["status"], graph["placement"], graph["peer"]) == ("timed", "inplace", False)
+    for count in ("passes_per_step", "forwards_per_step"):
+        assert graph[count] == eager[count]
+    assert graph["step"]["median"] > 0
+    assert not set(split.PARTS) & graph.keys()
+    row = step_tables.step_rows(record["results"])[1]
+    assert len(row) == len(step_tables.STEP_COLUMNS)
+    assert row[2:6] == [""] * 4
+    pytest.importorskip("matplotlib")
+    (drawn,) = plots.draw([path], tmp_path)
+    assert drawn.stat().st_size > 5_000
+
+
+def test_nothing_is_captured_while_the_clock_runs(
+    tmp_path: Path, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HELENE's steps are of two kinds, and each is captured when it first comes."""
+    captured: list[tuple[int, int]] = []
+    measure = split.measure
+
+    def watched(stepper: Any, *arguments: Any) -> dict[str, float]:
+        before = len(stepper._graph._captured) if hasattr(stepper, "_graph") else 0
+        seconds = measure(stepper, *arguments)
+        captured.append((before, len(stepper._graph._captured) if before else 0))
+        return seconds
+
+    monkeypatch.setattr(split, "measure", watched)
+    wanted = settings(
+        models=("tiny-opt",), methods=("helene",), placements=("inplace",), peers=False, rounds=1, steps=2
+    )
+    Run(wanted, tmp_path / "s").run()
+    assert captured == [(0, 0), (2, 2)]
+
+
+def test_graphed_steps_are_steps(emulated: None) -> None:
+    """Weights move as in eager steps, and a batch is read anew."""
+    with torch.no_grad():
+        weights = []
+        for way in ("inplace", "graphed"):
+            model = models.build("tiny-encoder", torch.float32, CPU)
+            work = models.closure("tiny-encoder", model, 2, 8, CPU)
+            stepper = make(Case("tiny-encoder", 2, 8, "hizoo", way, "inplace" if way == "graphed" else ""), model)
+            losses = []
+            for rows in (work.batch["ids"], work.batch["ids"].flip(0)):
+                work.batch["ids"] = rows
+                losses.append(stepper.step(work))
+            assert losses[0] != losses[1]
+            weights.append([p.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    with pytest.raises(TypeError, match=r"closure must be a zokern.bench.models.Work, got function"):
+        stepper.step(lambda: torch.zeros(()))
+
+
+@pytest.mark.parametrize("error", ["capture", "memory"])
+def test_a_step_that_cannot_be_captured_is_said_to_be(
+    error: str, tmp_path: Path, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(self: EmulatedGraph, work: Any) -> None:
+        raise torch.OutOfMemoryError("full") if error == "memory" else RuntimeError("a stream was waited for")
+
+    monkeypatch.setattr(EmulatedGraph, "capture", capture)
+    wanted = settings(models=("tiny-opt",), methods=("mezo",), placements=("inplace",), peers=False, rounds=1)
+    results = Run(wanted, tmp_path / "s").run()
+    assert results["tiny-opt 2x8 mezo inplace"]["status"] == "timed"
+    (note,) = step_tables.step_notes(results)
+    assert results["tiny-opt 2x8 mezo graphed"]["status"] == ("does not fit" if error == "memory" else "not captured")
+    assert ("needs 0.0 GB" if error == "memory" else "a stream was waited for") in note
+
+
+def test_without_cuda_the_graph_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+    run = Run(settings(models=("tiny-opt",), methods=("mezo", "hizoo"), peers=False, rounds=1), tmp_path / "s")
+    run.run()
+    assert run.not_timed == {"graphed": "it replays a CUDA graph, and this run is on a CPU"}
+    assert load(tmp_path / "s")["settings"]["not_timed"] == run.not_timed
+    notes = step_tables.step_notes(run.results, run.not_timed)
+    assert notes == ["graphed: not timed: it replays a CUDA graph, and this run is on a CPU"]
+    assert run.visits == 4 * 2
+
+
+def test_a_run_that_goes_on_is_not_complete(tmp_path: Path) -> None:
+    budget = Budget(CPU)
+    budget.save("step", {}, {"a": 1}, tmp_path / "s")
+    assert load(tmp_path / "s")["complete"] is False
+    budget.save("step", {}, {"a": 2}, tmp_path / "s")  # too soon after the one before
+    assert load(tmp_path / "s")["results"] == {"a": 1}
+    budget.save("step", {}, {"a": 3}, tmp_path / "s", last=True)
+    assert (load(tmp_path / "s")["complete"], load(tmp_path / "s")["results"]) == (True, {"a": 3})
+
+
+def test_output_may_be_a_directory(tmp_path: Path) -> None:
+    assert step_options.output_path(tmp_path, "step", CPU) == tmp_path / "step-cpu.json"
+    assert step_options.output_path(tmp_path / "x.json", "step", CPU) == tmp_path / "x.json"
+    assert step_options.output_path(None, "scaling", CPU) == Path("scaling-cpu.json")

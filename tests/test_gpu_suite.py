@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_suite  # noqa: E402
 import suite_runner  # noqa: E402
+import suite_sections  # noqa: E402
 from suite_runner import Runner, Section, choose  # noqa: E402
 
 PYTHON = sys.executable
@@ -207,14 +210,14 @@ def suite(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
 
-@pytest.mark.skipif(gpu_suite.gpu() is not None, reason="there is a GPU here")
+@pytest.mark.skipif(suite_sections.gpu() is not None, reason="there is a GPU here")
 def test_without_a_gpu_every_section_is_skipped(tmp_path: Path) -> None:
     done = suite(str(tmp_path / "new"))
     assert done.returncode == 3, done.stderr
     summary = json.loads((tmp_path / "new" / "summary.json").read_text())
     assert summary["gpu"] is None
-    assert {s["why"] for s in summary["sections"]} == {gpu_suite.NO_GPU}
-    assert [s["name"] for s in summary["sections"]] == [s.name for s in gpu_suite.all_sections(tmp_path)]
+    assert {s["why"] for s in summary["sections"]} == {suite_sections.NO_GPU}
+    assert [s["name"] for s in summary["sections"]] == [s.name for s in suite_sections.all_sections(tmp_path)]
 
 
 @pytest.mark.parametrize(
@@ -235,32 +238,105 @@ def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path) -> 
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_suite, "gpu", lambda: {"name": "a GPU"})
-    assert gpu_suite.lacks(("torch",)) is None
-    reason = gpu_suite.lacks(("torch", "no_such_package"), ("no-such-program",))
+    monkeypatch.setattr(suite_sections, "gpu", lambda: {"name": "a GPU"})
+    assert suite_sections.lacks(("torch",)) is None
+    reason = suite_sections.lacks(("torch", "no_such_package"), ("no-such-program",))
     assert reason == "this machine lacks the Python package no_such_package, the program no-such-program"
 
 
-def test_every_script_and_test_file_that_the_sections_name_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_suite, "gpu", lambda: {"name": "a GPU", "compute_cap": "9.0"})
-    sections = gpu_suite.all_sections(Path("/out"))
-    commands = [command for s in sections for command in s.commands(60)]
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """All that the suite would run on a GPU."""
+    monkeypatch.setattr(suite_sections, "gpu", lambda: {"name": "a GPU", "compute_cap": "9.0"})
+    return [list(command) for s in suite_sections.all_sections(Path("/out")) for command in s.commands(s.minimum)]
+
+
+def test_every_script_and_test_file_that_the_sections_name_exists(commands: list[list[str]]) -> None:
     paths = [Path(word) for command in commands for word in command if word.startswith(str(ROOT))]
     assert len(paths) >= 7
     assert all(path.exists() for path in paths)
+
+
+def test_sections_fit_the_deadline_and_begin_with_the_build(commands: list[list[str]]) -> None:
+    sections = suite_sections.all_sections(Path("/out"))
     assert sections[0].env["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert sum(s.minimum for s in sections) + suite_runner.RESERVE < gpu_suite.DEADLINE < 540.1
+    for s in sections:
+        assert s.minimum <= s.budget
+        for seconds in (s.minimum, s.budget):
+            for command in map(list, s.commands(seconds)):
+                if "--time-limit" in command:  # a benchmark's own limit ends it before the runner does
+                    assert float(command[command.index("--time-limit") + 1]) <= seconds - 5
+
+
+def test_benchmark_commands_are_understood_by_the_real_command_line(commands: list[list[str]]) -> None:
+    """Parsed by zokern's own CLI, options, types and all, without running; then each value by the command's own checks."""
+    pytest.importorskip("typer")
+    from zokern.bench import models, step_options
+    from zokern.bench.cases import BENCHMARKS, DTYPES
+    from zokern.finetune.methods import METHODS
+
+    seen, outputs = [], []
+    for command in commands:
+        if command[1:3] != ["-m", "zokern"]:
+            continue
+        name, given = parse(command[3:])
+        assert given["device"] == "cuda"
+        assert given["time_limit"] >= 10
+        seen.append(name)
+        outputs.append(given["output"])
+        if name == "kernels":
+            assert set(given["names"] or []) <= set(BENCHMARKS)
+            assert set(given["dtype"] or []) <= set(DTYPES)
+        else:
+            names = step_options.choices(given["model"], "--model", models.MODELS)
+            assert step_options.choices(given["methods"], "--methods", METHODS)
+            assert step_options.tokens(given["tokens"], names)
+            assert given["output"].parent == Path("/out")
+    assert seen == ["kernels", "step", "step", "kernels"]
+    assert len(set(outputs)) == len(outputs)  # nothing overwrites another's file
+
+
+def test_script_commands_have_only_options_that_the_scripts_know(commands: list[list[str]]) -> None:
+    scripts = {}
+    for command in commands:
+        for i, word in enumerate(command):
+            if word.startswith(str(ROOT / "benchmarks")):
+                scripts.setdefault(word, set()).update(w for w in command[i + 1 :] if w.startswith("--"))
+    assert {Path(path).name for path in scripts} == {"equality.py", "checksum.py", "sanitizer_program.py"}
+    for path, options in scripts.items():
+        told = subprocess.run([PYTHON, path, "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
+        assert "--device" in options
+        assert options <= set(re.findall(r"--[a-z-]+", told)), path
+
+
+def test_missing_packages_leave_the_other_sections(commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with torch, numpy and pytest alone; without matplotlib the kernels draw nothing, and say so."""
+    real = suite_sections.importlib.util.find_spec
+    gone = {"typer", "rich", "transformers", "matplotlib", "hypothesis"}
+    monkeypatch.setattr(suite_sections.importlib.util, "find_spec", lambda n: None if n in gone else real(n))
+    monkeypatch.setattr(suite_sections, "tool", lambda name: f"/usr/bin/{name}")
+    sections = {s.name: s for s in suite_sections.all_sections(Path("/out"))}
+    reasons = {name: s.reason() for name, s in sections.items()}
+    stopped = {name for name, reason in reasons.items() if reason is not None}
+    assert stopped == {"kernels", "compiled", "step-1.3b", "step-13b"}
+    assert reasons["kernels"] == "this machine lacks the Python package typer, the Python package rich"
+    assert "transformers" in str(reasons["step-13b"])
+    (command,) = sections["kernels"].commands(60)
+    assert "--no-plot" in command
+    assert sections["kernels"].note() == "no pictures, for the lack of matplotlib"
+    assert any("--no-plot" in c for c in commands) == (real("matplotlib") is None)
 
 
 def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_suite.untestable() == {}
-    real = gpu_suite.importlib.util.find_spec
-    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda n: None if n == "hypothesis" else real(n))
-    assert gpu_suite.untestable()["test_properties.py"] == "hypothesis"
-    assert "test_ops.py" not in gpu_suite.untestable()
+    assert suite_sections.untestable() == {}
+    real = suite_sections.importlib.util.find_spec
+    monkeypatch.setattr(suite_sections.importlib.util, "find_spec", lambda n: None if n == "hypothesis" else real(n))
+    assert suite_sections.untestable()["test_properties.py"] == "hypothesis"
+    assert "test_ops.py" not in suite_sections.untestable()
 
 
 def test_counts_of_the_tests_are_told(tmp_path: Path) -> None:
     cases = '<testsuite tests="9" failures="1" errors="1" skipped="3"/>'
     (tmp_path / "tests-gpu.xml").write_text(f"<testsuites>{cases}</testsuites>")
-    assert gpu_suite.tests_note(tmp_path) == "tests-gpu: 4 passed, 2 failed, 3 skipped"
+    assert suite_sections.tests_note(tmp_path) == "tests-gpu: 4 passed, 2 failed, 3 skipped"

@@ -5,7 +5,6 @@ A pass is bound by an H200's memory while an element takes about 30 issue slots;
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,12 +18,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "machine_code.py"
 
-spec = importlib.util.spec_from_file_location("machine_code", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-machine_code: Any = importlib.util.module_from_spec(spec)
-sys.modules["machine_code"] = machine_code
-spec.loader.exec_module(machine_code)
+sys.path.insert(0, str(SCRIPT.parent))
+import chain_loop  # noqa: E402
+import hot_loop  # noqa: E402
+import machine_code  # noqa: E402
+import sass  # noqa: E402
 
 CUDA = "zk::cuda::rule_kernel<{}, {}, zk::gpu::{}, (zk::Distribution){}, (zk::Rounding){}, (zk::cuda::Seeds){}>"
 BF16, FP16, FP32 = "__nv_bfloat16", "__half", "float"
@@ -39,6 +37,10 @@ def one_seed(rule: str, dtype: str, distribution: int = NORMAL, rounding: int = 
 
 def any_seeds(rule: str, dtype: str, distribution: int = ANY, rounding: int = ANY, state: str = FP32) -> str:
     return CUDA.format(dtype, state, rule, distribution, rounding, 1)
+
+
+def chain(rule: str, dtype: str, state: str = FP32) -> str:
+    return f"zk::cuda::chain_kernel<{dtype}, {state}, zk::gpu::{rule}>"
 
 
 def triton(rule: str, dtype: str, distribution: str = "normal", rounding: str = "nearest") -> str:
@@ -89,7 +91,21 @@ LIMITS: dict[str, tuple[float, float | None, int]] = {
     one_seed("AdaMeZO", BF16): (41.5, None, 40),
     any_seeds("AdaMeZO", BF16): (47, 29, 64),
     one_seed("Sign", BF16): (33.5, None, 40),
+    # Chains: a stage, and each further seed of it.
+    chain("Axpy", BF16): (31, 25.5, 64),
+    chain("Axpy", FP16): (31, 25.5, 64),
+    chain("Axpy", FP32): (30, 26, 64),
+    chain("HiZOO<false>", BF16): (51, 27.5, 80),
+    chain("HiZOO<true>", BF16): (63, 28.5, 80),
+    chain("HiZOO<true>", BF16, BF16): (72, 28.5, 128),
+    chain("Helene", BF16): (53, 28.5, 128),
+    chain("Momentum", BF16): (36.5, 27.5, 80),
+    chain("Adam", BF16): (60, 27.5, 128),
+    chain("AdaMeZO", BF16): (50.5, 28.5, 80),
+    chain("Sign", BF16): (39, 27, 80),
 }
+# A stage of a chain that rounds stochastically, and the tile around all stages.
+STOCHASTIC_STAGES = {chain("Axpy", BF16): (39.5, 4), chain("HiZOO<false>", BF16): (60, 5), chain("Adam", BF16): (69, 6)}
 
 needs_tools = pytest.mark.skipif(
     not all(machine_code.find_tool(tool) for tool in ("cuobjdump", "nvdisasm")),
@@ -154,8 +170,20 @@ def test_no_triton_kernel_spills_or_waits(triton_reports: dict[str, dict[str, An
 @needs_tools
 def test_no_cuda_kernel_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> None:
     """The rules' kernels are for each dtype and rounding, and one of each dtype is for all that is less common."""
-    assert len(cuda_reports) == 2 * 10 + 8 * (len(RULES) + sum(RULES.values()))
-    without_spills_or_waits(cuda_reports)
+    passes = {name: report for name, report in cuda_reports.items() if "::rule_kernel<" in name}
+    assert len(passes) == 2 * 10 + 8 * (len(RULES) + sum(RULES.values()))
+    without_spills_or_waits(passes)
+
+
+@needs_tools
+def test_no_chain_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> None:
+    """One for each rule but the perturbation of HiZOO, dtype and state, decided at run time otherwise."""
+    chains = {name: report for name, report in cuda_reports.items() if "::chain_kernel<" in name}
+    assert len(chains) == 3 * (1 + len(RULES) - 1 + sum(RULES.values()) - 1)
+    without_spills_or_waits(chains)
+    for name, (stage, once) in STOCHASTIC_STAGES.items():
+        assert chains[name]["slots_per_element_k1"] < sum(chains[name]["stochastic_per_element"].values()) <= stage
+        assert 1 < sum(chains[name]["once_per_element"].values()) <= once
 
 
 # ----------------------------------------------------------------------------------------------------- the counter
@@ -198,10 +226,10 @@ LISTING = """
 
 
 def analyse(listing: str) -> Any:
-    (name, blocks), *rest = machine_code.parse_functions(listing).items()
+    (name, blocks), *rest = sass.parse_functions(listing).items()
     assert name == "toy"
     assert not rest
-    return machine_code.analyse(name, 90, blocks, 2, 32, 0)
+    return hot_loop.analyse(name, 90, blocks, 2, 32, 0)
 
 
 def test_counter_on_a_listing() -> None:
@@ -241,13 +269,67 @@ def test_counts_per_element_by_pipe_sum_up_to_the_slots() -> None:
     assert sum(report.per_element.values()) == report.slots_per_element_k1
 
 
+# A loop over tiles of eight bf16 with one over stages in it: load; a stage with its guard for the fork's store, a
+# perturbation (a seed's loop with one sum) or the rule (two sums), stochastic rounding or not; store. Three conversions
+# make two normals.
+CHAIN = """
+//--------------------- .text.toy    --------------------------
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/              @!P1 BRA `(.L_x_2) ;
+        /*0030*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+.L_x_2:
+        /*0040*/              @!P2 BRA `(.L_x_5) ;
+.L_x_3:
+        PERTURBATION
+        /*0060*/               @P0 BRA `(.L_x_3) ;
+        /*0070*/                   BRA `(.L_x_7) ;
+.L_x_5:
+        /*0080*/               @P4 BRA `(.L_x_7) ;
+.L_x_6:
+        RULE
+        /*00a0*/               @P0 BRA `(.L_x_6) ;
+        /*00b0*/                   FADD R4, R5, R6 ;
+.L_x_7:
+        /*00c0*/              @!P3 BRA `(.L_x_8) ;
+        /*00d0*/                   IMAD.WIDE.U32 R8, R8, R9, RZ ;
+        /*00e0*/                   IADD3 R8, R8, R9, RZ ;
+.L_x_8:
+        /*00f0*/               @P1 BRA `(.L_x_1) ;
+        /*0100*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0110*/               @P0 BRA `(.L_x_0) ;
+        /*0120*/                   EXIT ;
+"""
+NORMALS = "/*0050*/                   I2FP.F32.S32 R8, R9 ;\n" * 12
+SUM = "/*0051*/                   FFMA R4, R5, R6, R4 ;\n" * 8
+
+
+def test_counter_on_a_chain() -> None:
+    listing = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM + SUM)
+    ((_, blocks),) = sass.parse_functions(listing).items()
+    report = chain_loop.analyse_chain("toy", 90, blocks, registers=40, stack_bytes=0, spills=0)
+    # Guards of fork, perturbation, no seeds, rounding; the seed with its branch; the sum; the branch back.
+    assert report.slots_per_element_k1 * 8 == 4 + (12 + 16 + 1) + 1 + 1
+    assert report.per_element == {"branch": 6 / 8, "convert": 12 / 8, "fp32": 17 / 8}
+    assert report.slots_per_extra_seed * 8 == 12 + 16 + 1
+    assert report.extra_per_element == {"fp32": 2.0, "convert": 1.5, "branch": 1 / 8}
+    assert report.once_per_element == {"memory": 2 / 8, "branch": 1 / 8}
+    assert report.stochastic_per_element == report.per_element | {"imad.wide": 1 / 8, "int": 1 / 8}
+    assert report.global_bytes_in_loop == [16, 16]
+    assert report.elements_per_iteration == 8
+    with pytest.raises(ValueError, match="toy has 0 loops over tiles with a loop over stages"):
+        chain_loop.analyse_chain("toy", 90, sass.parse_functions(LISTING)["toy"], registers=1, stack_bytes=0, spills=0)
+
+
 @pytest.mark.parametrize(
     ("opcode", "pipe"),
     [("I2F", "xu"), ("I2F.U32", "xu"), ("I2FP.F32.S32", "convert"), ("F2FP.BF16.F32.PACK_AB", "convert"),
      ("IMAD.WIDE.U32", "imad.wide"), ("IMAD.MOV.U32", "imad"), ("UIADD3", "uniform"), ("LOP3.LUT", "int")],
 )  # fmt: skip
 def test_pipes(opcode: str, pipe: str) -> None:
-    assert machine_code.Instruction(False, opcode, "").pipe == pipe
+    assert sass.Instruction(False, opcode, "").pipe == pipe
 
 
 def test_counter_leaves_a_loop_by_a_call_that_does_not_return() -> None:

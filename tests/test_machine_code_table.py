@@ -22,12 +22,15 @@ from zokern.rules import RULES
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import amdgcn  # noqa: E402
+import machine_code_page  # noqa: E402
 import machine_code_table  # noqa: E402
 
 STORED = json.loads(machine_code_table.STORED.read_text())
 ROWS: list[dict[str, Any]] = STORED["kernels"]
-# What spills all the same: two accesses of local memory each, of kernels that are bound by global memory.
+# What spills all the same: two accesses of local memory each, of kernels that are bound by global memory, and eight of a
+# chain on sm_80, whose stages are bound by instructions.
 SPILLS = {
+    ("zk::cuda::chain_kernel<__nv_bfloat16, float, zk::gpu::HiZOO<false>>", 80): 8,
     ("triton hizoo_restore<bf16, normal, stochastic>", 100): 2,
     ("triton helene<bf16, normal, nearest>", 100): 2,
 }
@@ -36,7 +39,7 @@ SPILLS = {
 def row(rule: str = "axpy", arch: int | str = 90, backend: str = "cuda", **more: Any) -> dict[str, Any]:
     """The stored row of a kernel; by default CUDA's for one seed, bfloat16, normals, nearest."""
     wanted = {"backend": backend, "rule": rule, "arch": arch, "dtype": "bfloat16", "state": "float32",
-              "distribution": "normal", "rounding": "nearest",
+              "kernel": "pass", "distribution": "normal", "rounding": "nearest",
               "seeds": "one" if backend == "cuda" else "any"} | more  # fmt: skip
     (found,) = [r for r in ROWS if all(r[key] == value for key, value in wanted.items())]
     return found
@@ -66,8 +69,13 @@ def test_names_are_understood() -> None:
     name = ("zk::cuda::rule_kernel<__half, __nv_bfloat16, zk::gpu::HiZOO<true>, (zk::Distribution)2, (zk::Rounding)1, "
             "(zk::cuda::Seeds)1>")  # fmt: skip
     assert machine_code_table.kind(name) == {
-        "backend": "cuda", "name": name, "rule": "hizoo_restore", "dtype": "float16", "state": "bfloat16",
-        "distribution": "any", "rounding": "stochastic", "seeds": "any",
+        "backend": "cuda", "kernel": "pass", "name": name, "rule": "hizoo_restore", "dtype": "float16",
+        "state": "bfloat16", "distribution": "any", "rounding": "stochastic", "seeds": "any",
+    }  # fmt: skip
+    name = "zk::cuda::chain_kernel<__nv_bfloat16, float, zk::gpu::HiZOO<false>>"
+    assert machine_code_table.kind(name) == {
+        "backend": "cuda", "kernel": "chain", "name": name, "rule": "hizoo", "dtype": "bfloat16", "state": "float32",
+        "distribution": "any", "rounding": "any", "seeds": "any",
     }  # fmt: skip
     with pytest.raises(ValueError, match="no name of a kernel"):
         machine_code_table.kind("vector_add")
@@ -75,16 +83,16 @@ def test_names_are_understood() -> None:
 
 
 def test_measured_shares_are_read_where_there_are_any(tmp_path: Path) -> None:
-    assert machine_code_table.measured(row(), tmp_path) == []
+    assert machine_code_page.measured(row(), tmp_path) == []
     case = {"rule": "axpy", "dtype": "bfloat16", "distribution": "normal", "rounding": "nearest", "state_dtype": "float32",
             "seeds": 1, "left_out": 0.0}  # fmt: skip
     ways = {"zokern cuda": {"share_of_copy": 0.5}, "zokern triton": {"share_of_copy": 0.25}}
     cases = [case, case | {"seeds": 4}, case | {"dtype": "float32"}]
     run = {"machine": {"gpu": "a GPU"}, "results": {str(i): {"case": c, "ways": ways} for i, c in enumerate(cases)}}
     (tmp_path / "kernels-axpy-cuda.json").write_text(json.dumps(run))
-    assert machine_code_table.measured(row(), tmp_path) == ["50% (a GPU)"]
-    assert machine_code_table.measured(row(backend="triton"), tmp_path) == ["25% (a GPU)"]
-    assert machine_code_table.measured(row("hizoo"), tmp_path) == []
+    assert machine_code_page.measured(row(), tmp_path) == ["50% (a GPU)"]
+    assert machine_code_page.measured(row(backend="triton"), tmp_path) == ["25% (a GPU)"]
+    assert machine_code_page.measured(row("hizoo"), tmp_path) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -126,6 +134,26 @@ def test_predictions_from_the_stored_rows_are_in_order() -> None:
     assert model.predicted_share(row(rounding="stochastic"), 4, "H200") < share
     assert model.predicted_share(row(arch=100), 4, "B200") < share  # 1.7 times the bandwidth, 1.1 times the issue
     assert 0 < model.predicted_share(row(arch=80), 4, "A100-SXM4-80GB") < 1
+
+
+def test_instructions_of_seeds_and_stages_add_up() -> None:
+    kernel = {"name": "toy", "pipes": {"fp32": 2.0, "int": 1.0}, "pipes_extra": {"fp32": 1.5}}
+    assert model.instructions(kernel) == {"fp32": 2.0, "int": 1.0}
+    assert model.instructions(kernel, seeds=3) == {"fp32": 5.0, "int": 1.0}
+    chain = kernel | {"pipes_once": {"memory": 0.5}, "pipes_stochastic": {"fp32": 2.0, "int": 4.0}}
+    assert model.instructions(chain, stages=3, stochastic=2) == {"fp32": 6.0, "int": 9.0, "memory": 0.5}
+    assert model.instructions(chain, stages=2, seeds=2) == {"fp32": 7.0, "int": 2.0, "memory": 0.5}
+    with pytest.raises(ValueError, match="a further seed was not counted in toy"):
+        model.instructions(kernel | {"pipes_extra": {}}, seeds=2)
+
+
+def test_gain_of_a_chain_is_passes_over_a_sweep() -> None:
+    chain = row(kernel="chain", dtype="float32", distribution="any", rounding="any", seeds="any")
+    alone = row(dtype="float32")
+    sweep = model.instructions(chain, stages=8)
+    expected = 8 * model.seconds(alone, 8, "H200") / model.seconds(chain, 8, "H200", sweep)
+    assert machine_code_page.gain(ROWS, chain, "H200") == pytest.approx(expected)
+    assert 1 < expected < 8
 
 
 def test_model_refuses_what_it_does_not_know() -> None:
@@ -183,7 +211,7 @@ def test_amd_counter_on_a_listing() -> None:
 
 
 @pytest.mark.slow_machine_code
-@pytest.mark.parametrize("arch", machine_code_table.ARCHS)
+@pytest.mark.parametrize("arch", machine_code_page.ARCHS)
 def test_stored_rows_are_what_the_compilers_make(arch: int, tmp_path: Path) -> None:
     """Every NVIDIA kernel of an architecture, with the compilers that the stored results name."""
     triton = pytest.importorskip("triton")

@@ -47,12 +47,10 @@ class Budget:
         return {"status": "does not fit", "needed_bytes": needed, "free_bytes": self.free}
 
     def save(self, name: str, settings: Mapping[str, Any], results: Any, path: Path, *, last: bool = False) -> None:
-        """The run's JSON so far; a kill leaves the old file or the new one. Unless it is the `last`, not within five
-        seconds of the one before: the record asks git and the driver."""
+        """The run's JSON so far, "complete" when it is the `last`; before that, not within five seconds of the one before:
+        the record asks git and the driver."""
         if not last and self.saved and time.monotonic() - self.saved[-1] < SAVE_EVERY:
             return
-        part = path.with_name(path.name + ".part")
         about = {"seconds": round(self.seconds, 1), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
-        store(name, self.device, {**settings, **about}, results, part)
-        os.replace(part, path)
+        store(name, self.device, {**settings, **about}, results, path, complete=last)
         self.saved[:] = [time.monotonic()]

@@ -16,7 +16,11 @@ DEFAULT_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """One pass over a model. seeds: how many directions; left_out: share of the blocks that it skips."""
+    """One sweep over a model. seeds: directions of a pass; left_out: share of the blocks that it skips.
+
+    stages: passes that the sweep does in registers, each with seeds of its own; fork: the last of them, a perturbation,
+    goes to other storage, rounded to nearest.
+    """
 
     label: str
     rule: str
@@ -26,10 +30,29 @@ class Case:
     rounding: str = "nearest"
     state_dtype: str = "float32"
     left_out: float = 0.0
+    stages: int = 1
+    fork: bool = False
 
     @property
     def title(self) -> str:
         return f"{self.label}, {self.dtype}"
+
+    @property
+    def apart(self) -> str:
+        """How ours is called where what the sweep does is done one by one; empty where it does one thing."""
+        if self.stages > 1:
+            return "a sweep a pass"
+        return "a pass a seed" if self.seeds > 1 else ""
+
+    @property
+    def stochastic_stages(self) -> int:
+        """How many of its passes round the weights stochastically."""
+        return self.stages - self.fork if self.rounding == "stochastic" else 0
+
+
+def is_ours(label: str) -> bool:
+    """Whether a way of a case is one sweep of ours: "zokern cpu", and not "zokern cpu, a pass a seed"."""
+    return label.startswith("zokern") and "," not in label
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,14 @@ def _layers(dtype: str) -> list[Case]:
     ]
 
 
+def _chain(dtype: str) -> list[Case]:
+    rounding = "stochastic" if SIZES[dtype] == 2 else "nearest"  # float32 has nothing to round
+    return [
+        Case("update and next perturbation", "axpy", dtype, rounding=rounding, stages=2, fork=True),
+        Case("replay of 8 updates", "axpy", dtype, rounding=rounding, stages=8),
+    ]
+
+
 BENCHMARKS = {
     b.name: b
     for b in (
@@ -84,5 +115,6 @@ BENCHMARKS = {
         Benchmark("hizoo", "HiZOO's perturbation, update, and restore with update; h in float32 and bfloat16", _hizoo),
         Benchmark("helene", "HELENE's update of m, h and the weights", _helene),
         Benchmark("layers", "LeZO: axpy with 0, 25, 50 and 75 % of the blocks left out", _layers),
+        Benchmark("chain", "several passes in one sweep, against a sweep each: pipelined steps, and replay", _chain),
     )
 }

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from zokern.bench.devices import find_device
 from zokern.bench.models import MODELS
 from zokern.bench.step_options import (
     choices,
-    chosen_device,
     gigabytes,
     limits,
     output_path,
@@ -122,7 +122,7 @@ def step(
     Memory is what a step takes beyond a forward, as a share of the weights. Peers are plain PyTorch in the published
     order of work; what to quote are ratios within one run.
     """
-    chosen = chosen_device(device)
+    chosen = find_device(device)
     cpu = chosen.type == "cpu"
     names = choices(model or ("demo" if quick else "demo,opt-125m") if cpu else model or "opt-1.3b", "--model", MODELS)
     wanted = choices(methods or ("mezo" if quick else "mezo,hizoo" if cpu else "all"), "--methods", METHODS)
@@ -143,9 +143,9 @@ def step(
         names, wanted, where, shapes, of_weights[0], str(chosen), rounds or (2 if quick else 5 if cpu else 10), steps,
         peers, compiled, time_limit, gigabytes(memory_limit),
     )  # fmt: skip
-    each = sum(len(list(step_cases.cases(settings, where, name, *shape))) for name in names for shape in shapes)
-    visits = each * (settings.rounds + 1)
-    _show(Run(settings, path), visits, step_tables.STEP_COLUMNS, step_tables.step_rows, step_tables.step_notes)
+    run = Run(settings, path)
+    columns = step_tables.STEP_COLUMNS
+    _show(run, run.visits, columns, step_tables.step_rows, lambda r: step_tables.step_notes(r, run.not_timed))
 
 
 def scaling(
@@ -174,7 +174,7 @@ def scaling(
     The models are tensors in the shapes of a transformer, and their forward computes nothing: what is left of a step are
     its passes. Time for a parameter should not depend on the size.
     """
-    chosen = chosen_device(device)
+    chosen = find_device(device)
     counts = parse_sizes(sizes or ("1M,10M" if quick else "10M,30M,100M,300M,1G"))
     types = choices(dtypes, "--dtypes", DTYPES)
     wanted, where = choices(methods, "--methods", METHODS), choices(placements, "--placements", PLACEMENTS)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 
 def find_device(name: str) -> torch.device:
     """The torch.device of --device; refuses one that is not there."""
+    import torch  # not for --help
+
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:

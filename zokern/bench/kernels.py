@@ -6,7 +6,6 @@ The layout of "results" is {title of the case: see `measure`}.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +15,14 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from zokern.bench import limits
+from zokern.bench import limits, prediction
 from zokern.bench.cases import BENCHMARKS, Case
 from zokern.bench.peers import Peer, peers
-from zokern.bench.record import RESULTS, store
+from zokern.bench.record import store
 from zokern.bench.shapes import block_shapes
 from zokern.bench.timing import time_in_rounds
 from zokern.bench.workload import EPS, Workload, choose_backends
 
-MACHINE_CODE = RESULTS / "machine_code.json"
 ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 30}
 QUICK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 ROUNDS = {"cpu": 7, "cuda": 30}
@@ -72,14 +70,6 @@ def _largest(names: list[str], dtypes: list[str], elements: int) -> int:
     return max((limits.memory_needed(case, elements) for case in cases), default=0)
 
 
-def machine_code(path: Path = MACHINE_CODE) -> tuple[list[dict[str, Any]], str | None]:
-    """The stored counts of benchmarks/machine_code.py, and why there are none."""
-    if not path.is_file():
-        return [], f"no {path.name}: benchmarks/machine_code.py writes it"
-    kernels: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
-    return kernels, None
-
-
 def measure(
     case: Case, settings: Settings, backends: list[str], others: Sequence[Peer], progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -87,7 +77,8 @@ def measure(
 
     {"case", "elements" (active), "tensors", "blocks", "blocks_active", "bytes_per_element", "operations_per_element",
     "bytes" (that the pass must move), "ways": {label: {"median", "min", "max" (seconds), "rounds", "ns_per_element",
-    "gb_per_s" (of those bytes), "share_of_copy", "speedup_over": {peer or copy: its time over this}}}}
+    "gb_per_s" (of those bytes), "share_of_copy", "speedup_over": {peer or copy: its time over this}}}}. `run` adds what is
+    predicted of ours (prediction.py).
     """
     work = Workload(case, settings.elements, settings.device)
     calls = work.candidates(backends, others)
@@ -116,27 +107,6 @@ def measure(
     }
 
 
-def predict(result: dict[str, Any], case: Case, device: torch.device, backends: list[str]) -> None:
-    """Adds to each of our ways "slots" and "predicted_share" of the copy bandwidth, or "not_predicted", the reason."""
-    kernels, missing = machine_code()
-    found = limits.issue(device)
-    for backend in backends:
-        way = result["ways"][f"zokern {backend}"]
-        if isinstance(found, str) or missing:
-            way["not_predicted"] = found if isinstance(found, str) else missing
-            continue
-        major, minor = torch.cuda.get_device_capability(device)
-        slots = limits.slots(case, backend, kernels, 10 * major + minor)
-        if slots is None:
-            way["not_predicted"] = (
-                f"the machine code of this kernel for sm_{major}{minor} is not in {MACHINE_CODE.name}"
-            )
-            continue
-        copied = 1e9 * result["ways"]["copy"]["gb_per_s"]
-        way["slots"] = slots
-        way["predicted_share"] = found.predicted(slots, limits.bytes_per_element(case), copied)
-
-
 def run(
     name: str,
     settings: Settings,
@@ -155,7 +125,7 @@ def run(
     names, refused = choose_backends(device)
     if not names:
         raise RuntimeError(f"no backend runs on {device}: " + "; ".join(f"{n}: {why}" for n, why in refused.items()))
-    rate = limits.issue(device)
+    basis = prediction.basis(device)
     said = {
         "elements": settings.elements,
         "rounds": settings.rounds,
@@ -164,7 +134,7 @@ def run(
         "eps": EPS,
         "backends": names,
         "backends_refused": refused,
-        "issue": {"unknown": rate} if isinstance(rate, str) else rate.facts(),
+        "prediction": {"unknown": basis} if isinstance(basis, str) else basis.facts(),
     }
     path = settings.output / f"kernels-{name}-{device.type}.json"
     results: dict[str, Any] = {}
@@ -176,7 +146,8 @@ def run(
                 torch.compiler.reset()  # PyTorch compiles a function for eight kinds of input at most
             others = peers(compiled=settings.compiled, group=len(block_shapes(1)))
         result = measure(case, settings, names, others, progress)
-        predict(result, case, device, names)
+        for backend in names:
+            result["ways"][f"zokern {backend}"] |= prediction.of(case, backend, basis)
         results[case.title] = result
         store(f"kernels-{name}", device, said, results, path, complete=number == len(cases))
         if done is not None:

@@ -7,7 +7,8 @@ Where the two are far apart the larger decides; where they are near, neither ove
     time = (compute^4 + memory^4)^(1/4)        share of the copy bandwidth = memory / time
 
 Rates per clock and multiprocessor: the table of arithmetic throughput in NVIDIA's CUDA C++ Programming Guide, as quoted
-in docs/machine_code.md. Instruction counts: benchmarks/results/machine_code.json, made by benchmarks/machine_code_table.py.
+in docs/machine_code.md. Instruction counts: benchmarks/results/machine_code.json, made by
+benchmarks/machine_code_table.py; prediction.py says which of its rows is a benchmark's kernel.
 """
 
 from __future__ import annotations
@@ -52,13 +53,17 @@ DEVICES: dict[str, Device] = {
 OF_ARCH = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200"}
 
 
-def device_named(name: str) -> Device:
-    """By a short name, an architecture, or what torch.cuda.get_device_name says ("NVIDIA H100 80GB HBM3")."""
-    short = OF_ARCH.get(name, name)
-    for known, device in DEVICES.items():
-        if known in short.upper().replace("-", " ").split():
-            return device
+def short_name(name: str) -> str:
+    """Of DEVICES: from an architecture, or from what torch.cuda.get_device_name says ("NVIDIA H100 80GB HBM3")."""
+    words = OF_ARCH.get(name, name).upper().replace("-", " ").split()
+    for known in DEVICES:
+        if known in words:
+            return known
     raise ValueError(f"device is {name!r}; there are figures of {', '.join([*DEVICES, *OF_ARCH])}")
+
+
+def device_named(name: str) -> Device:
+    return DEVICES[short_name(name)]
 
 
 def clocks(pipes: Mapping[str, float], arch: int) -> dict[str, float]:
@@ -79,35 +84,66 @@ def clocks(pipes: Mapping[str, float], arch: int) -> dict[str, float]:
     }
 
 
-def compute_limit(row: Mapping[str, Any], device: str) -> tuple[str, float]:
-    """The unit that is busy the longest and its seconds per element on the whole device, for one seed.
+def instructions(row: Mapping[str, Any], *, seeds: int = 1, stages: int = 1, stochastic: int = 0) -> dict[str, float]:
+    """Instructions per element by pipe of a pass with `seeds`, or of a chain of `stages` with `seeds` in each.
 
-    row: of machine_code.json, for the device's architecture.
+    row: of machine_code.json. stochastic: how many of a chain's stages round stochastically (a pass has rows for each).
+
+    Raises:
+        ValueError: for more than one seed where the kernel takes one, or further ones were not counted.
+    """
+    if seeds > 1 and not row.get("pipes_extra"):
+        raise ValueError(f"a further seed was not counted in {row['name']}")
+    parts = [(stages - stochastic, row["pipes"]), (stages * (seeds - 1), row.get("pipes_extra", {}))]
+    parts += [(stochastic, row.get("pipes_stochastic", {})), (1, row.get("pipes_once", {}))]
+    total: dict[str, float] = {}
+    for times, pipes in parts:
+        for pipe, count in pipes.items() if times else ():
+            total[pipe] = total.get(pipe, 0.0) + times * count
+    return total
+
+
+def compute_limit(row: Mapping[str, Any], device: str, pipes: Mapping[str, float] | None = None) -> tuple[str, float]:
+    """The unit that is busy the longest and its seconds per element on the whole device.
+
+    row: of machine_code.json, for the device's architecture. pipes: of `instructions`; by default those for one seed.
     """
     target = device_named(device)
     if row["arch"] != target.arch:
         raise ValueError(
             f"row is code for {row['arch']} and {device} has {target.arch}: take the row of that architecture"
         )
-    unit, busy = max(clocks(row["pipes"], target.arch).items(), key=lambda item: item[1])
-    return unit, busy / (target.multiprocessors * target.clock)
+    busy = clocks(row["pipes"] if pipes is None else pipes, target.arch)
+    unit, longest = max(busy.items(), key=lambda item: item[1])
+    return unit, longest / (target.multiprocessors * target.clock)
 
 
-def predicted_share(row: Mapping[str, Any], bytes_per_element: float, device: str) -> float:
+def seconds(
+    row: Mapping[str, Any], bytes_per_element: float, device: str, pipes: Mapping[str, float] | None = None
+) -> float:
+    """Seconds per element that the pass of `row` should take on `device`; arguments as those of predicted_share."""
+    memory = bytes_per_element / device_named(device).copy_bandwidth
+    _, compute = compute_limit(row, device, pipes)
+    time: float = (memory**SHARPNESS + compute**SHARPNESS) ** (1 / SHARPNESS)
+    return time
+
+
+def predicted_share(
+    row: Mapping[str, Any], bytes_per_element: float, device: str, pipes: Mapping[str, float] | None = None
+) -> float:
     """Share of the copy bandwidth, in (0, 1], that the pass of `row` should reach on `device`.
 
     Args:
-        row: a kernel of machine_code.json, for the device's architecture, one seed.
+        row: a kernel of machine_code.json, for the device's architecture.
         bytes_per_element: read plus written, as the pass must move them (`bytes_moved`).
         device: "A100", "H100", "H200", "B200", a full name with one of these in it, or "sm_80", "sm_90", "sm_100".
+        pipes: of `instructions`, for more seeds than one or for a chain.
 
     Raises:
         ValueError: for a device that there are no figures of, or a row of another architecture.
     """
     memory = bytes_per_element / device_named(device).copy_bandwidth
-    _, compute = compute_limit(row, device)
-    share: float = memory / (memory**SHARPNESS + compute**SHARPNESS) ** (1 / SHARPNESS)
-    return share
+    return memory / seconds(row, bytes_per_element, device, pipes)
 
 
 def bytes_moved(row: Mapping[str, Any]) -> int:

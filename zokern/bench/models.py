@@ -8,7 +8,7 @@ bfloat16 parameters take 26 GB from the first moment.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +120,19 @@ def logits_bytes(name: str, rows: int, length: int, itemsize: int) -> int:
     return 0 if shape.family == "bert" else rows * length * shape.vocab * (itemsize + 4 + 4)
 
 
-def closure(
-    name: str, model: nn.Module, rows: int, length: int, device: torch.device, seed: int = 0
-) -> Callable[[], Tensor]:
-    """closure() -> the loss of one batch of rows x length random tokens, the same batch each time.
+@dataclass(frozen=True)
+class Work:
+    """A closure that keeps apart what a step reads anew: calling it is loss(batch), a tensor on the batch's device."""
+
+    loss: Callable[[Mapping[str, Tensor]], Tensor]
+    batch: dict[str, Tensor]
+
+    def __call__(self) -> Tensor:
+        return self.loss(self.batch)
+
+
+def closure(name: str, model: nn.Module, rows: int, length: int, device: torch.device, seed: int = 0) -> Work:
+    """closure() -> the loss of one batch of rows x length random tokens, the same batch each time, all of it on `device`.
 
     A decoder's is the mean cross entropy of the next token. An encoder's: rows are averaged over their tokens, compared by
     cosine with seven fixed random vectors, and the cross entropy of a random class taken at temperature 0.05.
@@ -136,17 +145,16 @@ def closure(
     ids = torch.randint(shape.vocab, (rows, length), generator=generator).to(device)
     if shape.family != "bert":
 
-        def of_decoder() -> Tensor:
-            loss: Tensor = model(input_ids=ids, labels=ids).loss
+        def of_decoder(batch: Mapping[str, Tensor]) -> Tensor:
+            loss: Tensor = model(input_ids=batch["ids"], labels=batch["ids"]).loss
             return loss
 
-        return of_decoder
+        return Work(of_decoder, {"ids": ids})
     targets = torch.randint(CLASSES, (rows,), generator=generator).to(device)
     centres = F.normalize(torch.randn(CLASSES, shape.hidden, generator=generator), dim=-1).to(device)
-    mask = torch.ones_like(ids)
 
-    def of_encoder() -> Tensor:
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        return F.cross_entropy(F.normalize(hidden.mean(1), dim=-1) @ centres.T / TEMPERATURE, targets)
+    def of_encoder(batch: Mapping[str, Tensor]) -> Tensor:
+        hidden = model(input_ids=batch["ids"]).last_hidden_state.float()
+        return F.cross_entropy(F.normalize(hidden.mean(1), dim=-1) @ centres.T / TEMPERATURE, batch["targets"])
 
-    return of_encoder
+    return Work(of_encoder, {"ids": ids, "targets": targets})

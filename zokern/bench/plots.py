@@ -30,10 +30,14 @@ from zokern.bench.canvas import (
     require,
     save,
 )  # fmt: skip
+from zokern.bench.cases import BENCHMARKS
 from zokern.bench.plots_kernels import bars, roofline
 
-PARTS = {"forwards": SKY, "passes": RED, "other": "#999999"}
-PART_NAMES = {"forwards": "forwards", "passes": "passes over the weights", "other": "everything else"}
+WHOLE = "whole"
+PARTS = {"forwards": SKY, "passes": RED, "other": "#999999", WHOLE: GREEN}
+PART_NAMES = {
+    "forwards": "forwards", "passes": "passes over the weights", "other": "everything else", WHOLE: "all in one graph",
+}  # fmt: skip
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -57,15 +61,16 @@ def load(path: Path) -> dict[str, Any]:
 
 def kind(record: Record) -> str | None:
     """Which picture a record needs; None for none of them."""
+    name = record["benchmark"]
+    return name if name in ("step", "scaling") else "bars" if name in {f"kernels-{b}" for b in BENCHMARKS} else None
+
+
+def _timed(record: Record) -> Any:
+    """The results with times: those that did not fit, or that there was no time for, have none."""
     results = record["results"]
-    first = results[0] if isinstance(results, list) else next(iter(results.values()))
-    if not isinstance(first, dict):
-        return None
-    if "ways" in first:
-        return "bars"
-    if "ns_per_parameter" in first and isinstance(results, list):
-        return "scaling"
-    return "step" if PARTS.keys() <= first.keys() else None
+    if isinstance(results, list):
+        return [r for r in results if r["status"] == "timed"]
+    return {name: r for name, r in results.items() if r["status"] == "timed"}
 
 
 def draw(paths: Sequence[Path], output: Path) -> list[Path]:
@@ -79,6 +84,8 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
     for path, record in records:
         if kind(record) is None:
             raise PlotError(f"{path}: there is no picture for the benchmark {record['benchmark']!r}")
+        if kind(record) != "bars" and not _timed(record):
+            raise PlotError(f"{path}: nothing in it was timed; run the benchmark again, with more time or memory")
     output.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     machines: dict[str, list[tuple[Path, Record]]] = {}
@@ -95,32 +102,36 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
 
 
 def step(record: Record, path: Path) -> Path:
-    """Stacked bars for {case: {"forwards", "passes", "other"}}, seconds of one step each; the passes' share beside."""
-    results = record["results"]
+    """Stacked bars of the timed cases, {case: {"forwards", "passes", "other"}} in seconds; the passes' share beside.
+
+    A step in one graph has no parts, and is a bar of its own colour.
+    """
+    results = {name: r if "passes" in r else {**r, WHOLE: r["step"]["median"]} for name, r in _timed(record).items()}
     figure, axes = figure_of(8.2, max(1.5 + 0.34 * len(results), 2.6))
-    totals = [1e3 * sum(r[part] for part in PARTS) for r in results.values()]
+    shown = {part: colour for part, colour in PARTS.items() if any(part in r for r in results.values())}
+    totals = [1e3 * sum(r.get(part, 0.0) for part in shown) for r in results.values()]
     start = [0.0] * len(results)
-    for part, colour in PARTS.items():
-        widths = [1e3 * r[part] for r in results.values()]
+    for part, colour in shown.items():
+        widths = [1e3 * r.get(part, 0.0) for r in results.values()]
         axes.barh(list(results), widths, 0.72, left=start, color=colour, label=PART_NAMES[part])
         start = [a + b for a, b in zip(start, widths, strict=True)]
     for at, (total, r) in enumerate(zip(totals, results.values(), strict=True)):
-        text = f"{total:,.3g} ms, passes {1e5 * r['passes'] / total:.0f} %"
+        text = f"{total:,.3g} ms" + (f", passes {1e5 * r['passes'] / total:.0f} %" if "passes" in r else "")
         axes.text(total + 0.008 * max(totals), at, text, va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * max(totals))
     axes.set_xlabel("ms of one step", fontsize=9.5)
     axes.grid(axis="x", color="#e5e5e5")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
+    figure.legend(loc="outside upper left", ncols=len(shown), frameon=False, fontsize=8.5)
     return save(figure, record, path)
 
 
 def scaling(record: Record, path: Path) -> Path:
-    """Curves for [{"parameters", "ns_per_parameter", ...}], one for each set of the entries' words (method, way, dtype)."""
+    """Curves of the timed sizes, ns of a step's passes for a parameter, one for each dtype, method and placement."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for entry in record["results"]:
-        name = ", ".join(value for value in entry.values() if isinstance(value, str))
-        curves.setdefault(name, []).append((entry["parameters"], entry["ns_per_parameter"]))
+    for entry in _timed(record):
+        name = ", ".join(entry[key] for key in ("dtype", "method", "placement"))
+        curves.setdefault(name, []).append((entry["parameters"], entry["ns_per_parameter"]["median"]))
     figure, axes = figure_of(8.2, 4.6)
     colours, lines = (BLUE, RED, GREEN, ORANGE, BLACK, SKY, PINK), ("-", "--", ":")
     for i, (name, points) in enumerate(curves.items()):

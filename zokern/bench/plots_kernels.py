@@ -19,9 +19,11 @@ from zokern.bench.canvas import (
     figure_of,
     save,
 )  # fmt: skip
+from zokern.bench.cases import BENCHMARKS, is_ours
 
 OURS = (BLUE, SKY, GREEN, PINK)
 PEERS = {"published": RED, "foreach": ORANGE, "compiled": BLACK}
+BENCHMARK_COLOURS = (BLUE, PINK, ORANGE, GREEN, SKY, BLACK, YELLOW)
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
@@ -68,7 +70,7 @@ def roofline(records: Sequence[Record], path: Path) -> Path:
         for record in records
         for result in record["results"].values()
         for label, way in result["ways"].items()
-        if label.startswith("zokern") and "a pass a seed" not in label
+        if is_ours(label)
     )
     copies = []
     for record in records:
@@ -77,15 +79,14 @@ def roofline(records: Sequence[Record], path: Path) -> Path:
                 continue  # the same kernel as with nothing left out
             copies.append(result["ways"]["copy"]["gb_per_s"])
             for label, way in result["ways"].items():
-                if label == "published" or (label.startswith("zokern") and "a pass a seed" not in label):
+                if label == "published" or is_ours(label):
                     work = way["slots"] if counted and "slots" in way else result["operations_per_element"]
                     name = record["benchmark"].removeprefix("kernels-")
                     at = work / result["bytes_per_element"]
                     points.append((name, label, result["case"]["dtype"], at, way["gb_per_s"]))
     figure, axes = figure_of(8.2, 5.0)
-    colours = dict(
-        zip(dict.fromkeys(name for name, *_ in points), [BLUE, PINK, ORANGE, GREEN, SKY, BLACK], strict=False)
-    )
+    shown = {name for name, *_ in points}
+    colours = {name: c for name, c in zip(BENCHMARKS, BENCHMARK_COLOURS, strict=True) if name in shown}
     for name, label, dtype, x, y in points:
         filled = colours[name] if label != "published" else "none"
         axes.plot(x, y, MARKERS[dtype], color=filled, markeredgecolor=colours[name], markersize=7)
@@ -94,7 +95,7 @@ def roofline(records: Sequence[Record], path: Path) -> Path:
     axes.axhline(roof, color=INK, linewidth=1.5)
     axes.axhspan(min(copies), max(copies), color=INK, alpha=0.12, linewidth=0)
     axes.text(left, 1.05 * max(copies), f" copy: {roof:,.0f} GB/s, and its range over the cases", fontsize=8.5)
-    rate = records[0]["settings"]["issue"].get("per_second")
+    rate = records[0]["settings"].get("prediction", {}).get("issue_per_second")
     if rate is not None and counted:
         axes.plot([left, right], [rate / left / 1e9, rate / right / 1e9], color=RED, linestyle="--")
         axes.text(right, rate / right / 1e9, f"issue: {rate / 1e12:.1f}e12 instructions/s ", ha="right", fontsize=8.5)

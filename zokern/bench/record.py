@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -48,14 +49,20 @@ def machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), **versions()}
     facts["instruction_sets"] = native.extension.cpu_instruction_sets() if native.extension else []
     if device.type == "cuda":
-        query = "--query-gpu=driver_version"
-        driver = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
-        facts |= {
-            "gpu": torch.cuda.get_device_name(device),
-            "driver": driver.stdout.strip(),
-            "cuda": torch.version.cuda,
-        }
+        facts |= {"gpu": torch.cuda.get_device_name(device), "driver": driver(), "cuda": torch.version.cuda}
     return facts
+
+
+def driver() -> str:
+    """NVIDIA's driver, as nvidia-smi names it; a container may have it outside PATH, or not at all."""
+    smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/local/nvidia/bin")
+    if smi is None:
+        return "unknown: there is no nvidia-smi"
+    command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return f"unknown: nvidia-smi ended with {done.returncode}"
+    return done.stdout.split("\n")[0].strip()  # a line for each GPU of the machine; they share the driver
 
 
 def store(

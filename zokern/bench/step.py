@@ -25,8 +25,8 @@ from zokern._checks import ZokernWarning
 from zokern.bench import models, split
 from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
-from zokern.bench.step_cases import Case, Settings, cases, make, needed_bytes, resolve, state_bytes
-from zokern.optim import ZerothOrderOptimizer
+from zokern.bench.step_cases import Case, Settings, make, needed_bytes, optimizer_of, plan, state_bytes
+from zokern.bench.step_graphed import GRAPHED_WARM_UP, Graphed, NotCaptured
 
 Results = dict[str, dict[str, Any]]
 Tick = Callable[[str], None]
@@ -35,7 +35,8 @@ Tick = Callable[[str], None]
 class Run:
     """One run of the benchmark; `results` grows while it goes on.
 
-    A result's "status" is "timed", "does not fit" (with "needed_bytes" and "free_bytes") or "left out" (the time limit).
+    A result's "status" is "timed", "does not fit" (with "needed_bytes" and "free_bytes"), "left out" (the time limit) or
+    "not captured" (with "why").
     A case that was timed for fewer rounds than wanted says so by step.rounds.
     """
 
@@ -47,6 +48,17 @@ class Run:
         self._rounds: dict[str, list[dict[str, float]]] = {}
         self.budget = Budget(self.device, settings.time_limit, settings.memory_limit)
         self._facts: dict[str, Any] = {}
+        self._plan = plan(settings)
+
+    @property
+    def visits(self) -> int:
+        """How often `tick` is called where nothing is left out."""
+        return self._plan.visits * (self.settings.rounds + 1)
+
+    @property
+    def not_timed(self) -> dict[str, str]:
+        """Ways that this run has not, and why."""
+        return self._plan.not_timed
 
     def run(self) -> Results:
         with warnings.catch_warnings():
@@ -63,12 +75,7 @@ class Run:
     def _model(self, name: str) -> None:
         parameters = models.parameters(name)
         self._facts[name] = {"parameters": parameters, "weights_bytes": parameters * self.dtype.itemsize}
-        sixteen_bit = self.dtype.itemsize == 2
-        with torch.device("meta"):
-            placements = resolve(
-                self.settings.placements, models.build(name, self.dtype, torch.device("meta")), sixteen_bit
-            )
-        shapes = [(t, list(cases(self.settings, placements, name, *t))) for t in self.settings.tokens]
+        shapes = self._plan.groups[name]
         every = [case for _, group in shapes for case in group]
         for case in every:
             self._put(case, {"status": "left out"})  # until it is timed
@@ -101,9 +108,15 @@ class Run:
                     continue
                 self.tick(f"{case.name}, round {number} of {self.settings.rounds}")
                 visit = self._time if number else functools.partial(self._weigh, forward=forward)
-                if self._attempt(functools.partial(visit, case, model, closure)) is None:
+                try:
+                    done = self._attempt(functools.partial(visit, case, model, closure))
+                except NotCaptured as error:
                     running.remove(case)
-                    self._put_unfit([case], forward + needed_bytes(case, model))
+                    self._put(case, {"status": "not captured", "why": str(error)})
+                else:
+                    if done is None:
+                        running.remove(case)
+                        self._put_unfit([case], forward + needed_bytes(case, model))
                 self._save()
 
     def _attempt(self, call: Callable[[], int]) -> int | None:
@@ -148,10 +161,12 @@ class Run:
     def _time(self, case: Case, model: nn.Module, closure: Callable[[], Tensor]) -> int:
         """One visit to a case. Returns how many there were."""
         stepper = make(case, model)
-        stepper.step(closure)
+        for _ in range(GRAPHED_WARM_UP if isinstance(stepper, Graphed) else 1):
+            stepper.step(closure)
         before = dict(stepper.counters)
         seconds = split.measure(stepper, closure, self.device, self.settings.steps)
-        if isinstance(stepper, ZerothOrderOptimizer) and stepper.skipped_steps:
+        optimizer = optimizer_of(stepper)
+        if optimizer is not None and optimizer.skipped_steps:
             raise RuntimeError(
                 f"{case.name}: a loss was not finite, so an update was skipped and its time means nothing"
             )
@@ -179,4 +194,5 @@ class Run:
 
     def _save(self, *, last: bool = False) -> None:
         left_out = [name for name, result in self.results.items() if result["status"] == "left out"]
-        self.budget.save("step", {**asdict(self.settings), "left_out": left_out}, self.results, self.path, last=last)
+        said = {**asdict(self.settings), "left_out": left_out, "not_timed": self.not_timed}
+        self.budget.save("step", said, self.results, self.path, last=last)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from zokern import placement
+from zokern.bench import models, step_graphed
 from zokern.bench.split import Stepper
+from zokern.bench.step_graphed import Graphed
 from zokern.bench.step_peers import PEERS, Peer
 from zokern.finetune.methods import build
 from zokern.finetune.options import Options
@@ -18,6 +21,7 @@ from zokern.placement import sites, stream
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 
+GRAPHED = "graphed"
 LR, EPS = 1e-7, 1e-3  # lr is not 0: an update that moves nothing is left out
 
 
@@ -42,13 +46,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results. way: a placement, or of a peer published, foreach or compiled."""
+    """One row of the results. way: a placement; GRAPHED, on the placement `below`; of a peer published, foreach or
+    compiled."""
 
     model: str
     rows: int
     length: int
     method: str
     way: str
+    below: str = ""
 
     @property
     def tokens(self) -> str:
@@ -62,6 +68,10 @@ class Case:
     def is_peer(self) -> bool:
         return self.way in PEERS.get(self.method, {})
 
+    @property
+    def placement(self) -> str:
+        return self.below or self.way
+
     def facts(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -69,11 +79,17 @@ class Case:
             "method": self.method,
             "way": self.way,
             "peer": self.is_peer,
+            **({"placement": self.below} if self.below else {}),
         }
 
 
-def cases(settings: Settings, placements: tuple[str, ...], model: str, rows: int, length: int) -> Iterator[Case]:
-    """The cases of one model and one token shape, which take turns. Published MeZO is always among the peers."""
+def cases(
+    settings: Settings, placements: tuple[str, ...], graphed: Collection[str], model: str, rows: int, length: int
+) -> Iterator[Case]:
+    """The cases of one model and one token shape, which take turns. Published MeZO is always among the peers.
+
+    graphed: methods to time in a graph too, on the first of the placements.
+    """
     for method, ways in PEERS.items() if settings.peers else ():
         if method == "mezo" or method in settings.methods:
             yield from (
@@ -81,6 +97,41 @@ def cases(settings: Settings, placements: tuple[str, ...], model: str, rows: int
             )
     for method in settings.methods:
         yield from (Case(model, rows, length, method, way) for way in placements)
+        if method in graphed:
+            yield Case(model, rows, length, method, GRAPHED, placements[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run times: groups of cases that take turns, by model and token shape; and what it leaves out, and why."""
+
+    groups: dict[str, list[tuple[tuple[int, int], list[Case]]]]
+    not_timed: dict[str, str]
+
+    @property
+    def visits(self) -> int:
+        """To all cases in one round."""
+        return sum(len(group) for shapes in self.groups.values() for _, group in shapes)
+
+
+def plan(settings: Settings) -> Plan:
+    """Builds each model without memory, to find out what "auto" stands for; asks each method whether it can be graphed."""
+    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    # Optimizers refuse weights without storage, and the answer does not depend on the model.
+    tiny = models.build("tiny-opt", torch.float32, torch.device("cpu"))
+    not_timed = {}
+    for method in settings.methods:
+        if reason := step_graphed.why_not(_optimizer(Case("tiny-opt", 1, 1, method, "inplace"), tiny), device):
+            not_timed[f"{method} {GRAPHED}"] = reason
+    graphed = [method for method in settings.methods if f"{method} {GRAPHED}" not in not_timed]
+    groups = {}
+    for name in settings.models:
+        module = models.build(name, dtype, torch.device("meta"))
+        placements = resolve(settings.placements, module, dtype.itemsize == 2)
+        groups[name] = [(t, list(cases(settings, placements, graphed, name, *t))) for t in settings.tokens]
+    if not graphed and len(reasons := set(not_timed.values())) == 1:
+        not_timed = {GRAPHED: reasons.pop()}
+    return Plan(groups, not_timed)
 
 
 def resolve(placements: tuple[str, ...], module: nn.Module, sixteen_bit: bool) -> tuple[str, ...]:
@@ -93,8 +144,19 @@ def make(case: Case, model: nn.Module) -> Stepper:
     """The optimizer or the peer of a case. zokern's allocates nothing before its first step."""
     if case.is_peer:
         return PEERS[case.method][case.way](model, LR, EPS)
-    optimizer: ZerothOrderOptimizer = build(model, Options(method=case.method, placement=case.way, lr=LR, eps=EPS))
-    return optimizer
+    optimizer = _optimizer(case, model)
+    return Graphed(optimizer) if case.way == GRAPHED else optimizer
+
+
+def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
+    made: ZerothOrderOptimizer = build(model, Options(method=case.method, placement=case.placement, lr=LR, eps=EPS))
+    return made
+
+
+def optimizer_of(stepper: Stepper) -> ZerothOrderOptimizer | None:
+    """zokern's optimizer in a stepper; None of a peer."""
+    inner = stepper.optimizer if isinstance(stepper, Graphed) else stepper
+    return inner if isinstance(inner, ZerothOrderOptimizer) else None
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -105,8 +167,9 @@ def state_bytes(stepper: Stepper, model: nn.Module) -> int:
     """What the method keeps from step to step."""
     if isinstance(stepper, Peer):
         return stepper.state_bytes()
-    assert isinstance(stepper, ZerothOrderOptimizer)
-    each = sum(dtype.itemsize for dtype, _ in stepper._states.values())
+    optimizer = optimizer_of(stepper)
+    assert optimizer is not None
+    each = sum(dtype.itemsize for dtype, _ in optimizer._states.values())
     return each * sum(p.numel() for p in _trainable(model))
 
 
@@ -115,8 +178,7 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     peer's z."""
     if case.is_peer:
         return PEERS[case.method][case.way].needed_bytes(_trainable(model))
-    optimizer = make(case, model)
-    assert isinstance(optimizer, ZerothOrderOptimizer)
+    optimizer = _optimizer(case, model)
     copies = 0
     if isinstance(optimizer._placement, Stream):
         copies = stream.extra_bytes(model)

@@ -60,19 +60,6 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def chosen_device(text: str) -> torch.device:
-    """The device; auto: the first GPU, where there is one."""
-    from zokern.finetune.models import choose_device
-    from zokern.finetune.options import FinetuneError
-
-    if not (text in ("auto", "cpu", "cuda") or (text.startswith("cuda:") and text[5:].isdigit())):
-        raise refuse("--device", f"{text!r} is not known; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
-    try:
-        return choose_device(text)
-    except FinetuneError as error:
-        raise refuse("--device", str(error)) from error
-
-
 def limits(rounds: int | None, steps: int, time_limit: float | None, memory_limit: float | None) -> None:
     """Checks the numbers that both commands take."""
     for option, value, least in (("--rounds", rounds, 1), ("--steps", steps, 1), ("--time-limit", time_limit, 0)):
@@ -88,8 +75,10 @@ def gigabytes(value: float | None) -> int | None:
 
 
 def output_path(output: Path | None, name: str, device: torch.device) -> Path:
-    """Where the results go; its directory must be there."""
-    path = output or Path(f"{name}-{device.type}.json")
+    """Where the results go: a file, or a directory that gets <name>-<device>.json. The directory must be there."""
+    path = output or Path()
+    if path.is_dir():
+        path = path / f"{name}-{device.type}.json"
     if not path.parent.is_dir():
         raise refuse("--output", f"there is no directory {path.parent}; make it first")
     return path

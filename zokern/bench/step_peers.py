@@ -1,14 +1,12 @@
 """Peers of a whole step, written from the methods' descriptions: what a step costs without fused kernels.
 
 MeZO's published order of work: the weights move to theta + eps z, to theta - eps z, and back, each in a sweep of its own;
-a fourth sweep updates them; the projected gradient comes to the host by .item(). Three ways of a sweep:
+a fourth sweep updates them; the projected gradient comes to the host by .item(). HiZOO's: the same with z / sqrt(h), h in
+the weights' dtype, and a fourth forward after the update, whose loss is only reported.
 
-published  for each tensor z is drawn anew from the reseeded generator, scaled and added out of place
-foreach    the same z, all of them at once, added in place by torch._foreach_add_
-compiled   for each tensor torch.compile fuses noise of its own with the sum, in place: its generator, so another z
-
-HiZOO's published order: sweeps as the first, with z divided by sqrt(h), h in the weights' dtype, and a fourth forward
-after the update, whose loss is only reported.
+The sweeps are those of peers.py, so that kernels and steps are compared with the same code: they reseed torch's global
+generators, as the released code does. `compiled` alone has its own: peers.py compiles a graph for each group of tensors,
+and a model's tensors, which need not come in groups of the same shapes, would soon exceed torch.compile's number of graphs.
 """
 
 from __future__ import annotations
@@ -22,7 +20,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from zokern.bench import peers
+
 Closure = Callable[[], Tensor]
+Factors = tuple[float, float]
 
 
 class Peer:
@@ -34,11 +35,10 @@ class Peer:
     def __init__(self, model: nn.Module, lr: float, eps: float = 1e-3, seed: int = 0) -> None:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.lr, self.eps, self.seed = lr, eps, seed
-        self.generator = torch.Generator(self.params[0].device)
         self.around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self.counters = {"steps": 0, "forwards": 0, "passes": 0}
 
-    def sweep(self, seed: int, *factors: float) -> None:
+    def sweep(self, seed: int, factors: Factors) -> None:
         """Each weight <- weight + (product of factors) z(seed)."""
         raise NotImplementedError
 
@@ -54,15 +54,20 @@ class Peer:
     def step(self, closure: Closure) -> Tensor:
         """One step; the first of its losses."""
         seed = self.next_seed()
-        self._sweep(seed, 1.0, self.eps)
-        plus = self._forward(closure)
-        self._sweep(seed, -2.0, self.eps)
-        minus = self._forward(closure)
-        projected = ((plus - minus) / (2 * self.eps)).item()
-        self._sweep(seed, 1.0, self.eps)
-        self._sweep(seed, projected, -self.lr)
+        plus, projected, _ = self._probe(seed, closure)
+        self._pass(lambda: self.sweep(seed, (projected, -self.lr)))
         self.counters["steps"] += 1
         return plus
+
+    def _probe(self, seed: int, closure: Closure) -> tuple[Tensor, float, Tensor]:
+        """Three sweeps and two forwards: loss at theta + eps z, projected gradient, loss at theta - eps z."""
+        self._pass(lambda: self.sweep(seed, (1.0, self.eps)))
+        plus = self._forward(closure)
+        self._pass(lambda: self.sweep(seed, (-2.0, self.eps)))
+        minus = self._forward(closure)
+        projected = ((plus - minus) / (2 * self.eps)).item()
+        self._pass(lambda: self.sweep(seed, (1.0, self.eps)))
+        return plus, projected, minus
 
     def next_seed(self) -> int:
         return self.seed + self.counters["steps"]
@@ -71,23 +76,15 @@ class Peer:
         self.counters["forwards"] += 1
         return closure()
 
-    def _sweep(self, seed: int, *factors: float) -> None:
+    def _pass(self, work: Callable[[], None]) -> None:
         with self.around():
-            self.sweep(seed, *factors)
+            work()
         self.counters["passes"] += 1
-
-    def draw(self, p: Tensor) -> Tensor:
-        return torch.normal(0.0, 1.0, p.shape, generator=self.generator, dtype=p.dtype, device=p.device)
 
 
 class Published(Peer):
-    def sweep(self, seed: int, *factors: float) -> None:
-        self.generator.manual_seed(seed)
-        for p in self.params:
-            z = self.draw(p)
-            for factor in factors:
-                z = factor * z
-            p.data = p.data + z
+    def sweep(self, seed: int, factors: Factors) -> None:
+        peers.Published().axpy(self.params, seed, factors)
 
     @staticmethod
     def needed_bytes(params: Sequence[Tensor]) -> int:
@@ -95,11 +92,8 @@ class Published(Peer):
 
 
 class Foreach(Peer):
-    def sweep(self, seed: int, *factors: float) -> None:
-        self.generator.manual_seed(seed)
-        torch._foreach_add_(
-            [p.data for p in self.params], [self.draw(p) for p in self.params], alpha=math.prod(factors)
-        )
+    def sweep(self, seed: int, factors: Factors) -> None:
+        peers.Foreach().axpy(self.params, seed, factors)
 
     @staticmethod
     def needed_bytes(params: Sequence[Tensor]) -> int:
@@ -117,9 +111,9 @@ def _fused() -> Callable[[Tensor, Tensor], None]:
 
 
 class Compiled(Peer):
-    """One graph for tensors of any size: they are flattened, and the factor is a tensor. Reseeds torch's own generators."""
+    """One graph for tensors of any size: they are flattened, and the factor is a tensor."""
 
-    def sweep(self, seed: int, *factors: float) -> None:
+    def sweep(self, seed: int, factors: Factors) -> None:
         torch.manual_seed(seed)
         add_noise, factor = _fused(), torch.full((), math.prod(factors), device=self.params[0].device)
         for p in self.params:
@@ -141,35 +135,20 @@ class PublishedHiZOO(Published):
         """One step; the loss of the weights that it ends with."""
         seed = self.next_seed()
         here = self._forward(closure)
-        self._sweep(seed, 1.0, self.eps)
-        plus = self._forward(closure)
-        self._sweep(seed, -2.0, self.eps)
-        minus = self._forward(closure)
-        self._sweep(seed, 1.0, self.eps)
-        projected = ((plus - minus) / (2 * self.eps)).item()
+        plus, projected, minus = self._probe(seed, closure)
         kappa = ((plus + minus - 2 * here).abs() / (2 * self.eps**2)).item()
-        with self.around():
-            self.update(seed, projected, kappa)
-        self.counters["passes"] += 1
+        self._pass(lambda: self.update(seed, projected, kappa))
         self.counters["steps"] += 1
         return self._forward(closure)
 
-    def sweep(self, seed: int, *factors: float) -> None:
+    def sweep(self, seed: int, factors: Factors) -> None:
         """Each weight <- weight + (product of factors) z(seed) / sqrt(h)."""
-        self.generator.manual_seed(seed)
-        for p, h in zip(self.params, self.h, strict=True):
-            z = self.draw(p)
-            for factor in factors:
-                z = factor * z
-            p.data = p.data + z / torch.sqrt(h)
+        peers.Published().scaled_axpy(self.params, self.h, seed, factors)
 
     def update(self, seed: int, projected: float, kappa: float) -> None:
         """h <- (1 - a) h + a kappa h z^2; weight <- weight - lr c z / sqrt(h), with the new h."""
-        self.generator.manual_seed(seed)
-        for i, p in enumerate(self.params):
-            z = self.draw(p)
-            self.h[i] = (1 - self.smoothing) * self.h[i] + kappa * self.smoothing * (self.h[i] * z * z)
-            p.data = p.data - self.lr * (projected * z / torch.sqrt(self.h[i]))
+        a = self.smoothing
+        peers.Published().hizoo(self.params, self.h, seed, projected, self.lr, a * kappa, a)
 
     def state_bytes(self) -> int:
         return sum(h.nbytes for h in self.h)

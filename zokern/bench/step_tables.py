@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+PARTS = ("forwards", "passes", "other")
+NOTHING: Mapping[str, str] = MappingProxyType({})
 Row = list[str]
 STEP_COLUMNS = ("case", "step, ms", "forwards", "passes", "other", "share", "memory", "speed-up")
 SCALING_COLUMNS = (
@@ -44,8 +47,8 @@ def step_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
             continue
         other, step = published(results, result), result["step"]["median"]
         speed = "" if other is None or other is result else f"{other['step']['median'] / step:.2f}"
-        times = (_milliseconds(x) for x in (step, result["forwards"], result["passes"], result["other"]))
-        share = f"{result['passes'] / step:.1%}"
+        times = [_milliseconds(step), *(_milliseconds(result[p]) if p in result else "" for p in PARTS)]
+        share = f"{result['passes'] / step:.1%}" if "passes" in result else ""
         rows.append([name, *times, share, f"{result['extra_share']:.1%}", speed])
     return rows
 
@@ -65,9 +68,10 @@ def scaling_rows(results: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def step_notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each case without times."""
-    return [f"{name}: {_reason(r)}" for name, r in results.items() if r["status"] != "timed"]
+def step_notes(results: Mapping[str, Mapping[str, Any]], not_timed: Mapping[str, str] = NOTHING) -> list[str]:
+    """A line for each way that the run had not (way: why), and for each case without times."""
+    notes = [f"{way}: not timed: {why}" for way, why in not_timed.items()]
+    return notes + [f"{name}: {_reason(r)}" for name, r in results.items() if r["status"] != "timed"]
 
 
 def scaling_notes(results: list[dict[str, Any]]) -> list[str]:
@@ -82,4 +86,6 @@ def scaling_notes(results: list[dict[str, Any]]) -> list[str]:
 def _reason(result: Mapping[str, Any]) -> str:
     if result["status"] == "does not fit":
         return f"does not fit: needs {result['needed_bytes'] / 1e9:.1f} GB, {result['free_bytes'] / 1e9:.1f} GB free"
+    if result["status"] == "not captured":
+        return f"not captured: {result['why']}"
     return "left out: the time was up"

@@ -17,7 +17,7 @@ from zokern.bench.equations import HeleneSettings
 from zokern.bench.limits import bytes_per_element
 from zokern.bench.peers import Peer
 from zokern.bench.shapes import Shape, opt_like
-from zokern.passes import Member, Passes
+from zokern.passes import Member, Numbers, Passes
 from zokern.rules import RULES
 
 EPS, LR, C = 1e-3, 1e-6, 0.5  # C: a projected gradient
@@ -66,6 +66,7 @@ class Workload:
         self.active = sum(m.param.numel() for m in self.members)
         self.nbytes = self.active * bytes_per_element(case)
         self.passes: dict[str, Passes] = {}
+        self.probes = [torch.empty_like(m.param) for m in self.members] if case.fork else []
 
     def _random(self, shape: Shape, dtype: str, positive: bool = False) -> Tensor:
         t = torch.randn(shape, device=self.device)
@@ -83,33 +84,54 @@ class Workload:
             for i, shape in enumerate(self._shapes)
         ]  # fmt: skip
 
-    def ours(self, backend: str, seeds: list[int]) -> Callable[[], object]:
-        """One pass with all `seeds`."""
+    def _numbers(self, seeds: list[int], stage: int = 0) -> Numbers:
+        """Of one pass with `seeds`; the fork's is a perturbation, and rounded to nearest as perturbations are."""
         case, rule = self.case, RULES[self.case.rule]
-        passes = self.passes.setdefault(backend, Passes(case.distribution, backend))
         share = 1.0 / len(seeds)
         coefs = {
             name: torch.full((1, len(seeds)), share * value, dtype=torch.float64)
             for name, value in COEFS[case.rule].items()
         }
         shared = {name: torch.tensor([SCALARS[name]], dtype=torch.float64) for name in rule.scalars}
-        stochastic = case.rounding == "stochastic"
+        stochastic = case.rounding == "stochastic" and not (case.fork and stage == case.stages - 1)
         rounded = stochastic or (rule.written > 0 and case.state_dtype != "float32")
-        return lambda: passes.run(
-            self.members, seeds, coefs, shared, rule=case.rule, stochastic=stochastic,
-            rounding_seeds=ROUNDING_SEEDS if rounded else None,
-        )  # fmt: skip
+        return Numbers(
+            seeds, coefs, shared, case.rule, stochastic=stochastic, rounding_seeds=ROUNDING_SEEDS if rounded else None
+        )
 
-    def one_by_one(self, backend: str, seeds: list[int]) -> Callable[[], object]:
-        """The same directions in a pass each."""
-        calls = [self.ours(backend, [seed]) for seed in seeds]
-        return lambda: [call() for call in calls]
+    def stage_seeds(self) -> list[list[int]]:
+        """The seeds of each pass: all differ."""
+        return [[stage * self.case.seeds + k for k in range(self.case.seeds)] for stage in range(self.case.stages)]
+
+    def ours(self, backend: str) -> Callable[[], object]:
+        """One sweep: a pass with all of its seeds, or a chain of passes."""
+        passes = self.passes.setdefault(backend, Passes(self.case.distribution, backend))
+        stages = [self._numbers(seeds, i) for i, seeds in enumerate(self.stage_seeds())]
+        if len(stages) == 1:
+            return lambda: passes.run(self.members, stages[0])
+        return lambda: passes.chain(self.members, stages, self.case.rule, probes=self.probes)
+
+    def one_by_one(self, backend: str) -> Callable[[], object]:
+        """The same stages, and of one pass the same seeds, in a sweep each."""
+        passes = self.passes.setdefault(backend, Passes(self.case.distribution, backend))
+        each = self.stage_seeds() if self.case.stages > 1 else [[seed] for seed in self.stage_seeds()[0]]
+        numbers = [self._numbers(seeds, i) for i, seeds in enumerate(each)]
+
+        def call() -> None:
+            for stage, told in enumerate(numbers):
+                forks = self.case.fork and stage == len(numbers) - 1
+                passes.run(self.members, told, out=self.probes if forks else None)
+
+        return call
 
     def peer(self, peer: Peer, members: list[Member]) -> Callable[[], object]:
-        """The peer's way to the same move; one sweep for each seed and for each thing that our pass merges."""
+        """The peer's way to the same move; one sweep for each seed and for each thing that our sweep merges.
+
+        A peer perturbs the weights where they are.
+        """
         case, w = self.case, [m.param for m in members]
         states = {name: [m.states[name] for m in members] for name in RULES[case.rule].states}
-        seeds, factors = range(case.seeds), (1.0, EPS)
+        seeds, factors = [seed for stage in self.stage_seeds() for seed in stage], (1.0, EPS)
 
         def axpy() -> None:
             for seed in seeds:
@@ -137,12 +159,11 @@ class Workload:
 
     def candidates(self, names: list[str], peers: Sequence[Peer]) -> dict[str, Callable[[], object]]:
         """All that is timed, by label: ours for each backend in `names`, "copy", and the peers."""
-        seeds = list(range(self.case.seeds))
         calls: dict[str, Callable[[], object]] = {}
         for name in names:
-            calls[f"zokern {name}"] = self.ours(name, seeds)
-            if len(seeds) > 1:
-                calls[f"zokern {name}, a pass a seed"] = self.one_by_one(name, seeds)
+            calls[f"zokern {name}"] = self.ours(name)
+            if self.case.apart:
+                calls[f"zokern {name}, {self.case.apart}"] = self.one_by_one(name)
         calls["copy"] = self.copy()
         members = self._members()
         return calls | {peer.name: self.peer(peer, members) for peer in peers}

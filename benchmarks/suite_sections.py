@@ -1,0 +1,205 @@
+"""The sections of the GPU suite, their commands, and what each needs of the machine. gpu_suite.py runs them.
+
+The standard library alone, because the suite also runs where little else is installed: a section that lacks something
+says what, and the others run.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import xml.etree.ElementTree
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from suite_runner import Command, Section
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS, TESTS = ROOT / "benchmarks", ROOT / "tests"
+CUDA_HOMES = ("CUDA_HOME", "CUDA_PATH")
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+BUILD_NEEDS = ("torch", "pip", "setuptools", "pybind11")
+BENCH_NEEDS = ("torch", "typer", "rich")
+NO_GPU = "no NVIDIA GPU (nvidia-smi finds none)"
+ENDING = 25  # seconds of a benchmark's section kept for starting Python, for the case at work when the time is up
+
+
+# ------------------------------------------------------------------------------------------------------- what is there
+
+
+@functools.cache
+def gpu() -> dict[str, str] | None:
+    """Name, compute capability and driver of the first GPU, or None where there is none."""
+    smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/local/nvidia/bin")
+    if smi is None:
+        return None
+    command = [smi, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    rows = [row.split(", ") for row in done.stdout.splitlines() if row.count(", ") == 2]
+    return dict(zip(("name", "compute_cap", "driver"), rows[0], strict=True)) if not done.returncode and rows else None
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, or of PATH."""
+    homes = [os.environ[home] for home in CUDA_HOMES if os.environ.get(home)] + ["/usr/local/cuda"]
+    folders = [f"{home}/{part}" for home in homes for part in ("bin", "compute-sanitizer")]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def lacks(modules: Iterable[str] = (), tools: Iterable[str] = ()) -> str | None:
+    """What keeps a section from running here, or None."""
+    if gpu() is None:
+        return NO_GPU
+    missing = [f"the Python package {name}" for name in modules if importlib.util.find_spec(name) is None]
+    missing += [f"the program {name}" for name in tools if tool(name) is None]
+    return f"this machine lacks {', '.join(missing)}" if missing else None
+
+
+def untestable() -> dict[str, str]:
+    """Test files that import what is not installed, and what that is; pytest would fail to collect them."""
+    out = {}
+    for path in sorted(TESTS.glob("test_*.py")):
+        imported = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported.add(node.module)
+        tops = sorted({name.partition(".")[0] for name in imported})
+        local = {p.stem for p in (*TESTS.glob("*.py"), *BENCHMARKS.glob("*.py"))} | {"zokern"}
+        if missing := [top for top in tops if top not in local and importlib.util.find_spec(top) is None]:
+            out[path.name] = ", ".join(missing)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def script(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+
+
+def build(seconds: float) -> list[Command]:
+    """An editable install, or where the system forbids pip to install (PEP 668) the extension alone, in place."""
+    if sys.prefix == sys.base_prefix and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():
+        return [[sys.executable, "setup.py", "build_ext", "--inplace"]]
+    quiet = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-v"]
+    return [[sys.executable, "-m", "pip", "install", *quiet, "-e", str(ROOT)]]
+
+
+def pytest_runs(out: Path) -> list[Command]:
+    ignored = [
+        f"--ignore={TESTS / name}" for name in (*untestable(), "test_machine_code.py", "test_machine_code_table.py")
+    ]
+    workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []  # Triton compiles for most of the time
+    base = [sys.executable, "-m", "pytest", str(TESTS), *ignored, "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    return [
+        [*base, "-m", "gpu", f"--junitxml={out / 'tests-gpu.xml'}"],
+        [
+            *base,
+            *workers,
+            "-m",
+            "not gpu and not slow_machine_code",
+            "-k",
+            "cuda or triton",
+            f"--junitxml={out / 'tests-backends.xml'}",
+        ],
+    ]
+
+
+def tests_note(out: Path) -> str:
+    notes = []
+    for path in (out / "tests-gpu.xml", out / "tests-backends.xml"):
+        if path.exists():
+            suite: Any = xml.etree.ElementTree.parse(path).getroot().find("testsuite")
+            total, bad, skipped = (int(suite.get(key)) for key in ("tests", "failures", "skipped"))
+            bad += int(suite.get("errors"))
+            notes.append(f"{path.stem}: {total - bad - skipped} passed, {bad} failed, {skipped} skipped")
+    notes += [f"{name} not run for the lack of {missing}" for name, missing in untestable().items()]
+    return "; ".join(notes)
+
+
+def equality(out: Path, name: str, elements: int, jobs: int, seconds: float) -> list[str]:
+    limits = ["--elements", elements, "--jobs", jobs, "--time-limit", int(seconds - 10)]
+    return script("equality.py", "--device", "cuda", *limits, "--output", out / f"{name}.json")
+
+
+def sanitizer(seconds: float) -> list[Command]:
+    """Without PyTorch's caching allocator each tensor is an allocation of its own, whose ends the tools know."""
+    options = ["--error-exitcode", "86", "--target-processes", "all", "--print-limit", "20"]
+    watched = tool("compute-sanitizer") or "compute-sanitizer"
+    limit = max(int(seconds / len(SANITIZERS) - 8), 5)  # the rest is for starting Python under the tool
+    program = script("sanitizer_program.py", "--device", "cuda", "--time-limit", limit)
+    return [[watched, "--tool", name, *options, *program] for name in SANITIZERS]
+
+
+def bench(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "zokern", "bench", *map(str, arguments), "--device", "cuda"]
+
+
+def limit(seconds: float) -> list[object]:
+    return ["--time-limit", int(max(seconds - ENDING, 10))]
+
+
+def step(out: Path, model: str, tokens: str, methods: str) -> Section:
+    """Few rounds: a step is long, and its rounds differ little on a GPU that does nothing else."""
+    name = f"step-{model.removeprefix('opt-')}"
+    chosen = ["--model", model, "--tokens", tokens, "--methods", methods, "--rounds", 3]
+    return Section(
+        name, f"whole steps of {model}, eager and in one CUDA graph",
+        lambda s: [bench("step", *chosen, *limit(s), "--output", out / f"{name}.json")],
+        100, 40, lambda: lacks((*BENCH_NEEDS, "transformers")),
+    )  # fmt: skip
+
+
+def kernels(out: Path) -> list[Section]:
+    """Every kernel, smaller than the default so that all have their turn; and those of MeZO and HiZOO beside torch.compile,
+    into a folder of their own, because compiling takes most of the time and the rest should not wait for it."""
+    plotting = [] if importlib.util.find_spec("matplotlib") else ["--no-plot"]
+    size = ["--elements", 1 << 28, "--rounds", 10, *plotting]
+    note = "no pictures, for the lack of matplotlib" if plotting else ""
+    return [
+        Section("kernels", "every kernel's time",
+                lambda s: [bench("kernels", *size, "--no-compiled", *limit(s), "--output", out)],
+                110, 40, lambda: lacks(BENCH_NEEDS), lambda: note),
+        Section("compiled", "MeZO's and HiZOO's kernels beside torch.compile",
+                lambda s: [bench("kernels", "axpy", "hizoo", *size, "--compiled", "--dtype", "bfloat16", *limit(s),
+                                 "--output", out / "compiled")],
+                100, 30, lambda: lacks(BENCH_NEEDS), lambda: note),
+    ]  # fmt: skip
+
+
+def all_sections(out: Path) -> list[Section]:
+    cap = (gpu() or {}).get("compute_cap", "")
+    plain = ("torch", "numpy")
+    jobs = max(min((os.cpu_count() or 2) // 2, 8), 1)
+    every, compiled = kernels(out)
+    return [
+        Section("build", "the extension, for this GPU's architecture", build, 170, 60,
+                lambda: lacks(BUILD_NEEDS, ("nvcc", "cmake", "ninja", "c++")),
+                env={"TORCH_CUDA_ARCH_LIST": cap, "ZOKERN_CUDA": "on"}),
+        Section("equality", "bits of CUDA and Triton against the CPU's, every rule",
+                lambda s: [equality(out, "equality", 1_000_000, jobs, s)],
+                75, 20, lambda: lacks(plain)),
+        Section("tests", "the tests of the GPU, and those of every backend", lambda s: pytest_runs(out), 150, 20,
+                lambda: lacks((*plain, "pytest")), lambda: tests_note(out)),
+        Section("sanitizer", ", ".join(SANITIZERS), sanitizer, 90, 20, lambda: lacks(plain, ("compute-sanitizer",)),
+                env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        Section("checksum", "all 2^32 words, on CUDA and on Triton",
+                lambda s: [script("checksum.py", "--device", "cuda", "--output", out / "checksum.json")],
+                40, 10, lambda: lacks(plain)),
+        Section("equality-large", "bits again, 50 million elements",
+                lambda s: [equality(out, "equality-large", 50_000_000, (jobs + 1) // 2, s)],
+                60, 20, lambda: lacks(plain)),
+        every,
+        step(out, "opt-1.3b", "16x256,16x32", "mezo,hizoo,helene,fzoo"),
+        step(out, "opt-13b", "16x256", "mezo,hizoo"),
+        compiled,
+    ]  # fmt: skip

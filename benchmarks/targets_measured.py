@@ -1,0 +1,87 @@
+"""The measured column of the table of targets: from results/kernels-*-cuda.json and step-cuda.json, where they are.
+
+A figure is "not yet run" until the file that it comes from is stored, and "not in the run" where that lacks the case.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NOT_YET, MISSING = "not yet run", "not in the run"
+STEP = "opt-13b 16x256"
+
+
+def _from(path: Path, tell: Callable[[dict[str, Any]], str]) -> str:
+    """tell(results), with the GPU's name."""
+    if not path.is_file():
+        return NOT_YET
+    record = json.loads(path.read_text())
+    try:
+        return f"{tell(record['results'])} ({record['machine']['gpu']})"
+    except KeyError:
+        return MISSING
+
+
+def _ways(results: dict[str, Any], title: str) -> dict[str, Any]:
+    ways: dict[str, Any] = results[title]["ways"]
+    return ways
+
+
+def _share(results: dict[str, Any], title: str) -> str:
+    return f"{_ways(results, title)['zokern cuda']['share_of_copy']:.0%}"
+
+
+def _over(results: dict[str, Any], peer: str) -> str:
+    return f"{_ways(results, AXPY)['zokern cuda']['speedup_over'][peer]:.1f} x"
+
+
+def _triton(results: dict[str, Any]) -> str:
+    ways = _ways(results, AXPY)
+    return f"{ways['zokern triton']['median'] / ways['zokern cuda']['median'] - 1:+.0%}"
+
+
+def _ours(results: dict[str, Any], method: str, also: str = "") -> dict[str, Any]:
+    """The fastest timed step of ours that has parts, or the one named."""
+    found = [
+        r for name, r in results.items()
+        if name.startswith(f"{STEP} {method} ") and r["status"] == "timed" and not r["peer"] and "passes" in r
+        and also in name
+    ]  # fmt: skip
+    if not found:
+        raise KeyError(method)
+    best: dict[str, Any] = min(found, key=lambda r: r["step"]["median"])
+    return best
+
+
+def _step_over(results: dict[str, Any], method: str) -> str:
+    theirs = results[f"{STEP} {method} published"]
+    return f"{theirs['step']['median'] / _ours(results, method)['step']['median']:.2f} x"
+
+
+def _passes(results: dict[str, Any]) -> str:
+    mezo = _ours(results, "mezo")
+    return f"{mezo['passes'] / mezo['step']['median']:.1%}"
+
+
+AXPY = "axpy, K = 1, bfloat16"
+
+
+def column(folder: Path) -> list[str]:
+    """In the order of targets.WANTED."""
+    axpy, step = folder / "kernels-axpy-cuda.json", folder / "step-cuda.json"
+    return [
+        _from(axpy, lambda r: _share(r, AXPY)),
+        _from(axpy, lambda r: _share(r, "axpy, K = 1, float32")),
+        _from(folder / "kernels-hizoo-cuda.json", lambda r: _share(r, "HiZOO update, h float32, bfloat16")),
+        _from(folder / "kernels-rademacher-cuda.json", lambda r: _share(r, "axpy, Rademacher, bfloat16")),
+        _from(axpy, _triton),
+        _from(axpy, lambda r: _over(r, "published")),
+        _from(axpy, lambda r: _over(r, "compiled")),
+        _from(step, _passes),
+        _from(step, lambda r: _step_over(r, "mezo")),
+        _from(step, lambda r: _step_over(r, "hizoo")),
+        _from(step, lambda r: f"{_ours(r, 'mezo', 'stream')['extra_share']:.1%}"),
+    ]
