@@ -1,4 +1,4 @@
-"""Writes the tables of docs/steps.md from benchmarks/results/step-cpu.json and scaling-cpu.json.
+"""Writes the tables of docs/steps.md from benchmarks/results/step-cpu.json, step-cuda*.json and scaling-cpu.json.
 
 python benchmarks/step_page.py           # rewrites the tables
 python benchmarks/step_page.py --check   # exit code 1 if the page is not what this would write
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pages import load, update
+from pages import RESULTS, load, update
 
 from zokern.bench import step_tables
 
@@ -22,14 +22,15 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 def machine(run: dict[str, Any]) -> str:
     m = run["machine"]
+    where = m.get("gpu") or f"{m['threads']} threads of an {m['processor']} ({m['instruction_sets'][0]})"
     return (
-        f"One run on {m['threads']} threads of an {m['processor']} ({m['instruction_sets'][0]}), torch {m['torch']}, "
+        f"One run on {where}, torch {m['torch']}, "
         f"transformers {m['transformers']}, {run['date'][:10]}, commit {run['commit'][:12]}"
     )
 
 
-def step_part() -> str:
-    run = load("step-cpu.json")
+def step_part(name: str = "step-cpu.json") -> str:
+    run = load(name)
     settings = run["settings"]
     sizes = {r["model"]: r["parameters"] for r in run["results"].values()}
     told = ", ".join(f"{name} has {count / 1e6:.1f} million parameters" for name, count in sizes.items())
@@ -37,6 +38,12 @@ def step_part() -> str:
     notes = step_tables.step_notes(run["results"], settings.get("not_timed", {}))
     table = markdown(step_tables.STEP_COLUMNS, step_tables.step_rows(run["results"]))
     return "\n".join([head, "", *table, *(f"\n{note}" for note in notes)])
+
+
+def gpu_part() -> str:
+    """What the GPU suite stored."""
+    stored = sorted(path.name for path in RESULTS.glob("step-cuda*.json"))
+    return "\n\n".join(map(step_part, stored)) or "**Not yet run on a GPU.**"
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> str:
@@ -62,7 +69,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the page is up to date")
     args = parser.parse_args()
-    return update({"docs/steps.md": {"step": step_part(), "scaling": scaling_part()}}, "step_page.py", check=args.check)
+    parts = {"step": step_part(), "step-gpu": gpu_part(), "scaling": scaling_part()}
+    return update({"docs/steps.md": parts}, "step_page.py", check=args.check)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def step(out: Path, model: str, tokens: str, methods: str) -> Section:
     chosen = ["--model", model, "--tokens", tokens, "--methods", methods, "--rounds", 3]
     return Section(
         name, f"whole steps of {model}, eager and in one CUDA graph",
-        lambda s: [bench("step", *chosen, *limit(s), "--output", out / f"{name}.json")],
+        lambda s: [bench("step", *chosen, *limit(s), "--output", out / f"step-cuda-{model}.json")],
         100, 40, lambda: lacks((*BENCH_NEEDS, "transformers")),
     )  # fmt: skip
 

@@ -1,12 +1,13 @@
-"""The measured column of the table of targets: from results/kernels-*-cuda.json and step-cuda.json, where they are.
+"""The measured column of the table of targets: from results/kernels-*-cuda.json, compiled/ and step-cuda*.json.
 
-A figure is "not yet run" until the file that it comes from is stored, and "not in the run" where that lacks the case.
+The names are those that the GPU suite gives; a figure is of the first file that has the case. It is "not yet run" until
+one is stored, and "not in the run" where none has it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ NOT_YET, MISSING = "not yet run", "not in the run"
 STEP = "opt-13b 16x256"
 
 
-def _from(path: Path, tell: Callable[[dict[str, Any]], str]) -> str:
+def _from(paths: Sequence[Path], tell: Callable[[dict[str, Any]], str]) -> str:
     """tell(results), with the GPU's name."""
-    if not path.is_file():
-        return NOT_YET
-    record = json.loads(path.read_text())
-    try:
-        return f"{tell(record['results'])} ({record['machine']['gpu']})"
-    except KeyError:
-        return MISSING
+    stored = [path for path in paths if path.is_file()]
+    for path in stored:
+        record = json.loads(path.read_text())
+        try:
+            return f"{tell(record['results'])} ({record['machine']['gpu']})"
+        except KeyError:
+            continue
+    return MISSING if stored else NOT_YET
 
 
 def _ways(results: dict[str, Any], title: str) -> dict[str, Any]:
@@ -71,12 +73,13 @@ AXPY = "axpy, K = 1, bfloat16"
 
 def column(folder: Path) -> list[str]:
     """In the order of targets.WANTED."""
-    axpy, step = folder / "kernels-axpy-cuda.json", folder / "step-cuda.json"
+    axpy = [folder / "kernels-axpy-cuda.json", folder / "compiled" / "kernels-axpy-cuda.json"]
+    step = sorted(folder.glob("step-cuda*.json"))
     return [
         _from(axpy, lambda r: _share(r, AXPY)),
         _from(axpy, lambda r: _share(r, "axpy, K = 1, float32")),
-        _from(folder / "kernels-hizoo-cuda.json", lambda r: _share(r, "HiZOO update, h float32, bfloat16")),
-        _from(folder / "kernels-rademacher-cuda.json", lambda r: _share(r, "axpy, Rademacher, bfloat16")),
+        _from([folder / "kernels-hizoo-cuda.json"], lambda r: _share(r, "HiZOO update, h float32, bfloat16")),
+        _from([folder / "kernels-rademacher-cuda.json"], lambda r: _share(r, "axpy, Rademacher, bfloat16")),
         _from(axpy, _triton),
         _from(axpy, lambda r: _over(r, "published")),
         _from(axpy, lambda r: _over(r, "compiled")),

@@ -49,13 +49,17 @@ def test_nothing_is_measured_before_it_is_stored(tmp_path: Path) -> None:
 
 def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
     def store(name: str, results: dict[str, Any]) -> None:
-        record = {"machine": {"gpu": "a GPU"}, "results": results}
-        (tmp_path / f"{name}-cuda.json").write_text(json.dumps(record))
+        record, path = {"machine": {"gpu": "a GPU"}, "results": results}, tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record))
 
-    ours = {"share_of_copy": 0.91, "median": 2.0, "speedup_over": {"published": 8.25}}
-    store("kernels-axpy", {targets_measured.AXPY: {"ways": {"zokern cuda": ours, "zokern triton": {"median": 2.1}}}})
     rest = {"status": "timed", "peer": False, "extra_share": 0.05}
-    store("step", {
+    ours = {"share_of_copy": 0.91, "median": 2.0, "speedup_over": {"published": 8.25}}
+    store("kernels-axpy-cuda", {targets_measured.AXPY: {"ways": {"zokern cuda": ours, "zokern triton": {"median": 2.1}}}})
+    beside = {"zokern cuda": {"speedup_over": {"compiled": 1.75}}}
+    store("compiled/kernels-axpy-cuda", {targets_measured.AXPY: {"ways": beside}})
+    store("step-cuda-opt-1.3b", {"opt-1.3b 16x256 mezo inplace": {**rest, "step": {"median": 1.0}, "passes": 0.5}})
+    store("step-cuda-opt-13b", {
         "opt-13b 16x256 mezo published": {"status": "timed", "peer": True, "step": {"median": 6.0}, "passes": 2.0},
         "opt-13b 16x256 mezo stream": {**rest, "step": {"median": 4.0}, "passes": 0.4},
         "opt-13b 16x256 mezo inplace": {**rest, "step": {"median": 5.0}, "passes": 0.9, "extra_share": 0.0},
@@ -63,5 +67,5 @@ def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
     })  # fmt: skip
     assert targets_measured.column(tmp_path) == [
         "91% (a GPU)", "not in the run", "not yet run", "not yet run", "+5% (a GPU)", "8.2 x (a GPU)",
-        "not in the run", "10.0% (a GPU)", "1.50 x (a GPU)", "not in the run", "5.0% (a GPU)",
+        "1.8 x (a GPU)", "10.0% (a GPU)", "1.50 x (a GPU)", "not in the run", "5.0% (a GPU)",
     ]  # fmt: skip
