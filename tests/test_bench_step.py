@@ -111,20 +111,46 @@ def test_compiled_peer_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> 
     assert peer.counters["passes"] == 4
 
 
-@pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
-def test_parts_of_a_step_add_up(placement: str) -> None:
+@pytest.mark.parametrize("way", ["inplace", "shadow", "stream", "shadow-pipelined", "stream-pipelined"])
+def test_parts_of_a_step_add_up(way: str) -> None:
     with torch.no_grad():
         model = models.build("tiny-opt", torch.float32, CPU)
         closure = models.closure("tiny-opt", model, 2, 8, CPU)
-        optimizer = MeZO(model, 1e-7, placement=placement)
+        optimizer = make(Case("tiny-opt", 2, 8, "mezo", way), model)
+        assert optimizer.pipelined == way.endswith("pipelined")
         seconds = split.measure(optimizer, closure, CPU, steps=3)
     assert seconds["step"] == pytest.approx(sum(seconds[part] for part in split.PARTS), rel=1e-9)
     assert all(seconds[part] > 0 for part in split.PARTS)
-    assert "run" not in vars(optimizer._passes)
-    assert optimizer.counters["passes"] == 9
+    assert not {"run", "chain"} & vars(optimizer._passes).keys()
+    passes = 7 if way == "shadow-pipelined" else 9
+    assert optimizer.counters["passes"] == passes
     assert split.counted(optimizer, {"steps": 0, "passes": 0, "forwards": 0}) == {
-        "passes_per_step": 3,
+        "passes_per_step": passes / 3,
         "forwards_per_step": 2,
+    }
+
+
+def test_a_chain_counts_as_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves by 1 at each look: two perturbations, the first of nothing from the second step on, and the
+    chain that updates."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr("zokern.finetune.clock.time.perf_counter", lambda: float(next(looks)))
+    with torch.no_grad():
+        model = models.build("tiny-opt", torch.float32, CPU)
+        closure = models.closure("tiny-opt", model, 2, 8, CPU)
+        optimizer = make(Case("tiny-opt", 2, 8, "mezo", "shadow-pipelined"), model)
+        assert [split.measure(optimizer, closure, CPU, steps=1)["passes"] for _ in range(3)] == [3, 3, 3]
+
+
+def test_pipelined_ways_are_timed_beside_the_others(tmp_path: Path) -> None:
+    results = Run(
+        settings(models=("tiny-opt",), methods=("mezo",), peers=False, placements=("stream-pipelined", "shadow")),
+        tmp_path / "s",
+    ).run()
+    rows = {name: (r["status"], r.get("placement")) for name, r in results.items()}
+    assert rows == {
+        "tiny-opt 2x8 mezo stream-pipelined": ("timed", "stream"),
+        "tiny-opt 2x8 mezo shadow": ("timed", None),
     }
 
 

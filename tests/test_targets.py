@@ -55,7 +55,9 @@ def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
 
     rest = {"status": "timed", "peer": False, "extra_share": 0.05}
     ours = {"share_of_copy": 0.91, "median": 2.0, "speedup_over": {"published": 8.25}}
-    store("kernels-axpy-cuda", {targets_measured.AXPY: {"ways": {"zokern cuda": ours, "zokern triton": {"median": 2.1}}}})
+    store(
+        "kernels-axpy-cuda", {targets_measured.AXPY: {"ways": {"zokern cuda": ours, "zokern triton": {"median": 2.1}}}}
+    )
     beside = {"zokern cuda": {"speedup_over": {"compiled": 1.75}}}
     store("compiled/kernels-axpy-cuda", {targets_measured.AXPY: {"ways": beside}})
     store("step-cuda-opt-1.3b", {"opt-1.3b 16x256 mezo inplace": {**rest, "step": {"median": 1.0}, "passes": 0.5}})

@@ -29,6 +29,7 @@ from zokern.bench.step_options import (
 from zokern.finetune.methods import METHODS
 
 PLACEMENTS = ("auto", "inplace", "shadow", "stream")
+WAYS = (*PLACEMENTS, "shadow-pipelined", "stream-pipelined")
 DTYPES = ("float32", "bfloat16", "float16")
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto is the first GPU, where there is one.")]
@@ -88,7 +89,10 @@ def step(
             "on a GPU."
         ),
     ] = None,
-    placements: Placements = "auto",
+    placements: Annotated[
+        str,
+        typer.Option(help=f"A list of: {', '.join(WAYS)}. The last two share a sweep between one step and the next."),
+    ] = "auto",
     tokens: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +136,7 @@ def step(
         of_weights = choices(dtype, "--dtype", DTYPES)
     if len(of_weights) != 1:
         raise refuse("--dtype", "one is needed; make a run for each")
-    where = choices(placements, "--placements", PLACEMENTS)
+    where = choices(placements, "--placements", WAYS)
     limits(rounds, steps, time_limit, memory_limit)
     path = output_path(output, "step", chosen)
 

@@ -47,18 +47,22 @@ def _around_passes(stepper: Stepper, around: Callable[[], contextlib.AbstractCon
         return
     assert isinstance(stepper, ZerothOrderOptimizer)
     passes = stepper._passes  # placements hold the same object: an attribute of it reaches every pass
-    run = passes.run
 
-    @functools.wraps(run)
-    def timed(*args: Any, **kwargs: Any) -> None:
-        with around():
-            run(*args, **kwargs)
+    def timed(work: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(work)
+        def call(*args: Any, **kwargs: Any) -> None:
+            with around():
+                work(*args, **kwargs)
 
-    passes.__dict__["run"] = timed
+        return call
+
+    both = {"run": timed(passes.run), "chain": timed(passes.chain)}
+    vars(passes).update(both)
     try:
         yield
     finally:
-        del passes.__dict__["run"]
+        for name in both:
+            del vars(passes)[name]
 
 
 def measure(stepper: Stepper, closure: Callable[[], Tensor], device: torch.device, steps: int) -> dict[str, float]:

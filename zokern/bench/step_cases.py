@@ -22,6 +22,7 @@ from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 
 GRAPHED = "graphed"
+PIPELINED = "-pipelined"  # behind the name of a placement
 LR, EPS = 1e-7, 1e-3  # lr is not 0: an update that moves nothing is left out
 
 
@@ -46,8 +47,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results. way: a placement; GRAPHED, on the placement `below`; of a peer published, foreach or
-    compiled."""
+    """One row of the results. way: a placement, perhaps PIPELINED; GRAPHED, on the placement `below`; of a peer
+    published, foreach or compiled."""
 
     model: str
     rows: int
@@ -70,7 +71,7 @@ class Case:
 
     @property
     def placement(self) -> str:
-        return self.below or self.way
+        return self.below or self.way.removesuffix(PIPELINED)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -79,7 +80,7 @@ class Case:
             "method": self.method,
             "way": self.way,
             "peer": self.is_peer,
-            **({"placement": self.below} if self.below else {}),
+            **({"placement": self.placement} if self.placement != self.way else {}),
         }
 
 
@@ -88,17 +89,18 @@ def cases(
 ) -> Iterator[Case]:
     """The cases of one model and one token shape, which take turns. Published MeZO is always among the peers.
 
-    graphed: methods to time in a graph too, on the first of the placements.
+    graphed: methods to time in a graph too, on the first of the placements that is not pipelined.
     """
     for method, ways in PEERS.items() if settings.peers else ():
         if method == "mezo" or method in settings.methods:
             yield from (
                 Case(model, rows, length, method, way) for way in ways if way != "compiled" or settings.compiled
             )
+    below = next((way for way in placements if not way.endswith(PIPELINED)), None)
     for method in settings.methods:
         yield from (Case(model, rows, length, method, way) for way in placements)
-        if method in graphed:
-            yield Case(model, rows, length, method, GRAPHED, placements[0])
+        if method in graphed and below is not None:
+            yield Case(model, rows, length, method, GRAPHED, below)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,10 @@ def make(case: Case, model: nn.Module) -> Stepper:
 
 
 def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
-    made: ZerothOrderOptimizer = build(model, Options(method=case.method, placement=case.placement, lr=LR, eps=EPS))
+    chosen = Options(
+        method=case.method, placement=case.placement, pipelined=case.way.endswith(PIPELINED), lr=LR, eps=EPS
+    )
+    made: ZerothOrderOptimizer = build(model, chosen)
     return made
 
 
