@@ -3,6 +3,7 @@
 from zokern import journal
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
+from zokern.graphed import GraphedStep
 from zokern.layers import RandomBlocks
 from zokern.noise import noise
 from zokern.ops import add_noise_
@@ -13,6 +14,7 @@ __all__ = [
     "FZOO",
     "HELENE",
     "ByLayer",
+    "GraphedStep",
     "HiZOO",
     "LeZO",
     "MeZO",

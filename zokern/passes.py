@@ -63,7 +63,7 @@ class Numbers:
     coefs: Mapping[str, Tensor]
     shared: Mapping[str, Tensor] | None = None
     rule: str = "axpy"
-    rounding_seeds: tuple[int, int] | None = None
+    rounding_seeds: tuple[int, int] | Tensor | None = None
     stochastic: bool = False
     square_of_sum: bool = False
     keep_second: bool = False
@@ -72,7 +72,7 @@ class Numbers:
         """coefs [G, C, K] and shared [G, S], not yet rounded."""
         which = RULES[self.rule]
         coefs = torch.stack([self.coefs[name] for name in which.coefs], dim=1)
-        shared = self.shared or {"decay": torch.ones(coefs.shape[0], dtype=torch.float64)}
+        shared = self.shared or {"decay": torch.ones(coefs.shape[0], dtype=torch.float64, device=coefs.device)}
         return coefs, torch.stack([shared[name] for name in which.scalars], dim=1)
 
     def how(self) -> dict[str, bool]:
@@ -91,6 +91,7 @@ class Passes:
     backend: str
     counters: Counters = field(default_factory=Counters)
     recorder: Listener | None = None
+    gate: Tensor | None = None  # int32 [1] on the device: a zero there makes every pass write nothing
 
     def run(
         self,
@@ -107,6 +108,8 @@ class Passes:
         """
         if not members:
             return
+        if self.gate is not None:
+            enabled = self.gate if enabled is None else enabled * self.gate
         stacked, scalars = numbers.stacked()
         for device, at in _by_device(members).items():
             chosen = [members[i] for i in at]
@@ -117,7 +120,7 @@ class Passes:
                 tensor_ids=[m.tensor_id for m in chosen],
                 offsets=[0] * len(at),
                 groups=[m.group for m in chosen],
-                seeds=_seed_tensor(numbers.seeds, device),
+                seeds=seed_tensor(numbers.seeds, device),
                 coefs=_float32_near(stacked, device),
                 shared=_float32_near(scalars, device),
                 rounding_seed=_rounding_tensor(numbers),
@@ -162,7 +165,7 @@ class Passes:
                         stage.keep_second,
                     ),
                     Scalars(
-                        _seed_tensor(stage.seeds, device),
+                        seed_tensor(stage.seeds, device),
                         _float32_near(coefs, device).contiguous(),
                         _float32_near(shared, device).contiguous(),
                         _rounding_tensor(stage),
@@ -203,27 +206,34 @@ def _by_device(members: Sequence[Member]) -> dict[torch.device, list[int]]:
 
 
 def _rounding_tensor(numbers: Numbers) -> Tensor | None:
-    if numbers.rounding_seeds is None:
-        return None
+    if numbers.rounding_seeds is None or isinstance(numbers.rounding_seeds, Tensor):
+        return numbers.rounding_seeds
     return torch.tensor(numbers.rounding_seeds, dtype=torch.int64)
 
 
-def multiples(terms: Terms, seeds: Sequence[Seed]) -> Tensor:
-    """The terms of `seeds`, in that order, float64 [K], on the device of those that are tensors; 0 for none."""
+def multiples(terms: Terms, seeds: Sequence[Seed], device: torch.device) -> Tensor:
+    """The terms of `seeds`, in that order, float64 [K], on the device of those that are tensors or else on `device`."""
     values = [terms.get(seed, 0.0) for seed in seeds]
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    if not tensors:
-        return torch.tensor(values, dtype=torch.float64)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64).to(tensors[0].device) for v in values])
+    device = next((v.device for v in values if isinstance(v, Tensor)), device)
+    # Numbers are filled in, not made a tensor of: a copy from the host to a device could not be captured in a graph.
+    return torch.stack(
+        [
+            v.to(device, torch.float64)
+            if isinstance(v, Tensor)
+            else torch.full((), v, dtype=torch.float64, device=device)
+            for v in values
+        ]
+    )
 
 
 def perturbation(eps: Tensor, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
     """Coefficients [R, K] of a perturbation: each row's eps times the terms of `seeds`."""
-    row = multiples(terms, seeds)
+    row = multiples(terms, seeds, eps.device)
     return eps.to(row.device, non_blocking=True)[:, None] * row
 
 
-def _seed_tensor(seeds: Sequence[Seed], device: torch.device) -> Tensor:
+def seed_tensor(seeds: Sequence[Seed], device: torch.device) -> Tensor:
+    """int64 [K]: on the host where it knows them all, else on `device`."""
     if not any(isinstance(seed, Tensor) for seed in seeds):
         return torch.tensor(seeds, dtype=torch.int64)
     return torch.stack([torch.as_tensor(seed, dtype=torch.int64).to(device, non_blocking=True) for seed in seeds])

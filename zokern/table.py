@@ -142,3 +142,8 @@ def tables(
         _, oldest = _cache.popitem(last=False)
         _held[0] -= sum(table.nbytes for table in oldest)
     return built, True
+
+
+def cached() -> list[list[Table]]:
+    """All tables that are there now, for who must keep them: a captured graph reads them long after."""
+    return list(_cache.values())

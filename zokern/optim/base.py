@@ -28,8 +28,9 @@ from zokern.journal.record import Recorder
 from zokern.layers import RandomBlocks
 from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.optim import parameters, state
+from zokern.optim.live import Live
 from zokern.optim.update import Ahead, Estimate, Rates, Update, sgd
-from zokern.passes import Counters, Member, Passes, Terms
+from zokern.passes import Counters, Member, Passes, Seed, Terms
 
 Probe = Callable[[Terms], Tensor]
 ROUNDINGS = ("auto", "nearest", "stochastic")
@@ -73,6 +74,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.options = {"distribution": distribution, "rounding": rounding, **options}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.recorder: Recorder | None = None  # while a journal is written
+        self.live: Live | None = None  # while a step is captured: its numbers in device memory
         self._states = states or {}
         self._scaled = scaled
         self._rows: list[tuple[int, Hashable]] = []  # of the current step: the parameter group, and row_key
@@ -100,6 +102,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         """The pass that applies an estimate."""
         return sgd(estimate, rates)
+
+    def schedule(self, step: int) -> list[float]:
+        """Numbers that the update of a step takes from the step's number alone, computed on the host."""
+        return []
+
+    def structure(self) -> Hashable:
+        """Of the current step: steps with equal ones launch the same kernels, which is what a graph can hold."""
+        return None
+
+    def _scheduled(self, i: int) -> float | Tensor:
+        return self.schedule(self._passes.counters.steps)[i] if self.live is None else self.live.scheduled[i]
 
     def row_key(self, param: Tensor) -> Hashable:
         """Parameters of one group whose keys differ get rows of coefficients of their own."""
@@ -141,10 +154,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _step(
         self, closure: Callable[..., Tensor | float], micro: list[Any] | None, interrupts: HeldInterrupts
     ) -> None:
-        for g, group in enumerate(self.param_groups):
-            parameters.check_group(group, g)
-            if self.pipelined and isinstance(group["eps"], Tensor):
-                raise TypeError(f"eps of parameter group {g} is a tensor; pipelined=True needs a number")
+        if self.live is None:
+            self.check_groups()
         self._dropped = set() if self.layers is None else self.layers.dropped(self.seed, self._passes.counters.steps)
         members, self._rows = self._members(self._dropped)
         eps = self._of_rows("eps")
@@ -172,6 +183,55 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if self.recorder is not None:
                 self._record(self.recorder, flags)
         self._passes.counters.steps += 1
+
+    # ------------------------------------------------------------------------------------------------ for GraphedStep
+
+    def check_groups(self) -> None:
+        """The groups' numbers, which users and schedulers change."""
+        for g, group in enumerate(self.param_groups):
+            parameters.check_group(group, g)
+            if self.pipelined and isinstance(group["eps"], Tensor):
+                raise TypeError(f"eps of parameter group {g} is a tensor; pipelined=True needs a number")
+
+    @torch.no_grad()
+    def step_live(self, closure: Callable[[], Tensor], live: Live) -> None:
+        """A step that reads its numbers from the device and waits for nothing: what can be captured in a graph."""
+        self.live, self._passes.gate = live, live.gate
+        self._skipped = self._skipped.to(live.device)
+        try:
+            with HeldInterrupts() as interrupts:
+                self._step(closure, None, interrupts)
+        finally:
+            self.live, self._passes.gate = None, None
+
+    def why_not_graphed(self) -> str | None:
+        """What keeps a step of this optimizer from being the same launches each time."""
+        if self.layers is not None:
+            return "layers leaves out other blocks in each step"
+        if self.pipelined:
+            return "pipelined=True fills a step's first copies in the step before"
+        if self.recorder is not None:
+            return "a journal is written, which needs each step's numbers on the host"
+        return None
+
+    def captured_tensors(self) -> list[Tensor]:
+        """What a captured step works on beside the parameters."""
+        states = [t for kept in self.state.values() for t in kept.values() if isinstance(t, Tensor)]
+        return [self._skipped, *states, *self._placement.memory()]
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        self._passes.counters = Counters(**counters)
+
+    def replayed(self, metrics: dict[str, Tensor], cost: dict[str, int]) -> None:
+        """A captured step has been launched: takes note of it as `step` would have."""
+        self._warn_of_skipped()
+        self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
+        self.metrics = metrics
+        self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
+        if self._skipped.device.type != "cpu":
+            self._remember_skipped()
+
+    # ----------------------------------------------------------------------------------------------------- the journal
 
     def _record(self, recorder: Recorder, flags: int) -> None:
         lrs = [float(group["lr"]) for group in self.param_groups]
@@ -205,6 +265,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[..., Tensor | float], *batch: Any) -> Tensor:
         loss = closure(*batch)
         self._passes.counters.forwards += 1
+        if self.live is not None and (not isinstance(loss, Tensor) or loss.device != self.live.device):
+            raise TypeError(f"closure must return the loss as a tensor on {self.live.device} to be captured")
         if isinstance(loss, (int, float)) and not isinstance(loss, bool):
             loss = torch.tensor(float(loss), dtype=torch.float64)
         if not isinstance(loss, Tensor):
@@ -220,6 +282,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _of_rows(self, name: str) -> Tensor:
         """A hyper-parameter of each row's group, float64 [R], on the host or on the device of the first that is there."""
+        if self.live is not None:
+            return torch.stack([self.live.hyper(name, g) for g, _ in self._rows])
         values = [torch.as_tensor(self.param_groups[g][name], dtype=torch.float64).reshape(()) for g, _ in self._rows]
         device = next((v.device for v in values if v.device.type != "cpu"), torch.device("cpu"))
         return torch.stack([v.to(device, non_blocking=True) for v in values]) if values else torch.empty(0)
@@ -229,7 +293,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         device = losses.device
         self.metrics = {
             "loss": losses.mean().to(torch.float32),
-            "projected_gradient": (estimate.projected / float(self.param_groups[0]["eps"])).to(torch.float32),
+            "projected_gradient": (estimate.projected / self._first_eps()).to(torch.float32),
         }
         lr, eps, decay = (
             x.to(device, non_blocking=True) for x in (self._of_rows("lr"), eps, self._of_rows("weight_decay"))
@@ -238,17 +302,23 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         ok = torch.isfinite(losses).all()
         for value in (*update.coefs.values(), *update.shared.values()):
             ok = ok & torch.isfinite(value.to(torch.float32)).all()  # as the pass reads it
-        if device.type == "cpu" and self._skipped.device.type == "cpu":
+        if self.live is not None:
+            gate = self.live.gate.reshape(()).to(torch.bool)
+            self._skipped.add_(~ok & gate)
+            ok = ok & gate
+        elif device.type == "cpu" and self._skipped.device.type == "cpu":
             self._skipped += int(not ok)
             self._warn_of_skipped()
         else:
-            self._skipped = self._skipped.to(device, non_blocking=True) + (~ok)
+            self._skipped = self._skipped.to(device, non_blocking=True)
+            self._skipped.add_(~ok)
             self._remember_skipped()
-        steps = self._passes.counters.steps
-        stochastic = self.rounding != "nearest"
-        seeds = derive_seed(self.seed, steps, ROUNDING_STREAM), derive_seed(self.seed, steps, STATE_STREAM)
         self._placement.update(
-            update, ok, rounding_seeds=seeds, stochastic=stochastic, ahead=self._ahead() if self.pipelined else None
+            update,
+            ok,
+            rounding_seeds=self._rounding_seeds(),
+            stochastic=self.rounding != "nearest",
+            ahead=self._ahead() if self.pipelined else None,
         )
         self._ok = ok
         self.applied(ok)
@@ -256,8 +326,24 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def applied(self, ok: Tensor) -> None:
         """Called after the step's last pass; ok (0-d bool, on the device) says whether it did anything."""
 
-    def direction_seed(self, k: int) -> int:
+    def _first_eps(self) -> float | Tensor:
+        """Of the first group, for the metrics: on the device if it is there."""
+        eps = self.param_groups[0]["eps"]
+        if self.live is not None:
+            return self.live.hyper("eps", 0)
+        return eps.to(torch.float64) if isinstance(eps, Tensor) else float(eps)
+
+    def _rounding_seeds(self) -> tuple[int, int] | Tensor:
+        """Of the weights and of a state."""
+        if self.live is not None:
+            return torch.stack([self.live.seed(ROUNDING_STREAM), self.live.seed(STATE_STREAM)])
+        step = self._passes.counters.steps
+        return derive_seed(self.seed, step, ROUNDING_STREAM), derive_seed(self.seed, step, STATE_STREAM)
+
+    def direction_seed(self, k: int) -> Seed:
         """Seed of the current step's direction k."""
+        if self.live is not None:
+            return self.live.seed(k)
         seed = derive_seed(self.seed, self._passes.counters.steps, k)
         if self.recorder is not None:
             self.recorder.known[seed] = (self._passes.counters.steps, k)

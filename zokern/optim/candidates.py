@@ -17,7 +17,7 @@ from zokern.layers import RandomBlocks
 from zokern.optim import curvature
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update
-from zokern.passes import Seed
+from zokern.passes import Seed, seed_tensor
 
 
 class _Candidates(ZerothOrderOptimizer):
@@ -69,7 +69,7 @@ class _Candidates(ZerothOrderOptimizer):
         return self.choose(probe, seeds, losses, here)
 
     @abstractmethod
-    def choose(self, probe: Probe, seeds: list[int], losses: Tensor, here: Tensor | None) -> Estimate:
+    def choose(self, probe: Probe, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Estimate:
         """The estimate along the direction that the candidates' losses [M] select."""
 
     def update(self, estimate: Estimate, rates: Rates) -> Update:
@@ -141,7 +141,7 @@ class MeZOGV(_Candidates):
         )
         self.options["elite"] = self.elite
 
-    def choose(self, probe: Probe, seeds: list[int], losses: Tensor, here: Tensor | None) -> Estimate:
+    def choose(self, probe: Probe, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Estimate:
         top, bottom = self.num_top, self.candidates - self.num_top
         ranks = torch.argsort(torch.argsort(losses, stable=True))
         weights = torch.where(ranks < top, 1.0 / top, -1.0 / bottom).to(torch.float64)
@@ -168,11 +168,14 @@ class MeZOGreedy(_Candidates):
         TypeError, ValueError: naming the argument, or the parameter, and the remedy.
     """
 
-    def choose(self, probe: Probe, seeds: list[int], losses: Tensor, here: Tensor | None) -> Estimate:
-        best = losses.argmin()
-        # Losses on a GPU choose the seed there, so that the host need not wait for them.
-        seed: Seed = seeds[int(best)] if losses.device.type == "cpu" else torch.tensor(seeds).to(losses.device)[best]
-        plus, minus = losses[best], probe({seed: -1.0})
+    def choose(self, probe: Probe, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Estimate:
+        best = losses.argmin(dim=0, keepdim=True)
+        # Losses on a GPU choose the seed there, and by gathering, which unlike an index [best] does not wait for them.
+        if losses.device.type == "cpu" and all(isinstance(seed, int) for seed in seeds):
+            seed = seeds[int(best)]
+        else:
+            seed = seed_tensor(seeds, losses.device).to(losses.device, non_blocking=True).gather(0, best).reshape(())
+        plus, minus = losses.gather(0, best).reshape(()), probe({seed: -1.0})
         c = (plus - minus) / 2
         if here is None:
             return Estimate({seed: c}, c)

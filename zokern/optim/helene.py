@@ -112,6 +112,7 @@ class HELENE(ZerothOrderOptimizer):
                 f"floor has {len(self.floor)} numbers for {len(trainable)} trainable parameters; give one for each"
             )
         listed = self.floor if isinstance(self.floor, list) else []
+        self._floors: tuple[tuple[tuple[float, ...], torch.device], Tensor] | None = None  # of the rows, on the device
         self._listed = {id(p): value for p, value in zip(trainable, listed, strict=False)}
         for p in trainable:
             if self.gamma * self._floor_of(p) + self.delta < 1e-30:
@@ -134,6 +135,18 @@ class HELENE(ZerothOrderOptimizer):
     def row_key(self, param: Tensor) -> Hashable:
         return self._floor_of(param)
 
+    def schedule(self, step: int) -> list[float]:
+        """alpha_t."""
+        b1, _ = self.betas
+        return [b1 + (1.0 - b1) * math.exp(-step / self.anneal_steps)]
+
+    def structure(self) -> bool:
+        """Whether the step updates h."""
+        return self._passes.counters.steps % self.hessian_interval == 0
+
+    def captured_tensors(self) -> list[Tensor]:
+        return [*super().captured_tensors(), *([self._floors[1]] if self._floors is not None else [])]
+
     def estimate(self, probe: Probe) -> Estimate:
         n = self.num_samples
         terms: dict[Seed, Tensor] = {}
@@ -146,20 +159,21 @@ class HELENE(ZerothOrderOptimizer):
         return Estimate(terms, torch.stack(list(terms.values())).sum(), squares)
 
     def update(self, estimate: Estimate, rates: Rates) -> Update:
-        step = self._passes.counters.steps
         b1, b2 = self.betas
-        alpha = b1 + (1.0 - b1) * math.exp(-step / self.anneal_steps)
-        with_h = step % self.hessian_interval == 0
+        alpha = self._scheduled(0)
+        with_h = self.structure()
         squares = torch.stack([torch.as_tensor(s) for s in estimate.curvature.values()]) / rates.eps[:, None] ** 2
         constants = {"beta1": b1, "beta2": b2 if with_h else 1.0, "gamma": self.gamma, "delta": self.delta}
-        floors = torch.tensor([cast(float, key) for _, key in self._rows], dtype=torch.float64)
+        key = tuple(cast(float, key) for _, key in self._rows), rates.lr.device
+        if self._floors is None or self._floors[0] != key:
+            self._floors = key, torch.tensor(key[0], dtype=torch.float64).to(rates.lr.device, non_blocking=True)
         return Update(
             list(estimate.gradient),
             {"G": alpha * gradient(estimate, rates.eps), "V": (1.0 - b2) * squares if with_h else 0.0 * squares},
             {
                 "decay": rates.decay,
                 "step": -rates.lr,
-                "floor": floors.to(rates.lr.device, non_blocking=True),
+                "floor": self._floors[1],
                 **{name: torch.full_like(rates.lr, value) for name, value in constants.items()},
             },
             "helene",

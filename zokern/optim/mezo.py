@@ -127,6 +127,15 @@ class MeZO(ZerothOrderOptimizer):
         terms: dict[Seed, Tensor] = {seed: g / self.num_samples for seed, g in zip(seeds, change, strict=True)}
         return Estimate(terms, torch.stack(list(terms.values())).sum())
 
+    def why_not_graphed(self) -> str | None:
+        if isinstance(self._memory, moments.AdaMeZOHistory):
+            return "update='adamezo' looks back on other steps each time"
+        return super().why_not_graphed()
+
+    def captured_tensors(self) -> list[Tensor]:
+        counts = self._memory.counts.values() if isinstance(self._memory, moments.AdamCounts) else ()
+        return [*super().captured_tensors(), *counts]
+
     def row_key(self, param: Tensor) -> Hashable:
         return self.layers.block_of(param) if self.layers is not None and self.rule in ("adam", "adamezo") else None
 

@@ -58,10 +58,11 @@ class AdamCounts(Nothing):
 
     def commit(self, ok: Tensor) -> None:
         for key in self._now:
-            self.counts[key] = self.counts[key].to(ok.device) + ok
+            self.counts[key] = self.counts[key].to(ok.device)
+            self.counts[key].add_(ok)  # in place, for a step that is captured in a graph
 
     def save(self) -> list[Any]:
-        return [[key, count] for key, count in self.counts.items()]
+        return [[key, count.clone()] for key, count in self.counts.items()]
 
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
@@ -72,7 +73,7 @@ class AdamCounts(Nothing):
                 self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64)) + ok
 
     def load(self, history: list[Any]) -> None:
-        self.counts = dict(history)
+        self.counts = {key: count.clone() for key, count in history}
 
 
 class AdaMeZOHistory(Nothing):

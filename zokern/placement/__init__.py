@@ -43,11 +43,12 @@ class Placement(Protocol):
         update: Update,
         ok: Tensor,
         *,
-        rounding_seeds: tuple[int, int] | None,
+        rounding_seeds: tuple[int, int] | Tensor | None,
         stochastic: bool,
         ahead: Ahead | None = None,
     ) -> None: ...
     def end(self) -> None: ...
+    def memory(self) -> list[Tensor]: ...
 
 
 def choose(module: nn.Module | None, sixteen_bit: bool) -> tuple[str, str]:

@@ -46,7 +46,7 @@ class InPlace:
         update: Update,
         ok: Tensor,
         *,
-        rounding_seeds: tuple[int, int] | None,
+        rounding_seeds: tuple[int, int] | Tensor | None,
         stochastic: bool,
         ahead: Ahead | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class InPlace:
             else value
             for name, value in update.shared.items()
         }
-        coefs = {name: torch.zeros(value.shape[0], len(every)).to(value) for name, value in update.coefs.items()}
+        coefs = {name: value.new_zeros(value.shape[0], len(every)) for name, value in update.coefs.items()}
         for name, value in update.coefs.items():
             coefs[name][:, : len(update.seeds)] = torch.where(ok, value, 0.0)
         restore = perturbation(self.eps, self.current, every).to(ok.device, non_blocking=True)
@@ -79,6 +79,10 @@ class InPlace:
         )
         torch.clear_autocast_cache()
         self.current = {}
+
+    def memory(self) -> list[Tensor]:
+        """The copies' memory: none."""
+        return []
 
     def end(self) -> None:
         if self.current:

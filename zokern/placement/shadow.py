@@ -84,7 +84,7 @@ class Exact:
         update: Update,
         ok: Tensor,
         *,
-        rounding_seeds: tuple[int, int] | None,
+        rounding_seeds: tuple[int, int] | Tensor | None,
         stochastic: bool,
         ahead: Ahead | None = None,
     ) -> None:
@@ -159,6 +159,9 @@ class Shadow(Exact):
     def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
         self.pairs = []
         return {p: copy.detach() for p, copy in self._lay_out(members).items()}
+
+    def memory(self) -> list[Tensor]:
+        return list(self.pools.values())
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:

@@ -216,6 +216,9 @@ class Stream(Exact):
             id(m.param): copy.detach() for unit in units[:2] for m, copy in zip(unit.members, unit.copies, strict=True)
         }
 
+    def memory(self) -> list[Tensor]:
+        return [*self.outside_pools.values(), *self.block_pools.values()]
+
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:
         if not terms:

@@ -1,0 +1,50 @@
+"""A CUDA graph's rules on the CPU: work is recorded operation by operation, and a replay does the same operations on the
+same memory. What Python computed while it was recorded stays as it was, and asking for a value is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ASKS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::item"}
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, work: list[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.work = work
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split(".")[0]
+        if name in ASKS:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        if name == "aten::lift_fresh":  # torch.tensor(...): on a GPU this is a copy from the host
+            raise RuntimeError("a tensor was made from numbers of the host: not permitted when stream is capturing")
+        out = func(*args, **(kwargs or {}))
+        self.work.append((func, args, kwargs or {}, out))
+        return out
+
+
+class EmulatedGraph:
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        self.work: list[tuple[Any, ...]] = []
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
+    def capture(self, work: Callable[[], None]) -> None:
+        with Recorder(self.work):
+            work()
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.work:
+            again = func(*args, **kwargs)
+            flat, flat_again = ([x] if isinstance(x, Tensor) else x for x in (out, again))
+            for old, new in zip(flat or (), flat_again or (), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)

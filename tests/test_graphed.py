@@ -1,0 +1,300 @@
+"""GraphedStep: a captured step has the bits of an eager one. Its rules are tested on the CPU with an emulated graph."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+
+import pytest
+import torch
+from emulated_graph import EmulatedGraph
+from test_methods import METHODS, Case
+from test_pipelined import Net, same
+from torch import Tensor, nn
+
+import zokern
+from zokern import graphed, journal
+from zokern.noise import derive_seed, derive_seeds
+from zokern.placement.stream import Stream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = 5
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "SUPPORTED", ("cuda", "cpu"))
+    monkeypatch.setattr(graphed, "new_graph", EmulatedGraph)
+    # The emulation holds on to every tensor that it has seen, views of stream's scratch among them.
+    monkeypatch.setattr(Stream, "_refuse_views", lambda self: None)
+
+
+def batches(number: int = STEPS, bad: int | None = None) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for i in range(number):
+        tokens = torch.randint(0, 11, (6, 5), generator=generator)
+        labels = torch.randint(0, 3, (6,), generator=generator)
+        made.append({"tokens": tokens, "labels": labels, "scale": torch.tensor(float("nan") if i == bad else 1.0)})
+    return made
+
+
+def make(case: Case, placement: str, dtype: torch.dtype, **options):
+    """A model, and an optimizer with two groups of different numbers where it takes them."""
+    torch.manual_seed(2)
+    model = Net().to(dtype).eval()
+    made = {k: v() if callable(v) else v for k, v in case.options.items()} | options
+    opt = getattr(zokern, case.cls)(model, case.rate, placement=placement, seed=5, weight_decay=0.01, **made)
+    sign = -1.0 if case.climbs else 1.0
+
+    def closure(batch) -> Tensor:
+        return sign * batch["scale"] * nn.functional.cross_entropy(model(batch["tokens"]).float(), batch["labels"])
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0 / (1 + step))
+    return model, opt, closure, scheduler
+
+
+def eager(case, placement, dtype, data, **options):
+    model, opt, closure, scheduler = make(case, placement, dtype, **options)
+    losses = []
+    for batch in data:
+        losses.append(opt.step(lambda batch=batch: closure(batch)))
+        scheduler.step()
+    return model, opt, torch.stack(losses)
+
+
+def replayed(case, placement, dtype, data, **options):
+    model, opt, closure, scheduler = make(case, placement, dtype, **options)
+    step = zokern.GraphedStep(opt, closure, data[0])
+    losses = []
+    for batch in data:
+        losses.append(step(batch))
+        scheduler.step()
+    return model, opt, torch.stack(losses)
+
+
+CAPTURED = [(name, case) for name, case in METHODS.items() if case.options.get("update") != "adamezo"]
+
+
+@pytest.mark.parametrize("case", [c for _, c in CAPTURED], ids=[n for n, _ in CAPTURED])
+@pytest.mark.parametrize(
+    ("placement", "dtype"),
+    [("inplace", torch.float32), ("inplace", torch.bfloat16), ("shadow", torch.float16), ("stream", torch.bfloat16)],
+    ids=["inplace-float32", "inplace-bfloat16", "shadow-float16", "stream-bfloat16"],
+)
+def test_the_bits_are_those_of_eager_steps(emulated, case: Case, placement: str, dtype: torch.dtype) -> None:
+    if case.cls == "MeZOGreedy" and placement == "inplace":
+        pytest.skip("an eager step on the CPU knows the best seed, and moves less between two directions that are one")
+    data = batches()
+    a, b = eager(case, placement, dtype, data), replayed(case, placement, dtype, data)
+    same(a, b)
+    assert a[1].counters == b[1].counters
+    assert torch.equal(a[1].metrics["projected_gradient"], b[1].metrics["projected_gradient"])
+    before = make(case, placement, dtype)[0]
+    assert not torch.equal(before.head.weight, b[0].head.weight)
+
+
+@pytest.mark.parametrize("name", ["mezo-adam", "hizoo", "helene", "greedy"])
+def test_a_skipped_step(emulated, name: str) -> None:
+    data = batches(bad=2)
+    runs = []
+    for way in (eager, replayed):
+        with pytest.warns(zokern.ZokernWarning):
+            runs.append(way(METHODS[name], "shadow", torch.bfloat16, data))
+    (_, a, losses), (_, b, losses2) = runs
+    assert torch.equal(losses.nan_to_num(9.0), losses2.nan_to_num(9.0))
+    assert losses.isnan().tolist() == [False, False, True, False, False]
+    assert a.skipped_steps == b.skipped_steps == 1
+    for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_constructor_changes_nothing(emulated) -> None:
+    for name in ("mezo-adam", "helene"):
+        model, opt, closure, _ = make(METHODS[name], "inplace", torch.float32)
+        opt.step(lambda closure=closure: closure(batches()[0]))
+        weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+        metrics = opt.metrics
+        zokern.GraphedStep(opt, closure, batches()[0])
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        after = opt.state_dict()
+        for key, kept in state["state"].items():
+            assert all(torch.equal(v, after["state"][key][k]) for k, v in kept.items())
+        assert after["zokern"] == state["zokern"]
+        assert opt.metrics is metrics
+
+
+def test_eager_and_captured_steps_take_turns(emulated) -> None:
+    data = batches(6)
+    for name in ("mezo-adam", "helene"):
+        whole = eager(METHODS[name], "shadow", torch.bfloat16, data)
+        model, opt, closure, scheduler = make(METHODS[name], "shadow", torch.bfloat16)
+        graph, losses = zokern.GraphedStep(opt, closure, data[0]), []
+        for i, batch in enumerate(data):
+            if i % 3 == 1:
+                losses.append(opt.step(lambda closure=closure, batch=batch: closure(batch)))
+            else:
+                losses.append(graph(batch))
+            scheduler.step()
+        same(whole, (model, opt, torch.stack(losses)))
+
+
+def test_groups_have_their_own_numbers(emulated) -> None:
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(2)
+        model = Net()
+        groups = [
+            {"params": model.layers.parameters(), "lr": 0.1, "eps": 1e-2},
+            {"params": [*model.embedding.parameters(), *model.head.parameters()], "weight_decay": 0.1},
+        ]
+        opt = zokern.MeZO(groups, torch.tensor(0.05), num_samples=2)
+        data = batches()
+
+        def closure(batch, model=model) -> Tensor:
+            return nn.functional.cross_entropy(model(batch["tokens"]), batch["labels"])
+
+        step = (
+            zokern.GraphedStep(opt, closure, data[0]) if captured else lambda b, o=opt, c=closure: o.step(lambda: c(b))
+        )
+        for batch in data:
+            step(batch)
+            opt.param_groups[0]["eps"] *= 1.5
+            opt.param_groups[1]["lr"] = opt.param_groups[1]["lr"] * 0.5
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_seeds_on_the_device_are_those_of_the_host() -> None:
+    draw = random.Random(1)
+    for _ in range(50):
+        run_seed, step = draw.randrange(1 << 63), draw.choice([0, 1, 17, draw.randrange(1 << 40)])
+        streams = [0, 1, draw.randrange(1 << 32), 1 << 32, (1 << 32) + 2]
+        got = derive_seeds(run_seed, torch.tensor(step), torch.tensor(streams))
+        assert got.tolist() == [derive_seed(run_seed, step, stream) for stream in streams]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_refused_on_the_cpu() -> None:
+    _, opt, closure, _ = make(METHODS["mezo"], "inplace", torch.float32)
+    with pytest.raises(ValueError, match=r"the parameters are on cpu.*use optimizer\.step"):
+        zokern.GraphedStep(opt, closure, batches()[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "word"),
+    [
+        ("mezo", {"layers": zokern.RandomBlocks(1)}, "layers leaves out other blocks"),
+        ("mezo", {"pipelined": True}, "pipelined=True"),
+        ("mezo-adamezo", {}, "adamezo"),
+    ],
+)
+def test_refused_methods(emulated, name, options, word) -> None:
+    _, opt, closure, _ = make(METHODS[name], "shadow", torch.float32, **options)
+    with pytest.raises(ValueError, match=rf"{word}.*use optimizer\.step"):
+        zokern.GraphedStep(opt, closure, batches()[0])
+
+
+def test_refused_while_a_journal_is_written(emulated, tmp_path) -> None:
+    _, opt, closure, _ = make(METHODS["mezo"], "inplace", torch.float32)
+    step = zokern.GraphedStep(opt, closure, batches()[0])
+    with journal.write(opt, tmp_path / "run.journal"), pytest.raises(ValueError, match="a journal is written"):
+        step(batches()[0])
+
+
+def test_arguments(emulated) -> None:
+    model, opt, closure, _ = make(METHODS["mezo"], "inplace", torch.float32)
+    with pytest.raises(TypeError, match="optimizer must be one of zokern's, got SGD"):
+        zokern.GraphedStep(torch.optim.SGD(model.parameters(), 0.1), closure, batches()[0])
+    with pytest.raises(TypeError, match="closure must be a function"):
+        zokern.GraphedStep(opt, None, batches()[0])
+    with pytest.raises(ValueError, match="sample_batch has no tensor"):
+        zokern.GraphedStep(opt, closure, {"tokens": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda b: {"tokens": b["tokens"]}, "captured was a batch with"),
+        (lambda b: {**b, "tokens": b["tokens"][:3]}, r"batch\['tokens'\] is .*pad the batch"),
+        (lambda b: {**b, "labels": b["labels"].float()}, r"batch\['labels'\] is .*float32"),
+        (lambda b: {**b, "labels": 3}, r"batch\['labels'\] is 3"),
+    ],
+)
+def test_a_batch_of_another_shape(emulated, change, word) -> None:
+    model, opt, closure, _ = make(METHODS["mezo"], "inplace", torch.float32)
+    step, before = zokern.GraphedStep(opt, closure, batches()[0]), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=word):
+        step(change(batches()[1]))
+    assert opt.counters["steps"] == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_containers_keep_their_types(emulated) -> None:
+    model, opt, _, _ = make(METHODS["mezo"], "inplace", torch.float32)
+    seen = []
+
+    def closure(batch) -> Tensor:
+        seen.append(batch)
+        return model(batch["a"][0]).sum() * batch["a"][1]
+
+    step = zokern.GraphedStep(opt, closure, OrderedDict(a=(batches()[0]["tokens"], 2.0)))
+    assert type(seen[0]) is OrderedDict
+    assert type(seen[0]["a"]) is tuple
+    step(OrderedDict(a=(batches()[1]["tokens"], 2.0)))
+    with pytest.raises(ValueError, match=r"batch\['a'\]\[1\] is 3.0, and 2.0 is part of the captured graph"):
+        step(OrderedDict(a=(batches()[1]["tokens"], 3.0)))
+
+
+@pytest.mark.parametrize("what", ["item", "host number", "raises"])
+def test_a_closure_that_cannot_be_captured(emulated, what) -> None:
+    model, opt, closure, _ = make(METHODS["hizoo"], "inplace", torch.float32)
+    before = copy.deepcopy(model.state_dict())
+
+    def bad(batch) -> Tensor:
+        loss = closure(batch)
+        if what == "item":
+            return loss * float(loss.item())
+        if what == "raises":
+            raise RuntimeError("on purpose")
+        return loss * torch.tensor(2.0)
+
+    with pytest.raises(RuntimeError, match=r"could not be captured in a CUDA graph: .*optimizer\.step"):
+        zokern.GraphedStep(opt, bad, batches()[0])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    data = batches()
+    expected = eager(METHODS["hizoo"], "inplace", torch.float32, data)
+    for batch in data:
+        opt.step(lambda batch=batch: closure(batch))
+        opt.param_groups[0]["lr"] = expected[1].param_groups[0]["lr"]
+    assert opt.counters["steps"] == STEPS
+
+
+def test_a_loss_that_is_no_tensor(emulated) -> None:
+    _, opt, _, _ = make(METHODS["mezo"], "inplace", torch.float32)
+    with pytest.raises(TypeError, match="closure must return the loss as a tensor on cpu"):
+        zokern.GraphedStep(opt, lambda batch: 1.0, batches()[0])
+
+
+@pytest.mark.parametrize("what", ["group", "frozen", "moved", "loaded"])
+def test_what_has_changed_since_is_noticed(emulated, what) -> None:
+    model, opt, closure, _ = make(METHODS["mezo-adam"], "inplace", torch.float32)
+    data = batches()
+    step = zokern.GraphedStep(opt, closure, data[0])
+    step(data[0])
+    if what == "group":
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    elif what == "frozen":
+        model.head.weight.requires_grad_(False)
+    elif what == "moved":
+        model.head.weight.data = model.head.weight.data.clone()
+    else:
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with pytest.raises(RuntimeError, match="make a new GraphedStep"):
+        step(data[1])
+    assert opt.counters["steps"] == 1
+    again = zokern.GraphedStep(opt, closure, data[0])
+    again(data[1])

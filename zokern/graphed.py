@@ -1,0 +1,246 @@
+"""A whole step, forwards and passes, as one CUDA graph: captured once, replayed with a new batch, new seeds, scheduled lr.
+
+What a replay is to read anew lies in device memory at fixed places: the batch, the step counter that the seeds are derived
+from, and the groups' numbers (optim/live.py). Everything else is as in `optimizer.step`, and so are the bits. The gain is
+what launches cost: most of the step of a small model or a small batch, next to nothing of a large one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zokern import _checks, table
+from zokern.interrupts import HeldInterrupts
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.live import Live
+
+SUPPORTED = ("cuda",)
+WARM_UP_STEPS = 2  # the first meets new streams of seeds and compiles; the second is like the captured one
+
+
+class Graph(Protocol):
+    """A piece of work on a device that can be done again."""
+
+    def warm_up(self, work: Callable[[], None]) -> None: ...
+    def capture(self, work: Callable[[], None]) -> None: ...
+    def replay(self) -> None: ...
+
+
+class CudaGraph:
+    """On a side stream, as captures have to be; graphs of one step share `pool`."""
+
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        self.device, self.pool = device, pool
+        self.stream = torch.cuda.Stream(device)
+        self.graph = torch.cuda.CUDAGraph()
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            work()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def capture(self, work: Callable[[], None]) -> None:
+        with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def new_graph(device: torch.device, pool: Any) -> Graph:
+    return CudaGraph(device, pool)
+
+
+@dataclass
+class _Captured:
+    graph: Graph
+    metrics: dict[str, Tensor]  # filled by a replay
+    cost: dict[str, int]  # what a step adds to the counters
+    held: object  # what the graph's launches read, to keep it from being freed
+
+
+class GraphedStep:
+    """graphed(batch) is optimizer.step(lambda: closure(batch)) with the same bits, replayed from a CUDA graph.
+
+    Args:
+        optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True, and while no
+            journal is written: those do other work in each step, or have to know its numbers on the host.
+        closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
+            time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
+            Modules are read when it is captured: later changes of the Python code go unnoticed.
+        sample_batch: a tensor, or lists, tuples and mappings of tensors (nested as you like), with the shapes and dtypes of
+            all batches to come; other values in it are part of the graph. Tensors may be on the host: each call copies
+            them to the device.
+
+    The constructor tries two steps without writing a weight, and captures one; weights, states and counters are unchanged
+    after it. A method whose steps differ (HELENE, with and without its curvature) is captured once for each kind.
+
+    Raises:
+        TypeError, ValueError: for an optimizer or a batch that does not fit, naming it and the remedy.
+        RuntimeError: where the closure cannot be captured, or parameters or groups have changed since; the weights are
+            clean. optimizer.step still works.
+    """
+
+    def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[[Any], Tensor], sample_batch: Any) -> None:
+        if not isinstance(optimizer, ZerothOrderOptimizer):
+            raise TypeError(f"optimizer must be one of zokern's, got {type(optimizer).__name__}")
+        if not callable(closure):
+            raise TypeError("closure must be a function of a batch that returns the loss")
+        self.optimizer, self.closure = optimizer, closure
+        self.device = self._check()
+        self._batch = _on_device(sample_batch, self.device, "sample_batch")
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        groups = optimizer.param_groups
+        self._live = Live(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
+        self._captured: dict[Hashable, _Captured] = {}
+        self._capture()
+        self._layout = self._layout_now()
+
+    @torch.no_grad()
+    def __call__(self, batch: Any) -> Tensor:
+        """One step; returns the loss, 0-d, on the device. Nothing waits for the device."""
+        optimizer = self.optimizer
+        self._check()
+        if self._layout_now() != self._layout:
+            raise RuntimeError(
+                "parameters, groups, states or the seed of the optimizer are not those that were captured; make a new "
+                "GraphedStep"
+            )
+        _copy(self._batch, batch, "batch")
+        if optimizer.structure() not in self._captured:
+            self._capture()
+        self._fill()
+        one = self._captured[optimizer.structure()]
+        with HeldInterrupts():
+            one.graph.replay()
+            optimizer.replayed({name: value.clone() for name, value in one.metrics.items()}, one.cost)
+        return optimizer.metrics["loss"]
+
+    def _fill(self) -> None:
+        self.optimizer.check_groups()
+        step = self.optimizer.counters["steps"]
+        self._live.fill(step, self.optimizer.param_groups, self.optimizer.schedule(step))
+
+    # ------------------------------------------------------------------------------------------------------- capturing
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """Tries the current step with its passes switched off, then captures it; does neither of them."""
+        optimizer, live = self.optimizer, self._live
+        before, metrics = optimizer.counters, optimizer.metrics
+        graph = new_graph(self.device, self._pool)
+        self._fill()
+        live.gate.zero_()
+        try:
+            for _ in range(WARM_UP_STEPS):
+                graph.warm_up(self._step)
+                optimizer.set_counters(before)
+            graph.capture(self._step)
+            cost = {name: value - before[name] for name, value in optimizer.counters.items()}
+            captured = _Captured(graph, optimizer.metrics, cost, (table.cached(), optimizer.captured_tensors()))
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"the step could not be captured in a CUDA graph: {error}. The closure must not wait for the device "
+                "(.item(), printing), move tensors between host and device, or call what cannot be captured; "
+                "optimizer.step(lambda: closure(batch)) works without a graph"
+            ) from error
+        finally:
+            optimizer.set_counters(before)
+            optimizer.metrics = metrics
+            live.gate.fill_(1)
+        self._captured[optimizer.structure()] = captured
+
+    def _step(self) -> None:
+        """A step on the static batch, with all of its numbers on the device."""
+        self._live.begin()
+        self.optimizer.step_live(lambda: self.closure(self._batch), self._live)
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    def _check(self) -> torch.device:
+        """The one device; refuses what a graph cannot hold."""
+        reason = self.optimizer.why_not_graphed()
+        if reason is not None:
+            raise ValueError(f"GraphedStep cannot take this optimizer: {reason}; use optimizer.step")
+        devices = {p.device for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if len(devices) != 1:
+            raise ValueError(f"GraphedStep needs all parameters on one device; they are on {sorted(map(str, devices))}")
+        device: torch.device = devices.pop()
+        if device.type not in SUPPORTED:
+            raise ValueError(
+                f"GraphedStep captures CUDA graphs, and the parameters are on {device}, where a launch costs next to "
+                "nothing: use optimizer.step"
+            )
+        return device
+
+    def _layout_now(self) -> object:
+        """What the captured launches have read once and for all: where the tensors are, and how they are grouped."""
+        optimizer = self.optimizer
+        groups = [
+            [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in group["params"]]
+            for group in optimizer.param_groups
+        ]
+        return optimizer.seed, groups, [t.data_ptr() for t in optimizer.captured_tensors()]
+
+
+def _on_device(value: Any, device: torch.device, name: str) -> Any:
+    """The same containers with copies of the tensors on `device`."""
+    found = list(_leaves(value, name))
+    if not any(isinstance(leaf, Tensor) for _, leaf in found):
+        raise ValueError(f"{name} has no tensor in it, so every step would have the same batch")
+    return _map(value, lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf)
+
+
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        made = copy.copy(value)
+        for key in value:
+            made[key] = _map(value[key], change)  # type: ignore[index]
+        return made
+    if isinstance(value, (list, tuple)):
+        parts = [_map(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return change(value)
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Each value that is no container, with its path for messages."""
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from _leaves(value[key], f"{name}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from _leaves(part, f"{name}[{i}]")
+    else:
+        yield name, value
+
+
+def _copy(static: Any, batch: Any, name: str) -> None:
+    """Fills the tensors of the captured batch; nothing is copied unless everything fits."""
+    wanted, given = list(_leaves(static, name)), list(_leaves(batch, name))
+    if [path for path, _ in wanted] != [path for path, _ in given]:
+        raise ValueError(
+            f"{name} has {', '.join(path for path, _ in given)}; captured was a batch with "
+            f"{', '.join(path for path, _ in wanted)}"
+        )
+    for (path, old), (_, new) in zip(wanted, given, strict=True):
+        if isinstance(old, Tensor):
+            if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+                raise ValueError(
+                    f"{path} is {_checks.describe(new) if isinstance(new, Tensor) else repr(new)}; captured was "
+                    f"{_checks.describe(old)}: pad the batch, or make a GraphedStep for each shape"
+                )
+        elif isinstance(new, Tensor) or new != old:
+            raise ValueError(f"{path} is {new!r}, and {old!r} is part of the captured graph; it cannot change")
+    for (_, old), (_, new) in zip(wanted, given, strict=True):
+        if isinstance(old, Tensor):
+            old.copy_(new, non_blocking=True)

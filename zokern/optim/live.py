@@ -1,0 +1,65 @@
+"""The numbers of a step in device memory: what a captured step reads anew each time that it is replayed.
+
+Seeds are derived on the device from a step counter, and the groups' lr, eps and weight_decay, with what a method computes
+on the host for each step, are in tensors that are filled before a replay. A gate of 0 makes every pass write nothing, so
+that a step can be tried without moving a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokern.noise import derive_seeds
+
+HYPER = ("lr", "eps", "weight_decay")
+
+
+class Live:
+    def __init__(self, run_seed: int, num_groups: int, num_scheduled: int, device: torch.device) -> None:
+        self.run_seed, self.device, self.num_groups = run_seed, device, num_groups
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.gate = torch.zeros(1, dtype=torch.int32, device=device)
+        self.numbers = torch.zeros(len(HYPER) * num_groups + num_scheduled, dtype=torch.float64, device=device)
+        self._filled: list[float] | None = None
+        self._streams: dict[int, int] = {}  # their places in the tensor below
+        self._stream_numbers = torch.zeros(0, dtype=torch.int64, device=device)
+        self._seeds: Sequence[Tensor] = ()
+
+    def hyper(self, name: str, group: int) -> Tensor:
+        """0-d, of a parameter group."""
+        return self.numbers[HYPER.index(name) * self.num_groups + group]
+
+    @property
+    def scheduled(self) -> Tensor:
+        return self.numbers[len(HYPER) * self.num_groups :]
+
+    def fill(self, step: int, groups: Sequence[Mapping[str, Any]], scheduled: Sequence[float]) -> None:
+        """Before a replay: what the step is to read."""
+        values = [group[name] for name in HYPER for group in groups] + list(scheduled)
+        host = [0.0 if isinstance(v, Tensor) and v.device.type != "cpu" else float(v) for v in values]
+        if host != self._filled:
+            self.numbers.copy_(torch.tensor(host, dtype=torch.float64), non_blocking=True)
+            self._filled = host
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                self.numbers[i].copy_(value, non_blocking=True)
+        self.step.fill_(step)
+
+    def begin(self) -> None:
+        """Derives the seeds of all streams that have been asked for so far; a part of the step."""
+        if len(self._streams) != len(self._stream_numbers):
+            self._stream_numbers = torch.tensor(list(self._streams), dtype=torch.int64).to(self.device)
+        self._seeds = derive_seeds(self.run_seed, self.step, self._stream_numbers).unbind()
+
+    def seed(self, stream: int) -> Tensor:
+        """The step's seed of a stream, int64, 0-d: the same tensor each time within a step."""
+        at = self._streams.setdefault(stream, len(self._streams))
+        if at >= len(self._seeds):  # while the step is tried: a captured one knows its streams
+            missing = list(self._streams)[len(self._seeds) :]
+            numbers = torch.tensor(missing, dtype=torch.int64).to(self.device)
+            self._seeds = [*self._seeds, *derive_seeds(self.run_seed, self.step, numbers).unbind()]
+        return self._seeds[at]
