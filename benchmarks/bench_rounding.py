@@ -37,7 +37,7 @@ from zokern.finetune.tasks import Similarity, Task, evaluate
 # the weights' dtype and the rounding of the update
 WAYS = {"nearest": (torch.bfloat16, "nearest"), "stochastic": (torch.bfloat16, "stochastic"),
         "float32": (torch.float32, "nearest")}  # fmt: skip
-EPS, BETA, BATCH, EVAL_BATCH = 1e-3, 0.95, 16, 64
+EPS, BETA, BATCH, EVAL_BATCH = 1e-3, 0.99, 16, 64
 
 
 def demo(dtype: torch.dtype) -> Task:
@@ -132,9 +132,9 @@ def sizes() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700, help="of each run (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=50, help="steps between evaluations (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-7, help="constant (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of each run (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1.5e-8, help="constant (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="where the JSON goes instead of benchmarks/results")
