@@ -19,7 +19,9 @@ def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**inherited, **env}, timeout=300)
 
 
-@pytest.mark.parametrize("script", ["readme_tables.py", "convergence_page.py", "step_page.py", "machine_code_table.py"])
+@pytest.mark.parametrize(
+    "script", ["readme_tables.py", "convergence_page.py", "step_page.py", "rounding_page.py", "machine_code_table.py"]
+)
 def test_figures_in_pages_come_from_the_stored_results(script: str) -> None:
     done = run(sys.executable, f"benchmarks/{script}", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
