@@ -82,10 +82,10 @@ struct Pass {
   int32_t keep_second;             // the second state is read but not written
 };
 
-// A chain is several passes over the same tensors, done one after another while an element is in registers: each rounds
-// to the storage type as it would alone, so the bits are those of the passes, and memory moves once. A stage is the
-// chain's rule, or `perturbs`: the perturbation that goes with it, w + A or, where the rule has a curvature, w +
-// A/sqrt(h).
+// A chain is several passes over the same tensors, done one after another while an element is in a GPU's registers or
+// in a CPU's cache: each rounds to the storage type as it would alone, so the bits are those of the passes, and memory
+// moves once. A stage is the chain's rule, or `perturbs`: the perturbation that goes with it, w + A or, where the rule
+// has a curvature, w + A/sqrt(h).
 struct Stage {
   const int64_t* seeds;  // [num_seeds]
   const float* coefs;    // as a pass has them, of the stage's rule

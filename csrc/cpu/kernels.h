@@ -1,4 +1,4 @@
-// What every instruction set's build of axpy.cpp, rules.cpp and chain.cpp exports, and what run.cpp chooses between.
+// What every instruction set's build of axpy.cpp and rules.cpp exports, and what run.cpp chooses between.
 #pragma once
 #include <cstdint>
 
@@ -11,8 +11,6 @@ struct Kernels {
   // Chunks first .. last-1 of a pass, whose states (if any) are stored as `state`.
   void (*axpy)(const Pass&, DType, int64_t first, int64_t last);
   void (*rule)(const Pass&, RuleId, DType, DType state, int64_t first, int64_t last);
-  // The same of a chain of the rule's passes.
-  void (*chain)(const Chain&, RuleId, DType, DType state, int64_t first, int64_t last);
   // Sum over words of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64: the exhaustive test of the transform.
   uint64_t (*normal_checksum)(uint64_t first, uint64_t last);
 };

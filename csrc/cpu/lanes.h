@@ -251,10 +251,6 @@ struct Lanes {
     for (int v = 0; v < kVectors; ++v) x[v] = load_one(p + v * W);
   }
   template <class T>
-  static ZK_FN void widen(f32 (&x)[kVectors], const Out<T>& out) {
-    load(x, out.element);
-  }
-  template <class T>
   static ZK_FN void load_part(f32 (&x)[kVectors], const T* p, int lo, int hi) {
     T whole[kTile] = {};
     std::memcpy(whole + lo, p + lo, size_t(hi - lo) * sizeof(T));

@@ -35,6 +35,6 @@ static void rule(const Pass& pass, RuleId id, DType dtype, DType state, int64_t 
 }  // namespace ZK_ISA
 
 namespace cpu {
-const Kernels ZK_KERNELS = {ZK_ISA::axpy, ZK_ISA::rule, ZK_ISA::chain, ZK_ISA::normal_checksum};
+const Kernels ZK_KERNELS = {ZK_ISA::axpy, ZK_ISA::rule, ZK_ISA::normal_checksum};
 }
 }  // namespace zk

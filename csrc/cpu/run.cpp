@@ -11,7 +11,7 @@
 #include <system_error>
 #include <thread>
 
-#include "kernels.h"
+#include "chain.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -99,8 +99,9 @@ void run(const Pass& pass, RuleId id, DType dtype, DType state, int threads, con
 
 void run_chain(const Chain& chain, RuleId id, DType dtype, DType state, int threads, const std::string& isa) {
   const Kernels& k = kernels(isa);
+  const StagePasses passes(chain, id);
   parallel(chain.num_chunks, 4, threads,
-           [&](int64_t first, int64_t last) { k.chain(chain, id, dtype, state, first, last); });
+           [&](int64_t first, int64_t last) { passes.run(k, dtype, state, first, last); });
 }
 
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& isa) {

@@ -9,7 +9,6 @@ namespace zk {
 namespace ZK_ISA {
 
 void axpy(const Pass&, DType, int64_t first, int64_t last);
-void chain(const Chain&, RuleId, DType, DType state, int64_t first, int64_t last);
 uint64_t normal_checksum(uint64_t first, uint64_t last);
 
 // Tiles first .. last-1 of the chunk at `base`, counted from it. Cut tiles touch only the elements inside the span.

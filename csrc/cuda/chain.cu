@@ -1,6 +1,6 @@
 // Chains on the GPU: a thread block takes a chunk, as in kernels.cuh, and keeps the numbers of all stages in shared
 // memory.
-#include "kernels.cuh"
+#include "chain.cuh"
 
 namespace zk {
 namespace cuda {

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #define ZK_ISA gpu
-#include "../chain.h"
+#include "../tile.h"
 #include "lanes.cuh"
 
 namespace zk {

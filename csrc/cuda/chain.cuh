@@ -1,10 +1,10 @@
-// One tile of a chain (pass.h): load, take every stage in registers, each with its own rounding, and store once.
+// One tile of a chain (../pass.h): load, take every stage in registers, each with its own rounding, and store once.
 // `Stages` is where a traversal keeps the stages' numbers: uniform<R>(i) is stage i as tile.h's Uniform,
 // chain.stages[i] its flags.
 #pragma once
 #include <type_traits>
 
-#include "tile.h"
+#include "kernels.cuh"
 
 namespace zk {
 namespace ZK_ISA {
