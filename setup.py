@@ -89,8 +89,13 @@ class CMakeBuild(build_ext):
             options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures(nvcc)}"]
         print(f"zokern: CUDA kernels {'with ' + nvcc if nvcc else 'off'}", flush=True)
         jobs = os.environ.get("MAX_JOBS")
-        # An isolated build's cmake and ninja come from the build environment, and its paths change from build to build.
-        subprocess.run(["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(work), *options], check=True)
+        # An isolated build has its own cmake and ninja, whose paths change from build to build.
+        if ninja := shutil.which("ninja"):
+            options.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(work), *options]
+        if subprocess.run(configure).returncode:
+            print("zokern: CMake cannot go on from the last build; beginning anew", flush=True)
+            subprocess.run([*configure, "--fresh"], check=True)
         subprocess.run(["cmake", "--build", str(work), *(["-j", jobs] if jobs else [])], check=True)
 
 

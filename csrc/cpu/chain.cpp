@@ -29,7 +29,7 @@ Pass pass_of(const Chain& chain, const Stage& stage) {
   p.rademacher = chain.rademacher;
   p.stochastic = stage.stochastic;
   p.square_of_sum = stage.square_of_sum;
-  p.keep_second = stage.keep_second != 0 || chain.keep_second != 0;
+  p.keep_second = stage.keep_second;  // and so in every stage where the chain's is set
   return p;
 }
 
