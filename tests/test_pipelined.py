@@ -10,6 +10,7 @@ from test_methods import CASES, METHODS, Case
 from torch import Tensor, nn
 
 import zokern
+from zokern.placement import sites
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["shadow", "stream"])
@@ -241,3 +242,43 @@ def test_refused_for_what_it_cannot_know() -> None:
     opt = zokern.MeZO(Net(), 0.1, placement="shadow", pipelined=True, eps=torch.tensor(1e-3))
     with pytest.raises(TypeError, match="eps of parameter group 0 is a tensor; pipelined=True needs a number"):
         opt.step(lambda: torch.zeros(()))
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("change", ["none", "tied", "swapped", "wrapped", "replaced", "frozen", "compiled"])
+def test_modules_that_change_between_steps(monkeypatch, placement: str, pipelined: bool, change: str) -> None:
+    """What a placement keeps of the module's structure from step to step gives the bits of finding it anew each time."""
+
+    def between(step: int, model: Net, opt: torch.optim.Optimizer) -> None:
+        if step != 1:
+            return
+        layers = model.layers
+        if change == "tied":
+            model.head.weight2 = layers[1][0].weight
+            model.head.register_forward_hook(lambda head, args, out: out + head.weight2.mean())
+        elif change == "swapped":
+            layers[0], layers[2] = layers[2], layers[0]
+        elif change == "wrapped":
+            layers[1] = nn.Sequential(layers[1])
+        elif change == "replaced":
+            fresh = nn.Linear(24, 24).to(layers[3][0].weight.dtype)
+            fresh.weight = layers[3][0].weight
+            fresh.bias = None
+            opt.param_groups[0]["params"] = [p for p in opt.param_groups[0]["params"] if p is not layers[3][0].bias]
+            layers[3][0] = fresh
+        elif change == "frozen":
+            layers[0][0].weight.requires_grad_(False)
+        elif change == "compiled":
+            layers[2].compile(backend="eager")
+
+    def once() -> tuple:
+        return run(placement, pipelined, METHODS["hizoo"], between=between)
+
+    if change == "compiled" and placement == "stream":
+        with pytest.raises(ValueError, match=r"compiled by torch\.compile"):
+            once()
+        return
+    kept = once()
+    monkeypatch.setattr(sites, "fingerprint", lambda module: object())
+    same(kept, once())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,13 +68,28 @@ class Numbers:
     stochastic: bool = False
     square_of_sum: bool = False
     keep_second: bool = False
+    _near: dict[torch.device, Scalars] = field(default_factory=dict, repr=False, compare=False)
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """coefs [G, C, K] and shared [G, S], not yet rounded."""
+    @functools.cached_property
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """coefs [G, C, K] and shared [G, S] as a pass reads them: rounded to float32, once."""
         which = RULES[self.rule]
         coefs = torch.stack([self.coefs[name] for name in which.coefs], dim=1)
         shared = self.shared or {"decay": torch.ones(coefs.shape[0], dtype=torch.float64, device=coefs.device)}
-        return coefs, torch.stack([shared[name] for name in which.scalars], dim=1)
+        scalars = torch.stack([shared[name] for name in which.scalars], dim=1)
+        return coefs.to(torch.float32).contiguous(), scalars.to(torch.float32).contiguous()
+
+    def near(self, device: torch.device) -> Scalars:
+        """All of it for tensors on `device`: what the host knows stays there, what another device has is sent over."""
+        if device not in self._near:
+            coefs, shared = self.rounded
+            rounding = self.rounding_seeds
+            if isinstance(rounding, tuple):
+                rounding = torch.tensor(rounding, dtype=torch.int64)
+            self._near[device] = Scalars(
+                seed_tensor(self.seeds, device), _sent(coefs, device), _sent(shared, device), rounding
+            )
+        return self._near[device]
 
     def how(self) -> dict[str, bool]:
         """For a listener."""
@@ -85,6 +101,43 @@ class Numbers:
         }
 
 
+class _Part(NamedTuple):
+    """The members of a sweep that are on one device, as ops.launch takes them."""
+
+    device: torch.device
+    at: list[int]
+    src: list[Tensor]
+    tensor_ids: list[int]
+    offsets: list[int]
+    groups: list[int]
+    launches: int
+
+
+class _Sweep(NamedTuple):
+    members: Sequence[Member]
+    parts: list[_Part]
+    numel: int
+
+
+def _sweep_of(members: Sequence[Member]) -> _Sweep:
+    by_device: dict[torch.device, list[int]] = {}
+    for i, member in enumerate(members):
+        by_device.setdefault(member.param.device, []).append(i)
+    parts = [
+        _Part(
+            device,
+            at,
+            [members[i].param.detach() for i in at],
+            [members[i].tensor_id for i in at],
+            [0] * len(at),
+            [members[i].group for i in at],
+            len({members[i].param.dtype for i in at}),
+        )
+        for device, at in by_device.items()
+    ]
+    return _Sweep(members, parts, sum(t.numel() for part in parts for t in part.src))
+
+
 @dataclass
 class Passes:
     distribution: str
@@ -92,6 +145,17 @@ class Passes:
     counters: Counters = field(default_factory=Counters)
     recorder: Listener | None = None
     gate: Tensor | None = None  # int32 [1] on the device: a zero there makes every pass write nothing
+    _sweeps: dict[int, _Sweep] = field(default_factory=dict, repr=False)  # by the id of the list of members
+
+    def forget(self) -> None:
+        """At a step's end: lists of members are looked at anew, and tensors are held no longer."""
+        self._sweeps.clear()
+
+    def _sweep(self, members: Sequence[Member]) -> _Sweep:
+        """A step sweeps over the same few lists again and again. Each holds its list, so an id means no other one."""
+        if id(members) not in self._sweeps:
+            self._sweeps[id(members)] = _sweep_of(members)
+        return self._sweeps[id(members)]
 
     def run(
         self,
@@ -110,21 +174,21 @@ class Passes:
             return
         if self.gate is not None:
             enabled = self.gate if enabled is None else enabled * self.gate
-        stacked, scalars = numbers.stacked()
-        for device, at in _by_device(members).items():
-            chosen = [members[i] for i in at]
+        sweep, states = self._sweep(members), RULES[numbers.rule].states
+        for part in sweep.parts:
+            scalars = numbers.near(part.device)
             ops.launch(
-                [m.param.detach() for m in chosen],
-                None if out is None else [out[i] for i in at],
-                states=[[m.states[name] for m in chosen] for name in RULES[numbers.rule].states],
-                tensor_ids=[m.tensor_id for m in chosen],
-                offsets=[0] * len(at),
-                groups=[m.group for m in chosen],
-                seeds=seed_tensor(numbers.seeds, device),
-                coefs=_float32_near(stacked, device),
-                shared=_float32_near(scalars, device),
-                rounding_seed=_rounding_tensor(numbers),
-                enabled=None if enabled is None else enabled.to(device, non_blocking=True),
+                part.src,
+                None if out is None else [out[i] for i in part.at],
+                states=[[members[i].states[name] for i in part.at] for name in states],
+                tensor_ids=part.tensor_ids,
+                offsets=part.offsets,
+                groups=part.groups,
+                seeds=scalars.seeds,
+                coefs=scalars.coefs,
+                shared=scalars.shared,
+                rounding_seed=scalars.rounding_seed,
+                enabled=None if enabled is None else enabled.to(part.device, non_blocking=True),
                 rule=numbers.rule,
                 distribution=self.distribution,
                 rounding="stochastic" if numbers.stochastic else "nearest",
@@ -132,11 +196,11 @@ class Passes:
                 keep_second=numbers.keep_second,
                 backend=self.backend,
             )
-            self.counters.launches += len({m.param.dtype for m in chosen})
+            self.counters.launches += part.launches
         if out is None:
-            self._tell(numbers, stacked, scalars, enabled)
+            self._tell(numbers, enabled)
         self.counters.passes += counted
-        self.counters.elements_moved += 2 * sum(m.param.numel() for m in members)
+        self.counters.elements_moved += 2 * sweep.numel
 
     def chain(
         self,
@@ -147,14 +211,13 @@ class Passes:
         probes: Sequence[Tensor | None] = (),
         enabled: Tensor | None = None,
     ) -> None:
-        """Passes over the same members, one after another while an element is in registers: one sweep (ops.launch_chain).
+        """Passes over the same members, one after another while an element is at hand: one sweep (ops.launch_chain).
 
         Each stage's rule is `rule` or the perturbation that goes with it. probes: the last stage, a perturbation, goes
         there instead, also where `enabled` leaves the others out.
         """
-        stacked = [stage.stacked() for stage in stages]
-        for device, at in _by_device(members).items():
-            chosen = [members[i] for i in at]
+        sweep = self._sweep(members)
+        for part in sweep.parts:
             told = [
                 (
                     Kind(
@@ -164,51 +227,32 @@ class Passes:
                         stage.square_of_sum,
                         stage.keep_second,
                     ),
-                    Scalars(
-                        seed_tensor(stage.seeds, device),
-                        _float32_near(coefs, device).contiguous(),
-                        _float32_near(shared, device).contiguous(),
-                        _rounding_tensor(stage),
-                    ),
+                    stage.near(part.device),
                 )
-                for stage, (coefs, shared) in zip(stages, stacked, strict=True)
+                for stage in stages
             ]
             ops.launch_chain(
-                [m.param.detach() for m in chosen],
+                part.src,
                 told,
-                states=[[m.states[name] for m in chosen] for name in RULES[rule].states],
-                tensor_ids=[m.tensor_id for m in chosen],
-                offsets=[0] * len(at),
-                groups=[m.group for m in chosen],
+                states=[[members[i].states[name] for i in part.at] for name in RULES[rule].states],
+                tensor_ids=part.tensor_ids,
+                offsets=part.offsets,
+                groups=part.groups,
                 rule=rule,
-                probes=[probes[i] for i in at] if probes else (),
-                enabled=None if enabled is None else enabled.to(device, non_blocking=True),
+                probes=[probes[i] for i in part.at] if probes else (),
+                enabled=None if enabled is None else enabled.to(part.device, non_blocking=True),
                 backend=self.backend,
             )
-            self.counters.launches += len({m.param.dtype for m in chosen})
-        for stage, (coefs, shared) in zip(stages[:-1] if probes else stages, stacked, strict=False):
-            self._tell(stage, coefs, shared, enabled)
+            self.counters.launches += part.launches
+        for stage in stages[:-1] if probes else stages:
+            self._tell(stage, enabled)
         self.counters.passes += 1
-        self.counters.elements_moved += 2 * sum(m.param.numel() for m in members)
+        self.counters.elements_moved += 2 * sweep.numel
         self.counters.elements_moved += sum(probe.numel() for probe in probes if probe is not None)
 
-    def _tell(self, numbers: Numbers, coefs: Tensor, shared: Tensor, enabled: Tensor | None) -> None:
+    def _tell(self, numbers: Numbers, enabled: Tensor | None) -> None:
         if self.recorder is not None:
-            coefs, shared = coefs.to(torch.float32), shared.to(torch.float32)
-            self.recorder.add(numbers.rule, numbers.seeds, coefs, shared, enabled, numbers.how())
-
-
-def _by_device(members: Sequence[Member]) -> dict[torch.device, list[int]]:
-    found: dict[torch.device, list[int]] = {}
-    for i, member in enumerate(members):
-        found.setdefault(member.param.device, []).append(i)
-    return found
-
-
-def _rounding_tensor(numbers: Numbers) -> Tensor | None:
-    if numbers.rounding_seeds is None or isinstance(numbers.rounding_seeds, Tensor):
-        return numbers.rounding_seeds
-    return torch.tensor(numbers.rounding_seeds, dtype=torch.int64)
+            self.recorder.add(numbers.rule, numbers.seeds, *numbers.rounded, enabled, numbers.how())
 
 
 def multiples(terms: Terms, seeds: Sequence[Seed], device: torch.device) -> Tensor:
@@ -239,7 +283,5 @@ def seed_tensor(seeds: Sequence[Seed], device: torch.device) -> Tensor:
     return torch.stack([torch.as_tensor(seed, dtype=torch.int64).to(device, non_blocking=True) for seed in seeds])
 
 
-def _float32_near(t: Tensor, device: torch.device) -> Tensor:
-    """float32, on the host or on `device`: a host tensor stays there, one from another device is sent over."""
-    t = t.to(torch.float32)
+def _sent(t: Tensor, device: torch.device) -> Tensor:
     return t if t.device.type == "cpu" or t.device == device else t.to(device, non_blocking=True)

@@ -180,6 +180,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise
         finally:
             self._placement.end()
+            self._passes.forget()
             if self.recorder is not None:
                 self._record(self.recorder, flags)
         self._passes.counters.steps += 1

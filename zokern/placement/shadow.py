@@ -32,6 +32,9 @@ class Ready:
     terms: Terms
 
 
+NOTHING: tuple[Terms | None, Numbers] = (None, Numbers([], {}))
+
+
 class Exact:
     """What placements share that leave the weights alone: the update works on clean weights.
 
@@ -47,6 +50,7 @@ class Exact:
         self.rule = "axpy"
         self.saving = False  # a state_dict() asked for inside the closure is under way
         self.ready: dict[int, Ready] = {}  # by the parameter's id
+        self.told = NOTHING  # of the perturbation that is shown
 
     def check_saved(self) -> None:
         if self.saving:
@@ -56,13 +60,16 @@ class Exact:
 
     def perturb(self, members: Sequence[Member], terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
-        pairs = [(m, t.detach()) for m, t in zip(members, out, strict=True)]
+        if self.told[0] is not terms:
+            seeds = list(terms)
+            self.told = terms, Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
         if self.ready:
             wanted = self._ready(terms)
-            pairs = [(m, t) for m, t in pairs if self.ready.pop(id(m.param), None) != wanted(m, t)]
-        seeds = list(terms)
-        numbers = Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
-        self.passes.run([m for m, _ in pairs], numbers, out=[t for _, t in pairs], counted=counted)
+            pairs = [
+                (m, t) for m, t in zip(members, out, strict=True) if self.ready.pop(id(m.param), None) != wanted(m, t)
+            ]
+            members, out = [m for m, _ in pairs], [t for _, t in pairs]
+        self.passes.run(members, self.told[1], out=[t.detach() for t in out], counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
 
     def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
@@ -131,6 +138,8 @@ class Shadow(Exact):
         self.pools: sites.Pools = {}
         self.copies: list[nn.Parameter] = []
         self.layout: object = None
+        self.tree: object = None
+        self.sites: list[sites.Site] = []  # in that tree
         self.pairs: list[tuple[sites.Site, nn.Parameter]] = []  # each with its copy
         self.presented = False
         self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
@@ -138,9 +147,11 @@ class Shadow(Exact):
     def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
         self.members, self.eps = members, eps
         self.rule = "scaled_axpy" if scaled else "axpy"
-        found = sites.find(self.module, members, "shadow")
         copy_of = self._lay_out(members)
-        self.pairs = [(site, copy_of[id(site.param)]) for site in found]
+        tree = sites.fingerprint(self.module), self.layout
+        if tree != self.tree:
+            self.sites, self.tree = sites.find(self.module, members, "shadow"), tree
+        self.pairs = [(site, copy_of[id(site.param)]) for site in self.sites]
         self.hooks = [
             self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(copies=False)),
             self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)),
@@ -175,6 +186,7 @@ class Shadow(Exact):
             yield
             self.check_saved()
         finally:
+            self.told = NOTHING
             self._show(copies=False)
 
     def end(self) -> None:

@@ -65,6 +65,24 @@ def find(module: nn.Module, members: Sequence[Member], placement: str) -> list[S
     return sites
 
 
+def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:
+    """Differs once a module or a parameter has been put in, taken out or replaced anywhere, or a module been compiled.
+
+    Ids stand for objects: who compares must hold those that matter, so that no other one gets the id.
+    """
+    found, seen, pending = [], set(), [module]
+    while pending:
+        child = pending.pop()
+        if id(child) not in seen:
+            seen.add(id(child))
+            params, modules = child._parameters, child._modules
+            compiled = getattr(child, "_compiled_call_impl", None) is not None
+            names = *params, *modules
+            found.append((id(child), compiled, names, *map(id, params.values()), *map(id, modules.values())))
+            pending += [c for c in modules.values() if c is not None]
+    return found
+
+
 def padded_size(p: Tensor) -> int:
     """Elements of a pool that a copy takes: to the next 16-byte boundary of 16-bit types."""
     return -(-p.numel() // 8) * 8

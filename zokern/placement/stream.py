@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from zokern.layers import find_blocks
 from zokern.passes import Member, Passes, Terms
 from zokern.placement import sites
-from zokern.placement.shadow import Exact
+from zokern.placement.shadow import NOTHING, Exact
 
 
 class OutsideItsBlock(nn.Parameter):
@@ -85,6 +85,7 @@ class Unit:
 
     name: str
     module: nn.Module | None
+    at: list[int] = field(default_factory=list)  # which of the step's members
     members: list[Member] = field(default_factory=list)
     copies: list[nn.Parameter] = field(default_factory=list)
     places: list[sites.Site] = field(default_factory=list)
@@ -112,7 +113,8 @@ def units_of(module: nn.Module, members: Sequence[Member]) -> list[Unit]:
         homes.setdefault(id(site.param), set()).update(reached_in[id(site.owner)])
     units = {None: Unit("outside the blocks", None)} | {i: Unit(*entry) for i, entry in enumerate(blocks)}
     home = {p: next(iter(at)) if len(at) == 1 else None for p, at in homes.items()}
-    for m in members:
+    for i, m in enumerate(members):
+        units[home[id(m.param)]].at.append(i)
         units[home[id(m.param)]].members.append(m)
     for site in found:
         units[home[id(site.param)]].places.append(site)
@@ -162,7 +164,7 @@ class Stream(Exact):
         self.block_pools: sites.Pools = {}
         self.units: list[Unit] = []
         self.layout: object = None
-        self.kept: list[list[nn.Parameter]] = []  # each unit's copies, while the layout stays
+        self.kept: list[Unit] = []  # of the layout, without their members between steps
         self.terms: Terms = {}
         self.running: Unit | None = None
         self.last: Unit | None = None  # whose weights the scratch holds
@@ -170,7 +172,6 @@ class Stream(Exact):
         self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
     def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
-        refuse_compiled(self.module)  # it may have been since
         self.members, self.eps = members, eps
         self.rule = "scaled_axpy" if scaled else "axpy"
         self.units = self._lay_out(members)
@@ -187,26 +188,26 @@ class Stream(Exact):
             ]
 
     def _lay_out(self, members: Sequence[Member]) -> list[Unit]:
-        """The units of these members, each with its copies."""
-        units = units_of(self.module, members)
-        layout = [[(id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in u.members] for u in units]
+        """The units of these members, each with its copies; those of the last time where nothing has changed."""
+        params = [(id(m.param), m.param.shape, m.param.dtype, m.param.device, m.param.requires_grad) for m in members]
+        layout = sites.fingerprint(self.module), params
         if layout == self.layout:
-            for unit, old in zip(units, self.kept, strict=True):
-                unit.copies = old
-        else:
-            self.kept, self.ready = [], {}  # views of the pools, which may be replaced
-            self.layout = None
-            sites.fit(self.block_pools, _largest(units[1:]))
-            sites.fit(self.outside_pools, sites.sizes(units[0].members))
-            for i, unit in enumerate(units):
-                unit.copies = sites.copies(unit.members, self.block_pools if i else self.outside_pools)
-            self.kept, self.layout = [unit.copies for unit in units], layout
-        for unit in units:
+            for unit in self.kept:
+                unit.members = [members[i] for i in unit.at]
+            return self.kept
+        refuse_compiled(self.module)  # it may have been since
+        self.kept, self.ready, self.layout = [], {}, None  # views of the pools, which may be replaced
+        units = units_of(self.module, members)
+        sites.fit(self.block_pools, _largest(units[1:]))
+        sites.fit(self.outside_pools, sites.sizes(units[0].members))
+        for i, unit in enumerate(units):
+            unit.copies = sites.copies(unit.members, self.block_pools if i else self.outside_pools)
             shown = {
                 id(m.param): (copy, stand_in(m.param, m.name))
                 for m, copy in zip(unit.members, unit.copies, strict=True)
             }
             unit.pairs = [(site, *shown[id(site.param)]) for site in unit.places]
+        self.kept, self.layout = units, layout
         return units
 
     def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
@@ -242,13 +243,15 @@ class Stream(Exact):
                     "weights were therefore not seen; use placement='shadow' for this model"
                 )
         finally:
-            self.terms, self.running = {}, None
+            self.terms, self.running, self.told = {}, None, NOTHING
             for unit in self.units:
                 unit.show("weights")
 
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        for unit in self.kept:
+            unit.members = []  # states among them, which a load replaces
         self.members, self.units, self.hooks, self.last = (), [], [], None
 
     def _before(self, unit: Unit) -> None:
