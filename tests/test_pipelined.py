@@ -246,7 +246,7 @@ def test_refused_for_what_it_cannot_know() -> None:
 
 @PLACEMENTS
 @pytest.mark.parametrize("pipelined", [False, True])
-@pytest.mark.parametrize("change", ["none", "tied", "swapped", "wrapped", "replaced", "frozen", "compiled"])
+@pytest.mark.parametrize("change", ["none", "tied", "swapped", "wrapped", "replaced", "frozen", "compiled", "lost"])
 def test_modules_that_change_between_steps(monkeypatch, placement: str, pipelined: bool, change: str) -> None:
     """What a placement keeps of the module's structure from step to step gives the bits of finding it anew each time."""
 
@@ -269,14 +269,19 @@ def test_modules_that_change_between_steps(monkeypatch, placement: str, pipeline
             layers[3][0] = fresh
         elif change == "frozen":
             layers[0][0].weight.requires_grad_(False)
+        elif change == "lost":
+            model.head.weight = nn.Parameter(model.head.weight.detach().clone())
         elif change == "compiled":
             layers[2].compile(backend="eager")
 
     def once() -> tuple:
         return run(placement, pipelined, METHODS["hizoo"], between=between)
 
-    if change == "compiled" and placement == "stream":
-        with pytest.raises(ValueError, match=r"compiled by torch\.compile"):
+    errors = {"lost": r"head\.weight is not in the module any more"}
+    if placement == "stream":
+        errors["compiled"] = r"compiled by torch\.compile"
+    if change in errors:
+        with pytest.raises((RuntimeError, ValueError), match=errors[change]):
             once()
         return
     kept = once()

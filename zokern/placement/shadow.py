@@ -32,9 +32,6 @@ class Ready:
     terms: Terms
 
 
-NOTHING: tuple[Terms | None, Numbers] = (None, Numbers([], {}))
-
-
 class Exact:
     """What placements share that leave the weights alone: the update works on clean weights.
 
@@ -50,7 +47,7 @@ class Exact:
         self.rule = "axpy"
         self.saving = False  # a state_dict() asked for inside the closure is under way
         self.ready: dict[int, Ready] = {}  # by the parameter's id
-        self.told = NOTHING  # of the perturbation that is shown
+        self.told: tuple[Terms, Tensor, Numbers] = {}, self.eps, Numbers([], {})  # of the last perturbation
 
     def check_saved(self) -> None:
         if self.saving:
@@ -60,16 +57,17 @@ class Exact:
 
     def perturb(self, members: Sequence[Member], terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
-        if self.told[0] is not terms:
+        if self.told[0] is not terms or self.told[1] is not self.eps:
             seeds = list(terms)
-            self.told = terms, Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
+            numbers = Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
+            self.told = terms, self.eps, numbers
         if self.ready:
             wanted = self._ready(terms)
             pairs = [
                 (m, t) for m, t in zip(members, out, strict=True) if self.ready.pop(id(m.param), None) != wanted(m, t)
             ]
             members, out = [m for m, _ in pairs], [t for _, t in pairs]
-        self.passes.run(members, self.told[1], out=[t.detach() for t in out], counted=counted)
+        self.passes.run(members, self.told[2], out=[t.detach() for t in out], counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
 
     def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
@@ -186,7 +184,6 @@ class Shadow(Exact):
             yield
             self.check_saved()
         finally:
-            self.told = NOTHING
             self._show(copies=False)
 
     def end(self) -> None:

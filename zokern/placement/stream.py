@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from zokern.layers import find_blocks
 from zokern.passes import Member, Passes, Terms
 from zokern.placement import sites
-from zokern.placement.shadow import NOTHING, Exact
+from zokern.placement.shadow import Exact
 
 
 class OutsideItsBlock(nn.Parameter):
@@ -189,7 +189,7 @@ class Stream(Exact):
 
     def _lay_out(self, members: Sequence[Member]) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
-        params = [(id(m.param), m.param.shape, m.param.dtype, m.param.device, m.param.requires_grad) for m in members]
+        params = [(id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members]
         layout = sites.fingerprint(self.module), params
         if layout == self.layout:
             for unit in self.kept:
@@ -243,7 +243,7 @@ class Stream(Exact):
                     "weights were therefore not seen; use placement='shadow' for this model"
                 )
         finally:
-            self.terms, self.running, self.told = {}, None, NOTHING
+            self.terms, self.running = {}, None
             for unit in self.units:
                 unit.show("weights")
 
