@@ -6,6 +6,7 @@ views, tied weights and optimizer state keep their meaning.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,12 @@ class Site:
     name: str
     param: nn.Parameter
 
+    @functools.cached_property
+    def _plain(self) -> bool:
+        return type(self.owner).__setattr__ is nn.Module.__setattr__
+
     def show(self, shown: nn.Parameter) -> None:
-        if type(self.owner).__setattr__ is nn.Module.__setattr__:
+        if self._plain:
             self.owner._parameters[self.name] = shown
         else:  # for example nn.LSTM, which keeps a flat list of its weights beside
             setattr(self.owner, self.name, shown)

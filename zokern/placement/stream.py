@@ -96,7 +96,7 @@ class Unit:
     def enter(self, what: str) -> None:
         """Puts the weights, the copies or the stand-ins into the module."""
         for site, copy, outside in self.pairs:
-            site.show({"weights": site.param, "copies": copy, "outside": outside}[what])
+            site.show(site.param if what == "weights" else copy if what == "copies" else outside)
 
     def show(self, what: str) -> None:
         self.enter(what)
