@@ -5,11 +5,7 @@
 The same as `zokern bench scaling`: zokern/bench/commands_step.py has the options, `--help` tells of them.
 """
 
-import os
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as zokern.cli does, before torch is loaded
-
     import typer
 
     from zokern.bench.commands_step import scaling

@@ -1,6 +1,6 @@
 """Writes the tables of docs/steps.md from benchmarks/results/step-cpu.json, step-cuda*.json and scaling-cpu.json.
 
-python benchmarks/step_page.py           # rewrites the tables
+python benchmarks/step_page.py           # rewrites the tables and draws the pictures
 python benchmarks/step_page.py --check   # exit code 1 if the page is not what this would write
 """
 
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pages import RESULTS, load, update
+from pages import RESULTS, ROOT, load, update
 
-from zokern.bench import step_tables
+from zokern.bench import plots, step_tables
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -38,6 +38,18 @@ def step_part(name: str = "step-cpu.json") -> str:
     notes = step_tables.step_notes(run["results"], settings.get("not_timed", {}))
     table = markdown(step_tables.STEP_COLUMNS, step_tables.step_rows(run["results"]))
     return "\n".join([head, "", *table, *(f"\n{note}" for note in notes)])
+
+
+def waiting_part() -> str:
+    """The demo's MeZO step with OpenMP threads that sleep while they wait, from a run of its own."""
+    run = load("step-cpu-passive.json")
+    assert run["omp_wait_policy"] == "PASSIVE"
+    step = run["results"]["demo 16x32 mezo inplace"]
+    share = step["passes"] / step["step"]["median"]
+    return (
+        f"With `OMP_WAIT_POLICY=PASSIVE` they sleep: in a run of its own, the passes take {1e3 * step['passes']:.1f} of the "
+        f"{1e3 * step['step']['median']:.0f} ms of the demo's MeZO step, {share:.1%}."
+    )
 
 
 def gpu_part() -> str:
@@ -69,7 +81,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the page is up to date")
     args = parser.parse_args()
-    parts = {"step": step_part(), "step-gpu": gpu_part(), "scaling": scaling_part()}
+    if not args.check:
+        drawn = [path for path in RESULTS.glob("s*-c*.json") if path.stem.startswith(("step-", "scaling-"))]
+        plots.draw(sorted(path for path in drawn if not path.stem.endswith("passive")), ROOT / "docs" / "images")
+    parts = {"step": step_part(), "step-waiting": waiting_part(), "step-gpu": gpu_part(), "scaling": scaling_part()}
     return update({"docs/steps.md": parts}, "step_page.py", check=args.check)
 
 

@@ -1,11 +1,10 @@
-"""The command `zokern`: `finetune`, `bench`, `replay` and more. Everything heavy is imported by the commands, so that
---help is instant.
+"""The command `zokern`: `finetune`, `bench`, `replay` and more. What is heavy beside PyTorch is imported by the commands,
+so that --help does not wait for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,11 +14,6 @@ import typer
 from zokern.bench.cli import app as bench
 from zokern.finetune.methods import LR_OF_UPDATE, METHODS
 from zokern.finetune.options import CHOICES, FinetuneError, Options
-
-if "torch" not in sys.modules:  # OpenMP reads this once, when torch loads it
-    # Its threads spin while they wait for each other: with one other busy process on two cores, a forward of the demo
-    # takes 3 to 5 times as long (500 ms against 150 ms) as with threads that sleep.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="zokern",
