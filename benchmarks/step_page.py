@@ -43,12 +43,12 @@ def step_part(name: str = "step-cpu.json") -> str:
 def waiting_part() -> str:
     """The demo's MeZO step with OpenMP threads that sleep while they wait, from a run of its own."""
     run = load("step-cpu-passive.json")
-    assert run["omp_wait_policy"] == "PASSIVE"
+    assert run["settings"]["omp_wait_policy"] == "PASSIVE"
     step = run["results"]["demo 16x32 mezo inplace"]
     share = step["passes"] / step["step"]["median"]
     return (
-        f"With `OMP_WAIT_POLICY=PASSIVE` they sleep: in a run of its own, the passes take {1e3 * step['passes']:.1f} of the "
-        f"{1e3 * step['step']['median']:.0f} ms of the demo's MeZO step, {share:.1%}."
+        f"With `OMP_WAIT_POLICY=PASSIVE` they sleep: in a run of its own, the passes take {1e3 * step['passes']:.1f} of "
+        f"the {1e3 * step['step']['median']:.0f} ms of the demo's MeZO step, {share:.1%}."
     )
 
 

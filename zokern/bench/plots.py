@@ -116,7 +116,9 @@ def step(record: Record, path: Path) -> Path:
         axes.barh(list(results), widths, 0.72, left=start, color=colour, label=PART_NAMES[part])
         start = [a + b for a, b in zip(start, widths, strict=True)]
     for at, (total, r) in enumerate(zip(totals, results.values(), strict=True)):
-        text = f"{total:,.3g} ms" + (f", passes {1e5 * r['passes'] / total:.0f} %" if "passes" in r else "")
+        text = (f"{total:,.0f} ms" if total >= 100 else f"{total:.3g} ms") + (
+            f", passes {1e5 * r['passes'] / total:.0f} %" if "passes" in r else ""
+        )
         axes.text(total + 0.008 * max(totals), at, text, va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * max(totals))
@@ -138,7 +140,7 @@ def scaling(record: Record, path: Path) -> Path:
         x, y = zip(*sorted(points), strict=True)
         style = lines[i // len(colours) % len(lines)]
         axes.plot(x, y, style, marker="o", markersize=4.5, color=colours[i % len(colours)], label=name or None)
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", ylim=(0, 1.15 * max((y for points in curves.values() for _, y in points), default=1.0)))
     axes.set_xlabel("parameters", fontsize=9.5)
     axes.set_ylabel("ns per parameter", fontsize=9.5)
     axes.grid(which="both", color="#eeeeee")
