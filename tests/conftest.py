@@ -22,6 +22,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICE = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "reference": "cpu"}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Not in pyproject.toml: pytest imports the category from there before coverage looks on.
+    config.addinivalue_line("filterwarnings", "error::zokern.ZokernWarning")
+
+
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; one that cannot run here is skipped with its own reason."""
