@@ -73,7 +73,8 @@ def kernel_headlines() -> str:
                 cells.append("-")
                 continue
             _, way = next(_ours(result))
-            faster = " / ".join(f"{way['speedup_over'][peer]:.1f} x" for peer in peers)
+            over = way["speedup_over"]  # not every benchmark was run beside every peer
+            faster = " / ".join(f"{over[peer]:.1f} x" if peer in over else "-" for peer in peers)
             cells.append(f"{way['ns_per_element']:.2f} ns, {faster}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
