@@ -11,10 +11,8 @@ import json
 import sys
 from typing import Any
 
-from pages import RESULTS, ROOT, fill
+from pages import ROOT, load, update
 
-RESULT = RESULTS / "convergence-cpu.json"
-PAGE = ROOT / "docs" / "convergence.md"
 IMAGES = ROOT / "docs" / "images"
 TITLES = {"demo": "Sentence encoder, topics of docstrings", "lm": "Language model, from prose to code"}
 INK = "#444444"
@@ -34,10 +32,6 @@ COLOURS = {
     "mezo-sign": "#9a6324",
 }
 FIRST_ORDER = "adam"
-
-
-def load() -> dict[str, Any]:
-    return json.loads(RESULT.read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -93,16 +87,15 @@ def chosen(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render(text: str, record: dict[str, Any]) -> str:
-    """The page with what lies between its markers made anew."""
+def parts_of(record: dict[str, Any]) -> dict[str, str]:
+    """What lies between the page's markers."""
     missing = {"demo", "lm"} - record["results"].keys()
     if missing:
         raise SystemExit(
             f"the stored results have no {missing.pop()}: run benchmarks/bench_convergence.py without --tasks"
         )
     parts = {"machine": machine(record), "chosen": chosen(record)}
-    parts |= {name: table(task) for name, task in record["results"].items()}
-    return fill(PAGE.name, text, parts)
+    return parts | {name: table(task) for name, task in record["results"].items()}
 
 
 # -------------------------------------------------------------------------------------------------------- the pictures
@@ -194,15 +187,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the tables are up to date")
     args = parser.parse_args()
-    record, old = load(), PAGE.read_text()
-    new = render(old, record)
-    if args.check:
-        if old != new:
-            print(f"{PAGE.name} disagrees with {RESULT.name}; run python benchmarks/convergence_page.py")
-        return int(old != new)
-    PAGE.write_text(new)
-    draw(record)
-    return 0
+    record = load("convergence-cpu.json")
+    if not args.check:
+        draw(record)
+    return update({"docs/convergence.md": parts_of(record)}, "convergence_page.py", check=args.check)
 
 
 if __name__ == "__main__":

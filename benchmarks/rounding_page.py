@@ -9,20 +9,15 @@ A record whose runs have not all ended gives a page and a picture that say so.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from pages import fill
+from pages import ROOT, load, update
 
 from zokern.bench.canvas import BLACK, BLUE, INK, RED, require, save
 
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "rounding-cpu.json"
-PAGE = ROOT / "docs" / "placements.md"
 IMAGE = ROOT / "docs" / "images" / "rounding.png"
 LABELS = {
     "nearest": "bfloat16, nearest",
@@ -39,10 +34,6 @@ HEAD = (
     "weights with other bits than at the start, %",
 )  # fmt: skip
 Run = dict[str, Any]
-
-
-def load() -> dict[str, Any]:
-    return json.loads(RESULT.read_text())
 
 
 def runs_by_way(record: dict[str, Any]) -> dict[str, list[Run]]:
@@ -207,15 +198,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the page is up to date")
     args = parser.parse_args()
-    record, old = load(), PAGE.read_text()
-    new = fill("docs/placements.md", old, {"rounding": rounding_part(record)})
-    if args.check:
-        if new != old:
-            print("docs/placements.md disagrees with rounding-cpu.json; run python benchmarks/rounding_page.py")
-        return int(new != old)
-    PAGE.write_text(new)
-    draw(record)
-    return 0
+    record = load("rounding-cpu.json")
+    if not args.check:
+        draw(record)
+    return update({"docs/placements.md": {"rounding": rounding_part(record)}}, "rounding_page.py", check=args.check)
 
 
 if __name__ == "__main__":

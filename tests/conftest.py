@@ -37,6 +37,23 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of a GPU in turn, for tests that are skipped without one."""
+    reason = backends.unavailable_reason(request.param, torch.device("cuda", 0))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """For tests that set torch's mode in which the host may not wait for the device: it may again, whatever happened."""
+    torch.cuda.synchronize()
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture
 def device(backend: str) -> torch.device:
     return torch.device(DEVICE[backend])

@@ -6,7 +6,6 @@ Every test here is skipped where PyTorch sees no NVIDIA GPU. Whole steps are tes
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,25 +27,9 @@ GPU_BACKENDS = ("cuda", "triton")
 CHECKSUM = 0x689CC1A256A1D052  # of all 2^32 words; docs/noise.md
 
 
-@pytest.fixture(params=GPU_BACKENDS)
-def gpu_backend(request: pytest.FixtureRequest) -> str:
-    reason = backends.unavailable_reason(request.param, torch.device("cuda", 0))
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return str(request.param)
-
-
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda", 0)
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Inside, PyTorch raises at every operation that makes the host wait for the device."""
-    torch.cuda.synchronize()
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def perturbed(w: Tensor, backend: str, **more: object) -> Tensor:

@@ -17,7 +17,6 @@ from test_methods import METHODS, Case
 from torch import Tensor, nn
 
 import zokern
-from zokern import backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,21 +32,6 @@ PLACED = pytest.mark.parametrize(
 
 def on_gpu(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{name: value.cuda() for name, value in batch.items()} for batch in data]
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def gpu_backend(request: pytest.FixtureRequest) -> str:
-    reason = backends.unavailable_reason(request.param, torch.device("cuda", 0))
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return str(request.param)
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Afterwards PyTorch lets the host wait for the device again, whatever happened."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @PLACED

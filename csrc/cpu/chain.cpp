@@ -61,13 +61,7 @@ void StagePasses::run(const Kernels& kernels, DType dtype, DType state, int64_t 
   for (int64_t c = first; c < last; ++c) {
     const bool probed = !forks_ || probes_[size_t(chain_.chunks[c].tensor)].dst != 0;
     const size_t count = stages_.size() - size_t(!probed);
-    for (size_t i = 0; i < count; ++i) {
-      const auto& [id, pass] = stages_[i];
-      if (id == RuleId::axpy)
-        kernels.axpy(pass, dtype, c, c + 1);
-      else
-        kernels.rule(pass, id, dtype, state, c, c + 1);
-    }
+    for (size_t i = 0; i < count; ++i) kernels.run(stages_[i].pass, stages_[i].id, dtype, state, c, c + 1);
   }
 }
 

@@ -13,6 +13,13 @@ struct Kernels {
   void (*rule)(const Pass&, RuleId, DType, DType state, int64_t first, int64_t last);
   // Sum over words of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64: the exhaustive test of the transform.
   uint64_t (*normal_checksum)(uint64_t first, uint64_t last);
+
+  void run(const Pass& pass, RuleId id, DType dtype, DType state, int64_t first, int64_t last) const {
+    if (id == RuleId::axpy)
+      axpy(pass, dtype, first, last);
+    else
+      rule(pass, id, dtype, state, first, last);
+  }
 };
 
 extern const Kernels kPlain;

@@ -89,12 +89,8 @@ void run(const Pass& pass, RuleId id, DType dtype, DType state, int threads, con
   if (pass.enabled != nullptr && *pass.enabled == 0) return;
   const Kernels& k = kernels(isa);
   // Four chunks of 16384 elements are some 20 microseconds of work: less is not worth a thread or a claim.
-  parallel(pass.num_chunks, 4, threads, [&](int64_t first, int64_t last) {
-    if (id == RuleId::axpy)
-      k.axpy(pass, dtype, first, last);
-    else
-      k.rule(pass, id, dtype, state, first, last);
-  });
+  parallel(pass.num_chunks, 4, threads,
+           [&](int64_t first, int64_t last) { k.run(pass, id, dtype, state, first, last); });
 }
 
 void run_chain(const Chain& chain, RuleId id, DType dtype, DType state, int threads, const std::string& isa) {

@@ -37,7 +37,6 @@ Names = Annotated[
     list[str] | None,
     typer.Argument(help=f"Which benchmarks. Default: all of {', '.join(BENCHMARKS)}.", metavar="[NAMES]..."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto is the first GPU, where there is one.")]
 Dtype = Annotated[
     list[str] | None,
     typer.Option(
@@ -81,7 +80,7 @@ def bench(context: typer.Context) -> None:
 @app.command(help="Time single passes.\n" + TEACH)
 def kernels(
     names: Names = None,
-    device: Device = "auto",
+    device: commands_step.Device = "auto",
     dtype: Dtype = None,
     elements: Elements = None,
     rounds: Rounds = None,

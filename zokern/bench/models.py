@@ -83,7 +83,7 @@ def _construct(shape: Shape) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _making(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[None]:
+def making(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[None]:
     """New tensors have `dtype` and lie on `device`; torch's generators start at `seed` and are put back afterwards."""
     import torch
 
@@ -102,7 +102,7 @@ def _making(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Non
 
 def build(name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
     """The model called `name` with random weights as transformers draws them, in eval mode: no dropout."""
-    with _making(dtype, device, seed):
+    with making(dtype, device, seed):
         return _construct(MODELS[name])
 
 

@@ -168,9 +168,6 @@ class Compiled:
         self._run("helene", seed, (c, lr, s.alpha, s.b), (w, m, h), fixed)
 
 
-NAMES = ("published", "foreach", "compiled")
-
-
 def peers(*, compiled: bool, group: int = 0) -> list[Peer]:
     """All peers, or all but the compiled one."""
     return [Published(), Foreach(), *([Compiled(group)] if compiled else [])]

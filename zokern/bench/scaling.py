@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import zokern
 from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
+from zokern.bench.models import making
 from zokern.bench.split import Stepper, measure
 from zokern.bench.step_cases import Case, make, needed_bytes, resolve, state_bytes
 
@@ -72,13 +73,8 @@ class Tensors(nn.Module):
 
 def build(parameters: int, dtype: torch.dtype, device: torch.device) -> Tensors:
     """A model with normal weights of standard deviation 0.02, made in place."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Tensors(parameters)
-    finally:
-        torch.set_default_dtype(before)
+    with making(dtype, device, seed=0):
+        model = Tensors(parameters)
     weights = [p.detach() for p in model.parameters()]
     if device.type != "meta":
         zokern.add_noise_(weights, tensor_ids=list(range(len(weights))), seeds=[0], coefs=[STD])

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-PARTS = ("forwards", "passes", "other")
+from zokern.bench.split import PARTS
+
 NOTHING: Mapping[str, str] = MappingProxyType({})
 Row = list[str]
 STEP_COLUMNS = ("case", "step, ms", "forwards", "passes", "other", "share", "memory", "speed-up")

@@ -58,9 +58,7 @@ class Exact:
     def perturb(self, members: Sequence[Member], terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
         if self.told[0] is not terms or self.told[1] is not self.eps:
-            seeds = list(terms)
-            numbers = Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
-            self.told = terms, self.eps, numbers
+            self.told = terms, self.eps, self._perturbation(terms)
         if self.ready:
             wanted = self._ready(terms)
             pairs = [
@@ -69,6 +67,10 @@ class Exact:
             members, out = [m for m, _ in pairs], [t for _, t in pairs]
         self.passes.run(members, self.told[2], out=[t.detach() for t in out], counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
+
+    def _perturbation(self, terms: Terms) -> Numbers:
+        seeds = list(terms)
+        return Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
 
     def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
         """What makes a member's copy the perturbation by these terms."""
@@ -119,10 +121,9 @@ class Exact:
     def _update_and_perturb(self, numbers: Numbers, enabled: Tensor, ahead: Ahead) -> None:
         copies = self.arrange(ahead.members)
         probes = [copies.get(id(m.param)) for m in self.members]
-        seeds = list(ahead.terms)
-        first = Numbers(seeds, {"A": perturbation(self.eps, ahead.terms, seeds)}, rule=self.rule)
         self.ready = {}
-        self.passes.chain(self.members, [numbers, first], numbers.rule, probes=probes, enabled=enabled)
+        stages = [numbers, self._perturbation(ahead.terms)]
+        self.passes.chain(self.members, stages, numbers.rule, probes=probes, enabled=enabled)
         made = self._ready(ahead.terms)
         self.ready = {
             id(m.param): made(m, probe) for m, probe in zip(self.members, probes, strict=True) if probe is not None
