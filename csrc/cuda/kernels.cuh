@@ -67,20 +67,27 @@ template <Distribution D>
 struct StagedSeeds {
   static constexpr bool kOne = false;
   const StagedSeed* staged;
-  gpu::ManySeeds all;
+  const int64_t* seeds;  // in device memory; not looked at where all are staged
+  const float* coefs;
+  int32_t num_seeds;
   template <class F>
   ZK_FN void each(const F& f) const {
     const StagedSeed* s = staged;
 #pragma unroll 1
-    for (int k = min(all.num_seeds, kStaged); k > 0; --k, ++s)  // an end to compare with would be computed each time
+    for (int k = min(num_seeds, kStaged); k > 0; --k, ++s)  // an end to compare with would be computed each time
       f(gpu::ChunkKeys<kDrawn<D>>{{s->keys}, s->head}, [&](int c) { return s->coef[c]; });
 #pragma unroll 1
-    for (int k = kStaged; k < all.num_seeds; ++k)
-      f(gpu::SeedKeys{all.seeds[2 * k], all.seeds[2 * k + 1]}, [&](int c) { return all.coefs[c * all.num_seeds + k]; });
+    for (int k = kStaged; k < num_seeds; ++k) {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(seeds + k);
+      f(gpu::SeedKeys{words[0], words[1]}, [&](int c) { return coefs[c * num_seeds + k]; });
+    }
   }
 };
+// The loop beyond the staged seeds reads pass.seeds itself. all.seeds may be the pass's own parameters too, and
+// nvcc 13.0 takes a pointer that may be either for one into shared memory once it stands beside `staged`.
 template <class R, Distribution D>
-ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const gpu::ManySeeds& all, uint64_t base, uint32_t id) {
+ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const Pass& pass, const gpu::ManySeeds& all, uint64_t base,
+                            uint32_t id) {
   const int k = int(threadIdx.x);
   static_assert(kStaged <= kThreads && gpu::kCoefs<R> <= 4);
   if (k < min(all.num_seeds, kStaged)) {
@@ -95,7 +102,7 @@ ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const gpu::ManySeeds& all, uint64
     for (int c = 0; c < gpu::kCoefs<R>; ++c) staged[k].coef[c] = all.coefs[c * all.num_seeds + k];
   }
   __syncthreads();
-  return {staged, all};
+  return {staged, pass.seeds, all.coefs, all.num_seeds};
 }
 
 template <class T, class S, class R, Distribution D, Rounding Q, Seeds K>
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<T, S, R, Q, K>()))
     go_through_rest(u);
   } else {
     __shared__ StagedSeed staged[kStaged];
-    const StagedSeeds<D> seeds = stage<R, D>(staged, any.seeds, uint64_t(base), any.id);
+    const StagedSeeds<D> seeds = stage<R, D>(staged, pass, any.seeds, uint64_t(base), any.id);
     const gpu::Uniform<R, gpu::Decay, StagedSeeds<D>, gpu::SeedKeys> u{
         pass, any.id, any.rule, any.decay, seeds, any.rounding_keys, any.state_keys};
     if constexpr (R::kSums == 0 && D == Distribution::normal) {
