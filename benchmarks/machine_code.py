@@ -162,6 +162,7 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
         "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
         "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
         "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
+        "PACKED": launch.has_packed_pairs(target),
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     # torch's allocations are 16-byte aligned, which the launcher tells Triton of every pointer.

@@ -1,9 +1,10 @@
 // The noise contract zk1: words, normals, signs and rounding bits. Shared by the CPU and the CUDA backend.
 //
 // z is a pure function of (seed, tensor id, global element index). Everything is templated on a lane bundle L, which is
-// one element block per thread on a GPU (cuda/lanes.cuh) and a vector of blocks on a CPU (cpu/lanes.h). L supplies the
-// types and a handful of operations; every float operation here is one correctly rounded IEEE-754 single operation, and
-// nothing may be contracted (-ffp-contract=off, --fmad=false), which is why the bits are the same everywhere.
+// one element block per thread on a GPU (cuda/lanes.cuh; cuda/packed.cuh where float32 operations come in pairs) and a
+// vector of blocks on a CPU (cpu/lanes.h). L supplies the types and a handful of operations; every float operation here
+// is one correctly rounded IEEE-754 single operation, and nothing may be contracted (-ffp-contract=off, --fmad=false),
+// which is why the bits are the same everywhere.
 // Sources: Salmon et al. 2011 (Philox4x32-10), Box and Muller 1958; docs/noise.md.
 #pragma once
 #include <cstdint>
@@ -69,7 +70,7 @@ ZK_FN Head chunk_head(uint64_t, uint32_t, const ChunkKeys<kPurpose>& keys) {
 // multiple of L::kWidth. Rounds run on lanes of 64 bits whose low 32 are the word; the high halves carry garbage that
 // no product reads. All groups take a round together: one alone would leave a CPU waiting for its multiplications.
 template <class L, class Keys>
-ZK_FN void block_words(typename L::u32 (&w)[L::kSub][4], uint32_t lo, const Head& head, const Keys& keys) {
+ZK_FN void block_words(typename L::Word (&w)[L::kSub][4], uint32_t lo, const Head& head, const Keys& keys) {
   using U = typename L::u64;
   constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
   U c[L::kHalves][4];
@@ -131,28 +132,30 @@ ZK_FN void normal_pair(typename L::u32 w, typename L::f32& z0, typename L::f32& 
   d = L::fma(d, q, L::constant(0x42a2bbcfu));
   d = L::fma(d, q, L::constant(0xc225532au));
   d = L::fma(d, q, L::constant(0x40c90ecbu));
-  z0 = r * c;
-  z1 = r * (d * t);
+  L::times(z0, z1, r, c, d * t);                                    // r cos, r sin
 }
 
-// A tile is 8 * L::kWidth consecutive elements, as L::kVectors vectors in memory order. Its first global index is
-// base + 8*b: base, a multiple of 2^14, is uniform over a chunk (so c1 is), and b < 2^11 counts blocks of eight in it.
+// A tile is 8 * L::kWidth consecutive elements, as L::kVectors vectors in memory order or, where a vector holds L::kPack
+// elements of one block, in the order of cuda/packed.cuh. Its first global index is base + 8*b: base, a multiple of 2^14,
+// is uniform over a chunk (so c1 is), and b < 2^11 counts blocks of eight in it.
 
 template <class L, class Keys>
 ZK_FN void normals(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
-  typename L::u32 w[L::kSub][4];
+  constexpr int kPack = L::kPack, kEight = 8 / kPack;
+  typename L::Word w[L::kSub][4];
   block_words<L>(w, uint32_t(base >> 3) + b, chunk_head<kNormal>(base, id, keys), keys);
   ZK_UNROLL
   for (int s = 0; s < L::kSub; ++s) {
+    typename L::f32* out = z + kEight * s;
     ZK_UNROLL
-    for (int j = 0; j < 4; ++j) normal_pair<L>(w[s][j], z[8 * s + 2 * j], z[8 * s + 2 * j + 1]);
-    L::to_memory_order(z + 8 * s);
+    for (int j = 0; j < 4; j += kPack) normal_pair<L>(L::words(w[s] + j), out[2 * j / kPack], out[2 * j / kPack + 1]);
+    L::to_memory_order(out);
   }
 }
 
 // A 128-bit block serves 128 signs, so a group of vectors needs one block or a part of one, which is scalar work.
 template <class L, class Keys>
-ZK_FN void signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+ZK_FN void unpacked_signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
   constexpr int kLanes = L::kWidth / L::kSub;
   constexpr int kShare = kLanes < 4 ? 8 : 32 / kLanes;  // vectors that share a word: all 8, or 32 bits' worth
   const Head head = chunk_head<kRademacher>(base, id, keys);
@@ -172,10 +175,20 @@ ZK_FN void signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, u
     }
   }
 }
+template <class L, class Keys>
+ZK_FN void signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+  if constexpr (L::kPack == 1) {
+    unpacked_signs<L>(z, base, b, id, keys);
+  } else {
+    typename L::Scalar::f32 eight[8];
+    unpacked_signs<typename L::Scalar>(eight, base, b, id, keys);
+    L::pack(z, eight);
+  }
+}
 
 // The words that round a tile, and the 16 bits of each element in them: word j serves elements 2j (low half) and 2j + 1.
 template <class L, class Keys>
-ZK_FN void rounding_words(typename L::u32 (&w)[L::kSub][4], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+ZK_FN void rounding_words(typename L::Word (&w)[L::kSub][4], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
   block_words<L>(w, uint32_t(base >> 3) + b, chunk_head<kRounding>(base, id, keys), keys);
 }
 template <class L>

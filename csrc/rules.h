@@ -149,8 +149,8 @@ struct Sign {
   template <class L, class F = typename L::f32>
   ZK_FN void finish(F& w, const F* sum, F*) const {
     const F zero = L::all(0.f), up = L::all(step), down = L::all(-step);
-    const F change = sum[0] > zero ? up : zero;
-    w = w + (sum[0] < zero ? down : change);
+    const F change = L::where_above(sum[0], zero, up, zero);
+    w = w + L::where_above(zero, sum[0], down, change);
   }
 };
 

@@ -33,7 +33,7 @@ ZK_FN void round_inline(typename L::template Out<T>& out, const typename L::f32 
                          uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
   if constexpr (sizeof(T) == 2 && Q != Rounding::nearest) {
     if (Q == Rounding::stochastic || stochastic) {
-      typename L::u32 words[L::kSub][4];
+      typename L::Word words[L::kSub][4];
       rounding_words<L>(words, base, b, id, keys);
       return L::round(out, x, words);
     }

@@ -31,7 +31,8 @@ struct BFloat {
 struct ScalarLanes {
   using u32 = uint32_t;
   using u64 = uint64_t;
-  static constexpr int kSub = 1, kHalves = 1;
+  using Word = u32;
+  static constexpr int kSub = 1, kHalves = 1, kPack = 1;
   static ZK_FN u64 mul(u64 a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
   static ZK_FN u64 high(u64 p) { return p >> 32; }
   static ZK_FN u64 counter(uint32_t block, int) { return block; }
@@ -55,7 +56,11 @@ struct Lanes {
   typedef int32_t i32 __attribute__((vector_size(4 * W)));
   typedef uint64_t u64 __attribute__((vector_size(4 * W)));
   typedef uint16_t u16 __attribute__((vector_size(2 * W)));
+  using Word = u32;
+  static constexpr int kPack = 1;
 
+  static ZK_FN u32 words(const Word* w) { return *w; }
+  static ZK_FN void times(f32& z0, f32& z1, f32 r, f32 c, f32 s) { z0 = r * c, z1 = r * s; }
   static ZK_FN f32 all(float x) { return f32{} + x; }
   static ZK_FN u32 splat(uint32_t x) { return u32{} + x; }
   static ZK_FN u64 splat64(uint32_t x) { return u64{} + uint64_t(x); }
@@ -83,6 +88,7 @@ struct Lanes {
 
   static ZK_FN f32 at_least(f32 x, f32 low) { return x > low ? x : low; }
   static ZK_FN f32 at_most(f32 x, f32 high) { return x < high ? x : high; }
+  static ZK_FN f32 where_above(f32 x, f32 y, f32 above, f32 other) { return x > y ? above : other; }
 
 #if !defined(__AVX2__) && !(defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON))
   // Not inlined: some twenty instructions at each of hundreds of places.

@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, R::kStates == 2 || sizeof(S) == 2 ? 
   const uint32_t whole_end = t.aligned ? end / 8 : touched_end;
 #pragma unroll 1
   for (uint32_t b = whole + threadIdx.x; b < whole_end; b += kThreads)
-    gpu::chain_tile<Lanes, T, S, R, false>(chain, enabled, stages, p, probe, 8 * size_t(b), uint64_t(base), b, 0, 8);
+    gpu::chain_tile<gpu::Whole<T, S, R>, T, S, R, false>(chain, enabled, stages, p, probe, 8 * size_t(b),
+                                                         uint64_t(base), b, 0, 8);
   if (touched == whole && touched_end == whole_end) return;
 #pragma unroll 1
   for (uint32_t b = touched + threadIdx.x; b < touched_end; b += kThreads) {

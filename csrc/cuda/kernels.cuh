@@ -10,7 +10,7 @@
 
 #define ZK_ISA gpu
 #include "../tile.h"
-#include "lanes.cuh"
+#include "packed.cuh"
 
 namespace zk {
 namespace cuda {
@@ -22,12 +22,12 @@ using gpu::Lanes;
 // than the arithmetic, or any.
 enum class Seeds { one = 0, any = 1 };
 
-// One thread block fewer for the rules of one sum without a written state on sm_120, whose code for them needs more
-// registers and would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kFewer = 1;
+// sm_120's code needs more registers than the others' now and then; packed pairs must lie in even registers and the
+// next.
+#ifdef __CUDA_ARCH__
+constexpr bool kPacked = gpu::kPackedPairs, kSm120 = __CUDA_ARCH__ >= 1200;
 #else
-constexpr int kFewer = 0;
+constexpr bool kPacked = false, kSm120 = false;
 #endif
 
 // Thread blocks that a multiprocessor holds: 6 leave 40 registers to a thread, 5 leave 48, 4 leave 64, 3 leave 80. As
@@ -35,13 +35,18 @@ constexpr int kFewer = 0;
 template <class T, class S, class R, Rounding Q, Seeds K>
 constexpr int blocks_per_sm() {
   const bool state_rounded = R::kWritten > 0 && sizeof(S) == 2;
-  if (K == Seeds::any) return Q == Rounding::stochastic || (state_rounded && R::kSums == 3) ? 3 : 4;
-  if (R::kSums == 0) return 6;
-  if (state_rounded && Q == Rounding::stochastic && std::is_same_v<T, __half>) return 3;
+  if (K == Seeds::any) {
+    const bool more = Q == Rounding::stochastic || (state_rounded && R::kSums == 3);
+    return more || (kPacked && R::kSums == 0 && sizeof(T) == 4) ? 3 : 4;
+  }
+  if (R::kSums == 0) return kPacked && Q == Rounding::stochastic ? 5 : 6;
+  const bool half_stochastic = Q == Rounding::stochastic && std::is_same_v<T, __half>;
+  if (half_stochastic && (state_rounded || (kSm120 && R::kWritten == 1))) return 3;
   const bool stochastic = Q == Rounding::stochastic || state_rounded;
-  const int fewer = R::kSums == 1 && R::kWritten == 0 ? kFewer : 0;
+  const int fewer = kSm120 && R::kSums == 1 && R::kWritten == 0;
   if (stochastic) return R::kWritten > 0 ? 4 : 5 - fewer;
-  return R::kWritten == 2 ? 4 : 6 - fewer;
+  if (R::kWritten == 2) return kPacked && sizeof(T) == 2 ? 3 : 4;
+  return 6 - fewer;
 }
 
 // The purpose whose head a kernel makes before its loop, where ptxas would make it anew for each tile to save
@@ -122,11 +127,15 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<T, S, R, Q, K>()))
   const uint32_t whole = t.aligned ? (begin + 7) / 8 : touched_end;
   uint32_t whole_end = t.aligned ? end / 8 : touched_end;
 
+  using Whole = gpu::Whole<T, S, R>;
   const auto go_through_whole = [&](auto lanes, const auto& u) {
     using L = decltype(lanes);
 #pragma unroll 1
-    for (uint32_t b = whole + threadIdx.x; b < whole_end; b += L::kWidth * kThreads)
+    for (uint32_t b = whole + threadIdx.x; b < whole_end; b += L::kWidth * kThreads) {
+      // Addresses from b anew: two instructions, where pointers carried along take seven.
+      if constexpr (K == Seeds::one) asm("" : "+r"(b));
       gpu::rule_tile<L, T, S, R, D, Q, false>(u, p, 8 * size_t(b), uint64_t(base), b, 0, 8);
+    }
   };
   const auto go_through_rest = [&](const auto& u) {
     if (touched == whole && touched_end == whole_end) return;
@@ -150,9 +159,9 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<T, S, R, Q, K>()))
     const gpu::Uniform<R, gpu::NoDecay, One, HostKeys, Plain> no_decay{plain, any.id, any.rule,  {},
                                                                        one,   keys,   state_keys};
     if (any.decay.factor == 1.f)
-      go_through_whole(Lanes(), no_decay);
+      go_through_whole(Whole(), no_decay);
     else
-      go_through_whole(Lanes(), u);
+      go_through_whole(Whole(), u);
     go_through_rest(u);
   } else {
     __shared__ StagedSeed staged[kStaged];
@@ -162,9 +171,9 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<T, S, R, Q, K>()))
     if constexpr (R::kSums == 0 && D == Distribution::normal) {
       if (whole < whole_end)
         whole_end -= (whole_end - whole) % (2 * kThreads);  // whole pairs; others are with the rest
-      go_through_whole(gpu::Pair(), u);
+      go_through_whole(gpu::PairOf<Whole>(), u);
     } else {
-      go_through_whole(Lanes(), u);
+      go_through_whole(Whole(), u);
     }
     go_through_rest(any);
   }

@@ -17,7 +17,10 @@ struct Lanes {
   using f32 = float;
   using u32 = uint32_t;
   using u64 = uint64_t;
-  static constexpr int kWidth = 1, kSub = 1, kHalves = 1, kVectors = 8;
+  using Word = u32;  // of a Philox block, of which `words` makes what normal_pair takes
+  static constexpr int kWidth = 1, kSub = 1, kHalves = 1, kVectors = 8, kPack = 1;
+
+  static ZK_FN u32 words(const Word* w) { return *w; }
 
   static ZK_FN f32 all(float x) { return x; }
   static ZK_FN u32 splat(uint32_t x) { return x; }
@@ -45,6 +48,7 @@ struct Lanes {
   static ZK_FN f32 fma(f32 a, f32 b, f32 c) { return __fmaf_rn(a, b, c); }
   static ZK_FN f32 at_least(f32 x, f32 low) { return fmaxf(x, low); }
   static ZK_FN f32 at_most(f32 x, f32 high) { return fminf(x, high); }
+  static ZK_FN f32 where_above(f32 x, f32 y, f32 above, f32 other) { return x > y ? above : other; }
   // In PTX, because the compiler widens the C++ expression to a 64-bit product: one more instruction for each.
   static ZK_FN u64 mul(u64 a, uint32_t b) {
     u64 p;
@@ -54,6 +58,7 @@ struct Lanes {
   static ZK_FN u64 high(u64 p) { return p >> 32; }
   static ZK_FN u64 counter(uint32_t block, int) { return block; }
   static ZK_FN u32 join(u64 a, u64) { return u32(a); }
+  static ZK_FN void times(f32& z0, f32& z1, f32 r, f32 c, f32 s) { z0 = r * c, z1 = r * s; }
   template <class V>
   static ZK_FN void to_memory_order(V*) {}
 
@@ -168,36 +173,40 @@ struct Lanes {
 
 // Two blocks of eight elements per thread, which share what a further direction costs besides its noise. They lie
 // kThreads blocks apart, so that a warp's accesses are to consecutive addresses. For whole tiles, and not for signs.
-struct Pair : Lanes {
-  static constexpr int kWidth = 2, kSub = 2, kHalves = 2, kVectors = 16;
+template <class One>
+struct PairOf : One {
+  using typename One::f32;
+  using typename One::u64;
+  using typename One::Word;
+  static constexpr int kWidth = 2, kSub = 2, kHalves = 2, kEach = One::kVectors, kVectors = 2 * kEach;
   static constexpr int kStride = 8 * kThreads;
-  using Eight = f32[8];
-  using Words = u32[1][4];
+  using Half = f32[kEach];
+  using Words = Word[1][4];
 
   static ZK_FN u64 counter(uint32_t block, int half) { return block + uint32_t(half * kThreads); }
   template <class T>
   struct Out {
-    Lanes::Out<T> half[2];
+    typename One::template Out<T> half[2];
   };
   template <class T>
-  static ZK_FN void load(f32 (&x)[16], const T* p) {
-    Lanes::load(reinterpret_cast<Eight&>(x[0]), p);
-    Lanes::load(reinterpret_cast<Eight&>(x[8]), p + kStride);
+  static ZK_FN void load(f32 (&x)[kVectors], const T* p) {
+    One::load(reinterpret_cast<Half&>(x[0]), p);
+    One::load(reinterpret_cast<Half&>(x[kEach]), p + kStride);
   }
   template <class T>
-  static ZK_FN void round(Out<T>& out, const f32 (&x)[16]) {
-    Lanes::round(out.half[0], reinterpret_cast<const Eight&>(x[0]));
-    Lanes::round(out.half[1], reinterpret_cast<const Eight&>(x[8]));
+  static ZK_FN void round(Out<T>& out, const f32 (&x)[kVectors]) {
+    One::round(out.half[0], reinterpret_cast<const Half&>(x[0]));
+    One::round(out.half[1], reinterpret_cast<const Half&>(x[kEach]));
   }
   template <class T>
-  static ZK_FN void round(Out<T>& out, const f32 (&x)[16], const u32 (&words)[2][4]) {
-    Lanes::round(out.half[0], reinterpret_cast<const Eight&>(x[0]), reinterpret_cast<const Words&>(words[0]));
-    Lanes::round(out.half[1], reinterpret_cast<const Eight&>(x[8]), reinterpret_cast<const Words&>(words[1]));
+  static ZK_FN void round(Out<T>& out, const f32 (&x)[kVectors], const Word (&words)[2][4]) {
+    One::round(out.half[0], reinterpret_cast<const Half&>(x[0]), reinterpret_cast<const Words&>(words[0]));
+    One::round(out.half[1], reinterpret_cast<const Half&>(x[kEach]), reinterpret_cast<const Words&>(words[1]));
   }
   template <class T>
   static ZK_FN void store(T* p, const Out<T>& out) {
-    Lanes::store(p, out.half[0]);
-    Lanes::store(p + kStride, out.half[1]);
+    One::store(p, out.half[0]);
+    One::store(p + kStride, out.half[1]);
   }
 };
 

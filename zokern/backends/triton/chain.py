@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .kernels import _coefs, _grow, _key, _load_tile, _store_tile, _zeros_like
 from .noise import direction, rounding_bits
+from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
 from .rules import finish, start_of_squares
 
@@ -39,7 +40,7 @@ def _round_state(x, block, high, lanes, tensor_id, seed, STATE: tl.constexpr):
 def _stage(
     row, group, w, x, y, block, high, lanes, tensor_id,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
-    WRITTEN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
+    WRITTEN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One pass on the tile's weights and states in registers, rounded as it would be stored; row is the stage's."""
     seeds = tl.load(row).to(tl.pointer_type(tl.int64))
@@ -53,21 +54,21 @@ def _stage(
     num_coefs: tl.constexpr = (1 if A != "none" else 0) + (1 if HAS_G else 0) + (1 if HAS_V else 0)
     coefs += group * num_seeds * num_coefs
 
-    w = tl.load(shared) * w
+    w = mul(w, tl.load(shared), PACKED)
     a = _zeros_like(w)
     g = a
     squares = start_of_squares(p1, p2, RULE)
     v = a + tl.where(square_of_sum != 0, 0.0, squares)
     for k in range(num_seeds):
-        z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION)
+        z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
         ca, cg, cv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
-        w, a, g, grown = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, False)
+        w, a, g, grown = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, False, PACKED)
         if HAS_V:
-            v = tl.where(square_of_sum != 0, tl.fma(z, cv, v), grown)
+            v = tl.where(square_of_sum != 0, fma(z, cv, v, PACKED), grown)
     if HAS_V:
-        v = tl.where(square_of_sum != 0, tl.fma(v, v, a * 0.0 + squares), v)
+        v = tl.where(square_of_sum != 0, fma(v, v, a * 0.0 + squares, PACKED), v)
     kept = y
-    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
+    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE, PACKED)
     if WRITTEN == 2:
         y = tl.where(keep_second != 0, kept, y)
     if DTYPE.primitive_bitwidth == 16:
@@ -89,7 +90,7 @@ def _chain_tile(
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     PERTURBATION: tl.constexpr, STATES: tl.constexpr, WRITTEN: tl.constexpr, KEEP_SECOND: tl.constexpr,
     FORK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
-    STAGE_COLUMNS: tl.constexpr, CUT: tl.constexpr,
+    STAGE_COLUMNS: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     start = tile * (lanes.shape[0] * 8)
     block = first + tile * lanes.shape[0]
@@ -107,17 +108,17 @@ def _chain_tile(
                 w, x, y = _stage(
                     row, group, w, x, y, block, high, lanes, tensor_id,
                     PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
-                    0, DTYPE, STATE, DISTRIBUTION,
+                    0, DTYPE, STATE, DISTRIBUTION, PACKED,
                 )  # fmt: skip
             else:
                 w, x, y = _stage(
                     row, group, w, x, y, block, high, lanes, tensor_id,
-                    RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION,
+                    RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, PACKED,
                 )  # fmt: skip
         else:
             w, x, y = _stage(
                 row, group, w, x, y, block, high, lanes, tensor_id,
-                RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION,
+                RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, PACKED,
             )  # fmt: skip
     if first_stage < fork:  # all exact: they have been rounded
         _store_tile(w_at, start, lanes, round_nearest(w, DTYPE), begin, end, CUT, DTYPE)
@@ -130,7 +131,7 @@ def _chain_tile(
             w, x, y = _stage(
                 stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id,
                 PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
-                0, DTYPE, STATE, DISTRIBUTION,
+                0, DTYPE, STATE, DISTRIBUTION, PACKED,
             )  # fmt: skip
             _store_tile(probe, start, lanes, round_nearest(w, DTYPE), begin, end, CUT, DTYPE)
 
@@ -142,6 +143,7 @@ def chain_kernel(
     PERTURBATION: tl.constexpr, STATES: tl.constexpr, WRITTEN: tl.constexpr, KEEP_SECOND: tl.constexpr,
     FORK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
     COLUMNS: tl.constexpr, PROBE: tl.constexpr, STAGE_COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """stages: int64 [length, STAGE_COLUMNS], rows as native.stage_rows makes them."""
     fork = length - (1 if FORK else 0)
@@ -173,12 +175,12 @@ def chain_kernel(
         _chain_tile(
             w_at, state0, state1, probe, tile, lanes, begin, end, first, high, tensor_id, group, stages, first_stage, fork,
             RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
-            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, False,
+            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, False, PACKED,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _chain_tile(
             w_at, state0, state1, probe, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
             begin, end, first, high, tensor_id, group, stages, first_stage, fork,
             RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
-            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, True,
+            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, True, False,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .noise import direction, rounding_bits
+from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
 from .rules import finish, start_of_squares
 
@@ -93,17 +94,17 @@ def _key(seed):
 @triton.jit
 def _grow(
     w, a, g, v, z, ca, cg, cv,
-    A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
+    A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, SQUARE_OF_SUM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One direction more: A onto the weight or into its own sum, G, and V of z^2 or, to be squared later, of z."""
     if A == "direct":
-        w = tl.fma(z, ca, w)
+        w = fma(z, ca, w, PACKED)
     elif A == "sum":
-        a = tl.fma(z, ca, a)
+        a = fma(z, ca, a, PACKED)
     if HAS_G:
-        g = tl.fma(z, cg, g)
+        g = fma(z, cg, g, PACKED)
     if HAS_V:
-        v = tl.fma(z if SQUARE_OF_SUM else z * z, cv, v)
+        v = fma(z if SQUARE_OF_SUM else mul(z, z, PACKED), cv, v, PACKED)
     return w, a, g, v
 
 
@@ -129,32 +130,32 @@ def _tile(
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr,
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_NOISE: tl.constexpr, CUT: tl.constexpr,
+    HAS_NOISE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One tile: load, take every direction in registers, apply the rule, round once, store."""
     start = tile * (lanes.shape[0] * 8)
     block = first + tile * lanes.shape[0]
-    w = decay * _load_tile(src, start, lanes, begin, end, CUT, DTYPE)
+    w = mul(_load_tile(src, start, lanes, begin, end, CUT, DTYPE), decay, PACKED)
     a = _zeros_like(w)
     g = a
     squares = start_of_squares(p1, p2, RULE)
     v = a if SQUARE_OF_SUM else a + squares
     if HAS_NOISE:
         # The first direction is apart so that its seed, and all that depends on it alone, leaves the loop over tiles.
-        z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION)
-        w, a, g, v = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM)
+        z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)
+        w, a, g, v = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
         for k in range(1, num_seeds):
-            z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION)
+            z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
             da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
-            w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM)
+            w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
     if SQUARE_OF_SUM:
-        v = tl.fma(v, v, squares)
+        v = fma(v, v, squares, PACKED)
     x, y = a, a
     if STATES >= 1:
         x = _load_tile(state0, start, lanes, begin, end, CUT, STATE)
     if STATES == 2:
         y = _load_tile(state1, start, lanes, begin, end, CUT, STATE)
-    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
+    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE, PACKED)
     if ROUNDING == "stochastic":
         out = round_stochastic(w, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE)
     else:
@@ -174,7 +175,7 @@ def pass_kernel(
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_NOISE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_NOISE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none"."""
     if enabled is not None:  # noqa: SIM102 - decided by the compiler, the test below at run time
@@ -229,7 +230,7 @@ def pass_kernel(
             src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
             k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
-            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False, PACKED,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _tile(
@@ -237,5 +238,5 @@ def pass_kernel(
             begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
             k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
-            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True, False,
         )  # fmt: skip

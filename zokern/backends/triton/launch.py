@@ -7,6 +7,7 @@ captured in a CUDA graph. Nothing is autotuned: the kernel works in place and a 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +34,15 @@ def _launch_context(device: torch.device) -> AbstractContextManager[object]:
     if INTERPRETED:
         return exact_arithmetic()
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def has_packed_pairs(target: Any) -> bool:
+    """Whether a compiler's target (triton's GPUTarget) has float32 operations on two elements: packed.py."""
+    return target.backend == "cuda" and 100 <= target.arch < 110
+
+
+def _packed() -> bool:
+    return not INTERPRETED and has_packed_pairs(triton.runtime.driver.active.get_current_target())
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -74,6 +84,7 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
             COLUMNS=COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
+            PACKED=_packed(),
             **LAUNCH_OPTIONS,
         )
 
@@ -105,5 +116,6 @@ def run_chain(table: Table, chain: Chain) -> None:
             STAGE_COLUMNS=stages.shape[1],
             CHUNK=CHUNK,
             BLOCK=BLOCK,
+            PACKED=_packed(),
             **LAUNCH_OPTIONS,
         )

@@ -1,7 +1,7 @@
 """The noise contract `zk1` in Triton: words, normals, signs, rounding bits. Nothing else in Triton repeats it.
 
 z is a pure function of (seed, tensor id, global element index). Every float operation is one correctly rounded IEEE-754
-single operation, in the order of docs/noise.md: `tl.fma` where the contract fuses and never `a*b + c`, so that the bits
+single operation, in the order of docs/noise.md: `fma` where the contract fuses and never `a*b + c`, so that the bits
 do not depend on what a compiler contracts. A *tile* is BLOCK consecutive blocks of 8 elements, laid out [BLOCK, 8]; its
 first block is `first` (a multiple of 16, low word) with the high word `high`, and `lanes` is arange(BLOCK).
 Sources: Salmon et al. 2011 (Philox4x32-10), Box and Muller 1958.
@@ -15,6 +15,8 @@ import struct
 
 import triton
 import triton.language as tl
+
+from .packed import fma, mul
 
 PURPOSE_NORMAL = tl.constexpr(0)
 PURPOSE_ROUNDING = tl.constexpr(1)
@@ -61,36 +63,36 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def normal_pair(w):
+def normal_pair(w, PACKED: tl.constexpr = False):
     """One uint32 word to two independent standard normals: a bijection of w makes the radius, w itself the angle."""
     xf = (w * 0x915F77F5).to(tl.float32) + 0.5
     i = xf.to(tl.uint32, bitcast=True)
     e = (i - 0x4F800000).to(tl.int32, bitcast=True).to(tl.float32)
     m = ((i & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    p = tl.fma(m, P0, P1)
-    p = tl.fma(p, m, P2)
-    p = tl.fma(p, m, P3)
-    p = tl.fma(p, m, P4)
-    p = tl.fma(p, m, P5)
-    h = tl.fma(e, LN2_SCALE, p)  # -ln((x + 1/2) / 2^32)
+    p = fma(m, P0, P1, PACKED)
+    p = fma(p, m, P2, PACKED)
+    p = fma(p, m, P3, PACKED)
+    p = fma(p, m, P4, PACKED)
+    p = fma(p, m, P5, PACKED)
+    h = fma(e, LN2_SCALE, p, PACKED)  # -ln((x + 1/2) / 2^32)
     y = (0x5EEC0000 - (h.to(tl.uint32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)  # 1/sqrt(2h), 4 % off
-    s = h * y
-    v = s * y
-    g = tl.fma(v, G0, G1)
-    g = tl.fma(g, v, G2)
-    r = s * g  # sqrt(2h)
-    t = w.to(tl.int32, bitcast=True).to(tl.float32) * TURN  # the angle in turns, in [-1/2, 1/2]
-    q = t * t
-    c = tl.fma(q, C0, C1)
-    c = tl.fma(c, q, C2)
-    c = tl.fma(c, q, C3)
-    c = tl.fma(c, q, C4)
-    c = tl.fma(c, q, C5)
-    d = tl.fma(q, D0, D1)
-    d = tl.fma(d, q, D2)
-    d = tl.fma(d, q, D3)
-    d = tl.fma(d, q, D4)
-    return r * c, r * (d * t)
+    s = mul(h, y, PACKED)
+    v = mul(s, y, PACKED)
+    g = fma(v, G0, G1, PACKED)
+    g = fma(g, v, G2, PACKED)
+    r = mul(s, g, PACKED)  # sqrt(2h)
+    t = mul(w.to(tl.int32, bitcast=True).to(tl.float32), TURN, PACKED)  # the angle in turns, in [-1/2, 1/2]
+    q = mul(t, t, PACKED)
+    c = fma(q, C0, C1, PACKED)
+    c = fma(c, q, C2, PACKED)
+    c = fma(c, q, C3, PACKED)
+    c = fma(c, q, C4, PACKED)
+    c = fma(c, q, C5, PACKED)
+    d = fma(q, D0, D1, PACKED)
+    d = fma(d, q, D2, PACKED)
+    d = fma(d, q, D3, PACKED)
+    d = fma(d, q, D4, PACKED)
+    return r * c, r * mul(d, t, PACKED)
 
 
 @triton.jit
@@ -102,9 +104,9 @@ def _words(first, high, lanes, tensor_id, purpose: tl.constexpr, k0, k1):
 
 
 @triton.jit
-def normals(first, high, lanes, tensor_id, k0, k1):
+def normals(first, high, lanes, tensor_id, k0, k1, PACKED: tl.constexpr):
     """The tile's normals, [BLOCK, 8] float32."""
-    z0, z1 = normal_pair(_words(first, high, lanes, tensor_id, PURPOSE_NORMAL, k0, k1))
+    z0, z1 = normal_pair(_words(first, high, lanes, tensor_id, PURPOSE_NORMAL, k0, k1), PACKED)
     return tl.reshape(tl.join(z0, z1), [lanes.shape[0], 8])
 
 
@@ -127,10 +129,10 @@ def signs(first, high, lanes, tensor_id, k0, k1):
 
 
 @triton.jit
-def direction(first, high, lanes, tensor_id, k0, k1, DISTRIBUTION: tl.constexpr):
+def direction(first, high, lanes, tensor_id, k0, k1, DISTRIBUTION: tl.constexpr, PACKED: tl.constexpr):
     """The tile's z, [BLOCK, 8] float32, of "normal" or "rademacher"."""
     if DISTRIBUTION == "normal":
-        z = normals(first, high, lanes, tensor_id, k0, k1)
+        z = normals(first, high, lanes, tensor_id, k0, k1, PACKED)
     else:
         z = signs(first, high, lanes, tensor_id, k0, k1)
     return z
