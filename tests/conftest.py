@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "tests.ptx.plugin" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import devices
 import pytest
 
 from zokern import backends
 
 DATA = Path(__file__).parent / "data"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DEVICE = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "reference": "cpu"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,9 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; one that cannot run here is skipped with its own reason."""
     name: str = request.param
-    reason = backends.unavailable_reason(name, torch.device(DEVICE[name]))
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
+    devices.device_of(name)
     return name
 
 
@@ -56,7 +55,7 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.fixture
 def device(backend: str) -> torch.device:
-    return torch.device(DEVICE[backend])
+    return devices.device_of(backend)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -175,9 +176,9 @@ def test_replay_and_resume_give_the_bits_of_the_run(case, placement, dtype, drop
     assert tools.first_difference(path, cut) is None
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 def test_a_replay_on_another_backend_gives_the_same_bits(backend, tmp_path):
-    if zokern.backends.unavailable_reason(backend, torch.device("cpu")) is not None:
+    if devices.device_of(backend).type != "cpu":
         pytest.skip(f"{backend} does not run on CPU tensors here")
     model, path = make(torch.bfloat16), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), build("hizoo", model, placement="shadow")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import devices
 import numpy as np
 import oracle
 import oracles
@@ -23,7 +24,7 @@ from oracles import Group, Theta
 from torch import Tensor, nn
 
 import zokern
-from zokern import backends, reference
+from zokern import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,7 +168,7 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(logits[:-1].double(), tokens[1:])
 
 
-def small(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Model:
+def small(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Model:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Model().eval()
@@ -623,7 +624,7 @@ def test_lezo_takes_the_options_of_mezo():
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
-def of_dtype(dtype: torch.dtype | str, device: str = "cpu") -> Model:
+def of_dtype(dtype: torch.dtype | str, device: torch.device = devices.CPU) -> Model:
     if isinstance(dtype, torch.dtype):
         return small(dtype, device)
     model = small(device=device)
@@ -635,11 +636,7 @@ def of_dtype(dtype: torch.dtype | str, device: str = "cpu") -> Model:
 def run_on(
     case: Case, backend: str, placement: str, dtype: torch.dtype | str, steps: int, **options: Any
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    device = "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
-    reason = backends.unavailable_reason(backend, torch.device(device))
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
-    model = of_dtype(dtype, device)
+    model = of_dtype(dtype, devices.device_of(backend))
     opt = build(case, model, placement=placement, backend=backend, weight_decay=0.2, **options)
     play(case, opt, range(steps))
     return weights(model), states(opt, model)

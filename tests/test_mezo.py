@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import devices
 import numpy as np
 import oracle
 import pytest
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 import zokern
 from zokern import reference
 
-ON_DEVICE = [("cpu", "cpu"), ("reference", "cpu")]
-if torch.cuda.is_available():
-    ON_DEVICE += [("cuda", "cuda")]
+ON_DEVICE = [
+    (name, str(devices.DEVICE[name])) for name in ("cpu", "reference", "cuda") if devices.missing(name) is None
+]
 BACKENDS = pytest.mark.parametrize(("backend", "device"), ON_DEVICE, ids=[b for b, _ in ON_DEVICE])
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 SAMPLES = pytest.mark.parametrize("num_samples", [1, 3])

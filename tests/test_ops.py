@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -41,10 +42,10 @@ def test_bits_equal_the_reference(
     backend: str, device: torch.device, dtype: torch.dtype, num_seeds: int, distribution: str, rounding: str
 ) -> None:
     cases = [(0, 1.0), (3, 0.9), (2**35 - 5, 1.0), (2**40 + 1, -0.5)]
-    interpreted = backend == "triton" and device.type == "cpu"  # seconds a launch: tests/test_triton.py has the rest
-    sizes = SMALL_SIZES[3:4] if interpreted else SMALL_SIZES if backend == "reference" else SIZES
+    slow = backend in devices.SLOW  # tests/test_triton.py has the rest
+    sizes = SMALL_SIZES[3:4] if slow else SMALL_SIZES if backend == "reference" else SIZES
     start = weights(dtype, sizes)
-    for offset, decay in cases[1:2] if interpreted else cases:
+    for offset, decay in cases[1:2] if slow else cases:
         pass_ = {
             "tensor_ids": [2**32 - 1 - i for i in range(len(start))],
             "seeds": [2**63 - 1 - k for k in range(num_seeds)],
@@ -88,9 +89,8 @@ def test_stochastic_bf16_known_answers(backend: str, device: torch.device, vecto
                 continue
             w = high[i : i + 1].to(torch.bfloat16).to(device)
             low = float(x[i].double() - high[i].double())
-            sign = zokern.noise(
-                1, seed=1, tensor_id=e["tensor_id"], offset=e["offset"] + i, distribution="rademacher", backend=backend
-            )
+            at = {"tensor_id": e["tensor_id"], "offset": e["offset"] + i}
+            sign = zokern.noise(1, seed=1, **at, distribution="rademacher", backend=backend, device=device)
             zokern.add_noise_(
                 [w],
                 tensor_ids=[e["tensor_id"]],

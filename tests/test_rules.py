@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -158,7 +159,7 @@ def check(
 
 
 def pieces_for(backend: str) -> list[Piece]:
-    return SMALL_PIECES if backend == "triton" and not torch.cuda.is_available() else PIECES
+    return SMALL_PIECES if backend in devices.SLOW else PIECES
 
 
 @RULE
@@ -172,6 +173,17 @@ def test_bits_of_several_signs(rule: str, backend: str, device: torch.device) ->
     check(
         rule, torch.bfloat16, torch.float32, backend, device, pieces=pieces_for(backend), k=3, distribution="rademacher"
     )
+
+
+@RULE
+@pytest.mark.parametrize("k", [128, 129, 131, 200])
+def test_bits_of_more_directions_than_a_block_keeps(rule: str, k: int, backend: str, device: torch.device) -> None:
+    """A CUDA block keeps the numbers of 128 in shared memory and reads those of the others; whole and cut blocks."""
+    if backend in devices.SLOW and k != 129:
+        pytest.skip("its interpreter takes seconds for each: one number of directions")
+    pieces = [Piece(77, 3), Piece(13, 4, offset=5, group=1, off=1)]
+    check(rule, torch.bfloat16, torch.float32, backend, device, pieces=pieces, k=k, distribution="rademacher")
+    check(rule, torch.float32, torch.float32, backend, device, pieces=pieces, k=k)
 
 
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.states == ("h",)])

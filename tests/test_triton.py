@@ -1,6 +1,7 @@
 """The Triton backend against the known answers and the NumPy reference, bit for bit.
 
-Without a GPU the kernels run in Triton's interpreter (conftest.py sets TRITON_INTERPRET), on the same code.
+Without a GPU the kernels run in Triton's interpreter (conftest.py sets TRITON_INTERPRET), on the same code, or compiled,
+in one of PTX (devices.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ import triton.language as tl
 
 from zokern.backends.triton import interpreter, kernels, launch, noise, rounding
 
-DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+DEVICE = str(devices.DEVICE["triton"])
 ANSWERS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "zk1.json").read_text())
 CHUNK = table.CHUNK
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,0 +1,48 @@
+"""One case on an emulated backend and on another one: what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .emulator import Emulator
+
+CHECKSUMS = ((0, 1 << 21), (2**32 - 5000, 5000), (12345, 70000))  # first word, number of words
+
+
+def same(a: Tensor, b: Tensor) -> int:
+    """How many elements differ in a bit; a NaN is a NaN (docs/noise.md)."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    differs = a.contiguous().view(whole) != b.contiguous().view(whole)
+    return int((differs & ~(a.isnan() & b.isnan())).sum())
+
+
+def compare(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) -> list[str]:
+    """The bits of all tensors, one launch and no more, and no faulty access."""
+    mine, theirs, first = case.tensors(), case.tensors(), len(emulator.launches)
+    case.run(backend, mine, case.device_seeds and name == "cuda")
+    case.run(peer, theirs, False)
+    wrong = []
+    if differ := sum(same(a, b) for a, b in zip(mine.results(), theirs.results(), strict=True)):
+        wrong.append(f"{differ} elements differ")
+    if (launches := len(emulator.launches) - first) != 1:
+        wrong.append(f"{launches} launches instead of one")
+    return wrong + emulator.faults(first)
+
+
+def checksum(name: str, emulator: Emulator, first: int, words: int) -> list[str]:
+    """The sum over the normals of some words, beside the CPU's."""
+    from zokern.backends import native
+
+    before = len(emulator.launches)
+    if name == "cuda":
+        got = native.extension.checksum(first, first + words)
+    else:
+        from zokern.backends.triton.checksum import normal_checksum
+
+        got = normal_checksum(first, first + words, torch.device("cpu"))
+    wanted = native.extension.cpu_normal_checksum(first, first + words, 1, native.extension.cpu_instruction_sets()[0])
+    return ([] if got == wanted else [f"sum {got} instead of {wanted}"]) + emulator.faults(before)

@@ -1,0 +1,133 @@
+"""A GPU that is not there: what is launched on it runs in the interpreter, on the tensors that the launch may touch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from . import cache
+from .faults import Report
+from .machine import Machine
+from .memory import Allocation
+from .translate import Program, translate
+
+
+@dataclass
+class Launch:
+    kernel: str
+    seconds: float
+    report: Report
+
+
+@dataclass
+class Emulator:
+    arch: int  # 90 for sm_90
+    launches: list[Launch] = field(default_factory=list)
+    programs: dict[str, Program] = field(default_factory=dict)  # by the kernel's name
+    sources: dict[str, str] = field(default_factory=dict)  # their PTX
+    covered: dict[str, set[int]] = field(default_factory=dict)  # blocks that ran
+    allocations: list[Allocation] = field(default_factory=list)  # of the pass that is being launched
+
+    def program(self, name: str, text: Callable[[], str]) -> Program:
+        if name not in self.programs:
+            self.sources[name] = text()
+            self.programs[name] = translate(self.sources[name], cache.folder() / "programs")
+        return self.programs[name]
+
+    def run(
+        self,
+        name: str,
+        grid: int,
+        block: int,
+        arguments: bytes,
+        more: list[Allocation] | None = None,
+        shared: int = 0,
+    ) -> None:
+        """One launch; `more` memory belongs to its arguments alone, `shared` bytes are asked for by it."""
+        known: dict[int, Allocation] = {}
+        for a in [*self.allocations, *(more or [])]:
+            if a.size:
+                known.setdefault(a.address, a)
+        start = time.perf_counter()
+        report = Machine(self.programs[name], grid, block, arguments, list(known.values()), shared).run()
+        self.launches.append(Launch(name, time.perf_counter() - start, report))
+        self.covered.setdefault(name, set()).update(report.blocks)
+
+    def faults(self, first: int = 0) -> list[str]:
+        """Of all launches from the first on."""
+        return [told for launch in self.launches[first:] for told in launch.report.told()]
+
+    def unset(self) -> list[str]:
+        """Kernels that may read a register before it is set."""
+        return [f"{name}: {', '.join(p.unset)} may be unset" for name, p in self.programs.items() if p.unset]
+
+    def coverage(self) -> tuple[int, int]:
+        """Instructions of the kernels that ran, and how many of them did."""
+        sizes = {name: self.programs[name].sizes for name in self.covered}
+        return sum(map(sum, sizes.values())), sum(sizes[name][b] for name, ran in self.covered.items() for b in ran)
+
+
+def watch(module: Any, emulator: Emulator) -> None:
+    """A backend's run and run_chain may touch what their tables name, and nothing else."""
+    module.run = _watched(module.run, _of_pass, emulator)
+    module.run_chain = _watched(module.run_chain, _of_chain, emulator)
+
+
+def _watched(
+    function: Callable[..., None], found: Callable[..., list[Allocation]], emulator: Emulator
+) -> Callable[..., None]:
+    def run(table: Any, *rest: Any) -> None:
+        emulator.allocations = found(table, *rest)
+        try:
+            function(table, *rest)
+        finally:
+            emulator.allocations = []
+
+    return run
+
+
+def allocation(t: Tensor | None, name: str, writable: bool = False) -> list[Allocation]:
+    return [] if t is None else [Allocation(name, t.data_ptr(), t.numel() * t.element_size(), writable)]
+
+
+def _of_pass(table: Any, kind: Any, scalars: Any) -> list[Allocation]:
+    written = min(kind.rule.written, 1) if kind.keep_second else kind.rule.written
+    return [*_of_numbers(scalars), *_of_table(table, written)]
+
+
+def _of_chain(table: Any, chain: Any) -> list[Allocation]:
+    written = min(chain.rule.written, 1) if chain.keep_second else chain.rule.written
+    found = allocation(chain.enabled, "enabled")
+    for _, scalars in chain.stages:
+        found += _of_numbers(scalars)
+    return found + _of_table(table, written)
+
+
+def _of_numbers(scalars: Any) -> list[Allocation]:
+    return [
+        *allocation(scalars.seeds, "seeds"),
+        *allocation(scalars.coefs, "coefs"),
+        *allocation(scalars.shared, "scalars"),
+        *allocation(scalars.rounding_seed, "rounding_seed"),
+        *allocation(scalars.enabled, "enabled"),
+    ]
+
+
+def _of_table(table: Any, written: int) -> list[Allocation]:
+    """The table itself and what its rows point at, with its exact size; the first `written` states may be changed."""
+    item, state_item = table.dtype.itemsize, table.state_dtype.itemsize
+    found = [*allocation(table.tensors, "tensors"), *allocation(table.chunks, "chunks")]
+    for n, (numel, *_, src, dst, state0, state1, probe) in enumerate(table.tensors.tolist()):
+        found.append(Allocation(f"dst[{n}]", dst, numel * item, True, initialised=src == dst))
+        if src != dst:
+            found.append(Allocation(f"src[{n}]", src, numel * item, False))
+        for i, address in enumerate((state0, state1)):
+            if address:
+                found.append(Allocation(f"state{i}[{n}]", address, numel * state_item, i < written))
+        if probe:
+            found.append(Allocation(f"probe[{n}]", probe, numel * item, True, initialised=False))
+    return found

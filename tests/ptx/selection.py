@@ -1,0 +1,181 @@
+"""Which cases are run: everything, in the order in which it says most, or a fixed few that take seconds."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from .cases import BF16, F16, F32, LAYOUTS, NUM_LIMITS, Case
+
+RULES = ("axpy", "scaled_axpy", "hizoo", "hizoo_restore", "helene", "momentum", "adam", "adamezo", "sign")
+WITH_V = {"hizoo", "hizoo_restore", "helene", "adamezo"}
+WITH_TWO_STATES = {"helene", "adam"}
+STAGED = 128  # directions that a block of CUDA's keeps in shared memory; also the most that a chain has
+
+
+def states_of(rule: str) -> tuple[torch.dtype, ...]:
+    return (F32, BF16) if rule in ("scaled_axpy", "hizoo", "hizoo_restore") else (F32,)
+
+
+def roundings_of(dtype: torch.dtype) -> tuple[str, ...]:
+    return ("nearest",) if dtype == F32 else ("nearest", "stochastic")
+
+
+def _draw(name: str) -> random.Random:
+    return random.Random(zlib.crc32(name.encode()))
+
+
+def passes() -> Iterator[Case]:
+    """Every rule, dtype, distribution, rounding and number of directions; the rest is drawn."""
+    for rule, dtype in itertools.product(RULES, (BF16, F32, F16)):
+        kinds = itertools.product(states_of(rule), ("normal", "rademacher"), roundings_of(dtype), (0, 1, 2, 5, 33))
+        for state, distribution, rounding, k in kinds:
+            base = Case(rule, dtype, state, distribution, rounding, k)
+            draw = _draw(str(base))
+            layout = draw.choice([n for n in LAYOUTS if not (k == 33 and n in ("mixed", "whole", "many"))])
+            yield replace(
+                base,
+                layout=layout,
+                out=draw.random() < 0.4,
+                enabled=draw.choice((None, None, 1, 1, 0)) if draw.random() < 0.6 else None,
+                device_seeds=draw.random() < 0.4,
+                square_of_sum=rule in WITH_V and draw.random() < 0.4,
+                keep_second=rule in WITH_TWO_STATES and draw.random() < 0.4,
+                specials=draw.random() < 0.2,
+                seed=draw.randrange(1 << 20),
+            )
+
+
+def one_seed() -> Iterator[Case]:
+    """The common kind of pass: one direction whose seed the host knows, for which CUDA has kernels of their own. One of
+    the two groups has no decay, which has a loop of its own."""
+    for n, (rule, dtype) in enumerate(itertools.product(RULES, (BF16, F32, F16))):
+        for state, rounding in itertools.product(states_of(rule), roundings_of(dtype)):
+            for i, layout in enumerate(("shards", "small", "whole")):
+                base = Case(rule, dtype, state, "normal", rounding, 1, layout, seed=2 * (n + i) + 1)
+                yield replace(base, keep_second=(n + i) % 3 == 2, specials=(n + i) % 2 == 0)
+            if rule == "axpy":
+                yield replace(base, layout="shards", distribution="rademacher")
+
+
+def more_seeds() -> Iterator[Case]:
+    """More directions than a block keeps in shared memory, as many, and one fewer; whole aligned tiles and cut ones."""
+    numbers = (STAGED + 1, STAGED + 3, 200, STAGED, STAGED - 1)
+    for n, (dtype, rule, k) in enumerate(itertools.product((BF16, F32, F16), RULES, numbers)):
+        for state in states_of(rule):
+            yield Case(
+                rule,
+                dtype,
+                state,
+                distribution=("normal", "rademacher")[n % 2],
+                k=k,
+                layout="pairs" if rule == "axpy" else "tiny",  # axpy's whole tiles are pairs of 512 blocks
+                square_of_sum=n % 4 == 3,
+                seed=n,
+            )
+
+
+def limits() -> Iterator[Case]:
+    """Weights that come to lie at the edges of their dtype, in the kernels for one seed and in those for any."""
+    for n, (rule, dtype) in enumerate(itertools.product(RULES, (F16, BF16))):
+        for rounding, device, limit in itertools.product(roundings_of(dtype), (False, True), range(NUM_LIMITS)):
+            state = states_of(rule)[(n + limit) % len(states_of(rule))]
+            yield Case(
+                rule, dtype, state, rounding=rounding, layout="small", device_seeds=device, limits=limit, seed=n + limit
+            )
+
+
+def layouts() -> Iterator[Case]:
+    """The common kernels on every layout, in and out of place, with and without special values."""
+    for dtype, rounding in ((BF16, "nearest"), (BF16, "stochastic"), (F32, "nearest"), (F16, "stochastic")):
+        for n, (layout, k) in enumerate(itertools.product(LAYOUTS, (1, 2))):
+            for i, distribution in enumerate(("normal", "rademacher")):
+                base = Case("axpy", dtype, F32, distribution, rounding, k, layout, seed=n)
+                yield replace(base, out=n % 2 == i, specials=n % 3 == i)
+
+
+def chains() -> Iterator[Case]:
+    for rule, dtype in itertools.product(RULES, (BF16, F32, F16)):
+        if rule == "scaled_axpy":
+            continue  # it is a part of hizoo's
+        for state in states_of(rule):
+            for salt, (fork, enabled) in enumerate(2 * ((False, None), (True, None), (True, 0), (False, 1))):
+                base = Case(rule, dtype, state, fork=fork, enabled=enabled)
+                draw = _draw(f"{base} {salt}")
+                yield replace(
+                    base,
+                    stages=draw.choice((1, 2, 3, 3, 4)) if enabled != 1 else draw.choice((2, 7, 32)),
+                    distribution=draw.choice(("normal", "rademacher")),
+                    rounding=draw.choice(roundings_of(dtype)),
+                    k=draw.choice((2, 3, 9)),
+                    layout=draw.choice(("small", "shards", "far", "one", "mixed")) if enabled != 1 else "one",
+                    square_of_sum=draw.random() < 0.3,
+                    keep_second=draw.random() < 0.3,
+                    specials=draw.random() < 0.15,
+                    seed=draw.randrange(1 << 20),
+                )
+            # As many directions as a chain may have, in two stages and in many.
+            yield Case(rule, dtype, state, k=STAGED, layout="tiny", stages=2, seed=3)
+            yield Case(rule, dtype, state, distribution="rademacher", k=11, layout="tiny", stages=12, fork=True, seed=4)
+
+
+SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (passes, one_seed, more_seeds, chains, layouts, limits)
+
+
+def everything(backend: str) -> Iterator[Case]:
+    """All kinds side by side, so that a run that is cut short has seen some of each."""
+    groups = [list(source()) for source in SOURCES]
+    draw = random.Random(backend)
+    for some in groups:
+        draw.shuffle(some)
+    order = sorted((n / len(some), i, n) for i, some in enumerate(groups) for n in range(len(some)))
+    for _, i, n in order:
+        case = groups[i][n]
+        yield case
+        if backend == "triton" and not case.stages and case.limits is None:
+            # What it was compiled for serves other layouts and numbers too.
+            for layout, k in (("shards", 3), ("tiny", 2)):
+                yield replace(case, layout=layout, k=k if case.k else 0, enabled=None if case.enabled is None else 1)
+
+
+def quick(backend: str) -> Iterator[Case]:
+    """A kernel of each kind for each rule. Triton has one kernel for any number of directions, and each takes a second to
+    compile, so a rule has a pass there or a chain."""
+    dtypes, edge = (BF16, F16, F32), Case("sign", F16, layout="small", limits=0)
+    for n, rule in enumerate(RULES):
+        dtype, state = dtypes[n % 3], states_of(rule)[-1]
+        rounding = roundings_of(dtype)[-1]
+        v, two = rule in WITH_V, rule in WITH_TWO_STATES
+        more = Case(
+            rule, dtypes[(n + 2) % 3], state, ("normal", "rademacher")[n % 2], k=(129, 131, 200)[n // 3],
+            layout="pairs" if rule == "axpy" else "tiny", square_of_sum=v and n % 2 == 0, seed=n,
+        )  # fmt: skip
+        any_seeds = Case(
+            rule, dtypes[(n + 1) % 3], F32, ("rademacher", "normal")[n % 2], k=2 + n % 2, layout="shards", out=True,
+            device_seeds=True, square_of_sum=v, keep_second=two, enabled=1, seed=n,
+        )  # fmt: skip
+        chain = Case(rule, dtype, state, rounding=rounding, k=3, layout="small", stages=3, fork=n % 2 == 0, seed=n)
+        if backend == "cuda":
+            yield Case(rule, dtype, state, "normal", rounding, 1, "small", specials=True, seed=2 * n + 1)
+            yield any_seeds
+            yield more
+            if rule != "scaled_axpy":
+                yield chain
+        elif rule == "sign":
+            yield edge
+        else:
+            yield more if rule in ("axpy", "hizoo", "adam") else replace(any_seeds, device_seeds=False)
+            if rule == "hizoo_restore":
+                yield chain
+    if backend == "cuda":
+        yield replace(edge, rule="axpy")
+        yield replace(edge, limits=3, rounding="stochastic", device_seeds=True)
+        yield replace(edge, rule="axpy", limits=1, dtype=BF16)
+        yield Case("axpy", BF16, layout="whole", seed=1)
+        yield Case("axpy", F32, F32, "rademacher", layout="far")
+        yield Case("axpy", BF16, F32, "normal", "stochastic", 2, "mixed", seed=3)
