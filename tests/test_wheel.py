@@ -60,7 +60,9 @@ def test_contents(wheel: Path) -> None:
     """The package as it is in the checkout, the module, the licence: nothing older, nothing else, no libraries."""
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
-    checkout = {str(p.relative_to(ROOT)) for ending in ("py", "pyi", "typed") for p in ROOT.glob(f"zokern/**/*{ending}")}
+    checkout = {
+        str(p.relative_to(ROOT)) for ending in ("py", "pyi", "typed") for p in ROOT.glob(f"zokern/**/*{ending}")
+    }
     packed = {name for name in names if name.startswith("zokern/")}
     (module,) = packed - checkout
     assert re.fullmatch(r"zokern/_C\.cpython-\d+-x86_64-linux-gnu\.so", module)
