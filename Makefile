@@ -11,7 +11,7 @@ BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow wheel test-wheel lint format bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -34,6 +34,16 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow_machine_code
+
+# A wheel with the CUDA kernels for machines without nvcc. setuptools would pack what earlier builds left; auditwheel
+# names the oldest Linux that the wheel runs on.
+wheel: setup
+	rm -rf build/lib.* build/bdist.* build/wheel dist/zokern-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" ZOKERN_CUDA=on $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist build/wheel/zokern-*.whl
+
+test-wheel: wheel
+	TORCH="$(TORCH)" PIP_TORCH="$(PIP_TORCH)" $(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
 lint: setup
 	$(BIN)/ruff check .

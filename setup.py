@@ -1,7 +1,6 @@
 """Builds zokern._C with CMake and Ninja. All metadata is in pyproject.toml.
 
-Environment: ZOKERN_CUDA=auto|on|off (auto: where nvcc is found, whether or not a GPU is), CUDA_HOME, TORCH_CUDA_ARCH_LIST
-("8.0;9.0+PTX"), MAX_JOBS, CXX. Nothing is downloaded, and torch is not imported.
+docs/install.md has the environment variables that it reads. Nothing is downloaded, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -17,6 +16,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# docs/install.md says why these.
+OLDEST_NVCC = (12, 0)
+OLDEST_GPU = 80
+CODE_FOR = (80, 90, 100, 120)  # machine code, as far as nvcc knows them
+PTX_OF = (90, 100)  # PTX of the last that nvcc knows
+SUFFIXES = {"a": 90, "f": 100}  # the first architectures that have a variant of their own, or one of their family
+WITHOUT = "build without the CUDA kernels with ZOKERN_CUDA=off (Triton still runs on the GPU)"
 
 
 def find_nvcc() -> tuple[str | None, list[str]]:
@@ -42,29 +48,66 @@ def wanted_nvcc() -> str | None:
         raise SystemExit(
             "zokern: ZOKERN_CUDA=on, but there is no nvcc. Looked at: "
             + ", ".join(looked)
-            + ". Install the CUDA toolkit, "
-            "set CUDA_HOME to it, or build without the CUDA kernels with ZOKERN_CUDA=off (Triton still runs on the GPU)."
+            + f". Install the CUDA toolkit, set CUDA_HOME to it, or {WITHOUT}."
+        )
+    if nvcc is not None and version(nvcc) < OLDEST_NVCC:
+        raise SystemExit(
+            f"zokern: {nvcc} is of CUDA {numbers(version(nvcc))}, and the kernels need {numbers(OLDEST_NVCC)} or newer. "
+            f"Install a newer CUDA toolkit and set CUDA_HOME to it, or {WITHOUT}."
         )
     return nvcc
 
 
-def architectures(nvcc: str) -> str:
-    """TORCH_CUDA_ARCH_LIST in CMake's words; by default sm_80, sm_90, the newest that nvcc knows, and PTX of sm_90.
+def dotted(architecture: int) -> str:
+    """As TORCH_CUDA_ARCH_LIST has it: 9.0 for 90."""
+    return f"{architecture // 10}.{architecture % 10}"
 
-    The PTX is sm_90's, not the newest's, because the driver compiles it for every later GPU, not only for the newest.
-    """
+
+def numbers(of: tuple[int, int]) -> str:
+    return f"{of[0]}.{of[1]}"
+
+
+def ask(nvcc: str, option: str) -> str:
+    """What nvcc prints when it is called with one option."""
+    try:
+        done = subprocess.run([nvcc, option], capture_output=True, text=True, check=False)
+        said, failed = done.stdout + done.stderr, done.returncode != 0
+    except OSError as error:
+        said, failed = str(error), True
+    if failed:
+        raise SystemExit(
+            f"zokern: {nvcc} {option} fails, saying {said.strip()!r}. Repair the CUDA toolkit, or {WITHOUT}."
+        )
+    return said
+
+
+def version(nvcc: str) -> tuple[int, int]:
+    said = ask(nvcc, "--version")
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None:
+        raise SystemExit(f"zokern: {nvcc} --version names no release: {said.strip()!r}. {WITHOUT.capitalize()}.")
+    return int(found[1]), int(found[2])
+
+
+def architectures(nvcc: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, or what docs/install.md says is built by default, in CMake's words."""
+    known = {int(n) for n in re.findall(r"compute_(\d+)", ask(nvcc, "--list-gpu-arch"))}
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
-        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-        newest = max((int(n) for n in re.findall(r"compute_(\d+)", known)), default=90)
-        return ";".join(dict.fromkeys(["80-real", "90-real", "90-virtual", f"{newest}-real"]))
+        code, ptx = [n for n in CODE_FOR if n in known], [n for n in PTX_OF if n in known]
+        return ";".join([*(f"{n}-real" for n in code), *(f"{n}-virtual" for n in ptx[-1:])])
     out: list[str] = []
     for item in listed:
-        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
-        if match is None:
-            raise SystemExit(f"zokern: TORCH_CUDA_ARCH_LIST has {item!r}; wanted numbers like 8.0, 9.0a or 9.0+PTX")
-        name = match[1] + match[2] + match[3]
-        out += [f"{name}-real"] + ([f"{name}-virtual"] if match[4] else [])
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        number, suffix = (int(match[1] + match[2]), match[3]) if match else (0, "")
+        if match is None or number < OLDEST_GPU or number not in known or number < SUFFIXES.get(suffix, 0):
+            can = ", ".join(dotted(n) for n in sorted(known) if n >= OLDEST_GPU)
+            raise SystemExit(
+                f"zokern: TORCH_CUDA_ARCH_LIST has {item!r}; wanted numbers like 8.0, 9.0a or 9.0+PTX, from "
+                f"{dotted(OLDEST_GPU)} on, that nvcc knows. {nvcc} (CUDA {numbers(version(nvcc))}) knows {can}. "
+                "Change TORCH_CUDA_ARCH_LIST, or unset it."
+            )
+        out += [f"{number}{suffix}-real"] + ([f"{number}{suffix}-virtual"] if match[4] else [])
     return ";".join(dict.fromkeys(out))
 
 

@@ -57,7 +57,7 @@ def path(
     def best(block: int) -> tuple[tuple[int, int, int, int], tuple[int, ...]] | None:
         code = [] if block in passing else code_of(blocks, [block])
         stored = sum(i.global_bytes for i in code if i.opcode.startswith("STG"))
-        arithmetic = 0 if has_normals else sum(i.pipe == "fp32" for i in code)
+        arithmetic = 0 if has_normals else sum(i.fp32_results for i in code)
         following: list[tuple[tuple[int, int, int, int], tuple[int, ...]]] = (
             [((0, 0, 0, 0), ())] if loop.header in blocks[block].successors else []
         )

@@ -1,10 +1,12 @@
-"""The tables of docs/machine_code.md, from the rows of results/machine_code.json.
+"""The two tables of docs/machine_code.md and results/machine_code.csv, from the rows of results/machine_code.json.
 
-machine_code_table.py has their layout; what is predicted from them is zokern/bench/model.py's.
+machine_code_table.py has the rows' layout; what is predicted from them is zokern/bench/model.py's.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,25 +16,38 @@ from zokern.bench import model
 from zokern.rules import RULES
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ARCHS, AMD = (80, 90, 100), "gfx942"
-DEVICES = ("A100", "H100", "H200", "B200")
-REPLAYED = 8  # passes in one sweep, for the table of chains
+ARCHS, AMD = (80, 90, 100, 120), "gfx942"
+DEVICES = ("H100", "H200", "B200")  # of the page; the CSV has all that the model knows
+SWEPT = 8  # passes in one sweep, for the gain of a chain
 Row = dict[str, Any]
 
+# What people run: rule, dtype, distribution, rounding. Perturbations round to nearest, updates of 16-bit weights do not.
+# States are float32, seeds one.
+PASSES = {
+    "MeZO, perturb": ("axpy", "bfloat16", "normal", "nearest"),
+    "MeZO, update": ("axpy", "bfloat16", "normal", "stochastic"),
+    "MeZO, perturb, float16": ("axpy", "float16", "normal", "nearest"),
+    "MeZO, both, float32": ("axpy", "float32", "normal", "nearest"),
+    "FZOO, perturb by signs": ("axpy", "bfloat16", "rademacher", "nearest"),
+    "HiZOO, perturb": ("scaled_axpy", "bfloat16", "normal", "nearest"),
+    "HiZOO, update": ("hizoo", "bfloat16", "normal", "stochastic"),
+    "HiZOO, restore and update": ("hizoo_restore", "bfloat16", "normal", "stochastic"),
+    "HELENE, update": ("helene", "bfloat16", "normal", "stochastic"),
+    "momentum, update": ("momentum", "bfloat16", "normal", "stochastic"),
+    "Adam, update": ("adam", "bfloat16", "normal", "stochastic"),
+    "AdaMeZO, update": ("adamezo", "bfloat16", "normal", "stochastic"),
+    "sign, update": ("sign", "bfloat16", "normal", "stochastic"),
+}
 
-def grouped(rows: Sequence[Row]) -> dict[str, dict[Any, Row]]:
-    """The rows of each kernel, by architecture."""
-    found: dict[str, dict[Any, Row]] = {}
-    for row in rows:
-        found.setdefault(row["name"], {})[row["arch"]] = row
-    return found
 
-
-def label(row: Row) -> str:
-    state = f", {row['state']} state" if RULES[row["rule"]].states else ""
-    noise = "any noise and rounding" if row["distribution"] == "any" else f"{row['distribution']}, {row['rounding']}"
-    seeds = ", one seed" if row["seeds"] == "one" else ""
-    return f"`{row['rule']}` {row['dtype']}{state}, {noise}{seeds}"
+def find(rows: Sequence[Row], backend: str, kernel: str, arch: int, wanted: Sequence[str]) -> Row | None:
+    """The row of a pass of PASSES, or of the chain of its rule; None where it was not compiled."""
+    rule, dtype, distribution, rounding = wanted
+    exactly: dict[str, Any] = {"backend": backend, "kernel": kernel, "arch": arch, "rule": rule, "dtype": dtype,
+                               "state": "float32"}  # fmt: skip
+    if kernel == "pass":
+        exactly |= {"distribution": distribution, "rounding": rounding, "seeds": "one" if backend == "cuda" else "any"}
+    return next((row for row in rows if all(row[key] == value for key, value in exactly.items())), None)
 
 
 def measured(row: Row, results: Path = RESULTS) -> list[str]:
@@ -50,65 +65,56 @@ def measured(row: Row, results: Path = RESULTS) -> list[str]:
     return out
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _told(rows: Sequence[Row], backend: str, wanted: Sequence[str], device: str) -> str:
+    """Predicted share of the copy bandwidth, and the slots of an element out of those that its copy leaves time for."""
+    row = find(rows, backend, "pass", model.DEVICES[device].arch, wanted)
+    if row is None:
+        return "-"
+    moved = model.bytes_moved(row)
+    share, slots = model.predicted_share(row, moved, device), model.slots_of_copy(moved, device)
+    return f"{share:.0%}, {row['slots']:.0f} of {slots:.0f}"
 
 
-def kernel_table(rows: Sequence[Row], backend: str) -> str:
-    targets = [*ARCHS, *([AMD] if backend == "triton" else [])]
-    names = [a if a == AMD else f"sm_{a}" for a in targets]
-    lines = [
-        f"| kernel | slots: {', '.join(names)} | each further seed, sm_90 | registers | spills | vector bytes | "
-        f"predicted: {', '.join(DEVICES)} | limit on an H200 | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for by_arch in grouped([row for row in rows if row["backend"] == backend and row["kernel"] == "pass"]).values():
-        h200 = by_arch[90]
-        shares = [by_arch[model.DEVICES[d].arch] for d in DEVICES]
-        predicted = [f"{model.predicted_share(row, model.bytes_moved(row), d):.0%}"
-                     for row, d in zip(shares, DEVICES, strict=True)]  # fmt: skip
-        unit, seconds = model.compute_limit(h200, "H200")
-        memory = model.bytes_moved(h200) / model.DEVICES["H200"].copy_bandwidth
-        cells = [
-            label(h200),
-            ", ".join(_cell(by_arch[a]["slots"]) for a in targets),
-            _cell(h200["slots_per_extra_seed"]),
-            ", ".join(str(by_arch[a]["registers"]) for a in targets),
-            ", ".join(str(by_arch[a]["spills"]) for a in targets),
-            ", ".join(sorted({str(by_arch[a]["vector_bytes"]) for a in targets})),
-            ", ".join(predicted),
-            "memory" if memory >= seconds else unit,
-            ", ".join(measured(h200)) or "not yet run",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def cuda_table(rows: Sequence[Row]) -> str:
+    lines = [["pass", *DEVICES, "each further seed", "measured"], ["---"] * (3 + len(DEVICES))]
+    for title, wanted in PASSES.items():
+        h200 = find(rows, "cuda", "pass", 90, wanted)
+        assert h200 is not None, title
+        several = next(
+            row for row in rows
+            if row["arch"] == 90 and row["backend"] == "cuda" and row["kernel"] == "pass" and row["seeds"] == "any"
+            and all(row[key] == h200[key] for key in ("rule", "dtype", "state"))
+            and all(row[key] in (h200[key], "any") for key in ("distribution", "rounding"))
+        )  # fmt: skip
+        told = [_told(rows, "cuda", wanted, device) for device in DEVICES]
+        further = f"{several['slots_per_extra_seed']:.0f}"
+        lines.append([title, *told, further, ", ".join(measured(h200)) or "not yet run"])
+    return _table(lines)
 
 
-def chain_table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| chain of | slots of a stage: "
-        + ", ".join(f"sm_{a}" for a in ARCHS)
-        + " | with stochastic rounding, sm_90 | "
-        "each further seed, sm_90 | once for a tile, sm_90 | registers | spills | vector bytes | "
-        f"{REPLAYED} passes over a sweep of {REPLAYED}, predicted: {', '.join(DEVICES)} | measured |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for by_arch in grouped([row for row in rows if row["kernel"] == "chain"]).values():
-        told, own = by_arch[90], [by_arch[a] for a in ARCHS]
-        cells = [
-            f"`{told['rule']}` {told['dtype']}" + (f", {told['state']} state" if RULES[told["rule"]].states else ""),
-            ", ".join(_cell(r["slots"]) for r in own),
-            _cell(told["slots_stochastic"]) if told["dtype"] != "float32" else "-",
-            _cell(told["slots_per_extra_seed"]),
-            _cell(told["slots_once"]),
-            ", ".join(str(r["registers"]) for r in own),
-            ", ".join(str(r["spills"]) for r in own),
-            ", ".join(sorted({str(r["vector_bytes"]) for r in own})),
-            ", ".join(f"{gain(rows, by_arch[model.DEVICES[d].arch], d):.2f}" for d in DEVICES),
-            "not yet run",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def other_table(rows: Sequence[Row]) -> str:
+    head = ["pass", *(f"Triton, {device}" for device in DEVICES), "Triton, measured",
+            f"{SWEPT} in one sweep: {', '.join(DEVICES)}"]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for title, wanted in PASSES.items():
+        triton, update = find(rows, "triton", "pass", 90, wanted), wanted[3] == "stochastic" or wanted[1] == "float32"
+        gains = "-"
+        if update:
+            gains = ", ".join(f"{gain(rows, _chain(rows, wanted, d), d):.1f}" for d in DEVICES)
+        told = [_told(rows, "triton", wanted, device) for device in DEVICES]
+        seen = "-" if triton is None else ", ".join(measured(triton)) or "not yet run"
+        lines.append([title, *told, seen, gains])
+    return _table(lines)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _chain(rows: Sequence[Row], wanted: Sequence[str], device: str) -> Row:
+    row = find(rows, "cuda", "chain", model.DEVICES[device].arch, wanted)
+    assert row is not None, wanted
+    return row
 
 
 def gain(rows: Sequence[Row], chain: Row, device: str) -> float:
@@ -122,38 +128,41 @@ def gain(rows: Sequence[Row], chain: Row, device: str) -> float:
         and (row["distribution"], row["rounding"], row["seeds"]) == ("normal", rounding, "one")
     )  # fmt: skip
     moved = model.bytes_moved(chain)
-    sweep = model.instructions(chain, stages=REPLAYED, stochastic=REPLAYED * stochastic)
-    return REPLAYED * model.seconds(alone, moved, device) / model.seconds(chain, moved, device, sweep)
+    sweep = model.instructions(chain, stages=SWEPT, stochastic=SWEPT * stochastic)
+    return SWEPT * model.seconds(alone, moved, device) / model.seconds(chain, moved, device, sweep)
 
 
-def pipe_table(rows: Sequence[Row], arch: int | str, pipes: Mapping[str, str]) -> str:
-    lines = ["| kernel | " + " | ".join(pipes.values()) + " |", "|---|" + "---|" * len(pipes)]
+def table_of_all(rows: Sequence[Row]) -> str:
+    """Every kernel on every architecture as CSV: what it is, what was counted, by pipe, and what is predicted."""
+    what = ("backend", "kernel", "rule", "dtype", "state", "distribution", "rounding", "seeds", "arch")
+    counted = ("slots", "slots_per_extra_seed", "slots_stochastic", "slots_once", "registers", "spills",
+               "scalar_spills", "vector_bytes")  # fmt: skip
+    pipes = sorted({pipe for row in rows for pipe in row["pipes"]})
+    predicted = [f"predicted_{device}" for device in model.DEVICES]
+    gains = [f"sweep_of_{SWEPT}_{device}" for device in model.DEVICES]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*what, "bytes", *counted, *pipes, *predicted, *gains])
     for row in rows:
-        ordinary = row["dtype"] == "bfloat16" and row["state"] == "float32" and row["kernel"] == "pass"
-        if row["arch"] == arch and ordinary:
-            lines.append(
-                f"| {row['backend']} {label(row)} | "
-                + " | ".join(_cell(row["pipes"].get(p, 0.0)) for p in pipes)
-                + " |"
-            )
-    return "\n".join(lines)
+        moved = model.bytes_moved(row)
+        told = []
+        for value in (_share, gain):
+            for device, figures in model.DEVICES.items():
+                fits = figures.arch == row["arch"] and (row["kernel"] == "chain") == (value is gain)
+                told.append(f"{value(rows, row, device):.3f}" if fits else "")
+        cells = [row.get(name, "") for name in counted] + [row["pipes"].get(pipe, 0.0) for pipe in pipes]
+        writer.writerow([*(row[name] for name in what), moved, *("" if c is None else c for c in cells), *told])
+    return out.getvalue()
 
 
-NVIDIA_PIPES = {"fp32": "FP32", "imad": "IMAD", "imad.wide": "IMAD.WIDE", "int": "integer", "convert": "convert",
-                "xu": "XU", "memory": "memory", "uniform": "uniform", "branch": "branch", "other": "other"}  # fmt: skip
-AMD_PIPES = {"valu": "VALU", "salu": "SALU", "vmem": "VMEM", "smem": "SMEM", "lds": "LDS", "wait": "wait",
-             "branch": "branch"}  # fmt: skip
+def _share(rows: Sequence[Row], row: Row, device: str) -> float:
+    return model.predicted_share(row, model.bytes_moved(row), device)
 
 
 def parts(stored: Mapping[str, Any]) -> dict[str, str]:
     rows, compilers = stored["kernels"], stored["compilers"]
     return {
         "compilers": f"Compiled with nvcc {compilers['nvcc']} and Triton {compilers['triton']}.",
-        "cuda": kernel_table(rows, "cuda"),
-        "chains": chain_table(rows),
-        "triton": kernel_table(rows, "triton"),
-        "pipes-80": pipe_table(rows, 80, NVIDIA_PIPES),
-        "pipes-90": pipe_table(rows, 90, NVIDIA_PIPES),
-        "pipes-100": pipe_table(rows, 100, NVIDIA_PIPES),
-        "pipes-gfx942": pipe_table(rows, AMD, AMD_PIPES),
+        "cuda": cuda_table(rows),
+        "other": other_table(rows),
     }

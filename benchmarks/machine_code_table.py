@@ -1,8 +1,8 @@
-"""The table of docs/machine_code.md: every kernel's machine code on every architecture, and what speed it allows.
+"""Every kernel's machine code on every architecture, what speed it allows, and the page on it, docs/machine_code.md.
 
 python benchmarks/machine_code_table.py --measure   # compiles everything (minutes) into results/machine_code.json
-python benchmarks/machine_code_table.py             # rewrites the page from the stored results
-python benchmarks/machine_code_table.py --check     # exit code 1 if the page is not what this would write
+python benchmarks/machine_code_table.py             # rewrites page and CSV (machine_code_page.py) from the stored results
+python benchmarks/machine_code_table.py --check     # exit code 1 if page or CSV is not what this would write
 
 A row of the JSON is one kernel on one architecture: slots, slots_per_extra_seed and pipes (pipes_extra: of a further
 seed) are instructions per element, vector_bytes is the width of a global access in the hot loop, arch is 90 for sm_90 or
@@ -26,11 +26,12 @@ from pages import ROOT, update
 sys.path.insert(0, str(ROOT))  # zokern may not be installed
 import machine_code
 from hot_loop import Report
-from machine_code_page import AMD, ARCHS, RESULTS, Row, parts
+from machine_code_page import AMD, ARCHS, RESULTS, Row, parts, table_of_all
 
 from zokern.rules import RULES
 
 STORED = RESULTS / "machine_code.json"
+ALL = RESULTS / "machine_code.csv"
 DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
           "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
 DISTRIBUTIONS, ROUNDINGS, SEEDS = ("normal", "rademacher", "any"), ("nearest", "stochastic", "any"), ("one", "any")
@@ -146,8 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
             parser.error("TRITON_INTERPRET is set, so Triton would not compile: unset it")
         measure()
-    made = {"docs/machine_code.md": parts(json.loads(STORED.read_text()))}
-    return update(made, "machine_code_table.py", check=options.check)
+    stored = json.loads(STORED.read_text())
+    made = {"docs/machine_code.md": parts(stored)}
+    every = table_of_all(stored["kernels"])
+    stale = not ALL.exists() or ALL.read_text() != every
+    if stale and options.check:
+        print(f"disagrees with {STORED.name}: {ALL.name}; run python benchmarks/machine_code_table.py")
+    elif stale:
+        ALL.write_text(every)
+    return update(made, "machine_code_table.py", check=options.check) or int(stale and options.check)
 
 
 if __name__ == "__main__":

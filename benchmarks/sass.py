@@ -13,6 +13,7 @@ INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?(
 LABEL = re.compile(r"^(\.L\w+):")
 TARGET = re.compile(r"\(?(\.L\w+)\)?")
 PIPES = {
+    "fp32x2": r"(FFMA|FMUL|FADD)2\b",  # from sm_100 on: two results of one instruction
     "fp32": r"FFMA|FMUL|FADD",
     "imad.wide": r"IMAD\.(WIDE|HI)",
     "imad": r"IMAD",
@@ -35,6 +36,11 @@ class Instruction:
     @property
     def pipe(self) -> str:
         return next((name for name, pattern in PIPES.items() if re.match(pattern, self.opcode)), "other")
+
+    @property
+    def fp32_results(self) -> int:
+        """Float32 sums and products that one thread gets from it."""
+        return {"fp32": 1, "fp32x2": 2}.get(self.pipe, 0)
 
     @property
     def global_bytes(self) -> int:
@@ -142,9 +148,10 @@ def code_of(blocks: list[Block], indices: Iterable[int]) -> list[Instruction]:
 
 
 def ffma(code: list[Instruction]) -> int:
-    return sum(i.opcode.startswith("FFMA") for i in code)
+    """Fused multiply-adds; a packed one is two."""
+    return sum(i.fp32_results for i in code if i.opcode.startswith("FFMA"))
 
 
 def conversions(code: list[Instruction]) -> int:
-    """Integers converted to float32: three make two normals."""
+    """Integers converted to float32: three make two normals. None is packed, on any architecture so far."""
     return sum(i.opcode.startswith("I2F") for i in code)

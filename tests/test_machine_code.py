@@ -326,10 +326,56 @@ def test_counter_on_a_chain() -> None:
 @pytest.mark.parametrize(
     ("opcode", "pipe"),
     [("I2F", "xu"), ("I2F.U32", "xu"), ("I2FP.F32.S32", "convert"), ("F2FP.BF16.F32.PACK_AB", "convert"),
+     ("FFMA", "fp32"), ("FMUL.FTZ", "fp32"), ("FFMA2", "fp32x2"), ("FMUL2.FTZ", "fp32x2"), ("FADD2", "fp32x2"),
+     ("HFMA2", "other"),
      ("IMAD.WIDE.U32", "imad.wide"), ("IMAD.MOV.U32", "imad"), ("UIADD3", "uniform"), ("LOP3.LUT", "int")],
 )  # fmt: skip
 def test_pipes(opcode: str, pipe: str) -> None:
     assert sass.Instruction(False, opcode, "").pipe == pipe
+
+
+def test_a_packed_pair_is_one_slot_and_two_results() -> None:
+    """The loop over seeds makes two elements by one instruction: half the slots for each."""
+    report = analyse(LISTING.replace("/*0070*/                   FFMA", "/*0070*/                   FFMA2"))
+    assert report.slots_per_extra_seed == 3 / 2
+    assert report.extra_per_element == {"fp32x2": 1 / 2, "uniform": 1 / 2, "branch": 1 / 2}
+    assert report.slots_per_element_k1 == 7 / 8
+    peeled = LISTING.replace("                   FFMA R4, R5, R6, R4", "                   FFMA2 R4, R5, R6, R4")
+    assert analyse(peeled).per_element == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32x2": 1 / 8}
+
+
+# Three sums one by one on one side of a branch, four in two packed instructions on the other.
+SIDES = """
+//--------------------- .text.toy    --------------------------
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/               @P1 BRA `(.L_x_1) ;
+        /*0030*/                   FFMA R4, R5, R6, R4 ;
+        /*0040*/                   FFMA R4, R5, R6, R4 ;
+        /*0050*/                   FFMA R4, R5, R6, R4 ;
+        /*0060*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0070*/                   FFMA2 R4, R4.F32x2.HI_LO, R6.F32, R4.F32x2.HI_LO ;
+        /*0080*/                   FFMA2 R4, R4.F32x2.HI_LO, R6.F32, R4.F32x2.HI_LO ;
+.L_x_2:
+        /*0090*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00a0*/               @P0 BRA `(.L_x_0) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_the_way_with_the_most_sums_counts_packed_ones_twice() -> None:
+    assert analyse(SIDES).pipes == {"memory": 2, "branch": 2, "fp32x2": 2}
+    assert analyse(SIDES.replace("FFMA2", "FFMA")).pipes == {"memory": 2, "branch": 3, "fp32": 3}
+
+
+def test_the_rule_of_a_chain_is_found_among_packed_sums() -> None:
+    """Its own rule has two sums an element, in packed instructions; the perturbation one, one by one."""
+    listing = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM.replace("FFMA", "FFMA2"))
+    ((_, blocks),) = sass.parse_functions(listing).items()
+    report = chain_loop.analyse_chain("toy", 100, blocks, registers=40, stack_bytes=0, spills=0)
+    assert report.extra_per_element == {"convert": 12 / 8, "fp32x2": 8 / 8, "branch": 1 / 8}
+    assert report.per_element["fp32x2"] == 8 / 8
 
 
 def test_counter_leaves_a_loop_by_a_call_that_does_not_return() -> None:

@@ -113,6 +113,26 @@ def test_model_by_hand() -> None:
     assert model.predicted_share(kernel, 4, "H200") == pytest.approx((1 + (seconds / memory) ** 4) ** -0.25)
 
 
+def test_a_packed_pair_takes_one_issue_slot_and_two_lanes() -> None:
+    """14 FP32 operations, of them 12 packed: 8 instructions; as long in the FMA pipe, shorter in the schedulers."""
+    rest = {"imad": 1.0, "imad.wide": 2.5, "int": 6.5, "convert": 2.0}
+    apart, packed = (model.clocks(rest | fp32, 100) for fp32 in ({"fp32": 14.0}, {"fp32": 2.0, "fp32x2": 6.0}))
+    assert packed["fma"] == apart["fma"] == (14 + 6) / 128
+    assert (apart["issue"], packed["issue"]) == (26 / 128, 20 / 128)
+    assert {unit: packed[unit] for unit in ("heavy", "alu", "xu")} == {
+        unit: apart[unit] for unit in ("heavy", "alu", "xu")
+    }
+    faster = model.seconds({"arch": 100, "pipes": rest | {"fp32": 2.0, "fp32x2": 6.0}}, 4, "B200")
+    assert faster < model.seconds({"arch": 100, "pipes": rest | {"fp32": 14.0}}, 4, "B200")
+
+
+@pytest.mark.parametrize(("device", "copied", "slots"), [("H100", 3.0, 44), ("H200", 4.3, 31), ("B200", 7.2, 21)])
+def test_figures_of_the_devices(device: str, copied: float, slots: int) -> None:
+    """TB/s read and written, and the instructions for which a bfloat16 weight's copy leaves time."""
+    assert model.DEVICES[device].copy_bandwidth / 1e12 == pytest.approx(copied, rel=0.01)
+    assert model.slots_of_copy(4, device) == pytest.approx(slots, rel=0.02)
+
+
 def test_share_at_the_ends() -> None:
     """No time for arithmetic, equal times, and arithmetic that takes a hundred times as long."""
     memory = 4 / model.DEVICES["H200"].copy_bandwidth

@@ -1,4 +1,4 @@
-"""What a newcomer runs first: the README's figures and example, the examples, the report, the build's errors."""
+"""What a newcomer runs first: the README's figures and example, the examples, the report."""
 
 from __future__ import annotations
 
@@ -67,46 +67,3 @@ def test_report_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = cpu.run, Kind(distribution="rademacher")
     monkeypatch.setattr(cpu, "run", lambda table, kind, scalars: right(table, wrong, scalars))
     assert report.self_check("cpu", torch.device("cpu")) is not None
-
-
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"ZOKERN_CUDA": "on", "CUDA_HOME": "/nonexistent"}, "there is no nvcc. Looked at: /nonexistent/bin/nvcc"),
-        ({"ZOKERN_CUDA": "maybe"}, "'maybe' is not one of auto, on, off"),
-    ],
-)
-def test_build_errors_say_what_to_do(env: dict[str, str], message: str, tmp_path: Path) -> None:
-    done = run(
-        sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path), **env
-    )
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
-
-
-def test_architecture_list_is_understood_or_refused(tmp_path: Path) -> None:
-    """A stand-in nvcc that knows three architectures; the build stops at CMake, whose options are what is looked at."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\ncompute_100\\n'\n")
-    nvcc.chmod(0o755)
-    code = (
-        "import runpy, setuptools; setuptools.setup = lambda **kw: None; "
-        "m = runpy.run_path('setup.py'); print(m['architectures'](m['find_nvcc']()[0]))"
-    )
-    home = {"CUDA_HOME": str(tmp_path)}
-    assert run(sys.executable, "-c", code, **home).stdout.strip() == "80-real;90-real;90-virtual;100-real"
-    listed = run(sys.executable, "-c", code, TORCH_CUDA_ARCH_LIST="8.0;9.0a+PTX", **home)
-    assert listed.stdout.strip() == "80-real;90a-real;90a-virtual"
-    refused = run(sys.executable, "-c", code, TORCH_CUDA_ARCH_LIST="Hopper", **home)
-    assert refused.returncode != 0
-    assert "'Hopper'; wanted numbers like" in refused.stderr
-
-
-def test_compiled_module_links_no_libtorch() -> None:
-    from zokern.backends import native
-
-    needed = subprocess.run(["readelf", "-d", native.extension.__file__], capture_output=True, text=True, check=True)
-    libraries = re.findall(r"NEEDED.*\[(.*?)\]", needed.stdout)
-    assert libraries
-    assert not [name for name in libraries if "torch" in name or "c10" in name or "cudart" in name]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 import torch
 
 from zokern.backends import native
@@ -22,9 +25,41 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "this PyTorch is for AMD GPUs; the Triton backend serves those"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device (torch.cuda.is_available() is False)"
-    if torch.cuda.get_device_capability(device)[0] < 8:
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] < 8:
         return "it needs compute capability 8.0 (Ampere) or newer"
+    built = native.extension.cuda_architectures
+    if not has_code_for(built, capability):
+        wanted = "{}.{}".format(*capability)
+        return (
+            f"zokern._C was built for {' '.join(built.split())}, and {torch.cuda.get_device_name(device)} has compute "
+            f"capability {wanted}; rebuild with TORCH_CUDA_ARCH_LIST={wanted}, or use the Triton backend"
+        )
     return None
+
+
+@functools.cache
+def has_code_for(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `built`, architectures in CMake's words ("80-real 100-virtual"), runs on a device.
+
+    Machine code ("real") runs on devices of its major number from its minor on, PTX ("virtual") on all from its number
+    on; what has an "a" runs on that device alone, what has an "f" on its major number's from its minor on. A word that
+    names no number ("native") says nothing: then a launch will tell.
+    """
+    for word in built.split():
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", word)
+        if found is None:
+            return True
+        number, suffix, form = (int(found[1]), int(found[2])), found[3], found[4]
+        if suffix == "a":
+            runs = number == capability
+        elif suffix == "f" or form == "real":
+            runs = number <= capability < (number[0] + 1, 0)
+        else:  # PTX, with machine code of the same number or without
+            runs = number <= capability
+        if runs:
+            return True
+    return False
 
 
 def run(table: Table, kind: Kind, scalars: Scalars) -> None:

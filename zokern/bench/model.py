@@ -69,19 +69,26 @@ def device_named(name: str) -> Device:
 def clocks(pipes: Mapping[str, float], arch: int) -> dict[str, float]:
     """Clocks per element for which each unit of a multiprocessor is busy. pipes: instructions per element by pipe.
 
-    IMAD.WIDE makes two words and counts twice. On sm_90 and sm_100 half of the FP32 lanes multiply integers as well.
+    IMAD.WIDE makes two words and counts twice. On sm_90 and sm_100 half of the FP32 lanes multiply integers as well. A
+    packed pair of FP32 operations is one instruction for the schedulers and two for the lanes, which is an assumption.
     """
     if arch not in RATES:
         raise ValueError(f"arch is {arch!r}; there are rates of {', '.join(map(str, RATES))}")
     rates = RATES[arch]
     products = pipes.get("imad", 0.0) + 2 * pipes.get("imad.wide", 0.0)
     return {
-        "fma": (pipes.get("fp32", 0.0) + products) / rates["fma"],
+        "fma": (pipes.get("fp32", 0.0) + 2 * pipes.get("fp32x2", 0.0) + products) / rates["fma"],
         "heavy": products / rates["heavy"],
         "alu": (pipes.get("int", 0.0) + pipes.get("convert", 0.0)) / rates["alu"],
         "xu": pipes.get("xu", 0.0) / rates["xu"],
         "issue": sum(pipes.values()) / ISSUE,
     }
+
+
+def slots_of_copy(bytes_per_element: float, device: str) -> float:
+    """Instructions that the device issues in the time in which it copies an element's bytes."""
+    target = device_named(device)
+    return target.multiprocessors * target.clock * ISSUE * bytes_per_element / target.copy_bandwidth
 
 
 def instructions(row: Mapping[str, Any], *, seeds: int = 1, stages: int = 1, stochastic: int = 0) -> dict[str, float]:
