@@ -1,6 +1,7 @@
-"""The kernels' cost in machine code (sm_90), which needs compilers but no GPU, and the counter itself.
+"""The kernels' cost in machine code, which needs compilers but no GPU, and the counter itself.
 
-A pass is bound by an H200's memory while an element takes about 30 issue slots; LIMITS says what each kernel may take.
+A pass is bound by an H200's memory while an element takes about 30 issue slots, by a B200's while it takes 20; LIMITS and
+BLACKWELL say what each kernel may take on sm_90 and on sm_100, where float32 operations go in packed pairs.
 """
 
 from __future__ import annotations
@@ -104,6 +105,18 @@ LIMITS: dict[str, tuple[float, float | None, int]] = {
     chain("AdaMeZO", BF16): (50.5, 28.5, 80),
     chain("Sign", BF16): (39, 27, 80),
 }
+BLACKWELL: dict[str, tuple[float, float | None, int]] = {
+    one_seed("Axpy", BF16): (19, None, 40),
+    one_seed("Axpy", FP16): (19, None, 40),
+    one_seed("Axpy", FP32): (18.5, None, 40),
+    one_seed("Axpy", BF16, rounding=STOCHASTIC): (26, None, 48),
+    any_seeds("Axpy", BF16, NORMAL, NEAREST): (20, 17, 64),
+    any_seeds("Axpy", FP32, NORMAL, NEAREST): (20, 17.5, 80),
+    one_seed("ScaledAxpy", BF16): (26.5, None, 40),
+    one_seed("HiZOO<false>", BF16): (30.5, None, 40),
+    one_seed("HiZOO<false>", FP32): (29, None, 40),
+    one_seed("HiZOO<true>", BF16): (37, None, 40),
+}
 # A stage of a chain that rounds stochastically, and the tile around all stages.
 STOCHASTIC_STAGES = {chain("Axpy", BF16): (39.5, 4), chain("HiZOO<false>", BF16): (60, 5), chain("Adam", BF16): (69, 6)}
 
@@ -113,11 +126,13 @@ needs_tools = pytest.mark.skipif(
 )
 
 
-def measure(kind: str, folder: Path) -> dict[str, dict[str, Any]]:
+def measure(kind: str, folder: Path, arch: int = 90, sources: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """All reports of one kind, by kernel; in a process of its own because Triton must not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = folder / "report.json"
-    command = [sys.executable, str(SCRIPT), "--arch", "90", "--kernels", kind, "--json", str(out)]
+    command = [sys.executable, str(SCRIPT), "--arch", str(arch), "--kernels", kind, "--json", str(out)]
+    if sources:
+        command += ["--source", *(str(ROOT / "csrc" / "cuda" / name) for name in sources)]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return {report["name"]: report for report in json.loads(out.read_text())}
@@ -136,11 +151,35 @@ def cuda_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     return measure("cuda", tmp_path_factory.mktemp("cuda"))
 
 
+@pytest.fixture(scope="module")
+def blackwell_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    if "compute_100" not in subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout:
+        pytest.skip("this nvcc knows no sm_100")
+    return measure("cuda", tmp_path_factory.mktemp("blackwell"), 100, ("axpy.cu", "hizoo.cu"))
+
+
 @needs_tools
 @pytest.mark.parametrize("name", LIMITS)
 def test_kernel_is_within_its_limits(name: str, request: pytest.FixtureRequest) -> None:
     report = request.getfixturevalue("triton_reports" if name.startswith("triton") else "cuda_reports")[name]
-    slots, extra, registers = LIMITS[name]
+    within_limits(report, *LIMITS[name])
+
+
+@needs_tools
+@pytest.mark.parametrize("name", BLACKWELL)
+def test_kernel_is_within_its_limits_on_blackwell(name: str, blackwell_reports: dict[str, dict[str, Any]]) -> None:
+    within_limits(blackwell_reports[name], *BLACKWELL[name])
+    assert blackwell_reports[name]["pipes"]["fp32x2"] > 2 * blackwell_reports[name]["pipes"].get("fp32", 0)
+
+
+@needs_tools
+def test_no_kernel_spills_on_blackwell(blackwell_reports: dict[str, dict[str, Any]]) -> None:
+    without_spills_or_waits(blackwell_reports)
+
+
+def within_limits(report: dict[str, Any], slots: float, extra: float | None, registers: int) -> None:
     assert 5 < report["slots_per_element_k1"] <= slots
     if extra is None:
         assert report["slots_per_extra_seed"] is None

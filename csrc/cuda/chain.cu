@@ -86,8 +86,15 @@ ZK_FN void make_ready(Staged& staged, const Chain& chain, int64_t group) {
   __syncthreads();
 }
 
+// As blocks_per_sm, with every stage's numbers to keep.
+template <class S, class R>
+constexpr int chain_blocks_per_sm() {
+  const bool more = R::kStates == 2 || sizeof(S) == 2 || (kSm80 && R::kStates == 1 && R::kSums == 2);
+  return more ? 2 : 3;
+}
+
 template <class T, class S, class R>
-__global__ void __launch_bounds__(kThreads, R::kStates == 2 || sizeof(S) == 2 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, (chain_blocks_per_sm<S, R>()))
     chain_kernel(const __grid_constant__ Chain chain) {
   __shared__ Staged staged;
   const bool enabled = chain.enabled == nullptr || *chain.enabled != 0;

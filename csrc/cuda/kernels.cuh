@@ -22,12 +22,12 @@ using gpu::Lanes;
 // than the arithmetic, or any.
 enum class Seeds { one = 0, any = 1 };
 
-// sm_120's code needs more registers than the others' now and then; packed pairs must lie in even registers and the
-// next.
+// Code for sm_80 and sm_120 needs more registers than the others' now and then; packed pairs must lie in an even
+// register and the next.
 #ifdef __CUDA_ARCH__
-constexpr bool kPacked = gpu::kPackedPairs, kSm120 = __CUDA_ARCH__ >= 1200;
+constexpr bool kSm80 = __CUDA_ARCH__ < 900, kPacked = gpu::kPackedPairs, kSm120 = __CUDA_ARCH__ >= 1200;
 #else
-constexpr bool kPacked = false, kSm120 = false;
+constexpr bool kSm80 = false, kPacked = false, kSm120 = false;
 #endif
 
 // Thread blocks that a multiprocessor holds: 6 leave 40 registers to a thread, 5 leave 48, 4 leave 64, 3 leave 80. As
