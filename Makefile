@@ -11,7 +11,7 @@ BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo test test-slow wheel test-wheel lint format bench clean
+.PHONY: setup demo test test-slow test-kernels wheel test-wheel lint format bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -34,6 +34,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow_machine_code
+
+# The CUDA and Triton kernels without a GPU, hours on two processors. PTX="--quick", "--arch 90 --seconds 600", --help: other selections.
+test-kernels: setup
+	$(BIN)/python -m tests.ptx $(PTX)
 
 # A wheel with the CUDA kernels for machines without nvcc. setuptools would pack what earlier builds left; auditwheel
 # names the oldest Linux that the wheel runs on.

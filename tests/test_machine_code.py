@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.ptx import build, lint
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "machine_code.py"
 
@@ -223,6 +225,25 @@ def test_no_chain_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> No
     for name, (stage, once) in STOCHASTIC_STAGES.items():
         assert chains[name]["slots_per_element_k1"] < sum(chains[name]["stochastic_per_element"].values()) <= stage
         assert 1 < sum(chains[name]["once_per_element"].values()) <= once
+
+
+@pytest.mark.slow
+@needs_tools
+def test_no_kernel_of_the_build_reads_seeds_from_shared_memory_that_lie_elsewhere() -> None:
+    """nvcc 13.0 has done so, for those beyond the ones that a block stages: of the PTX in the objects, and of the machine
+    code of the architectures that have none."""
+    if (reason := build.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    wrong, seen = [], set()
+    for arch in build.carried():
+        texts = build.ptx_of(arch)
+        assert len(texts) > 100
+        wrong += lint.in_ptx(texts)
+        seen.add(f"sm_{arch}")
+    for o in build.objects():
+        for arch, listing in lint.listings(o, seen).items() if o.is_cuda else ():
+            wrong += [f"{arch}: {what}" for what in lint.in_sass(listing)]
+    assert wrong == []
 
 
 # ----------------------------------------------------------------------------------------------------- the counter

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .cases import Case
 from .emulator import Emulator
+from .mutants import instructions_by_block, mutants_of
+from .translate import translate
 
 CHECKSUMS = ((0, 1 << 21), (2**32 - 5000, 5000), (12345, 70000))  # first word, number of words
 
@@ -31,6 +33,23 @@ def compare(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) 
     if (launches := len(emulator.launches) - first) != 1:
         wrong.append(f"{launches} launches instead of one")
     return wrong + emulator.faults(first)
+
+
+def notices(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) -> list[str]:
+    """A case must see that its kernel was changed, or what it says of the right one means nothing."""
+    if wrong := compare(case, name, backend, peer, emulator):
+        return wrong
+    launch = emulator.launches[-1]
+    text, original = emulator.sources[launch.kernel], emulator.programs[launch.kernel]
+    where = instructions_by_block(text)
+    executed = {i for block in launch.report.blocks for i in where[block]}
+    mutant = next(m for m in mutants_of(launch.kernel, text, executed) if m.kind == "fma without its product")
+    emulator.programs[launch.kernel] = translate(mutant.apply(text))
+    try:
+        found = compare(case, name, backend, peer, emulator)
+    finally:
+        emulator.programs[launch.kernel] = original
+    return [] if any("differ" in wrong for wrong in found) else [f"{mutant} was not noticed"]
 
 
 def checksum(name: str, emulator: Emulator, first: int, words: int) -> list[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from . import build
 
 _FUNCTION = re.compile(r"^//-+ \.text\.(\S+)", re.MULTILINE)
-_PAIR = re.compile(r"\bLDS R\d+, \[(R\d+)\] ;\s*(?:/\*[^*]*\*/\s*)*(?:@!?U?P\d+ )?LDS R\d+, \[\1\+0x4\]")
+_LABEL = re.compile(r"^\.L_x_\d+:", re.MULTILINE)
+_WORD = re.compile(r"\bLDS R\d+, \[(R\d+)(?:\+(0x[0-9a-f]+))?\]")  # 32 bits
 
 
 def in_ptx(texts: dict[str, str]) -> list[str]:
@@ -21,17 +22,21 @@ def in_ptx(texts: dict[str, str]) -> list[str]:
 
 
 def in_sass(listing: str) -> list[str]:
-    """The same where there is no PTX: a seed's two words come out of shared memory one by one. What a block stages there
-    is read in vectors."""
+    """The same where there is no PTX: the two words of a seed come out of shared memory one by one. What a block stages
+    there, it reads in vectors."""
     parts = _FUNCTION.split(listing)[1:]
-    texts = zip(parts[::2], parts[1::2], strict=True)
-    return [
-        f"{build.plain_name(name)}: a seed is read from shared memory" for name, text in texts if _PAIR.search(text)
-    ]
+    found = []
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        for block in _LABEL.split(text):
+            words = {(register, int(offset or "0", 0)) for register, offset in _WORD.findall(block)}
+            if any((register, offset + 4) in words for register, offset in words):
+                found.append(f"{build.plain_name(name)}: the words of a seed are read from shared memory")
+                break
+    return found
 
 
-def listings(o: build.Object) -> dict[str, str]:
-    """The machine code in an object, by architecture."""
+def listings(o: build.Object, but: set[str]) -> dict[str, str]:
+    """The machine code in an object, by architecture: sm_80 and so on, without some."""
     cuobjdump, nvdisasm = build.tool("cuobjdump"), build.tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         raise build.PtxError("cuobjdump and nvdisasm are neither in Triton's wheel nor on PATH")
@@ -39,6 +44,8 @@ def listings(o: build.Object) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as there:
         subprocess.run([cuobjdump, "-xelf", "all", str(o.path)], cwd=there, capture_output=True, check=True)
         for cubin in sorted(Path(there).glob("*.cubin")):
+            if cubin.suffixes[-2].lstrip(".") in but:
+                continue
             done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
             found[cubin.suffixes[-2].lstrip(".")] = done.stdout
     return found

@@ -37,7 +37,9 @@ def passes() -> Iterator[Case]:
         for state, distribution, rounding, k in kinds:
             base = Case(rule, dtype, state, distribution, rounding, k)
             draw = _draw(str(base))
-            layout = draw.choice([n for n in LAYOUTS if not (k == 33 and n in ("mixed", "whole", "many"))])
+            layout = draw.choice(
+                [n for n in LAYOUTS if n != "rare" and not (k == 33 and n in ("mixed", "whole", "many"))]
+            )
             yield replace(
                 base,
                 layout=layout,
@@ -90,10 +92,21 @@ def limits() -> Iterator[Case]:
             )
 
 
+def rare() -> Iterator[Case]:
+    """Words of the noise that a sample does not have, in every kernel that makes normals."""
+    for rule, dtype in itertools.product(RULES, (F32, F16, BF16)):
+        for state, rounding in itertools.product(states_of(rule), roundings_of(dtype)):
+            base = Case(rule, dtype, state, "normal", rounding, 1, "rare", seed=2)
+            yield base
+            yield replace(base, k=2, square_of_sum=rule in WITH_V)
+            if rule != "scaled_axpy" and rounding == "nearest":
+                yield replace(base, k=2, stages=4)
+
+
 def layouts() -> Iterator[Case]:
     """The common kernels on every layout, in and out of place, with and without special values."""
     for dtype, rounding in ((BF16, "nearest"), (BF16, "stochastic"), (F32, "nearest"), (F16, "stochastic")):
-        for n, (layout, k) in enumerate(itertools.product(LAYOUTS, (1, 2))):
+        for n, (layout, k) in enumerate(itertools.product((n for n in LAYOUTS if n != "rare"), (1, 2))):
             for i, distribution in enumerate(("normal", "rademacher")):
                 base = Case("axpy", dtype, F32, distribution, rounding, k, layout, seed=n)
                 yield replace(base, out=n % 2 == i, specials=n % 3 == i)
@@ -124,7 +137,7 @@ def chains() -> Iterator[Case]:
             yield Case(rule, dtype, state, distribution="rademacher", k=11, layout="tiny", stages=12, fork=True, seed=4)
 
 
-SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (passes, one_seed, more_seeds, chains, layouts, limits)
+SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (passes, one_seed, more_seeds, chains, layouts, limits, rare)
 
 
 def everything(backend: str) -> Iterator[Case]:
@@ -137,7 +150,7 @@ def everything(backend: str) -> Iterator[Case]:
     for _, i, n in order:
         case = groups[i][n]
         yield case
-        if backend == "triton" and not case.stages and case.limits is None:
+        if backend == "triton" and not case.stages and case.limits is None and case.layout != "rare":
             # What it was compiled for serves other layouts and numbers too.
             for layout, k in (("shards", 3), ("tiny", 2)):
                 yield replace(case, layout=layout, k=k if case.k else 0, enabled=None if case.enabled is None else 1)
@@ -169,13 +182,14 @@ def quick(backend: str) -> Iterator[Case]:
         elif rule == "sign":
             yield edge
         else:
-            yield more if rule in ("axpy", "hizoo", "adam") else replace(any_seeds, device_seeds=False)
+            yield more if rule in ("axpy", "momentum", "adam") else replace(any_seeds, device_seeds=False)
             if rule == "hizoo_restore":
                 yield chain
     if backend == "cuda":
         yield replace(edge, rule="axpy")
-        yield replace(edge, limits=3, rounding="stochastic", device_seeds=True)
+        yield replace(edge, limits=2, rounding="stochastic", device_seeds=True)
         yield replace(edge, rule="axpy", limits=1, dtype=BF16)
         yield Case("axpy", BF16, layout="whole", seed=1)
+        yield Case("axpy", F32, layout="rare", seed=2)
         yield Case("axpy", F32, F32, "rademacher", layout="far")
         yield Case("axpy", BF16, F32, "normal", "stochastic", 2, "mixed", seed=3)

@@ -83,7 +83,13 @@ def checks(options: argparse.Namespace, backend: Any, emulator: Any) -> Iterator
             f"checksum {first} {words}",
             lambda first=first, words=words: compare.checksum(options.backend, emulator, first, words),
         )
-    for case in (selection.quick if options.quick else selection.everything)(options.backend):
+    cases = list((selection.quick if options.quick else selection.everything)(options.backend))
+    normal = next(c for c in cases if c.distribution == "normal" and c.k and c.enabled != 0 and c.limits is None)
+    yield (
+        "a changed kernel is noticed",
+        lambda: compare.notices(normal, options.backend, backend, peer, emulator),
+    )
+    for case in cases:
         yield str(case), lambda case=case: compare.compare(case, options.backend, backend, peer, emulator)
     for some in steps.EVERY if options.steps else ():
         yield f"steps {some}", lambda some=some: steps.compare(some, options.backend, emulator)
