@@ -88,9 +88,8 @@ def test_stochastic_bf16_known_answers(backend: str, device: torch.device, vecto
                 continue
             w = high[i : i + 1].to(torch.bfloat16).to(device)
             low = float(x[i].double() - high[i].double())
-            sign = zokern.noise(
-                1, seed=1, tensor_id=e["tensor_id"], offset=e["offset"] + i, distribution="rademacher", backend=backend
-            )
+            where = {"tensor_id": e["tensor_id"], "offset": e["offset"] + i}
+            sign = zokern.noise(1, seed=1, distribution="rademacher", backend=backend, device=device, **where)
             zokern.add_noise_(
                 [w],
                 tensor_ids=[e["tensor_id"]],
