@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lost_cuda import pytest_runtest_protocol  # noqa: F401
+from lost_gpu import pytest_runtest_protocol  # noqa: F401
 
 from zokern import backends
 

@@ -15,14 +15,14 @@ from zokern.bench import split
 from zokern.finetune.clock import Clock
 
 ROOT = Path(__file__).resolve().parent.parent
-SECOND = torch.device("cuda", 1)
+FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
 
 class Gpus:
     """Several GPUs of which the first is current. Each stream has a clock of its own that only its events advance."""
 
     def __init__(self) -> None:
-        self.now = {torch.device("cuda", 0): 0.0, SECOND: 0.0}
+        self.now = {FIRST: 0.0, SECOND: 0.0}
         self.waited: list[torch.device] = []
         gpus = self
 
@@ -30,7 +30,7 @@ class Gpus:
             def __init__(self, enable_timing: bool) -> None:
                 assert enable_timing
 
-            def record(self, stream: torch.device = torch.device("cuda", 0)) -> None:
+            def record(self, stream: torch.device = FIRST) -> None:
                 self.at = gpus.now[stream]
 
             def elapsed_time(self, other: Any) -> float:
@@ -39,10 +39,10 @@ class Gpus:
 
         self.Event = Event
 
-    def current_stream(self, device: torch.device = torch.device("cuda", 0)) -> torch.device:
+    def current_stream(self, device: torch.device = FIRST) -> torch.device:
         return device
 
-    def synchronize(self, device: torch.device = torch.device("cuda", 0)) -> None:
+    def synchronize(self, device: torch.device = FIRST) -> None:
         self.waited.append(device)
 
 

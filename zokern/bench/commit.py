@@ -1,4 +1,4 @@
-"""The commit of the source that runs. The standard library alone: the GPU suite runs this file where torch may be missing."""
+"""The commit of the source that runs. The standard library alone: the GPU suite runs this file where there may be no torch."""
 
 from __future__ import annotations
 
