@@ -146,7 +146,8 @@ def sanitizer(seconds: float) -> list[Command]:
     before. Without PyTorch's caching allocator each tensor is an allocation of its own, whose ends the tools know.
     """
     # Calls that fail are no faults of kernels: libraries probe the driver for what it has, and ours raise an error.
-    options = "--error-exitcode 86 --target-processes all --print-limit 20 --report-api-errors no".split()
+    options = ["--error-exitcode", "86", "--target-processes", "all"]
+    options += ["--print-limit", "20", "--report-api-errors", "no"]
     watched = tool("compute-sanitizer") or "compute-sanitizer"
     limit = max(int(seconds / len(SANITIZERS) - SANITIZER_ENDING), 5)
     program = script("sanitizer_program.py", "--device", "cuda", "--time-limit", limit)

@@ -1,4 +1,4 @@
-"""The commit of the source that runs. The standard library alone: the GPU suite runs this file where there may be no torch."""
+"""The commit of the source that runs. The standard library alone: the GPU suite runs this file, torch or not."""
 
 from __future__ import annotations
 
