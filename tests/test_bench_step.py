@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import typer
-from emulated_graph import EmulatedGraph
+from emulated_graph import ASKS, EmulatedGraph
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from zokern import MeZO, graphed
@@ -332,6 +333,68 @@ def test_models_leave_torch_as_it_was() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+class Reads(TorchDispatchMode):
+    """Notes what makes the host wait for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split(".")[0]
+        if name in ASKS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def looked_at(work: models.Work, monkeypatch: pytest.MonkeyPatch, capturing: bool) -> tuple[Any, list[Any], list[str]]:
+    """A forward as if a stream were capturing, or not: the loss, each call of SDPA, and what the host read."""
+    from transformers.utils import import_utils
+
+    real, calls = nn.functional.scaled_dot_product_attention, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        mask = options.get("attn_mask")
+        calls.append(options | {"attn_mask": None if mask is None else (mask.dtype, tuple(mask.shape))})
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch, torch.no_grad(), Reads() as reads:
+        patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: capturing)
+        patch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+        return work(), calls, reads.seen
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-qwen", "tiny-encoder"])
+def test_a_forward_is_the_same_work_in_a_graph_and_waits_for_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers by itself does otherwise: that is looked at too, so that this test can fail."""
+    if models.attention() != models.UNMASKED:
+        pytest.skip("transformers before 5 chooses by itself")
+    model = models.build(name, torch.float32, CPU)
+    work = models.closure(name, model, 2, 8, CPU)
+    loss, calls, read = looked_at(work, monkeypatch, capturing=False)
+    captured, calls_captured, read_captured = looked_at(work, monkeypatch, capturing=True)
+    assert len(calls) == 2  # layers
+    assert calls == calls_captured
+    assert {call["attn_mask"] for call in calls} == {None}
+    assert {call["is_causal"] for call in calls} == {name != "tiny-encoder"}
+    assert read == read_captured == []
+    assert torch.equal(loss, captured)
+    model.set_attn_implementation("sdpa")
+    plain, calls, read = looked_at(work, monkeypatch, capturing=False)
+    assert torch.equal(loss, plain)
+    if name == "tiny-qwen":
+        assert read
+        assert calls != looked_at(work, monkeypatch, capturing=True)[1]
+
+
+def test_records_say_which_attention(tmp_path: Path) -> None:
+    Run(settings(models=("tiny-opt",), time_limit=0.0), tmp_path / "s").run()
+    assert load(tmp_path / "s")["settings"]["attention"] == models.attention()
+    assert "without-mask" in models.attention() or "chooses" in models.attention()
 
 
 def test_scaling(tmp_path: Path) -> None:

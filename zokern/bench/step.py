@@ -194,5 +194,10 @@ class Run:
 
     def _save(self, *, last: bool = False) -> None:
         left_out = [name for name, result in self.results.items() if result["status"] == "left out"]
-        said = {**asdict(self.settings), "left_out": left_out, "not_timed": self.not_timed}
+        said = {
+            **asdict(self.settings),
+            "left_out": left_out,
+            "not_timed": self.not_timed,
+            "attention": models.attention(),
+        }
         self.budget.save("step", said, self.results, self.path, last=last)
