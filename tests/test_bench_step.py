@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from zokern import MeZO, graphed
+from zokern import HiZOO, MeZO, graphed
 from zokern.bench import commands_step, models, plots, scaling, split, step_options, step_peers, step_tables
 from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
@@ -289,6 +289,56 @@ def test_what_does_not_fit_is_recorded(tmp_path: Path) -> None:
     assert results["tiny-opt 2x8 hizoo stream"]["needed_bytes"] > 2 * weights
     assert "does not fit: needs 0.0 GB" in step_tables.step_notes(results)[-1]
     assert len(step_tables.step_rows(results)) + len(step_tables.step_notes(results)) == len(results)
+
+
+@pytest.mark.parametrize("runs_out", ["before", "in the first step", "in the second"])
+def test_a_smaller_curvature_is_timed_where_float32_does_not_fit(
+    runs_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its place and by its own name; the case that did not fit says what it needs."""
+    count = models.parameters("tiny-opt")
+    wanted = {"models": ("tiny-opt",), "placements": ("inplace",), "peers": False, "dtype": "bfloat16"}
+    results = Run(settings(**wanted), tmp_path / "all").run()
+    assert list(results) == ["tiny-opt 2x8 mezo inplace", "tiny-opt 2x8 hizoo inplace"]
+    assert "curvature_dtype" not in results["tiny-opt 2x8 hizoo inplace"]
+    forward = results["tiny-opt 2x8 mezo inplace"]["forward_bytes"]
+    if runs_out == "before":
+        wanted["memory_limit"] = forward + 4 * count - 1
+    else:
+        estimate, steps = HiZOO.estimate, []
+
+        def exhausted(self: HiZOO, probe: Any) -> Any:
+            steps.append(self)
+            if self._states["h"][0] == torch.float32 and len(steps) >= (1 if "first" in runs_out else 2):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return estimate(self, probe)
+
+        monkeypatch.setattr(HiZOO, "estimate", exhausted)
+    results = Run(settings(**wanted), tmp_path / "s").run()
+    assert list(results) == [
+        "tiny-opt 2x8 mezo inplace", "tiny-opt 2x8 hizoo inplace", "tiny-opt 2x8 hizoo inplace, h bfloat16"
+    ]  # fmt: skip
+    mezo, whole, half = results.values()
+    assert (whole["status"], whole["needed_bytes"]) == ("does not fit", forward + 4 * count)
+    assert (half["status"], half["curvature_dtype"], half["method"]) == ("timed", "bfloat16", "hizoo")
+    assert half["state_bytes"] == 2 * count
+    assert mezo["step"]["rounds"] == 2
+    assert half["step"]["rounds"] == (1 if runs_out == "in the second" else 2)
+    assert half["forward_bytes"] == forward
+    assert load(tmp_path / "s")["results"] == results
+    wanted["memory_limit"] = forward + 2 * count - 1
+    statuses = [r["status"] for r in Run(settings(**wanted), tmp_path / "none").run().values()]
+    assert statuses == ["timed", "does not fit", "does not fit"]
+
+
+def test_nothing_smaller_than_what_has_no_curvature(tmp_path: Path) -> None:
+    """MeZOGV takes a curvature's type and by default has none: there is nothing to make smaller."""
+    wanted = {"models": ("tiny-opt",), "placements": ("shadow",), "methods": ("mezo", "mezo-gv"), "peers": False}
+    weights = 4 * models.parameters("tiny-opt")
+    results = Run(settings(**wanted, memory_limit=weights + 1), tmp_path / "s").run()
+    assert [(name.split()[-2], r["status"]) for name, r in results.items()] == [
+        ("mezo", "does not fit"), ("mezo-gv", "does not fit")
+    ]  # fmt: skip
 
 
 def test_memory_that_runs_out_in_mid_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
