@@ -98,12 +98,13 @@ def build(seconds: float) -> list[Command]:
 
 
 def pytest_run(out: Path, name: str, jobs: int, *chosen: str) -> Command:
-    """`jobs` processes where pytest-xdist is there: Triton compiles for most of the time. A test that hangs is ended with
-    its stack on the log where pytest-timeout is there."""
+    """`jobs` processes where pytest-xdist is there: Triton compiles for most of the time. Of a test that hangs the log has
+    the stack, and it is ended where pytest-timeout is there."""
     left_out = (*untestable(), "test_machine_code.py", "test_machine_code_table.py")
     workers = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
     limit = [f"--timeout={TEST_LIMIT}", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
     options = [*(f"--ignore={TESTS / name}" for name in left_out), "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    options += ["-o", f"faulthandler_timeout={TEST_LIMIT - 10}"]  # what pytest-timeout prints is lost in a worker
     xml_file = f"--junitxml={out / f'{name}.xml'}"
     return [sys.executable, "-m", "pytest", str(TESTS), *options, *workers, *limit, *chosen, xml_file]
 
