@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command and without a network: builds the extension for this GPU, compares
-# bits, runs the GPU's tests, the sanitizer, the exhaustive checksum and the benchmarks, inside 9 minutes.
-#   bash benchmarks/gpu_suite.sh OUTDIR [--only a,b] [--skip a,b] [--deadline SECONDS] [--list] [--help]
+# Everything that needs an NVIDIA GPU, without a network: builds the extension for this GPU, compares bits, runs the GPU's
+# tests, the exhaustive checksum and the sanitizer (--part truth), and the benchmarks (--part speed), 9 minutes each.
+#   bash benchmarks/gpu_suite.sh OUTDIR [--part truth|speed | --only a,b] [--skip a,b] [--deadline SECONDS]
+#                                       [--copy-to FOLDER] [--list] [--help]
 # PYTHON names the interpreter; without it that of .venv is used where there is one, else python3.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

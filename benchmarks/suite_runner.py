@@ -1,4 +1,4 @@
-"""Runs the sections of a suite one after another under one deadline, and always writes what came of them.
+"""Runs the sections of a suite one after another under one deadline, and always writes and packs what came of them.
 
 A section is one or more commands. Each gets a process group of its own, so that a time-out or Ctrl-C ends its children
 and theirs: first SIGINT, on which our programs write what they have, then SIGTERM, then SIGKILL. Nothing but the standard
@@ -11,16 +11,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 GRACE = (6.0, 2.0)  # seconds after SIGINT, after SIGTERM
 RESERVE = 10.0  # seconds of the deadline kept for ending the last section and packing the results
+SUMMARY, PACKED = "summary.json", "suite.tar.gz"  # what a run comes down to, however many files it wrote
 TAIL = 12  # lines of a failed section's log that are shown
 PASSED, FAILED, TIMED_OUT, SKIPPED, INTERRUPTED = "passed", "failed", "timed out", "skipped", "interrupted"
 
@@ -30,6 +32,7 @@ Command = Sequence[str]
 @dataclasses.dataclass(frozen=True)
 class Section:
     """`commands(seconds)` are run in order, whatever became of those before, and told how long all may take together.
+    A function of these that raises costs its own section, no other.
 
     `reason`: why the section cannot run, None if it can. `budget`, `minimum`: the most seconds that it gets, and the
     fewest that it is started with. `note`: what to say beside the result, asked for when the section is over.
@@ -66,17 +69,26 @@ def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]
     return chosen
 
 
-class Interrupted(Exception):
-    """Ctrl-C, or SIGTERM from whatever runs the suite, came while a section ran."""
+class Interrupted(BaseException):
+    """Ctrl-C, or SIGTERM from whatever runs the suite. No handler of a section's errors may take it for one."""
 
 
 class Runner:
-    """Runs sections and writes OUTDIR/summary.json after each, so that a crash loses nothing."""
+    """Runs sections and writes OUTDIR/summary.json and OUTDIR/suite.tar.gz after each, so that a crash loses nothing.
+
+    copy_to: a folder that gets these two as well, each time: for a machine that only gives back a few files of one folder,
+    and may be gone before the run is over.
+    """
 
     def __init__(
-        self, out: Path, deadline: float, facts: Mapping[str, Any], say: Callable[[str], None] = print
+        self,
+        out: Path,
+        deadline: float,
+        facts: Mapping[str, Any],
+        say: Callable[[str], None] = print,
+        copy_to: Path | None = None,
     ) -> None:
-        self.out, self.facts, self.say = out, dict(facts), say
+        self.out, self.facts, self.say, self.copy_to = out, dict(facts), say, copy_to
         self.begin = time.monotonic()
         self.end = self.begin + deadline
         self.outcomes: list[Outcome] = []
@@ -87,18 +99,21 @@ class Runner:
         interrupted = False
         with _termination_as_interrupt():
             for i, section in enumerate(sections):
-                if interrupted:
-                    self.outcomes.append(Outcome(section.name, SKIPPED, "interrupted before it began"))
-                    continue
                 try:
-                    later = sum(s.minimum for s in sections[i + 1 :] if s.reason() is None)
-                    self._section(section, later)
-                    self._write(interrupted)
+                    if not interrupted:
+                        later = sum(s.minimum for s in sections[i + 1 :] if _reason(s) is None)
+                        self._section(section, later)
+                        self._store(interrupted)
                 except (Interrupted, KeyboardInterrupt):
                     interrupted = True
+                finally:
+                    if len(self.outcomes) == i:
+                        self.outcomes.append(Outcome(section.name, SKIPPED, "interrupted before it began"))
             with _uninterruptible():
-                self._write(interrupted)
-                self._pack()
+                self._store(interrupted)
+        packed = self.out / PACKED
+        if packed.exists():
+            self.say(f"\neverything is in {packed}, {packed.stat().st_size / 1e6:.1f} MB")
         self.say(self.table())
         if interrupted:
             return 130
@@ -106,7 +121,7 @@ class Runner:
         return 3 if not ran else int(any(o.status != PASSED for o in ran))
 
     def _section(self, section: Section, later: float) -> None:
-        reason = section.reason()
+        reason = _reason(section)
         seconds = min(section.budget, self.end - RESERVE - time.monotonic() - later)
         if reason is None and seconds < section.minimum:
             left = max(self.end - RESERVE - time.monotonic(), 0.0)
@@ -133,11 +148,11 @@ class Runner:
         except (Interrupted, KeyboardInterrupt):
             outcome.status = INTERRUPTED
             raise
-        except OSError as error:
-            outcome.status, outcome.why = FAILED, str(error)
+        except Exception as error:  # of this section: the others are to run
+            outcome.status, outcome.why = FAILED, _told(error)
         finally:
             outcome.seconds = time.monotonic() - begin
-            outcome.why = "; ".join(filter(None, [outcome.why, section.note()]))
+            outcome.why = "; ".join(filter(None, [outcome.why, _note(section)]))
             self.say(f"{section.name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.why}".rstrip())
             if outcome.status not in (PASSED, INTERRUPTED) and log.exists():
                 self.say("".join(f"  | {line}\n" for line in log.read_text(errors="replace").splitlines()[-TAIL:]))
@@ -150,22 +165,55 @@ class Runner:
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {why}".rstrip() for a, b, c, why in rows]
         return "\n".join(["", *lines])
 
-    def _write(self, interrupted: bool) -> None:
+    def _store(self, interrupted: bool) -> None:
+        """The summary, and everything in one file. A full disk must not cost the sections to come, nor the table."""
         summary = {
             **self.facts,
             "seconds": round(time.monotonic() - self.begin, 1),
             "interrupted": interrupted,
             "sections": [dataclasses.asdict(o) | {"seconds": round(o.seconds, 1)} for o in self.outcomes],
         }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        try:
+            with _new(self.out / SUMMARY) as temporary:
+                temporary.write_text(json.dumps(summary, indent=1) + "\n")
+            with _new(self.out / PACKED) as temporary, tarfile.open(temporary, "w:gz") as tar:
+                for path in sorted(self.out.iterdir()):
+                    if not path.name.startswith(PACKED):
+                        tar.add(path, arcname=path.name)
+            for name in (SUMMARY, PACKED) if self.copy_to is not None else ():
+                with _new(self.copy_to / name) as temporary:
+                    shutil.copyfile(self.out / name, temporary)
+        except OSError as error:
+            self.say(f"the results could not be stored: {error}")
 
-    def _pack(self) -> None:
-        packed = self.out / "suite.tar.gz"
-        with tarfile.open(packed, "w:gz") as tar:
-            for path in sorted(self.out.iterdir()):
-                if path != packed:
-                    tar.add(path, arcname=path.name)
-        self.say(f"\neverything is in {packed}")
+
+@contextlib.contextmanager
+def _new(path: Path) -> Iterator[Path]:
+    """A file to write that then takes the place of `path`: whoever looks finds the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+def _reason(section: Section) -> str | None:
+    try:
+        return section.reason()
+    except Exception as error:
+        return f"cannot say whether it runs here: {_told(error)}"
+
+
+def _note(section: Section) -> str:
+    try:
+        return section.note()
+    except Exception as error:  # a program that was stopped leaves a file cut off
+        return f"(note: {_told(error)})"
 
 
 def run_group(command: Command, log: Any, seconds: float, env: Mapping[str, str]) -> int | None:

@@ -28,6 +28,9 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck")
 BUILD_NEEDS = ("torch", "pip", "setuptools", "pybind11")
 BENCH_NEEDS = ("torch", "typer", "rich")
 NO_GPU = "no NVIDIA GPU (nvidia-smi finds none)"
+PLAIN = ("torch", "numpy")
+SANITIZER_ENDING = 5  # seconds of each tool's share for the case at work and for the end of the process
+TEST_LIMIT = 60  # seconds of one test, its kernels' compilation included
 ENDING = 25  # seconds of a benchmark's section kept for starting Python, for the case at work when the time is up
 
 
@@ -94,36 +97,42 @@ def build(seconds: float) -> list[Command]:
     return [[sys.executable, "-m", "pip", "install", *quiet, "-e", str(ROOT)]]
 
 
-def pytest_runs(out: Path) -> list[Command]:
-    ignored = [
-        f"--ignore={TESTS / name}" for name in (*untestable(), "test_machine_code.py", "test_machine_code_table.py")
-    ]
-    workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []  # Triton compiles for most of the time
-    base = [sys.executable, "-m", "pytest", str(TESTS), *ignored, "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
-    return [
-        [*base, "-m", "gpu", f"--junitxml={out / 'tests-gpu.xml'}"],
-        [
-            *base,
-            *workers,
-            "-m",
-            "not gpu and not slow_machine_code",
-            "-k",
-            "cuda or triton",
-            f"--junitxml={out / 'tests-backends.xml'}",
-        ],
-    ]
+def pytest_run(out: Path, name: str, jobs: int, *chosen: str) -> Command:
+    """`jobs` processes where pytest-xdist is there: Triton compiles for most of the time. Of a test that hangs the log has
+    the stack, and it is ended where pytest-timeout is there."""
+    left_out = (*untestable(), "test_machine_code.py", "test_machine_code_table.py")
+    workers = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
+    limit = [f"--timeout={TEST_LIMIT}", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+    options = [*(f"--ignore={TESTS / name}" for name in left_out), "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    options += ["-o", f"faulthandler_timeout={TEST_LIMIT - 10}"]  # what pytest-timeout prints is lost in a worker
+    xml_file = f"--junitxml={out / f'{name}.xml'}"
+    return [sys.executable, "-m", "pytest", str(TESTS), *options, *workers, *limit, *chosen, xml_file]
 
 
-def tests_note(out: Path) -> str:
+def tests_note(path: Path) -> str:
     notes = []
-    for path in (out / "tests-gpu.xml", out / "tests-backends.xml"):
-        if path.exists():
-            suite: Any = xml.etree.ElementTree.parse(path).getroot().find("testsuite")
-            total, bad, skipped = (int(suite.get(key)) for key in ("tests", "failures", "skipped"))
-            bad += int(suite.get("errors"))
-            notes.append(f"{path.stem}: {total - bad - skipped} passed, {bad} failed, {skipped} skipped")
+    if path.exists():
+        suite: Any = xml.etree.ElementTree.parse(path).getroot().find("testsuite")
+        total, bad, skipped = (int(suite.get(key)) for key in ("tests", "failures", "skipped"))
+        bad += int(suite.get("errors"))
+        notes.append(f"{total - bad - skipped} passed, {bad} failed, {skipped} skipped")
+    if importlib.util.find_spec("xdist") is None:
+        notes.append("in one process, for the lack of pytest-xdist")
     notes += [f"{name} not run for the lack of {missing}" for name, missing in untestable().items()]
     return "; ".join(notes)
+
+
+def tests(out: Path, jobs: int) -> list[Section]:
+    """Two sections, so that neither takes the other's time."""
+    chosen = {
+        "tests-gpu": ("the tests that need a GPU", ["-m", "gpu"]),
+        "tests": ("the tests of every backend", ["-m", "not gpu and not slow_machine_code", "-k", "cuda or triton"]),
+    }
+    return [
+        Section(name, about, lambda s, name=name, which=which: [pytest_run(out, name, jobs, *which)],
+                140, 30, lambda: lacks((*PLAIN, "pytest")), lambda name=name: tests_note(out / f"{name}.xml"))
+        for name, (about, which) in chosen.items()
+    ]  # fmt: skip
 
 
 def equality(out: Path, name: str, elements: int, jobs: int, seconds: float) -> list[str]:
@@ -132,10 +141,16 @@ def equality(out: Path, name: str, elements: int, jobs: int, seconds: float) -> 
 
 
 def sanitizer(seconds: float) -> list[Command]:
-    """Without PyTorch's caching allocator each tensor is an allocation of its own, whose ends the tools know."""
-    options = ["--error-exitcode", "86", "--target-processes", "all", "--print-limit", "20"]
+    """Each tool in turn, the most telling first: where the time is too short, the last is cut off.
+
+    The program's own limit counts from its start: Python and torch under a tool may take 20 seconds, which nobody knows
+    before. Without PyTorch's caching allocator each tensor is an allocation of its own, whose ends the tools know.
+    """
+    # Calls that fail are no faults of kernels: libraries probe the driver for what it has, and ours raise an error.
+    options = ["--error-exitcode", "86", "--target-processes", "all"]
+    options += ["--print-limit", "20", "--report-api-errors", "no"]
     watched = tool("compute-sanitizer") or "compute-sanitizer"
-    limit = max(int(seconds / len(SANITIZERS) - 8), 5)  # the rest is for starting Python under the tool
+    limit = max(int(seconds / len(SANITIZERS) - SANITIZER_ENDING), 5)
     program = script("sanitizer_program.py", "--device", "cuda", "--time-limit", limit)
     return [[watched, "--tool", name, *options, *program] for name in SANITIZERS]
 
@@ -178,8 +193,8 @@ def kernels(out: Path) -> list[Section]:
 
 
 def all_sections(out: Path) -> list[Section]:
+    """Truth first, then speed. Of either, what may be cut short comes last."""
     cap = (gpu() or {}).get("compute_cap", "")
-    plain = ("torch", "numpy")
     jobs = max(min((os.cpu_count() or 2) // 2, 8), 1)
     every, compiled = kernels(out)
     return [
@@ -188,19 +203,25 @@ def all_sections(out: Path) -> list[Section]:
                 env={"TORCH_CUDA_ARCH_LIST": cap, "ZOKERN_CUDA": "on"}),
         Section("equality", "bits of CUDA and Triton against the CPU's, every rule",
                 lambda s: [equality(out, "equality", 1_000_000, jobs, s)],
-                75, 20, lambda: lacks(plain)),
-        Section("tests", "the tests of the GPU, and those of every backend", lambda s: pytest_runs(out), 150, 20,
-                lambda: lacks((*plain, "pytest")), lambda: tests_note(out)),
-        Section("sanitizer", ", ".join(SANITIZERS), sanitizer, 90, 20, lambda: lacks(plain, ("compute-sanitizer",)),
-                env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+                75, 20, lambda: lacks(PLAIN)),
+        *tests(out, jobs),
         Section("checksum", "all 2^32 words, on CUDA and on Triton",
                 lambda s: [script("checksum.py", "--device", "cuda", "--output", out / "checksum.json")],
-                40, 10, lambda: lacks(plain)),
-        Section("equality-large", "bits again, 50 million elements",
-                lambda s: [equality(out, "equality-large", 50_000_000, (jobs + 1) // 2, s)],
-                60, 20, lambda: lacks(plain)),
+                40, 10, lambda: lacks(PLAIN)),
+        Section("sanitizer", ", ".join(SANITIZERS), sanitizer, 120, 90, lambda: lacks(PLAIN, ("compute-sanitizer",)),
+                env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         every,
         step(out, "opt-1.3b", "16x256,16x32", "mezo,hizoo,helene,fzoo"),
         step(out, "opt-13b", "16x256", "mezo,hizoo"),
         compiled,
+        Section("equality-large", "bits again, 50 million elements",
+                lambda s: [equality(out, "equality-large", 50_000_000, (jobs + 1) // 2, s)],
+                60, 20, lambda: lacks(PLAIN)),
     ]  # fmt: skip
+
+
+# Two calls of at most nine minutes each have time for all; one has it for little more than the first.
+PARTS = {
+    "truth": ("build", "equality", "tests-gpu", "tests", "checksum", "sanitizer"),
+    "speed": ("build", "kernels", "step-1.3b", "step-13b", "compiled", "equality-large"),
+}

@@ -59,8 +59,9 @@ def _ours(results: dict[str, Any], method: str, also: str = "") -> dict[str, Any
 
 
 def _step_over(results: dict[str, Any], method: str) -> str:
-    theirs = results[f"{STEP} {method} published"]
-    return f"{theirs['step']['median'] / _ours(results, method)['step']['median']:.2f} x"
+    theirs, ours = results[f"{STEP} {method} published"], _ours(results, method)
+    curvature = f" with h in {ours['curvature_dtype']}" if "curvature_dtype" in ours else ""
+    return f"{theirs['step']['median'] / ours['step']['median']:.2f} x{curvature}"
 
 
 def _passes(results: dict[str, Any]) -> str:

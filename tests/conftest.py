@@ -16,6 +16,7 @@ from pathlib import Path
 
 import devices
 import pytest
+from lost_gpu import pytest_runtest_protocol  # noqa: F401
 
 from zokern import backends
 

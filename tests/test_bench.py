@@ -678,7 +678,7 @@ def test_list_names_every_case() -> None:
 
 def test_command_times_stores_and_tells(tmp_path: Path) -> None:
     result = invoke("kernels", "rademacher", "--elements", N, "--rounds", 2, "--dtype", "bfloat16", "--no-plot",
-                    "-o", tmp_path)  # fmt: skip
+                    "--device", "cpu", "-o", tmp_path)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "axpy, Rademacher, bfloat16" in result.output
     assert "no predicted share: the model is of GPUs" in result.output

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import typer
-from emulated_graph import EmulatedGraph
+from emulated_graph import ASKS, EmulatedGraph
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from zokern import MeZO, graphed
+from zokern import HiZOO, MeZO, graphed
 from zokern.bench import commands_step, models, plots, scaling, split, step_options, step_peers, step_tables
 from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
@@ -290,6 +291,56 @@ def test_what_does_not_fit_is_recorded(tmp_path: Path) -> None:
     assert len(step_tables.step_rows(results)) + len(step_tables.step_notes(results)) == len(results)
 
 
+@pytest.mark.parametrize("runs_out", ["before", "in the first step", "in the second"])
+def test_a_smaller_curvature_is_timed_where_float32_does_not_fit(
+    runs_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its place and by its own name; the case that did not fit says what it needs."""
+    count = models.parameters("tiny-opt")
+    wanted = {"models": ("tiny-opt",), "placements": ("inplace",), "peers": False, "dtype": "bfloat16"}
+    results = Run(settings(**wanted), tmp_path / "all").run()
+    assert list(results) == ["tiny-opt 2x8 mezo inplace", "tiny-opt 2x8 hizoo inplace"]
+    assert "curvature_dtype" not in results["tiny-opt 2x8 hizoo inplace"]
+    forward = results["tiny-opt 2x8 mezo inplace"]["forward_bytes"]
+    if runs_out == "before":
+        wanted["memory_limit"] = forward + 4 * count - 1
+    else:
+        estimate, steps = HiZOO.estimate, []
+
+        def exhausted(self: HiZOO, probe: Any) -> Any:
+            steps.append(self)
+            if self._states["h"][0] == torch.float32 and len(steps) >= (1 if "first" in runs_out else 2):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return estimate(self, probe)
+
+        monkeypatch.setattr(HiZOO, "estimate", exhausted)
+    results = Run(settings(**wanted), tmp_path / "s").run()
+    assert list(results) == [
+        "tiny-opt 2x8 mezo inplace", "tiny-opt 2x8 hizoo inplace", "tiny-opt 2x8 hizoo inplace, h bfloat16"
+    ]  # fmt: skip
+    mezo, whole, half = results.values()
+    assert (whole["status"], whole["needed_bytes"]) == ("does not fit", forward + 4 * count)
+    assert (half["status"], half["curvature_dtype"], half["method"]) == ("timed", "bfloat16", "hizoo")
+    assert half["state_bytes"] == 2 * count
+    assert mezo["step"]["rounds"] == 2
+    assert half["step"]["rounds"] == (1 if runs_out == "in the second" else 2)
+    assert half["forward_bytes"] == forward
+    assert load(tmp_path / "s")["results"] == results
+    wanted["memory_limit"] = forward + 2 * count - 1
+    statuses = [r["status"] for r in Run(settings(**wanted), tmp_path / "none").run().values()]
+    assert statuses == ["timed", "does not fit", "does not fit"]
+
+
+def test_nothing_smaller_than_what_has_no_curvature(tmp_path: Path) -> None:
+    """MeZOGV takes a curvature's type and by default has none: there is nothing to make smaller."""
+    wanted = {"models": ("tiny-opt",), "placements": ("shadow",), "methods": ("mezo", "mezo-gv"), "peers": False}
+    weights = 4 * models.parameters("tiny-opt")
+    results = Run(settings(**wanted, memory_limit=weights + 1), tmp_path / "s").run()
+    assert [(name.split()[-2], r["status"]) for name, r in results.items()] == [
+        ("mezo", "does not fit"), ("mezo-gv", "does not fit")
+    ]  # fmt: skip
+
+
 def test_memory_that_runs_out_in_mid_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(self: MeZO, probe: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -332,6 +383,68 @@ def test_models_leave_torch_as_it_was() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+class Reads(TorchDispatchMode):
+    """Notes what makes the host wait for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split(".")[0]
+        if name in ASKS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def looked_at(work: models.Work, monkeypatch: pytest.MonkeyPatch, capturing: bool) -> tuple[Any, list[Any], list[str]]:
+    """A forward as if a stream were capturing, or not: the loss, each call of SDPA, and what the host read."""
+    from transformers.utils import import_utils
+
+    real, calls = nn.functional.scaled_dot_product_attention, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        mask = options.get("attn_mask")
+        calls.append(options | {"attn_mask": None if mask is None else (mask.dtype, tuple(mask.shape))})
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch, torch.no_grad(), Reads() as reads:
+        patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: capturing)
+        patch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+        return work(), calls, reads.seen
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-qwen", "tiny-encoder"])
+def test_a_forward_is_the_same_work_in_a_graph_and_waits_for_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers by itself does otherwise: that is looked at too, so that this test can fail."""
+    if models.attention() != models.UNMASKED:
+        pytest.skip("transformers before 5 chooses by itself")
+    model = models.build(name, torch.float32, CPU)
+    work = models.closure(name, model, 2, 8, CPU)
+    loss, calls, read = looked_at(work, monkeypatch, capturing=False)
+    captured, calls_captured, read_captured = looked_at(work, monkeypatch, capturing=True)
+    assert len(calls) == 2  # layers
+    assert calls == calls_captured
+    assert {call["attn_mask"] for call in calls} == {None}
+    assert {call["is_causal"] for call in calls} == {name != "tiny-encoder"}
+    assert read == read_captured == []
+    assert torch.equal(loss, captured)
+    model.set_attn_implementation("sdpa")
+    plain, calls, read = looked_at(work, monkeypatch, capturing=False)
+    assert torch.equal(loss, plain)
+    if name == "tiny-qwen":
+        assert read
+        assert calls != looked_at(work, monkeypatch, capturing=True)[1]
+
+
+def test_records_say_which_attention(tmp_path: Path) -> None:
+    Run(settings(models=("tiny-opt",), time_limit=0.0), tmp_path / "s").run()
+    assert load(tmp_path / "s")["settings"]["attention"] == models.attention()
+    assert "without-mask" in models.attention() or "chooses" in models.attention()
 
 
 def test_scaling(tmp_path: Path) -> None:

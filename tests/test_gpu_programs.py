@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from zokern import reference
+from zokern import backends, reference
 from zokern.backends import cpu
 from zokern.backends import triton as triton_backend
 from zokern.backends.scalars import Kind, Scalars
@@ -136,11 +136,32 @@ def test_sanitizer_program_finds_wrong_bits(
     command = ["--device", "cpu", "--backends", "cpu", "--elements", "400", "--cases", "40"]
     assert sanitizer_program.main(command) == 0
     assert "40 of cpu passes, 0 with wrong bits" in capsys.readouterr().out
-    assert sanitizer_program.main([*command, "--time-limit", "1e-9"]) == 1  # nothing was checked
-    assert "time limit: 0 of 40 cases" in capsys.readouterr().out
+    assert sanitizer_program.main([*command, "--time-limit", "1e-9"]) == 0
+    said = capsys.readouterr().out
+    assert "time limit: 10 of 40 cases" in said
+    assert "10 of cpu passes, 0 with wrong bits" in said
     broken_cpu("momentum")
     assert sanitizer_program.main(command) == 1
     assert "'rule': 'momentum'" in capsys.readouterr().out
+
+
+def test_the_time_limit_of_the_sanitizer_program_counts_from_its_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Importing and starting CUDA is what takes long under a tool; a first few cases are watched all the same."""
+    now = [0.0]
+
+    def slow_start(name: str, device: torch.device) -> None:
+        now[0] = 20.0
+
+    monkeypatch.setattr(backends, "unavailable_reason", slow_start)
+    monkeypatch.setattr(sanitizer_program.time, "monotonic", lambda: now[0])
+    command = ["--device", "cpu", "--backends", "cpu", "--elements", "400", "--cases", "20", "--time-limit"]
+    assert sanitizer_program.main([*command, "21"]) == 0
+    assert "20 of cpu passes" in capsys.readouterr().out
+    now[0] = 0.0
+    assert sanitizer_program.main([*command, "19"]) == 0
+    assert "10 of cpu passes" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py sums over all words")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -37,10 +38,12 @@ def section(name: str, code: str, budget: float = 20, minimum: float = 0.1, **mo
     return Section(name, "a fake", lambda seconds: [[PYTHON, "-c", code]], budget, minimum, **more)
 
 
-def run(tmp_path: Path, *sections: Section, deadline: float = 60) -> tuple[int, dict[str, Any], str]:
+def run(
+    tmp_path: Path, *sections: Section, deadline: float = 60, copy_to: Path | None = None
+) -> tuple[int, dict[str, Any], str]:
     said: list[str] = []
     out = tmp_path / "out"
-    code = Runner(out, deadline, {"machine": "fake"}, said.append).run(sections)
+    code = Runner(out, deadline, {"machine": "fake"}, said.append, copy_to).run(sections)
     return code, json.loads((out / "summary.json").read_text()), "\n".join(said)
 
 
@@ -99,6 +102,78 @@ def test_a_program_that_is_not_there_fails_its_section(tmp_path: Path) -> None:
     assert code == 1
     assert "/nonexistent/program" in summary["sections"][0]["why"]
     assert summary["sections"][1]["status"] == "passed"
+
+
+def refuse(*_: Any) -> Any:
+    raise SyntaxError("no element found: line 1, column 7")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "why"),
+    [
+        ({"note": refuse}, "passed", "(note: SyntaxError: no element found: line 1, column 7)"),
+        ({"commands": refuse}, "failed", "SyntaxError: no element found: line 1, column 7"),
+        ({"reason": refuse}, "skipped", "cannot say whether it runs here: SyntaxError: no element found"),
+    ],
+)
+def test_a_section_that_raises_costs_no_other(
+    change: dict[str, Any], status: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the note of a section whose program was stopped in the middle of its XML."""
+    sections = [section("a", ""), dataclasses.replace(section("b", ""), **change), section("c", "print('ran')")]
+    _, summary, said = run(tmp_path, *sections)
+    assert [s["status"] for s in summary["sections"]] == ["passed", status, "passed"]
+    assert summary["sections"][1]["why"].startswith(why)
+    with tarfile.open(tmp_path / "out" / "suite.tar.gz") as tar:
+        assert "logs/c.log" in tar.getnames()
+    assert [line.split()[0] for line in said.splitlines()[-3:]] == ["a", "b", "c"]
+
+
+def test_results_go_to_another_folder_after_each_section(tmp_path: Path) -> None:
+    """Two files, however many there are: what a machine gives back that is gone in the middle of the second section."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "other").write_text("of somebody else")
+    (tmp_path / "out").mkdir()
+    for i in range(20):
+        (tmp_path / "out" / f"result-{i}.json").write_text("{}")
+    look = f"""
+import json, os, tarfile
+home = {str(home)!r}
+assert sorted(os.listdir(home)) == ["other", "suite.tar.gz", "summary.json"], os.listdir(home)
+assert [s["status"] for s in json.load(open(home + "/summary.json"))["sections"]] == ["passed"]
+names = tarfile.open(home + "/suite.tar.gz").getnames()
+assert "logs/a.log" in names and "result-19.json" in names and "summary.json" in names, names
+"""
+    code, summary, said = run(tmp_path, section("a", ""), section("b", look), copy_to=home)
+    assert code == 0, (tmp_path / "out" / "logs" / "b.log").read_text()
+    assert json.loads((home / "summary.json").read_text()) == summary
+    assert len(summary["sections"]) == 2
+    assert (home / "suite.tar.gz").read_bytes() == (tmp_path / "out" / "suite.tar.gz").read_bytes()
+    assert (home / "other").read_text() == "of somebody else"
+    with tarfile.open(home / "suite.tar.gz") as tar:
+        assert {"logs/a.log", "logs/b.log"} <= set(tar.getnames())
+        assert not [name for name in tar.getnames() if "tar.gz" in name or ".tmp" in name]
+    assert "suite.tar.gz, 0.0 MB" in said
+
+
+def test_results_that_cannot_be_stored_cost_no_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "summary.json").write_text("of the section before")
+
+    def full(source: Path, to: Path) -> None:
+        to.write_text("hal")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(suite_runner.shutil, "copyfile", full)
+    code, summary, said = run(tmp_path, section("a", ""), section("b", ""), copy_to=home)
+    assert code == 0
+    assert [s["status"] for s in summary["sections"]] == ["passed", "passed"]
+    assert "the results could not be stored: [Errno 28] No space left on device" in said
+    assert said.splitlines()[-1].split()[:2] == ["b", "passed"]
+    assert [path.name for path in home.iterdir()] == ["summary.json"]
+    assert (home / "summary.json").read_text() == "of the section before"
 
 
 def test_nothing_ran(tmp_path: Path) -> None:
@@ -192,6 +267,25 @@ def test_interruption_stops_cleanly(tmp_path: Path, number: signal.Signals) -> N
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.parametrize("place", ["note", "reason", "commands"])
+def test_an_interruption_is_no_error_of_a_section(place: str, tmp_path: Path) -> None:
+    """SIGTERM while the suite itself is at work for one."""
+    calls: list[int] = []
+
+    def interrupted(*_: Any) -> Any:
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    second = dataclasses.replace(section("b", ""), **{place: interrupted})
+    code, summary, _ = run(tmp_path, section("a", ""), second, section("c", ""))
+    assert code == 130
+    assert len(calls) == 1
+    assert summary["interrupted"]
+    assert [s["name"] for s in summary["sections"]] == ["a", "b", "c"]
+    assert summary["sections"][-1]["why"] == "interrupted before it began"
+
+
 def test_choice_of_sections() -> None:
     sections = [section(name, "") for name in "abc"]
     assert [s.name for s in choose(sections, [], [])] == ["a", "b", "c"]
@@ -204,8 +298,8 @@ def test_choice_of_sections() -> None:
         choose(sections, ["a"], ["a"])
 
 
-def suite(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": PYTHON}
+def suite(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": PYTHON} | more
     command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
@@ -220,6 +314,34 @@ def test_without_a_gpu_every_section_is_skipped(tmp_path: Path) -> None:
     assert [s["name"] for s in summary["sections"]] == [s.name for s in suite_sections.all_sections(tmp_path)]
 
 
+@pytest.mark.skipif(suite_sections.gpu() is not None, reason="there is a GPU here")
+def test_a_part_of_the_suite_and_its_way_home(tmp_path: Path) -> None:
+    """A whole call, as on a machine whose GPU is gone, for a folder that takes few files."""
+    (tmp_path / "home").mkdir()
+    more = ["--part", "truth", "--skip", "checksum", "--copy-to", str(tmp_path / "home")]
+    done = suite(str(tmp_path / "new"), *more, ZOKERN_COMMIT="")
+    assert done.returncode == 3, done.stderr
+    summary = json.loads((tmp_path / "home" / "summary.json").read_text())
+    assert [s["name"] for s in summary["sections"]] == ["build", "equality", "tests-gpu", "tests", "sanitizer"]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["suite.tar.gz", "summary.json"]
+    told = suite(str(tmp_path / "told"), "--part", "speed", ZOKERN_COMMIT="0123abc")
+    summary = json.loads((tmp_path / "told" / "summary.json").read_text())
+    assert summary["commit"] == "0123abc"
+    assert "ZOKERN_COMMIT" not in told.stdout
+    assert tuple(s["name"] for s in summary["sections"]) == (
+        "build", "kernels", "step-1.3b", "step-13b", "compiled", "equality-large"
+    )  # fmt: skip
+
+
+def test_the_list_and_the_help_name_the_parts() -> None:
+    listed = suite("--list").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == [s.name for s in suite_sections.all_sections(Path("/out"))]
+    helped = " ".join(suite("--help").stdout.split())
+    for part, names in suite_sections.PARTS.items():
+        assert {line.split()[0] for line in listed if part in line[16:33]} == set(names)
+        assert f"{part}: {', '.join(names)}" in helped
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -227,10 +349,15 @@ def test_without_a_gpu_every_section_is_skipped(tmp_path: Path) -> None:
         (["{here}"], "is not an empty folder"),
         (["{here}/new", "--only", "kernel"], "--only has 'kernel'; the sections are build, "),
         (["{here}/new", "--deadline", "0"], "--deadline is 0.0"),
+        (["{here}/new", "--part", "rest"], "--part: invalid choice: 'rest'"),
+        (["{here}/new", "--part", "truth", "--only", "build"], "not allowed with argument"),
+        (["{here}/new", "--copy-to", "{here}/nowhere"], "nowhere is not a folder; make it first"),
+        (["{here}/empty", "--copy-to", "{here}/empty"], "--copy-to is OUTDIR"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
     done = suite(*(a.format(here=tmp_path) for a in arguments))
     assert done.returncode == 2
     assert message in done.stderr
@@ -267,6 +394,62 @@ def test_sections_fit_the_deadline_and_begin_with_the_build(commands: list[list[
             for command in map(list, s.commands(seconds)):
                 if "--time-limit" in command:  # a benchmark's own limit ends it before the runner does
                     assert float(command[command.index("--time-limit") + 1]) <= seconds - 5
+
+
+def test_each_part_has_time_for_all_of_its_sections(commands: list[list[str]]) -> None:
+    """A build for one architecture takes less than 45 s; what is left of the deadline is enough for every budget."""
+    sections = {s.name: s for s in suite_sections.all_sections(Path("/out"))}
+    truth, speed = suite_sections.PARTS.values()
+    assert set(truth) | set(speed) == set(sections)
+    assert set(truth) & set(speed) == {"build"}
+    for names in (truth, speed):
+        assert list(names) == [name for name in sections if name in names]  # the order in which they run
+        budgets = sum(sections[name].budget for name in names if name not in ("build", "sanitizer"))
+        last = sections["sanitizer"].minimum if names is truth else 0
+        assert 45 + budgets + last + suite_runner.RESERVE <= gpu_suite.DEADLINE
+    assert truth[-1] == "sanitizer"  # it takes all that the others leave
+
+
+def test_every_run_of_pytest_has_workers_and_is_a_section_of_its_own(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process would outlast its section; two runs in one section, and the first takes the second's time."""
+    installed = {"xdist", "pytest_timeout"}
+    real = suite_sections.importlib.util.find_spec
+    monkeypatch.setattr(
+        suite_sections.importlib.util, "find_spec",
+        lambda n: n in installed or None if n in ("xdist", "pytest_timeout") else real(n),
+    )  # fmt: skip
+    monkeypatch.setattr(suite_sections.os, "cpu_count", lambda: 16)
+
+    def runs() -> dict[str, list[str]]:
+        every = {s.name: [list(c) for c in s.commands(60)] for s in suite_sections.all_sections(Path("/out"))}
+        found = {name: of for name, of in every.items() if any("pytest" in command for command in of)}
+        assert all(len(of) == 1 for of in found.values())
+        return {name: command for name, (command,) in found.items()}
+
+    assert set(runs()) == {"tests-gpu", "tests"}
+    for name, command in runs().items():
+        assert command[command.index("-n") + 1] == "8"
+        assert command[command.index("-o") + 1] == "faulthandler_timeout=50"
+        assert {"--timeout=60", "--timeout-method=thread", f"--junitxml=/out/{name}.xml"} <= set(command)
+    assert runs()["tests-gpu"][runs()["tests-gpu"].index("-m", 3) + 1] == "gpu"
+    installed.clear()
+    for name, command in runs().items():
+        assert not {"-n", "--timeout=60"} & set(command)
+        assert "in one process, for the lack of pytest-xdist" in suite_sections.tests_note(Path(f"/out/{name}.xml"))
+
+
+def test_sanitizers_share_their_time_and_look_at_kernels_alone(commands: list[list[str]]) -> None:
+    """Each has its share from the start of the program to its end; calls that libraries try out are no errors."""
+    watched = [list(command) for command in suite_sections.sanitizer(90)]
+    assert [command[command.index("--tool") + 1] for command in watched] == ["memcheck", "racecheck", "initcheck"]
+    for command in watched:
+        assert command[command.index("--report-api-errors") + 1] == "no"
+        assert command.index("--report-api-errors") < command.index(PYTHON)
+        assert 20 <= float(command[command.index("--time-limit") + 1]) <= 90 / 3 - 5
+    section = next(s for s in suite_sections.all_sections(Path("/out")) if s.name == "sanitizer")
+    assert section.minimum >= 90
 
 
 def test_benchmark_commands_are_understood_by_the_real_command_line(commands: list[list[str]]) -> None:
@@ -339,4 +522,9 @@ def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.Monkey
 def test_counts_of_the_tests_are_told(tmp_path: Path) -> None:
     cases = '<testsuite tests="9" failures="1" errors="1" skipped="3"/>'
     (tmp_path / "tests-gpu.xml").write_text(f"<testsuites>{cases}</testsuites>")
-    assert suite_sections.tests_note(tmp_path) == "tests-gpu: 4 passed, 2 failed, 3 skipped"
+    assert suite_sections.tests_note(tmp_path / "tests-gpu.xml").startswith("4 passed, 2 failed, 3 skipped")
+    (tmp_path / "tests.xml").write_text(f"<testsuites>{cases[:20]}")
+    stopped = section("tests", "", note=lambda: suite_sections.tests_note(tmp_path / "tests.xml"))
+    code, summary, _ = run(tmp_path, stopped, section("next", ""))
+    assert code == 0
+    assert summary["sections"][0]["why"].startswith("(note: ParseError: ")

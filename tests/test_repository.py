@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -40,6 +41,20 @@ def test_python_blocks_run(page: str, tmp_path: Path) -> None:
 def test_examples_run(path: str) -> None:
     done = run(sys.executable, f"examples/{path}")
     assert done.returncode == 0, done.stderr
+
+
+def test_tests_of_every_backend_name_the_device_too() -> None:
+    """zokern.noise makes its tensor on the CPU unless it is told otherwise, and there a GPU's backends refuse to run."""
+    seen = 0
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "zokern.noise"):
+                continue
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            if not isinstance(given.get("backend", ast.Constant(None)), ast.Constant):
+                seen += 1
+                assert "device" in given, f"{path.name}:{call.lineno}: backend is given and device is not"
+    assert seen >= 4
 
 
 def test_links_in_the_docs_lead_somewhere() -> None:

@@ -66,8 +66,14 @@ def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
         "opt-13b 16x256 mezo stream": {**rest, "step": {"median": 4.0}, "passes": 0.4},
         "opt-13b 16x256 mezo inplace": {**rest, "step": {"median": 5.0}, "passes": 0.9, "extra_share": 0.0},
         "opt-13b 16x256 mezo graphed": {**rest, "step": {"median": 3.0}},
+        "opt-13b 16x256 hizoo published": {"status": "timed", "peer": True, "step": {"median": 9.0}, "passes": 2.0},
+        "opt-13b 16x256 hizoo stream": {"status": "does not fit", "peer": False},
+        "opt-13b 16x256 hizoo stream, h bfloat16": {
+            **rest, "step": {"median": 4.0}, "passes": 0.4, "curvature_dtype": "bfloat16"
+        },
     })  # fmt: skip
     assert targets_measured.column(tmp_path) == [
         "91% (a GPU)", "not in the run", "not yet run", "not yet run", "+5% (a GPU)", "8.2 x (a GPU)",
-        "1.8 x (a GPU)", "10.0% (a GPU)", "1.50 x (a GPU)", "not in the run", "5.0% (a GPU)",
+        "1.8 x (a GPU)", "10.0% (a GPU)", "1.50 x (a GPU)", "2.25 x with h in bfloat16 (a GPU)",
+        "5.0% (a GPU)",
     ]  # fmt: skip

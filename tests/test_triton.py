@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import devices
@@ -32,6 +33,8 @@ from zokern.backends.triton import interpreter, kernels, launch, noise, rounding
 DEVICE = str(devices.DEVICE["triton"])
 ANSWERS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "zk1.json").read_text())
 CHUNK = table.CHUNK
+# Of a program: the interpreter takes few large ones; a compiler unrolls each into threads, 13 s for as many.
+PAIRS = 1 << 16 if launch.INTERPRETED else 4096
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DTYPE_ROUNDINGS = [(dtype, "nearest") for dtype in DTYPES] + [(dtype, "stochastic") for dtype in DTYPES[1:]]
 DTYPE_IDS = [f"{dtype}-{how}".removeprefix("torch.") for dtype, how in DTYPE_ROUNDINGS]
@@ -106,7 +109,7 @@ def run(kernel: Any, grid: int, *args: Any, **kwargs: Any) -> None:
 def pairs(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n = word.numel()
     z0, z1 = torch.empty(2, n, device=DEVICE)
-    run(pair_kernel, triton.cdiv(n, 1 << 16), word.to(DEVICE), z0, z1, n, SIZE=1 << 16)
+    run(pair_kernel, triton.cdiv(n, PAIRS), word.to(DEVICE), z0, z1, n, SIZE=PAIRS)
     return z0, z1
 
 
@@ -462,17 +465,63 @@ def test_halfway_case_needs_round_to_odd() -> None:
     assert interpreter.fma(x, x, 0 * tiny) == down
 
 
+@triton.jit
+def count_kernel(bounds, out):
+    total = 0
+    for i in range(tl.load(bounds), tl.load(bounds + 1)):
+        total += i
+    tl.store(out, total)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter is patched")
+def test_a_tensor_is_a_bound_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with Triton 3.6's own rule, which NumPy 2.4 refuses: int() of the array of one element that a scalar is."""
+    from triton.runtime import interpreter as of_triton
+
+    original, used = of_triton._patch_lang_tensor, []
+
+    def refuse(tensor: Any) -> int:
+        used.append(tensor)
+        raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    def as_triton_3_6(tensor: Any, *scope: Any) -> None:
+        original(tensor, *scope)
+        tensor.__index__ = refuse
+
+    monkeypatch.setattr(of_triton, "_patch_lang_tensor", as_triton_3_6)
+    bounds, out = torch.tensor([3, 7]), torch.zeros(1, dtype=torch.int64)
+    run(count_kernel, 1, bounds, out)
+    assert int(out) == 3 + 4 + 5 + 6
+    assert used == []
+    with pytest.raises(Exception, match="only 0-dimensional"):  # what is patched is what loops ask
+        count_kernel[(1,)](bounds, out)
+    assert len(used) == 1
+
+
+@pytest.mark.parametrize(("data", "value"), [([2**40 + 1], 2**40 + 1), ([[-3]], -3), (7, 7)])
+def test_the_integer_of_a_tensor(data: Any, value: int) -> None:
+    def tensor(data: Any) -> Any:
+        return SimpleNamespace(handle=SimpleNamespace(data=np.array(data, np.int64)))
+
+    got = interpreter.index(tensor(data))
+    assert (got, type(got)) == (value, int)
+    with pytest.raises(ValueError, match="size 1"):  # several are no bound
+        interpreter.index(tensor([1, 2]))
+
+
 @pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter is patched")
 def test_interpreter_is_restored() -> None:
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime import interpreter as of_triton
 
-    before = dict(vars(interpreter_builder))
+    before, patch = dict(vars(of_triton.interpreter_builder)), of_triton._patch_lang_tensor
 
     @interpreter.exact_arithmetic()
     def fail() -> None:
-        assert "create_fma" in vars(interpreter_builder)
+        assert "create_fma" in vars(of_triton.interpreter_builder)
+        assert of_triton._patch_lang_tensor is not patch
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert vars(interpreter_builder) == before
+    assert vars(of_triton.interpreter_builder) == before
+    assert of_triton._patch_lang_tensor is patch

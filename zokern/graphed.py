@@ -74,7 +74,9 @@ class GraphedStep:
             journal is written: those do other work in each step, or have to know its numbers on the host.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
-            Modules are read when it is captured: later changes of the Python code go unnoticed.
+            Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
+            another attention mask while it is captured than in eager steps: give its models a 4-D attention_mask and
+            position_ids, and both are the same work.
         sample_batch: a tensor, or lists, tuples and mappings of tensors (nested as you like), with the shapes and dtypes of
             all batches to come; other values in it are part of the graph. Tensors may be on the host: each call copies
             them to the device.

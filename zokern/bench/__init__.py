@@ -5,7 +5,7 @@ kernels.py    runs them, case by case                limits.py     bytes and ope
 peers.py      the passes in plain torch, from equations.py          shapes.py     tensors like an OPT model's
 model.py      what a pass should take, from its machine code          prediction.py   the row of a benchmark's kernel
 timing.py     candidates in turn, round after round; medians and spread
-record.py     the machine's description; one JSON file per run
+record.py     the machine's description; one JSON file per run          commit.py     of which source
 plots.py      pictures from the JSON, with plots_kernels.py and canvas.py; tables.py for the terminal
 cli.py        the commands
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from zokern.backends import native
+from zokern.bench import commit as source
 from zokern.report import versions
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout
@@ -31,18 +32,7 @@ def processor() -> str:
 
 @functools.cache  # of the code that was loaded, not of a checkout that moved on during a run
 def commit() -> str:
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--", "../../csrc", "../../zokern"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return source.commit()
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from zokern._checks import ZokernWarning
 from zokern.bench import models, split
 from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
-from zokern.bench.step_cases import Case, Settings, make, needed_bytes, optimizer_of, plan, state_bytes
+from zokern.bench.step_cases import Case, Settings, make, needed_bytes, optimizer_of, plan, smaller, state_bytes
 from zokern.bench.step_graphed import GRAPHED_WARM_UP, Graphed, NotCaptured
 
 Results = dict[str, dict[str, Any]]
@@ -101,13 +101,15 @@ class Run:
         if forward is None:
             self._put_unfit(group, logits)
             return
-        running = [case for case in group if self._fitting([case], forward + needed_bytes(case, model))]
+        running = [fitting for case in group for fitting in self._that_fit(case, model, forward)]
         for number in range(self.settings.rounds + 1):
-            for case in list(running):
+            turn = list(running)
+            for case in turn:
                 if self.budget.spent:
                     continue
                 self.tick(f"{case.name}, round {number} of {self.settings.rounds}")
-                visit = self._time if number else functools.partial(self._weigh, forward=forward)
+                weighed = "forward_bytes" in self.results[case.name]
+                visit = self._time if weighed else functools.partial(self._weigh, forward=forward)
                 try:
                     done = self._attempt(functools.partial(visit, case, model, closure))
                 except NotCaptured as error:
@@ -116,7 +118,9 @@ class Run:
                 else:
                     if done is None:
                         running.remove(case)
-                        self._put_unfit([case], forward + needed_bytes(case, model))
+                        instead = self._smaller(case, model, forward)
+                        turn += instead
+                        running += instead
                 self._save()
 
     def _attempt(self, call: Callable[[], int]) -> int | None:
@@ -178,6 +182,20 @@ class Run:
 
     # -------------------------------------------------------------------------------------------------------- the limits
 
+    def _that_fit(self, case: Case, model: nn.Module, forward: int) -> list[Case]:
+        """The case, or what can be timed in its place; both are in the results."""
+        fits = forward + needed_bytes(case, model) <= self.budget.free
+        return [case] if fits else self._smaller(case, model, forward)
+
+    def _smaller(self, case: Case, model: nn.Module, forward: int) -> list[Case]:
+        """In the place of a case that did not fit."""
+        self._put_unfit([case], forward + needed_bytes(case, model))
+        other = smaller(case, model)
+        if other is None:
+            return []
+        self._put(other, {"status": "left out"})  # until it is timed
+        return self._that_fit(other, model, forward)
+
     def _put_unfit(self, group: list[Case], needed: int) -> None:
         for case in group:
             self._put(case, self.budget.unfit(needed))
@@ -194,5 +212,10 @@ class Run:
 
     def _save(self, *, last: bool = False) -> None:
         left_out = [name for name, result in self.results.items() if result["status"] == "left out"]
-        said = {**asdict(self.settings), "left_out": left_out, "not_timed": self.not_timed}
+        said = {
+            **asdict(self.settings),
+            "left_out": left_out,
+            "not_timed": self.not_timed,
+            "attention": models.attention(),
+        }
         self.budget.save("step", said, self.results, self.path, last=last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Settings:
 @dataclass(frozen=True)
 class Case:
     """One row of the results. way: a placement, perhaps PIPELINED; GRAPHED, on the placement `below`; of a peer
-    published, foreach or compiled."""
+    published, foreach or compiled. curvature: its type, where that is not the method's default."""
 
     model: str
     rows: int
@@ -56,6 +56,7 @@ class Case:
     method: str
     way: str
     below: str = ""
+    curvature: str = ""
 
     @property
     def tokens(self) -> str:
@@ -63,7 +64,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.tokens} {self.method} {self.way}"
+        return f"{self.model} {self.tokens} {self.method} {self.way}" + (
+            f", h {self.curvature}" if self.curvature else ""
+        )
 
     @property
     def is_peer(self) -> bool:
@@ -81,6 +84,7 @@ class Case:
             "way": self.way,
             "peer": self.is_peer,
             **({"placement": self.placement} if self.placement != self.way else {}),
+            **({"curvature_dtype": self.curvature} if self.curvature else {}),
         }
 
 
@@ -152,8 +156,9 @@ def make(case: Case, model: nn.Module) -> Stepper:
 
 def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
     chosen = Options(
-        method=case.method, placement=case.placement, pipelined=case.way.endswith(PIPELINED), lr=LR, eps=EPS
-    )
+        method=case.method, placement=case.placement, pipelined=case.way.endswith(PIPELINED), lr=LR, eps=EPS,
+        curvature_dtype=case.curvature or None,
+    )  # fmt: skip
     made: ZerothOrderOptimizer = build(model, chosen)
     return made
 
@@ -190,3 +195,9 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     elif isinstance(optimizer._placement, Shadow):
         copies = sum(sites.padded_size(p) * p.element_size() for p in _trainable(model))
     return state_bytes(optimizer, model) + copies
+
+
+def smaller(case: Case, model: nn.Module) -> Case | None:
+    """What to time where a case does not fit: the same with its curvature in bfloat16, if that takes less."""
+    half = replace(case, curvature="bfloat16")
+    return half if needed_bytes(half, model) < needed_bytes(case, model) else None

@@ -2,7 +2,8 @@
 
 The noise contract needs a fused multiply-add and a conversion to bfloat16 that rounds to nearest even. Depending on its
 version, the interpreter multiplies and adds with two roundings, and converts to bfloat16 wrongly on ties and carries.
-`exact_arithmetic` puts both right inside a `with` block and restores the interpreter afterwards.
+Triton 3.6's cannot make a tensor the bound of a loop where NumPy is 2.4 or later. `exact_arithmetic` puts these right
+inside a `with` block and restores the interpreter afterwards.
 Source: Boldo and Melquiond 2008 (rounding to odd makes a second rounding harmless); Knuth's TwoSum.
 """
 
@@ -47,11 +48,20 @@ def to_bfloat16(x: Array) -> Array:
     return rounded
 
 
+def index(tensor: Any) -> int:
+    """Of a tensor with one element, as range() asks for it: the interpreter keeps a scalar as an array of one dimension,
+    which NumPy 2.4 no longer takes for a number."""
+    return int(tensor.handle.data.item())
+
+
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Inside, the interpreter's fma and its conversions between float32 and bfloat16 are those of a GPU."""
+    """Inside, the interpreter's fma and its conversions between float32 and bfloat16 are those of a GPU, and a tensor of
+    one integer is an integer."""
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
+    original_patch = interpreter._patch_lang_tensor
     original_fma, original_cast = interpreter_builder.create_fma, interpreter_builder.cast_impl
     original_options = interpreter_builder.options
 
@@ -68,13 +78,19 @@ def exact_arithmetic() -> Iterator[None]:
             return TensorHandle((source.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
         return original_cast(source, dtype)
 
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        original_patch(tensor, *scope)  # at each launch, and undone by the scope behind it
+        tensor.__index__ = index
+
     # Attributes of the instance hide the class's methods, and deleting them brings the methods back. The contract's
     # integers wrap around, so the interpreter need not look for overflows, which would double its work.
     interpreter_builder.create_fma, interpreter_builder.cast_impl = create_fma, cast_impl
     interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    interpreter._patch_lang_tensor = patch_lang_tensor
     try:
         with np.errstate(all="ignore"):  # overflow to infinity and wrapping integers are meant
             yield
     finally:
         del interpreter_builder.create_fma, interpreter_builder.cast_impl
         interpreter_builder.options = original_options
+        interpreter._patch_lang_tensor = original_patch
