@@ -162,9 +162,14 @@ def test_names_of_kernels_do_not_depend_on_the_build() -> None:
     assert build.plain_name(tagged) == build.plain_name(other) == "_ZN2zk4cuda12chain_kernelIfEEvNS_5ChainE"
 
 
-def test_generic_addresses_of_shared_memory_are_found_in_text() -> None:
+def test_addresses_taken_for_shared_memory_and_sums_of_packed_products_are_found_in_text() -> None:
     assert lint.in_ptx({"right": "ld.shared.u32 %r1, [%r2];", "wrong": "cvta.to.shared.u64 %rd1, %rd2;"}) == [
         "wrong: 1 addresses are taken for shared memory's"
+    ]
+    product = "mul.rn.f32x2 %rd3,%rd1,%rd2; fma.rn.f32x2 %rd4,%rd3,%rd3,%rd3; add.rn.f32x2 %rd5,%rd4,%rd1;"
+    wrong = product.replace("add.rn.f32x2 %rd5,%rd4,%rd1", "add.rn.f32x2 %rd5, %rd1, %rd3")
+    assert lint.in_ptx({"right": product, "wrong": wrong}) == [
+        "wrong: 1 packed sums of a product, which ptxas may contract"
     ]
     right = (
         "//---- .text.right ----\n .L_x_1:\n LDS R1, [R2] ;\n LDS.128 R4, [R2+0x4] ;\n.L_x_2:\n LDS R3, [R2+0x4] ;\n"

@@ -167,6 +167,18 @@ def test_registers_that_may_be_unset_are_named() -> None:
     assert translate(text).unset == ["%r8"]
 
 
+def test_a_half_that_nothing_sets_is_garbage_and_no_fault() -> None:
+    """LLVM packs a value with it where only the other half is used. Read by itself, such a register is named."""
+    body = "mov.b64 %rd4, {%r1, %r8}; mov.b64 {%r9, %r10}, %rd4; st.global.u32 [%rd3], %r9;"
+    memory = words()
+    assert run(body, memory).kinds == set()
+    assert memory.tolist() == list(range(64))
+    run(body.replace("[%rd3], %r9", "[%rd3], %r10"), memory)
+    assert set(memory.tolist()) == {0xA5A5A5A5}
+    (text,) = split(HEAD + body + "add.s32 %r11, %r8, 1; ret;\n}\n").values()
+    assert translate(text).unset == ["%r8"]
+
+
 # ------------------------------------------------------------------------------------------------------------ integers
 INTEGERS = """ld.global.u32 %r8, [%rd3]; mul.lo.s32 %r9, %r8, 747796405; mul.hi.u32 %r10, %r8, -766435501;
 mul.wide.s32 %rd4, %r8, -12345; shr.u64 %rd5, %rd4, 32; cvt.u32.u64 %r11, %rd5; xor.b32 %r12, %r9, %r10;

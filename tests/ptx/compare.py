@@ -43,7 +43,7 @@ def notices(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) 
     text, original = emulator.sources[launch.kernel], emulator.programs[launch.kernel]
     where = instructions_by_block(text)
     executed = {i for block in launch.report.blocks for i in where[block]}
-    mutant = next(m for m in mutants_of(launch.kernel, text, executed) if m.kind == "fma without its product")
+    mutant = next(m for m in mutants_of(launch.kernel, text, executed) if m.kind.endswith("fma without its product"))
     emulator.programs[launch.kernel] = translate(mutant.apply(text))
     try:
         found = compare(case, name, backend, peer, emulator)

@@ -11,14 +11,23 @@ from . import build
 
 _FUNCTION = re.compile(r"^//-+ \.text\.(\S+)", re.MULTILINE)
 _LABEL = re.compile(r"^\.L_x_\d+:", re.MULTILINE)
+_PACKED_PRODUCT = re.compile(r"\bmul\.rn\.f32x2\s+(%\w+),")
+_PACKED_SUM = re.compile(r"\badd\.rn\.f32x2\s+%\w+,\s*(%\w+),\s*(%\w+)")
 _WORD = re.compile(r"\bLDS R\d+, \[(R\d+)(?:\+(0x[0-9a-f]+))?\]")  # 32 bits
 
 
 def in_ptx(texts: dict[str, str]) -> list[str]:
     """A generic address as one of shared memory: nvcc has taken a pointer for one to what a block stages there, while the
-    host says what it points at. The kernels here have no such conversion of their own."""
+    host says what it points at. The kernels here have no such conversion of their own.
+
+    A packed sum of a packed product: ptxas 13.0 makes one operation with one rounding of the two."""
     found = {name: text.count("cvta.to.shared") for name, text in texts.items()}
-    return [f"{name}: {count} addresses are taken for shared memory's" for name, count in found.items() if count]
+    told = [f"{name}: {count} addresses are taken for shared memory's" for name, count in found.items() if count]
+    for name, text in texts.items():
+        products = set(_PACKED_PRODUCT.findall(text))
+        sums = sum(bool(products & {a, b}) for a, b in _PACKED_SUM.findall(text))
+        told += [f"{name}: {sums} packed sums of a product, which ptxas may contract"] if sums else []
+    return told
 
 
 def in_sass(listing: str) -> list[str]:

@@ -25,6 +25,7 @@ CHANGES: list[Change] = [
     ("fma without its sum", r"\bfma\.rn\.f32 (\S+), (\S+), (\S+), (\S+);", r"mul.rn.f32 \1, \2, \3;"),
     ("fma without its product", r"\bfma\.rn\.f32 (\S+), (\S+), (\S+), (\S+);", r"mov.f32 \1, \4;"),
     ("packed fma without its sum", r"\bfma\.rn\.f32x2 (\S+), (\S+), (\S+), (\S+);", r"mul.rn.f32x2 \1, \2, \3;"),
+    ("packed fma without its product", r"\bfma\.rn\.f32x2 (\S+), (\S+), (\S+), (\S+);", r"mov.b64 \1, \4;"),
     ("halves of a pair", r"\bmov\.b64 \{([^,]+), ([^}]+)\}", r"mov.b64 {\2, \1}"),
     ("halves of a pair", r"\bmov\.b64 (%\w+), \{([^,]+), ([^}]+)\}", r"mov.b64 \1, {\3, \2}"),
     ("min to max", r"\bmin\.", "max."),

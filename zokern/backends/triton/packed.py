@@ -13,9 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_OPEN = "{ .reg .b64 a, b, c; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; "
-_FMA = tl.constexpr(_OPEN + "mov.b64 c, {$6, $7}; fma.rn.f32x2 a, a, b, c; mov.b64 {$0, $1}, a; }")
-_MUL = tl.constexpr(_OPEN + "mul.rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }")
+_OPEN = "{\n.reg .b64 a, b, c;\nmov.b64 a, {$2, $3};\nmov.b64 b, {$4, $5};\n"
+_FMA = tl.constexpr(_OPEN + "mov.b64 c, {$6, $7};\nfma.rn.f32x2 a, a, b, c;\nmov.b64 {$0, $1}, a;\n}")
+_MUL = tl.constexpr(_OPEN + "mul.rn.f32x2 a, a, b;\nmov.b64 {$0, $1}, a;\n}")
 
 
 @triton.jit
