@@ -101,9 +101,9 @@ def fill_unused_halves(kernel: Kernel) -> None:
     reads: dict[str, list[bool]] = {}
     every = [reads_writes(kernel, i) for i in kernel.code]
     for i, (read, _) in zip(kernel.code, every, strict=True):
-        packed = i.args[-1] if i.parts[0] == "mov" and isinstance(i.args[-1], list) else []
+        packed = i.args[-1] if i.parts == ("mov", "b64") and isinstance(i.args[-1], list) else []
         for r in read:
-            reads.setdefault(r, []).append(r in packed)
+            reads.setdefault(r, []).append(r in packed and kernel.registers[r] == 4)
     unused = {r for r, packed in reads.items() if all(packed)} - {r for _, written in every for r in written}
     for i in kernel.code:
         if unused and i.args and isinstance(i.args[-1], list):
