@@ -155,21 +155,21 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     from zokern.backends.triton import kernels, launch
     from zokern.table import CHUNK, COLUMNS
 
-    kernel = kernels.pass_kernel
+    kernel, packed = kernels.pass_kernel, launch.has_packed_pairs(target)
     signature = {"tensors": "*i64", "chunks": "*i32", "seeds": "*i64", "coefs": "*fp32", "shared": "*fp32",
                  "rounding_seed": "*i64", "enabled": "*i32", "num_seeds": "i32"}  # fmt: skip
     constants = launch.constants(rule) | {
         "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
         "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
         "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
-        "PACKED": launch.has_packed_pairs(target),
+        "PACKED": packed,
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     # torch's allocations are 16-byte aligned, which the launcher tells Triton of every pointer.
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    assembly: dict[str, Any] = triton.compile(source, target=target, options=dict(launch.LAUNCH_OPTIONS)).asm
+    assembly: dict[str, Any] = triton.compile(source, target=target, options=launch.options(rule, rounding, packed)).asm
     return assembly
 
 

@@ -26,7 +26,12 @@ NUM_WARPS = 4
 BLOCK = (64 if torch.version.hip else 32) * NUM_WARPS  # noise blocks (8 elements) per tile: one per thread
 INTERPRETED = not isinstance(pass_kernel, triton.JITFunction)
 # No contraction of a*b + c, and no overflow checks under TRITON_DEBUG: the noise's integers wrap around on purpose.
-LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "num_stages": 1, "enable_fp_fusion": False, "sanitize_overflow": False}
+LAUNCH_OPTIONS: dict[str, object] = {
+    "num_warps": NUM_WARPS,
+    "num_stages": 1,
+    "enable_fp_fusion": False,
+    "sanitize_overflow": False,
+}
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -38,11 +43,17 @@ def _launch_context(device: torch.device) -> AbstractContextManager[object]:
 
 def has_packed_pairs(target: Any) -> bool:
     """Whether a compiler's target (triton's GPUTarget) has float32 operations on two elements: packed.py."""
-    return target.backend == "cuda" and 100 <= target.arch < 110
+    return bool(target.backend == "cuda" and 100 <= target.arch < 110)
 
 
 def _packed() -> bool:
     return not INTERPRETED and has_packed_pairs(triton.runtime.driver.active.get_current_target())
+
+
+def options(rule: Rule, rounding: str, packed: bool) -> dict[str, object]:
+    """What a pass is compiled with. ptxas would take 96 registers for the one with the most numbers, and spill."""
+    most = packed and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
+    return {**LAUNCH_OPTIONS, "maxnreg": 128} if most else LAUNCH_OPTIONS
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -63,6 +74,7 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     if num_chunks == 0:
         return
     stochastic_state = table.state_dtype != torch.float32 and kind.rule.written > 0
+    packed = _packed()
     with _launch_context(table.tensors.device):
         pass_kernel[(num_chunks,)](
             table.tensors,
@@ -84,8 +96,8 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
             COLUMNS=COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
-            PACKED=_packed(),
-            **LAUNCH_OPTIONS,
+            PACKED=packed,
+            **options(kind.rule, kind.rounding, packed),
         )
 
 
