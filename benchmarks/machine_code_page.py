@@ -65,7 +65,7 @@ def measured(row: Row, results: Path = RESULTS) -> list[str]:
     return out
 
 
-def _told(rows: Sequence[Row], backend: str, wanted: Sequence[str], device: str) -> str:
+def told(rows: Sequence[Row], backend: str, wanted: Sequence[str], device: str) -> str:
     """Predicted share of the copy bandwidth, and the slots of an element out of those that its copy leaves time for."""
     row = find(rows, backend, "pass", model.DEVICES[device].arch, wanted)
     if row is None:
@@ -86,9 +86,9 @@ def cuda_table(rows: Sequence[Row]) -> str:
             and all(row[key] == h200[key] for key in ("rule", "dtype", "state"))
             and all(row[key] in (h200[key], "any") for key in ("distribution", "rounding"))
         )  # fmt: skip
-        told = [_told(rows, "cuda", wanted, device) for device in DEVICES]
+        cells = [told(rows, "cuda", wanted, device) for device in DEVICES]
         further = f"{several['slots_per_extra_seed']:.0f}"
-        lines.append([title, *told, further, ", ".join(measured(h200)) or "not yet run"])
+        lines.append([title, *cells, further, ", ".join(measured(h200)) or "not yet run"])
     return _table(lines)
 
 
@@ -101,9 +101,9 @@ def other_table(rows: Sequence[Row]) -> str:
         gains = "-"
         if update:
             gains = ", ".join(f"{gain(rows, _chain(rows, wanted, d), d):.1f}" for d in DEVICES)
-        told = [_told(rows, "triton", wanted, device) for device in DEVICES]
+        cells = [told(rows, "triton", wanted, device) for device in DEVICES]
         seen = "-" if triton is None else ", ".join(measured(triton)) or "not yet run"
-        lines.append([title, *told, seen, gains])
+        lines.append([title, *cells, seen, gains])
     return _table(lines)
 
 
@@ -145,13 +145,13 @@ def table_of_all(rows: Sequence[Row]) -> str:
     writer.writerow([*what, "bytes", *counted, *pipes, *predicted, *gains])
     for row in rows:
         moved = model.bytes_moved(row)
-        told = []
+        forecast = []
         for value in (_share, gain):
             for device, figures in model.DEVICES.items():
                 fits = figures.arch == row["arch"] and (row["kernel"] == "chain") == (value is gain)
-                told.append(f"{value(rows, row, device):.3f}" if fits else "")
+                forecast.append(f"{value(rows, row, device):.3f}" if fits else "")
         cells = [row.get(name, "") for name in counted] + [row["pipes"].get(pipe, 0.0) for pipe in pipes]
-        writer.writerow([*(row[name] for name in what), moved, *("" if c is None else c for c in cells), *told])
+        writer.writerow([*(row[name] for name in what), moved, *("" if c is None else c for c in cells), *forecast])
     return out.getvalue()
 
 

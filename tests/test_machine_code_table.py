@@ -1,10 +1,11 @@
 """The stored machine code and what is predicted from it; the counter of AMD code; slowly, the other architectures.
 
-`make test-slow` compiles for sm_80, sm_100 and gfx942, which takes minutes: `pytest -m slow_machine_code`.
+`make test-slow` compiles for every architecture, which takes minutes: `pytest -m slow_machine_code`.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -48,7 +49,7 @@ def row(rule: str = "axpy", arch: int | str = 90, backend: str = "cuda", **more:
 # ------------------------------------------------------------------------------------------------------------ the rows
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, "gfx942"])
+@pytest.mark.parametrize("arch", [*machine_code_page.ARCHS, machine_code_page.AMD])
 def test_every_kernel_is_stored_for_every_architecture(arch: int | str) -> None:
     mine = [r for r in ROWS if r["arch"] == arch]
     triton = {r["name"] for r in mine if r["backend"] == "triton"}
@@ -165,6 +166,64 @@ def test_instructions_of_seeds_and_stages_add_up() -> None:
     assert model.instructions(chain, stages=2, seeds=2) == {"fp32": 7.0, "int": 2.0, "memory": 0.5}
     with pytest.raises(ValueError, match="a further seed was not counted in toy"):
         model.instructions(kernel | {"pipes_extra": {}}, seeds=2)
+
+
+def test_cells_of_the_page_by_hand() -> None:
+    """An element of 26 instructions on an H200, all of one scheduler; a pass that was not compiled."""
+    toy = row(arch=90) | {"slots": 26.2, "pipes": {"other": 26.2}}
+    wanted = ("axpy", "bfloat16", "normal", "nearest")
+    memory, compute = 4 / (0.9 * 4.8e12), 26.2 / 128 / (132 * 1.98e9)
+    share = (1 + (compute / memory) ** 4) ** -0.25
+    assert machine_code_page.told([toy], "cuda", wanted, "H200") == f"{share:.0%}, 26 of 31"
+    assert machine_code_page.told([toy], "cuda", wanted, "H100").endswith(", 26 of 44")
+    assert machine_code_page.told([toy], "cuda", wanted, "B200") == "-"
+    assert machine_code_page.told([toy], "triton", wanted, "H200") == "-"
+
+
+def test_the_page_has_what_people_run() -> None:
+    """Every rule is in it, with a number for each GPU in CUDA's table, and for each update a chain's gain."""
+    assert {wanted[0] for wanted in machine_code_page.PASSES.values()} == set(RULES)
+    for table in (machine_code_page.cuda_table(ROWS), machine_code_page.other_table(ROWS)):
+        assert [title for title, *_ in lines_of(table)] == list(machine_code_page.PASSES)
+    for _, *shares, further, _ in lines_of(machine_code_page.cuda_table(ROWS)):
+        assert all(re.fullmatch(r"\d+%, \d+ of \d+", share) for share in shares)
+        assert 5 < int(further) < 40
+    for title, *_, gains in lines_of(machine_code_page.other_table(ROWS)):
+        assert (gains == "-") == ("perturb" in title), title
+
+
+def lines_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def test_the_csv_has_every_row_and_its_prediction() -> None:
+    lines = list(csv.DictReader(machine_code_page.table_of_all(ROWS).splitlines()))
+    assert len(lines) == len(ROWS)
+    for line, stored in zip(lines, ROWS, strict=True):
+        assert (line["arch"], line["rule"], float(line["slots"])) == (
+            str(stored["arch"]),
+            stored["rule"],
+            stored["slots"],
+        )
+        assert sum(float(line[pipe]) for pipe in stored["pipes"]) == pytest.approx(stored["slots"], abs=1e-3)
+        for device, figures in model.DEVICES.items():
+            mine = figures.arch == stored["arch"]
+            chain = stored["kernel"] == "chain"
+            assert (line[f"predicted_{device}"] != "") == (mine and not chain)
+            assert (line[f"sweep_of_8_{device}"] != "") == (mine and chain)
+    (h200,) = [i for i, stored in enumerate(ROWS) if stored is row()]
+    assert lines[h200]["predicted_H200"] == f"{model.predicted_share(row(), 4, 'H200'):.3f}"
+
+
+def test_a_csv_of_older_rows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    older = tmp_path / "machine_code.csv"
+    older.write_text("older")
+    monkeypatch.setattr(machine_code_table, "ALL", older)
+    assert machine_code_table.main(["--check"]) == 1
+    assert "disagrees with machine_code.json: machine_code.csv" in capsys.readouterr().out
+    assert older.read_text() == "older"
+    older.write_text(machine_code_page.table_of_all(ROWS))
+    assert machine_code_table.main(["--check"]) == 0
 
 
 def test_gain_of_a_chain_is_passes_over_a_sweep() -> None:
