@@ -167,6 +167,27 @@ def test_registers_that_may_be_unset_are_named() -> None:
     assert translate(text).unset == ["%r8"]
 
 
+@pytest.mark.parametrize(
+    ("body", "unset"),
+    [
+        ("mov.b64 %rd4, {%r1, %r9}; mov.b64 {%r8, _}, %rd4;", []),
+        ("mov.b64 %rd4, {%r1, %r9}; mov.b64 {_, %r8}, %rd4;", ["%r9"]),
+        ("mov.b64 %rd4, {%r1, %r9}; mul.rn.f32x2 %rd5, %rd4, %rd4; mov.b64 {%r8, _}, %rd5;", []),
+        ("mov.b64 %rd4, {%r9, %r1}; mul.rn.f32x2 %rd5, %rd4, %rd4; mov.b64 {%r8, _}, %rd5;", ["%r9"]),
+        ("mov.b64 %rd4, {%r1, %r9}; mov.b64 {%r8, %r10}, %rd4;", []),  # %r10 is not used
+        ("mov.b64 %rd4, {%r1, %r9}; shr.u64 %rd4, %rd4, 32; cvt.u32.u64 %r8, %rd4;", ["%r9"]),
+        ("@%p1 mov.b64 %rd4, {%r1, %r1}; mov.b64 {%r8, _}, %rd4;", ["%p1", "%rd4"]),
+    ],
+)
+def test_half_of_a_pair_may_be_unset_where_nobody_uses_it(body: str, unset: list[str]) -> None:
+    memory = words()
+    (text,) = split(HEAD + body + KEEP + "ret;\n}\n").values()
+    assert translate(text).unset == unset
+    run(body + KEEP, memory)  # with garbage in it
+    if not unset and "mul" not in body:
+        assert memory.tolist() == list(range(64))
+
+
 # ------------------------------------------------------------------------------------------------------------ integers
 INTEGERS = """ld.global.u32 %r8, [%rd3]; mul.lo.s32 %r9, %r8, 747796405; mul.hi.u32 %r10, %r8, -766435501;
 mul.wide.s32 %rd4, %r8, -12345; shr.u64 %rd5, %rd4, 32; cvt.u32.u64 %r11, %rd5; xor.b32 %r12, %r9, %r10;
