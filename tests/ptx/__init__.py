@@ -12,7 +12,7 @@ folder.
 
 Not shown by it: what ptxas makes of the PTX, orders of memory accesses other than barriers', registers, speed.
 
-    parse, blocks                    PTX to instructions, and those to basic blocks with their live registers
+    parse, blocks, halves            PTX to instructions, and those to basic blocks with their live registers
     writer, floats, integers,        a block as a Python function on NumPy arrays, one element for each thread
     accesses, translate, arithmetic
     machine, memory, races, warps    threads, what they may touch, and the checks

@@ -95,21 +95,6 @@ def successors(block: Block, total: int) -> list[int]:
     return [] if kind == "exit" else following
 
 
-def fill_unused_halves(kernel: Kernel) -> None:
-    """LLVM packs a value with a register that nothing ever sets where the other half is not used. Such a register becomes
-    garbage, which shows in the bits if it is used after all. One that is read in any other way stays, and is told."""
-    reads: dict[str, list[bool]] = {}
-    every = [reads_writes(kernel, i) for i in kernel.code]
-    for i, (read, _) in zip(kernel.code, every, strict=True):
-        packed = i.args[-1] if i.parts == ("mov", "b64") and isinstance(i.args[-1], list) else []
-        for r in read:
-            reads.setdefault(r, []).append(r in packed and kernel.registers[r] == 4)
-    unused = {r for r, packed in reads.items() if all(packed)} - {r for _, written in every for r in written}
-    for i in kernel.code:
-        if unused and i.args and isinstance(i.args[-1], list):
-            i.args[-1] = ["0xa5a5a5a5" if r in unused else r for r in i.args[-1]]
-
-
 def flow(kernel: Kernel, blocks: list[Block]) -> tuple[set[str], set[str]]:
     """Sets each block's live registers. Registers that some path reads before they are set, and all that are read."""
     uses, sets = [], []

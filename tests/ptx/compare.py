@@ -43,13 +43,15 @@ def notices(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) 
     text, original = emulator.sources[launch.kernel], emulator.programs[launch.kernel]
     where = instructions_by_block(text)
     executed = {i for block in launch.report.blocks for i in where[block]}
-    mutant = next(m for m in mutants_of(launch.kernel, text, executed) if m.kind.endswith("fma without its product"))
+    found = (m for m in mutants_of(launch.kernel, text, executed) if m.kind.endswith("fma without its product"))
+    if (mutant := next(found, None)) is None:
+        return [f"{launch.kernel} has nothing to be changed"]
     emulator.programs[launch.kernel] = translate(mutant.apply(text))
     try:
-        found = compare(case, name, backend, peer, emulator)
+        noticed = compare(case, name, backend, peer, emulator)
     finally:
         emulator.programs[launch.kernel] = original
-    return [] if any("differ" in wrong for wrong in found) else [f"{mutant} was not noticed"]
+    return [] if any("differ" in wrong for wrong in noticed) else [f"{mutant} was not noticed"]
 
 
 def checksum(name: str, emulator: Emulator, first: int, words: int) -> list[str]:

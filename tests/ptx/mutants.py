@@ -51,17 +51,21 @@ CHANGES: list[Change] = [
 ]
 
 
+_STATEMENT = re.compile(r"(?:[^;{}]|\{[^;{}]*\})+;")
+_LABELS = re.compile(r"\s*(?:[\w$]+:\s*)*")
+
+
 @dataclass(frozen=True)
 class Mutant:
     kernel: str
     kind: str
-    line: int  # of the kernel's text
+    start: int  # in the kernel's text
+    end: int
     was: str
     becomes: str
 
     def apply(self, text: str) -> str:
-        lines = text.split("\n")
-        return "\n".join([*lines[: self.line], self.becomes, *lines[self.line + 1 :]])
+        return text[: self.start] + self.becomes + text[self.end :]
 
     def __str__(self) -> str:
         return f"{self.was}   ->   {self.becomes or 'nothing'}"
@@ -69,14 +73,15 @@ class Mutant:
 
 def mutants_of(name: str, text: str, executed: set[str]) -> Iterator[Mutant]:
     """All that a kernel has, in instructions that some case runs."""
-    for n, line in enumerate(text.split("\n")):
-        was = line.strip()
-        if not was.endswith(";") or was.startswith(".") or was.rstrip(";") not in executed:
+    for m in _STATEMENT.finditer(text):
+        start = m.start() + len(_LABELS.match(m[0])[0])  # type: ignore[index]
+        was = " ".join(text[start : m.end()].split())
+        if was.rstrip(";") not in executed:
             continue
         for kind, pattern, new in CHANGES:
             becomes = re.sub(pattern, new, was, count=1)
             if becomes != was and not (".param" in was and kind == "4 bytes further"):
-                yield Mutant(name, kind, n, was, becomes)
+                yield Mutant(name, kind, start, m.end(), was, becomes)
 
 
 def draw(every: list[Mutant], count: int, seed: int) -> list[Mutant]:

@@ -15,6 +15,7 @@ from .parse import Kernel, Operand, PtxError
 BITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 SIGNED = {1: "np.int8", 2: "i2", 4: "i4", 8: "i8"}
 Guard = tuple[str, bool] | None
+GARBAGE = 0xA5A5A5A5A5A5A5A5  # what is in a register before it is set
 
 
 def size_of(kind: str) -> int:
@@ -94,7 +95,12 @@ class Writer:
     def _have(self, register: str, form: str) -> str:
         name, forms = self._local(register, form), self.forms.get(register)
         if forms is None:
-            self.lines.append(f"{self._local(register, 'u')} = R[{register!r}]")
+            value = f"R[{register!r}]"
+            if register in self.unset:
+                own = self.kernel.registers[register]
+                garbage = self.constant(f"{BITS[own]}({GARBAGE >> 64 - 8 * own})") if own else "FALSE"
+                value = f"R.get({register!r}, {garbage})"
+            self.lines.append(f"{self._local(register, 'u')} = {value}")
             forms = self.forms[register] = {"u"}
         if form not in forms:
             other = self._local(register, "u" if form == "f" else "f")
@@ -113,9 +119,7 @@ class Writer:
             if form == "f":
                 self.lines.append(f"tf = {expression}")
                 expression, form = "bits(tf)", "u"
-            unset = self.forms.get(register) is None and register in self.unset
-            old = f"R.get({register!r}, ZERO)" if unset else self._have(register, "u")
-            test = self.u(guard[0], 0)
+            old, test = self._have(register, "u"), self.u(guard[0], 0)
             expression = f"where({test}, {expression}, {old})" if guard[1] else f"where({test}, {old}, {expression})"
         self.lines.append(f"{self._local(register, form)} = {expression}")
         self.forms[register] = {form}
