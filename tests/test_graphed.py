@@ -320,3 +320,175 @@ def test_what_has_changed_since_is_noticed(emulated, what) -> None:
     assert opt.counters["steps"] == 1
     again = zokern.GraphedStep(opt, closure, data[0])
     again(data[1])
+
+
+# ------------------------------------------------------------------------------------------- a capture that cannot end
+
+
+class StandIns:
+    """PyTorch's calls for graphs, as CUDA has them: a capture that a call has broken cannot end. `log` has what was done.
+
+    Names are those of PyTorch 2.8 and newer, or of the ones before. end_fails: the capture ends with an error by itself.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, new: bool = True, end_fails: bool = False) -> None:
+        self.log: list[object] = []
+        self.streams: list[object] = ["outer"]  # the last is current
+        self.recording: list[object] = []
+        self.used: list[object] = []  # pools that are yet to be released
+        self.capturing = False  # as the generator sees it
+        log, stand = self.log, self
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                pass
+
+        class stream:
+            def __init__(self, entered: object) -> None:
+                self.entered = entered
+
+            def __enter__(self) -> None:
+                self.before = stand.streams[-1]
+                stand.streams.append(self.entered)
+
+            def __exit__(self, *error: object) -> None:
+                stand.streams.append(self.before)
+
+        class graph:
+            def __init__(self, cuda_graph, pool=None, stream=None, capture_error_mode="global") -> None:
+                assert capture_error_mode == "thread_local"
+                self.pool, self.within = pool, torch.cuda.stream(stream)
+
+            def __enter__(self) -> None:
+                if stand.recording:  # empty_cache
+                    raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+                self.within.__enter__()
+                stand.recording.append(self.pool)
+                stand.used.append(self.pool)
+                stand.capturing = True
+
+            def __exit__(self, kind, error, traceback) -> None:
+                if (error is not None and "not permitted" in str(error)) or (end_fails and self.pool is not None):
+                    raise RuntimeError("operation failed due to a previous error during capture\nadvice\nmore of it")
+                stand.recording.remove(self.pool)
+                stand.used.remove(self.pool)
+                stand.capturing = False
+                self.within.__exit__(None, None, None)
+
+        def end(device: int, pool: object) -> None:
+            if pool not in stand.recording:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            stand.recording.remove(pool)
+            log.append(("ended", device, pool))
+
+        def zeros(*size: object, device: torch.device) -> Tensor:
+            return torch.full((), 0.0)
+
+        names = ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"]
+        for name in names:
+            monkeypatch.delattr(torch._C, name, raising=False)
+        monkeypatch.setattr(torch._C, names[0 if new else 1], end, raising=False)
+        monkeypatch.setattr(
+            torch._C, "_cuda_releasePool", lambda device, pool: self.used.remove(pool), raising=False
+        )
+        monkeypatch.setattr(torch, "zeros", zeros)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+GPU = torch.device("cuda", 1)
+
+
+def waits() -> None:
+    raise RuntimeError("the first error: operation not permitted when stream is capturing\nadvice")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["PyTorch 2.8", "PyTorch 2.6"])
+def test_a_capture_that_a_call_breaks_leaves_nothing_behind(new: bool, monkeypatch) -> None:
+    cuda = StandIns(monkeypatch, new=new)
+    one = graphed.CudaGraph(GPU, "pool")
+    with pytest.raises(RuntimeError, match="the first error") as raised:
+        one.capture(waits)
+    assert raised.value.__suppress_context__, "that the capture could not end says nothing"
+    assert cuda.streams[-1] == "outer"
+    assert cuda.log == [("ended", 1, "pool")]
+    assert cuda.recording == cuda.used == []
+    assert not cuda.capturing
+    assert one.graph in graphed._broken
+    graphed.CudaGraph(GPU, "another pool").capture(lambda: None)
+    assert cuda.streams[-1] == "outer"
+
+
+def test_a_capture_that_cannot_end_by_itself_says_so(monkeypatch) -> None:
+    cuda = StandIns(monkeypatch, end_fails=True)
+    with pytest.raises(RuntimeError, match="operation failed due to a previous error"):
+        graphed.CudaGraph(GPU, "pool").capture(lambda: None)
+    assert cuda.streams[-1] == "outer"
+    assert cuda.log == [("ended", 1, "pool")]
+    assert not cuda.capturing
+
+
+def test_an_error_that_lets_the_capture_end_is_left_alone(monkeypatch) -> None:
+    """Of the closure's own, say: PyTorch has put everything back."""
+    cuda = StandIns(monkeypatch)
+    before = len(graphed._broken)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        graphed.CudaGraph(GPU, "pool").capture(interrupted)
+    assert cuda.streams[-1] == "outer"
+    assert cuda.log == []
+    assert len(graphed._broken) == before
+
+
+def test_the_next_try_has_a_pool_of_its_own(emulated, monkeypatch) -> None:
+    """HELENE's second kind of step fails, and then works: the pool that the failure left is not used again."""
+    pools, handles = [], iter(range(100))
+
+    class Noting(EmulatedGraph):
+        def __init__(self, device: torch.device, pool: object) -> None:
+            super().__init__(device, pool)
+            pools.append(pool)
+
+    monkeypatch.setattr(graphed, "new_graph", Noting)
+    monkeypatch.setattr(graphed.GraphedStep, "_new_pool", lambda self: next(handles))
+    _, opt, closure, _ = make(METHODS["helene"], "inplace", torch.float32)
+    broken: list[str] = []
+
+    def sometimes(batch) -> Tensor:
+        return closure(batch) * (closure(batch).item() if broken else 1.0)
+
+    data = batches()
+    step = zokern.GraphedStep(opt, sometimes, data[0])
+    step(data[0])
+    broken.append("yes")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="could not be captured"):
+            step(data[1])
+    broken.clear()
+    step(data[1])
+    assert pools == [0, 0, 1, 2]
+    assert opt.counters["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("\nCUDA error: one line\nCompile with `TORCH_USE_CUDA_DSA`\n"), r"graph: CUDA error: one line\. The"),
+        (RuntimeError(), r"graph: RuntimeError\. The"),
+    ],
+)
+def test_an_error_is_told_in_one_line(emulated, error, said) -> None:
+    _, opt, _, _ = make(METHODS["mezo"], "inplace", torch.float32)
+
+    def closure(batch) -> Tensor:
+        raise error
+
+    with pytest.raises(RuntimeError, match=said) as raised:
+        zokern.GraphedStep(opt, closure, batches()[0])
+    assert "\n" not in str(raised.value)
+    assert raised.value.__cause__ is error

@@ -87,7 +87,10 @@ class Numbers:
             if isinstance(rounding, tuple):
                 rounding = torch.tensor(rounding, dtype=torch.int64)
             self._near[device] = Scalars(
-                seed_tensor(self.seeds, device), _sent(coefs, device), _sent(shared, device), rounding
+                seed_tensor(self.seeds, device),
+                _sent_between_devices(coefs, device),
+                _sent_between_devices(shared, device),
+                rounding,
             )
         return self._near[device]
 
@@ -188,7 +191,7 @@ class Passes:
                 coefs=scalars.coefs,
                 shared=scalars.shared,
                 rounding_seed=scalars.rounding_seed,
-                enabled=None if enabled is None else enabled.to(part.device, non_blocking=True),
+                enabled=None if enabled is None else sent(enabled, part.device),
                 rule=numbers.rule,
                 distribution=self.distribution,
                 rounding="stochastic" if numbers.stochastic else "nearest",
@@ -240,7 +243,7 @@ class Passes:
                 groups=part.groups,
                 rule=rule,
                 probes=[probes[i] for i in part.at] if probes else (),
-                enabled=None if enabled is None else enabled.to(part.device, non_blocking=True),
+                enabled=None if enabled is None else sent(enabled, part.device),
                 backend=self.backend,
             )
             self.counters.launches += part.launches
@@ -262,7 +265,7 @@ def multiples(terms: Terms, seeds: Sequence[Seed], device: torch.device) -> Tens
     # Numbers are filled in, not made a tensor of: a copy from the host to a device could not be captured in a graph.
     return torch.stack(
         [
-            v.to(device, torch.float64)
+            sent(v, device).to(torch.float64)
             if isinstance(v, Tensor)
             else torch.full((), v, dtype=torch.float64, device=device)
             for v in values
@@ -273,15 +276,21 @@ def multiples(terms: Terms, seeds: Sequence[Seed], device: torch.device) -> Tens
 def perturbation(eps: Tensor, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
     """Coefficients [R, K] of a perturbation: each row's eps times the terms of `seeds`."""
     row = multiples(terms, seeds, eps.device)
-    return eps.to(row.device, non_blocking=True)[:, None] * row
+    return sent(eps, row.device)[:, None] * row
 
 
 def seed_tensor(seeds: Sequence[Seed], device: torch.device) -> Tensor:
     """int64 [K]: on the host where it knows them all, else on `device`."""
     if not any(isinstance(seed, Tensor) for seed in seeds):
         return torch.tensor(seeds, dtype=torch.int64)
-    return torch.stack([torch.as_tensor(seed, dtype=torch.int64).to(device, non_blocking=True) for seed in seeds])
+    return torch.stack([sent(torch.as_tensor(seed, dtype=torch.int64), device) for seed in seeds])
 
 
-def _sent(t: Tensor, device: torch.device) -> Tensor:
-    return t if t.device.type == "cpu" or t.device == device else t.to(device, non_blocking=True)
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """t on `device`: nothing waits on the way to a device, but a copy for the host is read there at once."""
+    return t.to(device, non_blocking=device.type != "cpu")
+
+
+def _sent_between_devices(t: Tensor, device: torch.device) -> Tensor:
+    """What the host has stays there: a backend sends all of it in one transfer."""
+    return t if t.device.type == "cpu" else sent(t, device)
