@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections import OrderedDict
 from functools import partial
@@ -13,6 +14,9 @@ from emulated_graph import EmulatedGraph
 from test_methods import METHODS, Case
 from test_pipelined import Net, same
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zokern
 from zokern import graphed, journal
@@ -195,6 +199,73 @@ def test_seeds_on_the_device_are_those_of_the_host() -> None:
         streams = [0, 1, draw.randrange(1 << 32), 1 << 32, (1 << 32) + 2]
         got = derive_seeds(run_seed, torch.tensor(step), torch.tensor(streams))
         assert got.tolist() == [derive_seed(run_seed, step, stream) for stream in streams]
+
+
+class ReadFromOutside(TorchDispatchMode):
+    """Which memory that was there before do operations touch?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+        self.outside: dict[int, tuple[str, StorageWeakRef]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.made:
+                key = t.untyped_storage()._cdata
+                self.outside.setdefault(key, (f"{func.name()}: {t.shape}", StorageWeakRef(t.untyped_storage())))
+        out = func(*args, **(kwargs or {}))
+        self.kept = [*getattr(self, "kept", []), out]  # so that no address comes twice
+        self.made |= {t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, Tensor)} - set(self.outside)
+        return out
+
+
+class Growing(zokern.MeZO):
+    """A second kind of step with streams of seeds that the first has not."""
+
+    def structure(self) -> bool:
+        return self.counters["steps"] > 0
+
+    def estimate(self, probe):
+        self.num_samples = 3 if self.structure() else 1
+        return super().estimate(probe)
+
+
+@pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
+@pytest.mark.parametrize("name", ["growing", "mezo-adam", "hizoo", "helene", "helene-by-layer"])
+def test_what_a_graph_reads_is_kept(emulated, name: str, placement: str, monkeypatch) -> None:
+    """All memory from outside of each capture is there after the next kind of step has been captured, and eager steps."""
+    captures: list[dict[int, tuple[str, StorageWeakRef]]] = []
+
+    class Watched(EmulatedGraph):
+        def capture(self, work) -> None:
+            with ReadFromOutside() as seen:
+                work()
+            captures.append(seen.outside)
+
+    monkeypatch.setattr(graphed, "new_graph", Watched)
+    torch.manual_seed(2)
+    model = Net().bfloat16()
+    case = METHODS.get(name, METHODS["mezo"])
+    options = {k: v() if callable(v) else v for k, v in case.options.items()}
+    kind = Growing if name == "growing" else getattr(zokern, case.cls)
+    opt = kind(model, 1e-3, placement=placement, **options)
+    data = batches()
+
+    def closure(batch) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["tokens"]).float(), batch["labels"])
+
+    step = zokern.GraphedStep(opt, closure, data[0])
+    step(data[0])
+    opt.step(lambda: closure(data[1]))
+    step(data[1])
+    step(data[2])
+    gc.collect()
+    assert len(captures) == (2 if name in ("growing", "helene") else 1)
+    freed = [what for outside in captures for what, storage in outside.values() if storage.expired()]
+    assert freed == []
+    assert len(captures[0]) > 10
+    assert step.optimizer is opt
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -114,7 +114,8 @@ class GraphedStep:
             journal is written: those do other work in each step, or have to know its numbers on the host.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
-            Modules are read when it is captured: later changes of the Python code go unnoticed.
+            Modules are read when it is captured: later changes of the Python code go unnoticed. Models of transformers
+            make their attention mask in another way while they are captured, unless the batch has it.
         sample_batch: a tensor, or lists, tuples and mappings of tensors (nested as you like), with the shapes and dtypes of
             all batches to come; other values in it are part of the graph. Tensors may be on the host: each call copies
             them to the device.
@@ -190,7 +191,8 @@ class GraphedStep:
                     optimizer.set_counters(before)
                 graph.capture(self._step)
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
-            captured = _Captured(graph, optimizer.metrics, cost, (table.cached(), optimizer.captured_tensors()))
+            held = table.cached(), optimizer.captured_tensors(), live.tensors()
+            captured = _Captured(graph, optimizer.metrics, cost, held)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
             if isinstance(error, (TypeError, ValueError)) or not isinstance(error, Exception):

@@ -50,6 +50,10 @@ class Live:
                 self.numbers[i].copy_(value, non_blocking=True)
         self.step.fill_(step)
 
+    def tensors(self) -> list[Tensor]:
+        """What a step that is captured now reads; a later capture may replace some of them."""
+        return [self.step, self.gate, self.numbers, self._stream_numbers]
+
     def begin(self) -> None:
         """Derives the seeds of all streams that have been asked for so far; a part of the step."""
         if len(self._streams) != len(self._stream_numbers):
