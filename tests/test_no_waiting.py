@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
+from zokern import backends
 from zokern.optim import parameters
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.live import Live
@@ -87,6 +88,8 @@ def options_of(case: Case) -> dict[str, Any]:
 def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, ZerothOrderOptimizer]:
     model = Net().bfloat16().to(DEVICE)
     monkeypatch.setattr(parameters, "check_parameter", lambda p, name: None)  # it refuses tensors without storage
+    monkeypatch.setattr(backends, "choose", lambda name, device: backends.module("cuda"))  # its launches are left out
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)  # what the copies are made from
     # The count of skipped steps comes to the host by a CUDA event, in its own time.
     monkeypatch.setattr(ZerothOrderOptimizer, "_remember_skipped", lambda self: None)
     return model, getattr(zokern, case.cls)(model, 1e-3, placement=placement, **options_of(case))

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from zokern.backends.native import stage_rows
-from zokern.backends.scalars import Chain, Kind, Scalars, on_device, perturbation
+from zokern.backends.native import STAGE_COLUMNS, stage_rows
+from zokern.backends.scalars import Chain, Kind, Scalars, chain_on_device, perturbation
 from zokern.rules import Rule
-from zokern.table import CHUNK, COLUMNS, PROBE, Table, upload
+from zokern.table import CHUNK, COLUMNS, PROBE, Table
 
 from .chain import chain_kernel
 from .interpreter import exact_arithmetic
@@ -52,8 +52,9 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     num_chunks, num_seeds = table.chunks.shape[0], scalars.seeds.shape[0]
     if num_chunks == 0:
         return
+    device = table.tensors.device
     stochastic_state = table.state_dtype != torch.float32 and kind.rule.written > 0
-    with _launch_context(table.tensors.device):
+    with _launch_context(device):
         pass_kernel[(num_chunks,)](
             table.tensors,
             table.chunks,
@@ -76,6 +77,8 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
             BLOCK=BLOCK,
             **LAUNCH_OPTIONS,
         )
+    if device.type == "cuda":
+        table.read_on(torch.cuda.current_stream(device))
 
 
 def run_chain(table: Table, chain: Chain) -> None:
@@ -83,14 +86,14 @@ def run_chain(table: Table, chain: Chain) -> None:
     if table.chunks.shape[0] == 0:
         return
     device = table.tensors.device
-    there = on_device(chain, device)
-    stages = upload(torch.tensor(stage_rows(there), dtype=torch.int64), device)
+    there, parcel = chain_on_device(chain, device, room=len(chain.stages) * STAGE_COLUMNS * 8)
+    stages = parcel.send_with(torch.tensor(stage_rows(there), dtype=torch.int64))
     with _launch_context(device):
         chain_kernel[(table.chunks.shape[0],)](
             table.tensors,
             table.chunks,
             stages,
-            chain.enabled,
+            there.enabled,
             len(chain.stages),
             **constants(chain.rule),
             PERTURBATION=perturbation(chain.rule).name,
@@ -102,8 +105,10 @@ def run_chain(table: Table, chain: Chain) -> None:
             DISTRIBUTION=chain.stages[0][0].distribution,
             COLUMNS=COLUMNS,
             PROBE=PROBE,
-            STAGE_COLUMNS=stages.shape[1],
+            STAGE_COLUMNS=STAGE_COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
             **LAUNCH_OPTIONS,
         )
+    if device.type == "cuda":
+        table.read_on(torch.cuda.current_stream(device))
