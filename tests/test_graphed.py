@@ -459,9 +459,7 @@ class StandIns:
         for name in names:
             monkeypatch.delattr(torch._C, name, raising=False)
         monkeypatch.setattr(torch._C, names[0 if new else 1], end, raising=False)
-        monkeypatch.setattr(
-            torch._C, "_cuda_releasePool", lambda device, pool: self.used.remove(pool), raising=False
-        )
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.used.remove(pool), raising=False)
         monkeypatch.setattr(torch, "zeros", zeros)
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
@@ -549,7 +547,10 @@ def test_the_next_try_has_a_pool_of_its_own(emulated, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (RuntimeError("\nCUDA error: one line\nCompile with `TORCH_USE_CUDA_DSA`\n"), r"graph: CUDA error: one line\. The"),
+        (
+            RuntimeError("\nCUDA error: one line\nCompile with `TORCH_USE_CUDA_DSA`\n"),
+            r"graph: CUDA error: one line\. The",
+        ),
         (RuntimeError(), r"graph: RuntimeError\. The"),
     ],
 )

@@ -43,7 +43,7 @@ class MadeFromNumbers(TorchFunctionMode):
 
 
 class Transfers(TorchDispatchMode):
-    """Copies from one device to another: all, as (from, to), and the names of those to the device that the host waits for."""
+    """Copies between devices: all, as (from, to), and the names of those to the device that the host waits for."""
 
     def __init__(self) -> None:
         super().__init__()

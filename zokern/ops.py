@@ -71,10 +71,11 @@ def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int
 def _check_states(src: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
     for state in states:
         for s, t in zip(src, state, strict=True):
-            if t.shape != s.shape or t.device != s.device or not t.is_contiguous() or t.dtype != state[0].dtype:
+            fits = t.shape == s.shape and t.device == s.device and t.is_contiguous()
+            if not fits or t.dtype != state[0].dtype or t.dtype not in _checks.DTYPES:
                 raise ValueError(
                     f"a state is {_checks.describe(t)}, its tensor {_checks.describe(s)}: a state is contiguous, on the "
-                    f"same device, of the same shape, and {state[0].dtype} like the others"
+                    "same device, of the same shape, and float32, float16 or bfloat16 like the others"
                 )
 
 

@@ -60,9 +60,7 @@ def build(
     probes: Sequence[Tensor | None] = (),
 ) -> Table:
     """The table of tensors that share a dtype and a device. 80 bytes a tensor and 8 a chunk, uploaded once."""
-    spans = [
-        (offset // CHUNK, -(-(offset + s.numel()) // CHUNK)) for s, offset in zip(src, offsets, strict=True)
-    ]
+    spans = [(offset // CHUNK, -(-(offset + s.numel()) // CHUNK)) for s, offset in zip(src, offsets, strict=True)]
     wanted = sum(last - first for first, last in spans)
     if wanted > MAX_CHUNKS:
         raise ValueError(

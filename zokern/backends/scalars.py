@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ class Scalars:
     shared: Tensor
     rounding_seed: Tensor | None = None
     enabled: Tensor | None = None
-
-
-NAMES = tuple(field.name for field in fields(Scalars))
 
 
 @dataclass(frozen=True)
@@ -99,21 +96,20 @@ class Parcel:
     def moved(self, scalars: Scalars) -> Scalars:
         if not self._there:
             return scalars
-        every = {name: getattr(scalars, name) for name in NAMES}
-        return Scalars(**{name: None if t is None else self[t] for name, t in every.items()})
+        s = scalars
+        rounding, enabled = (None if t is None else self[t] for t in (s.rounding_seed, s.enabled))
+        return Scalars(self[s.seeds], self[s.coefs], self[s.shared], rounding, enabled)
 
-    def send(self) -> None:
-        self.send_with(torch.empty(0))
-
-    def send_with(self, table: Tensor) -> Tensor:
+    def send(self, table: Tensor | None = None) -> Tensor | None:
         """Everything, and `table` in the room that was kept for it; returns it as it is on the device."""
         if self._buffer is None:
             return table
         packed = bytearray().join(t.numpy().tobytes().ljust(_padded(t), b"\0") for t in self._host.values())
-        packed += table.numpy().tobytes()
+        if table is not None:
+            packed += table.numpy().tobytes()
         if packed:
             self._buffer.copy_(torch.frombuffer(packed, dtype=torch.uint8).pin_memory(), non_blocking=True)
-        return self._buffer[self._size :].view(table.dtype).view(table.shape)
+        return None if table is None else self._buffer[self._size :].view(table.dtype).view(table.shape)
 
 
 def on_device(scalars: Scalars, device: torch.device, *, carried: bool = False) -> Scalars:

@@ -196,7 +196,9 @@ class Stream(Exact):
                 unit.members = [members[i] for i in unit.at]
             return self.kept
         refuse_compiled(self.module)  # it may have been since
-        self.kept, self.ready, self.layout = [], {}, None  # views of the pools, which may be replaced
+        for unit in self.kept:  # views of the pools, which may be replaced; the hooks of this step hold the units
+            unit.copies, unit.pairs = [], []
+        self.kept, self.ready, self.layout = [], {}, None
         self.passes.forget()
         units = units_of(self.module, members)
         sites.fit(self.block_pools, _largest(units[1:]))

@@ -29,10 +29,14 @@ LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "num_stages": 1, "enable_fp_fusion": F
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _launch_context(device: torch.device) -> AbstractContextManager[object]:
     if INTERPRETED:
         return exact_arithmetic()
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if on_gpu(device) else nullcontext()
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -77,7 +81,7 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
             BLOCK=BLOCK,
             **LAUNCH_OPTIONS,
         )
-    if device.type == "cuda":
+    if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
 
 
@@ -87,7 +91,7 @@ def run_chain(table: Table, chain: Chain) -> None:
         return
     device = table.tensors.device
     there, parcel = chain_on_device(chain, device, room=len(chain.stages) * STAGE_COLUMNS * 8)
-    stages = parcel.send_with(torch.tensor(stage_rows(there), dtype=torch.int64))
+    stages = parcel.send(torch.tensor(stage_rows(there), dtype=torch.int64))
     with _launch_context(device):
         chain_kernel[(table.chunks.shape[0],)](
             table.tensors,
@@ -110,5 +114,5 @@ def run_chain(table: Table, chain: Chain) -> None:
             BLOCK=BLOCK,
             **LAUNCH_OPTIONS,
         )
-    if device.type == "cuda":
+    if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
