@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# What a CUDA error says after its first line.
+ADVICE = """
+Search for `cudaErrorStreamCaptureUnsupported' in https://docs.nvidia.com/cuda/cuda-runtime-api for more information.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
 ASKS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::item"}
 
 
@@ -22,9 +29,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split(".")[0]
         if name in ASKS:
-            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing{ADVICE}")
         if name == "aten::lift_fresh":  # torch.tensor(...): on a GPU this is a copy from the host
-            raise RuntimeError("a tensor was made from numbers of the host: not permitted when stream is capturing")
+            raise RuntimeError(f"a tensor was made from host numbers: not permitted when stream is capturing{ADVICE}")
         out = func(*args, **(kwargs or {}))
         self.work.append((func, args, kwargs or {}, out))
         return out

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import zokern
-from zokern import backends
+from zokern import backends, ops, table
+from zokern.backends.scalars import Kind, Scalars
 
 GOOD = {"tensor_ids": [0, 1], "seeds": [1], "coefs": [0.5]}
 CASES = {
@@ -122,3 +123,63 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOKERN_CPU_ISA", "sse9")
     with pytest.raises(ValueError, match="ZOKERN_CPU_ISA is 'sse9'"):
         zokern.noise(3, seed=1, backend="cpu")
+
+
+# ------------------------------------------------------------------------------------------------- limits of one launch
+
+
+def numbers_of(seeds: int) -> Scalars:
+    return Scalars(torch.arange(seeds), torch.ones(1, 1, seeds), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("stages", "seeds", "said"),
+    [
+        (33, 1, r"33 stages with 33 seeds, and one takes 1 to 32 stages"),
+        (2, 65, r"2 stages with 130 seeds, .* at most 128: make several chains"),
+        (0, 1, r"0 stages with 0 seeds, and one takes 1 to 32"),
+    ],
+)
+def test_a_chain_refuses_more_than_it_takes(stages: int, seeds: int, said: str, backend, device) -> None:
+    weight = torch.zeros(100, device=device)
+    chain = [(Kind(), numbers_of(seeds))] * stages
+    with pytest.raises(ValueError, match=said):
+        ops.launch_chain([weight], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend=backend)
+    assert not weight.any()
+
+
+def test_a_chain_takes_what_its_limits_say() -> None:
+    one = torch.zeros(100)
+    for chain in ([(Kind(), numbers_of(4))] * 32, [(Kind(), numbers_of(64))] * 2):
+        ops.launch_chain([one], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend="cpu")
+    assert one.all()
+
+
+def test_a_pass_refuses_more_seeds_than_it_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 * 2^30 coefficients, say, are more than kernels count to; nothing of that size is made for the message."""
+    weight, seeds = torch.zeros(100), torch.zeros(1, dtype=torch.int64).expand(1 << 30)
+    coefs = torch.zeros(1, 1, 1).expand(1, 1, 1 << 30)
+    with pytest.raises(ValueError, match=r"1073741824 seeds, and one takes 715827882: give them to several passes"):
+        ops.launch([weight], None, tensor_ids=[0], offsets=[0], groups=[0], seeds=seeds, coefs=coefs, shared=coefs[0])
+    monkeypatch.setattr(ops, "MAX_PASS_SEEDS", 3)
+    zokern.add_noise_([weight], tensor_ids=[0], seeds=[1, 2, 3], coefs=[1.0] * 3)
+    before = weight.clone()
+    with pytest.raises(ValueError, match=r"4 seeds, and one takes 3: give them to several passes"):
+        zokern.add_noise_([weight], tensor_ids=[0], seeds=[1, 2, 3, 4], coefs=[1.0] * 4)
+    assert torch.equal(weight, before)
+
+
+def test_a_pass_refuses_more_chunks_than_a_grid_has_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tensors of 2^44 elements, which have no memory here; nothing of that size is made for the message."""
+    weights = [torch.empty(1 << 44, device="meta") for _ in range(3)]
+    with pytest.raises(ValueError, match=r"3221225472 chunks of 16384 elements, and one launch takes 2147483647: give"):
+        table.build(weights, weights, [0, 1, 2], [0] * 3, [0] * 3)
+    small = [torch.zeros(2) for _ in range(3)]
+    given = {"tensor_ids": [0, 1, 2], "offsets": [(1 << 14) - 1] * 3, "seeds": [1], "coefs": [1.0]}  # two chunks each
+    monkeypatch.setattr(table, "MAX_CHUNKS", 5)
+    with pytest.raises(ValueError, match=r"6 chunks of 16384 elements, and one launch takes 5: give them in several"):
+        zokern.add_noise_(small, **given)
+    assert not any(t.any() for t in small)
+    monkeypatch.setattr(table, "MAX_CHUNKS", 6)
+    zokern.add_noise_(small, **given)
+    assert all(t.all() for t in small)

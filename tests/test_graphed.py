@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections import OrderedDict
 from functools import partial
@@ -13,6 +14,9 @@ from emulated_graph import EmulatedGraph
 from test_methods import METHODS, Case
 from test_pipelined import Net, same
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zokern
 from zokern import graphed, journal
@@ -197,6 +201,73 @@ def test_seeds_on_the_device_are_those_of_the_host() -> None:
         assert got.tolist() == [derive_seed(run_seed, step, stream) for stream in streams]
 
 
+class ReadFromOutside(TorchDispatchMode):
+    """Which memory that was there before do operations touch?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+        self.outside: dict[int, tuple[str, StorageWeakRef]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.made:
+                key = t.untyped_storage()._cdata
+                self.outside.setdefault(key, (f"{func.name()}: {t.shape}", StorageWeakRef(t.untyped_storage())))
+        out = func(*args, **(kwargs or {}))
+        self.kept = [*getattr(self, "kept", []), out]  # so that no address comes twice
+        self.made |= {t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, Tensor)} - set(self.outside)
+        return out
+
+
+class Growing(zokern.MeZO):
+    """A second kind of step with streams of seeds that the first has not."""
+
+    def structure(self) -> bool:
+        return self.counters["steps"] > 0
+
+    def estimate(self, probe):
+        self.num_samples = 3 if self.structure() else 1
+        return super().estimate(probe)
+
+
+@pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
+@pytest.mark.parametrize("name", ["growing", "mezo-adam", "hizoo", "helene", "helene-by-layer"])
+def test_what_a_graph_reads_is_kept(emulated, name: str, placement: str, monkeypatch) -> None:
+    """All memory from outside of each capture is there after the next kind of step has been captured, and eager steps."""
+    captures: list[dict[int, tuple[str, StorageWeakRef]]] = []
+
+    class Watched(EmulatedGraph):
+        def capture(self, work) -> None:
+            with ReadFromOutside() as seen:
+                work()
+            captures.append(seen.outside)
+
+    monkeypatch.setattr(graphed, "new_graph", Watched)
+    torch.manual_seed(2)
+    model = Net().bfloat16()
+    case = METHODS.get(name, METHODS["mezo"])
+    options = {k: v() if callable(v) else v for k, v in case.options.items()}
+    kind = Growing if name == "growing" else getattr(zokern, case.cls)
+    opt = kind(model, 1e-3, placement=placement, **options)
+    data = batches()
+
+    def closure(batch) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["tokens"]).float(), batch["labels"])
+
+    step = zokern.GraphedStep(opt, closure, data[0])
+    step(data[0])
+    opt.step(lambda: closure(data[1]))
+    step(data[1])
+    step(data[2])
+    gc.collect()
+    assert len(captures) == (2 if name in ("growing", "helene") else 1)
+    freed = [what for outside in captures for what, storage in outside.values() if storage.expired()]
+    assert freed == []
+    assert len(captures[0]) > 10
+    assert step.optimizer is opt
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -320,3 +391,176 @@ def test_what_has_changed_since_is_noticed(emulated, what) -> None:
     assert opt.counters["steps"] == 1
     again = zokern.GraphedStep(opt, closure, data[0])
     again(data[1])
+
+
+# ------------------------------------------------------------------------------------------- a capture that cannot end
+
+
+class StandIns:
+    """PyTorch's calls for graphs, as CUDA has them: a capture that a call has broken cannot end. `log` has what was done.
+
+    Names are those of PyTorch 2.8 and newer, or of the ones before. end_fails: the capture ends with an error by itself.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, new: bool = True, end_fails: bool = False) -> None:
+        self.log: list[object] = []
+        self.streams: list[object] = ["outer"]  # the last is current
+        self.recording: list[object] = []
+        self.used: list[object] = []  # pools that are yet to be released
+        self.capturing = False  # as the generator sees it
+        log, stand = self.log, self
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                pass
+
+        class stream:
+            def __init__(self, entered: object) -> None:
+                self.entered = entered
+
+            def __enter__(self) -> None:
+                self.before = stand.streams[-1]
+                stand.streams.append(self.entered)
+
+            def __exit__(self, *error: object) -> None:
+                stand.streams.append(self.before)
+
+        class graph:
+            def __init__(self, cuda_graph, pool=None, stream=None, capture_error_mode="global") -> None:
+                assert capture_error_mode == "thread_local"
+                self.pool, self.within = pool, torch.cuda.stream(stream)
+
+            def __enter__(self) -> None:
+                if stand.recording:  # empty_cache
+                    raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+                self.within.__enter__()
+                stand.recording.append(self.pool)
+                stand.used.append(self.pool)
+                stand.capturing = True
+
+            def __exit__(self, kind, error, traceback) -> None:
+                if (error is not None and "not permitted" in str(error)) or (end_fails and self.pool is not None):
+                    raise RuntimeError("operation failed due to a previous error during capture\nadvice\nmore of it")
+                stand.recording.remove(self.pool)
+                stand.used.remove(self.pool)
+                stand.capturing = False
+                self.within.__exit__(None, None, None)
+
+        def end(device: int, pool: object) -> None:
+            if pool not in stand.recording:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            stand.recording.remove(pool)
+            log.append(("ended", device, pool))
+
+        def zeros(*size: object, device: torch.device) -> Tensor:
+            return torch.full((), 0.0)
+
+        names = ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"]
+        for name in names:
+            monkeypatch.delattr(torch._C, name, raising=False)
+        monkeypatch.setattr(torch._C, names[0 if new else 1], end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.used.remove(pool), raising=False)
+        monkeypatch.setattr(torch, "zeros", zeros)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+GPU = torch.device("cuda", 1)
+
+
+def waits() -> None:
+    raise RuntimeError("the first error: operation not permitted when stream is capturing\nadvice")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["PyTorch 2.8", "PyTorch 2.6"])
+def test_a_capture_that_a_call_breaks_leaves_nothing_behind(new: bool, monkeypatch) -> None:
+    cuda = StandIns(monkeypatch, new=new)
+    one = graphed.CudaGraph(GPU, "pool")
+    with pytest.raises(RuntimeError, match="the first error") as raised:
+        one.capture(waits)
+    assert raised.value.__suppress_context__, "that the capture could not end says nothing"
+    assert cuda.streams[-1] == "outer"
+    assert cuda.log == [("ended", 1, "pool")]
+    assert cuda.recording == cuda.used == []
+    assert not cuda.capturing
+    assert one.graph in graphed._broken
+    graphed.CudaGraph(GPU, "another pool").capture(lambda: None)
+    assert cuda.streams[-1] == "outer"
+
+
+def test_a_capture_that_cannot_end_by_itself_says_so(monkeypatch) -> None:
+    cuda = StandIns(monkeypatch, end_fails=True)
+    with pytest.raises(RuntimeError, match="operation failed due to a previous error"):
+        graphed.CudaGraph(GPU, "pool").capture(lambda: None)
+    assert cuda.streams[-1] == "outer"
+    assert cuda.log == [("ended", 1, "pool")]
+    assert not cuda.capturing
+
+
+def test_an_error_that_lets_the_capture_end_is_left_alone(monkeypatch) -> None:
+    """Of the closure's own, say: PyTorch has put everything back."""
+    cuda = StandIns(monkeypatch)
+    before = len(graphed._broken)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        graphed.CudaGraph(GPU, "pool").capture(interrupted)
+    assert cuda.streams[-1] == "outer"
+    assert cuda.log == []
+    assert len(graphed._broken) == before
+
+
+def test_the_next_try_has_a_pool_of_its_own(emulated, monkeypatch) -> None:
+    """HELENE's second kind of step fails, and then works: the pool that the failure left is not used again."""
+    pools, handles = [], iter(range(100))
+
+    class Noting(EmulatedGraph):
+        def __init__(self, device: torch.device, pool: object) -> None:
+            super().__init__(device, pool)
+            pools.append(pool)
+
+    monkeypatch.setattr(graphed, "new_graph", Noting)
+    monkeypatch.setattr(graphed.GraphedStep, "_new_pool", lambda self: next(handles))
+    _, opt, closure, _ = make(METHODS["helene"], "inplace", torch.float32)
+    broken: list[str] = []
+
+    def sometimes(batch) -> Tensor:
+        return closure(batch) * (closure(batch).item() if broken else 1.0)
+
+    data = batches()
+    step = zokern.GraphedStep(opt, sometimes, data[0])
+    step(data[0])
+    broken.append("yes")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="could not be captured"):
+            step(data[1])
+    broken.clear()
+    step(data[1])
+    assert pools == [0, 0, 1, 2]
+    assert opt.counters["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("\nCUDA error: one line\nCompile with `TORCH_USE_CUDA_DSA`\n"),
+            r"graph: CUDA error: one line\. The",
+        ),
+        (RuntimeError(), r"graph: RuntimeError\. The"),
+    ],
+)
+def test_an_error_is_told_in_one_line(emulated, error, said) -> None:
+    _, opt, _, _ = make(METHODS["mezo"], "inplace", torch.float32)
+
+    def closure(batch) -> Tensor:
+        raise error
+
+    with pytest.raises(RuntimeError, match=said) as raised:
+        zokern.GraphedStep(opt, closure, batches()[0])
+    assert "\n" not in str(raised.value)
+    assert raised.value.__cause__ is error

@@ -7,6 +7,7 @@ what launches cost: most of the step of a small model or a small batch, next to 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,11 +48,50 @@ class CudaGraph:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def capture(self, work: Callable[[], None]) -> None:
-        with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            work()
+        """Raises what broke the capture. torch.cuda.graph alone would say that it cannot end, and leave a lot behind."""
+        first: BaseException | None = None
+        with torch.cuda.stream(self.stream):  # left whatever happens
+            try:
+                with torch.cuda.graph(
+                    self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    try:
+                        work()
+                    except BaseException as error:
+                        first = error
+                        raise
+            except BaseException as error:
+                self._clean_up()
+                raise (first or error) from None
+
+    def _clean_up(self) -> None:
+        """Where a capture could not end: what torch.cuda.graph would have put back."""
+        try:
+            end_recording(self.device, self.pool)
+        except RuntimeError:  # it is not recording: the capture had ended
+            return
+        _broken.append(self.graph)
+        # Until a capture succeeds, PyTorch's generator believes that one is under way, and eager dropout is an error.
+        with contextlib.suppress(RuntimeError):
+            number = torch.zeros((), device=self.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
+                number.fill_(1.0)
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+# PyTorch's allocator of pinned memory goes on asking a graph whose capture could not end, and there is no call that stops
+# it: such a graph must not be freed.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
+def end_recording(device: torch.device, pool: Any) -> None:
+    """The allocator takes no more memory from `pool`, and frees it once no graph needs it."""
+    new = "_cuda_endAllocateToPool"  # the same call has another name before PyTorch 2.8
+    end = getattr(torch._C, new if hasattr(torch._C, new) else "_cuda_endAllocateCurrentStreamToPool")
+    end(device.index, pool)
+    torch._C._cuda_releasePool(device.index, pool)
 
 
 def new_graph(device: torch.device, pool: Any) -> Graph:
@@ -98,7 +138,7 @@ class GraphedStep:
         self.optimizer, self.closure = optimizer, closure
         self.device = self._check()
         self._batch = _on_device(sample_batch, self.device, "sample_batch")
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool = self._new_pool()
         groups = optimizer.param_groups
         self._live = Live(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
         self._captured: dict[Hashable, _Captured] = {}
@@ -132,6 +172,9 @@ class GraphedStep:
 
     # ------------------------------------------------------------------------------------------------------- capturing
 
+    def _new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
     @torch.no_grad()
     def _capture(self) -> None:
         """Tries the current step with its passes switched off, then captures it; does neither of them."""
@@ -149,12 +192,15 @@ class GraphedStep:
                     optimizer.set_counters(before)
                 graph.capture(self._step)
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
-            captured = _Captured(graph, optimizer.metrics, cost, (table.cached(), optimizer.captured_tensors()))
-        except (TypeError, ValueError):
-            raise
-        except Exception as error:
+            held = table.cached(), optimizer.captured_tensors(), live.tensors()
+            captured = _Captured(graph, optimizer.metrics, cost, held)
+        except BaseException as error:
+            self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
+            if isinstance(error, (TypeError, ValueError)) or not isinstance(error, Exception):
+                raise
+            what, *_ = [*str(error).strip().splitlines(), type(error).__name__]  # CUDA gives advice on further lines
             raise RuntimeError(
-                f"the step could not be captured in a CUDA graph: {error}. The closure must not wait for the device "
+                f"the step could not be captured in a CUDA graph: {what}. The closure must not wait for the device "
                 "(.item(), printing), move tensors between host and device, or call what cannot be captured; "
                 "optimizer.step(lambda: closure(batch)) works without a graph"
             ) from error

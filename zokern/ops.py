@@ -10,21 +10,23 @@ under torch.compile(fullgraph=True).
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from zokern import _checks, backends
-from zokern.backends.scalars import Chain, Kind, Scalars
+from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, Kind, Scalars
 from zokern.rules import RULES
-from zokern.table import tables
+from zokern.table import Table, tables
 
 _REST = (
     "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
     "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
-    "bool square_of_sum, bool keep_second, str backend"
+    "bool square_of_sum, bool keep_second, str backend, int prepared=0"
 )
 _library = torch.library.Library("zokern", "DEF")
 _library.define(f"pass_(Tensor(a!)[] tensors, {_REST}) -> ()")
@@ -69,11 +71,67 @@ def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int
 def _check_states(src: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
     for state in states:
         for s, t in zip(src, state, strict=True):
-            if t.shape != s.shape or t.device != s.device or not t.is_contiguous() or t.dtype != state[0].dtype:
+            fits = t.shape == s.shape and t.device == s.device and t.is_contiguous()
+            if not fits or t.dtype != state[0].dtype or t.dtype not in _checks.DTYPES:
                 raise ValueError(
                     f"a state is {_checks.describe(t)}, its tensor {_checks.describe(s)}: a state is contiguous, on the "
-                    f"same device, of the same shape, and {state[0].dtype} like the others"
+                    "same device, of the same shape, and float32, float16 or bfloat16 like the others"
                 )
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What a launch has found out about its tensors, for a caller that launches on the very same ones again.
+
+    The caller holds the tensors meanwhile, so their addresses, which take long to ask for, stay. Operators take numbers
+    and not objects, so it goes by `number`.
+    """
+
+    number: int = field(default_factory=itertools.count(1).__next__)
+    backend: ModuleType | None = None
+    tables: list[Table] = field(default_factory=list)
+    written: list[Tensor] | None = None  # those that autograd has to be told of
+
+    def __post_init__(self) -> None:
+        _prepared[self.number] = self
+
+    def tell_autograd(self, tensors: Sequence[Tensor]) -> None:
+        """That the values have changed."""
+        if self.written is None:
+            self.written = [t for t in tensors if not t.is_inference()]
+        torch.autograd.graph.increment_version(self.written)
+
+
+_prepared: weakref.WeakValueDictionary[int, Prepared] = weakref.WeakValueDictionary()
+
+
+def _find(
+    known: Prepared | None,
+    backend: str,
+    src: list[Tensor],
+    dst: list[Tensor],
+    tensor_ids: list[int],
+    offsets: list[int],
+    groups: list[int],
+    states: Sequence[list[Tensor]],
+    probes: Sequence[Tensor | None] = (),
+) -> tuple[ModuleType, list[Table]]:
+    """The backend and the tables. Backends see addresses only, so everything must be right before they are called."""
+    if known is not None and known.backend is not None:
+        return known.backend, known.tables
+    chosen = backends.choose(backend, src[0].device)
+
+    def check() -> None:
+        _check_pairs(src, dst, tensor_ids, offsets)
+        _check_states(src, states)
+        given = [(t, probe) for t, probe in zip(src, probes, strict=bool(probes)) if probe is not None]
+        if given:
+            _check_pairs([t for t, _ in given], [probe for _, probe in given], [0] * len(given), [0] * len(given))
+
+    found, _ = tables(src, dst, tensor_ids, offsets, groups, check, states, probes)
+    if known is not None:
+        known.backend, known.tables = chosen, found
+    return chosen, found
 
 
 def _run(
@@ -95,17 +153,13 @@ def _run(
     square_of_sum: bool,
     keep_second: bool,
     backend: str,
+    prepared: int = 0,
 ) -> None:
-    """One launch for each dtype. Backends see addresses only, so everything must be right before they are called."""
-    chosen = backends.choose(backend, src[0].device)
+    """One launch for each dtype."""
     states = [state for state in (first, second) if state]
-
-    def check() -> None:
-        _check_pairs(src, dst, tensor_ids, offsets)
-        _check_states(src, states)
-
-    found, _ = tables(src, dst, tensor_ids, offsets, groups, check, states)
+    chosen, found = _find(_prepared.get(prepared), backend, src, dst, tensor_ids, offsets, groups, states)
     scalars = Scalars(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
+    scalars = chosen.near(scalars, src[0].device)
     for table in found:
         how = "nearest" if table.dtype == torch.float32 else rounding
         chosen.run(table, Kind(RULES[rule], distribution, how, square_of_sum, keep_second), scalars)
@@ -149,12 +203,20 @@ def launch(
     square_of_sum: bool = False,
     keep_second: bool = False,
     backend: str = "auto",
+    prepared: Prepared | None = None,
 ) -> None:
     """The pass as the optimizers call it: scalars as tensors (backends/scalars.py), one row of coefs and shared a group.
 
-    dst None works in place. `states` are the rule's, one list each. Tensors are checked when they are first seen;
-    scalars are the caller's to check.
+    dst None works in place. `states` are the rule's, one list each. Tensors are checked when they are first seen, and not
+    looked at again where `prepared` has been given with them before; scalars are the caller's to check.
+
+    Raises:
+        ValueError: for more seeds or more elements than one launch takes.
     """
+    if seeds.numel() > MAX_PASS_SEEDS:
+        raise ValueError(
+            f"a pass has {seeds.numel()} seeds, and one takes {MAX_PASS_SEEDS}: give them to several passes in turn"
+        )
     first, second = [*states, [], []][:2]
     rest = (
         first,
@@ -173,13 +235,14 @@ def launch(
         square_of_sum,
         keep_second,
         backend,
+        0 if prepared is None or torch.compiler.is_compiling() else prepared.number,
     )
     if dst is None:
         torch.ops.zokern.pass_(src, *rest)
     else:
         torch.ops.zokern.pass_out(src, dst, *rest)
-    if not torch.compiler.is_compiling():  # autograd must know that the values changed
-        torch.autograd.graph.increment_version([t for t in (src if dst is None else dst) if not t.is_inference()])
+    if not torch.compiler.is_compiling():
+        (prepared or Prepared()).tell_autograd(src if dst is None else dst)
 
 
 def launch_chain(
@@ -194,27 +257,29 @@ def launch_chain(
     probes: Sequence[Tensor | None] = (),
     enabled: Tensor | None = None,
     backend: str = "auto",
+    prepared: Prepared | None = None,
 ) -> None:
     """Several passes in place, one after another in registers (backends/scalars.py's Chain): memory moves once.
 
     probes: the last stage, a perturbation, goes to these and not to the tensors; None leaves one out. The bits are those
-    of the passes done one by one. At most 32 stages and 128 seeds.
+    of the passes done one by one. prepared: as for `launch`.
+
+    Raises:
+        ValueError: unless there are 1 to 32 stages with at most 128 seeds in all; for more elements than a launch takes.
     """
-    chosen = backends.choose(backend, tensors[0].device)
-
-    def check() -> None:
-        _check_pairs(tensors, tensors, tensor_ids, offsets)
-        _check_states(tensors, states)
-        given = [(t, probe) for t, probe in zip(tensors, probes, strict=bool(probes)) if probe is not None]
-        if given:
-            _check_pairs([t for t, _ in given], [probe for _, probe in given], [0] * len(given), [0] * len(given))
-
-    found, _ = tables(tensors, tensors, tensor_ids, offsets, groups, check, states, probes)
+    num_seeds = sum(scalars.seeds.numel() for _, scalars in stages)
+    if not 1 <= len(stages) <= MAX_STAGES or num_seeds > MAX_CHAIN_SEEDS:
+        raise ValueError(
+            f"a chain has {len(stages)} stages with {num_seeds} seeds, and one takes 1 to {MAX_STAGES} stages with at most "
+            f"{MAX_CHAIN_SEEDS}: make several chains of it, or passes (the bits are the same)"
+        )
+    prepared = prepared or Prepared()
+    chosen, found = _find(prepared, backend, tensors, tensors, tensor_ids, offsets, groups, states, probes)
     for table in found:
         exact = table.dtype == torch.float32
         own = [(replace(kind, rounding="nearest") if exact else kind, scalars) for kind, scalars in stages]
         chosen.run_chain(table, Chain(own, RULES[rule], bool(probes), enabled))
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    prepared.tell_autograd(tensors)
 
 
 def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:

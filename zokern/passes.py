@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from zokern import ops
+from zokern import backends, ops
 from zokern.backends.scalars import Kind, Scalars
 from zokern.rules import RULES
 
@@ -68,7 +69,7 @@ class Numbers:
     stochastic: bool = False
     square_of_sum: bool = False
     keep_second: bool = False
-    _near: dict[torch.device, Scalars] = field(default_factory=dict, repr=False, compare=False)
+    _near: dict[object, Scalars] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def rounded(self) -> tuple[Tensor, Tensor]:
@@ -79,17 +80,27 @@ class Numbers:
         scalars = torch.stack([shared[name] for name in which.scalars], dim=1)
         return coefs.to(torch.float32).contiguous(), scalars.to(torch.float32).contiguous()
 
-    def near(self, device: torch.device) -> Scalars:
-        """All of it for tensors on `device`: what the host knows stays there, what another device has is sent over."""
-        if device not in self._near:
-            coefs, shared = self.rounded
-            rounding = self.rounding_seeds
-            if isinstance(rounding, tuple):
-                rounding = torch.tensor(rounding, dtype=torch.int64)
-            self._near[device] = Scalars(
-                seed_tensor(self.seeds, device), _sent(coefs, device), _sent(shared, device), rounding
-            )
-        return self._near[device]
+    def near(self, device: torch.device, backend: ModuleType | None = None) -> Scalars:
+        """All of it for tensors on `device`: what another device has is sent over, what the host has stays there.
+
+        backend: everything is where its passes read it, for all passes with these numbers.
+        """
+        key = device, backend
+        if key not in self._near:
+            if backend is None:
+                coefs, shared = self.rounded
+                rounding = self.rounding_seeds
+                if isinstance(rounding, tuple):
+                    rounding = torch.tensor(rounding, dtype=torch.int64)
+                self._near[key] = Scalars(
+                    seed_tensor(self.seeds, device),
+                    _sent_between_devices(coefs, device),
+                    _sent_between_devices(shared, device),
+                    rounding,
+                )
+            else:
+                self._near[key] = backend.near(self.near(device), device)
+        return self._near[key]
 
     def how(self) -> dict[str, bool]:
         """For a listener."""
@@ -105,6 +116,7 @@ class _Part(NamedTuple):
     """The members of a sweep that are on one device, as ops.launch takes them."""
 
     device: torch.device
+    backend: ModuleType
     at: list[int]
     src: list[Tensor]
     tensor_ids: list[int]
@@ -113,29 +125,58 @@ class _Part(NamedTuple):
     launches: int
 
 
-class _Sweep(NamedTuple):
-    members: Sequence[Member]
-    parts: list[_Part]
-    numel: int
+class _Lists(NamedTuple):
+    """What else a part's launch takes of one kind: with these states, to these copies or probes."""
+
+    part: _Part
+    out: list[Tensor] | None
+    states: list[list[Tensor]]
+    probes: list[Tensor | None]
+    prepared: ops.Prepared
 
 
-def _sweep_of(members: Sequence[Member]) -> _Sweep:
-    by_device: dict[torch.device, list[int]] = {}
-    for i, member in enumerate(members):
-        by_device.setdefault(member.param.device, []).append(i)
-    parts = [
-        _Part(
-            device,
-            at,
-            [members[i].param.detach() for i in at],
-            [members[i].tensor_id for i in at],
-            [0] * len(at),
-            [members[i].group for i in at],
-            len({members[i].param.dtype for i in at}),
-        )
-        for device, at in by_device.items()
-    ]
-    return _Sweep(members, parts, sum(t.numel() for part in parts for t in part.src))
+class _Sweep:
+    """Members, sorted out once, and the lists for each kind of pass over them."""
+
+    def __init__(self, members: Sequence[Member], backend: str) -> None:
+        by_device: dict[torch.device, list[int]] = {}
+        for i, member in enumerate(members):
+            by_device.setdefault(member.param.device, []).append(i)
+        self.members = members
+        self.parts = [
+            _Part(
+                device,
+                backends.choose(backend, device),
+                at,
+                [members[i].param.detach() for i in at],
+                [members[i].tensor_id for i in at],
+                [0] * len(at),
+                [members[i].group for i in at],
+                len({members[i].param.dtype for i in at}),
+            )
+            for device, at in by_device.items()
+        ]
+        self.numel = sum(t.numel() for part in self.parts for t in part.src)
+        self._kinds: dict[object, tuple[object, list[_Lists]]] = {}
+
+    def lists(
+        self, states: Sequence[str], out: Sequence[Tensor] | None = None, probes: Sequence[Tensor | None] = ()
+    ) -> list[_Lists]:
+        """For each part. `out` and `probes` are held, so their ids mean no other lists."""
+        key = tuple(states), id(out), id(probes)
+        if key not in self._kinds:
+            made = [
+                _Lists(
+                    part,
+                    None if out is None else [out[i].detach() for i in part.at],
+                    [[self.members[i].states[name] for i in part.at] for name in states],
+                    [probes[i] for i in part.at] if probes else [],
+                    ops.Prepared(),
+                )
+                for part in self.parts
+            ]
+            self._kinds[key] = (out, probes), made
+        return self._kinds[key][1]
 
 
 @dataclass
@@ -154,7 +195,7 @@ class Passes:
     def _sweep(self, members: Sequence[Member]) -> _Sweep:
         """A step sweeps over the same few lists again and again. Each holds its list, so an id means no other one."""
         if id(members) not in self._sweeps:
-            self._sweeps[id(members)] = _sweep_of(members)
+            self._sweeps[id(members)] = _Sweep(members, self.backend)
         return self._sweeps[id(members)]
 
     def run(
@@ -168,19 +209,23 @@ class Passes:
     ) -> None:
         """One pass over every member, whose row g of the coefficients and scalars is its own.
 
-        The numbers are rounded to float32 here, once. counted False: a piece of a sweep that the caller counts.
+        The numbers are rounded to float32 here, once. counted False: a piece of a sweep that the caller counts. The lists
+        and what is in them stay as they are until `forget`: addresses are asked for once.
         """
         if not members:
             return
         if self.gate is not None:
             enabled = self.gate if enabled is None else enabled * self.gate
-        sweep, states = self._sweep(members), RULES[numbers.rule].states
-        for part in sweep.parts:
-            scalars = numbers.near(part.device)
+        sweep = self._sweep(members)
+        for part, dst, states, _, prepared in sweep.lists(RULES[numbers.rule].states, out):
+            flag = None if enabled is None else _sent_between_devices(enabled, part.device)
+            # A flag that the host has goes with the numbers, in one transfer.
+            alone = flag is None or flag.device == part.device
+            scalars = numbers.near(part.device, part.backend if alone else None)
             ops.launch(
                 part.src,
-                None if out is None else [out[i] for i in part.at],
-                states=[[members[i].states[name] for i in part.at] for name in states],
+                dst,
+                states=states,
                 tensor_ids=part.tensor_ids,
                 offsets=part.offsets,
                 groups=part.groups,
@@ -188,13 +233,14 @@ class Passes:
                 coefs=scalars.coefs,
                 shared=scalars.shared,
                 rounding_seed=scalars.rounding_seed,
-                enabled=None if enabled is None else enabled.to(part.device, non_blocking=True),
+                enabled=flag,
                 rule=numbers.rule,
                 distribution=self.distribution,
                 rounding="stochastic" if numbers.stochastic else "nearest",
                 square_of_sum=numbers.square_of_sum,
                 keep_second=numbers.keep_second,
                 backend=self.backend,
+                prepared=prepared,
             )
             self.counters.launches += part.launches
         if out is None:
@@ -214,10 +260,10 @@ class Passes:
         """Passes over the same members, one after another while an element is at hand: one sweep (ops.launch_chain).
 
         Each stage's rule is `rule` or the perturbation that goes with it. probes: the last stage, a perturbation, goes
-        there instead, also where `enabled` leaves the others out.
+        there instead, also where `enabled` leaves the others out. Lists stay as they are, as for `run`.
         """
         sweep = self._sweep(members)
-        for part in sweep.parts:
+        for part, _, states, targets, prepared in sweep.lists(RULES[rule].states, probes=probes):
             told = [
                 (
                     Kind(
@@ -234,14 +280,15 @@ class Passes:
             ops.launch_chain(
                 part.src,
                 told,
-                states=[[members[i].states[name] for i in part.at] for name in RULES[rule].states],
+                states=states,
                 tensor_ids=part.tensor_ids,
                 offsets=part.offsets,
                 groups=part.groups,
                 rule=rule,
-                probes=[probes[i] for i in part.at] if probes else (),
-                enabled=None if enabled is None else enabled.to(part.device, non_blocking=True),
+                probes=targets,
+                enabled=None if enabled is None else _sent_between_devices(enabled, part.device),
                 backend=self.backend,
+                prepared=prepared,
             )
             self.counters.launches += part.launches
         for stage in stages[:-1] if probes else stages:
@@ -262,7 +309,7 @@ def multiples(terms: Terms, seeds: Sequence[Seed], device: torch.device) -> Tens
     # Numbers are filled in, not made a tensor of: a copy from the host to a device could not be captured in a graph.
     return torch.stack(
         [
-            v.to(device, torch.float64)
+            sent(v, device).to(torch.float64)
             if isinstance(v, Tensor)
             else torch.full((), v, dtype=torch.float64, device=device)
             for v in values
@@ -273,15 +320,27 @@ def multiples(terms: Terms, seeds: Sequence[Seed], device: torch.device) -> Tens
 def perturbation(eps: Tensor, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
     """Coefficients [R, K] of a perturbation: each row's eps times the terms of `seeds`."""
     row = multiples(terms, seeds, eps.device)
-    return eps.to(row.device, non_blocking=True)[:, None] * row
+    return sent(eps, row.device)[:, None] * row
 
 
 def seed_tensor(seeds: Sequence[Seed], device: torch.device) -> Tensor:
     """int64 [K]: on the host where it knows them all, else on `device`."""
     if not any(isinstance(seed, Tensor) for seed in seeds):
         return torch.tensor(seeds, dtype=torch.int64)
-    return torch.stack([torch.as_tensor(seed, dtype=torch.int64).to(device, non_blocking=True) for seed in seeds])
+    # Filled in, as in `multiples`.
+    return torch.stack(
+        [
+            sent(seed, device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+            for seed in seeds
+        ]
+    )
 
 
-def _sent(t: Tensor, device: torch.device) -> Tensor:
-    return t if t.device.type == "cpu" or t.device == device else t.to(device, non_blocking=True)
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """t on `device`: nothing waits on the way to a device, but a copy for the host is read there at once."""
+    return t.to(device, non_blocking=device.type != "cpu")
+
+
+def _sent_between_devices(t: Tensor, device: torch.device) -> Tensor:
+    """What the host has stays there: a backend sends all of it in one transfer."""
+    return t if t.device.type == "cpu" else sent(t, device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 CHUNK = 1 << 14
 COLUMNS = 10
 SRC, DST, PROBE = 5, 6, 9  # columns with addresses
+MAX_CHUNKS = (1 << 31) - 1  # blocks of a CUDA grid
 _CACHED_BYTES = 128 << 20  # of device memory: a model of 13 billion parameters has 6 MB of chunks
 _CACHED_TABLES = 4096
 
@@ -32,10 +33,21 @@ class Table:
     chunks: Tensor
     numel: int
     groups: int
+    _streams: dict[int, torch.cuda.Stream] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
         return self.tensors.nbytes + self.chunks.nbytes
+
+    def read_on(self, stream: torch.cuda.Stream) -> None:
+        """Takes note of a stream that a launch reads the table on."""
+        self._streams[stream.cuda_stream] = stream
+
+    def __del__(self) -> None:
+        """The memory belongs to the stream that was current when it was built, and others may still be reading it."""
+        for stream in self._streams.values():
+            self.tensors.record_stream(stream)
+            self.chunks.record_stream(stream)
 
 
 def build(
@@ -48,6 +60,13 @@ def build(
     probes: Sequence[Tensor | None] = (),
 ) -> Table:
     """The table of tensors that share a dtype and a device. 80 bytes a tensor and 8 a chunk, uploaded once."""
+    spans = [(offset // CHUNK, -(-(offset + s.numel()) // CHUNK)) for s, offset in zip(src, offsets, strict=True)]
+    wanted = sum(last - first for first, last in spans)
+    if wanted > MAX_CHUNKS:
+        raise ValueError(
+            f"the tensors have {wanted} chunks of {CHUNK} elements, and one launch takes {MAX_CHUNKS}: "
+            "give them in several calls"
+        )
     rows = np.zeros((len(src), COLUMNS), np.int64)
     parts: list[np.ndarray[tuple[int, int], np.dtype[np.int32]]] = []
     for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
@@ -59,7 +78,7 @@ def build(
         addresses = [t.data_ptr() for t in (s, d, *kept)]
         rows[i, : 5 + len(addresses)] = (s.numel(), offset, tensor_id, group, aligned, *addresses)
         rows[i, PROBE] = 0 if probe is None else probe.data_ptr()
-        first, last = offset // CHUNK, -(-(offset + s.numel()) // CHUNK)
+        first, last = spans[i]
         part = np.empty((last - first, 2), np.int32)
         part[:, 0] = i
         part[:, 1] = np.arange(first, last)
@@ -88,6 +107,11 @@ _cache: OrderedDict[object, list[Table]] = OrderedDict()
 _held = [0]  # bytes in _cache
 
 
+def _layout(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
+    """What a table depends on, and what its check has looked at."""
+    return tuple([None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors])
+
+
 def tables(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
@@ -105,15 +129,13 @@ def tables(
     """
     key = (
         src[0].device,
-        tuple(
-            (s.data_ptr(), d.data_ptr(), s.shape, s.stride(), d.stride(), s.dtype)
-            for s, d in zip(src, dst, strict=True)
-        ),
+        _layout(src),
+        None if dst is src else _layout(dst),
         tuple(ids),
         tuple(offsets),
         tuple(groups),
-        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for state in states for t in state),
-        tuple(0 if t is None else t.data_ptr() for t in probes),
+        tuple(map(_layout, states)),
+        _layout(probes),
     )
     found = _cache.get(key)
     if found is not None:

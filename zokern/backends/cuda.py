@@ -8,8 +8,8 @@ import re
 import torch
 
 from zokern.backends import native
-from zokern.backends.scalars import Chain, Kind, Scalars, on_device
-from zokern.table import Table, upload
+from zokern.backends.scalars import Chain, Kind, Scalars, chain_on_device, on_device
+from zokern.table import Table
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -62,30 +62,36 @@ def has_code_for(built: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def near(scalars: Scalars, device: torch.device) -> Scalars:
+    """One seed and rounding seeds that the host knows travel in the launch itself."""
+    return on_device(scalars, device, carried=True)
+
+
 def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     device = table.tensors.device
-    seeds = scalars.seeds if scalars.seeds.numel() == 1 else upload(scalars.seeds, device)
-    there = Scalars(
-        seeds, upload(scalars.coefs, device), upload(scalars.shared, device), scalars.rounding_seed, scalars.enabled
-    )
+    stream = torch.cuda.current_stream(device)
     native.extension.cuda_run(
-        native.make_pass(table, kind, there),
+        native.make_pass(table, kind, near(scalars, device)),
         rule=kind.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=stream.cuda_stream,
     )
+    table.read_on(stream)
 
 
 def run_chain(table: Table, chain: Chain) -> None:
     device = table.tensors.device
-    there = on_device(chain, device)
+    stream = torch.cuda.current_stream(device)
+    there, parcel = chain_on_device(chain, device)
+    parcel.send()
     native.extension.cuda_run_chain(
         native.make_chain(table, there),
         rule=chain.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=stream.cuda_stream,
     )
+    table.read_on(stream)

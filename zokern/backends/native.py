@@ -10,6 +10,7 @@ import torch
 from zokern.backends.scalars import Chain, Kind, Scalars
 from zokern.table import Table
 
+STAGE_COLUMNS = 9  # of stage_rows
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 extension: Any = None

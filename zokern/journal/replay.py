@@ -50,6 +50,7 @@ class Player:
             rule = _rule_of({n.rule for n in waiting})
             assert rule is not None
             self.passes.chain(self.members, waiting, rule)
+        self.passes.forget()
 
     def _wait(self, members: list[Member], numbers: Numbers) -> None:
         if not members:

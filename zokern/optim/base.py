@@ -30,7 +30,7 @@ from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.optim import parameters, state
 from zokern.optim.live import Live
 from zokern.optim.update import Ahead, Estimate, Rates, Update, sgd
-from zokern.passes import Counters, Member, Passes, Seed, Terms
+from zokern.passes import Counters, Member, Passes, Seed, Terms, sent
 
 Probe = Callable[[Terms], Tensor]
 ROUNDINGS = ("auto", "nearest", "stochastic")
@@ -198,7 +198,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def step_live(self, closure: Callable[[], Tensor], live: Live) -> None:
         """A step that reads its numbers from the device and waits for nothing: what can be captured in a graph."""
         self.live, self._passes.gate = live, live.gate
-        self._skipped = self._skipped.to(live.device)
+        self._skipped = sent(self._skipped, live.device)
         try:
             with HeldInterrupts() as interrupts:
                 self._step(closure, None, interrupts)
@@ -287,7 +287,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             return torch.stack([self.live.hyper(name, g) for g, _ in self._rows])
         values = [torch.as_tensor(self.param_groups[g][name], dtype=torch.float64).reshape(()) for g, _ in self._rows]
         device = next((v.device for v in values if v.device.type != "cpu"), torch.device("cpu"))
-        return torch.stack([v.to(device, non_blocking=True) for v in values]) if values else torch.empty(0)
+        return torch.stack([sent(v, device) for v in values]) if values else torch.empty(0)
 
     def _apply(self, estimate: Estimate, eps: Tensor) -> None:
         losses = torch.stack(self._losses)
@@ -296,9 +296,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "loss": losses.mean().to(torch.float32),
             "projected_gradient": (estimate.projected / self._first_eps()).to(torch.float32),
         }
-        lr, eps, decay = (
-            x.to(device, non_blocking=True) for x in (self._of_rows("lr"), eps, self._of_rows("weight_decay"))
-        )
+        lr, eps, decay = (sent(x, device) for x in (self._of_rows("lr"), eps, self._of_rows("weight_decay")))
         update = self.update(estimate, Rates(lr, eps, decay))
         ok = torch.isfinite(losses).all()
         for value in (*update.coefs.values(), *update.shared.values()):
@@ -311,7 +309,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._skipped += int(not ok)
             self._warn_of_skipped()
         else:
-            self._skipped = self._skipped.to(device, non_blocking=True)
+            self._skipped = sent(self._skipped, device)
             self._skipped.add_(~ok)
             self._remember_skipped()
         self._placement.update(

@@ -17,7 +17,7 @@ from zokern.layers import RandomBlocks
 from zokern.optim import curvature
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update
-from zokern.passes import Seed, seed_tensor
+from zokern.passes import Seed, seed_tensor, sent
 
 
 class _Candidates(ZerothOrderOptimizer):
@@ -174,7 +174,7 @@ class MeZOGreedy(_Candidates):
         if losses.device.type == "cpu" and all(isinstance(seed, int) for seed in seeds):
             seed = seeds[int(best)]
         else:
-            seed = seed_tensor(seeds, losses.device).to(losses.device, non_blocking=True).gather(0, best).reshape(())
+            seed = sent(seed_tensor(seeds, losses.device), losses.device).gather(0, best).reshape(())
         plus, minus = losses.gather(0, best).reshape(()), probe({seed: -1.0})
         c = (plus - minus) / 2
         if here is None:

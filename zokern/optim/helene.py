@@ -18,7 +18,7 @@ from zokern import _checks
 from zokern.layers import RandomBlocks
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update, gradient
-from zokern.passes import Seed
+from zokern.passes import Seed, sent
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class HELENE(ZerothOrderOptimizer):
         constants = {"beta1": b1, "beta2": b2 if with_h else 1.0, "gamma": self.gamma, "delta": self.delta}
         key = tuple(cast(float, key) for _, key in self._rows), rates.lr.device
         if self._floors is None or self._floors[0] != key:
-            self._floors = key, torch.tensor(key[0], dtype=torch.float64).to(rates.lr.device, non_blocking=True)
+            self._floors = key, sent(torch.tensor(key[0], dtype=torch.float64), rates.lr.device)
         return Update(
             list(estimate.gradient),
             {"G": alpha * gradient(estimate, rates.eps), "V": (1.0 - b2) * squares if with_h else 0.0 * squares},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zokern.noise import derive_seeds
+from zokern.passes import sent
 
 HYPER = ("lr", "eps", "weight_decay")
 
@@ -49,10 +50,14 @@ class Live:
                 self.numbers[i].copy_(value, non_blocking=True)
         self.step.fill_(step)
 
+    def tensors(self) -> list[Tensor]:
+        """What a step that is captured now reads; a later capture may replace some of them."""
+        return [self.step, self.gate, self.numbers, self._stream_numbers]
+
     def begin(self) -> None:
         """Derives the seeds of all streams that have been asked for so far; a part of the step."""
         if len(self._streams) != len(self._stream_numbers):
-            self._stream_numbers = torch.tensor(list(self._streams), dtype=torch.int64).to(self.device)
+            self._stream_numbers = sent(torch.tensor(list(self._streams), dtype=torch.int64), self.device)
         self._seeds = derive_seeds(self.run_seed, self.step, self._stream_numbers).unbind()
 
     def seed(self, stream: int) -> Tensor:
@@ -60,6 +65,6 @@ class Live:
         at = self._streams.setdefault(stream, len(self._streams))
         if at >= len(self._seeds):  # while the step is tried: a captured one knows its streams
             missing = list(self._streams)[len(self._seeds) :]
-            numbers = torch.tensor(missing, dtype=torch.int64).to(self.device)
+            numbers = sent(torch.tensor(missing, dtype=torch.int64), self.device)
             self._seeds = [*self._seeds, *derive_seeds(self.run_seed, self.step, numbers).unbind()]
         return self._seeds[at]

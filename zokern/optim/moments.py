@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zokern.optim.update import Estimate, Rates, Update, adam
+from zokern.passes import sent
 
 Rows = Sequence[tuple[int, Hashable]]
 
@@ -53,12 +54,12 @@ class AdamCounts(Nothing):
         self._now = set(keys)
         for key in self._now:
             self.counts.setdefault(key, torch.zeros((), dtype=torch.float64, device=rates.lr.device))
-        n = torch.stack([self.counts[key].to(rates.lr.device) for key in keys]) + 1.0
+        n = torch.stack([sent(self.counts[key], rates.lr.device) for key in keys]) + 1.0
         return adam(estimate, rates, betas, delta, n)
 
     def commit(self, ok: Tensor) -> None:
         for key in self._now:
-            self.counts[key] = self.counts[key].to(ok.device)
+            self.counts[key] = sent(self.counts[key], ok.device)
             self.counts[key].add_(ok)  # in place, for a step that is captured in a graph
 
     def save(self) -> list[Any]:
@@ -100,11 +101,13 @@ class AdaMeZOHistory(Nothing):
         """The pass over the last steps' directions, newest first; eps [groups] is of all groups, active or not."""
         device = rates.lr.device
         seed = cast(int, next(iter(estimate.gradient)))
-        self._now = (seed, sorted(dropped), estimate.projected / eps.to(device, non_blocking=True))
+        self._now = (seed, sorted(dropped), estimate.projected / sent(eps, device))
         steps = [self._now, *list(self.entries)[: cast(int, self.entries.maxlen) - 1]]
-        seen = torch.tensor([[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows])
-        c = torch.stack([torch.stack([c[g] for g, _ in rows]).to(device) for _, _, c in steps], dim=1)
-        c = c * seen.to(device, torch.float64)
+        seen = torch.tensor(
+            [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows], dtype=torch.float64
+        )
+        c = torch.stack([sent(torch.stack([c[g] for g, _ in rows]), device) for _, _, c in steps], dim=1)
+        c = c * sent(seen, device)
         age = torch.arange(len(steps), dtype=torch.float64, device=device)
         b1, b2 = betas
         return Update(

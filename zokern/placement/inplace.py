@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zokern.optim.update import Ahead, Update
-from zokern.passes import Member, Numbers, Passes, Seed, Terms, perturbation
+from zokern.passes import Member, Numbers, Passes, Seed, Terms, perturbation, sent
 
 
 class InPlace:
@@ -62,7 +62,7 @@ class InPlace:
         coefs = {name: value.new_zeros(value.shape[0], len(every)) for name, value in update.coefs.items()}
         for name, value in update.coefs.items():
             coefs[name][:, : len(update.seeds)] = torch.where(ok, value, 0.0)
-        restore = perturbation(self.eps, self.current, every).to(ok.device, non_blocking=True)
+        restore = sent(perturbation(self.eps, self.current, every), ok.device)
         coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore
         self.passes.run(
             self.members,

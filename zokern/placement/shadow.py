@@ -65,7 +65,7 @@ class Exact:
                 (m, t) for m, t in zip(members, out, strict=True) if self.ready.pop(id(m.param), None) != wanted(m, t)
             ]
             members, out = [m for m, _ in pairs], [t for _, t in pairs]
-        self.passes.run(members, self.told[2], out=[t.detach() for t in out], counted=counted)
+        self.passes.run(members, self.told[2], out=out, counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
 
     def _perturbation(self, terms: Terms) -> Numbers:
@@ -161,6 +161,7 @@ class Shadow(Exact):
         layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
         if layout != self.layout:
             self.copies, self.ready = [], {}  # views of the pools, which may be replaced
+            self.passes.forget()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
             self.layout = layout

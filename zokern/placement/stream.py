@@ -196,7 +196,10 @@ class Stream(Exact):
                 unit.members = [members[i] for i in unit.at]
             return self.kept
         refuse_compiled(self.module)  # it may have been since
-        self.kept, self.ready, self.layout = [], {}, None  # views of the pools, which may be replaced
+        for unit in self.kept:  # views of the pools, which may be replaced; the hooks of this step hold the units
+            unit.copies, unit.pairs = [], []
+        self.kept, self.ready, self.layout = [], {}, None
+        self.passes.forget()
         units = units_of(self.module, members)
         sites.fit(self.block_pools, _largest(units[1:]))
         sites.fit(self.outside_pools, sites.sizes(units[0].members))
@@ -278,6 +281,7 @@ class Stream(Exact):
                 for member in other.members:
                     self.ready.pop(id(member.param), None)
         self.perturb(unit.members, self.terms, unit.copies, counted=False)
+        self.users = self._count_users()  # the pass' own views among them, which are kept for the next
         unit.calls += 1
         unit.show("copies")
         self.running = unit
@@ -301,7 +305,6 @@ class Stream(Exact):
                     f"a view of the perturbed weights of {self.last.name} is still held after its forward, and "
                     "placement='stream' overwrites them now; use placement='shadow' for this model, or clone it"
                 )
-        self.users = now
 
     def _around_state_dict(self, *, clean: bool) -> None:
         """A state_dict() asked for inside the closure is of the weights."""

@@ -11,10 +11,10 @@ import re
 
 import torch
 
-from zokern.backends.scalars import Chain, Kind, Scalars
-from zokern.table import Table, upload
+from zokern.backends.scalars import Chain, Kind, Scalars, on_device
+from zokern.table import Table
 
-__all__ = ["NAME", "run", "unavailable_reason"]
+__all__ = ["NAME", "near", "run", "unavailable_reason"]
 
 NAME = "triton"
 MINIMUM_VERSION = (3, 4)
@@ -40,15 +40,16 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
 
 
+def near(scalars: Scalars, device: torch.device) -> Scalars:
+    """Everything is read from the memory of the device."""
+    return on_device(scalars, device)
+
+
 def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     """One pass over a table (zokern/table.py): one launch on the current stream, without synchronisation."""
     from .launch import run as launch
 
-    def here(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else upload(t, table.tensors.device)
-
-    seeds, coefs, shared = (upload(t, table.tensors.device) for t in (scalars.seeds, scalars.coefs, scalars.shared))
-    launch(table, kind, Scalars(seeds, coefs, shared, here(scalars.rounding_seed), here(scalars.enabled)))
+    launch(table, kind, near(scalars, table.tensors.device))
 
 
 def run_chain(table: Table, chain: Chain) -> None:

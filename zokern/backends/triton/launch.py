@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from zokern.backends.native import stage_rows
-from zokern.backends.scalars import Chain, Kind, Scalars, on_device, perturbation
+from zokern.backends.native import STAGE_COLUMNS, stage_rows
+from zokern.backends.scalars import Chain, Kind, Scalars, chain_on_device, perturbation
 from zokern.rules import Rule
-from zokern.table import CHUNK, COLUMNS, PROBE, Table, upload
+from zokern.table import CHUNK, COLUMNS, PROBE, Table
 
 from .chain import chain_kernel
 from .interpreter import exact_arithmetic
@@ -35,10 +35,14 @@ LAUNCH_OPTIONS: dict[str, object] = {
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _launch_context(device: torch.device) -> AbstractContextManager[object]:
     if INTERPRETED:
         return exact_arithmetic()
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if on_gpu(device) else nullcontext()
 
 
 def has_packed_pairs(target: Any) -> bool:
@@ -73,9 +77,10 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     num_chunks, num_seeds = table.chunks.shape[0], scalars.seeds.shape[0]
     if num_chunks == 0:
         return
+    device = table.tensors.device
     stochastic_state = table.state_dtype != torch.float32 and kind.rule.written > 0
-    packed = _packed()
-    with _launch_context(table.tensors.device):
+    with _launch_context(device):
+        packed = _packed()
         pass_kernel[(num_chunks,)](
             table.tensors,
             table.chunks,
@@ -99,6 +104,8 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
             PACKED=packed,
             **options(kind.rule, kind.rounding, packed),
         )
+    if on_gpu(device):
+        table.read_on(torch.cuda.current_stream(device))
 
 
 def run_chain(table: Table, chain: Chain) -> None:
@@ -106,14 +113,14 @@ def run_chain(table: Table, chain: Chain) -> None:
     if table.chunks.shape[0] == 0:
         return
     device = table.tensors.device
-    there = on_device(chain, device)
-    stages = upload(torch.tensor(stage_rows(there), dtype=torch.int64), device)
+    there, parcel = chain_on_device(chain, device, room=len(chain.stages) * STAGE_COLUMNS * 8)
+    stages = parcel.send(torch.tensor(stage_rows(there), dtype=torch.int64))
     with _launch_context(device):
         chain_kernel[(table.chunks.shape[0],)](
             table.tensors,
             table.chunks,
             stages,
-            chain.enabled,
+            there.enabled,
             len(chain.stages),
             **constants(chain.rule),
             PERTURBATION=perturbation(chain.rule).name,
@@ -125,9 +132,11 @@ def run_chain(table: Table, chain: Chain) -> None:
             DISTRIBUTION=chain.stages[0][0].distribution,
             COLUMNS=COLUMNS,
             PROBE=PROBE,
-            STAGE_COLUMNS=stages.shape[1],
+            STAGE_COLUMNS=STAGE_COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
             PACKED=_packed(),
             **LAUNCH_OPTIONS,
         )
+    if on_gpu(device):
+        table.read_on(torch.cuda.current_stream(device))
