@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.resolve()
 OLDEST_NVCC = (12, 0)
 OLDEST_GPU = 80
 CODE_FOR = (80, 90, 100, 120)  # machine code, as far as nvcc knows them
-PTX_OF = (90, 100)  # PTX of the last that nvcc knows
+PTX_OF = (90, 100)  # PTX, likewise: for later GPUs the last, and both for tests/ptx
 SUFFIXES = {"a": 90, "f": 100}  # the first architectures that have a variant of their own, or one of their family
 WITHOUT = "build without the CUDA kernels with ZOKERN_CUDA=off (Triton still runs on the GPU)"
 
@@ -95,7 +95,7 @@ def architectures(nvcc: str) -> str:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         code, ptx = [n for n in CODE_FOR if n in known], [n for n in PTX_OF if n in known]
-        return ";".join([*(f"{n}-real" for n in code), *(f"{n}-virtual" for n in ptx[-1:])])
+        return ";".join([*(f"{n}-real" for n in code), *(f"{n}-virtual" for n in ptx)])
     out: list[str] = []
     for item in listed:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)

@@ -57,9 +57,9 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("known", "built"),
     [
-        (CUDA_13_0, "80-real;90-real;100-real;120-real;100-virtual"),
+        (CUDA_13_0, "80-real;90-real;100-real;120-real;90-virtual;100-virtual"),
         (CUDA_12_4, "80-real;90-real;90-virtual"),
-        ((90, 100, 120, 130), "90-real;100-real;120-real;100-virtual"),
+        ((90, 100, 120, 130), "90-real;100-real;120-real;90-virtual;100-virtual"),
     ],
 )
 def test_default_architectures(known: tuple[int, ...], built: str, tmp_path: Path) -> None:
