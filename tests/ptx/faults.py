@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 class Report:
     faults: Counter[str] = field(default_factory=Counter)  # by kind and instruction
     examples: dict[str, str] = field(default_factory=dict)
-    blocks: set[int] = field(default_factory=set)  # that ran
+    runs: Counter[int] = field(default_factory=Counter)  # of each block that ran, counted for each thread
     instructions: int = 0  # counted for each thread
     steps: int = 0  # counted for each group of threads
 
@@ -18,6 +18,11 @@ class Report:
         key = f"{kind}: {text}"
         self.faults[key] += int(count)
         self.examples.setdefault(key, example)
+
+    @property
+    def blocks(self) -> set[int]:
+        """That ran."""
+        return set(self.runs)
 
     @property
     def kinds(self) -> set[str]:
