@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import weakref
 from collections import OrderedDict
 from functools import partial
 
@@ -480,7 +481,7 @@ def test_a_capture_that_a_call_breaks_leaves_nothing_behind(new: bool, monkeypat
     one = graphed.CudaGraph(GPU, "pool")
     with pytest.raises(RuntimeError, match="the first error") as raised:
         one.capture(waits)
-    assert raised.value.__suppress_context__, "that the capture could not end says nothing"
+    assert raised.value.__context__ is None, "that the capture could not end says nothing"
     assert cuda.streams[-1] == "outer"
     assert cuda.log == [("ended", 1, "pool")]
     assert cuda.recording == cuda.used == []
@@ -488,6 +489,31 @@ def test_a_capture_that_a_call_breaks_leaves_nothing_behind(new: bool, monkeypat
     assert one.graph in graphed._broken
     graphed.CudaGraph(GPU, "another pool").capture(lambda: None)
     assert cuda.streams[-1] == "outer"
+
+
+def test_the_calls_that_end_a_recording_are_there() -> None:
+    """Private ones of PyTorch, which may be renamed: builds without CUDA have them by name."""
+    assert hasattr(torch._C, "_cuda_endAllocateToPool") or hasattr(torch._C, "_cuda_endAllocateCurrentStreamToPool")
+    assert hasattr(torch._C, "_cuda_releasePool")
+
+
+def test_a_capture_that_broke_holds_no_tensor_of_its_step(monkeypatch) -> None:
+    StandIns(monkeypatch)
+    held: list[weakref.ref[Tensor]] = []
+
+    def work() -> None:
+        made = torch.ones(3)
+        held.append(weakref.ref(made))
+        waits()
+
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="the first error"):
+            graphed.CudaGraph(GPU, "pool").capture(work)
+        gone = held[0]() is None
+    finally:
+        gc.enable()
+    assert gone
 
 
 def test_a_capture_that_cannot_end_by_itself_says_so(monkeypatch) -> None:

@@ -169,11 +169,11 @@ def buffers(given: Given, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def test_numbers_arrive_as_they_were(buffers: list[Tensor]) -> None:
-    """Also those that are not contiguous on the host."""
+    """Also those that are not contiguous on the host, or that somebody trains."""
     told = Scalars(
         torch.tensor([1, 2**63 - 1, 3]),
         torch.arange(12, dtype=torch.float32).reshape(3, 2, 2).transpose(0, 1)[:, :, 1:],
-        torch.tensor([[0.5]]).expand(3, 1),
+        torch.tensor([[0.5]], requires_grad=True).expand(3, 1),
         torch.tensor([8, 9]),
         torch.tensor([1], dtype=torch.int32),
     )

@@ -49,7 +49,7 @@ class CudaGraph:
 
     def capture(self, work: Callable[[], None]) -> None:
         """Raises what broke the capture. torch.cuda.graph alone would say that it cannot end, and leave a lot behind."""
-        first: BaseException | None = None
+        broke: BaseException | None = None
         with torch.cuda.stream(self.stream):  # left whatever happens
             try:
                 with torch.cuda.graph(
@@ -57,12 +57,17 @@ class CudaGraph:
                 ):
                     try:
                         work()
-                    except BaseException as error:
-                        first = error
+                    except BaseException as first:
+                        broke = first
                         raise
-            except BaseException as error:
+            except BaseException as last:
                 self._clean_up()
-                raise (first or error) from None
+                broke = broke or last
+        if broke is not None:
+            try:
+                raise broke  # not where `last` is handled, which would hold on to it
+            finally:
+                broke = None  # this frame, too, is held by it, with all tensors of the step
 
     def _clean_up(self) -> None:
         """Where a capture could not end: what torch.cuda.graph would have put back."""

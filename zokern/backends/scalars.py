@@ -77,7 +77,7 @@ class Parcel:
 
     def __init__(self, tensors: Iterable[Tensor | None], device: torch.device, room: int = 0) -> None:
         given = [t for t in tensors if t is not None and t.device.type == "cpu"]
-        self._host = {} if device.type == "cpu" else {id(t): t.contiguous() for t in given}
+        self._host = {} if device.type == "cpu" else {id(t): t.detach().contiguous() for t in given}
         self._there: dict[int, Tensor] = {}
         self._buffer: Tensor | None = None
         if self._host or (room and device.type != "cpu"):
