@@ -126,7 +126,10 @@ def tests(out: Path, jobs: int) -> list[Section]:
     """Two sections, so that neither takes the other's time."""
     chosen = {
         "tests-gpu": ("the tests that need a GPU", ["-m", "gpu"]),
-        "tests": ("the tests of every backend", ["-m", "not gpu and not slow_machine_code and not wheel", "-k", "cuda or triton"]),
+        "tests": (
+            "the tests of every backend",
+            ["-m", "not gpu and not slow_machine_code and not wheel", "-k", "cuda or triton"],
+        ),
     }
     return [
         Section(name, about, lambda s, name=name, which=which: [pytest_run(out, name, jobs, *which)],
