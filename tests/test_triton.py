@@ -373,6 +373,7 @@ def test_backend_protocol() -> None:
     assert torch.equal(piece.dst.cpu(), from_storage(want, torch.bfloat16))
 
 
+@pytest.mark.skipif(devices.EMULATED, reason="emulation puts away with the reasons")
 def test_unavailable_reason() -> None:
     assert backend.unavailable_reason(torch.device(DEVICE)) is None
     other = torch.device("cuda" if DEVICE == "cpu" else "cpu")

@@ -61,6 +61,8 @@ def one_seed() -> Iterator[Case]:
             for i, layout in enumerate(("shards", "small", "whole")):
                 base = Case(rule, dtype, state, "normal", rounding, 1, layout, seed=2 * (n + i) + 1)
                 yield replace(base, keep_second=(n + i) % 3 == 2, specials=(n + i) % 2 == 0)
+            yield replace(base, layout="small", specials=True, seed=2 * n + 1)
+            yield replace(base, layout="small", specials=True, seed=2 * n + 3)  # the other group has no decay
             if rule == "axpy":
                 yield replace(base, layout="shards", distribution="rademacher")
 
@@ -83,13 +85,18 @@ def more_seeds() -> Iterator[Case]:
 
 
 def limits() -> Iterator[Case]:
-    """Weights that come to lie at the edges of their dtype, in the kernels for one seed and in those for any."""
+    """Weights that come to lie at the edges of their dtype, in the kernels for one seed, in those for any, in chains."""
     for n, (rule, dtype) in enumerate(itertools.product(RULES, (F16, BF16))):
         for rounding, device, limit in itertools.product(roundings_of(dtype), (False, True), range(NUM_LIMITS)):
             state = states_of(rule)[(n + limit) % len(states_of(rule))]
-            yield Case(
+            base = Case(
                 rule, dtype, state, rounding=rounding, layout="small", device_seeds=device, limits=limit, seed=n + limit
             )
+            yield base
+            if rule == "axpy":  # has kernels for either distribution
+                yield replace(base, distribution="rademacher")
+            if rule != "scaled_axpy" and limit % 2 == 0 and not device:
+                yield replace(base, stages=1)
 
 
 def rare() -> Iterator[Case]:
@@ -101,6 +108,22 @@ def rare() -> Iterator[Case]:
             yield replace(base, k=2, square_of_sum=rule in WITH_V)
             if rule != "scaled_axpy" and rounding == "nearest":
                 yield replace(base, k=2, stages=4)
+
+
+def small_numbers() -> Iterator[Case]:
+    """Bits that are lost beside numbers of the usual size: subnormal ones, and what cancels."""
+    for rule, dtype in itertools.product(RULES, (F32, F16, BF16)):
+        for state, rounding in itertools.product(states_of(rule), roundings_of(dtype)):
+            base = Case(rule, dtype, state, "normal", rounding, 1, "small", seed=5)
+            chain = replace(base, k=11, stages=1, seed=6)  # more than 9: it takes all of them
+            for some in (replace(base, residual=True), replace(base, subnormal=True)):
+                yield some
+                yield replace(some, k=2, device_seeds=True)
+                if rule == "axpy":
+                    yield replace(some, distribution="rademacher")
+            if rule != "scaled_axpy":
+                yield replace(chain, residual=True)
+                yield replace(chain, subnormal=True)
 
 
 def layouts() -> Iterator[Case]:
@@ -129,7 +152,7 @@ def chains() -> Iterator[Case]:
                     layout=draw.choice(("small", "shards", "far", "one", "mixed")) if enabled != 1 else "one",
                     square_of_sum=draw.random() < 0.3,
                     keep_second=draw.random() < 0.3,
-                    specials=draw.random() < 0.15,
+                    specials=draw.random() < 0.35,
                     seed=draw.randrange(1 << 20),
                 )
             # As many directions as a chain may have, in two stages and in many.
@@ -137,7 +160,16 @@ def chains() -> Iterator[Case]:
             yield Case(rule, dtype, state, distribution="rademacher", k=11, layout="tiny", stages=12, fork=True, seed=4)
 
 
-SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (passes, one_seed, more_seeds, chains, layouts, limits, rare)
+SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (
+    passes,
+    one_seed,
+    more_seeds,
+    chains,
+    layouts,
+    limits,
+    rare,
+    small_numbers,
+)
 
 
 def everything(backend: str) -> Iterator[Case]:
@@ -147,10 +179,15 @@ def everything(backend: str) -> Iterator[Case]:
     for some in groups:
         draw.shuffle(some)
     order = sorted((n / len(some), i, n) for i, some in enumerate(groups) for n in range(len(some)))
-    for _, i, n in order:
-        case = groups[i][n]
+    for case in dict.fromkeys(groups[i][n] for _, i, n in order):  # without those that two sources have
         yield case
-        if backend == "triton" and not case.stages and case.limits is None and case.layout != "rare":
+        if (
+            backend == "triton"
+            and not case.stages
+            and case.limits is None
+            and case.layout != "rare"
+            and not case.residual
+        ):
             # What it was compiled for serves other layouts and numbers too.
             for layout, k in (("shards", 3), ("tiny", 2)):
                 yield replace(case, layout=layout, k=k if case.k else 0, enabled=None if case.enabled is None else 1)
@@ -191,5 +228,7 @@ def quick(backend: str) -> Iterator[Case]:
         yield replace(edge, rule="axpy", limits=1, dtype=BF16)
         yield Case("axpy", BF16, layout="whole", seed=1)
         yield Case("axpy", F32, layout="rare", seed=2)
+        yield Case("axpy", BF16, layout="small", residual=True, seed=5)
+        yield Case("sign", F32, layout="small", subnormal=True, seed=5)
         yield Case("axpy", F32, F32, "rademacher", layout="far")
         yield Case("axpy", BF16, F32, "normal", "stochastic", 2, "mixed", seed=3)
