@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # torch.compile's cache on disk runs a graph that was compiled for another schema of a custom operator.
 #
-# The key of a cached graph has the operator's name in it, not its schema. Between two processes the operator changes, as
-# between two versions of a package, and the call stays add_(x, 2.0). The compiled graph holds the old schema's defaults,
-# written out. A changed default is thus ignored, silently: eager and compiled results differ within one process. An
-# argument taken away raises "expected at most 2 argument(s) but received 3".
+# The key of a cached graph has the operator's name in it, not its schema. Between two processes the operator changes,
+# as between two versions of a package, and the call stays add_(x, 2.0). The compiled graph holds the old schema's
+# defaults, written out. A changed default is thus ignored, silently: eager and compiled results differ within one
+# process. An argument taken away raises "expected at most 2 argument(s) but received 3".
 #
 # It matters to whoever ships custom operators: users upgrade the package, or run two versions of it, under one cache
 # folder, and by default all of a user's processes share one. What helps: a new operator name with each schema; calls

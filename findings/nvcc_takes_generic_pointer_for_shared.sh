@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # nvcc up to CUDA 13.0 reads device memory with a load from shared memory.
 #
-# A struct holds a pointer into shared memory and, in a struct inside it, a pointer to device memory. A function puts the
-# two together, takes the inner struct by reference, and returns the whole. After inlining, the compiler takes the device
-# pointer for one into shared memory too: cvta.to.shared and ld.shared, hence LDS in machine code, on an address that is
-# not in shared memory. Nothing warns, and nothing in the program is undefined. The device pointer may as well be one to
-# the kernel's parameters, to constant or to local memory.
+# A struct holds a pointer into shared memory and, in a struct inside it, a pointer to device memory. A function puts
+# the two together, takes the inner struct by reference, and returns the whole. After inlining, the compiler takes the
+# device pointer for one into shared memory too: cvta.to.shared and ld.shared, hence LDS in machine code, on an
+# address that is not in shared memory. Nothing warns, and nothing in the program is undefined. The device pointer may
+# as well be one to the kernel's parameters, to constant or to local memory.
 #
 # It matters to whoever stages a part of an array in shared memory and keeps both pointers at hand. Taking the inner
 # struct by value, or building the outer one in the kernel, gives right code here. To find it: search the PTX for

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # ptxas of CUDA 13.0 fuses a packed float32 product and sum, though told not to.
 #
-# mul.rn.f32x2 followed by add.rn.f32x2 must round twice: .rn on both forbids the fusion, and so does --fmad false. For
-# the same pair of scalar instructions ptxas obeys. For the packed pair 13.0.88 emits one FFMA2 on sm_100, and rounds
-# once. On sm_120, which has no packed unit, it splits the pair into scalars and fuses those: two FFMA. With x = 1 + 2^-12
-# and y = -(1 + 2^-11), x*x + y is 0 in two roundings and 2^-24 in one.
+# mul.rn.f32x2 followed by add.rn.f32x2 must round twice: .rn on both forbids the fusion, and so does --fmad false.
+# For the same pair of scalar instructions ptxas obeys. For the packed pair 13.0.88 emits one FFMA2 on sm_100, and
+# rounds once. On sm_120, which has no packed unit, it splits the pair into scalars and fuses those: two FFMA. With x
+# = 1 + 2^-12 and y = -(1 + 2^-11), x*x + y is 0 in two roundings and 2^-24 in one.
 #
 # It matters to whoever needs the same bits on every GPU, or splits a product into a high and a low part. Where a sum
 # must not be fused, keep it scalar.
