@@ -89,7 +89,7 @@ struct StagedSeeds {
   }
 };
 // The loop beyond the staged seeds reads pass.seeds itself. all.seeds may be the pass's own parameters too, and
-// nvcc 13.0 takes a pointer that may be either for one into shared memory once it stands beside `staged`.
+// nvcc before 13.1 takes a pointer that may be either for one into shared memory once it stands beside `staged`.
 template <class R, Distribution D>
 ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const Pass& pass, const gpu::ManySeeds& all, uint64_t base,
                             uint32_t id) {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import lint
 from .cases import Case
 from .emulator import Emulator
 from .mutants import instructions_by_block, mutants_of
@@ -23,7 +24,7 @@ def same(a: Tensor, b: Tensor) -> int:
 
 
 def compare(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) -> list[str]:
-    """The bits of all tensors, one launch and no more, and no faulty access."""
+    """The bits of all tensors, one launch and no more, no faulty access, and nothing in the text that must not be there."""
     mine, theirs, first = case.tensors(), case.tensors(), len(emulator.launches)
     case.run(backend, mine, case.device_seeds and name == "cuda")
     case.run(peer, theirs, False)
@@ -32,7 +33,8 @@ def compare(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) 
         wrong.append(f"{differ} elements differ")
     if (launches := len(emulator.launches) - first) != 1:
         wrong.append(f"{launches} launches instead of one")
-    return wrong + emulator.faults(first)
+    kernels = {launch.kernel: emulator.sources[launch.kernel] for launch in emulator.launches[first:]}
+    return wrong + emulator.faults(first) + lint.in_ptx(kernels)
 
 
 def notices(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) -> list[str]:

@@ -20,7 +20,8 @@ def in_ptx(texts: dict[str, str]) -> list[str]:
     """A generic address as one of shared memory: nvcc has taken a pointer for one to what a block stages there, while the
     host says what it points at. The kernels here have no such conversion of their own.
 
-    A packed sum of a packed product: ptxas 13.0 makes one operation with one rounding of the two."""
+    A packed sum of a packed product: ptxas before 13.1 makes one operation with one rounding of the two. LLVM pairs scalar
+    ones by itself in Triton's kernels."""
     found = {name: text.count("cvta.to.shared") for name, text in texts.items()}
     told = [f"{name}: {count} addresses are taken for shared memory's" for name, count in found.items() if count]
     for name, text in texts.items():
