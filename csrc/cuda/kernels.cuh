@@ -91,8 +91,7 @@ struct StagedSeeds {
 // The loop beyond the staged seeds reads pass.seeds itself. all.seeds may be the pass's own parameters too, and
 // nvcc before 13.1 takes a pointer that may be either for one into shared memory once it stands beside `staged`.
 template <class R, Distribution D>
-ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const Pass& pass, const gpu::ManySeeds& all, uint64_t base,
-                            uint32_t id) {
+ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const Pass& pass, gpu::ManySeeds all, uint64_t base, uint32_t id) {
   const int k = int(threadIdx.x);
   static_assert(kStaged <= kThreads && gpu::kCoefs<R> <= 4);
   if (k < min(all.num_seeds, kStaged)) {

@@ -3,8 +3,9 @@
 // Each half of a packed operation is one correctly rounded float32 operation, so the bits are those of Lanes. Integers,
 // conversions and roundings have no packed form and go half by half.
 //
-// ptxas before 13.1 contracts add.rn.f32x2(mul.rn.f32x2(a, b), c) to one fused operation, against --fmad=false and against the
-// PTX manual. No rule and no part of the noise adds to a product but by fma; a test looks for it in the PTX.
+// ptxas before 13.1 contracts add.rn.f32x2(mul.rn.f32x2(a, b), c) to one fused operation, against --fmad=false and
+// against the PTX manual. No rule and no part of the noise adds to a product but by fma; a test looks for it in the
+// PTX.
 #pragma once
 #include "lanes.cuh"
 
