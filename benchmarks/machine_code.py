@@ -155,7 +155,8 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     from zokern.backends.triton import kernels, launch
     from zokern.table import CHUNK, COLUMNS
 
-    kernel, packed = kernels.pass_kernel, launch.has_packed_pairs(target)
+    (torch_dtype,) = [known for known, named in launch.DTYPES.items() if named == dtype]
+    kernel, packed = kernels.pass_kernel, launch.in_pairs(target, torch_dtype)
     signature = {"tensors": "*i64", "chunks": "*i32", "seeds": "*i64", "coefs": "*fp32", "shared": "*fp32",
                  "rounding_seed": "*i64", "enabled": "*i32", "num_seeds": "i32"}  # fmt: skip
     constants = launch.constants(rule) | {

@@ -72,18 +72,18 @@ template <Distribution D>
 struct StagedSeeds {
   static constexpr bool kOne = false;
   const StagedSeed* staged;
-  const int64_t* seeds;  // in device memory; not looked at where all are staged
+  const Pass& pass;
   const float* coefs;
-  int32_t num_seeds;
   template <class F>
   ZK_FN void each(const F& f) const {
+    const int num_seeds = pass.num_seeds;
     const StagedSeed* s = staged;
 #pragma unroll 1
     for (int k = min(num_seeds, kStaged); k > 0; --k, ++s)  // an end to compare with would be computed each time
       f(gpu::ChunkKeys<kDrawn<D>>{{s->keys}, s->head}, [&](int c) { return s->coef[c]; });
 #pragma unroll 1
     for (int k = kStaged; k < num_seeds; ++k) {
-      const uint32_t* words = reinterpret_cast<const uint32_t*>(seeds + k);
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(pass.seeds + k);
       f(gpu::SeedKeys{words[0], words[1]}, [&](int c) { return coefs[c * num_seeds + k]; });
     }
   }
@@ -106,7 +106,7 @@ ZK_FN StagedSeeds<D> stage(StagedSeed* staged, const Pass& pass, gpu::ManySeeds 
     for (int c = 0; c < gpu::kCoefs<R>; ++c) staged[k].coef[c] = all.coefs[c * all.num_seeds + k];
   }
   __syncthreads();
-  return {staged, pass.seeds, all.coefs, all.num_seeds};
+  return {staged, pass, all.coefs};
 }
 
 template <class T, class S, class R, Distribution D, Rounding Q, Seeds K>
@@ -126,13 +126,13 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<T, S, R, Q, K>()))
   const uint32_t whole = t.aligned ? (begin + 7) / 8 : touched_end;
   uint32_t whole_end = t.aligned ? end / 8 : touched_end;
 
-  using Whole = gpu::Whole<T, S, R>;
+  using Whole = std::conditional_t<D == Distribution::rademacher, Lanes, gpu::Whole<T, S, R>>;
   const auto go_through_whole = [&](auto lanes, const auto& u) {
     using L = decltype(lanes);
 #pragma unroll 1
     for (uint32_t b = whole + threadIdx.x; b < whole_end; b += L::kWidth * kThreads) {
       // Addresses from b anew: two instructions, where pointers carried along take seven.
-      if constexpr (K == Seeds::one) asm("" : "+r"(b));
+      if constexpr (K == Seeds::one && !kSm120) asm("" : "+r"(b));
       gpu::rule_tile<L, T, S, R, D, Q, false>(u, p, 8 * size_t(b), uint64_t(base), b, 0, 8);
     }
   };

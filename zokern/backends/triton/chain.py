@@ -68,7 +68,7 @@ def _stage(
     if HAS_V:
         v = tl.where(square_of_sum != 0, fma(v, v, a * 0.0 + squares, PACKED), v)
     kept = y
-    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE, PACKED)
+    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
     if WRITTEN == 2:
         y = tl.where(keep_second != 0, kept, y)
     if DTYPE.primitive_bitwidth == 16:

@@ -155,7 +155,7 @@ def _tile(
         x = _load_tile(state0, start, lanes, begin, end, CUT, STATE)
     if STATES == 2:
         y = _load_tile(state1, start, lanes, begin, end, CUT, STATE)
-    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE, PACKED)
+    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
     if ROUNDING == "stochastic":
         out = round_stochastic(w, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE)
     else:

@@ -50,8 +50,14 @@ def has_packed_pairs(target: Any) -> bool:
     return bool(target.backend == "cuda" and 100 <= target.arch < 110)
 
 
-def _packed() -> bool:
-    return not INTERPRETED and has_packed_pairs(triton.runtime.driver.active.get_current_target())
+def in_pairs(target: Any, dtype: torch.dtype) -> bool:
+    """Whether noise and sums go in packed pairs. Of float32 weights, and of what comes after the sums, LLVM's own choice of
+    pairs takes fewer instructions."""
+    return has_packed_pairs(target) and dtype != torch.float32
+
+
+def _packed(table: Table) -> bool:
+    return not INTERPRETED and in_pairs(triton.runtime.driver.active.get_current_target(), table.dtype)
 
 
 def options(rule: Rule, rounding: str, packed: bool) -> dict[str, object]:
@@ -80,7 +86,7 @@ def run(table: Table, kind: Kind, scalars: Scalars) -> None:
     device = table.tensors.device
     stochastic_state = table.state_dtype != torch.float32 and kind.rule.written > 0
     with _launch_context(device):
-        packed = _packed()
+        packed = _packed(table)
         pass_kernel[(num_chunks,)](
             table.tensors,
             table.chunks,
@@ -135,7 +141,7 @@ def run_chain(table: Table, chain: Chain) -> None:
             STAGE_COLUMNS=STAGE_COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
-            PACKED=_packed(),
+            PACKED=_packed(table),
             **LAUNCH_OPTIONS,
         )
     if on_gpu(device):

@@ -1,8 +1,8 @@
 """Multiplication and fused multiply-add of float32 tensors, two elements an instruction on GPUs that have it (sm_100).
 
 Each half of a packed operation is one correctly rounded float32 operation, so the bits are those of `tl.fma` and `*`.
-LLVM pairs half of them by itself; here all of a thread's elements go in pairs through a line of PTX. PACKED is decided
-at the launch: other targets, and Triton's interpreter, take the plain form. There is no packed addition, because ptxas
+LLVM pairs some of them by itself; here all of a thread's elements go in pairs through a line of PTX. PACKED is decided at
+the launch: other targets, and Triton's interpreter, take the plain form. There is no packed addition, because ptxas
 before CUDA 13.1 contracts it with a product.
 """
 
