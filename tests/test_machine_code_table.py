@@ -28,13 +28,6 @@ import machine_code_table  # noqa: E402
 
 STORED = json.loads(machine_code_table.STORED.read_text())
 ROWS: list[dict[str, Any]] = STORED["kernels"]
-# What spills all the same: two accesses of local memory each, of kernels that are bound by global memory, and eight of a
-# chain on sm_80, whose stages are bound by instructions.
-SPILLS = {
-    ("zk::cuda::chain_kernel<__nv_bfloat16, float, zk::gpu::HiZOO<false>>", 80): 8,
-    ("triton hizoo_restore<bf16, normal, stochastic>", 100): 2,
-    ("triton helene<bf16, normal, nearest>", 100): 2,
-}
 
 
 def row(rule: str = "axpy", arch: int | str = 90, backend: str = "cuda", **more: Any) -> dict[str, Any]:
@@ -62,7 +55,7 @@ def test_every_kernel_is_stored_for_every_architecture(arch: int | str) -> None:
     for r in mine:
         assert 5 < r["slots"] == pytest.approx(sum(r["pipes"].values()), abs=1e-3)
         assert r["vector_bytes"] == 16
-        assert r["spills"] == SPILLS.get((r["name"], arch), 0)
+        assert r["spills"] == 0
         assert (r["slots_per_extra_seed"] is None) == (r["seeds"] == "one")
 
 
@@ -309,7 +302,7 @@ def test_stored_rows_are_what_the_compilers_make(arch: int, tmp_path: Path) -> N
     stored = {r["name"]: r for r in ROWS if r["arch"] == arch}
     assert set(reports) == set(stored)
     for name, report in reports.items():
-        assert report["spills"] == SPILLS.get((name, arch), 0), name
+        assert report["spills"] == 0, name
         assert report["barriers_in_loop"] == 0, name
         assert report["registers"] == stored[name]["registers"], name
         assert report["slots_per_element_k1"] == pytest.approx(stored[name]["slots"], abs=1e-3), name
