@@ -260,7 +260,7 @@ def test_every_case_has_a_kernel_that_was_counted_or_none_for_a_reason(h200: pre
     for case in CASES.values():
         told = prediction.of(case, "cuda", h200)
         assert 0 < told["predicted_share"] <= 1, case
-        assert told["slots"] > 10 * case.stages * case.seeds
+        assert told["slots"] > 9 * case.stages * case.seeds
         counted = case.stages == 1 and case.state_dtype == "float32"
         counted &= not (case.dtype == "float16" and case.rule != "axpy")
         assert ("predicted_share" in prediction.of(case, "triton", h200)) == counted, case

@@ -104,9 +104,9 @@ def test_the_kernels_do_what_was_counted() -> None:
                 and all(row[key] == value for key, value in wanted.items())
             )  # fmt: skip
             found = interpreted.compare(row, run["executed"], run["elements"], seeds=run["seeds"])
-            # ptxas makes an address of a tile by a wide product, PTX by an addition: one for each array, of 8 elements.
+            # Addresses of a tile's arrays are wide products in the one and sums in the other: up to 3.5 for 8 elements.
             addresses = found.counted["wide products"] - found.executed["wide products"]
-            known = ["wide products"] if 0 <= addresses <= 3.5 / 8 else []
+            known = ["wide products"] if abs(addresses) <= 3.5 / 8 else []
             known += ["float32 results"] if (run["rule"], run["seeds"]) in SHORTER else []
             wrong += [
                 f"{run['rule']} sm_{arch}, {run['seeds']} seeds: {told}"

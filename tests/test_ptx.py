@@ -180,6 +180,8 @@ def test_addresses_taken_for_shared_memory_and_sums_of_packed_products_are_found
     assert lint.in_ptx({"right": product, "wrong": wrong}) == [
         "wrong: 1 packed sums of a product, which ptxas may contract"
     ]
+    loop = wrong.replace("add.rn", "$L: fma.rn.f32x2 %rd3,%rd1,%rd2,%rd3; @%p1 bra $L; add.rn")
+    assert lint.in_ptx({"right": loop}) == []
     right = (
         "//---- .text.right ----\n .L_x_1:\n LDS R1, [R2] ;\n LDS.128 R4, [R2+0x4] ;\n.L_x_2:\n LDS R3, [R2+0x4] ;\n"
     )
