@@ -12,7 +12,7 @@ import pytest
 
 from tests.ptx import memory as ptx_memory
 from tests.ptx.faults import Report
-from tests.ptx.machine import Machine
+from tests.ptx.machine import STEPS, Machine
 from tests.ptx.memory import Allocation
 from tests.ptx.parse import PtxError, split
 from tests.ptx.translate import translate
@@ -34,13 +34,13 @@ add.s32 %r4, %r2, %r3;
 """
 
 
-def run(body: str, memory: np.ndarray, threads: int = 64, grid: int = 1, **how: bool) -> Report:
+def run(body: str, memory: np.ndarray, threads: int = 64, grid: int = 1, limit: int = STEPS, **how: bool) -> Report:
     """A kernel that has the memory's address in %rd1, that of its thread's word in %rd3, and in %r4 that of its word in
     shared memory."""
     (text,) = split(HEAD + body + "\nret;\n}\n").values()
     address = memory.ctypes.data
     there = [Allocation("memory", address, memory.nbytes, **how)]
-    return Machine(translate(text), grid, threads, bytes(ctypes.c_uint64(address)), there).run()
+    return Machine(translate(text), grid, threads, bytes(ctypes.c_uint64(address)), there).run(limit)
 
 
 def words(n: int = 64) -> np.ndarray:
@@ -158,7 +158,7 @@ def test_threads_that_took_different_ways_meet_again() -> None:
 
 def test_a_loop_without_an_end_is_left() -> None:
     with pytest.raises(PtxError, match="k does not end"):
-        run("$L: add.s32 %r1, %r1, 1; bra.uni $L;", words())
+        run("$L: add.s32 %r1, %r1, 1; bra.uni $L;", words(), limit=1000)
 
 
 def test_registers_that_may_be_unset_are_named() -> None:

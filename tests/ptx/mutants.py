@@ -42,7 +42,6 @@ CHANGES: list[Change] = [
     ("select the other", r"\bselp\.(\w+) (\S+), (\S+), (\S+), ", r"selp.\1 \2, \4, \3, "),
     ("one more", r"(?<!ld)(?<!st) (?!.*\[)(.*), (\d+);", lambda m: f" {m[1]}, {int(m[2]) + 1};"),
     ("last bit of a constant", r"0f([0-9A-F]{8})", lambda m: f"0f{int(m[1], 16) ^ 1:08X}"),
-    ("sign of an index", r"\bcvt\.s64\.s32\b", "cvt.u64.u32"),
     ("no negation", r"\bneg\.f32\b", "mov.f32"),
     ("signed product", r"\bmul\.wide\.u32\b", "mul.wide.s32"),
     ("bytes of a permutation", r"\bprmt\.b32 (\S+), (\S+), (\S+), (\S+);", r"prmt.b32 \1, \3, \2, \4;"),
