@@ -6,6 +6,7 @@ BLACKWELL say what each kernel may take on sm_90 and on sm_100, where float32 op
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -140,6 +141,23 @@ def measure(kind: str, folder: Path, arch: int = 90, sources: tuple[str, ...] = 
     return {report["name"]: report for report in json.loads(out.read_text())}
 
 
+def cuda(folder: Path, arch: int, sources: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """The reports of CUDA kernels: of what the build has made for an architecture, else compiled."""
+    if build.unavailable_reason() is None:
+        reports: list[Any] = []
+        of = [o for o in build.objects() if o.is_cuda and o.source.name != "launch.cu"]
+        found = [build.cubins(o, folder).get(f"sm_{arch}") for o in of if not sources or o.source.name in sources]
+        if found and all(found):
+            for cubin in found:
+                reports += machine_code.analyse_cubin(cubin, arch)
+            return {report.name: json.loads(json.dumps(dataclasses.asdict(report))) for report in reports}
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    if f"compute_{arch}" not in subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout:
+        pytest.skip(f"this nvcc knows no sm_{arch}")
+    return measure("cuda", folder, arch, sources)
+
+
 @pytest.fixture(scope="module")
 def triton_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     pytest.importorskip("triton")
@@ -148,18 +166,12 @@ def triton_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[s
 
 @pytest.fixture(scope="module")
 def cuda_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    return measure("cuda", tmp_path_factory.mktemp("cuda"))
+    return cuda(tmp_path_factory.mktemp("cuda"), 90)
 
 
 @pytest.fixture(scope="module")
 def blackwell_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    if "compute_100" not in subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout:
-        pytest.skip("this nvcc knows no sm_100")
-    return measure("cuda", tmp_path_factory.mktemp("blackwell"), 100, ("axpy.cu", "hizoo.cu"))
+    return cuda(tmp_path_factory.mktemp("blackwell"), 100, ("axpy.cu", "hizoo.cu"))
 
 
 @needs_tools

@@ -28,7 +28,7 @@ if backend.unavailable_reason() is not None:
 import triton
 import triton.language as tl
 
-from zokern.backends.triton import interpreter, kernels, launch, noise, rounding
+from zokern.backends.triton import checksum, interpreter, kernels, launch, noise, rounding
 
 DEVICE = str(devices.DEVICE["triton"])
 ANSWERS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "zk1.json").read_text())
@@ -514,15 +514,32 @@ def test_the_integer_of_a_tensor(data: Any, value: int) -> None:
 def test_interpreter_is_restored() -> None:
     from triton.runtime import interpreter as of_triton
 
-    before, patch = dict(vars(of_triton.interpreter_builder)), of_triton._patch_lang_tensor
+    names = ["_patch_lang", "_patch_lang_tensor", "_get_np_dtype"]
+    before, patches = dict(vars(of_triton.interpreter_builder)), [getattr(of_triton, name) for name in names]
 
     @interpreter.exact_arithmetic()
     def fail() -> None:
         assert "create_fma" in vars(of_triton.interpreter_builder)
-        assert of_triton._patch_lang_tensor is not patch
+        assert all(getattr(of_triton, name) is not patch for name, patch in zip(names, patches, strict=True))
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert vars(of_triton.interpreter_builder) == before
-    assert of_triton._patch_lang_tensor is patch
+    assert [getattr(of_triton, name) for name in names] == patches
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter is patched")
+def test_interpreter_patches_the_language_once_for_each_file_and_launch(monkeypatch) -> None:
+    """And not at each call of a function, which takes most of a launch's time; Triton's own functions have files too."""
+    from triton.runtime import interpreter as of_triton
+
+    files: list[str] = []
+    patch = of_triton._patch_lang
+    monkeypatch.setattr(of_triton, "_patch_lang", lambda fn: [files.append(fn.__globals__["__name__"]), patch(fn)][1])
+    first = checksum.normal_checksum(0, 3000, torch.device("cpu"))
+    once, files[:] = list(files), []
+    assert len(set(once)) == len(once) > 3
+    assert "triton.language.standard" in once
+    assert checksum.normal_checksum(0, 3000, torch.device("cpu")) == first
+    assert files == once

@@ -127,6 +127,12 @@ def carried(root: Path = ROOT) -> list[int]:
     return sorted({int(n) for n in re.findall(r"code=\[?compute_(\d+)", flags)})
 
 
+def cubins(o: Object, there: Path) -> dict[str, Path]:
+    """The machine code in an object, taken out into a folder, by architecture: sm_80 and so on."""
+    subprocess.run([str(tool("cuobjdump")), "-xelf", "all", str(o.path)], cwd=there, capture_output=True, check=True)
+    return {cubin.suffixes[-2].lstrip("."): cubin for cubin in sorted(there.glob(f"{o.source.name}*.cubin"))}
+
+
 def plain_name(kernel: str) -> str:
     """Without the tag of a file's anonymous namespace, which differs from build to build."""
     return re.sub(r"\d+_GLOBAL__N__\w+?_cu_[0-9a-f]{8}(?:_\d+)?", "", kernel)

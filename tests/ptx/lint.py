@@ -49,15 +49,13 @@ def in_sass(listing: str) -> list[str]:
 
 def listings(o: build.Object, but: set[str]) -> dict[str, str]:
     """The machine code in an object, by architecture: sm_80 and so on, without some."""
-    cuobjdump, nvdisasm = build.tool("cuobjdump"), build.tool("nvdisasm")
-    if cuobjdump is None or nvdisasm is None:
-        raise build.PtxError("cuobjdump and nvdisasm are neither in Triton's wheel nor on PATH")
+    nvdisasm = build.tool("nvdisasm")
+    if nvdisasm is None:
+        raise build.PtxError("nvdisasm is neither in Triton's wheel nor on PATH")
     found = {}
     with tempfile.TemporaryDirectory() as there:
-        subprocess.run([cuobjdump, "-xelf", "all", str(o.path)], cwd=there, capture_output=True, check=True)
-        for cubin in sorted(Path(there).glob("*.cubin")):
-            if cubin.suffixes[-2].lstrip(".") in but:
-                continue
-            done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
-            found[cubin.suffixes[-2].lstrip(".")] = done.stdout
+        for arch, cubin in build.cubins(o, Path(there)).items():
+            if arch not in but:
+                done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
+                found[arch] = done.stdout
     return found

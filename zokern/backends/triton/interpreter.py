@@ -3,14 +3,14 @@
 The noise contract needs a fused multiply-add and a conversion to bfloat16 that rounds to nearest even. Depending on its
 version, the interpreter multiplies and adds with two roundings, and converts to bfloat16 wrongly on ties and carries.
 Triton 3.6's cannot make a tensor the bound of a loop where NumPy is 2.4 or later. `exact_arithmetic` puts these right
-inside a `with` block and restores the interpreter afterwards.
+inside a `with` block, leaves out two searches that take most of its time, and restores the interpreter afterwards.
 Source: Boldo and Melquiond 2008 (rounding to odd makes a second rounding harmless); Knuth's TwoSum.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,42 @@ def index(tensor: Any) -> int:
     return int(tensor.handle.data.item())
 
 
+def once(patch: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the interpreter's patch of triton.language, which it makes anew at each call of a function inside a kernel, by a
+    search through all modules that the function's own file imports: once for each file, until the launch's is undone."""
+    made: dict[int, Any] = {}
+
+    class Scope:
+        def __init__(self, scope: Any) -> None:
+            self.scope = scope
+
+        def restore(self) -> None:
+            made.clear()
+            self.scope.restore()
+
+    def patch_lang(fn: Any) -> Any:
+        file = id(fn.__globals__)
+        if file not in made:
+            made[file] = Scope(patch(fn))
+        return made[file]
+
+    return patch_lang
+
+
+def by_name(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Of the interpreter's table of NumPy's types, which it writes down at each look into it: each element's once."""
+    known: dict[str, Any] = {}
+
+    def numpy_type(dtype: Any) -> Any:
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        found = known.get(element.name)
+        if found is None:
+            found = known[element.name] = convert(dtype)
+        return found
+
+    return numpy_type
+
+
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Inside, the interpreter's fma and its conversions between float32 and bfloat16 are those of a GPU, and a tensor of
@@ -64,6 +100,7 @@ def exact_arithmetic() -> Iterator[None]:
     original_patch = interpreter._patch_lang_tensor
     original_fma, original_cast = interpreter_builder.create_fma, interpreter_builder.cast_impl
     original_options = interpreter_builder.options
+    original_lang, original_type = interpreter._patch_lang, interpreter._get_np_dtype
 
     def create_fma(x: Any, y: Any, z: Any) -> Any:
         if z.data.dtype != np.float32:
@@ -87,6 +124,7 @@ def exact_arithmetic() -> Iterator[None]:
     interpreter_builder.create_fma, interpreter_builder.cast_impl = create_fma, cast_impl
     interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
     interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang, interpreter._get_np_dtype = once(original_lang), by_name(original_type)
     try:
         with np.errstate(all="ignore"):  # overflow to infinity and wrapping integers are meant
             yield
@@ -94,3 +132,4 @@ def exact_arithmetic() -> Iterator[None]:
         del interpreter_builder.create_fma, interpreter_builder.cast_impl
         interpreter_builder.options = original_options
         interpreter._patch_lang_tensor = original_patch
+        interpreter._patch_lang, interpreter._get_np_dtype = original_lang, original_type
