@@ -180,6 +180,7 @@ def test_addresses_taken_for_shared_memory_and_sums_of_packed_products_are_found
     assert lint.in_ptx({"right": product, "wrong": wrong}) == [
         "wrong: 1 packed sums of a product, which ptxas may contract"
     ]
+    assert len(lint.in_ptx({"wrong": wrong.replace("add.rn", "sub.rn")})) == 1
     loop = wrong.replace("add.rn", "$L: fma.rn.f32x2 %rd3,%rd1,%rd2,%rd3; @%p1 bra $L; add.rn")
     assert lint.in_ptx({"right": loop}) == []
     right = (

@@ -238,9 +238,9 @@ ld.global.u64 %rd6, [%rd5]; ld.global.u64 %rd7, [%rd5+8]; ld.global.u64 %rd8, [%
 LAST = "st.global.u64 [%rd5], %rd9;"
 
 
-@pytest.mark.parametrize("operation", ["add", "mul", "fma"])
+@pytest.mark.parametrize("operation", ["add", "sub", "mul", "fma"])
 def test_packed_instructions_equal_two_single_ones(operation: str) -> None:
-    """add, mul and fma of f32x2 against the single instructions, in the low and in the high half."""
+    """add, sub, mul and fma of f32x2 against the single instructions, in the low and in the high half."""
     draw = np.random.default_rng(5)
     memory = draw.integers(0, 2**32, 6 * 64, dtype=u4)
     memory[::7] = draw.choice(u4([0, 0x80000000, 1, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7FC00001]), len(memory[::7]))
@@ -289,7 +289,7 @@ def test_a_guarded_packed_instruction_leaves_the_other_threads_alone() -> None:
         "sqrt.rn.f32 %f1, %f2",
         "ex2.approx.f32 %f1, %f2",
         "max.NaN.f32 %f1, %f2, %f3",
-        "sub.rn.f32x2 %rd1, %rd2, %rd3",
+        "sub.rz.f32x2 %rd1, %rd2, %rd3",
         "fma.rn.ftz.f32x2 %rd1, %rd2, %rd3, %rd4",
         "fma.rz.f32x2 %rd1, %rd2, %rd3, %rd4",
         "mul.f32x2 %rd1, %rd2, %rd3",

@@ -44,7 +44,7 @@ def single(w: Writer, i: Instruction) -> None:
 
 def packed(w: Writer, i: Instruction) -> None:
     """Two float32 in each 64-bit register, the first in the low half; sm_100 and newer."""
-    if i.parts not in (("add", "rn", "f32x2"), ("mul", "rn", "f32x2"), ("fma", "rn", "f32x2")):
+    if i.parts[0] not in ("add", "sub", "mul", "fma") or i.parts[1:] != ("rn", "f32x2"):
         raise PtxError(i.text)
     for operand in i.args:
         if not is_register(operand) or w.kernel.registers.get(str(operand)) != 8:

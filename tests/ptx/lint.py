@@ -12,8 +12,8 @@ from . import build
 _FUNCTION = re.compile(r"^//-+ \.text\.(\S+)", re.MULTILINE)
 _LABEL = re.compile(r"^\.L_x_\d+:", re.MULTILINE)
 _PACKED_PRODUCT = re.compile(r"\bmul\.rn\.f32x2\s+(%\w+),")
-_SET_OTHERWISE = re.compile(r"\b(?:fma\.rn\.f32x2|add\.rn\.f32x2|mov\.[bu]64)\s+(%\w+),")
-_PACKED_SUM = re.compile(r"\badd\.rn\.f32x2\s+%\w+,\s*(%\w+),\s*(%\w+)")
+_SET_OTHERWISE = re.compile(r"\b(?:(?:fma|add|sub)\.rn\.f32x2|mov\.[bu]64)\s+(%\w+),")
+_PACKED_SUM = re.compile(r"\b(?:add|sub)\.rn\.f32x2\s+%\w+,\s*(%\w+),\s*(%\w+)")
 _WORD = re.compile(r"\bLDS R\d+, \[(R\d+)(?:\+(0x[0-9a-f]+))?\]")  # 32 bits
 
 
@@ -21,8 +21,8 @@ def in_ptx(texts: dict[str, str]) -> list[str]:
     """A generic address as one of shared memory: nvcc has taken a pointer for one to what a block stages there, while the
     host says what it points at. The kernels here have no such conversion of their own.
 
-    A packed sum of a packed product: ptxas before 13.1 makes one operation with one rounding of the two. LLVM pairs scalar
-    ones by itself in Triton's kernels."""
+    A packed sum or difference of a packed product: ptxas before 13.1 makes one operation with one rounding of the two.
+    LLVM pairs scalar ones by itself in Triton's kernels."""
     found = {name: text.count("cvta.to.shared") for name, text in texts.items()}
     told = [f"{name}: {count} addresses are taken for shared memory's" for name, count in found.items() if count]
     for name, text in texts.items():

@@ -97,6 +97,7 @@ def limits() -> Iterator[Case]:
                 yield replace(base, distribution="rademacher")
             if rule != "scaled_axpy" and limit % 2 == 0 and not device:
                 yield replace(base, stages=1)
+                yield replace(base, stages=1, fork=True)  # a perturbation has code of its own there
 
 
 def rare() -> Iterator[Case]:
