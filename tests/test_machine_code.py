@@ -144,13 +144,11 @@ def measure(kind: str, folder: Path, arch: int = 90, sources: tuple[str, ...] = 
 def cuda(folder: Path, arch: int, sources: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """The reports of CUDA kernels: of what the build has made for an architecture, else compiled."""
     if build.unavailable_reason() is None:
-        reports: list[Any] = []
         of = [o for o in build.objects() if o.is_cuda and o.source.name != "launch.cu"]
         found = [build.cubins(o, folder).get(f"sm_{arch}") for o in of if not sources or o.source.name in sources]
         if found and all(found):
-            for cubin in found:
-                reports += machine_code.analyse_cubin(cubin, arch)
-            return {report.name: json.loads(json.dumps(dataclasses.asdict(report))) for report in reports}
+            reports = [report for cubin in found for report in machine_code.analyse_cubin(cubin, arch)]
+            return {report.name: dataclasses.asdict(report) for report in reports}
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     if f"compute_{arch}" not in subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout:
