@@ -66,7 +66,7 @@ def _stage(
         if HAS_V:
             v = tl.where(square_of_sum != 0, fma(z, cv, v, PACKED), grown)
     if HAS_V:
-        v = tl.where(square_of_sum != 0, fma(v, v, a * 0.0 + squares, PACKED), v)
+        v = tl.where(square_of_sum != 0, fma(v, v, _zeros_like(a) + squares, PACKED), v)
     kept = y
     w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
     if WRITTEN == 2:
