@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from tests.ptx import __main__ as command
 from tests.ptx import build, cache, lint, mutants, runner, selection, triton_host
-from tests.ptx.cases import NUM_LIMITS
+from tests.ptx.cases import F32, NUM_LIMITS
 from tests.ptx.runner import Worker
 from tests.ptx.target import Target
 
@@ -61,6 +61,18 @@ def test_kernels_have_the_bits_of_the_cpu_and_make_no_faulty_access(
         assert record["cases"] == len(wanted) + more
         assert record["kernels"] >= (40 if backend == "cuda" else len(wanted))
         assert record["wrong"] == {}
+
+
+@pytest.mark.slow
+def test_the_chains_of_triton_have_packed_pairs_that_are_rounded_twice() -> None:
+    """On Blackwell LLVM pairs products and sums of float32 by itself, and ptxas may round a sum of a product once."""
+    emulated("triton")
+    chains = [c for c in selection.everything("triton") if (c.layout, c.stages, c.dtype) == ("rare", 4, F32)]
+    assert {c.rule for c in chains} == set(selection.RULES) - {"scaled_axpy"}
+    only = ("--arch", "100", "--no-steps", "--only", "fp32 rare stages=4", "--jobs", "1")
+    done = python("-m", "tests.ptx", "--backend", "triton", *only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(chains)} cases, 0 wrong" in done.stdout
 
 
 @pytest.mark.slow
