@@ -11,9 +11,10 @@ from . import build
 
 _FUNCTION = re.compile(r"^//-+ \.text\.(\S+)", re.MULTILINE)
 _LABEL = re.compile(r"^\.L_x_\d+:", re.MULTILINE)
-_PACKED_PRODUCT = re.compile(r"\bmul\.rn\.f32x2\s+(%\w+),")
-_SET_OTHERWISE = re.compile(r"\b(?:(?:fma|add|sub)\.rn\.f32x2|mov\.[bu]64)\s+(%\w+),")
-_PACKED_SUM = re.compile(r"\b(?:add|sub)\.rn\.f32x2\s+%\w+,\s*(%\w+),\s*(%\w+)")
+_SET = re.compile(
+    r"\b(?P<op>(?:mul|add|sub|fma)\.rn\.f32x2|mov\.[bu](?:32|64)|mov\.f32)\s+(?P<to>%?\w+|\{[^}]*\})\s*,(?P<of>[^;]*);"
+)
+_NAME = re.compile(r"%?\b[a-zA-Z_$][\w$]*")
 _WORD = re.compile(r"\bLDS R\d+, \[(R\d+)(?:\+(0x[0-9a-f]+))?\]")  # 32 bits
 
 
@@ -26,11 +27,33 @@ def in_ptx(texts: dict[str, str]) -> list[str]:
     found = {name: text.count("cvta.to.shared") for name, text in texts.items()}
     told = [f"{name}: {count} addresses are taken for shared memory's" for name, count in found.items() if count]
     for name, text in texts.items():
-        # A register that something else sets too holds a product on one way only, as before a loop over directions.
-        products = set(_PACKED_PRODUCT.findall(text)) - set(_SET_OTHERWISE.findall(text))
-        sums = sum(bool(products & {a, b}) for a, b in _PACKED_SUM.findall(text))
+        sums = packed_sums_of_products(text)
         told += [f"{name}: {sums} packed sums of a product, which ptxas may contract"] if sums else []
     return told
+
+
+def packed_sums_of_products(text: str) -> int:
+    """Also where the halves of a product are taken apart and paired anew, as between lines of assembly.
+
+    A register that something else sets too holds a product on one way only, as before a loop over directions. Names of a
+    block of assembly (without %) are set anew by each block."""
+    statements = [(m["op"], _NAME.findall(m["to"]), _NAME.findall(m["of"])) for m in _SET.finditer(text)]
+    others: set[str] = set()  # registers that hold something else, at least on one way
+    while True:
+        sums, here, products = 0, set[str](), set[str]()
+        more = set[str]()
+        for op, to, of in statements:
+            known = {x for x in of if x in here or (x in products and x not in others)}
+            is_product = op.startswith("mul") or (op.startswith("mov") and bool(known))
+            sums += op.startswith(("add", "sub")) and bool(known)
+            for x in to:
+                if not x.startswith("%"):
+                    (here.add if is_product else here.discard)(x)
+                else:
+                    (products if is_product else more).add(x)
+        if more <= others:
+            return sums
+        others |= more
 
 
 def in_sass(listing: str) -> list[str]:
