@@ -130,7 +130,7 @@ def small_numbers() -> Iterator[Case]:
 
 def layouts() -> Iterator[Case]:
     """The common kernels on every layout, in and out of place, with and without special values."""
-    for dtype, rounding in ((BF16, "nearest"), (BF16, "stochastic"), (F32, "nearest"), (F16, "stochastic")):
+    for dtype, rounding in ((d, rounding) for d in (BF16, F32, F16) for rounding in roundings_of(d)):
         for n, (layout, k) in enumerate(itertools.product((n for n in LAYOUTS if n != "rare"), (1, 2))):
             for i, distribution in enumerate(("normal", "rademacher")):
                 base = Case("axpy", dtype, F32, distribution, rounding, k, layout, seed=n)
