@@ -66,9 +66,9 @@ def _stage(
         if HAS_V:
             v = tl.where(square_of_sum != 0, fma(z, cv, v, PACKED), grown)
     if HAS_V:
-        v = tl.where(square_of_sum != 0, fma(v, v, _zeros_like(a) + squares, PACKED), v)
+        v = tl.where(square_of_sum != 0, fma(v, v, squares, PACKED), v)
     kept = y
-    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
+    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE, True)
     if WRITTEN == 2:
         y = tl.where(keep_second != 0, kept, y)
     if DTYPE.primitive_bitwidth == 16:

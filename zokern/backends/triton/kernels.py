@@ -155,10 +155,7 @@ def _tile(
         x = _load_tile(state0, start, lanes, begin, end, CUT, STATE)
     if STATES == 2:
         y = _load_tile(state1, start, lanes, begin, end, CUT, STATE)
-    if RULE == "sign" and not HAS_NOISE:
-        w = tl.where(w == 0.0, 0.0, w)  # w + 0, but no sum of the product w: see packed.py
-    else:
-        w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE)
+    w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE, HAS_NOISE)
     if ROUNDING == "stochastic":
         out = round_stochastic(w, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE)
     else:

@@ -54,8 +54,8 @@ def start_of_squares(p1, p2, RULE: tl.constexpr):
 
 
 @triton.jit
-def finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE: tl.constexpr):
-    """The new weight, before its rounding, and the new states."""
+def finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE: tl.constexpr, HAS_NOISE: tl.constexpr):
+    """The new weight, before its rounding, and the new states. HAS_NOISE: there may be directions."""
     if RULE == "scaled_axpy":
         w = tl.fma(a, inverse_root(x), w)
     elif RULE == "hizoo" or RULE == "hizoo_restore":
@@ -77,6 +77,8 @@ def finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE: tl.constexpr):
         w = tl.fma(x * p4, inverse(tl.fma(y, inverse_root(y), p5)), w)
     elif RULE == "adamezo":
         w = tl.fma(g * p1, inverse_root(v), w)
+    elif RULE == "sign" and not HAS_NOISE:
+        w = tl.where(w == 0.0, 0.0, w)  # w + 0, but no sum of the product w: see packed.py
     elif RULE == "sign":
         w = w + tl.where(g < 0.0, p1 * -1.0, tl.where(g > 0.0, p1, 0.0))
     return w, x, y
