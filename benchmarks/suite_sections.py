@@ -24,7 +24,7 @@ from suite_runner import Command, Section
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS, TESTS = ROOT / "benchmarks", ROOT / "tests"
 CUDA_HOMES = ("CUDA_HOME", "CUDA_PATH")
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BUILD_NEEDS = ("torch", "pip", "setuptools", "pybind11")
 BENCH_NEEDS = ("torch", "typer", "rich")
 NO_GPU = "no NVIDIA GPU (nvidia-smi finds none)"
@@ -211,7 +211,7 @@ def all_sections(out: Path) -> list[Section]:
         Section("checksum", "all 2^32 words, on CUDA and on Triton",
                 lambda s: [script("checksum.py", "--device", "cuda", "--output", out / "checksum.json")],
                 40, 10, lambda: lacks(PLAIN)),
-        Section("sanitizer", ", ".join(SANITIZERS), sanitizer, 120, 90, lambda: lacks(PLAIN, ("compute-sanitizer",)),
+        Section("sanitizer", ", ".join(SANITIZERS), sanitizer, 160, 100, lambda: lacks(PLAIN, ("compute-sanitizer",)),
                 env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         every,
         step(out, "opt-1.3b", "16x256,16x32", "mezo,hizoo,helene,fzoo"),

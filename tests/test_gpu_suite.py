@@ -442,14 +442,15 @@ def test_every_run_of_pytest_has_workers_and_is_a_section_of_its_own(
 
 def test_sanitizers_share_their_time_and_look_at_kernels_alone(commands: list[list[str]]) -> None:
     """Each has its share from the start of the program to its end; calls that libraries try out are no errors."""
-    watched = [list(command) for command in suite_sections.sanitizer(90)]
-    assert [command[command.index("--tool") + 1] for command in watched] == ["memcheck", "racecheck", "initcheck"]
+    watched = [list(command) for command in suite_sections.sanitizer(100)]
+    tools = [command[command.index("--tool") + 1] for command in watched]
+    assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]
     for command in watched:
         assert command[command.index("--report-api-errors") + 1] == "no"
         assert command.index("--report-api-errors") < command.index(PYTHON)
-        assert 20 <= float(command[command.index("--time-limit") + 1]) <= 90 / 3 - 5
+        assert 20 <= float(command[command.index("--time-limit") + 1]) <= 100 / 4 - 5
     section = next(s for s in suite_sections.all_sections(Path("/out")) if s.name == "sanitizer")
-    assert section.minimum >= 90
+    assert section.minimum >= 100
 
 
 def test_benchmark_commands_are_understood_by_the_real_command_line(commands: list[list[str]]) -> None:
