@@ -85,6 +85,10 @@ def untestable() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
+def processors() -> int:
+    return os.cpu_count() or 2
+
+
 def script(name: str, *arguments: object) -> list[str]:
     return [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
 
@@ -123,7 +127,8 @@ def tests_note(path: Path) -> str:
 
 
 def tests(out: Path, jobs: int) -> list[Section]:
-    """Two sections, so that neither takes the other's time."""
+    """Two sections, so that neither takes the other's time. Of torch's threads a process has its share: each with one for
+    every processor, they wait for each other for most of the time."""
     chosen = {
         "tests-gpu": ("the tests that need a GPU", ["-m", "gpu"]),
         "tests": (
@@ -133,7 +138,8 @@ def tests(out: Path, jobs: int) -> list[Section]:
     }
     return [
         Section(name, about, lambda s, name=name, which=which: [pytest_run(out, name, jobs, *which)],
-                140, 30, lambda: lacks((*PLAIN, "pytest")), lambda name=name: tests_note(out / f"{name}.xml"))
+                140, 30, lambda: lacks((*PLAIN, "pytest")), lambda name=name: tests_note(out / f"{name}.xml"),
+                env={"OMP_NUM_THREADS": str(max(processors() // jobs, 1))})
         for name, (about, which) in chosen.items()
     ]  # fmt: skip
 
@@ -198,7 +204,7 @@ def kernels(out: Path) -> list[Section]:
 def all_sections(out: Path) -> list[Section]:
     """Truth first, then speed. Of either, what may be cut short comes last."""
     cap = (gpu() or {}).get("compute_cap", "")
-    jobs = max(min((os.cpu_count() or 2) // 2, 8), 1)
+    jobs = max(min(processors() // 2, 8), 1)
     every, compiled = kernels(out)
     return [
         Section("build", "the extension, for this GPU's architecture", build, 170, 60,
@@ -207,10 +213,10 @@ def all_sections(out: Path) -> list[Section]:
         Section("equality", "bits of CUDA and Triton against the CPU's, every rule",
                 lambda s: [equality(out, "equality", 1_000_000, jobs, s)],
                 75, 20, lambda: lacks(PLAIN)),
-        *tests(out, jobs),
+        *tests(out, min(processors(), 16)),
         Section("checksum", "all 2^32 words, on CUDA and on Triton",
                 lambda s: [script("checksum.py", "--device", "cuda", "--output", out / "checksum.json")],
-                40, 10, lambda: lacks(PLAIN)),
+                25, 10, lambda: lacks(PLAIN)),
         Section("sanitizer", ", ".join(SANITIZERS), sanitizer, 160, 100, lambda: lacks(PLAIN, ("compute-sanitizer",)),
                 env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         every,

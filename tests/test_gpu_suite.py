@@ -429,8 +429,10 @@ def test_every_run_of_pytest_has_workers_and_is_a_section_of_its_own(
         return {name: command for name, (command,) in found.items()}
 
     assert set(runs()) == {"tests-gpu", "tests"}
+    shares = {s.name: s.env for s in suite_sections.all_sections(Path("/out")) if s.name in runs()}
+    assert shares == {name: {"OMP_NUM_THREADS": "1"} for name in runs()}
     for name, command in runs().items():
-        assert command[command.index("-n") + 1] == "8"
+        assert command[command.index("-n") + 1] == "16"
         assert command[command.index("-o") + 1] == "faulthandler_timeout=50"
         assert {"--timeout=60", "--timeout-method=thread", f"--junitxml=/out/{name}.xml"} <= set(command)
     assert runs()["tests-gpu"][runs()["tests-gpu"].index("-m", 3) + 1] == "gpu"

@@ -6,6 +6,7 @@ The device is PyTorch's "meta", the launches are stand-ins that note what they a
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from dataclasses import fields
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -284,8 +285,9 @@ def test_a_launch_is_noted_with_its_stream(backend: str, given: Given, monkeypat
     rows, rule, module = a_table(), RULES["axpy"], backends.module(backend)
     noted: list[object] = []
     monkeypatch.setattr(table.Table, "read_on", lambda self, stream: noted.append((self, stream)))
-    if backend == "triton":  # which asks for a stream on GPUs alone
+    if backend == "triton":  # which asks for a stream on GPUs alone, and makes such a device the current one
         monkeypatch.setattr(launch, "on_gpu", lambda device: True)
+        monkeypatch.setattr(launch, "_launch_context", lambda device: nullcontext())
     module.run(rows, Kind(), numbers("cpu", 1, False, False))
     module.run_chain(rows, Chain([(Kind(rule), numbers("cpu", 1, False, False))], rule))
     assert noted == [(rows, STREAM)] * 2
