@@ -13,12 +13,20 @@ from zokern.bench.cases import BENCHMARKS, is_ours
 
 IMAGES = ROOT / "docs" / "images"
 QUIET = 2.0  # slowest over fastest round of any way, above which a page says that the run is not to be trusted
-HEADLINES = ("axpy, K = 1", "axpy, K = 4", "axpy, K = 16", "axpy, Rademacher", "axpy, stochastic rounding")
+HEADLINES = ("axpy, K = 1", "axpy, K = 4", "axpy, K = 16", "axpy, Rademacher", "axpy, stochastic rounding",
+             "HiZOO update, h float32", "HELENE update")  # fmt: skip
+
+
+def paths_of(name: str, device: str) -> list[Path]:
+    """The stored runs of a benchmark: kernels-NAME-DEVICE.json, and others for what was run again (-float32)."""
+    return sorted(RESULTS.glob(f"kernels-{name}-{device}.json")) + sorted(
+        RESULTS.glob(f"kernels-{name}-{device}-*.json")
+    )
 
 
 def paths(device: str) -> list[Path]:
     """The stored runs of one kind of device, in the order of `zokern bench list`."""
-    return [p for name in BENCHMARKS if (p := RESULTS / f"kernels-{name}-{device}.json").is_file()]
+    return [path for name in BENCHMARKS for path in paths_of(name, device)]
 
 
 def records(device: str) -> list[dict[str, Any]]:
@@ -52,58 +60,71 @@ def _run_of(record: dict[str, Any]) -> str:
     return text
 
 
+def _compiled(device: str) -> dict[str, float]:
+    """How many times faster than torch.compile's kernels a pass is, by its title: of the suite's run beside them."""
+    stored = [plots.load(path) for path in sorted((RESULTS / "compiled").glob(f"kernels-*-{device}.json"))]
+    ways = {title: next(_ours(result))[1] for run in stored for title, result in run["results"].items()}
+    return {title: way["speedup_over"]["compiled"] for title, way in ways.items() if "compiled" in way["speedup_over"]}
+
+
 def kernel_headlines() -> str:
-    """README's table: axpy on a CPU."""
-    found = records("cpu")
-    peers = _peers(found)
-    dtypes = found[0]["settings"]["dtypes"]
+    """README's table of passes: on a GPU where one was measured, else on a CPU."""
+    device = "cuda" if paths("cuda") else "cpu"
+    found, compiled = records(device), _compiled(device)
+    peers = [*dict.fromkeys([*_peers(found), *(["compiled"] if compiled else [])])]
+    results = {title: result for record in found for title, result in record["results"].items()}
+    dtypes = [d for d in ("bfloat16", "float32") if any(title.endswith(f", {d}") for title in results)]
     lines = [
-        f"One run on {_run_of(found[0])} For each pass: ns per element, then how many times faster than "
-        f"{' / '.join(f'`{peer}`' for peer in peers)}.",
+        f"{_run_of(found[0])} For each pass: ns per element, the share of the bandwidth of a copy, then how many times "
+        f"faster than {' / '.join(f'`{peer}`' for peer in peers)}.",
         "",
         "| pass | " + " | ".join(dtypes) + " |",
         "|---|" + "---|" * len(dtypes),
     ]
-    results = {title: result for record in found for title, result in record["results"].items()}
     for label in HEADLINES:
         cells = []
         for dtype in dtypes:
-            result = results.get(f"{label}, {dtype}")
+            result = results.get(title := f"{label}, {dtype}")
             if result is None:
                 cells.append("-")
                 continue
             _, way = next(_ours(result))
-            over = way["speedup_over"]  # not every benchmark was run beside every peer
+            over = {"compiled": compiled[title]} if title in compiled else {}
+            over |= way["speedup_over"]  # not every benchmark was run beside every peer
             faster = " / ".join(f"{over[peer]:.1f} x" if peer in over else "-" for peer in peers)
-            cells.append(f"{way['ns_per_element']:.2f} ns, {faster}")
+            cells.append(f"{way['ns_per_element']:.2g} ns, {way['share_of_copy']:.0%}, {faster}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _table(record: dict[str, Any], path: Path) -> str:
+    """A run's cases, and its picture."""
+    peers = _peers([record])
+    predicted = any("predicted_share" in way for r in record["results"].values() for _, way in _ours(r))
+    head = ["pass", "on", "ns/element", "GB/s", "% of copy", *[f"x {peer}" for peer in peers]]
+    head += ["predicted"] if predicted else []
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for title, result in record["results"].items():
+        for label, way in _ours(result):
+            cells = [title, label.removeprefix("zokern "), *_cells(way, peers)]
+            if predicted:
+                share = way.get("predicted_share")
+                cells.append("-" if share is None else f"{share:.0%}")
+            lines.append("| " + " | ".join(cells) + " |")
+    name = record["benchmark"].removeprefix("kernels-")
+    return "\n".join(lines) + f"\n\n![{name}: share of the copy bandwidth](images/{path.stem}.png)"
+
+
 def kernel_tables(device: str) -> str:
     """docs/benchmarks.md: every case of a kind of device, and the pictures; or that nothing has run."""
-    found = records(device)
-    if not found:
+    if not paths(device):
         return f"**Not yet run on a {device.upper().replace('CUDA', 'GPU')}.**"
     parts = [f"![Roofline of the passes](images/kernels-roofline-{device}.png)"]
-    for record, path in zip(found, paths(device), strict=True):
-        peers = _peers([record])
-        predicted = any("predicted_share" in way for r in record["results"].values() for _, way in _ours(r))
-        head = ["pass", "on", "ns/element", "GB/s", "% of copy", *[f"x {peer}" for peer in peers]]
-        head += ["predicted"] if predicted else []
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for title, result in record["results"].items():
-            for label, way in _ours(result):
-                cells = [title, label.removeprefix("zokern "), *_cells(way, peers)]
-                if predicted:
-                    share = way.get("predicted_share")
-                    cells.append("-" if share is None else f"{share:.0%}")
-                lines.append("| " + " | ".join(cells) + " |")
-        name = record["benchmark"].removeprefix("kernels-")
-        picture = f"![{name}: share of the copy bandwidth](images/{path.stem}.png)"
-        parts.append(
-            f"### {name}\n\n{BENCHMARKS[name].about}. {_run_of(record)}\n\n" + "\n".join(lines) + f"\n\n{picture}"
-        )
+    for name, benchmark in BENCHMARKS.items():
+        for number, path in enumerate(paths_of(name, device)):
+            record = plots.load(path)
+            head = f"### {name}\n\n{benchmark.about}. " if number == 0 else "A run of its own: "
+            parts.append(f"{head}{_run_of(record)}\n\n{_table(record, path)}")
     return "\n\n".join(parts)
 
 

@@ -53,7 +53,7 @@ def find(rows: Sequence[Row], backend: str, kernel: str, arch: int, wanted: Sequ
 def measured(row: Row, results: Path = RESULTS) -> list[str]:
     """Shares of the copy bandwidth in stored kernel benchmarks of this kernel, with the GPU's name."""
     out = []
-    for path in sorted(results.glob("kernels-*-cuda.json")):
+    for path in sorted(results.glob("kernels-*-cuda*.json")):
         run = json.loads(path.read_text())
         for result in run["results"].values():
             case, way = result["case"], result["ways"].get(f"zokern {row['backend']}")
@@ -159,10 +159,22 @@ def _share(rows: Sequence[Row], row: Row, device: str) -> float:
     return model.predicted_share(row, model.bytes_moved(row), device)
 
 
+def counters_table() -> str:
+    """What a GPU's counters said of single passes; all but the clock as shares of what the unit can do."""
+    run = json.loads((RESULTS / "counters-cuda.json").read_text())
+    lines = [["pass", "issue slots filled", "DRAM busy", "L2 busy", "warps, of 64", "clock, GHz"], ["---"] * 6]
+    for title, c in run["results"].items():
+        busy = [f"{share:.0%}" for share in (c["issue_active"], c["dram_read"] + c["dram_write"], c["l2_sectors"])]
+        lines.append([title, *busy, f"{64 * c['warps_active']:.0f}", f"{c['clock'] / 1e9:.2f}"])
+    about = f"{run['machine']['gpu']}, {run['settings']['tool']}, commit {run['commit'][:12]}."
+    return f"{about}\n\n{_table(lines)}"
+
+
 def parts(stored: Mapping[str, Any]) -> dict[str, str]:
     rows, compilers = stored["kernels"], stored["compilers"]
     return {
         "compilers": f"Compiled with nvcc {compilers['nvcc']} and Triton {compilers['triton']}.",
         "cuda": cuda_table(rows),
         "other": other_table(rows),
+        "counters": counters_table(),
     }

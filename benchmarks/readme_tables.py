@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import targets
 from bench_tables import draw, kernel_headlines, kernels_cpu, kernels_gpu
@@ -64,6 +65,26 @@ def replay_lines() -> str:
     )
 
 
+def gpu_step_lines() -> str:
+    """Whole steps on a GPU: of a large model in place, of a smaller one from a CUDA graph."""
+    large, small = load("step-cuda-opt-13b.json"), load("step-cuda-opt-1.3b.json")
+
+    def told(run: dict[str, Any], case: str, way: str) -> str:
+        theirs, ours = (run["results"][f"{case} {w}"]["step"]["median"] for w in ("published", way))
+        return f"{1e3 * ours:.3g} ms, published {1e3 * theirs:.4g} ms: **{theirs / ours:.1f} x**"
+
+    return "\n".join([
+        f"Whole steps on the {large['machine']['gpu'].removeprefix('NVIDIA ')}, bfloat16 ([all of them](docs/steps.md)):",
+        "",
+        "| model, tokens | MeZO | HiZOO |",
+        "|---|---|---|",
+        *(f"| {title} | {told(run, f'{case} mezo', way)} | {told(run, f'{case} hizoo', way)} |"
+          for title, run, case, way in (("OPT-13B, 16 x 256", large, "opt-13b 16x256", "inplace"),
+                                        ("OPT-1.3B, 16 x 256, in a CUDA graph", small, "opt-1.3b 16x256", "graphed"),
+                                        ("OPT-1.3B, 16 x 32, in a CUDA graph", small, "opt-1.3b 16x32", "graphed"))),
+    ])  # fmt: skip
+
+
 def step_lines() -> str:
     """Of the demo's model, in the published order and in place."""
     run = load("step-cpu.json")
@@ -80,7 +101,7 @@ def step_lines() -> str:
 PAGES = {
     "docs/journal.md": {"replay": replay_lines},
     "docs/benchmarks.md": {"kernels-cpu": kernels_cpu, "kernels-gpu": kernels_gpu, "targets": targets.table},
-    "README.md": {"kernels": kernel_headlines, "step": step_lines, "demo": demo_lines},
+    "README.md": {"kernels": kernel_headlines, "step-gpu": gpu_step_lines, "step": step_lines, "demo": demo_lines},
     "docs/methods/lezo.md": {"layers": layers_table},
 }
 

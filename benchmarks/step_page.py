@@ -54,8 +54,9 @@ def waiting_part() -> str:
 
 def gpu_part() -> str:
     """What the GPU suite stored."""
-    stored = sorted(path.name for path in RESULTS.glob("step-cuda*.json"))
-    return "\n\n".join(map(step_part, stored)) or "**Not yet run on a GPU.**"
+    stored = sorted(RESULTS.glob("step-cuda*.json"))
+    parts = [f"{step_part(p.name)}\n\n![Where the time of a step goes](images/{p.stem}.png)" for p in stored]
+    return "\n\n".join(parts) or "**Not yet run on a GPU.**"
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> str:

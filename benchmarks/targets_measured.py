@@ -1,4 +1,4 @@
-"""The measured column of the table of targets: from results/kernels-*-cuda.json, compiled/ and step-cuda*.json.
+"""The measured column of the table of targets: from results/kernels-*-cuda*.json, compiled/ and step-cuda*.json.
 
 The names are those that the GPU suite gives; a figure is of the first file that has the case. It is "not yet run" until
 one is stored, and "not in the run" where none has it.
@@ -74,7 +74,7 @@ AXPY = "axpy, K = 1, bfloat16"
 
 def column(folder: Path) -> list[str]:
     """In the order of targets.WANTED."""
-    axpy = [folder / "kernels-axpy-cuda.json", folder / "compiled" / "kernels-axpy-cuda.json"]
+    axpy = [*sorted(folder.glob("kernels-axpy-cuda*.json")), folder / "compiled" / "kernels-axpy-cuda.json"]
     step = sorted(folder.glob("step-cuda*.json"))
     return [
         _from(axpy, lambda r: _share(r, AXPY)),
