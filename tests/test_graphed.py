@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import random
@@ -491,6 +492,32 @@ def test_a_capture_that_a_call_breaks_leaves_nothing_behind(new: bool, monkeypat
     assert one.graph in graphed._broken
     graphed.CudaGraph(GPU, "another pool").capture(lambda: None)
     assert cuda.streams[-1] == "outer"
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["done", "broken"])
+def test_what_follows_a_warm_up_waits_for_it(breaks: bool, monkeypatch) -> None:
+    """Also where it raised: the weights are put back on its stream, by passes that the host does not wait for."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = name if isinstance(name, str) else "side"
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    def work() -> None:
+        log.append("work")
+        if breaks:
+            waits()
+
+    StandIns(monkeypatch)
+    outer = Stream("outer")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: outer)
+    with pytest.raises(RuntimeError, match="the first error") if breaks else contextlib.nullcontext():
+        graphed.CudaGraph(GPU, "pool").warm_up(work)
+    assert log == ["side waits for outer", "work", "outer waits for side"]
 
 
 def test_the_calls_that_end_a_recording_are_there() -> None:

@@ -42,10 +42,13 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
 
     def warm_up(self, work: Callable[[], None]) -> None:
+        """What comes after it on the stream of the caller finds it done, also where it raises: it puts weights back."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            work()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                work()
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def capture(self, work: Callable[[], None]) -> None:
         """Raises what broke the capture. torch.cuda.graph alone would say that it cannot end, and leave a lot behind."""

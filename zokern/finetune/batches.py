@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zokern.table import upload
+
 # Rows a group. On a CPU the time is the tokens, padding included; on a GPU it is the launches: one group.
 _CPU_GROUP = 16
 
@@ -64,19 +66,23 @@ def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
     """The batch of the rows with the indices `wanted`. targets: class indices, carried along."""
     device = rows.ids.device
     by_length = sorted(range(len(wanted)), key=lambda i: rows.lengths[wanted[i]])
+    chosen = [wanted[i] for i in by_length]
+    order = [0] * len(wanted)
+    for place, i in enumerate(by_length):
+        order[i] = place
+    # In one transfer, for which nothing waits.
+    numbers = upload(torch.tensor([*chosen, *(rows.lengths[i] for i in chosen), *order, *targets]), device)
+    there = numbers.split([len(wanted)] * 3 + [len(targets)])
     size = _CPU_GROUP if device.type == "cpu" else len(wanted)
     groups = []
-    for start in range(0, len(by_length), size):
-        chosen = [wanted[i] for i in by_length[start : start + size]]
-        longest = rows.lengths[chosen[-1]]
-        lengths = torch.tensor([rows.lengths[i] for i in chosen], device=device)
-        picked = torch.tensor(chosen, device=device)
+    for start in range(0, len(wanted), size):
+        here = chosen[start : start + size]
+        picked, lengths = (part[start : start + size] for part in there[:2])
+        longest = rows.lengths[here[-1]]
         ids = rows.ids.index_select(0, picked)[:, :longest].contiguous()
         mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-        groups.append(Group(ids, mask, lengths, picked, rows.lengths[chosen[0]]))
-    order = torch.empty(len(wanted), dtype=torch.long)
-    order[torch.tensor(by_length)] = torch.arange(len(wanted))
-    return Batch(groups, order.to(device), torch.tensor(list(targets), device=device))
+        groups.append(Group(ids, mask, lengths, picked, rows.lengths[here[0]]))
+    return Batch(groups, there[2], there[3])
 
 
 class Order:

@@ -1,7 +1,8 @@
 """The training loop: draw a batch, let the optimizer step on its loss, log, evaluate now and then.
 
 The model is in eval mode throughout (no dropout: both forwards of a step must compute the same function) and nothing
-records gradients. Losses stay on the device between log lines, so that the host waits for it only there.
+records gradients. Losses stay on the device between log lines, so that the host waits for it only there (attention.py says
+with which transformers).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from rich.console import Console
 from zokern import ZokernWarning, journal
 from zokern.finetune import data as texts
 from zokern.finetune import methods, models, plots
+from zokern.finetune.attention import attend_without_waiting
 from zokern.finetune.clock import peak_memory
 from zokern.finetune.display import Display, clock, percent
 from zokern.finetune.loop import Result, train
@@ -147,6 +148,8 @@ def _task(
         words = [found[label] for label in labels]
     model, tokenizer = models.load(options, objective, labels, config, dtype)
     model.to(device)
+    if device.type != "cpu":
+        attend_without_waiting(model)
     length = models.longest(model.config, tokenizer)
     if options.max_length > length:
         raise FinetuneError(
