@@ -4,7 +4,8 @@ python benchmarks/equality.py --device cuda                 # CUDA and Triton ag
 python benchmarks/equality.py --device cpu --elements 3000  # the CPU backend and Triton's interpreter against NumPy
 
 Cases come in a fixed shuffled order, so that a run which --time-limit or Ctrl-C cuts short has some of every kind. Prints
-a line for each rule and backend and writes all cases as JSON. Exit code 0: all bits that were compared are equal.
+a line for each rule and backend and writes all cases as JSON, also where one of --jobs was killed. Exit code 0: all bits
+that were compared are equal, and nothing but --time-limit ended the run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def results(jobs: int, end: float, cases: Sequence[Any], *rest: Any) -> Iterator
     """The rows of each case, None for those that the time did not suffice for; `jobs` processes at once.
 
     Several, because Triton's compiler takes a second for each kernel and most cases are another kernel.
+
+    Raises:
+        BrokenExecutor: one of the processes was killed, when all that was compared has been given.
     """
     if jobs == 1:
         yield from (_task(end, case, *rest) for case in cases)
@@ -82,11 +86,18 @@ def results(jobs: int, end: float, cases: Sequence[Any], *rest: Any) -> Iterator
     threads = max((os.cpu_count() or jobs) // jobs, 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
     with ProcessPoolExecutor(jobs, context, _worker, (threads, sys.path)) as pool:
+        died = None
         try:
             for future in as_completed([pool.submit(_task, end, case, *rest) for case in cases]):
-                yield future.result()
+                error = future.exception()
+                if isinstance(error, BrokenExecutor):  # of all that were waiting, too
+                    died = error
+                else:
+                    yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+        if died is not None:
+            raise died
 
 
 def is_wrong(row: dict[str, Any]) -> bool:
@@ -152,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows += compared or []
     except KeyboardInterrupt:
         stopped = "interrupted"
+    except BrokenExecutor:
+        stopped = "a process was killed (out of memory?); try fewer --jobs or --elements"
     if stopped is None and done < len(cases):
         stopped = "time limit"
     print("\n".join(report(rows)))
@@ -160,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {"elements": elements, "cases": len(cases), "compared": done, "stopped": stopped}
         record.store("equality", device, settings, rows, options.output)
     wrong = any(map(is_wrong, rows))
-    return 1 if wrong or not rows or stopped == "interrupted" else 0
+    return 1 if wrong or not rows or stopped not in (None, "time limit") else 0
 
 
 if __name__ == "__main__":

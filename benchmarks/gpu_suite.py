@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from suite_runner import Runner, choose
+from suite_runner import Runner, choose, say
 from suite_sections import PARTS, ROOT, all_sections, gpu, tool
 
 DEADLINE = 540.0
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     known = facts()
     if known["commit"] == "unknown":
-        print("of which commit these files are is unknown here; ZOKERN_COMMIT=... tells it to all records", flush=True)
+        say("of which commit these files are is unknown here; ZOKERN_COMMIT=... tells it to all records")
     return Runner(out, options.deadline, known, copy_to=copy_to).run(sections)
 
 

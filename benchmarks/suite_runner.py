@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,6 +70,14 @@ def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]
     return chosen
 
 
+def say(text: str) -> None:
+    """print, at once. Where nobody reads any longer, as behind `| head`, the run goes on in silence: results are files."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # or Python would fail again at its end  # noqa: SIM115
+
+
 class Interrupted(BaseException):
     """Ctrl-C, or SIGTERM from whatever runs the suite. No handler of a section's errors may take it for one."""
 
@@ -85,7 +94,7 @@ class Runner:
         out: Path,
         deadline: float,
         facts: Mapping[str, Any],
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say,
         copy_to: Path | None = None,
     ) -> None:
         self.out, self.facts, self.say, self.copy_to = out, dict(facts), say, copy_to

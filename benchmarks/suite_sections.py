@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -25,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS, TESTS = ROOT / "benchmarks", ROOT / "tests"
 CUDA_HOMES = ("CUDA_HOME", "CUDA_PATH")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BUILD_NEEDS = ("torch", "pip", "setuptools", "pybind11")
+BUILD_NEEDS = ("torch", "pybind11")
+SETUPTOOLS = 77  # the oldest that reads pyproject.toml
 BENCH_NEEDS = ("torch", "typer", "rich")
 NO_GPU = "no NVIDIA GPU (nvidia-smi finds none)"
 PLAIN = ("torch", "numpy")
@@ -93,12 +95,46 @@ def script(name: str, *arguments: object) -> list[str]:
     return [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
 
 
-def build(seconds: float) -> list[Command]:
-    """An editable install, or where the system forbids pip to install (PEP 668) the extension alone, in place."""
+def not_installable() -> str | None:
+    """Why pip cannot install the project into this Python; tests and benchmarks also run from the checkout."""
+    if importlib.util.find_spec("pip") is None:
+        return "pip is missing"
+    try:
+        setuptools = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return "setuptools is missing"
+    if int(setuptools.partition(".")[0]) < SETUPTOOLS:
+        return f"setuptools {setuptools} is older than {SETUPTOOLS}, which pyproject.toml needs"
     if sys.prefix == sys.base_prefix and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():
-        return [[sys.executable, "setup.py", "build_ext", "--inplace"]]
-    quiet = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-v"]
-    return [[sys.executable, "-m", "pip", "install", *quiet, "-e", str(ROOT)]]
+        return "the system forbids pip to install into its Python (PEP 668)"
+    return None
+
+
+def build(capability: str) -> list[Command]:
+    """An editable install, or the extension alone, by CMake and in place."""
+    if not_installable() is None:
+        quiet = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-v"]
+        return [[sys.executable, "-m", "pip", "install", *quiet, "-e", str(ROOT)]]
+    found = importlib.util.find_spec("pybind11")
+    pybind11 = Path(found.origin).parent if found is not None and found.origin is not None else Path("pybind11")
+    work = str(ROOT / "build" / "suite")
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": ROOT / "zokern",
+        "CMAKE_CUDA_ARCHITECTURES": f"{capability.replace('.', '')}-real",
+        "CMAKE_CUDA_COMPILER": tool("nvcc"),
+        "Python_EXECUTABLE": sys.executable,
+        "PYTHON_EXECUTABLE": sys.executable,  # for an older pybind11
+        "ZOKERN_CUDA": "ON",
+        "pybind11_DIR": pybind11 / "share" / "cmake" / "pybind11",
+    }
+    defined = [f"-D{name}={value}" for name, value in options.items()]
+    return [["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", work, *defined], ["cmake", "--build", work]]
+
+
+def build_note() -> str:
+    reason = not_installable()
+    return f"by CMake, not installed: {reason}" if reason else ""
 
 
 def pytest_run(out: Path, name: str, jobs: int, *chosen: str) -> Command:
@@ -207,8 +243,8 @@ def all_sections(out: Path) -> list[Section]:
     jobs = max(min(processors() // 2, 8), 1)
     every, compiled = kernels(out)
     return [
-        Section("build", "the extension, for this GPU's architecture", build, 170, 60,
-                lambda: lacks(BUILD_NEEDS, ("nvcc", "cmake", "ninja", "c++")),
+        Section("build", "the extension, for this GPU's architecture", lambda s: build(cap), 170, 60,
+                lambda: lacks(BUILD_NEEDS, ("nvcc", "cmake", "ninja", "c++")), build_note,
                 env={"TORCH_CUDA_ARCH_LIST": cap, "ZOKERN_CUDA": "on"}),
         Section("equality", "bits of CUDA and Triton against the CPU's, every rule",
                 lambda s: [equality(out, "equality", 1_000_000, jobs, s)],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,38 @@ def test_equality_compares_in_several_processes(tmp_path: Path) -> None:
     command = ["--device", "cpu", "--elements", "100", "--backends", "cpu", "--cases", "4", "--jobs", "2"]
     assert equality.main([*command, "--output", str(out)]) == 0
     assert len(json.loads(out.read_text())["results"]) == 4
+
+
+def test_equality_keeps_what_it_has_when_a_process_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on the day: the second of three cases takes its process with it, and the pool takes the third."""
+
+    class Pool(contextlib.nullcontext):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(self)
+            self.done = 0
+
+        def submit(self, task: Any, *given: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            self.done += 1
+            if self.done == 1:
+                future.set_result(task(*given))
+            else:
+                future.set_exception(BrokenProcessPool("A process in the process pool was terminated abruptly"))
+            return future
+
+        def shutdown(self, **how: bool) -> None:
+            pass
+
+    monkeypatch.setattr(equality, "ProcessPoolExecutor", Pool)
+    out = tmp_path / "equality.json"
+    command = ["--device", "cpu", "--elements", "300", "--backends", "cpu", "--cases", "3", "--jobs", "2"]
+    assert equality.main([*command, "--output", str(out)]) == 1
+    stored = json.loads(out.read_text())
+    assert len(stored["results"]) == stored["settings"]["compared"] == 1
+    assert stored["settings"]["stopped"].startswith("a process was killed")
+    assert "1 of 3 cases, then: a process was killed (out of memory?); try fewer --jobs" in capsys.readouterr().out
 
 
 def test_equality_refuses_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -286,6 +287,28 @@ def test_an_interruption_is_no_error_of_a_section(place: str, tmp_path: Path) ->
     assert summary["sections"][-1]["why"] == "interrupted before it began"
 
 
+def test_a_run_that_nobody_listens_to_any_longer_goes_on(tmp_path: Path) -> None:
+    """`gpu_suite.sh OUT | head`: the pipe is closed before the first word."""
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(suite_runner.__file__).parent)!r})
+from suite_runner import Runner, Section
+sections = [Section(name, "", lambda s: [[sys.executable, "-c", ""]], 20) for name in "ab"]
+sys.exit(Runner(Path({str(tmp_path / "out")!r}), 60, {{}}).run(sections))
+"""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([PYTHON, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [s["status"] for s in summary["sections"]] == ["passed", "passed"]
+    assert (tmp_path / "out" / "suite.tar.gz").exists()
+
+
 def test_choice_of_sections() -> None:
     sections = [section(name, "") for name in "abc"]
     assert [s.name for s in choose(sections, [], [])] == ["a", "b", "c"]
@@ -382,6 +405,65 @@ def test_every_script_and_test_file_that_the_sections_name_exists(commands: list
     paths = [Path(word) for command in commands for word in command if word.startswith(str(ROOT))]
     assert len(paths) >= 7
     assert all(path.exists() for path in paths)
+
+
+@pytest.fixture
+def python_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes this Python one with other tools: pip or none, a setuptools, and a system's own or an environment's."""
+
+    def become(setuptools: str | None, pip: bool = True, managed: bool = False) -> None:
+        real_spec, real_version = suite_sections.importlib.util.find_spec, suite_sections.importlib.metadata.version
+
+        def version(name: str) -> str:
+            if name == "setuptools" and setuptools is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return setuptools if name == "setuptools" else real_version(name)
+
+        monkeypatch.setattr(suite_sections.importlib.metadata, "version", version)
+        monkeypatch.setattr(suite_sections.importlib.util, "find_spec",
+                            lambda name: None if name == "pip" and not pip else real_spec(name))  # fmt: skip
+        if managed:
+            monkeypatch.setattr(suite_sections.sys, "prefix", sys.base_prefix)
+            monkeypatch.setattr(suite_sections.Path, "exists", lambda path: path.name == "EXTERNALLY-MANAGED")
+
+    return become
+
+
+@pytest.mark.parametrize(("having", "why"), [
+    ({"setuptools": "75.8.0"}, "setuptools 75.8.0 is older than 77, which pyproject.toml needs"),
+    ({"setuptools": None}, "setuptools is missing"),
+    ({"setuptools": "81.0.0", "pip": False}, "pip is missing"),
+    ({"setuptools": "81.0.0", "managed": True}, "the system forbids pip to install into its Python (PEP 668)"),
+])  # fmt: skip
+def test_where_pip_cannot_install_cmake_builds(having: dict[str, Any], why: str, python_of: Any) -> None:
+    python_of(**having)
+    assert suite_sections.build_note() == f"by CMake, not installed: {why}"
+    assert [command[0] for command in suite_sections.build("9.0")] == ["cmake", "cmake"]
+
+
+def test_the_suite_knows_which_setuptools_reads_the_project(python_of: Any) -> None:
+    """An older one says of `license` that it is wrong, and nothing of its own age."""
+    pins = re.findall(r'"setuptools([<>=][^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert pins == [f">={suite_sections.SETUPTOOLS}"] * 2
+    python_of("77.0.1")
+    assert suite_sections.build_note() == ""
+    assert suite_sections.build("9.0")[0][1:4] == ["-m", "pip", "install"]
+
+
+def test_cmake_alone_configures_what_setup_py_does(
+    tmp_path: Path, python_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Really run, without the compilation: an option that CMake does not know would be told as unused."""
+    if not all(suite_sections.tool(name) for name in ("nvcc", "cmake", "ninja")):
+        pytest.skip("needs nvcc, cmake and ninja")
+    python_of("75.8.0")
+    configure, _ = suite_sections.build("9.0")
+    configure[configure.index("-B") + 1] = str(tmp_path)
+    done = subprocess.run(configure, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    unused = re.findall(r"^    (\w+)$", done.stderr.partition("not used by the project")[2], re.MULTILINE)
+    assert set(unused) <= {"Python_EXECUTABLE", "PYTHON_EXECUTABLE"}  # pybind11's name for it has changed
+    assert "compute_90" in (tmp_path / "build.ninja").read_text()
 
 
 def test_sections_fit_the_deadline_and_begin_with_the_build(commands: list[list[str]]) -> None:
