@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.ptx import __main__ as command
-from tests.ptx import build, cache, lint, mutants, runner, selection, triton_host
+from tests.ptx import build, cache, compare, lint, mutants, runner, selection, triton_host
 from tests.ptx.cases import NUM_LIMITS
 from tests.ptx.runner import Worker
 from tests.ptx.target import Target
@@ -369,3 +370,35 @@ def test_mutants_are_of_instructions_that_some_case_runs() -> None:
     drawn = mutants.draw(every, 3, seed=1)
     assert len({m.kind for m in drawn}) == 3
     assert len(mutants.draw(every, 100, seed=1)) == len(every)
+
+
+@pytest.mark.parametrize(("said", "found", "why"), [
+    ([["3 bits differ"]], True, ["3 bits differ"]),  # of the right kernel, before any change
+    ([[]], False, ["kernel has nothing to be changed"]),
+    ([[], []], True, ["fma.rn.f32 without its product was not noticed"]),
+    ([[], ["a fault, but no bit"]], True, ["fma.rn.f32 without its product was not noticed"]),
+    ([[], ["3 bits differ"]], True, []),
+])  # fmt: skip
+def test_the_check_of_the_checks_says_why_it_fails(said: list, found: bool, why: list[str], monkeypatch) -> None:
+    """`a changed kernel is noticed`, with what the comparisons say in turn; the kernel is as it was afterwards."""
+
+    class Mutant:
+        kind = "fma.rn.f32, fma without its product"
+
+        def apply(self, text: str) -> str:
+            return "changed"
+
+        def __str__(self) -> str:
+            return "fma.rn.f32 without its product"
+
+    answers = iter(said)
+    launch = SimpleNamespace(kernel="kernel", report=SimpleNamespace(blocks=["entry"]))
+    emulator: Any = SimpleNamespace(launches=[launch], sources={"kernel": "text"}, programs={"kernel": "right"})
+    monkeypatch.setattr(compare, "compare", lambda *given: next(answers))
+    monkeypatch.setattr(compare, "instructions_by_block", lambda text: {"entry": [0]})
+    monkeypatch.setattr(compare, "mutants_of", lambda *given: [Mutant()] if found else [])
+    monkeypatch.setattr(compare, "translate", lambda text: text)
+    case: Any = None
+    assert compare.notices(case, "cuda", None, None, emulator) == why
+    assert emulator.programs == {"kernel": "right"}
+    assert next(answers, "all were asked") == "all were asked"
