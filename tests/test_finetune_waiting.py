@@ -20,6 +20,7 @@ from test_bench_step import Reads  # noqa: E402
 from zokern.bench import models  # noqa: E402
 from zokern.finetune.attention import NAME, attend_without_waiting  # noqa: E402
 from zokern.finetune.batches import Rows, cut  # noqa: E402
+from zokern.finetune.models import place  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
 from zokern.finetune.tasks import Classifier, Similarity, Task  # noqa: E402
 
@@ -96,6 +97,14 @@ def test_no_mask_is_read_and_the_outputs_stay(name: str, rows: list[list[int]]) 
     inside = group.mask.bool()
     torch.testing.assert_close(outputs[1][inside], outputs[0][inside])
     assert "zokern" not in model.config.to_json_string()  # which is saved with the tuned model
+
+
+@pytest.mark.parametrize(("device", "attention"), [("meta", NAME), ("cpu", "sdpa")])
+def test_a_model_on_a_device_has_it_and_one_on_the_host_does_not_need_it(device: str, attention: str) -> None:
+    model = model_of("tiny-opt")
+    place(model, torch.device(device))
+    assert {p.device.type for p in model.parameters()} == {device}
+    assert model.config._attn_implementation == attention
 
 
 def test_what_has_another_attention_keeps_it() -> None:

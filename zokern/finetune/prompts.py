@@ -65,7 +65,7 @@ class Prompt(Task):
         likelihood = spoken.gather(2, tokens.unsqueeze(2)).squeeze(2)
         position = torch.arange(first + 1, group.ids.shape[1], device=self.device)
         inside = (position >= start[:, None]) & (position < group.lengths[:, None])
-        return likelihood.masked_fill(~inside, 0.0).sum(1) / counts
+        return torch.where(inside, likelihood, 0.0).sum(1) / counts
 
     def _vocabulary(self, group: Group, first: int) -> tuple[Tensor, int]:
         """(logits, the position of their first, `first` or earlier): most of the head's work is skipped."""

@@ -16,7 +16,6 @@ from rich.console import Console
 from zokern import ZokernWarning, journal
 from zokern.finetune import data as texts
 from zokern.finetune import methods, models, plots
-from zokern.finetune.attention import attend_without_waiting
 from zokern.finetune.clock import peak_memory
 from zokern.finetune.display import Display, clock, percent
 from zokern.finetune.loop import Result, train
@@ -147,9 +146,7 @@ def _task(
         found = texts.read_map(options.verbalizers, "--verbalizers", labels)
         words = [found[label] for label in labels]
     model, tokenizer = models.load(options, objective, labels, config, dtype)
-    model.to(device)
-    if device.type != "cpu":
-        attend_without_waiting(model)
+    models.place(model, device)
     length = models.longest(model.config, tokenizer)
     if options.max_length > length:
         raise FinetuneError(
