@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ISSUE = 128.0  # four schedulers, each a warp of 32 a clock
-SCHEDULED = (
-    0.8  # of these slots: what passes bound by their arithmetic filled on an H200, for axpy of 4 to 16 directions
-)
+SCHEDULED = 0.8  # of these slots are filled at most, as axpy of 4 to 16 directions did on an H200
 SHARPNESS = 4.0  # of the maximum of compute and memory time; infinity would be a perfect overlap
 COPY_SHARE = 0.9  # of the data sheet's bandwidth, which a plain copy reaches
 
