@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for section in all_sections(Path("OUTDIR")):
             parts = " and ".join(part for part, names in PARTS.items() if section.name in names)
-            print(f"{section.name:<15} {parts:<16} {section.about}; {section.reason() or 'can run here'}")
+            say(f"{section.name:<15} {parts:<16} {section.about}; {section.reason() or 'can run here'}")
         return 0
     if options.out is None:
         parser.error("OUTDIR is missing: name a folder for the results")

@@ -59,10 +59,10 @@ def measured(row: Row, results: Path = RESULTS) -> list[str]:
             case, way = result["case"], result["ways"].get(f"zokern {row['backend']}")
             same = all(case[key] == row[key] for key in ("rule", "dtype", "distribution", "rounding"))
             state = not RULES[row["rule"]].states or case["state_dtype"] == row["state"]
-            seeds = case["seeds"] == 1 and (row["backend"] == "triton" or row["seeds"] == "one")
-            if way and same and state and seeds and not case["left_out"]:
+            alone = case["seeds"] == 1 and case["stages"] == 1 and (row["backend"] == "triton" or row["seeds"] == "one")
+            if way and same and state and alone and not case["left_out"]:
                 out.append(f"{way['share_of_copy']:.0%} ({run['machine']['gpu']})")
-    return out
+    return [*dict.fromkeys(out)]
 
 
 def told(rows: Sequence[Row], backend: str, wanted: Sequence[str], device: str) -> str:

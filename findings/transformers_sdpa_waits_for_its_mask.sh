@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A forward of transformers with SDPA makes the host wait for the GPU once, because it looks at the attention mask; and
-# while a CUDA graph is being captured it does not look and computes another attention.
+# A forward of most transformers models with SDPA makes the host wait for the GPU, once or twice, because it looks at the
+# attention mask; and while a CUDA graph is being captured it does not look and computes another attention.
 #
 # SDPA is faster without a mask, so transformers asks of a two-dimensional mask whether all of it is ones: a value of the
 # device that the host needs, in every forward. To leave the mask out does not always help: Qwen3 then looks whether the
@@ -11,7 +11,7 @@
 # It matters to whoever queues forwards without backward passes in between (zeroth-order methods, evaluation, decoding
 # loops), to whoever runs under torch.cuda.set_sync_debug_mode("error"), and to whoever compares captured steps with eager
 # ones bit for bit. What helps: a mask function of one's own, registered with AttentionMaskInterface, that calls
-# transformers' sdpa_mask with allow_is_causal_skip=False.
+# transformers' sdpa_mask with allow_is_causal_skip=False and, for encoders, allow_is_bidirectional_skip=False.
 #
 # Seen in transformers 5.24.0 (5.17.0 reads a mask of ones as well), torch 2.13.0 on a CPU, where reads can be counted and a capture
 # pretended. Needs python3 with venv.

@@ -641,6 +641,22 @@ def test_pages_say_what_is_stored(run: tuple[Path, dict[str, Any]], monkeypatch:
     way["max"] = way["min"]
 
 
+def test_ratios_to_peers_that_outrun_a_gpus_queue_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two runs of one commit agreed on stays; on a CPU everything does."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    module: Any = importlib.import_module("bench_tables")
+    way = {"speedup_over": {"copy": 1.0, "published": 2.0, "foreach": 3.0, "compiled": 4.0}}
+    case = {"rule": "axpy", "distribution": "normal", "seeds": 1, "stages": 1}
+
+    def kept(on_gpu: bool = True, **change: object) -> set[str]:
+        return set(module.over_peers({"case": case | change}, way, on_gpu))
+
+    assert kept() == {"published", "foreach", "compiled"}
+    assert kept(seeds=4) == kept(rule="hizoo") == kept(distribution="rademacher") == kept(stages=2) == {"foreach"}
+    assert kept(seeds=16) == kept(stages=8) == set()
+    assert kept(on_gpu=False, seeds=16) == {"published", "foreach", "compiled"}
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 

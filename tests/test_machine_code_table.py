@@ -83,9 +83,9 @@ def test_names_are_understood() -> None:
 def test_measured_shares_are_read_where_there_are_any(tmp_path: Path) -> None:
     assert machine_code_page.measured(row(), tmp_path) == []
     case = {"rule": "axpy", "dtype": "bfloat16", "distribution": "normal", "rounding": "nearest", "state_dtype": "float32",
-            "seeds": 1, "left_out": 0.0}  # fmt: skip
+            "seeds": 1, "stages": 1, "left_out": 0.0}  # fmt: skip
     ways = {"zokern cuda": {"share_of_copy": 0.5}, "zokern triton": {"share_of_copy": 0.25}}
-    cases = [case, case | {"seeds": 4}, case | {"dtype": "float32"}]
+    cases = [case, case, *(case | other for other in ({"seeds": 4}, {"stages": 8}, {"dtype": "float32"}))]
     run = {"machine": {"gpu": "a GPU"}, "results": {str(i): {"case": c, "ways": ways} for i, c in enumerate(cases)}}
     (tmp_path / "kernels-axpy-cuda.json").write_text(json.dumps(run))
     assert machine_code_page.measured(row(), tmp_path) == ["50% (a GPU)"]

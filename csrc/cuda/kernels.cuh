@@ -50,10 +50,10 @@ constexpr int blocks_per_sm() {
 }
 
 // How many thread blocks share a chunk. With one to a chunk, those that run at once are in as many distant places, and
-// float32 passes, whose accesses fill half a sector each, reach 78 to 90 % of a copy on an H200. With eight, each has
-// one tile, and its start to pay: float32 passes, which have the time, take 7 % (axpy) to 19 % (signs) less. Those of
-// 16-bit weights have none to spare, or gained 4 % on a small model and lost 9 % on OPT-13B; those that round a state
-// stochastically lost as much.
+// float32 passes, whose accesses fill half a sector each, reach 78 to 97 % of a copy on an H200. With eight, each has
+// one tile, and its start to pay: float32 passes, which have the time, then reach 93 to 101 %, and take 19 % less where
+// there is least arithmetic, for signs. Passes of 16-bit weights have no time to spare, or took 4 % less alone and 9 %
+// more in a step of OPT-13B (benchmarks/results/tried); those that round a state stochastically took 7 to 11 % more.
 template <class T, class S, class R, Distribution D, Seeds K>
 constexpr uint32_t parts_of_chunk() {
   if (K == Seeds::any || sizeof(T) == 2 || (R::kWritten > 0 && sizeof(S) == 2)) return 1;

@@ -71,7 +71,8 @@ def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
     for place, i in enumerate(by_length):
         order[i] = place
     # In one transfer, for which nothing waits.
-    numbers = upload(torch.tensor([*chosen, *(rows.lengths[i] for i in chosen), *order, *targets]), device)
+    lengths_of = [rows.lengths[i] for i in chosen]
+    numbers = upload(torch.tensor([*chosen, *lengths_of, *order, *targets], dtype=torch.long), device)
     there = numbers.split([len(wanted)] * 3 + [len(targets)])
     size = _CPU_GROUP if device.type == "cpu" else len(wanted)
     groups = []
