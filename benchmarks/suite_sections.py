@@ -31,6 +31,11 @@ SETUPTOOLS = 77  # the oldest that reads pyproject.toml
 BENCH_NEEDS = ("torch", "typer", "rich")
 NO_GPU = "no NVIDIA GPU (nvidia-smi finds none)"
 PLAIN = ("torch", "numpy")
+WITHOUT_A_GPU = (
+    "test_machine_code*.py",
+    "test_ptx*.py",
+    "test_interpreted.py",
+)  # of code, not of what a GPU does with it
 SANITIZER_ENDING = 5  # seconds of each tool's share for the case at work and for the end of the process
 TEST_LIMIT = 60  # seconds of one test, its kernels' compilation included
 ENDING = 25  # seconds of a benchmark's section kept for starting Python, for the case at work when the time is up
@@ -78,7 +83,7 @@ def untestable() -> dict[str, str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 imported.add(node.module)
         tops = sorted({name.partition(".")[0] for name in imported})
-        local = {p.stem for p in (*TESTS.glob("*.py"), *BENCHMARKS.glob("*.py"))} | {"zokern"}
+        local = {p.stem for p in (*TESTS.glob("*.py"), *BENCHMARKS.glob("*.py"))} | {"zokern", "tests"}
         if missing := [top for top in tops if top not in local and importlib.util.find_spec(top) is None]:
             out[path.name] = ", ".join(missing)
     return out
@@ -140,10 +145,16 @@ def build_note() -> str:
 def pytest_run(out: Path, name: str, jobs: int, *chosen: str) -> Command:
     """`jobs` processes where pytest-xdist is there: Triton compiles for most of the time. Of a test that hangs the log has
     the stack, and it is ended where pytest-timeout is there."""
-    left_out = (*untestable(), "test_machine_code.py", "test_machine_code_table.py")
+    left_out = {*untestable(), *(path.name for pattern in WITHOUT_A_GPU for path in TESTS.glob(pattern))}
     workers = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
     limit = [f"--timeout={TEST_LIMIT}", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
-    options = [*(f"--ignore={TESTS / name}" for name in left_out), "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    options = [
+        *(f"--ignore={TESTS / name}" for name in sorted(left_out)),
+        "-rfEs",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
     options += ["-o", f"faulthandler_timeout={TEST_LIMIT - 10}"]  # what pytest-timeout prints is lost in a worker
     xml_file = f"--junitxml={out / f'{name}.xml'}"
     return [sys.executable, "-m", "pytest", str(TESTS), *options, *workers, *limit, *chosen, xml_file]

@@ -598,6 +598,10 @@ def test_missing_packages_leave_the_other_sections(commands: list[list[str]], mo
 
 def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert suite_sections.untestable() == {}
+    ignored = {
+        word.partition("=")[2] for word in suite_sections.pytest_run(Path("/out"), "tests", 4) if "--ignore" in word
+    }
+    assert {Path(path).name for path in ignored} >= {"test_ptx.py", "test_interpreted.py", "test_machine_code.py"}
     real = suite_sections.importlib.util.find_spec
     monkeypatch.setattr(suite_sections.importlib.util, "find_spec", lambda n: None if n == "hypothesis" else real(n))
     assert suite_sections.untestable()["test_properties.py"] == "hypothesis"
