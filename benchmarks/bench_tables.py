@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ HEADLINES = ("axpy, K = 1", "axpy, K = 4", "axpy, K = 16", "axpy, Rademacher", "
 
 def paths_of(name: str, device: str) -> list[Path]:
     """The stored runs of a benchmark: kernels-NAME-DEVICE.json, and others for what was run again (-float32)."""
-    return sorted(RESULTS.glob(f"kernels-{name}-{device}.json")) + sorted(
-        RESULTS.glob(f"kernels-{name}-{device}-*.json")
-    )
+    return sorted(RESULTS.glob(f"kernels-{name}-{device}*.json"), key=lambda path: path.stem)
 
 
 def paths(device: str) -> list[Path]:
@@ -31,6 +29,11 @@ def paths(device: str) -> list[Path]:
 
 def records(device: str) -> list[dict[str, Any]]:
     return [plots.load(path) for path in paths(device)]
+
+
+def _results(found: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The cases of several runs, by their titles."""
+    return {title: result for record in found for title, result in record["results"].items()}
 
 
 def _ours(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -78,13 +81,9 @@ def _run_of(record: dict[str, Any]) -> str:
 
 def _compiled(device: str) -> dict[str, float]:
     """How many times faster than torch.compile's kernels a pass is, by its title: of the suite's run beside them."""
-    stored = [plots.load(path) for path in sorted((RESULTS / "compiled").glob(f"kernels-*-{device}.json"))]
-    out = {}
-    for title, result in ((title, result) for run in stored for title, result in run["results"].items()):
-        over = over_peers(result, next(_ours(result))[1], on_gpu=device == "cuda")
-        if "compiled" in over:
-            out[title] = over["compiled"]
-    return out
+    stored = _results(plots.load(path) for path in sorted((RESULTS / "compiled").glob(f"kernels-*-{device}.json")))
+    over = {title: over_peers(r, next(_ours(r))[1], on_gpu=device == "cuda") for title, r in stored.items()}
+    return {title: times["compiled"] for title, times in over.items() if "compiled" in times}
 
 
 def kernel_headlines() -> str:
@@ -92,7 +91,7 @@ def kernel_headlines() -> str:
     device = "cuda" if paths("cuda") else "cpu"
     found, compiled = records(device), _compiled(device)
     peers = [*dict.fromkeys([*_peers(found), *(["compiled"] if compiled else [])])]
-    results = {title: result for record in found for title, result in record["results"].items()}
+    results = _results(found)
     dtypes = [d for d in ("bfloat16", "float32") if any(title.endswith(f", {d}") for title in results)]
     runs = "" if device == "cpu" else " bfloat16, float32 and `compiled` are three runs."
     lines = [

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import RESULTS, load
+
 from zokern.bench import model
 from zokern.rules import RULES
 
-RESULTS = Path(__file__).resolve().parent / "results"
 ARCHS, AMD = (80, 90, 100, 120), "gfx942"
 DEVICES = ("H100", "H200", "B200")  # of the page; the CSV has all that the model knows
 SWEPT = 8  # passes in one sweep, for the gain of a chain
@@ -161,7 +162,7 @@ def _share(rows: Sequence[Row], row: Row, device: str) -> float:
 
 def counters_table() -> str:
     """What a GPU's counters said of single passes; all but the clock as shares of what the unit can do."""
-    run = json.loads((RESULTS / "counters-cuda.json").read_text())
+    run = load("counters-cuda.json")
     lines = [["pass", "issue slots filled", "DRAM busy", "L2 busy", "warps, of 64", "clock, GHz"], ["---"] * 6]
     for title, c in run["results"].items():
         busy = [f"{share:.0%}" for share in (c["issue_active"], c["dram_read"] + c["dram_write"], c["l2_sectors"])]

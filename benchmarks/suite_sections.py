@@ -31,11 +31,8 @@ SETUPTOOLS = 77  # the oldest that reads pyproject.toml
 BENCH_NEEDS = ("torch", "typer", "rich")
 NO_GPU = "no NVIDIA GPU (nvidia-smi finds none)"
 PLAIN = ("torch", "numpy")
-WITHOUT_A_GPU = (
-    "test_machine_code*.py",
-    "test_ptx*.py",
-    "test_interpreted.py",
-)  # of code, not of what a GPU does with it
+# Test files of the kernels' code, not of what a GPU does with it.
+WITHOUT_A_GPU = ("test_machine_code*.py", "test_ptx*.py", "test_interpreted.py")
 SANITIZER_ENDING = 5  # seconds of each tool's share for the case at work and for the end of the process
 TEST_LIMIT = 60  # seconds of one test, its kernels' compilation included
 ENDING = 25  # seconds of a benchmark's section kept for starting Python, for the case at work when the time is up
@@ -120,8 +117,8 @@ def build(capability: str) -> list[Command]:
     if not_installable() is None:
         quiet = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-v"]
         return [[sys.executable, "-m", "pip", "install", *quiet, "-e", str(ROOT)]]
-    found = importlib.util.find_spec("pybind11")
-    pybind11 = Path(found.origin).parent if found is not None and found.origin is not None else Path("pybind11")
+    import pybind11  # of BUILD_NEEDS; the other way does without
+
     work = str(ROOT / "build" / "suite")
     options = {
         "CMAKE_BUILD_TYPE": "Release",
@@ -131,7 +128,7 @@ def build(capability: str) -> list[Command]:
         "Python_EXECUTABLE": sys.executable,
         "PYTHON_EXECUTABLE": sys.executable,  # for an older pybind11
         "ZOKERN_CUDA": "ON",
-        "pybind11_DIR": pybind11 / "share" / "cmake" / "pybind11",
+        "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     defined = [f"-D{name}={value}" for name, value in options.items()]
     return [["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", work, *defined], ["cmake", "--build", work]]
@@ -148,13 +145,8 @@ def pytest_run(out: Path, name: str, jobs: int, *chosen: str) -> Command:
     left_out = {*untestable(), *(path.name for pattern in WITHOUT_A_GPU for path in TESTS.glob(pattern))}
     workers = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
     limit = [f"--timeout={TEST_LIMIT}", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
-    options = [
-        *(f"--ignore={TESTS / name}" for name in sorted(left_out)),
-        "-rfEs",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-    ]
+    options = [f"--ignore={TESTS / name}" for name in sorted(left_out)]
+    options += ["-rfEs", "--tb=short", "-p", "no:cacheprovider"]
     options += ["-o", f"faulthandler_timeout={TEST_LIMIT - 10}"]  # what pytest-timeout prints is lost in a worker
     xml_file = f"--junitxml={out / f'{name}.xml'}"
     return [sys.executable, "-m", "pytest", str(TESTS), *options, *workers, *limit, *chosen, xml_file]

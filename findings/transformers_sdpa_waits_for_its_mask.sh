@@ -13,8 +13,8 @@
 # ones bit for bit. What helps: a mask function of one's own, registered with AttentionMaskInterface, that calls
 # transformers' sdpa_mask with allow_is_causal_skip=False and, for encoders, allow_is_bidirectional_skip=False.
 #
-# Seen in transformers 5.24.0 (5.17.0 reads a mask of ones as well), torch 2.13.0 on a CPU, where reads can be counted and a capture
-# pretended. Needs python3 with venv.
+# Seen in transformers 5.24.0 (5.17.0 reads a mask of ones as well), torch 2.13.0 on a CPU, where reads can be counted and
+# a capture pretended. Needs python3 with venv.
 # 2026-11-27
 set -euo pipefail
 

@@ -70,20 +70,19 @@ def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
     order = [0] * len(wanted)
     for place, i in enumerate(by_length):
         order[i] = place
+    lengths = [rows.lengths[i] for i in chosen]
     # In one transfer, for which nothing waits.
-    lengths_of = [rows.lengths[i] for i in chosen]
-    numbers = upload(torch.tensor([*chosen, *lengths_of, *order, *targets], dtype=torch.long), device)
-    there = numbers.split([len(wanted)] * 3 + [len(targets)])
+    numbers = upload(torch.tensor([*chosen, *lengths, *order, *targets], dtype=torch.long), device)
+    all_rows, all_lengths, back, classes = numbers.split([len(wanted)] * 3 + [len(targets)])
     size = _CPU_GROUP if device.type == "cpu" else len(wanted)
     groups = []
     for start in range(0, len(wanted), size):
-        here = chosen[start : start + size]
-        picked, lengths = (part[start : start + size] for part in there[:2])
-        longest = rows.lengths[here[-1]]
-        ids = rows.ids.index_select(0, picked)[:, :longest].contiguous()
-        mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-        groups.append(Group(ids, mask, lengths, picked, rows.lengths[here[0]]))
-    return Batch(groups, there[2], there[3])
+        part = slice(start, start + size)
+        shortest, longest = lengths[start], lengths[part][-1]  # sorted
+        ids = rows.ids.index_select(0, all_rows[part])[:, :longest].contiguous()
+        mask = (torch.arange(longest, device=device) < all_lengths[part, None]).long()
+        groups.append(Group(ids, mask, all_lengths[part], all_rows[part], shortest))
+    return Batch(groups, back, classes)
 
 
 class Order:
