@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--elements", type=int, help=f"of each case, about (default: {SIZES})")
-    parser.add_argument("--rules", nargs="+", help="rules of zokern/rules.py (default: all)")
+    parser.add_argument("--rules", nargs="+", help="rules of zokern/contract/rules.py (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 3], help="numbers of seeds (default: 1 3)")
     parser.add_argument("--backends", nargs="+", help=f"which to compare (default: {CANDIDATES})")
     parser.add_argument("--cases", type=int, help="no more than so many cases")
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from zokern import backends
     from zokern.bench import record
-    from zokern.rules import RULES
+    from zokern.contract.rules import RULES
 
     if options.rules and (unknown := [name for name in options.rules if name not in RULES]):
         parser.error(f"--rules has {', '.join(unknown)}; the rules are {', '.join(RULES)}")

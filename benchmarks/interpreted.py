@@ -53,7 +53,7 @@ def compare(row: Mapping[str, Any], executed: Mapping[str, float], elements: int
     Args:
         row: of the kernel that ran.
         executed: how often each PTX instruction ("fma.rn.f32") ran, all threads together.
-        elements: that the run passed over: whole chunks (zokern.table.CHUNK), or the tail's slow path is in the counts,
+        elements: that the run passed over: whole chunks (table.CHUNK), or the tail's slow path is in the counts,
             and without decay, which the counter leaves out where it is asked for at run time.
         how: seeds, stages and stochastic of the run, as `model.instructions` takes them.
     """

@@ -27,7 +27,7 @@ from hot_loop import Report, analyse, count_spills
 from sass import parse_functions
 
 if TYPE_CHECKING:
-    from zokern.rules import Rule
+    from zokern.contract.rules import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("axpy.cu", "hizoo.cu", "moments.cu", "chain.cu")]
@@ -95,7 +95,7 @@ def demangle(name: str) -> str:
 
 def _stored_size(name: str) -> int:
     """Bytes that a kernel stores for an element, by its template arguments: a dtype, its states' dtype, a rule."""
-    from zokern.rules import RULES
+    from zokern.contract.rules import RULES
 
     sizes = [ITEM_SIZES[found] for found in re.findall(r"[<,]\s*[\w ]*?(" + "|".join(ITEM_SIZES) + r")\d*\b", name)]
     written = {rule.name.replace("_", ""): rule.written for rule in RULES.values()}
@@ -116,7 +116,7 @@ def triton_kinds() -> Iterator[tuple[Rule, Any, str, str]]:
     """Rule, dtype, distribution and rounding of the Triton passes that are counted: the first-order one in all of them,
     the other rules of bf16 and fp32 weights with normals and float32 states."""
     from zokern.backends.triton import launch
-    from zokern.rules import RULES
+    from zokern.contract.rules import RULES
 
     for rule in RULES.values():
         first_order = rule.name == "axpy"
@@ -153,7 +153,7 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     from triton.compiler import ASTSource
 
     from zokern.backends.triton import kernels, launch
-    from zokern.table import CHUNK, COLUMNS
+    from zokern.passes.table import CHUNK, COLUMNS
 
     (torch_dtype,) = [known for known, named in launch.DTYPES.items() if named == dtype]
     kernel, packed = kernels.pass_kernel, launch.in_pairs(target, torch_dtype)

@@ -15,7 +15,7 @@ from typing import Any
 from pages import RESULTS, load
 
 from zokern.bench import model
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
 
 ARCHS, AMD = (80, 90, 100, 120), "gfx942"
 DEVICES = ("H100", "H200", "B200")  # of the page; the CSV has all that the model knows

@@ -28,7 +28,7 @@ import machine_code
 from hot_loop import Report
 from machine_code_page import AMD, ARCHS, RESULTS, Row, parts, table_of_all
 
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
 
 STORED = RESULTS / "machine_code.json"
 ALL = RESULTS / "machine_code.csv"

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from zokern import ops, reference
-from zokern.rules import RULES
+from zokern import ops
+from zokern.contract import reference
+from zokern.contract.rules import RULES
 
 CPU = torch.device("cpu")
 SCALARS = {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zokern import reference
+from zokern.contract import reference
 
 Theta = dict[int, np.ndarray]
 

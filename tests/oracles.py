@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from oracle import Group, Theta, load, noise, theta_of
 
-from zokern import reference
+from zokern.contract import reference
 
 __all__ = [
     "ES",

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import zokern
-from zokern import backends, ops, table
+from zokern import backends, ops
 from zokern.backends.scalars import Kind, Scalars
+from zokern.passes import table
 
 GOOD = {"tensor_ids": [0, 1], "seeds": [1], "coefs": [0.5]}
 CASES = {

@@ -44,8 +44,8 @@ from zokern.bench.peers import Compiled, Foreach, Peer, Published, peers
 from zokern.bench.shapes import MIN_ELEMENTS, opt_like
 from zokern.bench.workload import COEFS, EPS, SCALARS, Workload, choose_backends
 from zokern.cli import app
-from zokern.passes import Passes
-from zokern.reference_rules import apply
+from zokern.contract.reference_rules import apply
+from zokern.sweep import Passes
 
 CPU, N = torch.device("cpu"), MIN_ELEMENTS
 CASES = {c.title: c for b in BENCHMARKS.values() for dtype in SIZES for c in b.cases(dtype)}

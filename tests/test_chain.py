@@ -12,7 +12,7 @@ import torch
 from zokern import ops
 from zokern.backends import native
 from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_STAGES, Kind, Scalars, perturbation
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
 
 CHAINED = [rule for rule in RULES if rule != "scaled_axpy"]
 GROUPS = 2

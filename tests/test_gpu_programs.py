@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from zokern import backends, reference
+from zokern import backends
 from zokern.backends import cpu
 from zokern.backends import triton as triton_backend
 from zokern.backends.scalars import Kind, Scalars
-from zokern.rules import RULES
+from zokern.contract import reference
+from zokern.contract.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from zokern import reference
+from zokern.contract import reference
 from zokern.layers import RandomBlocks, find_blocks
 
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])

@@ -22,7 +22,7 @@ import pytest
 from zokern.bench import model, prediction
 from zokern.bench.cases import Case
 from zokern.bench.record import RESULTS
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

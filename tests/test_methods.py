@@ -24,7 +24,7 @@ from oracles import Group, Theta
 from torch import Tensor, nn
 
 import zokern
-from zokern import reference
+from zokern.contract import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

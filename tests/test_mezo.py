@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from zokern import reference
+from zokern.contract import reference
 
 ON_DEVICE = [
     (name, str(devices.DEVICE[name])) for name in ("cpu", "reference", "cuda") if devices.missing(name) is None

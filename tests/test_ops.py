@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import zokern
-from zokern import ops, table
+from zokern import ops
 from zokern.backends import native
+from zokern.passes import table
 
 # Values over many magnitudes: each dtype's subnormals, the usual size of weights, and numbers near overflow.
 SCALES = (1.0, 1e-2, 1e-6, 1e-30, 3e4)
@@ -254,7 +255,7 @@ def test_exhaustive_checksum_of_the_transform() -> None:
 
 @pytest.mark.parametrize("instruction_set", native.extension.cpu_instruction_sets())
 def test_checksum_of_a_part_equals_the_reference(instruction_set: str) -> None:
-    from zokern import reference
+    from zokern.contract import reference
 
     first = 0x7FFF8000  # across the sign change of the angle
     words = np.arange(first, first + (1 << 16), dtype=np.uint64)

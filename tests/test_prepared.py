@@ -19,12 +19,13 @@ from test_pipelined import Net
 from torch import Tensor, nn
 
 import zokern
-from zokern import journal, ops, table
+from zokern import journal, ops
 from zokern.backends.scalars import Kind, Scalars
+from zokern.contract.rules import RULES
 from zokern.journal.replay import Player
-from zokern.passes import Member, Numbers, Passes
+from zokern.passes import table
 from zokern.placement import sites
-from zokern.rules import RULES
+from zokern.sweep import Member, Numbers, Passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (100, 8, 333)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zokern import reference
+from zokern.contract import reference
 
 
 def from_hex(patterns: list[str]) -> np.ndarray:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from zokern import ops, reference, reference_rules
+from zokern import ops
 from zokern.backends import native
-from zokern.rules import RULES
+from zokern.contract import reference, reference_rules
+from zokern.contract.rules import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK = 1 << 14

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from zokern import reference, table
 from zokern.backends import scalars
 from zokern.backends import triton as backend
+from zokern.contract import reference
+from zokern.passes import table
 
 if backend.unavailable_reason() is not None:
     pytest.skip(f"Triton backend: {backend.unavailable_reason()}", allow_module_level=True)

@@ -17,11 +17,12 @@ from test_methods import METHODS, Case
 from test_no_waiting import DEVICE, PLACEMENTS, Transfers, loss_of, on_device
 from torch import Tensor
 
-from zokern import backends, ops, table
+from zokern import backends, ops
 from zokern.backends import native, triton
 from zokern.backends.scalars import Chain, Kind, Scalars
-from zokern.passes import Passes
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
+from zokern.passes import table
+from zokern.sweep import Passes
 
 if triton.unavailable_reason() is not None:
     pytest.skip(f"Triton backend: {triton.unavailable_reason()}", allow_module_level=True)

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zokern import _checks, table
+from zokern import _checks
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.live import Live
+from zokern.passes import table
 
 SUPPORTED = ("cuda",)
 WARM_UP_STEPS = 2  # the first meets new streams of seeds and compiles; the second is like the captured one

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from zokern import _checks
-from zokern.noise import LAYERS_STREAM, derive_seed
-from zokern.reference import splitmix64
+from zokern.contract.streams import LAYERS_STREAM, derive_seed, splitmix64
 
 
 def find_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -12,32 +12,9 @@ import torch
 from torch import Tensor
 
 from zokern import _checks
-from zokern.reference import derive_seed, splitmix64
-
-ROUNDING_STREAM = 1 << 32  # streams below are the directions k of a step
-LAYERS_STREAM = ROUNDING_STREAM + 1
-STATE_STREAM = ROUNDING_STREAM + 2
+from zokern.contract.streams import LAYERS_STREAM, ROUNDING_STREAM, STATE_STREAM, derive_seed, derive_seeds
 
 __all__ = ["LAYERS_STREAM", "ROUNDING_STREAM", "STATE_STREAM", "derive_seed", "derive_seeds", "noise"]
-
-
-def _signed(x: int) -> int:
-    """The 64 bits of x as torch's int64 has them."""
-    return (x & ((1 << 64) - 1)) - ((x >> 63 & 1) << 64)
-
-
-def _splitmix64(state: Tensor) -> Tensor:
-    """The scrambling of SplitMix64 (reference.splitmix64) on the bits of int64; products wrap."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        state = (state ^ (state >> shift & ((1 << 64 - shift) - 1))) * _signed(factor)
-    return state ^ (state >> 31 & ((1 << 33) - 1))
-
-
-def derive_seeds(run_seed: int, step: Tensor, streams: Tensor) -> Tensor:
-    """derive_seed(run_seed, step, stream) for int64 tensors that broadcast, where they are: no host takes part."""
-    golden = 0x9E3779B97F4A7C15
-    at_step = _splitmix64(step * _signed(golden) + _signed(splitmix64(run_seed, 1) + golden))
-    return _splitmix64(at_step + (streams + 1) * _signed(golden)) >> 1 & ((1 << 63) - 1)
 
 
 def noise(

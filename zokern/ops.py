@@ -1,6 +1,6 @@
 """The public passes: check once, pick the backend, launch; and their registration with torch.library.
 
-    dst <- round(decay*src + sum_k coef_k z(seed_k))      and the other rules of zokern/rules.py, with their states
+    dst <- round(decay*src + sum_k coef_k z(seed_k))      and the other rules of zokern/contract/rules.py, with their states
 
 z is never stored, and everything between reading src and writing dst happens in registers. The two operators
 `zokern::pass_` and `zokern::pass_out` carry mutation annotations and fakes, so functions that call a pass compile
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from zokern import _checks, backends
 from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, Kind, Scalars
-from zokern.rules import RULES
-from zokern.table import Table, tables
+from zokern.contract.rules import RULES
+from zokern.passes.table import Table, tables
 
 _REST = (
     "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "

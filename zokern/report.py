@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 
 import zokern
-from zokern import backends, reference
+from zokern import backends
 from zokern.backends import native
+from zokern.contract import reference
 
 
 def versions(packages: Iterable[str] = ("zokern", "torch", "triton", "transformers")) -> dict[str, str]:

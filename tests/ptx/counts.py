@@ -27,7 +27,7 @@ def opcodes(text: str, runs: Counter[int]) -> Counter[str]:
 
 def main() -> None:
     backend_name, arch = sys.argv[1], int(sys.argv[2])
-    from zokern.rules import RULES
+    from zokern.contract.rules import RULES
 
     from . import cuda_host, triton_host
     from .cases import BF16, LAYOUTS, Case

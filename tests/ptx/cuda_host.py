@@ -99,7 +99,7 @@ def install(emulator: Emulator) -> Any:
     spec.loader.exec_module(module)
 
     from zokern.backends import cuda, native
-    from zokern.table import Table
+    from zokern.passes.table import Table
 
     native.extension = Extension(module, str(path), emulator)
     stream = SimpleNamespace(cuda_stream=0)

@@ -11,7 +11,7 @@ import torch
 
 from zokern.backends import native
 from zokern.backends.scalars import Chain, Kind, Scalars
-from zokern.table import Table
+from zokern.passes.table import Table
 
 ENVIRONMENT = "ZOKERN_CPU_ISA"
 

@@ -9,7 +9,7 @@ import torch
 
 from zokern.backends import native
 from zokern.backends.scalars import Chain, Kind, Scalars, chain_on_device, on_device
-from zokern.table import Table
+from zokern.passes.table import Table
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zokern.backends.scalars import Chain, Kind, Scalars
-from zokern.table import Table
+from zokern.passes.table import Table
 
 STAGE_COLUMNS = 9  # of stage_rows
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

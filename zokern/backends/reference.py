@@ -1,4 +1,4 @@
-"""The reference backend: zokern.reference on the memory of CPU tensors. For tests and for reading, not for speed."""
+"""The reference backend: the contract (zokern/contract) on the memory of CPU tensors. For tests and for reading, not for speed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from zokern import reference, reference_rules
 from zokern.backends.scalars import Chain, Kind, Scalars
-from zokern.table import DST, PROBE, SRC, Table
+from zokern.contract import reference, reference_rules
+from zokern.passes.table import DST, PROBE, SRC, Table
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

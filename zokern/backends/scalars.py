@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from zokern.rules import RULES, Rule
+from zokern.contract.rules import RULES, Rule
 
 MAX_STAGES, MAX_CHAIN_SEEDS = 32, 128  # csrc/pass.h
 MAX_PASS_SEEDS = ((1 << 31) - 1) // 3  # kernels count coefficients, up to three a seed, in 32 bits

@@ -8,7 +8,7 @@ nothing. What the compiled code makes of the operations, and what speed that all
 from __future__ import annotations
 
 from zokern.bench.cases import SIZES, Case
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
 
 # Operations per element, counted in csrc/noise.h and csrc/rules.h. A fused multiply-add, an integer instruction and a
 # conversion count as one each; key additions, which are the same for all elements, as none.

@@ -156,7 +156,7 @@ def predicted_share(
 
 def bytes_moved(row: Mapping[str, Any]) -> int:
     """Bytes that a pass of this kind reads and writes per element: the weight, and each state."""
-    from zokern.rules import RULES
+    from zokern.contract.rules import RULES
 
     size = {"float32": 4, "float16": 2, "bfloat16": 2}
     rule = RULES[row["rule"]]

@@ -18,7 +18,7 @@ from zokern.bench import model
 from zokern.bench.cases import Case
 from zokern.bench.limits import bytes_per_element
 from zokern.bench.record import RESULTS
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
 
 MACHINE_CODE = RESULTS / "machine_code.json"
 

@@ -17,8 +17,8 @@ from zokern.bench.equations import HeleneSettings
 from zokern.bench.limits import bytes_per_element
 from zokern.bench.peers import Peer
 from zokern.bench.shapes import Shape, opt_like
-from zokern.passes import Member, Numbers, Passes
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
+from zokern.sweep import Member, Numbers, Passes
 
 EPS, LR, C = 1e-3, 1e-6, 0.5  # C: a projected gradient
 SMOOTHING, KAPPA = 1e-6, 1.0  # HiZOO's

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokern.table import upload
+from zokern.passes.table import upload
 
 # Rows a group. On a CPU the time is the tokens, padding included; on a GPU it is the launches: one group.
 _CPU_GROUP = 16

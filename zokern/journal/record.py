@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from zokern.contract.streams import derive_seed
 from zokern.journal import format as journal
-from zokern.noise import derive_seed
 
 SEARCHED_STEPS = 1 << 10
 

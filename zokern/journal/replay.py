@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_STAGES, perturbation
+from zokern.contract.rules import RULES
+from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.journal.format import BROKEN_OFF, JournalError, Reader, Step
 from zokern.journal.hashing import hash_of
 from zokern.layers import draw
-from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
-from zokern.passes import Member, Numbers, Passes
-from zokern.rules import RULES
+from zokern.sweep import Member, Numbers, Passes
 
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
 

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from zokern import _checks, backends, placement
+from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.interrupts import HeldInterrupts
 from zokern.journal.format import BROKEN_OFF, SKIPPED
 from zokern.journal.record import Recorder
 from zokern.layers import RandomBlocks
-from zokern.noise import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.optim import parameters, state
 from zokern.optim.live import Live
 from zokern.optim.update import Ahead, Estimate, Rates, Update, sgd
-from zokern.passes import Counters, Member, Passes, Seed, Terms, sent
+from zokern.sweep import Counters, Member, Passes, Seed, Terms, sent
 
 Probe = Callable[[Terms], Tensor]
 ROUNDINGS = ("auto", "nearest", "stochastic")

@@ -17,7 +17,7 @@ from zokern.layers import RandomBlocks
 from zokern.optim import curvature
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update
-from zokern.passes import Seed, seed_tensor, sent
+from zokern.sweep import Seed, seed_tensor, sent
 
 
 class _Candidates(ZerothOrderOptimizer):

@@ -13,7 +13,7 @@ from zokern import _checks
 from zokern.layers import RandomBlocks
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate
-from zokern.passes import Seed
+from zokern.sweep import Seed
 
 SHAPINGS = ("standardised", "ranked")
 

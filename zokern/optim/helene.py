@@ -18,7 +18,7 @@ from zokern import _checks
 from zokern.layers import RandomBlocks
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update, gradient
-from zokern.passes import Seed, sent
+from zokern.sweep import Seed, sent
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from zokern.layers import RandomBlocks
 from zokern.optim import curvature
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update
-from zokern.passes import Seed
+from zokern.sweep import Seed
 
 
 class HiZOO(ZerothOrderOptimizer):

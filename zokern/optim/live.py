@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokern.noise import derive_seeds
-from zokern.passes import sent
+from zokern.contract.streams import derive_seeds
+from zokern.sweep import sent
 
 HYPER = ("lr", "eps", "weight_decay")
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from zokern import _checks
+from zokern.contract.streams import derive_seed
 from zokern.layers import RandomBlocks
-from zokern.noise import derive_seed
 from zokern.optim import moments, update
 from zokern.optim.base import Probe, ZerothOrderOptimizer
 from zokern.optim.update import Estimate, Rates, Update
-from zokern.passes import Seed
+from zokern.sweep import Seed
 
 UPDATES = ("sgd", "momentum", "adam", "adamezo", "sign")
 STATES = {"momentum": ("m",), "adam": ("m", "v")}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zokern.optim.update import Estimate, Rates, Update, adam
-from zokern.passes import sent
+from zokern.sweep import sent
 
 Rows = Sequence[tuple[int, Hashable]]
 

@@ -1,6 +1,6 @@
 """What a step has measured, and the pass that it ends with.
 
-A method turns losses into an Estimate; `Update` is the pass that applies it, in the terms of zokern/rules.py. The gradient
+A method turns losses into an Estimate; `Update` is the pass that applies it, in the terms of contract/rules.py. The gradient
 is sum_k G_k z(seed_k) with G_k = g_k / eps, and its diagonal curvature comes from sum_k V_k z(seed_k)^2. All coefficients
 are float64 until a pass rounds them to float32, once; rows are the parameter groups, or finer where a method needs it.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zokern.passes import Member, Seed, Terms
+from zokern.sweep import Member, Seed, Terms
 
 
 @dataclass(frozen=True)

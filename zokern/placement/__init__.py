@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from zokern import _checks
 from zokern.optim.update import Ahead, Update
-from zokern.passes import Member, Passes, Terms
 from zokern.placement import stream
 from zokern.placement.inplace import InPlace
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
+from zokern.sweep import Member, Passes, Terms
 
 PLACEMENTS = ("auto", "inplace", "shadow", "stream")
 _told: set[str] = set()

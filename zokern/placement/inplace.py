@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zokern.optim.update import Ahead, Update
-from zokern.passes import Member, Numbers, Passes, Seed, Terms, perturbation, sent
+from zokern.sweep import Member, Numbers, Passes, Seed, Terms, perturbation, sent
 
 
 class InPlace:

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from zokern.backends.scalars import MAX_CHAIN_SEEDS
 from zokern.optim.update import Ahead, Update
-from zokern.passes import Member, Numbers, Passes, Terms, perturbation
 from zokern.placement import sites
+from zokern.sweep import Member, Numbers, Passes, Terms, perturbation
 
 
 @dataclass(frozen=True)

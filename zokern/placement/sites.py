@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zokern.passes import Member
+from zokern.sweep import Member
 
 Pools = dict[tuple[torch.device, torch.dtype], Tensor]
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zokern.layers import find_blocks
-from zokern.passes import Member, Passes, Terms
 from zokern.placement import sites
 from zokern.placement.shadow import Exact
+from zokern.sweep import Member, Passes, Terms
 
 
 class OutsideItsBlock(nn.Parameter):

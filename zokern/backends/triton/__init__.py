@@ -12,7 +12,7 @@ import re
 import torch
 
 from zokern.backends.scalars import Chain, Kind, Scalars, on_device
-from zokern.table import Table
+from zokern.passes.table import Table
 
 __all__ = ["NAME", "near", "run", "unavailable_reason"]
 
@@ -46,7 +46,7 @@ def near(scalars: Scalars, device: torch.device) -> Scalars:
 
 
 def run(table: Table, kind: Kind, scalars: Scalars) -> None:
-    """One pass over a table (zokern/table.py): one launch on the current stream, without synchronisation."""
+    """One pass over a table (zokern/passes/table.py): one launch on the current stream, without synchronisation."""
     from .launch import run as launch
 
     launch(table, kind, near(scalars, table.tensors.device))

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from zokern.backends.native import STAGE_COLUMNS, stage_rows
 from zokern.backends.scalars import Chain, Kind, Scalars, chain_on_device, perturbation
-from zokern.rules import Rule
-from zokern.table import CHUNK, COLUMNS, PROBE, Table
+from zokern.contract.rules import Rule
+from zokern.passes.table import CHUNK, COLUMNS, PROBE, Table
 
 from .chain import chain_kernel
 from .interpreter import exact_arithmetic
@@ -79,7 +79,7 @@ def constants(rule: Rule) -> dict[str, object]:
 
 
 def run(table: Table, kind: Kind, scalars: Scalars) -> None:
-    """One pass over a table (zokern/table.py). All tensors are contiguous, on its device, and checked by the caller."""
+    """One pass over a table (passes/table.py). All tensors are contiguous, on its device, and checked by the caller."""
     num_chunks, num_seeds = table.chunks.shape[0], scalars.seeds.shape[0]
     if num_chunks == 0:
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zokern import backends, ops
 from zokern.backends.scalars import Kind, Scalars
-from zokern.rules import RULES
+from zokern.contract.rules import RULES
 
 # A direction's seed: known to the host, or (a 0-d int64 tensor) to the device alone. Tensors are told apart by identity.
 Seed = int | Tensor

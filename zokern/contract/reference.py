@@ -2,7 +2,7 @@
 
 Every other backend is tested against this file with `torch.equal`, and nothing here is used for speed. z is a pure
 function of (seed, tensor id, global element index); a pass computes in float32 and rounds once to the storage type.
-Sources: Salmon et al. 2011 (Philox4x32-10), Box and Muller 1958, Steele et al. 2014 (SplitMix64). See docs/noise.md.
+Sources: Salmon et al. 2011 (Philox4x32-10), Box and Muller 1958. Seeds are in streams.py. See docs/noise.md.
 """
 
 from __future__ import annotations
@@ -13,9 +13,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from zokern.contract.streams import PURPOSE_NORMAL, PURPOSE_RADEMACHER, PURPOSE_ROUNDING, derive_seed, splitmix64
 
-PURPOSE_NORMAL, PURPOSE_ROUNDING, PURPOSE_RADEMACHER = 0, 1, 2
+__all__ = [
+    "add_noise",
+    "derive_seed",
+    "fma",
+    "noise",
+    "normal_pair",
+    "philox",
+    "round_bf16",
+    "round_fp16",
+    "round_to",
+    "rounding_bits",
+    "splitmix64",
+    "widen",
+]
+
+Array = npt.NDArray[Any]
 
 # Coefficients of the contract, as float32 bit patterns so that no decimal parser takes part.
 P_COEFS = ("bd002f20", "3e94d03b", "bf91a12f", "401e51d6", "c03630f9", "3fa02ce3")  # mantissa part of -ln
@@ -60,24 +75,6 @@ def fma(a: Any, b: Any, c: Any) -> Array:
 
 
 # --------------------------------------------------------------------------------------------------------------- words
-
-
-def splitmix64(state: int, n: int) -> int:
-    """The n-th output (n >= 1) of a SplitMix64 generator started at `state`, a 64-bit unsigned integer."""
-    mask = (1 << 64) - 1
-    x = (state + n * 0x9E3779B97F4A7C15) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return x ^ (x >> 31)
-
-
-def derive_seed(run_seed: int, step: int, stream: int) -> int:
-    """63-bit seed of `stream` in `step` of a run: three chained SplitMix64 outputs, the top 63 bits of the last.
-
-    Streams 0 <= k < 2^32 are the directions; 2^32 is the update's rounding, 2^32 + 1 the choice of layers, 2^32 + 2 the
-    rounding of a state.
-    """
-    return splitmix64(splitmix64(splitmix64(run_seed, 1), step + 1), stream + 1) >> 1
 
 
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, seed: int) -> Array:
@@ -132,6 +129,8 @@ def _block_words(first: int, last: int, seed: int, tensor_id: int, purpose: int)
 
 def noise(n: int, seed: int, tensor_id: int, offset: int = 0, distribution: str = "normal") -> Array:
     """z for the n elements whose global indices start at `offset`, float32: N(0, 1), or signs for "rademacher"."""
+    if distribution not in ("normal", "rademacher"):
+        raise ValueError(f"distribution is {distribution!r}; it must be 'normal' or 'rademacher'")
     if distribution == "rademacher":
         first, last = offset >> 7, (offset + n + 127) >> 7
         words = _block_words(first, last, seed, tensor_id, PURPOSE_RADEMACHER)

@@ -1,4 +1,4 @@
-"""The rules of zokern/rules.py in NumPy: one function each, float32 operations in the order that all backends keep.
+"""The rules of rules.py in NumPy: one function each, float32 operations in the order that all backends keep.
 
 A rule gets the decayed weight, a function that makes sums over the directions, its states and its group's scalars, and
 returns the new weight (not yet rounded to its storage) and the new states. Equations and sources: docs/methods.md.
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from zokern.reference import Array, _as_float, _bits, _f32, fma, noise, round_to, rounding_bits, widen
-from zokern.rules import RULES
+from zokern.contract.reference import Array, _as_float, _bits, _f32, fma, noise, round_to, rounding_bits, widen
+from zokern.contract.rules import RULES
 
 States = dict[str, Array]
 Sums = Callable[[str, float], Array]  # name of the coefficients, start

@@ -1,0 +1,60 @@
+"""All of zk1's streams: what each seed and each purpose of Philox' counter stands for. Numbers here never change.
+
+A run's seed gives one 63-bit seed for each step and stream; a seed gives words for each purpose. Source of SplitMix64:
+Steele et al. 2014.
+
+    stream of a step                    its seed is for
+    0 <= k < 2^32                       direction k
+    ROUNDING_STREAM  2^32               stochastic rounding of the weights
+    LAYERS_STREAM    2^32 + 1           LeZO's draw of blocks
+    STATE_STREAM     2^32 + 2           stochastic rounding of a state
+
+    purpose (counter word c3)           the words are
+    PURPOSE_NORMAL      0               normals, two a word
+    PURPOSE_ROUNDING    1               bits that round, two elements a word
+    PURPOSE_RADEMACHER  2               signs, 32 elements a word
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ROUNDING_STREAM = 1 << 32
+LAYERS_STREAM = ROUNDING_STREAM + 1
+STATE_STREAM = ROUNDING_STREAM + 2
+PURPOSE_NORMAL, PURPOSE_ROUNDING, PURPOSE_RADEMACHER = 0, 1, 2
+
+GOLDEN, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
+ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # of the scrambling: a shift and a factor each
+LAST_SHIFT = 31
+
+
+def splitmix64(state: int, n: int) -> int:
+    """The n-th output (n >= 1) of a SplitMix64 generator started at `state`, a 64-bit unsigned integer."""
+    x = (state + n * GOLDEN) & MASK
+    for shift, factor in ROUNDS:
+        x = ((x ^ (x >> shift)) * factor) & MASK
+    return x ^ (x >> LAST_SHIFT)
+
+
+def derive_seed(run_seed: int, step: int, stream: int) -> int:
+    """63-bit seed of `stream` in `step` of a run: three chained SplitMix64 outputs, the top 63 bits of the last."""
+    return splitmix64(splitmix64(splitmix64(run_seed, 1), step + 1), stream + 1) >> 1
+
+
+def _signed(x: int) -> int:
+    """The 64 bits of x as torch's int64 has them."""
+    return (x & MASK) - ((x >> 63 & 1) << 64)
+
+
+def _scrambled(state: Tensor) -> Tensor:
+    """The scrambling of SplitMix64 on the bits of int64; products wrap."""
+    for shift, factor in ROUNDS:
+        state = (state ^ (state >> shift & ((1 << 64 - shift) - 1))) * _signed(factor)
+    return state ^ (state >> LAST_SHIFT & ((1 << 64 - LAST_SHIFT) - 1))
+
+
+def derive_seeds(run_seed: int, step: Tensor, streams: Tensor) -> Tensor:
+    """derive_seed(run_seed, step, stream) for int64 tensors that broadcast, where they are: no host takes part."""
+    at_step = _scrambled(step * _signed(GOLDEN) + _signed(splitmix64(run_seed, 1) + GOLDEN))
+    return _scrambled(at_step + (streams + 1) * _signed(GOLDEN)) >> 1 & ((1 << 63) - 1)
