@@ -3,7 +3,8 @@
 from zokern import journal
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
-from zokern.graphed import GraphedStep
+from zokern.directions import Normal, Rademacher
+from zokern.graphs import GraphedStep
 from zokern.layers import RandomBlocks
 from zokern.noise import noise
 from zokern.ops import add_noise_
@@ -20,6 +21,8 @@ __all__ = [
     "MeZO",
     "MeZOGV",
     "MeZOGreedy",
+    "Normal",
+    "Rademacher",
     "RandomBlocks",
     "ZokernWarning",
     "__version__",

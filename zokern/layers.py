@@ -7,6 +7,7 @@ active. The subset is a pure function of (run seed, step), so a replay finds it 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -101,5 +102,5 @@ class RandomBlocks:
         """The number of the block that holds a parameter; None outside the blocks."""
         return self._block_of.get(id(param))
 
-    def is_active(self, param: Tensor, dropped: set[int]) -> bool:
+    def is_active(self, param: Tensor, dropped: Collection[int]) -> bool:
         return self.block_of(param) not in dropped

@@ -10,23 +10,24 @@ under torch.compile(fullgraph=True).
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zokern import _checks, backends
-from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, Kind, Scalars
-from zokern.contract.rules import RULES
+from zokern import _checks, backends, directions
+from zokern.contract.rules import Rule, rule_called
+from zokern.directions import Direction
+from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table, tables
 
 _REST = (
     "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
     "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
-    "bool square_of_sum, bool keep_second, str backend, int prepared=0"
+    "bool square_of_sum, bool keep_second, str backend"
 )
 _library = torch.library.Library("zokern", "DEF")
 _library.define(f"pass_(Tensor(a!)[] tensors, {_REST}) -> ()")
@@ -80,63 +81,146 @@ def _check_states(src: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> 
 
 
 @dataclass(eq=False)
-class Prepared:
-    """What a launch has found out about its tensors, for a caller that launches on the very same ones again.
+class Operands:
+    """The tensors of passes on one device, and what has been found out about them.
 
-    The caller holds the tensors meanwhile, so their addresses, which take long to ask for, stay. Operators take numbers
-    and not objects, so it goes by `number`.
+    dst None works in place. states: of the rule, a list each. probes: where a forked chain's last stage goes, None for
+    those that it leaves out. Who runs passes on the same operands again holds the tensors meanwhile and says so when
+    anything about them changes (by making others): addresses take long to ask for.
     """
 
-    number: int = field(default_factory=itertools.count(1).__next__)
-    backend: ModuleType | None = None
-    tables: list[Table] = field(default_factory=list)
-    written: list[Tensor] | None = None  # those that autograd has to be told of
+    src: list[Tensor]
+    dst: list[Tensor] | None
+    states: Sequence[list[Tensor]]
+    tensor_ids: list[int]
+    offsets: list[int]
+    groups: list[int]
+    probes: Sequence[Tensor | None] = ()
+    _found: tuple[ModuleType, list[Table]] | None = None
+    _written: list[Tensor] | None = None
 
-    def __post_init__(self) -> None:
-        _prepared[self.number] = self
+    @property
+    def device(self) -> torch.device:
+        return self.src[0].device
 
-    def tell_autograd(self, tensors: Sequence[Tensor]) -> None:
-        """That the values have changed."""
-        if self.written is None:
-            self.written = [t for t in tensors if not t.is_inference()]
-        torch.autograd.graph.increment_version(self.written)
+    def find(self, backend: str) -> tuple[ModuleType, list[Table]]:
+        """The backend and the tables. Backends see addresses only, so everything must be right before they are called.
 
+        Raises:
+            TypeError, ValueError: naming the tensor that a pass cannot work on, when it is first seen.
+        """
+        if self._found is None:
+            chosen = backends.choose(backend, self.device)
+            dst = self.src if self.dst is None else self.dst
+            found, _ = tables(
+                self.src, dst, self.tensor_ids, self.offsets, self.groups, self.check, self.states, self.probes
+            )
+            self._found = chosen, found
+        return self._found
 
-_prepared: weakref.WeakValueDictionary[int, Prepared] = weakref.WeakValueDictionary()
-
-
-def _find(
-    known: Prepared | None,
-    backend: str,
-    src: list[Tensor],
-    dst: list[Tensor],
-    tensor_ids: list[int],
-    offsets: list[int],
-    groups: list[int],
-    states: Sequence[list[Tensor]],
-    probes: Sequence[Tensor | None] = (),
-) -> tuple[ModuleType, list[Table]]:
-    """The backend and the tables. Backends see addresses only, so everything must be right before they are called."""
-    if known is not None and known.backend is not None:
-        return known.backend, known.tables
-    chosen = backends.choose(backend, src[0].device)
-
-    def check() -> None:
-        _check_pairs(src, dst, tensor_ids, offsets)
-        _check_states(src, states)
-        given = [(t, probe) for t, probe in zip(src, probes, strict=bool(probes)) if probe is not None]
+    def check(self) -> None:
+        _check_pairs(self.src, self.src if self.dst is None else self.dst, self.tensor_ids, self.offsets)
+        _check_states(self.src, self.states)
+        given = [(t, probe) for t, probe in zip(self.src, self.probes, strict=bool(self.probes)) if probe is not None]
         if given:
             _check_pairs([t for t, _ in given], [probe for _, probe in given], [0] * len(given), [0] * len(given))
 
-    found, _ = tables(src, dst, tensor_ids, offsets, groups, check, states, probes)
-    if known is not None:
-        known.backend, known.tables = chosen, found
-    return chosen, found
+    def tell_autograd(self) -> None:
+        """That the values have changed."""
+        if self._written is None:
+            self._written = [t for t in (self.src if self.dst is None else self.dst) if not t.is_inference()]
+        torch.autograd.graph.increment_version(self._written)
 
 
-def _run(
+def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str = "auto") -> int:
+    """One pass, with one row of coefs and shared a group; one launch for each dtype, whose number is returned.
+
+    Tensors are checked when they are first seen; numbers are the caller's to check.
+
+    Raises:
+        ValueError: for more seeds or more elements than one launch takes.
+    """
+    if numbers.seeds.numel() > MAX_PASS_SEEDS:
+        raise ValueError(
+            f"a pass has {numbers.seeds.numel()} seeds, and one takes {MAX_PASS_SEEDS}: give them to several passes in turn"
+        )
+    if _looked_at():
+        return _through_torch(operands, spec, numbers, backend)
+    launches = _launch(operands, spec, numbers, backend)
+    operands.tell_autograd()
+    return launches
+
+
+def _launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
+    chosen, found = operands.find(backend)
+    numbers = numbers.near(chosen, operands.device)
+    for table in found:
+        chosen.run(table, spec.of(table.dtype), numbers)
+    return len(found)
+
+
+def run_chain(
+    operands: Operands,
+    stages: Sequence[tuple[PassSpec, PassNumbers]],
+    rule: Rule,
+    *,
+    enabled: Tensor | None = None,
+    backend: str = "auto",
+) -> int:
+    """Several passes in place, one after another in registers (passes/spec.py's Chain): memory moves once.
+
+    The operands' probes: the last stage, a perturbation, goes to these and not to the tensors. The bits are those of the
+    passes done one by one. Returns the number of launches, one for each dtype.
+
+    Raises:
+        ValueError: unless there are 1 to 32 stages with at most 128 seeds in all; for more elements than a launch takes.
+    """
+    num_seeds = sum(numbers.seeds.numel() for _, numbers in stages)
+    if not 1 <= len(stages) <= MAX_STAGES or num_seeds > MAX_CHAIN_SEEDS:
+        raise ValueError(
+            f"a chain has {len(stages)} stages with {num_seeds} seeds, and one takes 1 to {MAX_STAGES} stages with at most "
+            f"{MAX_CHAIN_SEEDS}: make several chains of it, or passes (the bits are the same)"
+        )
+    chosen, found = operands.find(backend)
+    for table in found:
+        own = [(spec.of(table.dtype), numbers) for spec, numbers in stages]
+        chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))
+    operands.tell_autograd()
+    return len(found)
+
+
+# ----------------------------------------------------------------------------------------------------- torch.library
+
+
+def _looked_at() -> bool:
+    """Whether somebody sees a call only if it goes through PyTorch's dispatcher: a compiler, a mode, the profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
+    """The pass as an operator, to which records go as what operators take: tensors, lists and plain values."""
+    first, second = [*operands.states, [], []][:2]
+    rest = (
+        first, second, operands.tensor_ids, operands.offsets, operands.groups, numbers.seeds, numbers.coefs, numbers.shared,
+        numbers.rounding_seed, numbers.enabled, spec.rule.name, spec.direction.name, spec.rounding, spec.square_of_sum,
+        spec.keep_second, backend,
+    )  # fmt: skip
+    if operands.dst is None:
+        torch.ops.zokern.pass_(operands.src, *rest)
+    else:
+        torch.ops.zokern.pass_out(operands.src, operands.dst, *rest)
+    if not torch.compiler.is_compiling():
+        operands.tell_autograd()
+    return len({t.dtype for t in operands.src})
+
+
+def _operator(
     src: list[Tensor],
-    dst: list[Tensor],
+    dst: list[Tensor] | None,
     first: list[Tensor],
     second: list[Tensor],
     tensor_ids: list[int],
@@ -153,24 +237,20 @@ def _run(
     square_of_sum: bool,
     keep_second: bool,
     backend: str,
-    prepared: int = 0,
 ) -> None:
-    """One launch for each dtype."""
-    states = [state for state in (first, second) if state]
-    chosen, found = _find(_prepared.get(prepared), backend, src, dst, tensor_ids, offsets, groups, states)
-    scalars = Scalars(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
-    scalars = chosen.near(scalars, src[0].device)
-    for table in found:
-        how = "nearest" if table.dtype == torch.float32 else rounding
-        chosen.run(table, Kind(RULES[rule], distribution, how, square_of_sum, keep_second), scalars)
+    """What `_through_torch` took apart, together again."""
+    operands = Operands(src, dst, [state for state in (first, second) if state], tensor_ids, offsets, groups)
+    spec = PassSpec(rule_called(rule), directions.parse(distribution), rounding, square_of_sum, keep_second)
+    numbers = PassNumbers(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
+    _launch(operands, spec, numbers, backend)
 
 
-def _pass_(tensors: list[Tensor], *args: object) -> None:
-    _run(tensors, tensors, *args)  # type: ignore[arg-type]
+def _pass_(tensors: list[Tensor], *args: Any) -> None:
+    _operator(tensors, None, *args)
 
 
-def _pass_out(src: list[Tensor], dst: list[Tensor], *args: object) -> None:
-    _run(src, dst, *args)  # type: ignore[arg-type]
+def _pass_out(src: list[Tensor], dst: list[Tensor], *args: Any) -> None:
+    _operator(src, dst, *args)
 
 
 def _fake(*args: object) -> None:
@@ -184,102 +264,7 @@ torch.library.register_fake("zokern::pass_", _fake, lib=_library)
 torch.library.register_fake("zokern::pass_out", _fake, lib=_library)
 
 
-def launch(
-    src: list[Tensor],
-    dst: list[Tensor] | None,
-    *,
-    tensor_ids: list[int],
-    offsets: list[int],
-    groups: list[int],
-    seeds: Tensor,
-    coefs: Tensor,
-    shared: Tensor,
-    states: Sequence[list[Tensor]] = (),
-    rounding_seed: Tensor | None = None,
-    enabled: Tensor | None = None,
-    rule: str = "axpy",
-    distribution: str = "normal",
-    rounding: str = "nearest",
-    square_of_sum: bool = False,
-    keep_second: bool = False,
-    backend: str = "auto",
-    prepared: Prepared | None = None,
-) -> None:
-    """The pass as the optimizers call it: scalars as tensors (backends/scalars.py), one row of coefs and shared a group.
-
-    dst None works in place. `states` are the rule's, one list each. Tensors are checked when they are first seen, and not
-    looked at again where `prepared` has been given with them before; scalars are the caller's to check.
-
-    Raises:
-        ValueError: for more seeds or more elements than one launch takes.
-    """
-    if seeds.numel() > MAX_PASS_SEEDS:
-        raise ValueError(
-            f"a pass has {seeds.numel()} seeds, and one takes {MAX_PASS_SEEDS}: give them to several passes in turn"
-        )
-    first, second = [*states, [], []][:2]
-    rest = (
-        first,
-        second,
-        tensor_ids,
-        offsets,
-        groups,
-        seeds,
-        coefs,
-        shared,
-        rounding_seed,
-        enabled,
-        rule,
-        distribution,
-        rounding,
-        square_of_sum,
-        keep_second,
-        backend,
-        0 if prepared is None or torch.compiler.is_compiling() else prepared.number,
-    )
-    if dst is None:
-        torch.ops.zokern.pass_(src, *rest)
-    else:
-        torch.ops.zokern.pass_out(src, dst, *rest)
-    if not torch.compiler.is_compiling():
-        (prepared or Prepared()).tell_autograd(src if dst is None else dst)
-
-
-def launch_chain(
-    tensors: list[Tensor],
-    stages: Sequence[tuple[Kind, Scalars]],
-    *,
-    tensor_ids: list[int],
-    offsets: list[int],
-    groups: list[int],
-    rule: str,
-    states: Sequence[list[Tensor]] = (),
-    probes: Sequence[Tensor | None] = (),
-    enabled: Tensor | None = None,
-    backend: str = "auto",
-    prepared: Prepared | None = None,
-) -> None:
-    """Several passes in place, one after another in registers (backends/scalars.py's Chain): memory moves once.
-
-    probes: the last stage, a perturbation, goes to these and not to the tensors; None leaves one out. The bits are those
-    of the passes done one by one. prepared: as for `launch`.
-
-    Raises:
-        ValueError: unless there are 1 to 32 stages with at most 128 seeds in all; for more elements than a launch takes.
-    """
-    num_seeds = sum(scalars.seeds.numel() for _, scalars in stages)
-    if not 1 <= len(stages) <= MAX_STAGES or num_seeds > MAX_CHAIN_SEEDS:
-        raise ValueError(
-            f"a chain has {len(stages)} stages with {num_seeds} seeds, and one takes 1 to {MAX_STAGES} stages with at most "
-            f"{MAX_CHAIN_SEEDS}: make several chains of it, or passes (the bits are the same)"
-        )
-    prepared = prepared or Prepared()
-    chosen, found = _find(prepared, backend, tensors, tensors, tensor_ids, offsets, groups, states, probes)
-    for table in found:
-        exact = table.dtype == torch.float32
-        own = [(replace(kind, rounding="nearest") if exact else kind, scalars) for kind, scalars in stages]
-        chosen.run_chain(table, Chain(own, RULES[rule], bool(probes), enabled))
-    prepared.tell_autograd(tensors)
+# ---------------------------------------------------------------------------------------------------- add_noise_
 
 
 def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:
@@ -319,7 +304,7 @@ def add_noise_(
     seeds: Sequence[int] | Tensor,
     coefs: Sequence[float] | Tensor,
     decay: float | Tensor = 1.0,
-    distribution: str = "normal",
+    distribution: str | Direction = "normal",
     rounding: str = "nearest",
     rounding_seed: int | None = None,
     out: Sequence[Tensor] | None = None,
@@ -337,7 +322,7 @@ def add_noise_(
         seeds: of the K >= 0 directions, ints in [0, 2^63), or an int64 tensor [K] on the host or the device.
         coefs: one for each seed, finite, or a float32 tensor [K].
         decay: finite, or a float32 tensor with one element.
-        distribution: "normal" for N(0, 1), "rademacher" for random signs.
+        distribution: "normal" for N(0, 1), "rademacher" for random signs; or zokern.Normal(), zokern.Rademacher().
         rounding: "nearest" (even) or "stochastic" (unbiased; 16-bit tensors only, float32 has nothing to round).
         rounding_seed: of the stochastic rounding, in [0, 2^63). Give every rounding event its own.
         out: where the results go, shaped like `tensors`; None means in place.
@@ -386,8 +371,7 @@ def add_noise_(
             raise ValueError(f"{name} is on {t.device}, tensors on {device}; put it there or on the CPU")
         if t.device.type != "cpu" and device.type == "cpu":
             raise ValueError(f"{name} is on {t.device}, tensors on the CPU")
-    _checks.check_choice(distribution, "distribution", _checks.DISTRIBUTIONS)
-    _checks.check_choice(rounding, "rounding", _checks.ROUNDINGS)
+    spec = PassSpec(direction=directions.parse(distribution), rounding=rounding)
     if (rounding == "stochastic") != (rounding_seed is not None):
         raise ValueError(
             f"rounding is {rounding!r} and rounding_seed is {rounding_seed}; stochastic rounding needs a seed of its own, "
@@ -396,18 +380,6 @@ def add_noise_(
     rounding_tensor = None
     if rounding_seed is not None:
         rounding_tensor = torch.tensor([_checks.check_seed(rounding_seed, "rounding_seed"), 0], dtype=torch.int64)
+    numbers = PassNumbers(seed_tensor, coef_tensor.reshape(1, 1, -1), decays.reshape(1, 1), rounding_tensor)
     with torch.no_grad():
-        launch(
-            src,
-            dst,
-            tensor_ids=ids,
-            offsets=starts,
-            groups=[0] * len(src),
-            seeds=seed_tensor,
-            coefs=coef_tensor.reshape(1, 1, -1),
-            shared=decays.reshape(1, 1),
-            rounding_seed=rounding_tensor,
-            distribution=distribution,
-            rounding=rounding,
-            backend=backend,
-        )
+        run(Operands(src, dst, [], ids, starts, [0] * len(src)), spec, numbers, backend)

@@ -1,7 +1,7 @@
 """The backends, and the choice between them. Nothing falls back silently: `explain` says why each was refused.
 
-A backend is a module with `unavailable_reason(device) -> str | None`, `run(table, kind, scalars)`, which runs one pass over
-one table, and `run_chain(table, chain)`, which runs several; numbers may be on the host. `near(scalars, device)` puts them
+A backend is a module with `unavailable_reason(device) -> str | None`, `run(table, spec, numbers)`, which runs one pass over
+one table, and `run_chain(table, chain)`, which runs several; numbers may be anywhere. `near(numbers, device)` puts them
 where `run` reads them, once for several tables. Adding a backend is adding a folder and its name here.
 """
 

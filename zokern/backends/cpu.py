@@ -10,7 +10,8 @@ import os
 import torch
 
 from zokern.backends import native
-from zokern.backends.scalars import Chain, Kind, Scalars
+from zokern.backends.transfer import on_host
+from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
 ENVIRONMENT = "ZOKERN_CPU_ISA"
@@ -32,15 +33,14 @@ def instruction_set() -> str:
     return forced
 
 
-def near(scalars: Scalars, device: torch.device) -> Scalars:
-    """The host has them."""
-    return scalars
+def near(numbers: PassNumbers, device: torch.device) -> PassNumbers:
+    return on_host(numbers)
 
 
-def run(table: Table, kind: Kind, scalars: Scalars) -> None:
+def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     native.extension.cpu_run(
-        native.make_pass(table, kind, scalars),
-        rule=kind.rule.id,
+        native.make_pass(table, spec, numbers),
+        rule=spec.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         threads=torch.get_num_threads(),

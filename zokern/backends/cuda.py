@@ -8,7 +8,8 @@ import re
 import torch
 
 from zokern.backends import native
-from zokern.backends.scalars import Chain, Kind, Scalars, chain_on_device, on_device
+from zokern.backends.transfer import chain_on_device, on_device
+from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
 
@@ -62,17 +63,17 @@ def has_code_for(built: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def near(scalars: Scalars, device: torch.device) -> Scalars:
+def near(numbers: PassNumbers, device: torch.device) -> PassNumbers:
     """One seed and rounding seeds that the host knows travel in the launch itself."""
-    return on_device(scalars, device, carried=True)
+    return on_device(numbers, device, carried=True)
 
 
-def run(table: Table, kind: Kind, scalars: Scalars) -> None:
+def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     device = table.tensors.device
     stream = torch.cuda.current_stream(device)
     native.extension.cuda_run(
-        native.make_pass(table, kind, near(scalars, device)),
-        rule=kind.rule.id,
+        native.make_pass(table, spec, near(numbers, device)),
+        rule=spec.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         device=device.index,

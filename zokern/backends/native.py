@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zokern.backends.scalars import Chain, Kind, Scalars
+from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
 STAGE_COLUMNS = 9  # of stage_rows
@@ -21,9 +21,9 @@ except ImportError as error:
     import_error = f"zokern._C cannot be imported ({error}); build it: pip install --no-build-isolation -e ."
 
 
-def make_pass(table: Table, kind: Kind, scalars: Scalars) -> Any:
+def make_pass(table: Table, spec: PassSpec, numbers: PassNumbers) -> Any:
     """The pass as csrc/pass.h has it. Seeds in host memory travel in the launch itself where there is but one."""
-    seeds, rounding_seed = scalars.seeds, scalars.rounding_seed
+    seeds, rounding_seed = numbers.seeds, numbers.rounding_seed
     seed_known = seeds.device.type == "cpu" and seeds.numel() == 1
     rounding_known = rounding_seed is None or rounding_seed.device.type == "cpu"
     weights, state = rounding_seed.tolist() if rounding_seed is not None and rounding_known else (0, 0)
@@ -31,19 +31,19 @@ def make_pass(table: Table, kind: Kind, scalars: Scalars) -> Any:
         tensors=table.tensors.data_ptr(),
         chunks=table.chunks.data_ptr(),
         num_chunks=table.chunks.shape[0],
-        coefs=scalars.coefs.data_ptr(),
-        scalars=scalars.shared.data_ptr(),
+        coefs=numbers.coefs.data_ptr(),
+        scalars=numbers.shared.data_ptr(),
         seeds=0 if seed_known else seeds.data_ptr(),
         seed=int(seeds[0]) if seed_known else 0,
         num_seeds=seeds.numel(),
         rounding_seed=0 if rounding_known or rounding_seed is None else rounding_seed.data_ptr(),
         known_rounding_seed=weights,
         known_state_seed=state,
-        enabled=0 if scalars.enabled is None else scalars.enabled.data_ptr(),
-        rademacher=kind.distribution == "rademacher",
-        stochastic=kind.rounding == "stochastic",
-        square_of_sum=kind.square_of_sum,
-        keep_second=kind.keep_second,
+        enabled=0 if numbers.enabled is None else numbers.enabled.data_ptr(),
+        rademacher=spec.direction.name == "rademacher",
+        stochastic=spec.rounding == "stochastic",
+        square_of_sum=spec.square_of_sum,
+        keep_second=spec.keep_second,
     )
 
 
@@ -54,7 +54,7 @@ def make_chain(table: Table, chain: Chain) -> Any:
         chunks=table.chunks.data_ptr(),
         num_chunks=table.chunks.shape[0],
         enabled=0 if chain.enabled is None else chain.enabled.data_ptr(),
-        rademacher=chain.stages[0][0].distribution == "rademacher",
+        rademacher=chain.stages[0][0].direction.name == "rademacher",
         fork=chain.fork,
         keep_second=chain.keep_second,
         stages=stage_rows(chain),
@@ -65,15 +65,15 @@ def stage_rows(chain: Chain) -> list[tuple[int, ...]]:
     """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags: pass.h's Stage."""
     return [
         (
-            scalars.seeds.data_ptr(),
-            scalars.coefs.data_ptr(),
-            scalars.shared.data_ptr(),
-            0 if scalars.rounding_seed is None else scalars.rounding_seed.data_ptr(),
-            scalars.seeds.numel(),
-            kind.rule != chain.rule,
-            kind.rounding == "stochastic",
-            kind.square_of_sum,
-            kind.keep_second,
+            numbers.seeds.data_ptr(),
+            numbers.coefs.data_ptr(),
+            numbers.shared.data_ptr(),
+            0 if numbers.rounding_seed is None else numbers.rounding_seed.data_ptr(),
+            numbers.seeds.numel(),
+            spec.rule != chain.rule,
+            spec.rounding == "stochastic",
+            spec.square_of_sum,
+            spec.keep_second,
         )
-        for kind, scalars in chain.stages
+        for spec, numbers in chain.stages
     ]

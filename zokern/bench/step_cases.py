@@ -179,7 +179,7 @@ def state_bytes(stepper: Stepper, model: nn.Module) -> int:
         return stepper.state_bytes()
     optimizer = optimizer_of(stepper)
     assert optimizer is not None
-    each = sum(dtype.itemsize for dtype, _ in optimizer._states.values())
+    each = sum(dtype.itemsize for dtype, _ in optimizer.state_spec.values())
     return each * sum(p.numel() for p in _trainable(model))
 
 

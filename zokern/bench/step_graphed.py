@@ -1,4 +1,4 @@
-"""zokern.GraphedStep among the ways of the step benchmark: a whole step, replayed from one CUDA graph.
+"""zokern.GraphedStep among the ways of the step benchmark: a whole step, launched as one CUDA graph.
 
 Inside a graph there is no telling forwards from passes, so only the whole step is timed. The batch lies on the device, and
 a step copies it into the graph's own, as a loop over batches would.
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from zokern import graphed
 from zokern.bench.models import Work
+from zokern.graphs.step import SUPPORTED, GraphedStep
 from zokern.optim import ZerothOrderOptimizer
 
 GRAPHED_WARM_UP = 2  # steps: HELENE's second is of another kind than its first, and is captured when it comes
@@ -28,7 +28,7 @@ class Graphed:
 
     def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
         self.optimizer = optimizer
-        self._graph: graphed.GraphedStep | None = None
+        self._graph: GraphedStep | None = None
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -40,7 +40,7 @@ class Graphed:
             raise TypeError(f"closure must be a zokern.bench.models.Work, got {type(closure).__name__}")
         if self._graph is None:
             try:
-                self._graph = graphed.GraphedStep(self.optimizer, closure.loss, closure.batch)
+                self._graph = GraphedStep(self.optimizer, closure.loss, closure.batch)
             except RuntimeError as error:
                 if isinstance(error.__cause__, torch.OutOfMemoryError):
                     raise error.__cause__ from error
@@ -50,6 +50,6 @@ class Graphed:
 
 def why_not(optimizer: ZerothOrderOptimizer, device: torch.device) -> str | None:
     """What keeps a method's steps from being graphed on `device`."""
-    if device.type not in graphed.SUPPORTED:
+    if device.type not in SUPPORTED:
         return NEEDS_CUDA.format(f"a {device.type.upper()}" if device.type == "cpu" else device)
     return optimizer.why_not_graphed()

@@ -1,6 +1,6 @@
 """The tensors of a case and the calls that are timed: ours on each backend, the peers', and a copy of as many bytes.
 
-Ours go through zokern.passes.Passes, as an optimizer's do: all tensors in one launch. Peers work on tensors of their own,
+Ours go through zokern.sweep.Passes, as an optimizer's do: all tensors in one launch. Peers work on tensors of their own,
 because the published way moves its weights to new addresses. Weights and states are random, never zeros.
 """
 
@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from zokern import backends
+from zokern import backends, directions
 from zokern.bench.cases import Case
 from zokern.bench.equations import HeleneSettings
 from zokern.bench.limits import bytes_per_element
 from zokern.bench.peers import Peer
 from zokern.bench.shapes import Shape, opt_like
 from zokern.contract.rules import RULES
-from zokern.sweep import Member, Numbers, Passes
+from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.sweep import Member, Passes, Sweep
 
 EPS, LR, C = 1e-3, 1e-6, 0.5  # C: a projected gradient
 SMOOTHING, KAPPA = 1e-6, 1.0  # HiZOO's
@@ -65,7 +66,8 @@ class Workload:
         self.tensors = len(self.members)
         self.active = sum(m.param.numel() for m in self.members)
         self.nbytes = self.active * bytes_per_element(case)
-        self.passes: dict[str, Passes] = {}
+        self.direction = directions.parse(case.distribution)
+        self.passes: dict[str, tuple[Passes, Sweep]] = {}
         self.probes = [torch.empty_like(m.param) for m in self.members] if case.fork else []
 
     def _random(self, shape: Shape, dtype: str, positive: bool = False) -> Tensor:
@@ -84,19 +86,17 @@ class Workload:
             for i, shape in enumerate(self._shapes)
         ]  # fmt: skip
 
-    def _numbers(self, seeds: list[int], stage: int = 0) -> Numbers:
+    def _told(self, seeds: list[int], stage: int = 0) -> tuple[PassSpec, PassNumbers]:
         """Of one pass with `seeds`; the fork's is a perturbation, and rounded to nearest as perturbations are."""
         case, rule = self.case, RULES[self.case.rule]
         share = 1.0 / len(seeds)
-        coefs = {
-            name: torch.full((1, len(seeds)), share * value, dtype=torch.float64)
-            for name, value in COEFS[case.rule].items()
-        }
-        shared = {name: torch.tensor([SCALARS[name]], dtype=torch.float64) for name in rule.scalars}
+        coefs = torch.tensor([[[share * COEFS[case.rule][name]] * len(seeds) for name in rule.coefs]])
+        shared = torch.tensor([[SCALARS[name] for name in rule.scalars]])
         stochastic = case.rounding == "stochastic" and not (case.fork and stage == case.stages - 1)
         rounded = stochastic or (rule.written > 0 and case.state_dtype != "float32")
-        return Numbers(
-            seeds, coefs, shared, case.rule, stochastic=stochastic, rounding_seeds=ROUNDING_SEEDS if rounded else None
+        return (
+            PassSpec(rule, self.direction, "stochastic" if stochastic else "nearest"),
+            PassNumbers(torch.tensor(seeds), coefs, shared, torch.tensor(ROUNDING_SEEDS) if rounded else None),
         )
 
     def stage_seeds(self) -> list[list[int]]:
@@ -105,22 +105,28 @@ class Workload:
 
     def ours(self, backend: str) -> Callable[[], object]:
         """One sweep: a pass with all of its seeds, or a chain of passes."""
-        passes = self.passes.setdefault(backend, Passes(self.case.distribution, backend))
-        stages = [self._numbers(seeds, i) for i, seeds in enumerate(self.stage_seeds())]
+        passes, sweep = self.passes_on(backend)
+        stages = [self._told(seeds, i) for i, seeds in enumerate(self.stage_seeds())]
         if len(stages) == 1:
-            return lambda: passes.run(self.members, stages[0])
-        return lambda: passes.chain(self.members, stages, self.case.rule, probes=self.probes)
+            return lambda: passes.run(sweep, *stages[0])
+        return lambda: passes.chain(sweep, stages, RULES[self.case.rule], probes=self.probes)
+
+    def passes_on(self, backend: str) -> tuple[Passes, Sweep]:
+        """What an optimizer keeps between its steps."""
+        if backend not in self.passes:
+            self.passes[backend] = Passes(self.direction, backend), Sweep(self.members)
+        return self.passes[backend]
 
     def one_by_one(self, backend: str) -> Callable[[], object]:
         """The same stages, and of one pass the same seeds, in a sweep each."""
-        passes = self.passes.setdefault(backend, Passes(self.case.distribution, backend))
+        passes, sweep = self.passes_on(backend)
         each = self.stage_seeds() if self.case.stages > 1 else [[seed] for seed in self.stage_seeds()[0]]
-        numbers = [self._numbers(seeds, i) for i, seeds in enumerate(each)]
+        told = [self._told(seeds, i) for i, seeds in enumerate(each)]
 
         def call() -> None:
-            for stage, told in enumerate(numbers):
-                forks = self.case.fork and stage == len(numbers) - 1
-                passes.run(self.members, told, out=self.probes if forks else None)
+            for stage, one in enumerate(told):
+                forks = self.case.fork and stage == len(told) - 1
+                passes.run(sweep, *one, out=self.probes if forks else None)
 
         return call
 

@@ -40,3 +40,10 @@ _ALL = (
     Rule("sign", 8, True, ("A", "G"), ("decay", "step")),  # w + A + step sign(G)
 )  # fmt: skip
 RULES = {rule.name: rule for rule in _ALL}
+
+
+def rule_called(name: str) -> Rule:
+    """Raises ValueError for a name that is none of a rule, with those that there are."""
+    if name not in RULES:
+        raise ValueError(f"rule is {name!r}; it must be one of {', '.join(map(repr, RULES))}")
+    return RULES[name]

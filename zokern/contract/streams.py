@@ -37,9 +37,19 @@ def splitmix64(state: int, n: int) -> int:
     return x ^ (x >> LAST_SHIFT)
 
 
+def derive_step(run_seed: int, step: int) -> int:
+    """What all seeds of a step come from."""
+    return splitmix64(splitmix64(run_seed, 1), step + 1)
+
+
+def derive_stream(at_step: int, stream: int) -> int:
+    """The seed of a stream, from what `derive_step` gave."""
+    return splitmix64(at_step, stream + 1) >> 1
+
+
 def derive_seed(run_seed: int, step: int, stream: int) -> int:
     """63-bit seed of `stream` in `step` of a run: three chained SplitMix64 outputs, the top 63 bits of the last."""
-    return splitmix64(splitmix64(splitmix64(run_seed, 1), step + 1), stream + 1) >> 1
+    return derive_stream(derive_step(run_seed, step), stream)
 
 
 def _signed(x: int) -> int:

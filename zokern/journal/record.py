@@ -3,70 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from zokern.contract.streams import derive_seed
 from zokern.journal import format as journal
+from zokern.optim.events import StepEvent
+from zokern.passes.spec import PassNumbers, PassSpec
 
 SEARCHED_STEPS = 1 << 10
 
 
 @dataclass
 class Recorder:
-    """Collects the passes of a step and appends its record. Waits for the device: the numbers have to be on the host."""
+    """Appends the record of each step that it is told of. Waits for the device: the numbers have to be on the host."""
 
     writer: journal.Writer
     run_seed: int
-    layout: dict[str, Any]
+    layout: Any
     numbers: dict[str, int] = field(default_factory=dict)  # of signatures, by their JSON
     frames: list[journal.Frame] = field(default_factory=list)
-    passes: list[dict[str, Any]] = field(default_factory=list)
-    values: list[journal.Frame] = field(default_factory=list)
     known: dict[int, tuple[int, int]] = field(default_factory=dict)  # seed -> step and direction
 
-    def add(
-        self,
-        rule: str,
-        seeds: Sequence[int | Tensor],
-        coefs: Tensor,
-        shared: Tensor,
-        enabled: Tensor | None,
-        how: Mapping[str, bool],
-    ) -> None:
-        """A pass over the weights' own storage: coefs float32 [R, C, K], shared float32 [R, S]."""
-        if enabled is not None and int(enabled) == 0:
+    def __call__(self, event: StepEvent) -> None:
+        """A step that broke off before any pass leaves no record."""
+        done = [(spec, told) for spec, told in event.passes if told.enabled is None or int(told.enabled)]
+        broken_off = event.ok is None
+        if broken_off and not done:
             return
-        self.passes.append(
-            {
-                "rule": rule,
-                "seeds": [int(s) for s in seeds],
-                "rows": shared.shape[0],
-                **{k: v for k, v in how.items() if v},
-            }
-        )
-        self.values += [x.detach().cpu().numpy().astype(np.float32).reshape(-1) for x in (coefs, shared)]
+        flags = journal.BROKEN_OFF if event.ok is None else 0 if bool(event.ok) else journal.SKIPPED
+        self.known.update({seed: (event.step, k) for seed, k in event.drawn.items()})
+        if event.layout is not self.layout and event.layout != self.layout:
+            self.layout = event.layout
+            self.writer.append_json(journal.LAYOUT, event.layout)
+        passes = [self._described(spec, told, event.step) for spec, told in done]
+        values = [
+            x.detach().cpu().numpy().astype(np.float32).reshape(-1)
+            for _, told in done
+            for x in (told.coefs, told.shared)
+        ]
+        loss = math.nan if event.loss is None else float(event.loss)
+        memory = np.asarray(event.memory, np.float64).view(np.float32)
+        frame = np.concatenate([*values, memory, np.asarray([*event.lrs, loss], np.float32)])
+        self._append(flags, passes, len(event.memory), len(event.lrs), frame)
 
-    def finish(
-        self, step: int, flags: int, memory: Sequence[float], lrs: Sequence[float], loss: float, layout: dict[str, Any]
-    ) -> None:
-        """Appends the step's record. A step that broke off before any pass leaves none."""
-        passes, self.passes = self.passes, []
-        values, self.values = self.values, []
-        if flags & journal.BROKEN_OFF and not passes:
-            return
-        if layout != self.layout:
-            self.layout = layout
-            self.writer.append_json(journal.LAYOUT, layout)
-        for one in passes:
-            one["seeds"] = [self._name(seed, step) for seed in one["seeds"]]
-        extra = np.asarray(memory, np.float64).view(np.float32)
-        frame = np.concatenate([*values, extra, np.asarray([*lrs, loss], np.float32)])
-        signature = {"passes": passes, "memory": len(memory), "groups": len(lrs), "numbers": len(frame)}
+    def _described(self, spec: PassSpec, told: PassNumbers, step: int) -> dict[str, Any]:
+        """What a signature has of a pass; flags that are not set are left out."""
+        flags = {
+            "stochastic": spec.rounding == "stochastic",
+            "rounded": told.rounding_seed is not None,
+            "square_of_sum": spec.square_of_sum,
+            "keep_second": spec.keep_second,
+        }
+        return {
+            "rule": spec.rule.name,
+            "seeds": [self._name(seed, step) for seed in told.seeds.tolist()],
+            "rows": told.shared.shape[0],
+            **{name: value for name, value in flags.items() if value},
+        }
+
+    def _append(self, flags: int, passes: list[dict[str, Any]], memory: int, groups: int, frame: journal.Frame) -> None:
+        signature = {"passes": passes, "memory": memory, "groups": groups, "numbers": len(frame)}
         key = json.dumps(signature)
         if key not in self.numbers:
             self.numbers[key] = len(self.frames)

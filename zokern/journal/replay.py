@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_STAGES, perturbation
-from zokern.contract.rules import RULES
+from zokern import directions
+from zokern.contract.rules import RULES, Rule
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.journal.format import BROKEN_OFF, JournalError, Reader, Step
 from zokern.journal.hashing import hash_of
 from zokern.layers import draw
-from zokern.sweep import Member, Numbers, Passes
+from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, perturbation
+from zokern.sweep import Member, Passes, Sweep
 
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
 
@@ -30,53 +31,54 @@ class Player:
     """Applies the steps of a journal to parameters by their names. `flush` does what is still waiting.
 
     No forward needs the weights in between, so passes over the same parameters wait for each other and are then done as
-    one chain (backends/scalars.py): each element is read once, takes up to 32 passes with the rounding of each, and is
+    one chain (passes/spec.py): each element is read once, takes up to 32 passes with the rounding of each, and is
     written once.
     """
 
     def __init__(self, reader: Reader, params: Mapping[str, Tensor], states: States, backend: str = "auto") -> None:
         self.reader, self.params, self.states = reader, params, states
-        self.passes = Passes(str(reader.header["distribution"]), backend)
+        self.passes = Passes(directions.parse(reader.header["distribution"]), backend)
         self.seed = int(reader.header["seed"])
         self.members: list[Member] = []
-        self.waiting: list[Numbers] = []
+        self.waiting: list[tuple[PassSpec, PassNumbers]] = []
 
     def flush(self) -> None:
         """The passes that wait."""
         waiting, self.waiting = self.waiting, []
         if len(waiting) == 1:
-            self.passes.run(self.members, waiting[0])
+            self.passes.run(Sweep(self.members), *waiting[0])
         elif waiting:
-            rule = _rule_of({n.rule for n in waiting})
+            rule = _rule_of({spec.rule for spec, _ in waiting})
             assert rule is not None
-            self.passes.chain(self.members, waiting, rule)
-        self.passes.forget()
+            self.passes.chain(Sweep(self.members), waiting, rule)
 
-    def _wait(self, members: list[Member], numbers: Numbers) -> None:
+    def _wait(self, members: list[Member], told: tuple[PassSpec, PassNumbers]) -> None:
         if not members:
             return
-        same = [(m.name, m.group) for m in self.members] == [(m.name, m.group) for m in members]
-        seeds = sum(len(n.seeds) for n in self.waiting) + len(numbers.seeds)
+        same = [(m.name, m.row) for m in self.members] == [(m.name, m.row) for m in members]
+        seeds = sum(numbers.seeds.numel() for _, numbers in [*self.waiting, told])
         fits = len(self.waiting) < MAX_STAGES and seeds <= MAX_CHAIN_SEEDS
-        if not (same and fits and _rule_of({n.rule for n in [*self.waiting, numbers]})):
+        if not (same and fits and _rule_of({spec.rule for spec, _ in [*self.waiting, told]})):
             self.flush()
         if not self.waiting:  # a rule that comes later may have states that the members so far have not
             self.members = members
         self.members = [
-            replace(old, states={**old.states, **new.states}) for old, new in zip(self.members, members, strict=True)
+            old._replace(states={**old.states, **new.states}) for old, new in zip(self.members, members, strict=True)
         ]
         last = self.waiting[-1] if self.waiting else None
-        if last is not None and self._one_pass(last, numbers):
-            coefs = torch.cat([last.coefs["A"], numbers.coefs["A"]], dim=1)
-            self.waiting[-1] = replace(last, seeds=[*last.seeds, *numbers.seeds], coefs={"A": coefs})
+        if last is not None and self._one_pass(last, told):
+            (spec, first), (_, second) = last, told
+            seeds_of_both = torch.cat([first.seeds, second.seeds])
+            coefs = torch.cat([first.coefs, second.coefs], dim=2)
+            self.waiting[-1] = spec, replace(first, seeds=seeds_of_both, coefs=coefs, _near={})
         else:
-            self.waiting.append(numbers)
+            self.waiting.append(told)
 
-    def _one_pass(self, first: Numbers, second: Numbers) -> bool:
+    def _one_pass(self, first: tuple[PassSpec, PassNumbers], second: tuple[PassSpec, PassNumbers]) -> bool:
         """Where nothing is rounded or scaled between two passes, their fused multiply-adds are those of one."""
         exact = all(m.param.dtype == torch.float32 for m in self.members)
-        decays = (second.shared or {}).get("decay", torch.ones(1))
-        return exact and first.rule == second.rule == "axpy" and bool((decays == 1).all())
+        axpy = first[0].rule.name == second[0].rule.name == "axpy"
+        return exact and axpy and bool((second[1].shared == 1).all())
 
     def play(self, step: Step) -> set[int]:
         """One step; returns the blocks that it left out."""
@@ -122,24 +124,22 @@ class Player:
                 derive_seed(self.seed, step.number, ROUNDING_STREAM),
                 derive_seed(self.seed, step.number, STATE_STREAM),
             )
-            numbers = Numbers(
-                seeds,
-                dict(zip(rule.coefs, coefs.unbind(1), strict=True)),
-                dict(zip(rule.scalars, shared.unbind(1), strict=True)),
-                rule=one["rule"],
-                rounding_seeds=rounding if one.get("rounded") else None,
-                stochastic=one.get("stochastic", False),
-                square_of_sum=one.get("square_of_sum", False),
-                keep_second=one.get("keep_second", False),
+            spec = PassSpec(
+                rule,
+                self.passes.direction,
+                "stochastic" if one.get("stochastic", False) else "nearest",
+                one.get("square_of_sum", False),
+                one.get("keep_second", False),
             )
-            self._wait(members, numbers)
+            told = torch.tensor(rounding, dtype=torch.int64) if one.get("rounded") else None
+            self._wait(members, (spec, PassNumbers(torch.tensor(seeds, dtype=torch.int64), coefs, shared, told)))
 
 
-def _rule_of(rules: set[str]) -> str | None:
+def _rule_of(rules: set[Rule]) -> Rule | None:
     """The rule of a chain with stages of these rules, None where no chain has them all."""
-    if rules == {"scaled_axpy"}:
-        return "hizoo"
-    candidates = [name for name in rules if name != "scaled_axpy" and rules <= {name, perturbation(RULES[name]).name}]
+    if {rule.name for rule in rules} == {"scaled_axpy"}:
+        return RULES["hizoo"]
+    candidates = [rule for rule in rules if rule.name != "scaled_axpy" and rules <= {rule, perturbation(rule)}]
     return candidates[0] if candidates else None
 
 

@@ -21,36 +21,30 @@ from zokern.journal.hashing import hash_of
 from zokern.journal.record import Recorder
 from zokern.journal.replay import Player, check, memory_of
 from zokern.optim import state
+from zokern.optim.base import ZerothOrderOptimizer
 
 
-def _weights(optimizer: Any) -> dict[str, torch.Tensor]:
-    if optimizer.module is not None:
-        return dict(optimizer.module.named_parameters())
-    return {name: p for names, group in zip(optimizer._names(), optimizer.param_groups, strict=True)
-            for name, p in zip(names, group["params"], strict=True)}  # fmt: skip
-
-
-def _header(optimizer: Any) -> dict[str, Any]:
+def _header(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     return {
         "zokern": __version__,
         "contract": "zk1",
         "method": type(optimizer).__name__,
         "options": optimizer.options,
         "distribution": optimizer.options["distribution"],
-        "placement": type(optimizer._placement).__name__.lower(),
+        "placement": optimizer.placement,
         "seed": optimizer.seed,
-        "first_step": optimizer._passes.counters.steps,
+        "first_step": optimizer.counters["steps"],
         "states": {
-            name: [str(dtype).removeprefix("torch."), value] for name, (dtype, value) in optimizer._states.items()
+            name: [str(dtype).removeprefix("torch."), value] for name, (dtype, value) in optimizer.state_spec.items()
         },
         "groups": [{k: float(group[k]) for k in ("lr", "eps", "weight_decay")} for group in optimizer.param_groups],
-        "base": hash_of(_weights(optimizer).items()),
+        "base": hash_of(optimizer.weights().items()),
     }
 
 
 @contextlib.contextmanager
 def write(
-    optimizer: Any, path: str | Path, *, force: bool = False, about: dict[str, Any] | None = None
+    optimizer: ZerothOrderOptimizer, path: str | Path, *, force: bool = False, about: dict[str, Any] | None = None
 ) -> Iterator[None]:
     """Inside, every step of the optimizer is written to a new journal at `path`; at the end, a hash of the weights.
 
@@ -61,7 +55,7 @@ def write(
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
     """
     path = Path(path)
-    if optimizer.recorder is not None:
+    if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
     if any(optimizer.state.values()):
         raise JournalError(
@@ -81,20 +75,20 @@ def write(
 
 
 @contextlib.contextmanager
-def _recording(optimizer: Any, recorder: Recorder) -> Iterator[None]:
-    optimizer.recorder = optimizer._passes.recorder = recorder
+def _recording(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> Iterator[None]:
+    optimizer.listeners.append(recorder)
     try:
         yield
     finally:
-        optimizer.recorder = optimizer._passes.recorder = None
-        mark = {"step": optimizer._passes.counters.steps, "hash": hash_of(_weights(optimizer).items())}
+        optimizer.listeners.remove(recorder)
+        mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
         recorder.writer.append_json(MARK, mark)
         recorder.writer.file.flush()
         os.fsync(recorder.writer.file.fileno())
 
 
 @contextlib.contextmanager
-def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
+def resume(optimizer: ZerothOrderOptimizer, path: str | Path) -> Iterator[int]:
     """Takes a run up where its journal ends, and writes on: the weights, states and the step of the optimizer become what
     they were after the last step in the journal, without any other checkpoint.
 
@@ -114,14 +108,14 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
             )
     if reader.header.get("base") != wanted["base"]:
         raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
-    params = _weights(optimizer)
+    params = optimizer.weights()
     check(path, params)
 
     def state_of(p: torch.Tensor, name: str) -> torch.Tensor:
-        return state.of(optimizer.state, p, optimizer._states)[name]
+        return state.of(optimizer.state, p, optimizer.state_spec)[name]
 
-    player, counters = Player(reader, params, state_of, optimizer._passes.backend), optimizer._passes.counters
-    skipped, pending = 0, []
+    player = Player(reader, params, state_of, optimizer.backend)
+    done, skipped, pending = optimizer.counters["steps"], 0, []
     kept = reader.end, reader.crc, reader.layout, 0, list(reader.frames)  # up to the last step that was done
     with torch.no_grad():
         for step in reader.steps():
@@ -135,9 +129,9 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
             kept = reader.end, reader.crc, reader.layout, len(reader.signatures), list(reader.frames)
             skipped += bool(step.flags & SKIPPED)
             optimizer.remember(step.number, memory_of(step), dropped, not step.flags & SKIPPED)
-            counters.steps = step.number + 1
+            done = step.number + 1
     player.flush()
-    optimizer._skipped = torch.tensor(skipped, dtype=torch.int64)
+    optimizer.resumed(done, skipped)
     if reader.torn:
         warnings.warn(
             f"{path}: its last record was cut off ({path.stat().st_size - reader.end} bytes), and is dropped",
@@ -152,4 +146,4 @@ def resume(optimizer: Any, path: str | Path) -> Iterator[int]:
         recorder.numbers = {json.dumps(signature): i for i, signature in enumerate(reader.signatures[:count])}
         recorder.frames = [np.array(frame) for frame in frames]
         with _recording(optimizer, recorder):
-            yield counters.steps
+            yield done

@@ -15,9 +15,10 @@ from torch import Tensor
 from zokern import _checks
 from zokern.layers import RandomBlocks
 from zokern.optim import curvature
-from zokern.optim.base import Probe, ZerothOrderOptimizer
-from zokern.optim.update import Estimate, Rates, Update
-from zokern.sweep import Seed, seed_tensor, sent
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.drivers import Rounds
+from zokern.optim.update import Estimate, Rates
+from zokern.passes.update import Seed, Terms, Update, seed_tensor, sent
 
 
 class _Candidates(ZerothOrderOptimizer):
@@ -62,15 +63,16 @@ class _Candidates(ZerothOrderOptimizer):
             scaled=smoothing is not None,
         )
 
-    def estimate(self, probe: Probe) -> Estimate:
-        here = None if self.smoothing is None else probe({})
+    def rounds(self) -> Rounds:
         seeds = [self.direction_seed(j) for j in range(self.candidates)]
-        losses = torch.stack([probe({seed: 1.0}) for seed in seeds])
-        return self.choose(probe, seeds, losses, here)
+        at_theta: list[Terms] = [] if self.smoothing is None else [{}]
+        losses = yield [*at_theta, *({seed: 1.0} for seed in seeds)]
+        here = None if self.smoothing is None else losses[0]
+        return (yield from self.choose(seeds, torch.stack(losses[-len(seeds) :]), here))
 
     @abstractmethod
-    def choose(self, probe: Probe, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Estimate:
-        """The estimate along the direction that the candidates' losses [M] select."""
+    def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
+        """The rounds along the direction that the candidates' losses [M] select."""
 
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         if self.smoothing is None:
@@ -141,12 +143,12 @@ class MeZOGV(_Candidates):
         )
         self.options["elite"] = self.elite
 
-    def choose(self, probe: Probe, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Estimate:
+    def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         top, bottom = self.num_top, self.candidates - self.num_top
         ranks = torch.argsort(torch.argsort(losses, stable=True))
         weights = torch.where(ranks < top, 1.0 / top, -1.0 / bottom).to(torch.float64)
         v: dict[Seed, Tensor] = dict(zip(seeds, weights.unbind(), strict=True))
-        plus, minus = probe(v), probe({seed: -weight for seed, weight in v.items()})
+        plus, minus = yield [v, {seed: -weight for seed, weight in v.items()}]
         c = (plus - minus) / 2
         gradient = {seed: c * weight for seed, weight in v.items()}
         if here is None:
@@ -168,14 +170,15 @@ class MeZOGreedy(_Candidates):
         TypeError, ValueError: naming the argument, or the parameter, and the remedy.
     """
 
-    def choose(self, probe: Probe, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Estimate:
+    def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         best = losses.argmin(dim=0, keepdim=True)
         # Losses on a GPU choose the seed there, and by gathering, which unlike an index [best] does not wait for them.
         if losses.device.type == "cpu" and all(isinstance(seed, int) for seed in seeds):
             seed = seeds[int(best)]
         else:
-            seed = sent(seed_tensor(seeds, losses.device), losses.device).gather(0, best).reshape(())
-        plus, minus = losses.gather(0, best).reshape(()), probe({seed: -1.0})
+            seed = sent(seed_tensor(seeds), losses.device).gather(0, best).reshape(())
+        plus = losses.gather(0, best).reshape(())
+        (minus,) = yield [{seed: -1.0}]
         c = (plus - minus) / 2
         if here is None:
             return Estimate({seed: c}, c)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern.optim import state
-from zokern.optim.update import Estimate, Rates, Update, gradient
+from zokern.optim.update import Estimate, Rates, gradient, stacked
+from zokern.passes.update import Update
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,7 +32,7 @@ def second_difference(plus: Tensor, minus: Tensor, here: Tensor) -> Tensor:
 
 def update(estimate: Estimate, rates: Rates, smoothing: float) -> Update:
     """The pass: curvature and weights in one sweep, the weights with the new curvature."""
-    kappa = torch.stack([torch.as_tensor(b) for b in estimate.curvature.values()])
+    kappa = stacked(estimate.curvature)
     if estimate.square_of_sum:  # kappa are the square roots of the coefficients
         coefs = smoothing**0.5 * kappa / rates.eps[:, None]
     else:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern.layers import RandomBlocks
-from zokern.optim.base import Probe, ZerothOrderOptimizer
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate
-from zokern.sweep import Seed
+from zokern.passes.update import Seed
 
 SHAPINGS = ("standardised", "ranked")
 
@@ -72,10 +73,11 @@ class ES(ZerothOrderOptimizer):
             options={"num_directions": num_directions, "shaping": shaping, "antithetic": antithetic},
         )
 
-    def estimate(self, probe: Probe) -> Estimate:
+    def rounds(self) -> Rounds:
         seeds = [self.direction_seed(n) for n in range(self.num_directions)]
         signs = (1.0, -1.0) if self.antithetic else (1.0,)
-        rewards = torch.stack([torch.stack([probe({seed: sign}) for sign in signs]) for seed in seeds])  # [N, 1 or 2]
+        each = yield [{seed: sign} for seed in seeds for sign in signs]
+        rewards = torch.stack(each).reshape(len(seeds), len(signs))
         shaped = _shape(rewards.flatten(), self.shaping).reshape(rewards.shape)
         ascent = (shaped[:, 0] - shaped[:, 1]) / 2 if self.antithetic else shaped[:, 0]
         terms: dict[Seed, Tensor] = dict(zip(seeds, (-ascent / len(seeds)).unbind(), strict=True))  # the step descends

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern.layers import RandomBlocks
-from zokern.optim.base import Probe, ZerothOrderOptimizer
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate
-from zokern.sweep import Seed
+from zokern.passes.update import Seed
 
 
 class FZOO(ZerothOrderOptimizer):
@@ -62,10 +63,11 @@ class FZOO(ZerothOrderOptimizer):
             options={"candidates": candidates},
         )
 
-    def estimate(self, probe: Probe) -> Estimate:
-        n, here = self.candidates, probe({})
+    def rounds(self) -> Rounds:
+        n = self.candidates
         seeds = [self.direction_seed(j) for j in range(n)]
-        losses = torch.stack([probe({seed: 1.0}) for seed in seeds])
+        here, *each = yield [{}, *({seed: 1.0} for seed in seeds)]
+        losses = torch.stack(each)
         spread = losses.max() > losses.min()  # the standard deviation of equal numbers may round to more than 0
         change = torch.where(spread, (losses - here) / losses.std(), 0.0 * losses)
         terms: dict[Seed, Tensor] = dict(zip(seeds, (change / n).unbind(), strict=True))

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern.layers import RandomBlocks
-from zokern.optim.base import Probe, ZerothOrderOptimizer
-from zokern.optim.update import Estimate, Rates, Update, gradient
-from zokern.sweep import Seed, sent
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.drivers import Rounds
+from zokern.optim.update import Estimate, Rates, gradient, stacked
+from zokern.passes.update import Seed, Update, sent
 
 
 @dataclass(frozen=True)
@@ -147,24 +148,25 @@ class HELENE(ZerothOrderOptimizer):
     def captured_tensors(self) -> list[Tensor]:
         return [*super().captured_tensors(), *([self._floors[1]] if self._floors is not None else [])]
 
-    def estimate(self, probe: Probe) -> Estimate:
+    def rounds(self) -> Rounds:
         n = self.num_samples
+        seeds = [self.direction_seed(k) for k in range(n)]
+        losses = yield [{seed: sign} for seed in seeds for sign in (1.0, -1.0)]
         terms: dict[Seed, Tensor] = {}
         squares: dict[Seed, Tensor] = {}
-        for k in range(n):
-            seed = self.direction_seed(k)
-            change = (probe({seed: 1.0}) - probe({seed: -1.0})) / 2  # of each example where there are many
+        for seed, plus, minus in zip(seeds, losses[::2], losses[1::2], strict=True):
+            change = (plus - minus) / 2  # of each example where there are many
             terms[seed] = change.mean() / n
             squares[seed] = (change**2).mean() * (self.batch_size if change.dim() == 0 else 1) / n
         return Estimate(terms, torch.stack(list(terms.values())).sum(), squares)
 
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         b1, b2 = self.betas
-        alpha = self._scheduled(0)
+        alpha = self.numbers.scheduled(0)
         with_h = self.structure()
-        squares = torch.stack([torch.as_tensor(s) for s in estimate.curvature.values()]) / rates.eps[:, None] ** 2
+        squares = stacked(estimate.curvature) / rates.eps[:, None] ** 2
         constants = {"beta1": b1, "beta2": b2 if with_h else 1.0, "gamma": self.gamma, "delta": self.delta}
-        key = tuple(cast(float, key) for _, key in self._rows), rates.lr.device
+        key = tuple(cast(float, key) for _, key in self.active.rows), rates.lr.device
         if self._floors is None or self._floors[0] != key:
             self._floors = key, sent(torch.tensor(key[0], dtype=torch.float64), rates.lr.device)
         return Update(

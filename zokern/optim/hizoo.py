@@ -12,9 +12,10 @@ from torch import Tensor
 from zokern import _checks
 from zokern.layers import RandomBlocks
 from zokern.optim import curvature
-from zokern.optim.base import Probe, ZerothOrderOptimizer
-from zokern.optim.update import Estimate, Rates, Update
-from zokern.sweep import Seed
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.drivers import Rounds
+from zokern.optim.update import Estimate, Rates
+from zokern.passes.update import Seed, Update
 
 
 class HiZOO(ZerothOrderOptimizer):
@@ -69,13 +70,13 @@ class HiZOO(ZerothOrderOptimizer):
             scaled=True,
         )
 
-    def estimate(self, probe: Probe) -> Estimate:
-        here, n = probe({}), self.num_samples
+    def rounds(self) -> Rounds:
+        n = self.num_samples
+        seeds = [self.direction_seed(k) for k in range(n)]
+        here, *losses = yield [{}, *({seed: sign} for seed in seeds for sign in (1.0, -1.0))]
         terms: dict[Seed, Tensor] = {}
         kappa: dict[Seed, Tensor] = {}
-        for k in range(n):
-            seed = self.direction_seed(k)
-            plus, minus = probe({seed: 1.0}), probe({seed: -1.0})
+        for seed, plus, minus in zip(seeds, losses[::2], losses[1::2], strict=True):
             terms[seed] = (plus - minus) / (2 * n)
             kappa[seed] = curvature.second_difference(plus, minus, here) / n
         return Estimate(terms, torch.stack(list(terms.values())).sum(), kappa)

@@ -16,9 +16,10 @@ from zokern import _checks
 from zokern.contract.streams import derive_seed
 from zokern.layers import RandomBlocks
 from zokern.optim import moments, update
-from zokern.optim.base import Probe, ZerothOrderOptimizer
-from zokern.optim.update import Estimate, Rates, Update
-from zokern.sweep import Seed
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.drivers import Rounds
+from zokern.optim.update import Estimate, Rates
+from zokern.passes.update import Seed, Update
 
 UPDATES = ("sgd", "momentum", "adam", "adamezo", "sign")
 STATES = {"momentum": ("m",), "adam": ("m", "v")}
@@ -117,13 +118,14 @@ class MeZO(ZerothOrderOptimizer):
             states=dict.fromkeys(STATES.get(update, ()), (torch.float32, 0.0)),
         )
 
-    def estimate(self, probe: Probe) -> Estimate:
+    def rounds(self) -> Rounds:
         seeds = [self.direction_seed(k) for k in range(self.num_samples)]
         if self.one_sided:
-            here = probe({})
-            change = [probe({seed: 1.0}) - here for seed in seeds]
+            here, *losses = yield [{}, *({seed: 1.0} for seed in seeds)]
+            change = [loss - here for loss in losses]
         else:
-            change = [(probe({seed: 1.0}) - probe({seed: -1.0})) / 2 for seed in seeds]
+            losses = yield [{seed: sign} for seed in seeds for sign in (1.0, -1.0)]
+            change = [(plus - minus) / 2 for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
         terms: dict[Seed, Tensor] = {seed: g / self.num_samples for seed, g in zip(seeds, change, strict=True)}
         return Estimate(terms, torch.stack(list(terms.values())).sum())
 
@@ -141,10 +143,11 @@ class MeZO(ZerothOrderOptimizer):
 
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         if isinstance(self._memory, moments.AdamCounts):
-            return self._memory.update(estimate, rates, self._rows, self.betas, self.delta)
+            return self._memory.update(estimate, rates, self.active.rows, self.betas, self.delta)
         if isinstance(self._memory, moments.AdaMeZOHistory):
             eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64)
-            return self._memory.update(estimate, rates, self._rows, self.betas, self.delta, self._dropped, eps)
+            rows, dropped = self.active.rows, set(self.active.dropped)
+            return self._memory.update(estimate, rates, rows, self.betas, self.delta, dropped, eps)
         if self.rule == "momentum":
             return update.momentum(estimate, rates, self.betas[0])
         return update.sign(estimate, rates) if self.rule == "sign" else update.sgd(estimate, rates)

@@ -7,16 +7,15 @@ all that lies outside the blocks, and for everything where there are no layers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from zokern.optim.update import Estimate, Rates, Update, adam
-from zokern.sweep import sent
-
-Rows = Sequence[tuple[int, Hashable]]
+from zokern.optim.numbers import Rows
+from zokern.optim.update import Estimate, Rates, adam
+from zokern.passes.update import Update, sent
 
 
 class Nothing:

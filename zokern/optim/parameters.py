@@ -7,15 +7,21 @@ given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zokern import _checks
+from zokern.layers import RandomBlocks
+from zokern.optim import state
+from zokern.optim.numbers import Rows
+from zokern.sweep import Member, Sweep
 
 Groups = list[dict[str, Any]]
+CHECKED = (("lr", 0.0, False), ("eps", 0.0, True), ("weight_decay", 0.0, False))
 
 
 class Registry:
@@ -76,8 +82,133 @@ def check_parameter(p: Tensor, name: str) -> None:
         _checks.check_tensor(p, name)
 
 
-def check_group(group: dict[str, Any], index: int) -> None:
+def check_group(group: Mapping[str, Any], index: int) -> None:
     where = f" of group {index}" if index else ""
-    for key, low, strict in (("lr", 0.0, False), ("eps", 0.0, True), ("weight_decay", 0.0, False)):
+    for key, low, strict in CHECKED:
         if key in group and not (isinstance(group[key], torch.Tensor) and group[key].device.type != "cpu"):
             _checks.check_number(group[key], key + where, low, open_low=strict)
+
+
+@dataclass(frozen=True)
+class Active:
+    """What a step moves: its members, the rows of their numbers, and the numbers of the blocks that it leaves out."""
+
+    sweep: Sweep
+    rows: Rows
+    dropped: frozenset[int]
+
+
+class Owner(Protocol):
+    """The optimizer. Asked each time, and not held: its lists are replaced by loads and by users, and a module that hangs
+    in a circle is freed late."""
+
+    param_groups: Groups
+    state: Any
+
+    def row_key(self, param: Tensor) -> Hashable:
+        """Parameters of one group whose keys differ get rows of numbers of their own."""
+
+
+class Parameters:
+    """The parameters of an optimizer: looked at in each step, because users replace them, and sorted out when they differ.
+
+    spec: the states that the method keeps.
+    """
+
+    def __init__(self, registry: Registry, spec: state.Spec, layers: RandomBlocks | None) -> None:
+        self.registry, self.spec, self.layers = registry, spec, layers
+        self._seen: list[object] = []
+        self._active: Active | None = None
+        self._layout: dict[str, Any] | None = None
+        self._checked: list[object] = []
+
+    def forget(self) -> None:
+        """Nothing is held any longer: states are among what it holds, which a load replaces."""
+        self._seen, self._active, self._layout = [], None, None
+
+    def check_groups(self, owner: Owner, pipelined: bool) -> None:
+        """The groups' numbers, which users and schedulers change."""
+        given: list[object] = [group[key] for group in owner.param_groups for key, *_ in CHECKED]
+        if given == self._checked and not any(isinstance(value, Tensor) for value in given):
+            return
+        for g, group in enumerate(owner.param_groups):
+            check_group(group, g)
+            if pipelined and isinstance(group["eps"], Tensor):
+                raise TypeError(f"eps of parameter group {g} is a tensor; pipelined=True needs a number")
+        self._checked = given
+
+    def active(self, owner: Owner, run_seed: int, step: int) -> Active:
+        """What `step` moves; the same object for as long as nothing about it changes."""
+        dropped = frozenset(() if self.layers is None else self.layers.dropped(run_seed, step))
+        seen = self._look(owner)
+        if self._active is None or self._active.dropped != dropped or seen != self._seen:
+            if seen != self._seen:
+                self._layout = None
+            members, rows = self._members(owner, dropped)
+            self._seen, self._active = (
+                self._look(owner),
+                Active(Sweep(members), rows, dropped),
+            )  # states may have been made
+        return self._active
+
+    def _look(self, owner: Owner) -> list[object]:
+        """Differs as soon as a parameter or a state is another one, elsewhere, or like something else."""
+        seen: list[object] = []
+        for group in owner.param_groups:
+            for p in group["params"]:
+                seen.append((id(p), p.requires_grad, p.data_ptr(), p.shape, p.stride(), p.dtype))
+                if self.spec and p in owner.state:
+                    own = owner.state[p]
+                    seen += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
+                             for name in self.spec if (t := own.get(name)) is not None]  # fmt: skip
+            seen.append(len(group["params"]))
+        return seen
+
+    def trainable(self, owner: Owner) -> Iterator[tuple[int, Tensor]]:
+        """Each parameter that has something to train, once, with the number of its group; all are registered."""
+        found: set[int] = set()
+        for g, group in enumerate(owner.param_groups):
+            for p in group["params"]:
+                if p.requires_grad and p.numel() and id(p) not in found:
+                    found.add(id(p))
+                    self.registry.add(p)
+                    yield g, p
+
+    def _members(self, owner: Owner, dropped: frozenset[int]) -> tuple[list[Member], Rows]:
+        members: list[Member] = []
+        rows: dict[tuple[int, Hashable], int] = {}
+        for g, p in self.trainable(owner):
+            if self.layers is not None and not self.layers.is_active(p, dropped):
+                continue
+            row = rows.setdefault((g, owner.row_key(p)), len(rows))
+            kept = state.of(owner.state, p, self.spec)
+            members.append(Member(p, self.registry.ids[id(p)], row, self.registry.names[id(p)], kept))
+        return members, list(rows)
+
+    def layout(self, owner: Owner) -> dict[str, Any]:
+        """What a replay has to know: ids, shapes, dtypes, groups, rows and blocks."""
+        if self._layout is None:
+            params = [
+                [
+                    self.registry.ids[id(p)], self.registry.names[id(p)], list(p.shape),
+                    str(p.dtype).removeprefix("torch."), g, owner.row_key(p),
+                    None if self.layers is None else self.layers.block_of(p),
+                ]
+                for g, p in self.trainable(owner)
+            ]  # fmt: skip
+            layers = None if self.layers is None else [self.layers.num_dropped, len(self.layers.names)]
+            self._layout = {"params": params, "layers": layers}
+        return self._layout
+
+    def ids(self, owner: Owner) -> list[list[int]]:
+        return [[self.registry.ids[id(p)] for p in group["params"]] for group in owner.param_groups]
+
+    def names(self, owner: Owner) -> list[list[str]]:
+        return [[self.registry.names[id(p)] for p in group["params"]] for group in owner.param_groups]
+
+    def take_ids(self, owner: Owner, ids: Sequence[Sequence[int]]) -> None:
+        """Those of a saved run."""
+        for group, own in zip(owner.param_groups, ids, strict=True):
+            for p, tensor_id in zip(group["params"], own, strict=True):
+                self.registry.ids[id(p)] = tensor_id
+        self.forget()

@@ -1,19 +1,17 @@
-"""What a step has measured, and the pass that it ends with.
+"""What a step has measured, and the update that each optimizer of the gradient makes of it.
 
-A method turns losses into an Estimate; `Update` is the pass that applies it, in the terms of contract/rules.py. The gradient
-is sum_k G_k z(seed_k) with G_k = g_k / eps, and its diagonal curvature comes from sum_k V_k z(seed_k)^2. All coefficients
-are float64 until a pass rounds them to float32, once; rows are the parameter groups, or finer where a method needs it.
+The gradient is sum_k G_k z(seed_k) with G_k = g_k / eps, and its diagonal curvature comes from sum_k V_k z(seed_k)^2. All
+coefficients are float64 until a pass rounds them to float32, once; rules are in zokern/contract/rules.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from zokern.sweep import Member, Seed, Terms
+from zokern.passes.update import Terms, Update
 
 
 @dataclass(frozen=True)
@@ -42,33 +40,14 @@ class Rates:
         return 1.0 - self.lr * self.weight_decay
 
 
-@dataclass(frozen=True)
-class Update:
-    """A pass of `rule`: coefs [R, K] by name, A without what restores the weights; shared [R] by name.
-
-    idle: the values of shared with which the rule leaves its states alone, for a step that is skipped.
-    """
-
-    seeds: Sequence[Seed]
-    coefs: Mapping[str, Tensor]
-    shared: Mapping[str, Tensor]
-    rule: str = "axpy"
-    idle: Mapping[str, float] = field(default_factory=dict)
-    square_of_sum: bool = False
-    keep_second: bool = False
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What the next step begins with, as far as it is known: its members, and the direction of its first probe."""
-
-    members: Sequence[Member]
-    terms: Terms
-
-
 def gradient(estimate: Estimate, eps: Tensor) -> Tensor:
     """G [R, K] of an estimate."""
-    return torch.stack([torch.as_tensor(g) for g in estimate.gradient.values()]) / eps[:, None]
+    return stacked(estimate.gradient) / eps[:, None]
+
+
+def stacked(terms: Terms) -> Tensor:
+    """The values of terms, [K]."""
+    return torch.stack([torch.as_tensor(value) for value in terms.values()])
 
 
 def sgd(estimate: Estimate, rates: Rates) -> Update:

@@ -15,40 +15,23 @@ A method with a curvature h asks for `scaled` directions: theta + eps d / sqrt(h
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from zokern import _checks
-from zokern.optim.update import Ahead, Update
 from zokern.placement import stream
+from zokern.placement.base import Ahead, Placement, Rounding
 from zokern.placement.inplace import InPlace
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
-from zokern.sweep import Member, Passes, Terms
+from zokern.sweep import Passes
 
-PLACEMENTS = ("auto", "inplace", "shadow", "stream")
+__all__ = ["PLACEMENTS", "Ahead", "InPlace", "Placement", "Rounding", "Shadow", "Stream", "choose", "make"]
+
+MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (InPlace, Shadow, Stream)}
+PLACEMENTS = ("auto", *MADE)
+METHODS = ("name", "bind", "begin", "present", "update", "end", "memory")
 _told: set[str] = set()
-
-
-class Placement(Protocol):
-    """One step's life: begin, then present and update in any order, then end, which always leaves clean weights."""
-
-    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None: ...
-    def present(self, terms: Terms) -> AbstractContextManager[None]: ...
-    def update(
-        self,
-        update: Update,
-        ok: Tensor,
-        *,
-        rounding_seeds: tuple[int, int] | Tensor | None,
-        stochastic: bool,
-        ahead: Ahead | None = None,
-    ) -> None: ...
-    def end(self) -> None: ...
-    def memory(self) -> list[Tensor]: ...
 
 
 def choose(module: nn.Module | None, sixteen_bit: bool) -> tuple[str, str]:
@@ -66,24 +49,45 @@ def choose(module: nn.Module | None, sixteen_bit: bool) -> tuple[str, str]:
 
 
 def make(
-    name: str, module: nn.Module | None, sixteen_bit: bool, passes: Passes, *, pipelined: bool = False
+    wanted: object, module: nn.Module | None, sixteen_bit: bool, passes: Passes, *, pipelined: bool = False
 ) -> Placement:
-    """The placement called `name`; `sixteen_bit` says whether any parameter has a 16-bit type."""
-    _checks.check_choice(name, "placement", PLACEMENTS)
-    if name in ("shadow", "stream") and module is None:
+    """The placement that `wanted` names or is, bound; `sixteen_bit` says whether any parameter has a 16-bit type.
+
+    Raises:
+        ValueError: for an unknown name, or one that cannot serve the module, with the remedy.
+        TypeError: for an object that lacks a method of `Placement`.
+    """
+    if not isinstance(wanted, str):
+        placement = _own(wanted)
+    else:
+        _checks.check_choice(wanted, "placement", PLACEMENTS)
+        placement = MADE[_resolved(wanted, module, sixteen_bit)]()
+    if pipelined and not isinstance(placement, Shadow | Stream):
         raise ValueError(
-            f"placement={name!r} has to show the perturbed weights to a module: pass the nn.Module, not its parameters"
+            f"pipelined=True writes the next perturbation to copies while it updates, and placement={placement.name!r} has "
+            "none; use placement='shadow' or 'stream' with an nn.Module"
         )
+    placement.bind(module, passes)
+    return placement
+
+
+def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool) -> str:
     if name == "auto":
         name, reason = choose(module, sixteen_bit)
         if sixteen_bit and name not in _told:
             _told.add(name)
             print(f"zokern: placement='auto' is {name!r} here ({reason})", file=sys.stderr)
-    if pipelined and (name == "inplace" or module is None):
-        raise ValueError(
-            "pipelined=True writes the next perturbation to copies while it updates, and placement='inplace' has none; "
-            "use placement='shadow' or 'stream' with an nn.Module"
+    return name
+
+
+def _own(wanted: object) -> Placement:
+    """An object of the user's."""
+    missing = [name for name in METHODS if not hasattr(wanted, name)]
+    if isinstance(wanted, type) or missing:
+        what = f"the class {wanted.__name__}" if isinstance(wanted, type) else f"a {type(wanted).__name__}"
+        raise TypeError(
+            f"placement is {what}; it must be one of {', '.join(map(repr, PLACEMENTS))}, or an object with the methods of "
+            f"zokern.placement.Placement" + (f" (it has no {', '.join(missing)})" if missing else "")
         )
-    if name == "inplace" or module is None:
-        return InPlace(passes)
-    return Stream(module, passes) if name == "stream" else Shadow(module, passes)
+    assert isinstance(wanted, Placement)
+    return wanted

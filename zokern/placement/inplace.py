@@ -7,32 +7,40 @@ perturbation of the next are one pass, and so are the last restore and the updat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zokern.optim.update import Ahead, Update
-from zokern.sweep import Member, Numbers, Passes, Seed, Terms, perturbation, sent
+from zokern.contract.rules import RULES
+from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.update import Seed, Terms, Update, along, packed, seed_tensor, sent
+from zokern.placement.base import Ahead, Perturbing, Rounding
+from zokern.sweep import Passes, Sweep
+
+# An update of weights that are perturbed where they are restores them in the same pass: its rule then has an A.
+RESTORING = {"hizoo": "hizoo_restore"}
 
 
-class InPlace:
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
-        self.members: Sequence[Member] = ()
-        self.eps = torch.empty(0)
-        self.rule = "axpy"
+class InPlace(Perturbing):
+    name = "inplace"
+
+    def __init__(self) -> None:
+        super().__init__()
         self.current: dict[Seed, float | Tensor] = {}  # the weights are theta + eps * sum of these, maybe scaled
 
-    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
-        self.members, self.eps, self.current = members, eps, {}
-        self.rule = "scaled_axpy" if scaled else "axpy"
+    def bind(self, module: nn.Module | None, passes: Passes) -> None:
+        self.passes = passes
+
+    def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
+        self.attend(sweep, eps, scaled)
+        self.current = {}
 
     def _move(self, terms: Terms) -> None:
-        delta = {s: terms.get(s, 0.0) - self.current.get(s, 0.0) for s in [*self.current, *terms]}
-        seeds = [s for s, a in delta.items() if isinstance(a, Tensor) or a != 0.0]
-        if seeds:
-            self.passes.run(self.members, Numbers(seeds, {"A": perturbation(self.eps, delta, seeds)}, rule=self.rule))
+        delta = {s: terms.get(s, 0.0) - self.current.get(s, 0.0) for s in {**self.current, **terms}}
+        delta = {s: a for s, a in delta.items() if isinstance(a, Tensor) or a != 0.0}
+        if delta:
+            self.passes.run(self.sweep, self.spec, self.numbers(delta))
             torch.clear_autocast_cache()  # of casts of what the weights were before
         self.current = dict(terms)
 
@@ -41,42 +49,23 @@ class InPlace:
         self._move(terms)
         yield
 
-    def update(
-        self,
-        update: Update,
-        ok: Tensor,
-        *,
-        rounding_seeds: tuple[int, int] | Tensor | None,
-        stochastic: bool,
-        ahead: Ahead | None = None,
-    ) -> None:
+    def update(self, update: Update, ok: Tensor, rounding: Rounding, ahead: Ahead | None = None) -> None:
         # The weights are w = theta + sum r z, and decay*theta + sum u z = decay*w + sum (u - decay*r) z. A skipped step
         # is the same pass with u = 0, decay = 1 and states left alone, which only restores.
         every = list(dict.fromkeys([*update.seeds, *self.current]))
+        idle = {"decay": 1.0, **update.idle}
         shared = {
-            name: torch.where(ok, value, 1.0 if name == "decay" else update.idle[name])
-            if name == "decay" or name in update.idle
-            else value
-            for name, value in update.shared.items()
+            name: torch.where(ok, value, idle[name]) if name in idle else value for name, value in update.shared.items()
         }
-        coefs = {name: value.new_zeros(value.shape[0], len(every)) for name, value in update.coefs.items()}
-        for name, value in update.coefs.items():
-            coefs[name][:, : len(update.seeds)] = torch.where(ok, value, 0.0)
-        restore = sent(perturbation(self.eps, self.current, every), ok.device)
+        coefs = {name: torch.where(ok, value, 0.0) for name, value in update.coefs.items()}
+        if more := len(every) - len(update.seeds):
+            coefs = {name: torch.cat([v, v.new_zeros(len(v), more)], dim=1) for name, v in coefs.items()}
+        restore = sent(along(self.eps, self.current, every), ok.device)
         coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore
-        self.passes.run(
-            self.members,
-            Numbers(
-                every,
-                coefs,
-                shared,
-                "hizoo_restore" if update.rule == "hizoo" else update.rule,
-                rounding_seeds,
-                stochastic,
-                update.square_of_sum,
-                update.keep_second,
-            ),
-        )
+        rule = RULES[RESTORING.get(update.rule, update.rule)]
+        spec = PassSpec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
+        numbers = PassNumbers(seed_tensor(every), *packed(rule, coefs, shared), rounding.seeds, self.passes.gate)
+        self.passes.run(self.sweep, spec, numbers)
         torch.clear_autocast_cache()
         self.current = {}
 
@@ -87,4 +76,4 @@ class InPlace:
     def end(self) -> None:
         if self.current:
             self._move({})
-        self.members = ()
+        self.sweep = Sweep(())

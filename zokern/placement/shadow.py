@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zokern.backends.scalars import MAX_CHAIN_SEEDS
-from zokern.optim.update import Ahead, Update
+from zokern.contract.rules import RULES
+from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec
+from zokern.passes.update import Terms, Update, packed, seed_tensor
 from zokern.placement import sites
-from zokern.sweep import Member, Numbers, Passes, Terms, perturbation
+from zokern.placement.base import Ahead, Perturbing, Rounding
+from zokern.sweep import Member, Passes, Sweep
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,21 @@ class Ready:
     terms: Terms
 
 
-class Exact:
+class Exact(Perturbing):
     """What placements share that leave the weights alone: the update works on clean weights.
 
     Pipelined, the update writes the next step's first perturbation too, while it has the new weights in registers: into
     the copies that are there for the next step. They are used if that is then asked for and the weights are as they were.
     """
 
-    def __init__(self, module: nn.Module, passes: Passes) -> None:
-        self.module = module
-        self.passes = passes
-        self.members: Sequence[Member] = ()
-        self.eps = torch.empty(0)
-        self.rule = "axpy"
+    module: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
         self.saving = False  # a state_dict() asked for inside the closure is under way
         self.ready: dict[int, Ready] = {}  # by the parameter's id
-        self.told: tuple[Terms, Tensor, Numbers] = {}, self.eps, Numbers([], {})  # of the last perturbation
+        self.probes: list[Tensor | None] = []  # of the last update
+        self.told: tuple[Terms, Tensor, PassNumbers | None] = {}, self.eps, None  # of the last perturbation
 
     def check_saved(self) -> None:
         if self.saving:
@@ -55,22 +56,20 @@ class Exact:
                 "a state_dict() asked for inside the closure failed, and the closure went on with unperturbed weights"
             )
 
-    def perturb(self, members: Sequence[Member], terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
+    def perturb(self, sweep: Sweep, terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
-        if self.told[0] is not terms or self.told[1] is not self.eps:
-            self.told = terms, self.eps, self._perturbation(terms)
+        told, eps, numbers = self.told
+        if numbers is None or told is not terms or eps is not self.eps:
+            numbers = self.numbers(terms)
+            self.told = terms, self.eps, numbers
         if self.ready:
             wanted = self._ready(terms)
             pairs = [
-                (m, t) for m, t in zip(members, out, strict=True) if self.ready.pop(id(m.param), None) != wanted(m, t)
+                (m, t) for m, t in zip(sweep, out, strict=True) if self.ready.pop(id(m.param), None) != wanted(m, t)
             ]
-            members, out = [m for m, _ in pairs], [t for _, t in pairs]
-        self.passes.run(members, self.told[2], out=out, counted=counted)
+            sweep, out = Sweep([m for m, _ in pairs]), [t for _, t in pairs]
+        self.passes.run(sweep, self.spec, numbers, out=out, counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
-
-    def _perturbation(self, terms: Terms) -> Numbers:
-        seeds = list(terms)
-        return Numbers(seeds, {"A": perturbation(self.eps, terms, seeds)}, rule=self.rule)
 
     def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
         """What makes a member's copy the perturbation by these terms."""
@@ -78,62 +77,49 @@ class Exact:
 
         def of(member: Member, copy: Tensor) -> Ready:
             versions = tuple(t._version for t in (member.param, *member.states.values()) if not t.is_inference())
-            return Ready(copy.data_ptr(), versions, eps[member.group], dict(terms))
+            return Ready(copy.data_ptr(), versions, eps[member.row], dict(terms))
 
         return of
 
-    def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
+    def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
         """Makes the copies of a step with these members, and says which can be filled before it, by parameter's id."""
         raise NotImplementedError
 
-    def update(
-        self,
-        update: Update,
-        ok: Tensor,
-        *,
-        rounding_seeds: tuple[int, int] | Tensor | None,
-        stochastic: bool,
-        ahead: Ahead | None = None,
-    ) -> None:
-        coefs = dict(update.coefs)
-        if update.rule == "axpy":  # adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing
-            read = coefs["A"].to(torch.float32), update.shared["decay"].to(torch.float32)
-            ok = ok & ((read[0] != 0).any() | (read[1] != 1).any())
-        elif update.rule != "hizoo":
+    def update(self, update: Update, ok: Tensor, rounding: Rounding, ahead: Ahead | None = None) -> None:
+        rule, coefs = RULES[update.rule], dict(update.coefs)
+        if "A" in rule.coefs and "A" not in coefs:  # nothing is to be restored
             coefs["A"] = torch.zeros_like(coefs["G"])
-        numbers = Numbers(
-            update.seeds,
-            coefs,
-            update.shared,
-            update.rule,
-            rounding_seeds,
-            stochastic,
-            update.square_of_sum,
-            update.keep_second,
-        )
+        numbers = packed(rule, coefs, update.shared)
+        if update.rule == "axpy":  # adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing
+            ok = ok & ((numbers[0] != 0).any() | (numbers[1] != 1).any())
         enabled = ok.reshape(1).to(torch.int32)
+        spec = PassSpec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
+        told = PassNumbers(seed_tensor(update.seeds), *numbers, rounding.seeds, enabled)
         if ahead is None or len(update.seeds) + len(ahead.terms) > MAX_CHAIN_SEEDS:
-            self.passes.run(self.members, numbers, enabled=enabled)
+            self.passes.run(self.sweep, spec, told)
         else:
-            self._update_and_perturb(numbers, enabled, ahead)
+            self._update_and_perturb(spec, told, ahead)
         torch.clear_autocast_cache()
 
-    def _update_and_perturb(self, numbers: Numbers, enabled: Tensor, ahead: Ahead) -> None:
-        copies = self.arrange(ahead.members)
-        probes = [copies.get(id(m.param)) for m in self.members]
-        self.ready = {}
-        stages = [numbers, self._perturbation(ahead.terms)]
-        self.passes.chain(self.members, stages, numbers.rule, probes=probes, enabled=enabled)
+    def _update_and_perturb(self, spec: PassSpec, numbers: PassNumbers, ahead: Ahead) -> None:
+        copies = self.arrange(ahead.sweep)
+        probes = [copies.get(id(m.param)) for m in self.sweep]
+        if len(probes) == len(self.probes) and all(a is b for a, b in zip(probes, self.probes, strict=True)):
+            probes = self.probes  # the same list, so that its addresses are known
+        self.probes, self.ready = probes, {}
+        stages = [(spec, numbers), (self.spec, self.numbers(ahead.terms))]
+        self.passes.chain(self.sweep, stages, spec.rule, probes=probes, enabled=numbers.enabled)
         made = self._ready(ahead.terms)
         self.ready = {
-            id(m.param): made(m, probe) for m, probe in zip(self.members, probes, strict=True) if probe is not None
+            id(m.param): made(m, probe) for m, probe in zip(self.sweep, probes, strict=True) if probe is not None
         }
 
 
 class Shadow(Exact):
-    def __init__(self, module: nn.Module, passes: Passes) -> None:
-        super().__init__(module, passes)
-        sites.refuse_unswappable(module, "shadow")
+    name = "shadow"
+
+    def __init__(self) -> None:
+        super().__init__()
         self.pools: sites.Pools = {}
         self.copies: list[nn.Parameter] = []
         self.layout: object = None
@@ -143,33 +129,34 @@ class Shadow(Exact):
         self.presented = False
         self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
-    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
-        self.members, self.eps = members, eps
-        self.rule = "scaled_axpy" if scaled else "axpy"
-        copy_of = self._lay_out(members)
+    def bind(self, module: nn.Module | None, passes: Passes) -> None:
+        self.module, self.passes = sites.needed(module, "shadow"), passes
+        sites.refuse_unswappable(self.module, "shadow")
+
+    def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
+        self.attend(sweep, eps, scaled)
+        copy_of = self._lay_out(sweep)
         tree = sites.fingerprint(self.module), self.layout
         if tree != self.tree:
-            self.sites, self.tree = sites.find(self.module, members, "shadow"), tree
+            self.sites, self.tree = sites.find(self.module, sweep, "shadow"), tree
         self.pairs = [(site, copy_of[id(site.param)]) for site in self.sites]
         self.hooks = [
             self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(copies=False)),
             self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)),
         ]
 
-    def _lay_out(self, members: Sequence[Member]) -> dict[int, nn.Parameter]:
+    def _lay_out(self, members: Sweep) -> dict[int, nn.Parameter]:
         """Each member's copy, by the parameter's id."""
-        layout = tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members)
-        if layout != self.layout:
+        if members.layout != self.layout:
             self.copies, self.ready = [], {}  # views of the pools, which may be replaced
-            self.passes.forget()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
-            self.layout = layout
+            self.layout = members.layout
         return {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
 
-    def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
+    def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
         self.pairs = []
-        return {p: copy.detach() for p, copy in self._lay_out(members).items()}
+        return self._lay_out(sweep)
 
     def memory(self) -> list[Tensor]:
         return list(self.pools.values())
@@ -179,7 +166,7 @@ class Shadow(Exact):
         if not terms:
             yield
             return
-        self.perturb(self.members, terms, self.copies)
+        self.perturb(self.sweep, terms, self.copies)
         try:
             self._show(copies=True)
             self.saving = False
@@ -191,7 +178,7 @@ class Shadow(Exact):
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.members, self.pairs, self.hooks = (), [], []
+        self.sweep, self.pairs, self.hooks = Sweep(()), [], []
 
     def _show(self, *, copies: bool) -> None:
         self._enter(copies)

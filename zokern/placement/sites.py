@@ -37,6 +37,14 @@ class Site:
             setattr(self.owner, self.name, shown)
 
 
+def needed(module: nn.Module | None, placement: str) -> nn.Module:
+    if module is None:
+        raise ValueError(
+            f"placement={placement!r} has to show the perturbed weights to a module: pass the nn.Module, not its parameters"
+        )
+    return module
+
+
 def refuse_unswappable(module: nn.Module, placement: str) -> None:
     """A module that keeps its weights where nothing can be shown in their place."""
     for name, child in module.named_modules():

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zokern.layers import find_blocks
+from zokern.passes.update import Terms
 from zokern.placement import sites
 from zokern.placement.shadow import Exact
-from zokern.sweep import Member, Passes, Terms
+from zokern.sweep import Member, Passes, Sweep
 
 
 class OutsideItsBlock(nn.Parameter):
@@ -86,7 +87,7 @@ class Unit:
     name: str
     module: nn.Module | None
     at: list[int] = field(default_factory=list)  # which of the step's members
-    members: list[Member] = field(default_factory=list)
+    sweep: Sweep = field(default_factory=lambda: Sweep(()))
     copies: list[nn.Parameter] = field(default_factory=list)
     places: list[sites.Site] = field(default_factory=list)
     pairs: list[tuple[sites.Site, nn.Parameter, OutsideItsBlock]] = field(default_factory=list)  # copy, stand-in
@@ -103,7 +104,7 @@ class Unit:
         self.shown = what
 
 
-def units_of(module: nn.Module, members: Sequence[Member]) -> list[Unit]:
+def units_of(module: nn.Module, members: Sweep) -> list[Unit]:
     """What lies outside the blocks first, then each block that has members. Shared parameters count as outside."""
     blocks = find_blocks(module)
     reached_in = _reached_in(module, [block for _, block in blocks])
@@ -115,10 +116,11 @@ def units_of(module: nn.Module, members: Sequence[Member]) -> list[Unit]:
     home = {p: next(iter(at)) if len(at) == 1 else None for p, at in homes.items()}
     for i, m in enumerate(members):
         units[home[id(m.param)]].at.append(i)
-        units[home[id(m.param)]].members.append(m)
     for site in found:
         units[home[id(site.param)]].places.append(site)
-    return [unit for i, unit in units.items() if i is None or unit.members]
+    for unit in units.values():
+        unit.sweep = members.piece(unit.at)
+    return [unit for i, unit in units.items() if i is None or unit.at]
 
 
 def _reached_in(module: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, set[int | None]]:
@@ -139,7 +141,7 @@ def _largest(units: Sequence[Unit]) -> dict[tuple[torch.device, torch.dtype], in
     """Elements that the scratch of these blocks takes, by device and dtype."""
     wanted: dict[tuple[torch.device, torch.dtype], int] = {}
     for unit in units:
-        for key, size in sites.sizes(unit.members).items():
+        for key, size in sites.sizes(unit.sweep).items():
             wanted[key] = max(wanted.get(key, 0), size)
     return wanted
 
@@ -147,19 +149,19 @@ def _largest(units: Sequence[Unit]) -> dict[tuple[torch.device, torch.dtype], in
 def extra_bytes(module: nn.Module) -> int:
     """The memory that stream needs beside the trainable weights: the largest block's, and that of what lies outside."""
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    members = [Member(p, i, 0, name) for i, (name, p) in enumerate(trainable)]
-    outside, *blocks = units_of(module, members)
+    outside, *blocks = units_of(module, Sweep([Member(p, i, 0, name) for i, (name, p) in enumerate(trainable)]))
     return sum(
         size * key[1].itemsize
-        for wanted in (sites.sizes(outside.members), _largest(blocks))
+        for wanted in (sites.sizes(outside.sweep), _largest(blocks))
         for key, size in wanted.items()
     )
 
 
 class Stream(Exact):
-    def __init__(self, module: nn.Module, passes: Passes) -> None:
-        super().__init__(module, passes)
-        refuse(module)
+    name = "stream"
+
+    def __init__(self) -> None:
+        super().__init__()
         self.outside_pools: sites.Pools = {}
         self.block_pools: sites.Pools = {}
         self.units: list[Unit] = []
@@ -171,10 +173,13 @@ class Stream(Exact):
         self.users: list[int] = []  # of each block pool: how many tensors look at it
         self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
-    def begin(self, members: Sequence[Member], eps: Tensor, *, scaled: bool) -> None:
-        self.members, self.eps = members, eps
-        self.rule = "scaled_axpy" if scaled else "axpy"
-        self.units = self._lay_out(members)
+    def bind(self, module: nn.Module | None, passes: Passes) -> None:
+        self.module, self.passes = sites.needed(module, "stream"), passes
+        refuse(self.module)
+
+    def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
+        self.attend(sweep, eps, scaled)
+        self.units = self._lay_out(sweep)
         self.hooks = [
             self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(clean=True)),
             self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(clean=False)),
@@ -187,38 +192,33 @@ class Stream(Exact):
                 unit.module.register_forward_hook(lambda *_, u=unit: self._after(u), always_call=True),
             ]
 
-    def _lay_out(self, members: Sequence[Member]) -> list[Unit]:
+    def _lay_out(self, members: Sweep) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
-        params = [(id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in members]
-        layout = sites.fingerprint(self.module), params
+        layout = sites.fingerprint(self.module), members.layout
         if layout == self.layout:
             for unit in self.kept:
-                unit.members = [members[i] for i in unit.at]
+                unit.sweep = members.piece(unit.at)
             return self.kept
         refuse_compiled(self.module)  # it may have been since
         for unit in self.kept:  # views of the pools, which may be replaced; the hooks of this step hold the units
             unit.copies, unit.pairs = [], []
         self.kept, self.ready, self.layout = [], {}, None
-        self.passes.forget()
         units = units_of(self.module, members)
         sites.fit(self.block_pools, _largest(units[1:]))
-        sites.fit(self.outside_pools, sites.sizes(units[0].members))
+        sites.fit(self.outside_pools, sites.sizes(units[0].sweep))
         for i, unit in enumerate(units):
-            unit.copies = sites.copies(unit.members, self.block_pools if i else self.outside_pools)
+            unit.copies = sites.copies(unit.sweep, self.block_pools if i else self.outside_pools)
             shown = {
-                id(m.param): (copy, stand_in(m.param, m.name))
-                for m, copy in zip(unit.members, unit.copies, strict=True)
+                id(m.param): (copy, stand_in(m.param, m.name)) for m, copy in zip(unit.sweep, unit.copies, strict=True)
             }
             unit.pairs = [(site, *shown[id(site.param)]) for site in unit.places]
         self.kept, self.layout = units, layout
         return units
 
-    def arrange(self, members: Sequence[Member]) -> Mapping[int, Tensor]:
+    def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
         """What lies outside the blocks, and the first block: others have no room before they run."""
-        units = self._lay_out(members)
-        return {
-            id(m.param): copy.detach() for unit in units[:2] for m, copy in zip(unit.members, unit.copies, strict=True)
-        }
+        units = self._lay_out(sweep)
+        return {id(m.param): copy for unit in units[:2] for m, copy in zip(unit.sweep, unit.copies, strict=True)}
 
     def memory(self) -> list[Tensor]:
         return [*self.outside_pools.values(), *self.block_pools.values()]
@@ -230,7 +230,7 @@ class Stream(Exact):
             return
         outside, *blocks = self.units
         self.passes.counters.passes += 1  # one sweep over the active parameters, in pieces
-        self.perturb(outside.members, terms, outside.copies, counted=False)
+        self.perturb(outside.sweep, terms, outside.copies, counted=False)
         self.terms, self.last, self.saving = terms, None, False
         try:
             outside.show("copies")
@@ -254,8 +254,8 @@ class Stream(Exact):
         for hook in self.hooks:
             hook.remove()
         for unit in self.kept:
-            unit.members = []  # states among them, which a load replaces
-        self.members, self.units, self.hooks, self.last = (), [], [], None
+            unit.sweep = Sweep(())  # states are among what it holds, which a load replaces
+        self.sweep, self.units, self.hooks, self.last = Sweep(()), [], [], None
 
     def _before(self, unit: Unit) -> None:
         if not self.terms:
@@ -278,9 +278,9 @@ class Stream(Exact):
         self.last = unit
         for other in self.units[1:] if self.ready else []:  # the scratch they share is written now
             if other is not unit:
-                for member in other.members:
+                for member in other.sweep:
                     self.ready.pop(id(member.param), None)
-        self.perturb(unit.members, self.terms, unit.copies, counted=False)
+        self.perturb(unit.sweep, self.terms, unit.copies, counted=False)
         self.users = self._count_users()  # the pass' own views among them, which are kept for the next
         unit.calls += 1
         unit.show("copies")

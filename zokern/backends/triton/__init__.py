@@ -11,7 +11,8 @@ import re
 
 import torch
 
-from zokern.backends.scalars import Chain, Kind, Scalars, on_device
+from zokern.backends.transfer import on_device
+from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
 __all__ = ["NAME", "near", "run", "unavailable_reason"]
@@ -40,16 +41,16 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
 
 
-def near(scalars: Scalars, device: torch.device) -> Scalars:
+def near(numbers: PassNumbers, device: torch.device) -> PassNumbers:
     """Everything is read from the memory of the device."""
-    return on_device(scalars, device)
+    return on_device(numbers, device)
 
 
-def run(table: Table, kind: Kind, scalars: Scalars) -> None:
+def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     """One pass over a table (zokern/passes/table.py): one launch on the current stream, without synchronisation."""
     from .launch import run as launch
 
-    launch(table, kind, near(scalars, table.tensors.device))
+    launch(table, spec, near(numbers, table.tensors.device))
 
 
 def run_chain(table: Table, chain: Chain) -> None:

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from zokern.backends.native import STAGE_COLUMNS, stage_rows
-from zokern.backends.scalars import Chain, Kind, Scalars, chain_on_device, perturbation
+from zokern.backends.transfer import chain_on_device
 from zokern.contract.rules import Rule
+from zokern.passes.spec import Chain, PassNumbers, PassSpec, perturbation
 from zokern.passes.table import CHUNK, COLUMNS, PROBE, Table
 
 from .chain import chain_kernel
@@ -78,37 +79,37 @@ def constants(rule: Rule) -> dict[str, object]:
     }
 
 
-def run(table: Table, kind: Kind, scalars: Scalars) -> None:
+def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     """One pass over a table (passes/table.py). All tensors are contiguous, on its device, and checked by the caller."""
-    num_chunks, num_seeds = table.chunks.shape[0], scalars.seeds.shape[0]
+    num_chunks, num_seeds = table.chunks.shape[0], numbers.seeds.shape[0]
     if num_chunks == 0:
         return
     device = table.tensors.device
-    stochastic_state = table.state_dtype != torch.float32 and kind.rule.written > 0
+    stochastic_state = table.state_dtype != torch.float32 and spec.rule.written > 0
     with _launch_context(device):
         packed = _packed(table)
         pass_kernel[(num_chunks,)](
             table.tensors,
             table.chunks,
-            scalars.seeds,
-            scalars.coefs,
-            scalars.shared,
-            scalars.rounding_seed if kind.rounding == "stochastic" or stochastic_state else None,
-            scalars.enabled,
+            numbers.seeds,
+            numbers.coefs,
+            numbers.shared,
+            numbers.rounding_seed if spec.rounding == "stochastic" or stochastic_state else None,
+            numbers.enabled,
             num_seeds,
-            **constants(kind.rule),
-            WRITTEN=min(kind.rule.written, 1) if kind.keep_second else kind.rule.written,
-            SQUARE_OF_SUM=kind.square_of_sum,
+            **constants(spec.rule),
+            WRITTEN=min(spec.rule.written, 1) if spec.keep_second else spec.rule.written,
+            SQUARE_OF_SUM=spec.square_of_sum,
             DTYPE=DTYPES[table.dtype],
             STATE=DTYPES[table.state_dtype],
-            DISTRIBUTION=kind.distribution,
-            ROUNDING=kind.rounding,
+            DISTRIBUTION=spec.direction.name,
+            ROUNDING=spec.rounding,
             HAS_NOISE=num_seeds > 0,
             COLUMNS=COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
             PACKED=packed,
-            **options(kind.rule, kind.rounding, packed),
+            **options(spec.rule, spec.rounding, packed),
         )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
@@ -135,7 +136,7 @@ def run_chain(table: Table, chain: Chain) -> None:
             FORK=chain.fork,
             DTYPE=DTYPES[table.dtype],
             STATE=DTYPES[table.state_dtype],
-            DISTRIBUTION=chain.stages[0][0].distribution,
+            DISTRIBUTION=chain.stages[0][0].direction.name,
             COLUMNS=COLUMNS,
             PROBE=PROBE,
             STAGE_COLUMNS=STAGE_COLUMNS,

@@ -1,122 +1,40 @@
-"""A whole step, forwards and passes, as one CUDA graph: captured once, replayed with a new batch, new seeds, scheduled lr.
+"""A whole step, forwards and passes, as one CUDA graph: captured once, launched with a new batch, new seeds, scheduled lr.
 
-What a replay is to read anew lies in device memory at fixed places: the batch, the step counter that the seeds are derived
-from, and the groups' numbers (optim/live.py). Everything else is as in `optimizer.step`, and so are the bits. The gain is
+What a launch is to read anew lies in device memory at fixed places: the batch, the step counter that the seeds are derived
+from, and the groups' numbers (live.py). Everything else is as in `optimizer.step`, and so are the bits. The gain is
 what launches cost: most of the step of a small model or a small batch, next to nothing of a large one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zokern import _checks
+from zokern.graphs.batch import copy_into, on_device
+from zokern.graphs.cuda import Graph, new_graph
+from zokern.graphs.live import DeviceNumbers
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.base import ZerothOrderOptimizer
-from zokern.optim.live import Live
 from zokern.passes import table
 
 SUPPORTED = ("cuda",)
 WARM_UP_STEPS = 2  # the first meets new streams of seeds and compiles; the second is like the captured one
 
 
-class Graph(Protocol):
-    """A piece of work on a device that can be done again."""
-
-    def warm_up(self, work: Callable[[], None]) -> None: ...
-    def capture(self, work: Callable[[], None]) -> None: ...
-    def replay(self) -> None: ...
-
-
-class CudaGraph:
-    """On a side stream, as captures have to be; graphs of one step share `pool`."""
-
-    def __init__(self, device: torch.device, pool: Any) -> None:
-        self.device, self.pool = device, pool
-        self.stream = torch.cuda.Stream(device)
-        self.graph = torch.cuda.CUDAGraph()
-
-    def warm_up(self, work: Callable[[], None]) -> None:
-        """What comes after it on the stream of the caller finds it done, also where it raises: it puts weights back."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        try:
-            with torch.cuda.stream(self.stream):
-                work()
-        finally:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-
-    def capture(self, work: Callable[[], None]) -> None:
-        """Raises what broke the capture. torch.cuda.graph alone would say that it cannot end, and leave a lot behind."""
-        broke: BaseException | None = None
-        with torch.cuda.stream(self.stream):  # left whatever happens
-            try:
-                with torch.cuda.graph(
-                    self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
-                    try:
-                        work()
-                    except BaseException as first:
-                        broke = first
-                        raise
-            except BaseException as last:
-                self._clean_up()
-                broke = broke or last
-        if broke is not None:
-            try:
-                raise broke  # not where `last` is handled, which would hold on to it
-            finally:
-                broke = None  # this frame, too, is held by it, with all tensors of the step
-
-    def _clean_up(self) -> None:
-        """Where a capture could not end: what torch.cuda.graph would have put back."""
-        try:
-            end_recording(self.device, self.pool)
-        except RuntimeError:  # it is not recording: the capture had ended
-            return
-        _broken.append(self.graph)
-        # Until a capture succeeds, PyTorch's generator believes that one is under way, and eager dropout is an error.
-        with contextlib.suppress(RuntimeError):
-            number = torch.zeros((), device=self.device)
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
-                number.fill_(1.0)
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-# PyTorch's allocator of pinned memory goes on asking a graph whose capture could not end, and there is no call that stops
-# it: such a graph must not be freed.
-_broken: list[torch.cuda.CUDAGraph] = []
-
-
-def end_recording(device: torch.device, pool: Any) -> None:
-    """The allocator takes no more memory from `pool`, and frees it once no graph needs it."""
-    new = "_cuda_endAllocateToPool"  # the same call has another name before PyTorch 2.8
-    end = getattr(torch._C, new if hasattr(torch._C, new) else "_cuda_endAllocateCurrentStreamToPool")
-    end(device.index, pool)
-    torch._C._cuda_releasePool(device.index, pool)
-
-
-def new_graph(device: torch.device, pool: Any) -> Graph:
-    return CudaGraph(device, pool)
-
-
 @dataclass
 class _Captured:
     graph: Graph
-    metrics: dict[str, Tensor]  # filled by a replay
+    metrics: dict[str, Tensor]  # filled by a launch
     cost: dict[str, int]  # what a step adds to the counters
     held: object  # what the graph's launches read, to keep it from being freed
 
 
 class GraphedStep:
-    """graphed(batch) is optimizer.step(lambda: closure(batch)) with the same bits, replayed from a CUDA graph.
+    """graphed(batch) is optimizer.step(lambda: closure(batch)) with the same bits, launched as a CUDA graph.
 
     Args:
         optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True, and while no
@@ -146,10 +64,10 @@ class GraphedStep:
             raise TypeError("closure must be a function of a batch that returns the loss")
         self.optimizer, self.closure = optimizer, closure
         self.device = self._check()
-        self._batch = _on_device(sample_batch, self.device, "sample_batch")
+        self._batch = on_device(sample_batch, self.device, "sample_batch")
         self._pool = self._new_pool()
         groups = optimizer.param_groups
-        self._live = Live(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
+        self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
         self._captured: dict[Hashable, _Captured] = {}
         self._capture()
         self._layout = self._layout_now()
@@ -164,14 +82,14 @@ class GraphedStep:
                 "parameters, groups, states or the seed of the optimizer are not those that were captured; make a new "
                 "GraphedStep"
             )
-        _copy(self._batch, batch, "batch")
+        copy_into(self._batch, batch, "batch")
         if optimizer.structure() not in self._captured:
             self._capture()
         self._fill()
         one = self._captured[optimizer.structure()]
         with HeldInterrupts():
-            one.graph.replay()
-            optimizer.replayed({name: value.clone() for name, value in one.metrics.items()}, one.cost)
+            one.graph.launch()
+            optimizer.launched_again({name: value.clone() for name, value in one.metrics.items()}, one.cost)
         return optimizer.metrics["loss"]
 
     def _fill(self) -> None:
@@ -192,7 +110,7 @@ class GraphedStep:
         graph = new_graph(self.device, self._pool)
         self._fill()
         live.gate.zero_()
-        # A closure with dropout draws in the first replay what it would have drawn in an eager step.
+        # A closure with dropout draws in the first launch what it would have drawn in an eager step.
         generators = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
         try:
             with generators:
@@ -201,7 +119,7 @@ class GraphedStep:
                     optimizer.set_counters(before)
                 graph.capture(self._step)
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
-            held = table.cached(), optimizer.captured_tensors(), live.tensors()
+            held = table.cached(), optimizer.active, optimizer.captured_tensors(), live.tensors()
             captured = _Captured(graph, optimizer.metrics, cost, held)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
@@ -222,7 +140,7 @@ class GraphedStep:
     def _step(self) -> None:
         """A step on the static batch, with all of its numbers on the device."""
         self._live.begin()
-        self.optimizer.step_live(lambda: self.closure(self._batch), self._live)
+        self.optimizer.step_with(self._live, lambda: self.closure(self._batch))
 
     # --------------------------------------------------------------------------------------------------------- checks
 
@@ -250,57 +168,3 @@ class GraphedStep:
             for group in optimizer.param_groups
         ]
         return optimizer.seed, groups, [t.data_ptr() for t in optimizer.captured_tensors()]
-
-
-def _on_device(value: Any, device: torch.device, name: str) -> Any:
-    """The same containers with copies of the tensors on `device`."""
-    found = list(_leaves(value, name))
-    if not any(isinstance(leaf, Tensor) for _, leaf in found):
-        raise ValueError(f"{name} has no tensor in it, so every step would have the same batch")
-    return _map(value, lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf)
-
-
-def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Mapping):
-        made = copy.copy(value)
-        for key in value:
-            made[key] = _map(value[key], change)  # type: ignore[index]
-        return made
-    if isinstance(value, (list, tuple)):
-        parts = [_map(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return change(value)
-
-
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Each value that is no container, with its path for messages."""
-    if isinstance(value, Mapping):
-        for key in value:
-            yield from _leaves(value[key], f"{name}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, part in enumerate(value):
-            yield from _leaves(part, f"{name}[{i}]")
-    else:
-        yield name, value
-
-
-def _copy(static: Any, batch: Any, name: str) -> None:
-    """Fills the tensors of the captured batch; nothing is copied unless everything fits."""
-    wanted, given = list(_leaves(static, name)), list(_leaves(batch, name))
-    if [path for path, _ in wanted] != [path for path, _ in given]:
-        raise ValueError(
-            f"{name} has {', '.join(path for path, _ in given)}; captured was a batch with "
-            f"{', '.join(path for path, _ in wanted)}"
-        )
-    for (path, old), (_, new) in zip(wanted, given, strict=True):
-        if isinstance(old, Tensor):
-            if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
-                raise ValueError(
-                    f"{path} is {_checks.describe(new) if isinstance(new, Tensor) else repr(new)}; captured was "
-                    f"{_checks.describe(old)}: pad the batch, or make a GraphedStep for each shape"
-                )
-        elif isinstance(new, Tensor) or new != old:
-            raise ValueError(f"{path} is {new!r}, and {old!r} is part of the captured graph; it cannot change")
-    for (_, old), (_, new) in zip(wanted, given, strict=True):
-        if isinstance(old, Tensor):
-            old.copy_(new, non_blocking=True)

@@ -1,0 +1,31 @@
+"""A method says what it wants to know, a driver finds it out.
+
+A method's `rounds()` is a generator: it yields the probes of a round, each {seed: multiple of eps}, is sent their losses,
+and returns what they say. Probes of one round do not depend on each other, so who drives may evaluate them in turn, share
+them out, or do all in one forward; no method knows which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+from torch import Tensor
+
+from zokern.optim.losses import Reduce
+from zokern.optim.update import Estimate
+from zokern.passes.update import Terms
+
+Rounds = Generator[list[Terms], list[Tensor], Estimate]
+
+
+def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], reduce: Reduce) -> Estimate:
+    """One probe after another, in the order of the round; `reduce` gets a round's losses at once."""
+    try:
+        probes = next(rounds)
+        while True:
+            probes = rounds.send(reduce([evaluate(terms) for terms in probes]))
+    except StopIteration as done:
+        estimate: Estimate = done.value
+        return estimate
+    finally:
+        rounds.close()

@@ -1,0 +1,34 @@
+"""What a step tells those who listen: one frozen event, after its last pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from zokern.passes.spec import PassNumbers, PassSpec
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One step, done, skipped or broken off by an exception.
+
+    step: its number, from 0. ok: whether its update did anything, 0-d, on the device; None if it was broken off. passes:
+    those that wrote to the weights' own storage, in order. drawn: the step's directions by seed. loss: 0-d, None if it was
+    broken off. lrs: each group's. memory: what the method needs again in later steps. layout: what a replay has to know of
+    the parameters; the same object while nothing has changed.
+    """
+
+    step: int
+    ok: Tensor | None
+    passes: tuple[tuple[PassSpec, PassNumbers], ...]
+    drawn: Mapping[int, int]
+    loss: Tensor | None
+    lrs: tuple[float, ...]
+    memory: tuple[float, ...]
+    layout: Mapping[str, Any]
+
+
+Listener = Callable[[StepEvent], None]

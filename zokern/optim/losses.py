@@ -1,0 +1,153 @@
+"""From a closure to the numbers of a step: what it may return, how micro-batches are put together, and what is finite.
+
+A probe's loss L is one float64 number, or a vector where the method takes the loss of each example:
+
+    without batches    L = what closure() returns
+    reduction="mean"   L = sum_i w_i closure(batch_i) / sum_i w_i        w_i = 1 unless batch_weights are given
+    reduction="sum"    L = sum_i w_i closure(batch_i)
+
+and where the closure returns several losses by name, each of them is L = sum_n v_n loss_n, v_n = 1 unless loss_weights
+are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokern import _checks
+from zokern.sweep import Counters
+
+Closure = Callable[..., Any]
+# Losses of a round's probes on this process -> those that all processes work with.
+Reduce = Callable[[list[Tensor]], list[Tensor]]
+REDUCTIONS = ("mean", "sum")
+
+
+def _weights(given: Iterable[float] | None, batches: list[Any] | None) -> list[float] | None:
+    if given is None:
+        return None
+    if batches is None:
+        raise ValueError("batch_weights are given and batches are not; they go in pairs")
+    weights = [_checks.check_number(w, f"batch_weights[{i}]", 0.0) for i, w in enumerate(given)]
+    if len(weights) != len(batches):
+        raise ValueError(f"batch_weights has {len(weights)} entries and batches has {len(batches)}; they go in pairs")
+    if not sum(weights):
+        raise ValueError("batch_weights are all 0, so there is no loss; leave the step out")
+    return weights
+
+
+class Losses:
+    """Of one step. `each`: every probe's loss so far, 0-d; `named`: the same of each named loss.
+
+    Raises:
+        TypeError, ValueError: for what does not go together, and from `evaluate` for what a closure may not return.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        batches: Iterable[Any] | None = None,
+        *,
+        batch_weights: Iterable[float] | None = None,
+        reduction: str = "mean",
+        loss_weights: Mapping[str, float] | None = None,
+        vectors: bool = False,
+    ) -> None:
+        if not callable(closure):
+            raise TypeError(
+                "step needs a closure that returns the loss, for example opt.step(lambda: model(x, y).loss)"
+            )
+        self.closure, self.vectors = closure, vectors
+        self.batches = None if batches is None else list(batches)
+        if self.batches is not None and not self.batches:
+            raise ValueError("batches is empty")
+        self.weights = _weights(batch_weights, self.batches)
+        self.reduction = _checks.check_choice(reduction, "reduction", REDUCTIONS)
+        self.loss_weights = {
+            name: _checks.check_number(weight, f"loss_weights[{name!r}]")
+            for name, weight in (loss_weights or {}).items()
+        }
+        self.each: list[Tensor] = []
+        self.named: dict[str, list[Tensor]] = {}
+
+    def evaluate(self, counters: Counters, device: torch.device | None = None) -> Tensor:
+        """The loss of the weights that the closure sees now. device: where it has to be; None for anywhere."""
+        if self.batches is None:
+            loss = self._one(counters, device)
+        else:
+            loss = self._together([self._one(counters, device, batch) for batch in self.batches])
+        self.each.append(loss.mean() if loss.dim() else loss)
+        return loss
+
+    def finite(self) -> tuple[Tensor, Tensor]:
+        """All losses so far [P], and whether every one of them is finite, 0-d."""
+        every = torch.stack(self.each)
+        return every, torch.isfinite(every).all()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The mean over the step's probes of each named loss, as "loss/NAME"."""
+        return {f"loss/{name}": torch.stack(each).mean().to(torch.float32) for name, each in self.named.items()}
+
+    def _together(self, losses: list[Tensor]) -> Tensor:
+        if losses[0].dim():
+            if self.weights is not None or self.reduction != "mean":
+                raise ValueError(
+                    "batch_weights and reduction='sum' go with one loss for each batch, and the closure returns the loss "
+                    "of each example; return their mean or sum"
+                )
+            return torch.cat(losses)
+        if self.weights is None:
+            every = torch.stack(losses)
+            return every.mean() if self.reduction == "mean" else every.sum()
+        total = torch.stack([loss * weight for loss, weight in zip(losses, self.weights, strict=True)]).sum()
+        return total / sum(self.weights) if self.reduction == "mean" else total
+
+    def _one(self, counters: Counters, device: torch.device | None, *batch: Any) -> Tensor:
+        returned = self.closure(*batch)
+        counters.forwards += 1
+        if isinstance(returned, Mapping):
+            return self._weighted({name: self._number(loss, device) for name, loss in returned.items()})
+        if self.loss_weights:
+            raise TypeError(
+                f"loss_weights are given for {', '.join(map(repr, self.loss_weights))}, and the closure returns one loss; "
+                "return a dict of losses by name"
+            )
+        return self._number(returned, device)
+
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        unknown = [name for name in self.loss_weights if name not in losses]
+        if unknown or not losses:
+            raise ValueError(
+                f"closure returned losses called {', '.join(map(repr, losses)) or 'nothing'}; loss_weights has "
+                f"{', '.join(map(repr, unknown)) or 'none'} besides"
+            )
+        for name, loss in losses.items():
+            self.named.setdefault(name, []).append(loss.mean() if loss.dim() else loss)
+        parts = [loss * self.loss_weights.get(name, 1.0) for name, loss in losses.items()]
+        return torch.stack(parts).sum(dim=0)
+
+    def _number(self, loss: Any, device: torch.device | None) -> Tensor:
+        """As float64, 0-d, or 1-D where the method takes vectors."""
+        if device is not None and (not isinstance(loss, Tensor) or loss.device != device):
+            raise TypeError(f"closure must return the loss as a tensor on {device} to be captured")
+        if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            return torch.tensor(float(loss), dtype=torch.float64)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"closure must return the loss as a scalar tensor, got {type(loss).__name__}")
+        if self.vectors and loss.dim() == 1 and loss.numel() > 0:
+            return loss.detach().to(torch.float64)
+        if loss.numel() != 1:
+            raise TypeError(
+                f"closure must return one loss, got a tensor of shape {tuple(loss.shape)}; take its mean"
+                + (" or return a vector with the loss of each example" if self.vectors else "")
+            )
+        return loss.detach().reshape(()).to(torch.float64)
+
+
+def unreduced(losses: list[Tensor]) -> list[Tensor]:
+    """One process alone."""
+    return losses

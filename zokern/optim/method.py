@@ -1,0 +1,77 @@
+"""What makes a method: the questions that a step asks of it. Most have an answer already; `rounds` never has."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor
+
+from zokern.optim.drivers import Rounds
+from zokern.optim.numbers import StepNumbers
+from zokern.optim.parameters import Active
+from zokern.optim.update import Estimate, Rates, sgd
+from zokern.passes.update import Seed, Update
+
+
+class Method:
+    """takes_vector_losses: a closure may return the loss of each example.
+
+    During a step, `active` is what it moves and `numbers` where its numbers come from.
+    """
+
+    takes_vector_losses = False
+    active: Active
+    numbers: StepNumbers
+
+    @abstractmethod
+    def rounds(self) -> Rounds:
+        """Yields each round's probes, is sent their losses, and returns what they say about the gradient."""
+
+    def update(self, estimate: Estimate, rates: Rates) -> Update:
+        """The pass that applies an estimate."""
+        return sgd(estimate, rates)
+
+    def schedule(self, step: int) -> list[float]:
+        """Numbers that the update of a step takes from the step's number alone, computed on the host."""
+        return []
+
+    def structure(self) -> Hashable:
+        """Of the current step: steps with equal ones launch the same kernels, which is what a graph can hold."""
+        return None
+
+    def row_key(self, param: Tensor) -> Hashable:
+        """Parameters of one group whose keys differ get rows of coefficients of their own."""
+        return None
+
+    def direction_seed(self, k: int) -> Seed:
+        """Seed of the current step's direction k."""
+        return self.numbers.seed(k)
+
+    # ----------------------------------------------------------------------------- what it remembers besides states
+
+    def applied(self, ok: Tensor) -> None:
+        """Called after the step's last pass; ok (0-d bool, on the device) says whether it did anything."""
+
+    def history(self) -> list[Any]:
+        """What it remembers of earlier steps, as plain values and tensors, for a state_dict."""
+        return []
+
+    def load_history(self, history: list[Any]) -> None:
+        """Takes back what `history` gave."""
+
+    def memory(self) -> list[float]:
+        """Numbers of the last step that it needs again in later ones, for the journal."""
+        return []
+
+    def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
+        """Takes back what `memory` gave of a step, when a run is taken up from its journal."""
+
+    def why_not_graphed(self) -> str | None:
+        """Why its steps are not the same launches each time, if they are not."""
+        return None
+
+    def captured_tensors(self) -> list[Tensor]:
+        """What a captured step works on beside parameters and states."""
+        return []

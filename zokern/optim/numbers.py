@@ -1,0 +1,87 @@
+"""Where a step's numbers come from: seeds, the groups' lr, eps and weight_decay, and what a schedule gives.
+
+A step asks its source and does not know which one it has: the host's, here, or a device's memory, which a captured step
+reads anew each time (zokern/graphs/live.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_step, derive_stream
+from zokern.passes.update import Seed, sent
+
+Rows = Sequence[tuple[int, Hashable]]  # the parameter group, and what tells rows of one group apart
+HYPER = ("lr", "eps", "weight_decay")
+
+
+class StepNumbers(Protocol):
+    """gate: int32 [1], a zero makes the step's passes write nothing; None where there is none. device: where losses have
+    to be, None for anywhere. drawn: directions by seed, as far as the host knows."""
+
+    @property
+    def gate(self) -> Tensor | None: ...
+    @property
+    def device(self) -> torch.device | None: ...
+    @property
+    def drawn(self) -> Mapping[int, int]: ...
+
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        """A hyper-parameter of each row's group, float64 [R]."""
+
+    def first(self, name: str) -> float | Tensor:
+        """A hyper-parameter of the first group."""
+
+    def seed(self, k: int) -> Seed:
+        """Of the step's direction k."""
+
+    def rounding_seeds(self) -> Tensor:
+        """int64 [2]: the weights' and a state's."""
+
+    def scheduled(self, i: int) -> float | Tensor:
+        """What the method's `schedule` gives for the step."""
+
+
+class HostNumbers:
+    """The host's, of one step. scheduled: what the method's `schedule` gives for it.
+
+    `drawn`: the directions whose seeds were asked for, by seed.
+    """
+
+    gate: Tensor | None = None
+    device: torch.device | None = None
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], run_seed: int, step: int, scheduled: Sequence[float] = ()
+    ) -> None:
+        self._groups, self._at_step, self._scheduled = groups, derive_step(run_seed, step), scheduled
+        self.drawn: dict[int, int] = {}
+
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        """On the host, or on the device of the first value that is on one."""
+        values = [self._groups[g][name] for g, _ in rows]
+        given = [v for v in values if isinstance(v, Tensor)]
+        if not given:
+            return torch.tensor(values, dtype=torch.float64)
+        device = next((v.device for v in given if v.device.type != "cpu"), torch.device("cpu"))
+        return torch.stack([sent(torch.as_tensor(v, dtype=torch.float64).reshape(()), device) for v in values])
+
+    def first(self, name: str) -> float | Tensor:
+        value = self._groups[0][name]
+        return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
+
+    def seed(self, k: int) -> Seed:
+        seed = derive_stream(self._at_step, k)
+        self.drawn[seed] = k
+        return seed
+
+    def rounding_seeds(self) -> Tensor:
+        seeds = [derive_stream(self._at_step, stream) for stream in (ROUNDING_STREAM, STATE_STREAM)]
+        return torch.tensor(seeds, dtype=torch.int64)
+
+    def scheduled(self, i: int) -> float | Tensor:
+        return self._scheduled[i]

@@ -1,0 +1,99 @@
+"""A pass as two records, from the method that wants it to the kernel that does it: which arithmetic, and which numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from zokern.contract.rules import RULES, Rule
+from zokern.directions import DIRECTIONS, Direction
+
+MAX_STAGES, MAX_CHAIN_SEEDS = 32, 128  # csrc/pass.h
+MAX_PASS_SEEDS = ((1 << 31) - 1) // 3  # kernels count coefficients, up to three a seed, in 32 bits
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """Which arithmetic.
+
+    rounding: of 16-bit weights, "nearest" or "stochastic". square_of_sum: V is (sum_k coef_k z_k)^2 and not
+    sum_k coef_k z_k^2. keep_second: the second state is read but not written.
+
+    Raises:
+        ValueError: for a rounding that there is not.
+    """
+
+    rule: Rule = RULES["axpy"]
+    direction: Direction = DIRECTIONS["normal"]
+    rounding: str = "nearest"
+    square_of_sum: bool = False
+    keep_second: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is {self.rounding!r}; it must be one of {', '.join(map(repr, ROUNDINGS))}")
+
+    @functools.cached_property
+    def _exact(self) -> PassSpec:
+        return replace(self, rounding="nearest")
+
+    def of(self, dtype: torch.dtype) -> PassSpec:
+        """For weights of `dtype`: float32 has nothing to round."""
+        return self._exact if dtype == torch.float32 and self.rounding != "nearest" else self
+
+
+@dataclass(frozen=True)
+class PassNumbers:
+    """What it is told, in host or device memory.
+
+    seeds int64 [K], coefs float32 [G, C, K], shared float32 [G, S], rounding_seed int64 [2], enabled int32 [1]
+
+    G groups (rows), K directions; C and S are the numbers of the rule's coefs and scalars. The two rounding seeds are the
+    weights' and a state's. `enabled` with a zero in it makes the pass write nothing: a step is skipped without asking the
+    device.
+    """
+
+    seeds: Tensor
+    coefs: Tensor
+    shared: Tensor
+    rounding_seed: Tensor | None = None
+    enabled: Tensor | None = None
+    _near: dict[object, PassNumbers] = field(default_factory=dict, repr=False, compare=False)
+
+    def near(self, backend: ModuleType, device: torch.device) -> PassNumbers:
+        """Where `backend` reads them for tensors on `device`: sent once, however many passes have these numbers."""
+        found = self._near.get((backend, device))
+        if found is None:
+            found = backend.near(self, device)
+            if found is not self:
+                self._near[backend, device] = found
+        return found
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Passes over the same tensors, done one after another in registers, each with its own rounding: the bits are theirs.
+
+    Each is `rule` or `perturbation(rule)`; their own `enabled` is not looked at. fork: the last, a perturbation, goes to
+    the table's probes, and is done also where `enabled` says that nothing else is.
+    """
+
+    stages: Sequence[tuple[PassSpec, PassNumbers]]
+    rule: Rule
+    fork: bool = False
+    enabled: Tensor | None = None
+
+    @property
+    def keep_second(self) -> bool:
+        return not any(spec.rule.written == 2 and not spec.keep_second for spec, _ in self.stages)
+
+
+def perturbation(rule: Rule) -> Rule:
+    """What perturbs for a rule: directions over the root of the curvature where it has one."""
+    return RULES["scaled_axpy" if rule.states == ("h",) else "axpy"]

@@ -1,0 +1,83 @@
+"""What a step asks of a pass, in the method's terms: float64 by name, before it is rounded once to what a pass reads.
+
+Rows are the parameter groups, or finer where a method needs it; coefs are [R, K], shared numbers [R].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zokern.contract.rules import Rule
+from zokern.passes.spec import PassNumbers
+
+# A direction's seed: known to the host, or (a 0-d int64 tensor) to the device alone. Tensors are told apart by identity.
+Seed = int | Tensor
+# Multiples of eps by seed, each a number or a 0-d float64 tensor: one probe is at theta + eps sum_k a_k z(seed_k).
+Terms = Mapping[Seed, float | Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A pass of `rule`: coefs [R, K] by name, A without what restores the weights; shared [R] by name.
+
+    idle: the values of shared with which the rule leaves its states alone, for a step that is skipped.
+    """
+
+    seeds: Sequence[Seed]
+    coefs: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    rule: str = "axpy"
+    idle: Mapping[str, float] = field(default_factory=dict)
+    square_of_sum: bool = False
+    keep_second: bool = False
+
+    def values(self) -> Tensor:
+        """All of its numbers as the pass reads them, float32, in one row."""
+        every = (*self.coefs.values(), *self.shared.values())
+        return torch.cat([value.reshape(-1) for value in every]).to(torch.float32)
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """t on `device`: nothing waits on the way to a device, but a copy for the host is read there at once."""
+    return t if t.device == device else t.to(device, non_blocking=device.type != "cpu")
+
+
+def seed_tensor(seeds: Sequence[Seed]) -> Tensor:
+    """int64 [K]: on the host where it knows them all, else on the device of those that it does not know."""
+    unknown = [seed for seed in seeds if isinstance(seed, Tensor)]
+    if not unknown:
+        return torch.tensor(seeds, dtype=torch.int64)
+    if len(unknown) == len(seeds) == 1:
+        return unknown[0].reshape(1)
+    # Numbers are filled in, not made a tensor of: a copy from the host to a device could not be captured in a graph.
+    device = unknown[0].device
+    return torch.stack(
+        [s if isinstance(s, Tensor) else torch.full((), s, dtype=torch.int64, device=device) for s in seeds]
+    )
+
+
+def along(eps: Tensor, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
+    """[R, K]: each row's eps times the terms of `seeds`, 0 for those that have none."""
+    values = [terms.get(seed, 0.0) for seed in seeds]
+    eps = sent(eps, next((v.device for v in values if isinstance(v, Tensor)), eps.device))
+    columns = [eps * value for value in values]
+    return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, dim=1)
+
+
+def perturbation(eps: Tensor, terms: Terms, still: Tensor, enabled: Tensor | None) -> PassNumbers:
+    """Of the pass that goes to theta + eps sum_k a_k z(seed_k) from theta. still [R, 1]: ones, the decay."""
+    seeds = list(terms)
+    coefs = along(eps, terms, seeds).to(torch.float32).unsqueeze(1)
+    return PassNumbers(seed_tensor(seeds), coefs, still, None, enabled)
+
+
+def packed(rule: Rule, coefs: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """coefs [R, C, K] and shared [R, S] in the order that `rule` has them, rounded to float32, once."""
+    return (
+        torch.stack([coefs[name] for name in rule.coefs], dim=1).to(torch.float32),
+        torch.stack([shared[name] for name in rule.scalars], dim=1).to(torch.float32),
+    )

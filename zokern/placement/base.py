@@ -1,0 +1,81 @@
+"""What a placement is, zokern's or yours: `placement=` takes a name, or an object that has these methods."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from zokern.contract.rules import RULES
+from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.update import Terms, Update, perturbation
+from zokern.sweep import Passes, Sweep
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the update of a step is rounded: seeds int64 [2], of the weights and of a state, and whether by chance."""
+
+    seeds: Tensor
+    stochastic: bool
+
+    @property
+    def name(self) -> str:
+        return "stochastic" if self.stochastic else "nearest"
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What the next step begins with, as far as it is known: its members, and the direction of its first probe."""
+
+    sweep: Sweep
+    terms: Terms
+
+
+@runtime_checkable
+class Placement(Protocol):
+    """Where perturbed weights live during a forward. One step's life: begin, then present and update in any order, then
+    end, which always leaves clean weights, whatever was raised.
+
+    bind: once, before the first step: the module whose parameters are trained, or None, and what does the passes.
+    begin: the step's active parameters; eps float64 [R], a row each; scaled: directions are divided by the root of the
+        state "h".
+    present: inside, forwards see theta + eps d, d = sum_k a_k z(seed_k) with a_k = terms[seed_k]; {} is theta itself.
+    update: the step's last pass. ok, 0-d bool, on the device of the losses: a step that is not ok moves nothing.
+    memory: what is kept for copies between steps. name: what a journal says of it.
+    """
+
+    name: str
+
+    def bind(self, module: nn.Module | None, passes: Passes) -> None: ...
+    def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None: ...
+    def present(self, terms: Terms) -> AbstractContextManager[None]: ...
+    def update(self, update: Update, ok: Tensor, rounding: Rounding, ahead: Ahead | None = None) -> None: ...
+    def end(self) -> None: ...
+    def memory(self) -> list[Tensor]: ...
+
+
+class Perturbing:
+    """What zokern's own placements share: the passes that perturb."""
+
+    def __init__(self) -> None:
+        self.passes: Passes
+        self.sweep = Sweep(())
+        self.eps = self.still = torch.empty(0)
+        self.spec = PassSpec()
+
+    def attend(self, sweep: Sweep, eps: Tensor, scaled: bool) -> None:
+        """The step that begins."""
+        self.sweep, self.eps = sweep, eps
+        if self.still.shape[:1] != eps.shape or self.still.device != eps.device:
+            self.still = torch.ones(len(eps), 1, device=eps.device)
+        rule = RULES["scaled_axpy" if scaled else "axpy"]
+        if self.spec.rule is not rule or self.spec.direction != self.passes.direction:
+            self.spec = PassSpec(rule, self.passes.direction)
+
+    def numbers(self, terms: Terms) -> PassNumbers:
+        """Of the pass that perturbs clean weights by these terms."""
+        return perturbation(self.eps, terms, self.still, self.passes.gate)
