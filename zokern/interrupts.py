@@ -6,10 +6,8 @@ where a step spends its time. What arrives elsewhere is delivered before the nex
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -24,11 +22,6 @@ class HeldInterrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = (number, frame)
 
-    def _deliver(self) -> None:
-        received, self._received = self._received, None
-        if received is not None and callable(self._handler):
-            self._handler(*received)
-
     def __enter__(self) -> HeldInterrupts:
         if threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGINT)
@@ -40,20 +33,20 @@ class HeldInterrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """From now on SIGINT does what it did before; what was held back is delivered."""
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
-            self._deliver()
+            received, self._received = self._received, None
+            if received is not None:
+                self._handler(*received)
 
-    @contextlib.contextmanager
-    def allowed(self) -> Iterator[None]:
-        """Inside, SIGINT does what it did before, and what was held back is delivered at the start."""
-        if self._handler is None:
-            yield
-            return
-        try:
-            signal.signal(signal.SIGINT, self._handler)
-            self._deliver()
-            yield
-        finally:
-            self._handler = signal.getsignal(signal.SIGINT)  # the closure may have set another
-            signal.signal(signal.SIGINT, self._note)
+    def hold(self) -> None:
+        """From now on SIGINT waits. Those who release have to hold again, also after an exception."""
+        if self._handler is not None:
+            handler = signal.getsignal(signal.SIGINT)  # the closure may have set another
+            self._handler = handler if callable(handler) else None
+            if self._handler is not None:
+                signal.signal(signal.SIGINT, self._note)

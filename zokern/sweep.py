@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from zokern import ops
+from zokern import backends
 from zokern.contract.rules import Rule
 from zokern.directions import Direction
-from zokern.ops import Operands
-from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.operands import Operands
+from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, PassNumbers, PassSpec
+from zokern.passes.table import Table
 
 KEPT = 16  # kinds of passes over a sweep; a step has two or three
 
@@ -107,6 +109,105 @@ class Sweep(Sequence[Member]):
         )
 
 
+NOTHING = Sweep(())
+
+
+# ------------------------------------------------------------------------------------------------------- one launch
+
+
+def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str = "auto") -> int:
+    """One pass, with one row of coefs and shared a group; one launch for each dtype, whose number is returned.
+
+    Tensors are checked when they are first seen; numbers are the caller's to check.
+
+    Raises:
+        ValueError: for more seeds or more elements than one launch takes.
+    """
+    if numbers.seeds.numel() > MAX_PASS_SEEDS:
+        raise ValueError(
+            f"a pass has {numbers.seeds.numel()} seeds, and one takes {MAX_PASS_SEEDS}: give them to several passes in turn"
+        )
+    # A compiler, a mode and the profiler see a call only if it goes through PyTorch's dispatcher.
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return _through_torch(operands, spec, numbers, backend)
+    launches = launch(operands, spec, numbers, backend)
+    torch.autograd.graph.increment_version(operands.written)
+    return launches
+
+
+def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
+    """What `run` does, past PyTorch's dispatcher; autograd is not told."""
+    chosen, tables = operands.found or _find(operands, backend)
+    near = numbers.near.get((chosen, operands.device))
+    if near is None:
+        near = chosen.near(numbers, operands.device)
+        if near is not numbers:
+            numbers.near[chosen, operands.device] = near
+    for table in tables:
+        chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, near)
+    return len(tables)
+
+
+def _find(operands: Operands, backend: str) -> tuple[ModuleType, list[Table]]:
+    """Kept with the operands."""
+    operands.found = backends.choose(backend, operands.device), operands.tables()
+    return operands.found
+
+
+def run_chain(
+    operands: Operands,
+    stages: Sequence[tuple[PassSpec, PassNumbers]],
+    rule: Rule,
+    *,
+    enabled: Tensor | None = None,
+    backend: str = "auto",
+) -> int:
+    """Several passes in place, one after another in registers (passes/spec.py's Chain): memory moves once.
+
+    The operands' probes: the last stage, a perturbation, goes to these and not to the tensors. The bits are those of the
+    passes done one by one. Returns the number of launches, one for each dtype.
+
+    Raises:
+        ValueError: unless there are 1 to 32 stages with at most 128 seeds in all; for more elements than a launch takes.
+    """
+    num_seeds = sum(numbers.seeds.numel() for _, numbers in stages)
+    if not 1 <= len(stages) <= MAX_STAGES or num_seeds > MAX_CHAIN_SEEDS:
+        raise ValueError(
+            f"a chain has {len(stages)} stages with {num_seeds} seeds, and one takes 1 to {MAX_STAGES} stages with at most "
+            f"{MAX_CHAIN_SEEDS}: make several chains of it, or passes (the bits are the same)"
+        )
+    chosen, tables = operands.found or _find(operands, backend)
+    for table in tables:
+        own = [(spec.exact if table.dtype == torch.float32 else spec, numbers) for spec, numbers in stages]
+        chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))
+    torch.autograd.graph.increment_version(operands.written)
+    return len(tables)
+
+
+def _through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
+    """The pass as an operator (zokern/ops.py), to which records go as what operators take: tensors, lists, plain values."""
+    first, second = [*operands.states, [], []][:2]
+    rest = (
+        first, second, operands.tensor_ids, operands.offsets, operands.groups, numbers.seeds, numbers.coefs, numbers.shared,
+        numbers.rounding_seed, numbers.enabled, spec.rule.name, spec.direction.name, spec.rounding, spec.square_of_sum,
+        spec.keep_second, backend,
+    )  # fmt: skip
+    if operands.dst is None:
+        torch.ops.zokern.pass_(operands.src, *rest)
+    else:
+        torch.ops.zokern.pass_out(operands.src, operands.dst, *rest)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(operands.written)
+    return len({t.dtype for t in operands.src})
+
+
+# ------------------------------------------------------------------------------------------------------ whole sweeps
+
+
 class Listener(Protocol):
     """Is told of every pass that writes to the weights' own storage."""
 
@@ -139,7 +240,7 @@ class Passes:
         if not sweep.members:
             return
         for operands in sweep.operands(spec.rule.states, out):
-            self.counters.launches += ops.run(operands, spec, numbers, self.backend)
+            self.counters.launches += run(operands, spec, numbers, self.backend)
         if out is None and self.listener is not None:
             self.listener(spec, numbers)
         self.counters.passes += counted
@@ -154,13 +255,13 @@ class Passes:
         probes: Sequence[Tensor | None] = (),
         enabled: Tensor | None = None,
     ) -> None:
-        """Passes over the same members, one after another while an element is at hand: one sweep (ops.run_chain).
+        """Passes over the same members, one after another while an element is at hand: one sweep (run_chain).
 
         Each stage's rule is `rule` or the perturbation that goes with it. probes: the last stage, a perturbation, goes
         there instead, also where `enabled` leaves the others out.
         """
         for operands in sweep.operands(rule.states, probes=probes):
-            self.counters.launches += ops.run_chain(operands, stages, rule, enabled=enabled, backend=self.backend)
+            self.counters.launches += run_chain(operands, stages, rule, enabled=enabled, backend=self.backend)
         for spec, numbers in (stages[:-1] if probes else stages) if self.listener is not None else ():
             self.listener(spec, numbers)  # type: ignore[misc]
         self.counters.passes += 1

@@ -61,11 +61,13 @@ class Parcel:
         return None if table is None else self._buffer[self._size :].view(table.dtype).view(table.shape)
 
 
-def on_host(numbers: PassNumbers) -> PassNumbers:
+def on_host(numbers: PassNumbers, device: torch.device) -> PassNumbers:
     """A pass' numbers in host memory, which waits for those that a device has."""
-    given = (numbers.seeds, numbers.coefs, numbers.shared, numbers.rounding_seed, numbers.enabled)
-    if all(t is None or t.device.type == "cpu" for t in given):
+    rounding, enabled = numbers.rounding_seed, numbers.enabled
+    known = numbers.seeds.is_cpu and numbers.coefs.is_cpu and numbers.shared.is_cpu
+    if known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu):
         return numbers
+    given = (numbers.seeds, numbers.coefs, numbers.shared, rounding, enabled)
     return PassNumbers(*(None if t is None else t.cpu() for t in given))  # type: ignore[arg-type]
 
 

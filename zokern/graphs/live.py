@@ -35,11 +35,12 @@ class DeviceNumbers:
 
     # ----------------------------------------------------------------------------------------- what the step asks for
 
-    def rows(self, name: str, rows: Rows) -> Tensor:
-        return torch.stack([self._hyper(name, g) for g, _ in rows])
+    def rates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        lr, eps, decay = (torch.stack([self._hyper(name, g) for g, _ in rows]) for name in HYPER)
+        return lr, eps, decay
 
-    def first(self, name: str) -> Tensor:
-        return self._hyper(name, 0)
+    def first_eps(self) -> Tensor:
+        return self._hyper("eps", 0)
 
     def seed(self, k: int) -> Tensor:
         """The step's seed of a stream, int64, 0-d: the same tensor each time within a step."""

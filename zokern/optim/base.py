@@ -25,11 +25,10 @@ from zokern.interrupts import HeldInterrupts
 from zokern.layers import RandomBlocks
 from zokern.optim import drivers, parameters, state
 from zokern.optim.events import Listener, StepEvent
-from zokern.optim.losses import Closure, Losses, Reduce, unreduced
+from zokern.optim.losses import Closure, Losses, Reduce, Skips
 from zokern.optim.method import Method
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.parameters import Active, Parameters
-from zokern.optim.skips import Skips
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import Terms, sent
@@ -76,7 +75,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         self.options = {"distribution": direction.name, "rounding": rounding, **options}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.listeners: list[Listener] = []
-        self.reduce: Reduce = unreduced
+        self.reduce: Reduce | None = None
         self.active: Active  # of the current step
         self.numbers: StepNumbers  # likewise
         self._parameters = Parameters(registry, states or {}, self.layers)
@@ -123,14 +122,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             TypeError: if closure is missing or does not return one number. Whatever is raised, also from inside the
                 closure, KeyboardInterrupt included, the weights are clean afterwards.
         """
-        losses = Losses(
-            closure,
-            batches,
-            batch_weights=batch_weights,
-            reduction=reduction,
-            loss_weights=loss_weights,
-            vectors=self.takes_vector_losses,
-        )
+        losses = Losses(closure, batches, batch_weights, reduction, loss_weights, vectors=self.takes_vector_losses)
         self._skips.warn()
         self._parameters.check_groups(self, self.pipelined)
         with HeldInterrupts() as interrupts:
@@ -148,46 +140,52 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
     def _step(self, losses: Losses, numbers: StepNumbers, interrupts: HeldInterrupts) -> None:
         counters, self.numbers = self._passes.counters, numbers
         self.active = self._parameters.active(self, self.seed, counters.steps)
-        eps = numbers.rows("eps", self.active.rows)
+        rates = Rates(*numbers.rates(self.active.rows))
         told: list[tuple[PassSpec, PassNumbers]] = []
         ok: Tensor | None = None
-        self._placement.begin(self.active.sweep, eps, scaled=self._scaled)
+        self._placement.begin(self.active.sweep, rates.eps, scaled=self._scaled)
         self._passes.gate = numbers.gate
         if self.listeners:
             self._passes.listener = lambda *one: told.append(one)
         try:
 
             def evaluate(terms: Terms) -> Tensor:
-                with self._placement.present(terms), interrupts.allowed():
-                    return losses.evaluate(counters, numbers.device)
+                with self._placement.present(terms):
+                    try:
+                        interrupts.release()
+                        return losses.evaluate(counters, numbers.device)
+                    finally:
+                        interrupts.hold()
 
-            ok = self._apply(drivers.in_turn(self.rounds(), evaluate, self.reduce), losses, eps)
+            ok = self._apply(drivers.in_turn(self.rounds(), evaluate, self.reduce), losses, rates)
         finally:
             self._placement.end()
             self._passes.gate = self._passes.listener = None
             if self.listeners:
                 self._tell(told, ok)
+            del self.numbers
         counters.steps += 1
 
-    def _apply(self, estimate: Estimate, losses: Losses, eps: Tensor) -> Tensor:
+    def _apply(self, estimate: Estimate, losses: Losses, rates: Rates) -> Tensor:
         """The step's last pass; returns whether it did anything."""
         every, ok = losses.finite()
-        device, numbers, rows = every.device, self.numbers, self.active.rows
+        numbers = self.numbers
         self.metrics = {
             "loss": every.mean().to(torch.float32),
-            "projected_gradient": (estimate.projected / numbers.first("eps")).to(torch.float32),
-            **losses.metrics(),
+            "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
+            **(losses.metrics() if losses.named else {}),
         }
-        lr, decay = numbers.rows("lr", rows), numbers.rows("weight_decay", rows)
-        update = self.update(estimate, Rates(sent(lr, device), sent(eps, device), sent(decay, device)))
+        update = self.update(estimate, rates if rates.lr.device == every.device else rates.on(every.device))
         ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate)
-        rounding = placement.Rounding(numbers.rounding_seeds(), self.rounding != "nearest")
+        rounding = placement.Rounding(
+            "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()
+        )
         self._placement.update(update, ok, rounding, self._ahead() if self.pipelined else None)
         self.applied(ok)
         return ok
 
     def _host_numbers(self, step: int) -> HostNumbers:
-        return HostNumbers(self.param_groups, self.seed, step, self.schedule(step))
+        return HostNumbers(self.param_groups, self.seed, step, self.schedule)
 
     def _ahead(self) -> placement.Ahead:
         """Every method's first probe of perturbed weights is along direction 0."""

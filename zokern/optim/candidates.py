@@ -64,7 +64,7 @@ class _Candidates(ZerothOrderOptimizer):
         )
 
     def rounds(self) -> Rounds:
-        seeds = [self.direction_seed(j) for j in range(self.candidates)]
+        seeds = [self.numbers.seed(j) for j in range(self.candidates)]
         at_theta: list[Terms] = [] if self.smoothing is None else [{}]
         losses = yield [*at_theta, *({seed: 1.0} for seed in seeds)]
         here = None if self.smoothing is None else losses[0]

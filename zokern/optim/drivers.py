@@ -18,12 +18,13 @@ from zokern.passes.update import Terms
 Rounds = Generator[list[Terms], list[Tensor], Estimate]
 
 
-def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], reduce: Reduce) -> Estimate:
+def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], reduce: Reduce | None = None) -> Estimate:
     """One probe after another, in the order of the round; `reduce` gets a round's losses at once."""
     try:
         probes = next(rounds)
         while True:
-            probes = rounds.send(reduce([evaluate(terms) for terms in probes]))
+            losses = list(map(evaluate, probes))
+            probes = rounds.send(losses if reduce is None else reduce(losses))
     except StopIteration as done:
         estimate: Estimate = done.value
         return estimate

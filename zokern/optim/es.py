@@ -74,7 +74,7 @@ class ES(ZerothOrderOptimizer):
         )
 
     def rounds(self) -> Rounds:
-        seeds = [self.direction_seed(n) for n in range(self.num_directions)]
+        seeds = [self.numbers.seed(n) for n in range(self.num_directions)]
         signs = (1.0, -1.0) if self.antithetic else (1.0,)
         each = yield [{seed: sign} for seed in seeds for sign in signs]
         rewards = torch.stack(each).reshape(len(seeds), len(signs))

@@ -65,7 +65,7 @@ class FZOO(ZerothOrderOptimizer):
 
     def rounds(self) -> Rounds:
         n = self.candidates
-        seeds = [self.direction_seed(j) for j in range(n)]
+        seeds = [self.numbers.seed(j) for j in range(n)]
         here, *each = yield [{}, *({seed: 1.0} for seed in seeds)]
         losses = torch.stack(each)
         spread = losses.max() > losses.min()  # the standard deviation of equal numbers may round to more than 0

@@ -72,7 +72,7 @@ class HiZOO(ZerothOrderOptimizer):
 
     def rounds(self) -> Rounds:
         n = self.num_samples
-        seeds = [self.direction_seed(k) for k in range(n)]
+        seeds = [self.numbers.seed(k) for k in range(n)]
         here, *losses = yield [{}, *({seed: sign} for seed in seeds for sign in (1.0, -1.0))]
         terms: dict[Seed, Tensor] = {}
         kappa: dict[Seed, Tensor] = {}

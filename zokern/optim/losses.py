@@ -12,6 +12,7 @@ are given.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from zokern import _checks
+from zokern._checks import ZokernWarning
+from zokern.passes.update import sent
 from zokern.sweep import Counters
 
 Closure = Callable[..., Any]
@@ -27,9 +30,7 @@ Reduce = Callable[[list[Tensor]], list[Tensor]]
 REDUCTIONS = ("mean", "sum")
 
 
-def _weights(given: Iterable[float] | None, batches: list[Any] | None) -> list[float] | None:
-    if given is None:
-        return None
+def _weights(given: Iterable[float], batches: list[Any] | None) -> list[float]:
     if batches is None:
         raise ValueError("batch_weights are given and batches are not; they go in pairs")
     weights = [_checks.check_number(w, f"batch_weights[{i}]", 0.0) for i, w in enumerate(given)]
@@ -51,10 +52,10 @@ class Losses:
         self,
         closure: Closure,
         batches: Iterable[Any] | None = None,
-        *,
         batch_weights: Iterable[float] | None = None,
         reduction: str = "mean",
         loss_weights: Mapping[str, float] | None = None,
+        *,
         vectors: bool = False,
     ) -> None:
         if not callable(closure):
@@ -65,12 +66,13 @@ class Losses:
         self.batches = None if batches is None else list(batches)
         if self.batches is not None and not self.batches:
             raise ValueError("batches is empty")
-        self.weights = _weights(batch_weights, self.batches)
-        self.reduction = _checks.check_choice(reduction, "reduction", REDUCTIONS)
-        self.loss_weights = {
-            name: _checks.check_number(weight, f"loss_weights[{name!r}]")
-            for name, weight in (loss_weights or {}).items()
-        }
+        self.weights = None if batch_weights is None else _weights(batch_weights, self.batches)
+        self.reduction = (
+            reduction if reduction in REDUCTIONS else _checks.check_choice(reduction, "reduction", REDUCTIONS)
+        )
+        self.loss_weights = dict(loss_weights or {})
+        for name, weight in self.loss_weights.items():
+            _checks.check_number(weight, f"loss_weights[{name!r}]")
         self.each: list[Tensor] = []
         self.named: dict[str, list[Tensor]] = {}
 
@@ -148,6 +150,61 @@ class Losses:
         return loss.detach().reshape(()).to(torch.float64)
 
 
-def unreduced(losses: list[Tensor]) -> list[Tensor]:
-    """One process alone."""
-    return losses
+class Skips:
+    """Counts the steps that were skipped because a loss was not finite, and warns of the first.
+
+    count: int64, 0-d, on the device of the losses.
+    """
+
+    def __init__(self) -> None:
+        self.count = torch.zeros((), dtype=torch.int64)
+        self._seen: tuple[Tensor, torch.cuda.Event] | None = None
+        self._warned = False
+
+    def load(self, count: int) -> None:
+        self.count = torch.tensor(count, dtype=torch.int64)
+        self._warned = self._warned or count > 0
+
+    def note(self, ok: Tensor, gate: Tensor | None) -> Tensor:
+        """A step that is ok or not; returns whether its passes do anything, which the gate of a captured step says too."""
+        if gate is not None:
+            opened = gate.reshape(()).to(torch.bool)
+            self.count.add_(~ok & opened)
+            return ok & opened
+        if ok.device.type == "cpu" and self.count.device.type == "cpu":
+            self.count += int(not ok)
+            self.warn()
+        else:
+            self.count = sent(self.count, ok.device)
+            self.count.add_(~ok)
+            self.look()
+        return ok
+
+    def look(self) -> None:
+        """Starts a copy of the count to the host, to be looked at in a later step without waiting."""
+        if self.count.device.type != "cpu" and self._seen is None and not self._warned:
+            host = torch.empty((), dtype=torch.int64, pin_memory=True)
+            host.copy_(self.count, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.count.device))
+            self._seen = (host, event)
+
+    def warn(self) -> None:
+        """Once, if the host knows of a step that was skipped."""
+        count = 0
+        if self._warned:
+            return
+        if self.count.device.type == "cpu":
+            count = int(self.count)
+        elif self._seen is not None:
+            host, event = self._seen
+            if event.query():
+                count, self._seen = int(host), None
+        if count:
+            self._warned = True
+            warnings.warn(
+                "a loss was not finite, so the update of that step was skipped (weights unchanged). Further skips are "
+                "only counted: see skipped_steps. In float16 try bfloat16 or a smaller eps.",
+                ZokernWarning,
+                stacklevel=5,
+            )

@@ -12,7 +12,7 @@ from zokern.optim.drivers import Rounds
 from zokern.optim.numbers import StepNumbers
 from zokern.optim.parameters import Active
 from zokern.optim.update import Estimate, Rates, sgd
-from zokern.passes.update import Seed, Update
+from zokern.passes.update import Update
 
 
 class Method:
@@ -44,10 +44,6 @@ class Method:
     def row_key(self, param: Tensor) -> Hashable:
         """Parameters of one group whose keys differ get rows of coefficients of their own."""
         return None
-
-    def direction_seed(self, k: int) -> Seed:
-        """Seed of the current step's direction k."""
-        return self.numbers.seed(k)
 
     # ----------------------------------------------------------------------------- what it remembers besides states
 

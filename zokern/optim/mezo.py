@@ -92,7 +92,7 @@ class MeZO(ZerothOrderOptimizer):
                 f"num_samples is {num_samples}; update='adamezo' works with 1, one direction for each step"
             )
         self.horizon = _checks.check_integer(horizon, "horizon", 1, 1 << 20)
-        self._memory = moments.Nothing()
+        self._memory: moments.Memory | None = None
         if self.rule == "adam":
             self._memory = moments.AdamCounts()
         elif self.rule == "adamezo":
@@ -119,7 +119,7 @@ class MeZO(ZerothOrderOptimizer):
         )
 
     def rounds(self) -> Rounds:
-        seeds = [self.direction_seed(k) for k in range(self.num_samples)]
+        seeds = [self.numbers.seed(k) for k in range(self.num_samples)]
         if self.one_sided:
             here, *losses = yield [{}, *({seed: 1.0} for seed in seeds)]
             change = [loss - here for loss in losses]
@@ -153,20 +153,23 @@ class MeZO(ZerothOrderOptimizer):
         return update.sign(estimate, rates) if self.rule == "sign" else update.sgd(estimate, rates)
 
     def applied(self, ok: Tensor) -> None:
-        self._memory.commit(ok)
+        if self._memory is not None:
+            self._memory.commit(ok)
 
     def history(self) -> list[Any]:
-        return self._memory.save()
+        return [] if self._memory is None else self._memory.save()
 
     def load_history(self, history: list[Any]) -> None:
-        self._memory.load(history)
+        if self._memory is not None:
+            self._memory.load(history)
 
     def memory(self) -> list[float]:
-        return self._memory.numbers()
+        return [] if self._memory is None else self._memory.numbers()
 
     def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
         blocks = [None, *range(0 if self.layers is None else len(self.layers.names))]
-        self._memory.remember(derive_seed(self.seed, step, 0), memory, dropped, blocks, ok)
+        if self._memory is not None:
+            self._memory.remember(derive_seed(self.seed, step, 0), memory, dropped, blocks, ok)
 
 
 class LeZO(MeZO):

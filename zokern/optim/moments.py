@@ -6,6 +6,7 @@ all that lies outside the blocks, and for everything where there are no layers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, cast
@@ -18,29 +19,33 @@ from zokern.optim.update import Estimate, Rates, adam
 from zokern.passes.update import Update, sent
 
 
-class Nothing:
-    """Of updates that remember nothing."""
+class Memory(ABC):
+    """What an update remembers."""
 
+    @abstractmethod
     def commit(self, ok: Tensor) -> None:
         """Called after the pass; ok says whether it was done or skipped."""
 
+    @abstractmethod
     def save(self) -> list[Any]:
-        return []
+        """All of it, as plain values and tensors."""
 
+    @abstractmethod
     def load(self, history: list[Any]) -> None:
-        pass
+        """Takes back what `save` gave."""
 
     def numbers(self) -> list[float]:
-        """Of the last step, for a journal."""
+        """Of the last step, for a journal: those that a replay cannot know."""
         return []
 
+    @abstractmethod
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
     ) -> None:
         """A step that was done before, told by a journal."""
 
 
-class AdamCounts(Nothing):
+class AdamCounts(Memory):
     """How many updates each block has had, for the bias corrections."""
 
     def __init__(self) -> None:
@@ -76,7 +81,7 @@ class AdamCounts(Nothing):
         self.counts = {key: count.clone() for key, count in history}
 
 
-class AdaMeZOHistory(Nothing):
+class AdaMeZOHistory(Memory):
     """Seeds and projected gradients of the last `horizon` steps: both moments are made again from these, no state is kept.
 
     M = (1-b1) sum_i b1^i c_{t-i} z_{t-i}, V = (1-b2) sum_i b2^i c_{t-i}^2 z_{t-i}^2, theta <- ... - lr M / sqrt(V + delta)

@@ -6,7 +6,7 @@ reads anew each time (zokern/graphs/live.py).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from zokern.passes.update import Seed, sent
 
 Rows = Sequence[tuple[int, Hashable]]  # the parameter group, and what tells rows of one group apart
 HYPER = ("lr", "eps", "weight_decay")
+NUMBERS = {float, int}
 
 
 class StepNumbers(Protocol):
@@ -30,11 +31,11 @@ class StepNumbers(Protocol):
     @property
     def drawn(self) -> Mapping[int, int]: ...
 
-    def rows(self, name: str, rows: Rows) -> Tensor:
-        """A hyper-parameter of each row's group, float64 [R]."""
+    def rates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """lr, eps and weight_decay of each row's group, float64 [R] each."""
 
-    def first(self, name: str) -> float | Tensor:
-        """A hyper-parameter of the first group."""
+    def first_eps(self) -> float | Tensor:
+        """eps of the first group."""
 
     def seed(self, k: int) -> Seed:
         """Of the step's direction k."""
@@ -47,7 +48,7 @@ class StepNumbers(Protocol):
 
 
 class HostNumbers:
-    """The host's, of one step. scheduled: what the method's `schedule` gives for it.
+    """The host's, of one step. schedule: the method's.
 
     `drawn`: the directions whose seeds were asked for, by seed.
     """
@@ -56,23 +57,28 @@ class HostNumbers:
     device: torch.device | None = None
 
     def __init__(
-        self, groups: Sequence[Mapping[str, Any]], run_seed: int, step: int, scheduled: Sequence[float] = ()
+        self, groups: Sequence[Mapping[str, Any]], run_seed: int, step: int, schedule: Callable[[int], list[float]]
     ) -> None:
-        self._groups, self._at_step, self._scheduled = groups, derive_step(run_seed, step), scheduled
+        self._groups, self._step, self._schedule = groups, step, schedule
+        self._at_step = derive_step(run_seed, step)
         self.drawn: dict[int, int] = {}
 
-    def rows(self, name: str, rows: Rows) -> Tensor:
-        """On the host, or on the device of the first value that is on one."""
-        values = [self._groups[g][name] for g, _ in rows]
-        given = [v for v in values if isinstance(v, Tensor)]
-        if not given:
-            return torch.tensor(values, dtype=torch.float64)
-        device = next((v.device for v in given if v.device.type != "cpu"), torch.device("cpu"))
-        return torch.stack([sent(torch.as_tensor(v, dtype=torch.float64).reshape(()), device) for v in values])
+    def rates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """On the host; or, where a group's number is a tensor on a device, all of them there."""
+        given = [self._groups[g][name] for name in HYPER for g, _ in rows]
+        values = given if NUMBERS.issuperset(map(type, given)) else self._together(given)
+        lr, eps, decay = torch.as_tensor(values, dtype=torch.float64).view(3, len(rows)).unbind()
+        return lr, eps, decay
 
-    def first(self, name: str) -> float | Tensor:
-        value = self._groups[0][name]
-        return value.to(torch.float64) if isinstance(value, Tensor) else float(value)
+    def _together(self, values: list[Any]) -> Tensor:
+        """On the host, or on the device of the first value that is on one."""
+        made = [torch.as_tensor(v, dtype=torch.float64).reshape(()) for v in values]
+        device = next((v.device for v in made if v.device.type != "cpu"), torch.device("cpu"))
+        return torch.stack([sent(v, device) for v in made])
+
+    def first_eps(self) -> float | Tensor:
+        eps = self._groups[0]["eps"]
+        return eps.to(torch.float64) if isinstance(eps, Tensor) else float(eps)
 
     def seed(self, k: int) -> Seed:
         seed = derive_stream(self._at_step, k)
@@ -84,4 +90,4 @@ class HostNumbers:
         return torch.tensor(seeds, dtype=torch.int64)
 
     def scheduled(self, i: int) -> float | Tensor:
-        return self._scheduled[i]
+        return self._schedule(self._step)[i]

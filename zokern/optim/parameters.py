@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zokern import _checks
 from zokern.layers import RandomBlocks
 from zokern.optim import state
-from zokern.optim.numbers import Rows
+from zokern.optim.numbers import NUMBERS, Rows
 from zokern.sweep import Member, Sweep
 
 Groups = list[dict[str, Any]]
@@ -128,8 +128,10 @@ class Parameters:
 
     def check_groups(self, owner: Owner, pipelined: bool) -> None:
         """The groups' numbers, which users and schedulers change."""
-        given: list[object] = [group[key] for group in owner.param_groups for key, *_ in CHECKED]
-        if given == self._checked and not any(isinstance(value, Tensor) for value in given):
+        given: list[object] = []
+        for group in owner.param_groups:
+            given += group["lr"], group["eps"], group["weight_decay"]
+        if NUMBERS.issuperset(map(type, given)) and given == self._checked:
             return
         for g, group in enumerate(owner.param_groups):
             check_group(group, g)

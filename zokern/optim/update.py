@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zokern.passes.update import Terms, Update
+from zokern.passes.update import Terms, Update, sent
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Rates:
     def decay(self) -> Tensor:
         return 1.0 - self.lr * self.weight_decay
 
+    def on(self, device: torch.device) -> Rates:
+        return Rates(sent(self.lr, device), sent(self.eps, device), sent(self.weight_decay, device))
+
 
 def gradient(estimate: Estimate, eps: Tensor) -> Tensor:
     """G [R, K] of an estimate."""
@@ -47,7 +50,7 @@ def gradient(estimate: Estimate, eps: Tensor) -> Tensor:
 
 def stacked(terms: Terms) -> Tensor:
     """The values of terms, [K]."""
-    return torch.stack([torch.as_tensor(value) for value in terms.values()])
+    return torch.stack(list(map(torch.as_tensor, terms.values())))
 
 
 def sgd(estimate: Estimate, rates: Rates) -> Update:

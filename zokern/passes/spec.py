@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from zokern.contract.rules import RULES, Rule
@@ -40,12 +38,13 @@ class PassSpec:
             raise ValueError(f"rounding is {self.rounding!r}; it must be one of {', '.join(map(repr, ROUNDINGS))}")
 
     @functools.cached_property
-    def _exact(self) -> PassSpec:
+    def exact(self) -> PassSpec:
+        """For float32 weights, which have nothing to round."""
         return replace(self, rounding="nearest")
 
-    def of(self, dtype: torch.dtype) -> PassSpec:
-        """For weights of `dtype`: float32 has nothing to round."""
-        return self._exact if dtype == torch.float32 and self.rounding != "nearest" else self
+
+# The same few are asked for in every step.
+pass_spec = functools.lru_cache(maxsize=256)(PassSpec)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class PassNumbers:
 
     G groups (rows), K directions; C and S are the numbers of the rule's coefs and scalars. The two rounding seeds are the
     weights' and a state's. `enabled` with a zero in it makes the pass write nothing: a step is skipped without asking the
-    device.
+    device. near: where these numbers were sent, so that several passes send them once.
     """
 
     seeds: Tensor
@@ -64,16 +63,7 @@ class PassNumbers:
     shared: Tensor
     rounding_seed: Tensor | None = None
     enabled: Tensor | None = None
-    _near: dict[object, PassNumbers] = field(default_factory=dict, repr=False, compare=False)
-
-    def near(self, backend: ModuleType, device: torch.device) -> PassNumbers:
-        """Where `backend` reads them for tensors on `device`: sent once, however many passes have these numbers."""
-        found = self._near.get((backend, device))
-        if found is None:
-            found = backend.near(self, device)
-            if found is not self:
-                self._near[backend, device] = found
-        return found
+    near: dict[object, PassNumbers] = field(default_factory=dict, repr=False, compare=False)  # by backend and device
 
 
 @dataclass(frozen=True)

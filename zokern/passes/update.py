@@ -48,13 +48,13 @@ def sent(t: Tensor, device: torch.device) -> Tensor:
 
 def seed_tensor(seeds: Sequence[Seed]) -> Tensor:
     """int64 [K]: on the host where it knows them all, else on the device of those that it does not know."""
-    unknown = [seed for seed in seeds if isinstance(seed, Tensor)]
-    if not unknown:
+    for seed in seeds:
+        if isinstance(seed, Tensor):
+            device = seed.device
+            break
+    else:
         return torch.tensor(seeds, dtype=torch.int64)
-    if len(unknown) == len(seeds) == 1:
-        return unknown[0].reshape(1)
     # Numbers are filled in, not made a tensor of: a copy from the host to a device could not be captured in a graph.
-    device = unknown[0].device
     return torch.stack(
         [s if isinstance(s, Tensor) else torch.full((), s, dtype=torch.int64, device=device) for s in seeds]
     )
@@ -62,10 +62,13 @@ def seed_tensor(seeds: Sequence[Seed]) -> Tensor:
 
 def along(eps: Tensor, terms: Terms, seeds: Sequence[Seed]) -> Tensor:
     """[R, K]: each row's eps times the terms of `seeds`, 0 for those that have none."""
-    values = [terms.get(seed, 0.0) for seed in seeds]
-    eps = sent(eps, next((v.device for v in values if isinstance(v, Tensor)), eps.device))
-    columns = [eps * value for value in values]
-    return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, dim=1)
+    columns = []
+    for seed in seeds:
+        value = terms.get(seed, 0.0)
+        if isinstance(value, Tensor) and value.device != eps.device:
+            eps = sent(eps, value.device)
+        columns.append(eps * value)
+    return columns[0][:, None] if len(columns) == 1 else torch.stack([sent(c, eps.device) for c in columns], dim=1)
 
 
 def perturbation(eps: Tensor, terms: Terms, still: Tensor, enabled: Tensor | None) -> PassNumbers:

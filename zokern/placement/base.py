@@ -10,21 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from zokern.contract.rules import RULES
-from zokern.passes.spec import PassNumbers, PassSpec
-from zokern.passes.update import Terms, Update, perturbation
-from zokern.sweep import Passes, Sweep
+from zokern.passes.spec import PassSpec, pass_spec
+from zokern.passes.update import Terms, Update
+from zokern.sweep import NOTHING, Passes, Sweep
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the update of a step is rounded: seeds int64 [2], of the weights and of a state, and whether by chance."""
+    """How the update of a step is rounded: "nearest" or "stochastic"; seeds int64 [2], of the weights and of a state."""
 
+    name: str
     seeds: Tensor
-    stochastic: bool
-
-    @property
-    def name(self) -> str:
-        return "stochastic" if self.stochastic else "nearest"
 
 
 @dataclass(frozen=True)
@@ -59,23 +55,17 @@ class Placement(Protocol):
 
 
 class Perturbing:
-    """What zokern's own placements share: the passes that perturb."""
+    """What zokern's own placements share: the step that is under way, and the passes that perturb for it."""
+
+    passes: Passes
 
     def __init__(self) -> None:
-        self.passes: Passes
-        self.sweep = Sweep(())
+        self.sweep = NOTHING
         self.eps = self.still = torch.empty(0)
         self.spec = PassSpec()
 
     def attend(self, sweep: Sweep, eps: Tensor, scaled: bool) -> None:
-        """The step that begins."""
         self.sweep, self.eps = sweep, eps
         if self.still.shape[:1] != eps.shape or self.still.device != eps.device:
             self.still = torch.ones(len(eps), 1, device=eps.device)
-        rule = RULES["scaled_axpy" if scaled else "axpy"]
-        if self.spec.rule is not rule or self.spec.direction != self.passes.direction:
-            self.spec = PassSpec(rule, self.passes.direction)
-
-    def numbers(self, terms: Terms) -> PassNumbers:
-        """Of the pass that perturbs clean weights by these terms."""
-        return perturbation(self.eps, terms, self.still, self.passes.gate)
+        self.spec = pass_spec(RULES["scaled_axpy" if scaled else "axpy"], self.passes.direction)

@@ -7,16 +7,16 @@ perturbation of the next are one pass, and so are the last restore and the updat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from zokern.contract.rules import RULES
-from zokern.passes.spec import PassNumbers, PassSpec
-from zokern.passes.update import Seed, Terms, Update, along, packed, seed_tensor, sent
+from zokern.passes.spec import PassNumbers, pass_spec
+from zokern.passes.update import Seed, Terms, Update, along, packed, perturbation, seed_tensor, sent
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import Passes, Sweep
+from zokern.sweep import NOTHING, Passes, Sweep
 
 # An update of weights that are perturbed where they are restores them in the same pass: its rule then has an A.
 RESTORING = {"hizoo": "hizoo_restore"}
@@ -37,17 +37,20 @@ class InPlace(Perturbing):
         self.current = {}
 
     def _move(self, terms: Terms) -> None:
-        delta = {s: terms.get(s, 0.0) - self.current.get(s, 0.0) for s in {**self.current, **terms}}
-        delta = {s: a for s, a in delta.items() if isinstance(a, Tensor) or a != 0.0}
+        delta: dict[Seed, float | Tensor] = {}
+        for seed in {**self.current, **terms}:
+            change = terms.get(seed, 0.0) - self.current.get(seed, 0.0)
+            if isinstance(change, Tensor) or change != 0.0:
+                delta[seed] = change
         if delta:
-            self.passes.run(self.sweep, self.spec, self.numbers(delta))
+            numbers = perturbation(self.eps, delta, self.still, self.passes.gate)
+            self.passes.run(self.sweep, self.spec, numbers)
             torch.clear_autocast_cache()  # of casts of what the weights were before
         self.current = dict(terms)
 
-    @contextlib.contextmanager
-    def present(self, terms: Terms) -> Iterator[None]:
+    def present(self, terms: Terms) -> AbstractContextManager[None]:
         self._move(terms)
-        yield
+        return contextlib.nullcontext()
 
     def update(self, update: Update, ok: Tensor, rounding: Rounding, ahead: Ahead | None = None) -> None:
         # The weights are w = theta + sum r z, and decay*theta + sum u z = decay*w + sum (u - decay*r) z. A skipped step
@@ -63,7 +66,7 @@ class InPlace(Perturbing):
         restore = sent(along(self.eps, self.current, every), ok.device)
         coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore
         rule = RULES[RESTORING.get(update.rule, update.rule)]
-        spec = PassSpec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
+        spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
         numbers = PassNumbers(seed_tensor(every), *packed(rule, coefs, shared), rounding.seeds, self.passes.gate)
         self.passes.run(self.sweep, spec, numbers)
         torch.clear_autocast_cache()
@@ -76,4 +79,4 @@ class InPlace(Perturbing):
     def end(self) -> None:
         if self.current:
             self._move({})
-        self.sweep = Sweep(())
+        self.sweep = NOTHING

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zokern.contract.rules import RULES
-from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec
-from zokern.passes.update import Terms, Update, packed, seed_tensor
+from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec, pass_spec
+from zokern.passes.update import Terms, Update, packed, perturbation, seed_tensor
 from zokern.placement import sites
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import Member, Passes, Sweep
+from zokern.sweep import NOTHING, Member, Passes, Sweep
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Exact(Perturbing):
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
         told, eps, numbers = self.told
         if numbers is None or told is not terms or eps is not self.eps:
-            numbers = self.numbers(terms)
+            numbers = self._told(terms)
             self.told = terms, self.eps, numbers
         if self.ready:
             wanted = self._ready(terms)
@@ -70,6 +70,9 @@ class Exact(Perturbing):
             sweep, out = Sweep([m for m, _ in pairs]), [t for _, t in pairs]
         self.passes.run(sweep, self.spec, numbers, out=out, counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
+
+    def _told(self, terms: Terms) -> PassNumbers:
+        return perturbation(self.eps, terms, self.still, self.passes.gate)
 
     def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
         """What makes a member's copy the perturbation by these terms."""
@@ -93,7 +96,7 @@ class Exact(Perturbing):
         if update.rule == "axpy":  # adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing
             ok = ok & ((numbers[0] != 0).any() | (numbers[1] != 1).any())
         enabled = ok.reshape(1).to(torch.int32)
-        spec = PassSpec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
+        spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
         told = PassNumbers(seed_tensor(update.seeds), *numbers, rounding.seeds, enabled)
         if ahead is None or len(update.seeds) + len(ahead.terms) > MAX_CHAIN_SEEDS:
             self.passes.run(self.sweep, spec, told)
@@ -107,7 +110,7 @@ class Exact(Perturbing):
         if len(probes) == len(self.probes) and all(a is b for a, b in zip(probes, self.probes, strict=True)):
             probes = self.probes  # the same list, so that its addresses are known
         self.probes, self.ready = probes, {}
-        stages = [(spec, numbers), (self.spec, self.numbers(ahead.terms))]
+        stages = [(spec, numbers), (self.spec, self._told(ahead.terms))]
         self.passes.chain(self.sweep, stages, spec.rule, probes=probes, enabled=numbers.enabled)
         made = self._ready(ahead.terms)
         self.ready = {
@@ -178,7 +181,7 @@ class Shadow(Exact):
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.sweep, self.pairs, self.hooks = Sweep(()), [], []
+        self.sweep, self.pairs, self.hooks = NOTHING, [], []
 
     def _show(self, *, copies: bool) -> None:
         self._enter(copies)

@@ -25,7 +25,7 @@ from zokern.layers import find_blocks
 from zokern.passes.update import Terms
 from zokern.placement import sites
 from zokern.placement.shadow import Exact
-from zokern.sweep import Member, Passes, Sweep
+from zokern.sweep import NOTHING, Member, Passes, Sweep
 
 
 class OutsideItsBlock(nn.Parameter):
@@ -87,7 +87,7 @@ class Unit:
     name: str
     module: nn.Module | None
     at: list[int] = field(default_factory=list)  # which of the step's members
-    sweep: Sweep = field(default_factory=lambda: Sweep(()))
+    sweep: Sweep = NOTHING
     copies: list[nn.Parameter] = field(default_factory=list)
     places: list[sites.Site] = field(default_factory=list)
     pairs: list[tuple[sites.Site, nn.Parameter, OutsideItsBlock]] = field(default_factory=list)  # copy, stand-in
@@ -254,8 +254,8 @@ class Stream(Exact):
         for hook in self.hooks:
             hook.remove()
         for unit in self.kept:
-            unit.sweep = Sweep(())  # states are among what it holds, which a load replaces
-        self.sweep, self.units, self.hooks, self.last = Sweep(()), [], [], None
+            unit.sweep = NOTHING  # states are among what it holds, which a load replaces
+        self.sweep, self.units, self.hooks, self.last = NOTHING, [], [], None
 
     def _before(self, unit: Unit) -> None:
         if not self.terms:

@@ -1,0 +1,107 @@
+"""The tensors of passes on one device, checked before a backend, which sees addresses alone, gets to know them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from zokern import _checks
+from zokern.passes.table import Table, tables
+
+
+@dataclass(eq=False)
+class Operands:
+    """dst None works in place. states: of the rule, a list each. probes: where a forked chain's last stage goes, None for
+    those that it leaves out.
+
+    Who runs passes on the same operands again holds the tensors meanwhile, and makes others when anything about them
+    changes: addresses take long to ask for. `written`: those that a pass changes, for autograd.
+    """
+
+    src: list[Tensor]
+    dst: list[Tensor] | None
+    states: Sequence[list[Tensor]]
+    tensor_ids: list[int]
+    offsets: list[int]
+    groups: list[int]
+    probes: Sequence[Tensor | None] = ()
+    found: tuple[ModuleType, list[Table]] | None = field(default=None, init=False)  # the backend, and what it reads
+    device: torch.device = field(init=False)
+    written: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = self.src[0].device
+        self.written = [t for t in self.results if not t.is_inference()]
+
+    @property
+    def results(self) -> list[Tensor]:
+        return self.src if self.dst is None else self.dst
+
+    def tables(self) -> list[Table]:
+        """One for each dtype.
+
+        Raises:
+            TypeError, ValueError: naming the tensor that a pass cannot work on, when it is first seen.
+        """
+        found, _ = tables(
+            self.src, self.results, self.tensor_ids, self.offsets, self.groups, self.check, self.states, self.probes
+        )
+        return found
+
+    def check(self) -> None:
+        _check_pairs(self.src, self.results, self.tensor_ids, self.offsets)
+        _check_states(self.src, self.states)
+        given = [(t, probe) for t, probe in zip(self.src, self.probes, strict=bool(self.probes)) if probe is not None]
+        if given:
+            _check_pairs([t for t, _ in given], [probe for _, probe in given], [0] * len(given), [0] * len(given))
+
+
+def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int]) -> None:
+    for name, tensors in (("tensors", src), ("out", dst)) if dst is not src else (("tensors", src),):
+        for i, t in enumerate(tensors):
+            _checks.check_tensor(t, f"{name}[{i}]")
+    for i, (s, d) in enumerate(zip(src, dst, strict=True)):
+        if s.device != src[0].device:
+            raise ValueError(
+                f"tensors[{i}] is on {s.device} and tensors[0] on {src[0].device}; make one call per device"
+            )
+        if d.shape != s.shape or d.dtype != s.dtype or d.device != s.device:
+            raise ValueError(f"out[{i}] is {_checks.describe(d)}, unlike tensors[{i}], which is {_checks.describe(s)}")
+    for i, (tensor_id, offset) in enumerate(zip(ids, offsets, strict=True)):
+        _checks.check_integer(tensor_id, f"tensor_ids[{i}]", 0, _checks.MAX_TENSOR_ID)
+        _checks.check_integer(offset, f"offsets[{i}]", 0, _checks.MAX_INDEX - src[i].numel())
+    if torch.compiler.is_compiling():
+        return  # addresses are not known yet; the operator looks when it runs
+    # Two threads may take any two chunks at once, so no element may be written twice, nor read after it was written.
+    written = sorted((d.data_ptr(), d.data_ptr() + d.nbytes, i) for i, d in enumerate(dst))
+    for (_, end, i), (begin, _, j) in itertools.pairwise(written):
+        if begin < end:
+            raise ValueError(
+                f"{'out' if dst is not src else 'tensors'}[{i}] and [{j}] share memory; pass each tensor once"
+            )
+    if dst is not src:
+        spans = sorted(
+            [(s.data_ptr(), s.data_ptr() + s.nbytes, i, "tensors") for i, s in enumerate(src)]
+            + [(begin, end, i, "out") for begin, end, i in written]
+        )
+        for (begin, end, i, what), (begin2, end2, j, what2) in itertools.pairwise(spans):
+            if begin2 < end and what != what2 and (begin, end, i) != (begin2, end2, j):
+                raise ValueError(
+                    f"{what}[{i}] and {what2}[{j}] overlap; out must be apart from tensors, or the same memory"
+                )
+
+
+def _check_states(src: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
+    for state in states:
+        for s, t in zip(src, state, strict=True):
+            fits = t.shape == s.shape and t.device == s.device and t.is_contiguous()
+            if not fits or t.dtype != state[0].dtype or t.dtype not in _checks.DTYPES:
+                raise ValueError(
+                    f"a state is {_checks.describe(t)}, its tensor {_checks.describe(s)}: a state is contiguous, on the "
+                    "same device, of the same shape, and float32, float16 or bfloat16 like the others"
+                )
