@@ -11,6 +11,7 @@
 #ifdef ZK_WITH_CUDA
 #include "cuda/launch.h"
 #endif
+#include "rule_info.h"
 
 namespace py = pybind11;
 
@@ -70,6 +71,16 @@ zk::Chain make_chain(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, ui
   return c;
 }
 
+py::list rules() {
+  using namespace py::literals;
+  py::list all;
+  for (const zk::RuleInfo& r : zk::rules())
+    all.append(py::dict("name"_a = r.name, "direct"_a = r.direct, "coefs"_a = r.coefs, "scalars"_a = r.scalars,
+                        "states"_a = r.states, "written"_a = r.written, "squares"_a = r.squares,
+                        "perturbation"_a = zk::rules()[size_t(r.perturbation)].name, "half_state"_a = r.half_state));
+  return all;
+}
+
 #ifdef ZK_WITH_CUDA
 void raise_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("zokern: " + error);
@@ -92,18 +103,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_stages") = zk::kMaxStages;
   m.attr("max_chain_seeds") = zk::kMaxChainSeeds;
 
+  m.def("rules", &rules, "Each rule of this build, by number: how many of what it has, and which coef is of squares.");
   m.def("cpu_instruction_sets", &zk::cpu::instruction_sets, "Built and supported by this processor, best first.");
   m.def(
       "cpu_run",
       [](const zk::Pass& pass, int rule, int dtype, int state, int threads, const std::string& set) {
-        zk::cpu::run(pass, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), threads, set);
+        zk::cpu::run(pass, rule, zk::DType(dtype), zk::DType(state), threads, set);
       },
       py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("threads"),
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "cpu_run_chain",
       [](const zk::Chain& chain, int rule, int dtype, int state, int threads, const std::string& set) {
-        zk::cpu::run_chain(chain, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), threads, set);
+        zk::cpu::run_chain(chain, rule, zk::DType(dtype), zk::DType(state), threads, set);
       },
       py::arg("chain"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("threads"),
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
@@ -117,15 +129,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_run",
       [](const zk::Pass& pass, int rule, int dtype, int state, int device, uintptr_t stream) {
-        raise_if(zk::cuda::run(pass, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), device,
-                               reinterpret_cast<void*>(stream)));
+        raise_if(
+            zk::cuda::run(pass, rule, zk::DType(dtype), zk::DType(state), device, reinterpret_cast<void*>(stream)));
       },
       py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("device"),
       py::arg("stream"));
   m.def(
       "cuda_run_chain",
       [](const zk::Chain& chain, int rule, int dtype, int state, int device, uintptr_t stream) {
-        raise_if(zk::cuda::run_chain(chain, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), device,
+        raise_if(zk::cuda::run_chain(chain, rule, zk::DType(dtype), zk::DType(state), device,
                                      reinterpret_cast<void*>(stream)));
       },
       py::arg("chain"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("device"),

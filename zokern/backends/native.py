@@ -7,18 +7,57 @@ from typing import Any
 
 import torch
 
-from zokern.backends.scalars import Chain, Kind, Scalars
+from zokern.backends.scalars import Chain, Kind, Scalars, perturbation
+from zokern.rules import RULES, Rule
 from zokern.table import Table
 
 STAGE_COLUMNS = 9  # of stage_rows
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-extension: Any = None
-import_error: str | None = None
-try:
-    extension = importlib.import_module("zokern._C")
-except ImportError as error:
-    import_error = f"zokern._C cannot be imported ({error}); build it: pip install --no-build-isolation -e ."
+BUILD = "build it: pip install --no-build-isolation -e ."
+
+
+def _described(rule: Rule) -> dict[str, object]:
+    """As the extension describes its own."""
+    return {
+        "name": rule.name,
+        "direct": rule.direct,
+        "coefs": len(rule.coefs),
+        "scalars": len(rule.scalars),
+        "states": len(rule.states),
+        "written": rule.written,
+        "squares": rule.coefs.index("V") if "V" in rule.coefs else -1,
+        "perturbation": perturbation(rule).name,
+    }
+
+
+def _difference(built: list[dict[str, object]]) -> str | None:
+    """Between an extension's rules and zokern/rules.py: one of another order or shape would take numbers for others."""
+    wanted = {rule.id: _described(rule) for rule in RULES.values()}
+    for number in range(max(len(built), *(place + 1 for place in wanted))):
+        ours, its = wanted.get(number), built[number] if number < len(built) else None
+        if ours is None or its is None:
+            name, where = (its or ours or {}).get("name"), "zokern/rules.py" if ours is None else "the build"
+            return f"rule {number} ({name}) is not in {where}"
+        for key, value in ours.items():
+            if its[key] != value:
+                found = f"{its[key]!r} in the build, {value!r} in zokern/rules.py"
+                return f"rule {number} ({ours['name']}) has {key} {found}"
+    return None
+
+
+def load() -> tuple[Any, str | None]:
+    """zokern._C and None, or None and why it cannot be used."""
+    try:
+        module = importlib.import_module("zokern._C")
+    except ImportError as error:
+        return None, f"zokern._C cannot be imported ({error}); {BUILD}"
+    # An older build has no list of its rules.
+    wrong = _difference(module.rules()) if hasattr(module, "rules") else "it does not say which rules it has"
+    return (module, None) if wrong is None else (None, f"zokern._C is of another version: {wrong}; re{BUILD}")
+
+
+extension, import_error = load()
 
 
 def make_pass(table: Table, kind: Kind, scalars: Scalars) -> Any:
