@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from zokern._checks import DISTRIBUTIONS, check_choice
 from zokern.reference import Array, _as_float, _bits, _f32, fma, noise, round_to, rounding_bits, widen
 from zokern.rules import RULES
 
@@ -118,6 +119,8 @@ def apply(
     coefs has each of the rule's coefs for each seed, scalars each of the rule's scalars. square_of_sum: V is
     (sum_k coef_k z_k)^2 + start instead of start + sum_k coef_k z_k^2.
     """
+    check_choice(rule, "rule", tuple(FUNCTIONS))
+    check_choice(distribution, "distribution", DISTRIBUTIONS)  # also where nothing is drawn
     n, shared = len(src), {name: np.float32(value) for name, value in scalars.items()}
     directions = [noise(n, seed, tensor_id, offset, distribution) for seed in seeds]
 
