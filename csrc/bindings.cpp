@@ -11,33 +11,44 @@
 #ifdef ZK_WITH_CUDA
 #include "cuda/launch.h"
 #endif
+#include "rule_info.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// What a pass is given as: seeds and rounding_seed are addresses, or 0 where the host knows the one seed there is.
-zk::Pass make_pass(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, uintptr_t coefs, uintptr_t scalars,
-                   uintptr_t seeds, int64_t seed, int32_t num_seeds, uintptr_t rounding_seed,
-                   int64_t known_rounding_seed, int64_t known_state_seed, uintptr_t enabled, bool rademacher,
-                   bool stochastic, bool square_of_sum, bool keep_second) {
+// Addresses of a table's rows and chunks, and the number of its chunks; a pass's flags in the order of pass.h's Pass.
+using Place = std::array<int64_t, 3>;
+using Flags = std::array<bool, 4>;
+
+// A pass by its addresses, 0 for what it has not. Where the host has the seeds, one of them travels in the launch itself,
+// and so do rounding seeds.
+zk::Pass make_pass(const Place& table, const Flags& flags, uintptr_t seeds, int32_t num_seeds, bool seeds_on_host,
+                   uintptr_t coefs, uintptr_t scalars, uintptr_t rounding_seed, bool rounding_on_host,
+                   uintptr_t enabled) {
   zk::Pass p{};
-  p.tensors = reinterpret_cast<const zk::TensorRow*>(tensors);
-  p.chunks = reinterpret_cast<const zk::ChunkRow*>(chunks);
-  p.num_chunks = num_chunks;
+  p.tensors = reinterpret_cast<const zk::TensorRow*>(table[0]);
+  p.chunks = reinterpret_cast<const zk::ChunkRow*>(table[1]);
+  p.num_chunks = table[2];
   p.coefs = reinterpret_cast<const float*>(coefs);
   p.scalars = reinterpret_cast<const float*>(scalars);
-  p.seeds = reinterpret_cast<const int64_t*>(seeds);
-  p.rounding_seed = reinterpret_cast<const int64_t*>(rounding_seed);
   p.enabled = reinterpret_cast<const int32_t*>(enabled);
-  p.first_keys = zk::key_schedule(seed);
-  p.rounding_keys = zk::key_schedule(known_rounding_seed);
-  p.state_keys = zk::key_schedule(known_state_seed);
+  p.seeds = reinterpret_cast<const int64_t*>(seeds);
   p.num_seeds = num_seeds;
-  p.rademacher = rademacher;
-  p.stochastic = stochastic;
-  p.square_of_sum = square_of_sum;
-  p.keep_second = keep_second;
+  p.rounding_seed = reinterpret_cast<const int64_t*>(rounding_seed);
+  if (seeds_on_host && num_seeds == 1) {
+    p.first_keys = zk::key_schedule(p.seeds[0]);
+    p.seeds = nullptr;
+  }
+  if (rounding_on_host && p.rounding_seed != nullptr) {
+    p.rounding_keys = zk::key_schedule(p.rounding_seed[0]);
+    p.state_keys = zk::key_schedule(p.rounding_seed[1]);
+    p.rounding_seed = nullptr;
+  }
+  p.rademacher = flags[0];
+  p.stochastic = flags[1];
+  p.square_of_sum = flags[2];
+  p.keep_second = flags[3];
   return p;
 }
 
@@ -70,6 +81,16 @@ zk::Chain make_chain(uintptr_t tensors, uintptr_t chunks, int64_t num_chunks, ui
   return c;
 }
 
+py::list rules() {
+  using namespace py::literals;
+  py::list all;
+  for (const zk::RuleInfo& r : zk::rules())
+    all.append(py::dict("name"_a = r.name, "direct"_a = r.direct, "coefs"_a = r.coefs, "scalars"_a = r.scalars,
+                        "states"_a = r.states, "written"_a = r.written, "squares"_a = r.squares,
+                        "perturbation"_a = zk::rules()[size_t(r.perturbation)].name, "half_state"_a = r.half_state));
+  return all;
+}
+
 #ifdef ZK_WITH_CUDA
 void raise_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("zokern: " + error);
@@ -81,10 +102,9 @@ void raise_if(const std::string& error) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "zokern's compiled passes; use zokern.ops, which checks its arguments.";
   py::class_<zk::Pass>(m, "Pass").def(
-      py::init(&make_pass), py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("num_chunks"),
-      py::arg("coefs"), py::arg("scalars"), py::arg("seeds"), py::arg("seed"), py::arg("num_seeds"),
-      py::arg("rounding_seed"), py::arg("known_rounding_seed"), py::arg("known_state_seed"), py::arg("enabled"),
-      py::arg("rademacher"), py::arg("stochastic"), py::arg("square_of_sum"), py::arg("keep_second"));
+      py::init(&make_pass), py::arg("table"), py::arg("flags"), py::arg("seeds"), py::arg("num_seeds"),
+      py::arg("seeds_on_host"), py::arg("coefs"), py::arg("scalars"), py::arg("rounding_seed"),
+      py::arg("rounding_on_host"), py::arg("enabled"));
 
   py::class_<zk::Chain>(m, "Chain")
       .def(py::init(&make_chain), py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("num_chunks"),
@@ -92,18 +112,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_stages") = zk::kMaxStages;
   m.attr("max_chain_seeds") = zk::kMaxChainSeeds;
 
+  m.def("rules", &rules, "Each rule of this build, by number: how many of what it has, and which coef is of squares.");
   m.def("cpu_instruction_sets", &zk::cpu::instruction_sets, "Built and supported by this processor, best first.");
   m.def(
       "cpu_run",
       [](const zk::Pass& pass, int rule, int dtype, int state, int threads, const std::string& set) {
-        zk::cpu::run(pass, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), threads, set);
+        zk::cpu::run(pass, rule, zk::DType(dtype), zk::DType(state), threads, set);
       },
       py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("threads"),
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "cpu_run_chain",
       [](const zk::Chain& chain, int rule, int dtype, int state, int threads, const std::string& set) {
-        zk::cpu::run_chain(chain, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), threads, set);
+        zk::cpu::run_chain(chain, rule, zk::DType(dtype), zk::DType(state), threads, set);
       },
       py::arg("chain"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("threads"),
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
@@ -117,15 +138,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_run",
       [](const zk::Pass& pass, int rule, int dtype, int state, int device, uintptr_t stream) {
-        raise_if(zk::cuda::run(pass, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), device,
-                               reinterpret_cast<void*>(stream)));
+        raise_if(
+            zk::cuda::run(pass, rule, zk::DType(dtype), zk::DType(state), device, reinterpret_cast<void*>(stream)));
       },
       py::arg("pass_"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("device"),
       py::arg("stream"));
   m.def(
       "cuda_run_chain",
       [](const zk::Chain& chain, int rule, int dtype, int state, int device, uintptr_t stream) {
-        raise_if(zk::cuda::run_chain(chain, zk::RuleId(rule), zk::DType(dtype), zk::DType(state), device,
+        raise_if(zk::cuda::run_chain(chain, rule, zk::DType(dtype), zk::DType(state), device,
                                      reinterpret_cast<void*>(stream)));
       },
       py::arg("chain"), py::arg("rule"), py::arg("dtype"), py::arg("state_dtype"), py::arg("device"),

@@ -3,7 +3,7 @@
 //   dst, states <- round(rule(src, states, sums of coef[g][c][k] z(seed_k)))     all in float32, one rounding to the
 //                                                                                storage type; rules are in rules.h
 //
-// The table is built by zokern/table.py and is the same memory layout for the CPU, CUDA and Triton backends.
+// The table is built by zokern/passes/table.py and is the same memory layout for the CPU, CUDA and Triton backends.
 #pragma once
 #include <cstdint>
 
@@ -13,18 +13,6 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 // `any`: a kernel that looks at the pass at run time, where a kernel for each would be many.
 enum class Distribution : int { normal = 0, rademacher = 1, any = 2 };
 enum class Rounding : int { nearest = 0, stochastic = 1, any = 2 };
-// The structs of rules.h, in this order in zokern/rules.py too.
-enum class RuleId : int {
-  axpy = 0,
-  scaled_axpy = 1,
-  hizoo = 2,
-  hizoo_restore = 3,
-  helene = 4,
-  momentum = 5,
-  adam = 6,
-  adamezo = 7,
-  sign = 8,
-};
 
 // A chunk is this many consecutive global indices, so c1 (the high word of the block index) is uniform in it.
 constexpr int64_t kChunk = 1 << 14;

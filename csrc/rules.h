@@ -2,13 +2,17 @@
 //
 // A rule gets the weight after decay (w), the sums that tile.h has made of the directions, and its states:
 //
-//   kDirect    the first coefficient goes straight onto the weight: w <- fma(coef, z, w) for each direction in order
-//   kSums      further sums, each started at `start` and grown by fma(coef, z, sum), the one numbered kSquares by
-//              fma(coef, z*z, sum) instead (or, square_of_sum: fma(coef, z, sum), and squared at the end)
-//   kStates    what is kept for each element; the first kWritten of them are written back
-//   kScalars   numbers that a parameter group shares; the first is the decay
+//   kName         as in zokern/contract/rules.py
+//   Perturbation  the rule that perturbs for this one in a chain
+//   kDirect       the first coefficient goes straight onto the weight: w <- fma(coef, z, w) for each direction in order
+//   kSums         further sums, each started at `start` and grown by fma(coef, z, sum), the one numbered kSquares by
+//                 fma(coef, z*z, sum) instead (or, square_of_sum: fma(coef, z, sum), and squared at the end)
+//   kStates       what is kept for each element; the first kWritten of them are written back
+//   kHalfState    whether states may be bfloat16; all may be float32
+//   kScalars      numbers that a parameter group shares; the first is the decay
 //
-// Equations and sources: docs/methods.md. Every operation is one correctly rounded float32 operation, in this order.
+// Other files know rules by the list at the end. Equations and sources: docs/methods.md. Every operation is one
+// correctly rounded float32 operation, in this order.
 #pragma once
 #include "noise.h"
 
@@ -41,7 +45,9 @@ ZK_FN typename L::f32 inverse(typename L::f32 x) {
 
 // Every first-order method: w + A.
 struct Axpy {
-  static constexpr bool kDirect = true;
+  static constexpr const char* kName = "axpy";
+  using Perturbation = Axpy;
+  static constexpr bool kDirect = true, kHalfState = false;
   static constexpr int kSums = 0, kSquares = -1, kStates = 0, kWritten = 0, kScalars = 1;
   explicit ZK_FN Axpy(const float*) {}
   ZK_FN float start(int) const { return 0.f; }
@@ -51,7 +57,9 @@ struct Axpy {
 
 // HiZOO's probe: w + A / sqrt(h).
 struct ScaledAxpy {
-  static constexpr bool kDirect = false;
+  static constexpr const char* kName = "scaled_axpy";
+  using Perturbation = ScaledAxpy;
+  static constexpr bool kDirect = false, kHalfState = true;
   static constexpr int kSums = 1, kSquares = -1, kStates = 1, kWritten = 0, kScalars = 1;
   explicit ZK_FN ScaledAxpy(const float*) {}
   ZK_FN float start(int) const { return 0.f; }
@@ -65,7 +73,9 @@ struct ScaledAxpy {
 // operation because a, 1e-8, would vanish in 1 - a. Without kRestore there is no A: weights that are clean already.
 template <bool kRestore>
 struct HiZOO {
-  static constexpr bool kDirect = false;
+  static constexpr const char* kName = kRestore ? "hizoo_restore" : "hizoo";
+  using Perturbation = ScaledAxpy;
+  static constexpr bool kDirect = false, kHalfState = true;
   static constexpr int kSums = kRestore ? 3 : 2, kSquares = kSums - 1, kStates = 1, kWritten = 1, kScalars = 2;
   float smoothing;
   explicit ZK_FN HiZOO(const float* scalars) : smoothing(scalars[1]) {}
@@ -81,7 +91,9 @@ struct HiZOO {
 
 // HELENE's update: m' = b1 m + G; h' = b2 h + V; w + A + step m' / (gamma max(h', floor) + delta).
 struct Helene {
-  static constexpr bool kDirect = true;
+  static constexpr const char* kName = "helene";
+  using Perturbation = Axpy;
+  static constexpr bool kDirect = true, kHalfState = false;
   static constexpr int kSums = 2, kSquares = 1, kStates = 2, kWritten = 2, kScalars = 7;
   float beta1, beta2, step, gamma, floor, delta;
   explicit ZK_FN Helene(const float* s)
@@ -98,7 +110,9 @@ struct Helene {
 
 // Heavy ball: m' = b m + G; w + A + step m'.
 struct Momentum {
-  static constexpr bool kDirect = true;
+  static constexpr const char* kName = "momentum";
+  using Perturbation = Axpy;
+  static constexpr bool kDirect = true, kHalfState = false;
   static constexpr int kSums = 1, kSquares = -1, kStates = 1, kWritten = 1, kScalars = 3;
   float beta, step;
   explicit ZK_FN Momentum(const float* s) : beta(s[1]), step(s[2]) {}
@@ -112,7 +126,9 @@ struct Momentum {
 
 // Adam: m' = b1 m + G; v' = b2 v + r G^2; w + A + step m' / (sqrt(v') + delta). Bias corrections are in step and delta.
 struct Adam {
-  static constexpr bool kDirect = true;
+  static constexpr const char* kName = "adam";
+  using Perturbation = Axpy;
+  static constexpr bool kDirect = true, kHalfState = false;
   static constexpr int kSums = 1, kSquares = -1, kStates = 2, kWritten = 2, kScalars = 6;
   float beta1, beta2, ratio, step, delta;
   explicit ZK_FN Adam(const float* s) : beta1(s[1]), beta2(s[2]), ratio(s[3]), step(s[4]), delta(s[5]) {}
@@ -128,7 +144,9 @@ struct Adam {
 
 // AdaMeZO: both moments are sums over the last steps' directions: w + A + step G / sqrt(V + delta).
 struct AdaMeZO {
-  static constexpr bool kDirect = true;
+  static constexpr const char* kName = "adamezo";
+  using Perturbation = Axpy;
+  static constexpr bool kDirect = true, kHalfState = false;
   static constexpr int kSums = 2, kSquares = 1, kStates = 0, kWritten = 0, kScalars = 3;
   float step, delta;
   explicit ZK_FN AdaMeZO(const float* s) : step(s[1]), delta(s[2]) {}
@@ -141,7 +159,9 @@ struct AdaMeZO {
 
 // w + A + step sign(G), sign(0) = 0.
 struct Sign {
-  static constexpr bool kDirect = true;
+  static constexpr const char* kName = "sign";
+  using Perturbation = Axpy;
+  static constexpr bool kDirect = true, kHalfState = false;
   static constexpr int kSums = 1, kSquares = -1, kStates = 0, kWritten = 0, kScalars = 2;
   float step;
   explicit ZK_FN Sign(const float* s) : step(s[1]) {}
@@ -153,6 +173,11 @@ struct Sign {
     w = w + L::where_above(zero, sum[0], down, change);
   }
 };
+
+// Every rule. Its number is its place, as in zokern/contract/rules.py.
+template <class... R>
+struct Rules {};
+using AllRules = Rules<Axpy, ScaledAxpy, HiZOO<false>, HiZOO<true>, Helene, Momentum, Adam, AdaMeZO, Sign>;
 
 }  // namespace ZK_ISA
 }  // namespace zk

@@ -13,8 +13,6 @@ MAX_TENSOR_ID = (1 << 32) - 1
 MAX_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 MAX_INDEX = 1 << 45  # chunks are numbered in 32 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DISTRIBUTIONS = ("normal", "rademacher")
-ROUNDINGS = ("nearest", "stochastic")
 
 
 class ZokernWarning(UserWarning):

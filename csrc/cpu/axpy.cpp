@@ -4,26 +4,32 @@
 namespace zk {
 namespace ZK_ISA {
 
-template <class T, Distribution D>
-static void axpy_rounded(const Pass& pass, int64_t first, int64_t last) {
+template <class T, class S, class R, Distribution D>
+static void rounded(const Pass& pass, int64_t first, int64_t last) {
   if constexpr (sizeof(T) == 2) {
-    if (pass.stochastic != 0) return rule_chunks<T, float, Axpy, D, Rounding::stochastic>(pass, first, last);
+    if (pass.stochastic != 0) return rule_chunks<T, S, R, D, Rounding::stochastic>(pass, first, last);
   }
-  rule_chunks<T, float, Axpy, D, Rounding::nearest>(pass, first, last);
+  rule_chunks<T, S, R, D, Rounding::nearest>(pass, first, last);
 }
 
-template <class T>
-static void axpy_typed(const Pass& pass, int64_t first, int64_t last) {
+template <class T, class S, class R>
+static void drawn(const Pass& pass, int64_t first, int64_t last) {
   if (pass.rademacher != 0)
-    axpy_rounded<T, Distribution::rademacher>(pass, first, last);
+    rounded<T, S, R, Distribution::rademacher>(pass, first, last);
   else
-    axpy_rounded<T, Distribution::normal>(pass, first, last);
+    rounded<T, S, R, Distribution::normal>(pass, first, last);
 }
 
-void axpy(const Pass& pass, DType dtype, int64_t first, int64_t last) {
-  if (dtype == DType::f32) axpy_typed<float>(pass, first, last);
-  if (dtype == DType::f16) axpy_typed<Half>(pass, first, last);
-  if (dtype == DType::bf16) axpy_typed<BFloat>(pass, first, last);
+struct RulesWithInstances {
+  using Function = cpu::ChunkFunction;
+  template <class R>
+  static constexpr bool kHas = kHasInstances<R>;
+  template <class T, class S, class R>
+  static constexpr Function kFunction = drawn<T, S, R>;
+};
+
+cpu::ChunkFunction find_instances(int rule, DType dtype, DType state) {
+  return find<RulesWithInstances>(rule, dtype, state);
 }
 
 uint64_t normal_checksum(uint64_t first, uint64_t last) {

@@ -6,10 +6,6 @@ namespace zk {
 namespace cpu {
 namespace {
 
-RuleId perturbation_of(RuleId id) {
-  return id == RuleId::hizoo || id == RuleId::hizoo_restore ? RuleId::scaled_axpy : RuleId::axpy;
-}
-
 Pass pass_of(const Chain& chain, const Stage& stage) {
   Pass p{};
   p.tensors = chain.tensors;
@@ -44,12 +40,13 @@ std::vector<TensorRow> probe_rows(const Chain& chain) {
 
 }  // namespace
 
-StagePasses::StagePasses(const Chain& chain, RuleId id) : chain_(chain), forks_(chain.fork != 0) {
+StagePasses::StagePasses(const Chain& chain, ChunkFunction rule, ChunkFunction perturbation)
+    : chain_(chain), forks_(chain.fork != 0) {
   const bool enabled = chain.enabled == nullptr || *chain.enabled != 0;
   const int first = enabled ? 0 : chain.num_stages - int(forks_);
   for (int i = first; i < chain.num_stages; ++i) {
     const zk::Stage& stage = chain.stages[i];
-    stages_.push_back({stage.perturbs != 0 ? perturbation_of(id) : id, pass_of(chain, stage)});
+    stages_.push_back({stage.perturbs != 0 ? perturbation : rule, pass_of(chain, stage)});
   }
   if (forks_) {
     probes_ = probe_rows(chain);
@@ -57,11 +54,11 @@ StagePasses::StagePasses(const Chain& chain, RuleId id) : chain_(chain), forks_(
   }
 }
 
-void StagePasses::run(const Kernels& kernels, DType dtype, DType state, int64_t first, int64_t last) const {
+void StagePasses::run(int64_t first, int64_t last) const {
   for (int64_t c = first; c < last; ++c) {
     const bool probed = !forks_ || probes_[size_t(chain_.chunks[c].tensor)].dst != 0;
     const size_t count = stages_.size() - size_t(!probed);
-    for (size_t i = 0; i < count; ++i) kernels.run(stages_[i].pass, stages_[i].id, dtype, state, c, c + 1);
+    for (size_t i = 0; i < count; ++i) stages_[i].chunks(stages_[i].pass, c, c + 1);
   }
 }
 

@@ -10,13 +10,13 @@ namespace cpu {
 // The passes that a chain consists of. `chain` must outlive it.
 class StagePasses {
  public:
-  StagePasses(const Chain& chain, RuleId id);
+  StagePasses(const Chain& chain, ChunkFunction rule, ChunkFunction perturbation);
   // All of them over chunks first .. last-1.
-  void run(const Kernels&, DType, DType state, int64_t first, int64_t last) const;
+  void run(int64_t first, int64_t last) const;
 
  private:
   struct Stage {
-    RuleId id;
+    ChunkFunction chunks;
     Pass pass;
   };
   const Chain& chain_;

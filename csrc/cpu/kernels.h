@@ -7,19 +7,15 @@
 namespace zk {
 namespace cpu {
 
+// Does chunks first .. last-1 of a pass.
+using ChunkFunction = void (*)(const Pass&, int64_t first, int64_t last);
+
 struct Kernels {
-  // Chunks first .. last-1 of a pass, whose states (if any) are stored as `state`.
-  void (*axpy)(const Pass&, DType, int64_t first, int64_t last);
-  void (*rule)(const Pass&, RuleId, DType, DType state, int64_t first, int64_t last);
+  // Of a rule by its number, with states (if any) stored as `state`; null where there is none. It does not throw: an
+  // exception's code, compiled for one instruction set, could be linked into another's.
+  ChunkFunction (*find)(int rule, DType, DType state);
   // Sum over words of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64: the exhaustive test of the transform.
   uint64_t (*normal_checksum)(uint64_t first, uint64_t last);
-
-  void run(const Pass& pass, RuleId id, DType dtype, DType state, int64_t first, int64_t last) const {
-    if (id == RuleId::axpy)
-      axpy(pass, dtype, first, last);
-    else
-      rule(pass, id, dtype, state, first, last);
-  }
 };
 
 extern const Kernels kPlain;

@@ -11,6 +11,7 @@
 #include <system_error>
 #include <thread>
 
+#include "../rule_info.h"
 #include "chain.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -49,6 +50,12 @@ const Kernels& kernels(const std::string& name) {
   throw std::invalid_argument("unknown instruction set: " + name);
 }
 
+ChunkFunction function_of(const Kernels& kernels, int rule, DType dtype, DType state) {
+  const ChunkFunction found = kernels.find(rule, dtype, state);
+  if (found == nullptr) throw std::invalid_argument("zokern: " + wrong_with(rule, dtype, state));
+  return found;
+}
+
 // Calls work(first, last) on pieces of [0, n) from `threads` threads; pieces are claimed in order of need.
 template <class Work>
 void parallel(int64_t n, int64_t piece, int threads, const Work& work) {
@@ -85,19 +92,21 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-void run(const Pass& pass, RuleId id, DType dtype, DType state, int threads, const std::string& isa) {
+void run(const Pass& pass, int rule, DType dtype, DType state, int threads, const std::string& isa) {
+  const ChunkFunction chunks = function_of(kernels(isa), rule, dtype, state);
   if (pass.enabled != nullptr && *pass.enabled == 0) return;
-  const Kernels& k = kernels(isa);
   // Four chunks of 16384 elements are some 20 microseconds of work: less is not worth a thread or a claim.
-  parallel(pass.num_chunks, 4, threads,
-           [&](int64_t first, int64_t last) { k.run(pass, id, dtype, state, first, last); });
+  parallel(pass.num_chunks, 4, threads, [&](int64_t first, int64_t last) { chunks(pass, first, last); });
 }
 
-void run_chain(const Chain& chain, RuleId id, DType dtype, DType state, int threads, const std::string& isa) {
+void run_chain(const Chain& chain, int rule, DType dtype, DType state, int threads, const std::string& isa) {
   const Kernels& k = kernels(isa);
-  const StagePasses passes(chain, id);
-  parallel(chain.num_chunks, 4, threads,
-           [&](int64_t first, int64_t last) { passes.run(k, dtype, state, first, last); });
+  const ChunkFunction chunks = function_of(k, rule, dtype, state);
+  const int perturbation = rules()[size_t(rule)].perturbation;
+  // A perturbation without states does not care how the rule's are stored.
+  const DType its_state = rules()[size_t(perturbation)].states > 0 ? state : DType::f32;
+  const StagePasses passes(chain, chunks, function_of(k, perturbation, dtype, its_state));
+  parallel(chain.num_chunks, 4, threads, [&](int64_t first, int64_t last) { passes.run(first, last); });
 }
 
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& isa) {

@@ -4,11 +4,17 @@
 #include "../tile.h"
 #include "kernels.h"
 #include "lanes.h"
+// After Half and BFloat, which it names.
+#include "../dispatch.h"
 
 namespace zk {
 namespace ZK_ISA {
 
-void axpy(const Pass&, DType, int64_t first, int64_t last);
+// Whether a rule has an instance for each distribution and rounding (axpy.cpp): most steps consist of the rule without
+// sums. Of others one instance looks both up (rules.cpp).
+template <class R>
+constexpr bool kHasInstances = R::kSums == 0;
+cpu::ChunkFunction find_instances(int rule, DType, DType state);
 uint64_t normal_checksum(uint64_t first, uint64_t last);
 
 // Tiles first .. last-1 of the chunk at `base`, counted from it. Cut tiles touch only the elements inside the span.

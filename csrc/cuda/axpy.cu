@@ -6,36 +6,39 @@ namespace zk {
 namespace cuda {
 namespace {
 
-template <class T, Distribution D, Rounding Q>
+template <class T, class S, class R, Distribution D, Rounding Q>
 void seeded(const Pass& pass, cudaStream_t stream) {
   if (one_known_seed(pass))
-    launch<T, float, gpu::Axpy, D, Q, Seeds::one>(pass, stream);
+    launch<T, S, R, D, Q, Seeds::one>(pass, stream);
   else
-    launch<T, float, gpu::Axpy, D, Q, Seeds::any>(pass, stream);
+    launch<T, S, R, D, Q, Seeds::any>(pass, stream);
 }
 
-template <class T, Distribution D>
+template <class T, class S, class R, Distribution D>
 void rounded(const Pass& pass, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (pass.stochastic != 0) return seeded<T, D, Rounding::stochastic>(pass, stream);
+    if (pass.stochastic != 0) return seeded<T, S, R, D, Rounding::stochastic>(pass, stream);
   }
-  seeded<T, D, Rounding::nearest>(pass, stream);
+  seeded<T, S, R, D, Rounding::nearest>(pass, stream);
 }
 
-template <class T>
-void typed(const Pass& pass, cudaStream_t stream) {
+template <class T, class S, class R>
+void drawn(const Pass& pass, cudaStream_t stream) {
   if (pass.rademacher != 0)
-    rounded<T, Distribution::rademacher>(pass, stream);
+    rounded<T, S, R, Distribution::rademacher>(pass, stream);
   else
-    rounded<T, Distribution::normal>(pass, stream);
+    rounded<T, S, R, Distribution::normal>(pass, stream);
 }
+
+struct Here : InFile<File::axpy> {
+  template <class T, class S, class R>
+  static constexpr Function kFunction = drawn<T, S, R>;
+};
 
 }  // namespace
 
-void launch_axpy(const Pass& pass, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::f32) typed<float>(pass, stream);
-  if (dtype == DType::f16) typed<__half>(pass, stream);
-  if (dtype == DType::bf16) typed<__nv_bfloat16>(pass, stream);
+Launch find_axpy(int rule, DType dtype, DType state) {
+  return gpu::find<Here>(rule, dtype, state);
 }
 
 }  // namespace cuda

@@ -124,33 +124,24 @@ __global__ void __launch_bounds__(kThreads, (chain_blocks_per_sm<S, R>()))
   }
 }
 
-template <class S, class R>
-void typed(const Chain& chain, DType dtype, cudaStream_t stream) {
-  const auto blocks = unsigned(chain.num_chunks);
-  if (dtype == DType::f32) chain_kernel<float, S, R><<<blocks, kThreads, 0, stream>>>(chain);
-  if (dtype == DType::f16) chain_kernel<__half, S, R><<<blocks, kThreads, 0, stream>>>(chain);
-  if (dtype == DType::bf16) chain_kernel<__nv_bfloat16, S, R><<<blocks, kThreads, 0, stream>>>(chain);
+template <class T, class S, class R>
+void launch_stages(const Chain& chain, cudaStream_t stream) {
+  chain_kernel<T, S, R><<<unsigned(chain.num_chunks), kThreads, 0, stream>>>(chain);
 }
 
-template <class R>
-void with_state(const Chain& chain, DType dtype, DType state, cudaStream_t stream) {
-  if (state == DType::bf16)
-    typed<__nv_bfloat16, R>(chain, dtype, stream);
-  else
-    typed<float, R>(chain, dtype, stream);
-}
+struct Chains {
+  using Function = ChainLaunch;
+  // A perturbation that reads a curvature has no update of its own to stand in a chain with.
+  template <class R>
+  static constexpr bool kHas = R::kStates == 0 || !std::is_same_v<R, gpu::Perturbation<R>>;
+  template <class T, class S, class R>
+  static constexpr Function kFunction = launch_stages<T, S, R>;
+};
 
 }  // namespace
 
-void launch_chain(const Chain& chain, RuleId id, DType dtype, DType state, cudaStream_t stream) {
-  if (id == RuleId::axpy) typed<float, gpu::Axpy>(chain, dtype, stream);
-  if (id == RuleId::hizoo) with_state<gpu::HiZOO<false>>(chain, dtype, state, stream);
-  if (id == RuleId::hizoo_restore) with_state<gpu::HiZOO<true>>(chain, dtype, state, stream);
-  if (id == RuleId::helene) typed<float, gpu::Helene>(chain, dtype, stream);
-  if (id == RuleId::momentum) typed<float, gpu::Momentum>(chain, dtype, stream);
-  if (id == RuleId::adam) typed<float, gpu::Adam>(chain, dtype, stream);
-  if (id == RuleId::adamezo) typed<float, gpu::AdaMeZO>(chain, dtype, stream);
-  if (id == RuleId::sign) typed<float, gpu::Sign>(chain, dtype, stream);
+ChainLaunch find_chain(int rule, DType dtype, DType state) {
+  return gpu::find<Chains>(rule, dtype, state);
 }
 
 }  // namespace cuda

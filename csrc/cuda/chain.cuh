@@ -9,17 +9,8 @@
 namespace zk {
 namespace ZK_ISA {
 
-// The perturbation that goes with a rule.
 template <class R>
-struct PerturbationOf {
-  using type = Axpy;
-};
-template <bool kRestore>
-struct PerturbationOf<HiZOO<kRestore>> {
-  using type = ScaledAxpy;
-};
-template <class R>
-using Perturbation = typename PerturbationOf<R>::type;
+using Perturbation = typename R::Perturbation;
 
 // What a stage tells tile.h of itself.
 struct StageKind {

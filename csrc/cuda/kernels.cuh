@@ -11,6 +11,8 @@
 #define ZK_ISA gpu
 #include "../tile.h"
 #include "packed.cuh"
+// After Half and BFloat, which it names.
+#include "../dispatch.h"
 
 namespace zk {
 namespace cuda {
@@ -216,18 +218,30 @@ void launch_typed(const Pass& pass, cudaStream_t stream) {
   launch<T, S, R, D, Rounding::nearest, Seeds::one>(pass, stream);
 }
 
-template <class S, class R>
-void launch_any(const Pass& pass, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::f32) launch_typed<float, S, R>(pass, stream);
-  if (dtype == DType::f16) launch_typed<__half, S, R>(pass, stream);
-  if (dtype == DType::bf16) launch_typed<__nv_bfloat16, S, R>(pass, stream);
-}
+// The file that a rule's kernels are compiled in, because they take long to compile: the rule without sums, which has
+// kernels for each distribution, those whose states may be 16-bit, and the others.
+enum class File { axpy, hizoo, moments };
+template <class R>
+constexpr File kFile = R::kSums == 0   ? File::axpy
+                       : R::kHalfState ? File::hizoo
+                                       : File::moments;
+using Launch = void (*)(const Pass&, cudaStream_t);
+template <File kThis>
+struct InFile {
+  using Function = Launch;
+  template <class R>
+  static constexpr bool kHas = kFile<R> == kThis;
+  template <class T, class S, class R>
+  static constexpr Function kFunction = launch_typed<T, S, R>;
+};
 
-// Each in a file of its own, because they take long to compile.
-void launch_axpy(const Pass&, DType, cudaStream_t);
-void launch_hizoo(const Pass&, RuleId, DType, DType state, cudaStream_t);
-void launch_moments(const Pass&, RuleId, DType, cudaStream_t);
-void launch_chain(const Chain&, RuleId, DType, DType state, cudaStream_t);
+// What launches a pass of a rule by its number, out of a file's share; null where that has none.
+Launch find_axpy(int rule, DType, DType state);
+Launch find_hizoo(int rule, DType, DType state);
+Launch find_moments(int rule, DType, DType state);
+// And a chain.
+using ChainLaunch = void (*)(const Chain&, cudaStream_t);
+ChainLaunch find_chain(int rule, DType, DType state);
 
 }  // namespace cuda
 }  // namespace zk

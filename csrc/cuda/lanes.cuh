@@ -12,6 +12,9 @@ namespace ZK_ISA {
 
 constexpr int kThreads = 256;  // of a thread block
 
+using Half = __half;
+using BFloat = __nv_bfloat16;
+
 struct Lanes {
   using Scalar = Lanes;
   using f32 = float;

@@ -1,4 +1,5 @@
 // CUDA entry points: select the device, launch, describe what went wrong.
+#include "../rule_info.h"
 #include "kernels.cuh"
 #include "launch.h"
 
@@ -46,20 +47,28 @@ class OnDevice {
 
 }  // namespace
 
-std::string run(const Pass& pass, RuleId id, DType dtype, DType state, int device, void* stream) {
+std::string run(const Pass& pass, int rule, DType dtype, DType state, int device, void* stream) {
+  Launch launch = nullptr;
+  for (const auto find : {find_axpy, find_hizoo, find_moments})
+    if (launch == nullptr) launch = find(rule, dtype, state);
+  if (launch == nullptr) return wrong_with(rule, dtype, state);
   const OnDevice guard(device);
   if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  if (id == RuleId::axpy) launch_axpy(pass, dtype, s);
-  launch_hizoo(pass, id, dtype, state, s);
-  launch_moments(pass, id, dtype, s);
+  launch(pass, static_cast<cudaStream_t>(stream));
   return describe(cudaGetLastError(), "launching a pass");
 }
 
-std::string run_chain(const Chain& chain, RuleId id, DType dtype, DType state, int device, void* stream) {
+std::string run_chain(const Chain& chain, int rule, DType dtype, DType state, int device, void* stream) {
+  const ChainLaunch launch = find_chain(rule, dtype, state);
+  if (launch == nullptr) {
+    const std::string wrong = wrong_with(rule, dtype, state);
+    return wrong.empty()
+               ? std::string("rule ") + rules()[size_t(rule)].name + " has no chain; run its passes one by one"
+               : wrong;
+  }
   const OnDevice guard(device);
   if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
-  launch_chain(chain, id, dtype, state, static_cast<cudaStream_t>(stream));
+  launch(chain, static_cast<cudaStream_t>(stream));
   return describe(cudaGetLastError(), "launching a chain of passes");
 }
 

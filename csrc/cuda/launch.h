@@ -7,10 +7,11 @@
 namespace zk {
 namespace cuda {
 
-// All addresses in `pass` are device addresses. Enqueues on `stream` of `device`; allocates nothing, waits for nothing.
-std::string run(const Pass& pass, RuleId, DType, DType state, int device, void* stream);
+// Of a rule by its number. All addresses in `pass` are device addresses. Enqueues on `stream` of `device`; allocates
+// nothing, waits for nothing.
+std::string run(const Pass& pass, int rule, DType, DType state, int device, void* stream);
 
-std::string run_chain(const Chain& chain, RuleId, DType, DType state, int device, void* stream);
+std::string run_chain(const Chain& chain, int rule, DType, DType state, int device, void* stream);
 
 // Adds sum over words first .. last-1 of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64, to *sum (device memory).
 std::string normal_checksum(uint64_t first, uint64_t last, uint64_t* sum, int device, void* stream);

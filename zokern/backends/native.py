@@ -7,43 +7,73 @@ from typing import Any
 
 import torch
 
-from zokern.passes.spec import Chain, PassNumbers, PassSpec
+from zokern.contract.rules import RULES, Rule
+from zokern.passes.spec import Chain, PassNumbers, PassSpec, perturbation
 from zokern.passes.table import Table
 
 STAGE_COLUMNS = 9  # of stage_rows
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-extension: Any = None
-import_error: str | None = None
-try:
-    extension = importlib.import_module("zokern._C")
-except ImportError as error:
-    import_error = f"zokern._C cannot be imported ({error}); build it: pip install --no-build-isolation -e ."
+BUILD = "build it: pip install --no-build-isolation -e ."
+
+
+def _described(rule: Rule) -> dict[str, object]:
+    """As the extension describes its own."""
+    return {
+        "name": rule.name,
+        "direct": rule.direct,
+        "coefs": len(rule.coefs),
+        "scalars": len(rule.scalars),
+        "states": len(rule.states),
+        "written": rule.written,
+        "squares": rule.coefs.index("V") if "V" in rule.coefs else -1,
+        "perturbation": perturbation(rule).name,
+    }
+
+
+def _difference(built: list[dict[str, object]]) -> str | None:
+    """Between an extension's rules and zokern/contract/rules.py: one of another order or shape would take numbers for others."""
+    wanted = {rule.id: _described(rule) for rule in RULES.values()}
+    for number in range(max(len(built), *(place + 1 for place in wanted))):
+        ours, its = wanted.get(number), built[number] if number < len(built) else None
+        if ours is None or its is None:
+            name, where = (its or ours or {}).get("name"), "zokern/contract/rules.py" if ours is None else "the build"
+            return f"rule {number} ({name}) is not in {where}"
+        for key, value in ours.items():
+            if its[key] != value:
+                found = f"{its[key]!r} in the build, {value!r} in zokern/contract/rules.py"
+                return f"rule {number} ({ours['name']}) has {key} {found}"
+    return None
+
+
+def load() -> tuple[Any, str | None]:
+    """zokern._C and None, or None and why it cannot be used."""
+    try:
+        module = importlib.import_module("zokern._C")
+    except ImportError as error:
+        return None, f"zokern._C cannot be imported ({error}); {BUILD}"
+    # An older build has no list of its rules.
+    wrong = _difference(module.rules()) if hasattr(module, "rules") else "it does not say which rules it has"
+    return (module, None) if wrong is None else (None, f"zokern._C is of another version: {wrong}; re{BUILD}")
+
+
+extension, import_error = load()
 
 
 def make_pass(table: Table, spec: PassSpec, numbers: PassNumbers) -> Any:
-    """The pass as csrc/pass.h has it. Seeds in host memory travel in the launch itself where there is but one."""
-    seeds, rounding_seed = numbers.seeds, numbers.rounding_seed
-    seed_known = seeds.device.type == "cpu" and seeds.numel() == 1
-    rounding_known = rounding_seed is None or rounding_seed.device.type == "cpu"
-    weights, state = rounding_seed.tolist() if rounding_seed is not None and rounding_known else (0, 0)
+    """The pass as csrc/pass.h has it."""
+    seeds, rounding, enabled = numbers.seeds, numbers.rounding_seed, numbers.enabled
     return extension.Pass(
-        tensors=table.tensors.data_ptr(),
-        chunks=table.chunks.data_ptr(),
-        num_chunks=table.chunks.shape[0],
-        coefs=numbers.coefs.data_ptr(),
-        scalars=numbers.shared.data_ptr(),
-        seeds=0 if seed_known else seeds.data_ptr(),
-        seed=int(seeds[0]) if seed_known else 0,
-        num_seeds=seeds.numel(),
-        rounding_seed=0 if rounding_known or rounding_seed is None else rounding_seed.data_ptr(),
-        known_rounding_seed=weights,
-        known_state_seed=state,
-        enabled=0 if numbers.enabled is None else numbers.enabled.data_ptr(),
-        rademacher=spec.direction.name == "rademacher",
-        stochastic=spec.rounding == "stochastic",
-        square_of_sum=spec.square_of_sum,
-        keep_second=spec.keep_second,
+        table.place,
+        spec.flags,
+        seeds.data_ptr(),
+        seeds.numel(),
+        seeds.device.type == "cpu",
+        numbers.coefs.data_ptr(),
+        numbers.shared.data_ptr(),
+        0 if rounding is None else rounding.data_ptr(),
+        rounding is None or rounding.device.type == "cpu",
+        0 if enabled is None else enabled.data_ptr(),
     )
 
 

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zokern.contract.streams import PURPOSE_NORMAL, PURPOSE_RADEMACHER, PURPOSE_ROUNDING, derive_seed, splitmix64
+from zokern._checks import check_choice
+from zokern.contract.streams import (
+    DISTRIBUTIONS,
+    PURPOSE_NORMAL,
+    PURPOSE_RADEMACHER,
+    PURPOSE_ROUNDING,
+    ROUNDINGS,
+    derive_seed,
+    splitmix64,
+)
 
 __all__ = [
     "add_noise",
@@ -31,6 +40,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+STORED = ("float32", "float16", "bfloat16")
 
 # Coefficients of the contract, as float32 bit patterns so that no decimal parser takes part.
 P_COEFS = ("bd002f20", "3e94d03b", "bf91a12f", "401e51d6", "c03630f9", "3fa02ce3")  # mantissa part of -ln
@@ -129,8 +139,7 @@ def _block_words(first: int, last: int, seed: int, tensor_id: int, purpose: int)
 
 def noise(n: int, seed: int, tensor_id: int, offset: int = 0, distribution: str = "normal") -> Array:
     """z for the n elements whose global indices start at `offset`, float32: N(0, 1), or signs for "rademacher"."""
-    if distribution not in ("normal", "rademacher"):
-        raise ValueError(f"distribution is {distribution!r}; it must be 'normal' or 'rademacher'")
+    check_choice(distribution, "distribution", DISTRIBUTIONS)
     if distribution == "rademacher":
         first, last = offset >> 7, (offset + n + 127) >> 7
         words = _block_words(first, last, seed, tensor_id, PURPOSE_RADEMACHER)
@@ -193,6 +202,8 @@ def round_fp16(x: Array, random: Array | None = None) -> Array:
 
 def round_to(x: Array, dtype: str, rounding: str = "nearest", random: Array | None = None) -> Array:
     """Rounds float32 to `dtype` ("float32", "float16", "bfloat16"): float32, or the uint16 bits of a 16-bit type."""
+    check_choice(dtype, "dtype", STORED)
+    check_choice(rounding, "rounding", ROUNDINGS)
     if dtype == "float32":
         return np.asarray(x, np.float32)
     bits = random if rounding == "stochastic" else None
@@ -201,6 +212,7 @@ def round_to(x: Array, dtype: str, rounding: str = "nearest", random: Array | No
 
 def widen(x: Array, dtype: str) -> Array:
     """The inverse view of `round_to`: float32 values of float32, or of the uint16 bits of a 16-bit type (exact)."""
+    check_choice(dtype, "dtype", STORED)
     if dtype == "float32":
         return np.asarray(x, np.float32)
     if dtype == "bfloat16":

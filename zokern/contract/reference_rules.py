@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from zokern._checks import check_choice
 from zokern.contract.reference import Array, _as_float, _bits, _f32, fma, noise, round_to, rounding_bits, widen
 from zokern.contract.rules import RULES
+from zokern.contract.streams import DISTRIBUTIONS
 
 States = dict[str, Array]
 Sums = Callable[[str, float], Array]  # name of the coefficients, start
@@ -118,6 +120,8 @@ def apply(
     coefs has each of the rule's coefs for each seed, scalars each of the rule's scalars. square_of_sum: V is
     (sum_k coef_k z_k)^2 + start instead of start + sum_k coef_k z_k^2.
     """
+    check_choice(rule, "rule", tuple(FUNCTIONS))
+    check_choice(distribution, "distribution", DISTRIBUTIONS)  # also where nothing is drawn
     n, shared = len(src), {name: np.float32(value) for name, value in scalars.items()}
     directions = [noise(n, seed, tensor_id, offset, distribution) for seed in seeds]
 

@@ -1,6 +1,6 @@
 """The rules of a pass, by name: what each keeps, which coefficients a direction has, which numbers a group shares.
 
-The arithmetic is in csrc/rules.h, backends/triton/rules.py and reference_rules.py; the order here is csrc/rules.h's. A
+The arithmetic is in csrc/rules.h, backends/triton/rules.py and reference_rules.py; ids are places in csrc/rules.h's list. A
 pass first takes the decayed weight w and the sums over its directions, in float32 and in the order of the seeds:
 
     "A" of a direct rule goes straight onto w;    A, G = sum_k coef_k z_k;    V = sum_k coef_k z_k^2

@@ -24,6 +24,9 @@ LAYERS_STREAM = ROUNDING_STREAM + 1
 STATE_STREAM = ROUNDING_STREAM + 2
 PURPOSE_NORMAL, PURPOSE_ROUNDING, PURPOSE_RADEMACHER = 0, 1, 2
 
+DISTRIBUTIONS = ("normal", "rademacher")  # of a direction
+ROUNDINGS = ("nearest", "stochastic")  # to 16 bits
+
 GOLDEN, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # of the scrambling: a shift and a factor each
 LAST_SHIFT = 31

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from zokern.contract.rules import RULES, Rule
+from zokern.contract.streams import ROUNDINGS
 from zokern.directions import DIRECTIONS, Direction
 
 MAX_STAGES, MAX_CHAIN_SEEDS = 32, 128  # csrc/pass.h
 MAX_PASS_SEEDS = ((1 << 31) - 1) // 3  # kernels count coefficients, up to three a seed, in 32 bits
-ROUNDINGS = ("nearest", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class PassSpec:
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {self.rounding!r}; it must be one of {', '.join(map(repr, ROUNDINGS))}")
+
+    @functools.cached_property
+    def flags(self) -> tuple[bool, bool, bool, bool]:
+        """In the order of csrc/pass.h's Pass."""
+        return self.direction.name == "rademacher", self.rounding == "stochastic", self.square_of_sum, self.keep_second
 
     @functools.cached_property
     def exact(self) -> PassSpec:

@@ -7,6 +7,7 @@ csrc/pass.h's and Triton's too. A table is built once and found again while the 
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,11 @@ class Table:
     numel: int
     groups: int
     _streams: dict[int, torch.cuda.Stream] = field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def place(self) -> tuple[int, int, int]:
+        """Addresses of its rows and its chunks, and the number of these."""
+        return self.tensors.data_ptr(), self.chunks.data_ptr(), self.chunks.shape[0]
 
     @property
     def nbytes(self) -> int:

@@ -101,6 +101,8 @@ def _grow(
         w = fma(z, ca, w, PACKED)
     elif A == "sum":
         a = fma(z, ca, a, PACKED)
+    else:
+        tl.static_assert(A == "none", "a rule's A is direct, sum or none")
     if HAS_G:
         g = fma(z, cg, g, PACKED)
     if HAS_V:
@@ -158,8 +160,10 @@ def _tile(
     w, x, y = finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE, HAS_NOISE)
     if ROUNDING == "stochastic":
         out = round_stochastic(w, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE)
-    else:
+    elif ROUNDING == "nearest":
         out = round_nearest(w, DTYPE)
+    else:
+        tl.static_assert(False, "pass_kernel does not know the rounding " + ROUNDING)
     _store_tile(dst, start, lanes, out, begin, end, CUT, DTYPE)
     if WRITTEN >= 1:
         if STATE.primitive_bitwidth == 16:

@@ -15,13 +15,14 @@ import triton.language as tl
 
 from zokern.backends.native import STAGE_COLUMNS, stage_rows
 from zokern.backends.transfer import chain_on_device
-from zokern.contract.rules import Rule
+from zokern.contract.rules import RULES, Rule
 from zokern.passes.spec import Chain, PassNumbers, PassSpec, perturbation
 from zokern.passes.table import CHUNK, COLUMNS, PROBE, Table
 
 from .chain import chain_kernel
 from .interpreter import exact_arithmetic
 from .kernels import pass_kernel
+from .rules import SERVED
 
 NUM_WARPS = 4
 BLOCK = (64 if torch.version.hip else 32) * NUM_WARPS  # noise blocks (8 elements) per tile: one per thread
@@ -34,6 +35,23 @@ LAUNCH_OPTIONS: dict[str, object] = {
     "sanitize_overflow": False,
 }
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _check_rules() -> None:
+    """At import, which is the backend's first use."""
+    unknown, more = [name for name in RULES if name not in SERVED], [name for name in SERVED if name not in RULES]
+    if unknown or more:
+        raise RuntimeError(
+            "zokern's Triton kernels and zokern/contract/rules.py have other rules: "
+            + "; ".join(
+                [f"{name} is missing in zokern/backends/triton/rules.py" for name in unknown]
+                + [f"{name} is missing in zokern/contract/rules.py" for name in more]
+            )
+            + ". Reinstall zokern, or write what is missing."
+        )
+
+
+_check_rules()
 
 
 def on_gpu(device: torch.device) -> bool:

@@ -133,6 +133,8 @@ def direction(first, high, lanes, tensor_id, k0, k1, DISTRIBUTION: tl.constexpr,
     """The tile's z, [BLOCK, 8] float32, of "normal" or "rademacher"."""
     if DISTRIBUTION == "normal":
         z = normals(first, high, lanes, tensor_id, k0, k1, PACKED)
-    else:
+    elif DISTRIBUTION == "rademacher":
         z = signs(first, high, lanes, tensor_id, k0, k1)
+    else:
+        tl.static_assert(False, "direction does not know the distribution " + DISTRIBUTION)
     return z

@@ -44,8 +44,10 @@ def round_stochastic(x, random, DTYPE: tl.constexpr):
     """float32 x and 16 random bits (uint32, below 2^16) of the same shape, to float16 or bfloat16."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         y = _stochastic_bf16(x, random)
-    else:
+    elif DTYPE == tl.float16:  # noqa: SIM300
         y = _stochastic_fp16(x, random)
+    else:
+        tl.static_assert(False, "only float16 and bfloat16 are rounded stochastically")
     return y
 
 

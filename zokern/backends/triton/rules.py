@@ -20,6 +20,9 @@ def _f32(pattern: int) -> tl.constexpr:
 
 Q0, Q1, Q2, Q3 = _f32(0x3E8CC5E4), _f32(0x3EA0BB6E), _f32(0x3EBFFFB3), _f32(0x3EFFFFC9)
 
+# The rules that `finish` has; launch.py compares them with zokern/contract/rules.py.
+SERVED = ("axpy", "scaled_axpy", "hizoo", "hizoo_restore", "helene", "momentum", "adam", "adamezo", "sign")
+
 
 @triton.jit
 def inverse_root(x):
@@ -43,20 +46,31 @@ def inverse(x):
 
 @triton.jit
 def start_of_squares(p1, p2, RULE: tl.constexpr):
-    """What V starts from."""
+    """What V starts from, 0 also where there is none."""
     if RULE == "hizoo" or RULE == "hizoo_restore":
         start = -p1
     elif RULE == "adamezo":
         start = p2
-    else:
+    elif (
+        RULE == "helene"
+        or RULE == "axpy"
+        or RULE == "scaled_axpy"
+        or RULE == "momentum"
+        or RULE == "adam"
+        or RULE == "sign"
+    ):
         start = 0.0
+    else:
+        tl.static_assert(False, "start_of_squares does not know the rule " + RULE)
     return start
 
 
 @triton.jit
 def finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE: tl.constexpr, HAS_NOISE: tl.constexpr):
     """The new weight, before its rounding, and the new states. HAS_NOISE: there may be directions."""
-    if RULE == "scaled_axpy":
+    if RULE == "axpy":
+        pass
+    elif RULE == "scaled_axpy":
         w = tl.fma(a, inverse_root(x), w)
     elif RULE == "hizoo" or RULE == "hizoo_restore":
         if RULE == "hizoo_restore":
@@ -81,4 +95,6 @@ def finish(w, a, g, v, x, y, p1, p2, p3, p4, p5, p6, RULE: tl.constexpr, HAS_NOI
         w = tl.where(w == 0.0, 0.0, w)  # w + 0, but no sum of the product w: see packed.py
     elif RULE == "sign":
         w = w + tl.where(g < 0.0, p1 * -1.0, tl.where(g > 0.0, p1, 0.0))
+    else:
+        tl.static_assert(False, "finish does not know the rule " + RULE)
     return w, x, y
