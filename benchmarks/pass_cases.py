@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from zokern import ops
+from zokern import directions, sweep
 from zokern.contract import reference
 from zokern.contract.rules import RULES
+from zokern.passes.operands import Operands
+from zokern.passes.spec import PassNumbers, PassSpec
 
 CPU = torch.device("cpu")
 SCALARS = {
@@ -128,24 +130,12 @@ def apply(case: Case, tensors: Tensors, backend: str) -> list[Tensor]:
         shared[:, 0] = 1.0
     out = [_view(w.numel(), w.dtype, w.storage_offset(), device) for w in tensors.weights]
     random = case.rounding == "stochastic" or case.state_dtype != torch.float32
-    ops.launch(
-        tensors.weights,
-        out if case.out_of_place else None,
-        states=tensors.states,
-        tensor_ids=[3 + i for i in range(count - 1)] + [2**32 - 1],
-        offsets=tensors.offsets,
-        groups=[i % 2 for i in range(count)],
-        seeds=seeds.to(device) if case.seeds_on_device else seeds,
-        coefs=coefs,
-        shared=shared,
-        rounding_seed=torch.tensor([11, 12]) if random else None,
-        rule=case.rule,
-        distribution=case.distribution,
-        rounding=case.rounding,
-        square_of_sum=case.square_of_sum,
-        keep_second=case.keep_second,
-        backend=backend,
-    )
+    spec = PassSpec(rule, directions.parse(case.distribution), case.rounding, case.square_of_sum, case.keep_second)
+    rounding_seed = torch.tensor([11, 12]) if random else None
+    numbers = PassNumbers(seeds.to(device) if case.seeds_on_device else seeds, coefs, shared, rounding_seed)
+    ids, groups = [3 + i for i in range(count - 1)] + [2**32 - 1], [i % 2 for i in range(count)]
+    dst = out if case.out_of_place else None
+    sweep.run(Operands(tensors.weights, dst, tensors.states, ids, tensors.offsets, groups), spec, numbers, backend)
     return [*(out if case.out_of_place else tensors.weights), *(t for kept in tensors.states for t in kept)]
 
 

@@ -21,8 +21,8 @@ namespace {
 using Place = std::array<int64_t, 3>;
 using Flags = std::array<bool, 4>;
 
-// A pass by its addresses, 0 for what it has not. Where the host has the seeds, one of them travels in the launch itself,
-// and so do rounding seeds.
+// A pass by its addresses, 0 for what it has not. Where the host has the seeds, one of them travels in the launch
+// itself, and so do rounding seeds.
 zk::Pass make_pass(const Place& table, const Flags& flags, uintptr_t seeds, int32_t num_seeds, bool seeds_on_host,
                    uintptr_t coefs, uintptr_t scalars, uintptr_t rounding_seed, bool rounding_on_host,
                    uintptr_t enabled) {
@@ -101,10 +101,10 @@ void raise_if(const std::string& error) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "zokern's compiled passes; use zokern.ops, which checks its arguments.";
-  py::class_<zk::Pass>(m, "Pass").def(
-      py::init(&make_pass), py::arg("table"), py::arg("flags"), py::arg("seeds"), py::arg("num_seeds"),
-      py::arg("seeds_on_host"), py::arg("coefs"), py::arg("scalars"), py::arg("rounding_seed"),
-      py::arg("rounding_on_host"), py::arg("enabled"));
+  py::class_<zk::Pass>(m, "Pass").def(py::init(&make_pass), py::arg("table"), py::arg("flags"), py::arg("seeds"),
+                                      py::arg("num_seeds"), py::arg("seeds_on_host"), py::arg("coefs"),
+                                      py::arg("scalars"), py::arg("rounding_seed"), py::arg("rounding_on_host"),
+                                      py::arg("enabled"));
 
   py::class_<zk::Chain>(m, "Chain")
       .def(py::init(&make_chain), py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("num_chunks"),

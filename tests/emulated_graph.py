@@ -48,7 +48,7 @@ class EmulatedGraph:
         with Recorder(self.work):
             work()
 
-    def replay(self) -> None:
+    def launch(self) -> None:
         for func, args, kwargs, out in self.work:
             again = func(*args, **kwargs)
             flat, flat_again = ([x] if isinstance(x, Tensor) else x for x in (out, again))

@@ -1,7 +1,7 @@
 """The other methods in float64, from their equations: every perturbed state is written down, nothing is merged.
 
 Slow and obvious on purpose, as oracle.py, and no line of it comes from zokern.optim: only the noise and the seeds are
-the contract's. Direction k of step t is z(derive_seed(run seed, t, k)). Scalars that divide by eps use each parameter
+the contract's. Direction k of step t is z(derive_seed(run seed, t, k)). PassNumbers that divide by eps use each parameter
 group's own. `dropped(t)` names the tensors that step t leaves out (LeZO): not perturbed, not updated, not decayed, and
 their state stays. A step in which any loss is not finite changes nothing and still counts as a step.
 """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launching import launch, launch_chain
 
 import zokern
-from zokern import backends, ops
-from zokern.backends.scalars import Kind, Scalars
+from zokern import backends, sweep
 from zokern.passes import table
+from zokern.passes.spec import PassNumbers, PassSpec
 
 GOOD = {"tensor_ids": [0, 1], "seeds": [1], "coefs": [0.5]}
 CASES = {
@@ -129,8 +130,8 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------- limits of one launch
 
 
-def numbers_of(seeds: int) -> Scalars:
-    return Scalars(torch.arange(seeds), torch.ones(1, 1, seeds), torch.ones(1, 1))
+def numbers_of(seeds: int) -> PassNumbers:
+    return PassNumbers(torch.arange(seeds), torch.ones(1, 1, seeds), torch.ones(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -143,16 +144,16 @@ def numbers_of(seeds: int) -> Scalars:
 )
 def test_a_chain_refuses_more_than_it_takes(stages: int, seeds: int, said: str, backend, device) -> None:
     weight = torch.zeros(100, device=device)
-    chain = [(Kind(), numbers_of(seeds))] * stages
+    chain = [(PassSpec(), numbers_of(seeds))] * stages
     with pytest.raises(ValueError, match=said):
-        ops.launch_chain([weight], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend=backend)
+        launch_chain([weight], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend=backend)
     assert not weight.any()
 
 
 def test_a_chain_takes_what_its_limits_say() -> None:
     one = torch.zeros(100)
-    for chain in ([(Kind(), numbers_of(4))] * 32, [(Kind(), numbers_of(64))] * 2):
-        ops.launch_chain([one], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend="cpu")
+    for chain in ([(PassSpec(), numbers_of(4))] * 32, [(PassSpec(), numbers_of(64))] * 2):
+        launch_chain([one], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend="cpu")
     assert one.all()
 
 
@@ -161,8 +162,8 @@ def test_a_pass_refuses_more_seeds_than_it_can_count(monkeypatch: pytest.MonkeyP
     weight, seeds = torch.zeros(100), torch.zeros(1, dtype=torch.int64).expand(1 << 30)
     coefs = torch.zeros(1, 1, 1).expand(1, 1, 1 << 30)
     with pytest.raises(ValueError, match=r"1073741824 seeds, and one takes 715827882: give them to several passes"):
-        ops.launch([weight], None, tensor_ids=[0], offsets=[0], groups=[0], seeds=seeds, coefs=coefs, shared=coefs[0])
-    monkeypatch.setattr(ops, "MAX_PASS_SEEDS", 3)
+        launch([weight], None, tensor_ids=[0], offsets=[0], groups=[0], seeds=seeds, coefs=coefs, shared=coefs[0])
+    monkeypatch.setattr(sweep, "MAX_PASS_SEEDS", 3)
     zokern.add_noise_([weight], tensor_ids=[0], seeds=[1, 2, 3], coefs=[1.0] * 3)
     before = weight.clone()
     with pytest.raises(ValueError, match=r"4 seeds, and one takes 3: give them to several passes"):

@@ -187,15 +187,15 @@ def test_a_peer_does_a_sweep_for_each_thing_that_our_pass_does(
     title: str, sweeps: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder, ours = Recorder(), []
-    monkeypatch.setattr(Passes, "run", lambda self, members, numbers, **more: ours.append([numbers]))
-    monkeypatch.setattr(Passes, "chain", lambda self, members, stages, rule, **more: ours.append(stages))
+    monkeypatch.setattr(Passes, "run", lambda self, sweep, spec, numbers, **more: ours.append([(spec, numbers)]))
+    monkeypatch.setattr(Passes, "chain", lambda self, sweep, stages, rule, **more: ours.append(stages))
     calls = Workload(CASES[title], N, CPU).candidates(["cpu"], [recorder])
     calls["published"]()
     assert recorder.sweeps == sweeps
     calls["zokern cpu"]()
     (stages,) = ours
     assert len(stages) == CASES[title].stages
-    seeds = [seed for numbers in stages for seed in numbers.seeds]
+    seeds = [seed for _, numbers in stages for seed in numbers.seeds.tolist()]
     assert seeds == list(range(CASES[title].seeds * CASES[title].stages))
     assert ("zokern cpu, a pass a seed" in calls) == (CASES[title].seeds > 1)
     assert ("zokern cpu, a sweep a pass" in calls) == (CASES[title].stages > 1)

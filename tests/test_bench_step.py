@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from zokern import HiZOO, MeZO, graphed
+from zokern import HiZOO, MeZO
 from zokern.bench import commands_step, models, plots, scaling, split, step_options, step_peers, step_tables
 from zokern.bench.budget import Budget
 from zokern.bench.memory import peak_bytes
 from zokern.bench.step import Run
 from zokern.bench.step_cases import Case, Settings, make, needed_bytes
+from zokern.graphs import step as graphed
 
 
 @pytest.fixture(autouse=True)
@@ -305,15 +306,15 @@ def test_a_smaller_curvature_is_timed_where_float32_does_not_fit(
     if runs_out == "before":
         wanted["memory_limit"] = forward + 4 * count - 1
     else:
-        estimate, steps = HiZOO.estimate, []
+        rounds, steps = HiZOO.rounds, []
 
-        def exhausted(self: HiZOO, probe: Any) -> Any:
+        def exhausted(self: HiZOO) -> Any:
             steps.append(self)
-            if self._states["h"][0] == torch.float32 and len(steps) >= (1 if "first" in runs_out else 2):
+            if self.state_spec["h"][0] == torch.float32 and len(steps) >= (1 if "first" in runs_out else 2):
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return estimate(self, probe)
+            return rounds(self)
 
-        monkeypatch.setattr(HiZOO, "estimate", exhausted)
+        monkeypatch.setattr(HiZOO, "rounds", exhausted)
     results = Run(settings(**wanted), tmp_path / "s").run()
     assert list(results) == [
         "tiny-opt 2x8 mezo inplace", "tiny-opt 2x8 hizoo inplace", "tiny-opt 2x8 hizoo inplace, h bfloat16"
@@ -342,10 +343,10 @@ def test_nothing_smaller_than_what_has_no_curvature(tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out_in_mid_step_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(self: MeZO, probe: Any) -> None:
+    def exhausted(self: MeZO) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(MeZO, "estimate", exhausted)
+    monkeypatch.setattr(MeZO, "rounds", exhausted)
     results = Run(settings(models=("tiny-opt",), placements=("shadow",)), tmp_path / "s").run()
     assert results["tiny-opt 2x8 mezo shadow"]["status"] == "does not fit"
     assert results["tiny-opt 2x8 hizoo shadow"]["status"] == "timed"

@@ -8,32 +8,35 @@ from dataclasses import replace
 
 import pytest
 import torch
+from launching import launch, launch_chain
 
-from zokern import ops
 from zokern.backends import native
-from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_STAGES, Kind, Scalars, perturbation
 from zokern.contract.rules import RULES
+from zokern.directions import DIRECTIONS
+from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, perturbation
 
 CHAINED = [rule for rule in RULES if rule != "scaled_axpy"]
 GROUPS = 2
 
 
-def stage(rule_name: str, draw: random.Random, seeds: int, distribution: str, stochastic: bool) -> tuple[Kind, Scalars]:
+def stage(
+    rule_name: str, draw: random.Random, seeds: int, distribution: str, stochastic: bool
+) -> tuple[PassSpec, PassNumbers]:
     rule = RULES[rule_name]
     generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
     coefs = torch.randn(GROUPS, len(rule.coefs), seeds, generator=generator) * 0.1
     if "V" in rule.coefs:
         coefs[:, -1] = coefs[:, -1].abs()
     shared = torch.rand(GROUPS, len(rule.scalars), generator=generator) * 0.5 + 0.5
-    kind = Kind(
+    kind = PassSpec(
         rule,
-        distribution,
+        DIRECTIONS[distribution],
         "stochastic" if stochastic else "nearest",
         square_of_sum="V" in rule.coefs and draw.random() < 0.5,
         keep_second=rule.written == 2 and draw.random() < 0.5,
     )
     numbers = torch.randint(0, 1 << 62, (seeds + 2,), generator=generator)
-    return kind, Scalars(numbers[:seeds], coefs, shared, numbers[seeds:])
+    return kind, PassNumbers(numbers[:seeds], coefs, shared, numbers[seeds:])
 
 
 def one_by_one(tensors, states, stages, where, *, probes=(), enabled=None):
@@ -47,7 +50,7 @@ def one_by_one(tensors, states, stages, where, *, probes=(), enabled=None):
             out = [probes[j] for j in at]
             if not at:
                 return
-        ops.launch(
+        launch(
             [tensors[j] for j in at],
             out,
             states=[[state[j] for j in at] for state in states][: len(kind.rule.states)],
@@ -60,7 +63,7 @@ def one_by_one(tensors, states, stages, where, *, probes=(), enabled=None):
             rounding_seed=scalars.rounding_seed,
             enabled=enabled if i < last else None,
             rule=kind.rule.name,
-            distribution=kind.distribution,
+            distribution=kind.direction.name,
             rounding=kind.rounding,
             square_of_sum=kind.square_of_sum,
             keep_second=kind.keep_second,
@@ -108,7 +111,7 @@ def compare(backend: str, device: torch.device, dtype: torch.dtype, rule: str, f
     tensors, states, probes, enabled = fresh("cpu")
     one_by_one(tensors, states, stages, where, probes=probes, enabled=enabled)
     got, got_states, got_probes, enabled = fresh(device)
-    ops.launch_chain(
+    launch_chain(
         got,
         stages,
         tensor_ids=[w[0] for w in where],

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from torch import Tensor
 
 import zokern
-from zokern import backends, ops
+from zokern import backends
 from zokern.backends import native
+from zokern.contract.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import pass_cases
@@ -43,7 +45,7 @@ def perturbed(w: Tensor, backend: str, **more: object) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rule", list(zokern.ops.RULES))
+@pytest.mark.parametrize("rule", list(RULES))
 def test_cuda_triton_and_cpu_have_the_same_bits(rule: str, dtype: torch.dtype, device: torch.device) -> None:
     """A rule's kernels, both roundings and distributions, one seed and several, at 400,000 elements."""
     names = [name for name in GPU_BACKENDS if backends.unavailable_reason(name, device) is None]
@@ -161,7 +163,7 @@ def test_a_disabled_pass_in_a_graph_writes_nothing(gpu_backend: str, device: tor
     }
 
     def step() -> None:
-        ops.launch([w], None, tensor_ids=[0], offsets=[0], groups=[0], enabled=enabled, backend=gpu_backend, **numbers)
+        launch([w], None, tensor_ids=[0], offsets=[0], groups=[0], enabled=enabled, backend=gpu_backend, **numbers)
 
     step()
     torch.cuda.synchronize()

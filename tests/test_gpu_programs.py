@@ -19,9 +19,9 @@ import torch
 from zokern import backends
 from zokern.backends import cpu
 from zokern.backends import triton as triton_backend
-from zokern.backends.scalars import Kind, Scalars
 from zokern.contract import reference
 from zokern.contract.rules import RULES
+from zokern.passes.spec import PassNumbers, PassSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -48,8 +48,8 @@ def broken_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     right = cpu.run
 
     def breaking(rule: str) -> None:
-        def run(table: Any, kind: Kind, scalars: Scalars) -> None:
-            right(table, kind, scalars if kind.rule.name != rule else Scalars(
+        def run(table: Any, kind: PassSpec, scalars: PassNumbers) -> None:
+            right(table, kind, scalars if kind.rule.name != rule else PassNumbers(
                 scalars.seeds ^ 1, scalars.coefs, scalars.shared, scalars.rounding_seed, scalars.enabled))  # fmt: skip
 
         monkeypatch.setattr(cpu, "run", run)

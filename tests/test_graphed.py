@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zokern
-from zokern import graphed, journal
+from zokern import journal
+from zokern.graphs import cuda
+from zokern.graphs import step as graphed
 from zokern.noise import derive_seed, derive_seeds
 from zokern.placement.stream import Stream
 
@@ -229,9 +231,9 @@ class Growing(zokern.MeZO):
     def structure(self) -> bool:
         return self.counters["steps"] > 0
 
-    def estimate(self, probe):
+    def rounds(self):
         self.num_samples = 3 if self.structure() else 1
-        return super().estimate(probe)
+        return super().rounds()
 
 
 @pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
@@ -479,19 +481,19 @@ def waits() -> None:
 
 @pytest.mark.parametrize("new", [True, False], ids=["PyTorch 2.8", "PyTorch 2.6"])
 def test_a_capture_that_a_call_breaks_leaves_nothing_behind(new: bool, monkeypatch) -> None:
-    cuda = StandIns(monkeypatch, new=new)
-    one = graphed.CudaGraph(GPU, "pool")
+    stand = StandIns(monkeypatch, new=new)
+    one = cuda.CudaGraph(GPU, "pool")
     with pytest.raises(RuntimeError, match="the first error") as raised:
         one.capture(waits)
     # A trace function that raises in an except clause, as tests of Ctrl-C have them, leaves its exception current for good.
     assert raised.value.__context__ is sys.exc_info()[1], "that the capture could not end says nothing"
-    assert cuda.streams[-1] == "outer"
-    assert cuda.log == [("ended", 1, "pool")]
-    assert cuda.recording == cuda.used == []
-    assert not cuda.capturing
-    assert one.graph in graphed._broken
-    graphed.CudaGraph(GPU, "another pool").capture(lambda: None)
-    assert cuda.streams[-1] == "outer"
+    assert stand.streams[-1] == "outer"
+    assert stand.log == [("ended", 1, "pool")]
+    assert stand.recording == stand.used == []
+    assert not stand.capturing
+    assert one.graph in cuda._broken
+    cuda.CudaGraph(GPU, "another pool").capture(lambda: None)
+    assert stand.streams[-1] == "outer"
 
 
 @pytest.mark.parametrize("breaks", [False, True], ids=["done", "broken"])
@@ -516,7 +518,7 @@ def test_what_follows_a_warm_up_waits_for_it(breaks: bool, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: outer)
     with pytest.raises(RuntimeError, match="the first error") if breaks else contextlib.nullcontext():
-        graphed.CudaGraph(GPU, "pool").warm_up(work)
+        cuda.CudaGraph(GPU, "pool").warm_up(work)
     assert log == ["side waits for outer", "work", "outer waits for side"]
 
 
@@ -538,7 +540,7 @@ def test_a_capture_that_broke_holds_no_tensor_of_its_step(monkeypatch) -> None:
     gc.disable()
     try:
         with pytest.raises(RuntimeError, match="the first error"):
-            graphed.CudaGraph(GPU, "pool").capture(work)
+            cuda.CudaGraph(GPU, "pool").capture(work)
         gone = held[0]() is None
     finally:
         gc.enable()
@@ -546,27 +548,27 @@ def test_a_capture_that_broke_holds_no_tensor_of_its_step(monkeypatch) -> None:
 
 
 def test_a_capture_that_cannot_end_by_itself_says_so(monkeypatch) -> None:
-    cuda = StandIns(monkeypatch, end_fails=True)
+    stand = StandIns(monkeypatch, end_fails=True)
     with pytest.raises(RuntimeError, match="operation failed due to a previous error"):
-        graphed.CudaGraph(GPU, "pool").capture(lambda: None)
-    assert cuda.streams[-1] == "outer"
-    assert cuda.log == [("ended", 1, "pool")]
-    assert not cuda.capturing
+        cuda.CudaGraph(GPU, "pool").capture(lambda: None)
+    assert stand.streams[-1] == "outer"
+    assert stand.log == [("ended", 1, "pool")]
+    assert not stand.capturing
 
 
 def test_an_error_that_lets_the_capture_end_is_left_alone(monkeypatch) -> None:
     """Of the closure's own, say: PyTorch has put everything back."""
-    cuda = StandIns(monkeypatch)
-    before = len(graphed._broken)
+    stand = StandIns(monkeypatch)
+    before = len(cuda._broken)
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        graphed.CudaGraph(GPU, "pool").capture(interrupted)
-    assert cuda.streams[-1] == "outer"
-    assert cuda.log == []
-    assert len(graphed._broken) == before
+        cuda.CudaGraph(GPU, "pool").capture(interrupted)
+    assert stand.streams[-1] == "outer"
+    assert stand.log == []
+    assert len(cuda._broken) == before
 
 
 def test_the_next_try_has_a_pool_of_its_own(emulated, monkeypatch) -> None:

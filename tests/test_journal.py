@@ -32,10 +32,10 @@ from typer.testing import CliRunner
 
 import zokern
 from zokern import journal
-from zokern.backends.scalars import MAX_CHAIN_SEEDS, MAX_STAGES
 from zokern.cli import app
 from zokern.journal import format as journal_format
 from zokern.journal import tools
+from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {

@@ -17,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
-from zokern import backends
+from zokern import backends, sweep
+from zokern.graphs.live import DeviceNumbers
 from zokern.optim import parameters
 from zokern.optim.base import ZerothOrderOptimizer
-from zokern.optim.live import Live
+from zokern.optim.losses import Skips
+from zokern.passes.operands import Operands
 
 DEVICE = torch.device("meta")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
@@ -88,10 +90,12 @@ def options_of(case: Case) -> dict[str, Any]:
 def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, ZerothOrderOptimizer]:
     model = Net().bfloat16().to(DEVICE)
     monkeypatch.setattr(parameters, "check_parameter", lambda p, name: None)  # it refuses tensors without storage
-    monkeypatch.setattr(backends, "choose", lambda name, device: backends.module("cuda"))  # its launches are left out
+    monkeypatch.setattr(backends, "choose", lambda name, device: backends.module("cuda"))
+    monkeypatch.setattr(Operands, "tables", lambda self: [])  # numbers are sent, and nothing is launched
+    monkeypatch.setattr(sweep, "num_modes", lambda: 0)  # those of these tests look at transfers alone
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)  # what the copies are made from
     # The count of skipped steps comes to the host by a CUDA event, in its own time.
-    monkeypatch.setattr(ZerothOrderOptimizer, "_remember_skipped", lambda self: None)
+    monkeypatch.setattr(Skips, "look", lambda self: None)
     return model, getattr(zokern, case.cls)(model, 1e-3, placement=placement, **options_of(case))
 
 
@@ -135,11 +139,11 @@ def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, place
     if case.remembers:
         pytest.skip("update='adamezo' is refused by GraphedStep")
     model, opt = on_device(case, placement, monkeypatch)
-    live = Live(opt.seed, 1, len(opt.schedule(0)), DEVICE)
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
 
     def step() -> None:
         live.begin()
-        opt.step_live(lambda: loss_of(model), live)
+        opt.step_with(live, lambda: loss_of(model))
 
     step()
     step()  # as GraphedStep's warm-up: what is kept on the device is there now

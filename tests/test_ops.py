@@ -6,9 +6,9 @@ import devices
 import numpy as np
 import pytest
 import torch
+from launching import launch
 
 import zokern
-from zokern import ops
 from zokern.backends import native
 from zokern.passes import table
 
@@ -213,7 +213,7 @@ def test_groups_and_the_enabled_flag(backend: str, device: torch.device) -> None
     start = weights(torch.float32, (100, 200))
     for enabled in (1, 0):
         moved = [t.clone().to(device) for t in start]
-        ops.launch(
+        launch(
             moved,
             None,
             tensor_ids=[0, 1],

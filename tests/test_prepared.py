@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import random
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from test_chain import one_by_one
 from test_methods import METHODS
 from test_pipelined import Net
 from torch import Tensor, nn
 
 import zokern
-from zokern import journal, ops
-from zokern.backends.scalars import Kind, Scalars
 from zokern.contract.rules import RULES
-from zokern.journal.replay import Player
-from zokern.passes import table
+from zokern.directions import DIRECTIONS
+from zokern.passes import operands, table
+from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.placement import sites
-from zokern.sweep import Member, Numbers, Passes
+from zokern.sweep import Member, Passes, Sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (100, 8, 333)
@@ -36,7 +34,7 @@ class Asked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.keys = self.addresses = 0
-        tables, data_ptr = ops.tables, Tensor.data_ptr
+        tables, data_ptr = operands.tables, Tensor.data_ptr
 
         def counting(*args: Any) -> Any:
             self.keys += 1
@@ -46,33 +44,37 @@ class Asked:
             self.addresses += 1
             return data_ptr(t)
 
-        monkeypatch.setattr(ops, "tables", counting)
+        monkeypatch.setattr(operands, "tables", counting)
         monkeypatch.setattr(Tensor, "data_ptr", asking)
 
 
-def ones(rule: str) -> Numbers:
-    """Numbers of two groups."""
-    shape = torch.full((2, 1), 0.25, dtype=torch.float64)
+def ones(rule: str) -> tuple[PassSpec, PassNumbers]:
+    """Of two groups."""
     names = RULES[rule]
-    return Numbers([7], dict.fromkeys(names.coefs, shape), dict.fromkeys(names.scalars, shape[:, 0]), rule)
+    coefs, shared = torch.full((2, len(names.coefs), 1), 0.25), torch.full((2, len(names.scalars)), 0.25)
+    return PassSpec(names), PassNumbers(torch.tensor([7]), coefs, shared)
 
 
-def many(count: int) -> list[Member]:
-    return [Member(nn.Parameter(torch.ones(4)), i, i % 2, f"w{i}", {"h": torch.ones(4)}) for i in range(count)]
+def many(count: int) -> Sweep:
+    return Sweep([Member(nn.Parameter(torch.ones(4)), i, i % 2, f"w{i}", {"h": torch.ones(4)}) for i in range(count)])
+
+
+def passes_on_cpu() -> Passes:
+    return Passes(DIRECTIONS["normal"], "cpu")
 
 
 @torch.no_grad()
 def test_addresses_are_asked_for_once(monkeypatch) -> None:
-    members, passes = many(200), Passes("normal", "cpu")
+    members, passes = many(200), passes_on_cpu()
     copies, probes = [m.param.clone() for m in members], [m.param.clone() for m in members]
     axpy, scaled = ones("axpy"), ones("scaled_axpy")
     calls = [
-        lambda: passes.run(members, axpy),
-        lambda: passes.run(members, axpy, out=copies),
-        lambda: passes.run(members, scaled),
-        lambda: passes.run(members, scaled, out=copies),
-        lambda: passes.chain(members, [axpy, axpy], "axpy"),
-        lambda: passes.chain(members, [axpy, axpy], "axpy", probes=probes),
+        lambda: passes.run(members, *axpy),
+        lambda: passes.run(members, *axpy, out=copies),
+        lambda: passes.run(members, *scaled),
+        lambda: passes.run(members, *scaled, out=copies),
+        lambda: passes.chain(members, [axpy, axpy], RULES["axpy"]),
+        lambda: passes.chain(members, [axpy, axpy], RULES["axpy"], probes=probes),
     ]
     for call in calls:
         call()
@@ -81,7 +83,7 @@ def test_addresses_are_asked_for_once(monkeypatch) -> None:
         call()
     assert asked.keys == 0
     assert asked.addresses < 18 * 20, "a few for the numbers of a pass, none for its 200 tensors"
-    passes.forget()
+    members.forget()
     calls[0]()
     assert asked.keys == 1
     assert asked.addresses > 200
@@ -97,7 +99,9 @@ def test_addresses_are_asked_for_once(monkeypatch) -> None:
         ("mezo", "stream", 6),  # outside, four blocks, and the update
     ],
 )
-def test_a_step_looks_for_its_tables_once(name: str, placement: str, keys: int, monkeypatch) -> None:
+def test_tables_are_looked_for_once_and_again_when_something_changes(
+    name: str, placement: str, keys: int, monkeypatch
+) -> None:
     torch.manual_seed(2)
     model, case = Net(), METHODS[name]
     options = {k: v for k, v in case.options.items() if k != "num_samples"}
@@ -109,8 +113,12 @@ def test_a_step_looks_for_its_tables_once(name: str, placement: str, keys: int, 
     opt.step(loss)
     asked, passes = Asked(monkeypatch), opt.counters["passes"]
     opt.step(loss)
-    assert asked.keys == keys
+    assert asked.keys == 0
     assert opt.counters["passes"] - passes == 9
+    model.head.weight.data = model.head.weight.data.clone()
+    for _ in range(2):
+        opt.step(loss)
+    assert asked.keys == keys
 
 
 # -------------------------------------------------------------------------------------------------------- hostile cases
@@ -130,15 +138,16 @@ class Twins:
                     t.abs_().add_(0.5)
         self.weights = [nn.Parameter(t, requires_grad=False) for t in self.both[0][0]]
 
-    def members(self) -> tuple[list[Member], tuple[list[tuple[int, int, int]], int]]:
+    def members(self) -> tuple[Sweep, tuple[list[tuple[int, int, int]], int]]:
         """Over the same weights, with ids, groups and one of two pairs of states drawn anew."""
         pair = self.draw.choice([3, 5])
         where = [(self.draw.randrange(1 << 32), 0, self.draw.randrange(2)) for _ in SIZES]
         mine = self.both[0]
-        return [
+        members = [
             Member(w, where[i][0], where[i][2], f"w{i}", {"h": mine[pair][i], "m": mine[pair + 1][i]})
             for i, w in enumerate(self.weights)
-        ], (where, pair)
+        ]
+        return Sweep(members), (where, pair)
 
     def states(self, rule: str, pair: int) -> list[list[Tensor]]:
         return [self.both[1][pair + (name == "m")] for name in RULES[rule].states]
@@ -156,55 +165,51 @@ class Twins:
         assert all(torch.equal(w, t) for w, t in zip(self.weights, self.both[1][0], strict=True))
 
 
-def scalars_of(numbers: Numbers) -> Scalars:
-    return numbers.near(torch.device("cpu"))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(12))
 def test_passes_in_any_order_have_the_bits_of_each_alone(seed: int) -> None:
     """Sweeps over the same weights with other ids, groups and states, in place, to two places, as chains; then the next
     step, with lists of its own, and sometimes with other memory."""
     draw = random.Random(seed)
-    twins, passes = Twins(draw), Passes("normal", "cpu")
+    twins, passes = Twins(draw), passes_on_cpu()
     for _ in range(8):
         sweeps = [twins.members() for _ in range(3)]
         for _ in range(10):
             members, (where, pair) = draw.choice(sweeps)
             rule = draw.choice(["axpy", "scaled_axpy", "helene", "momentum"])
-            numbers, how, mine = numbers_of(rule, draw), draw.choice(["run", "out", "chain", "fork"]), twins.both
+            told, how, mine = told_of(rule, draw), draw.choice(["run", "out", "chain", "fork"]), twins.both
             to = draw.choice([1, 2])
-            stages = [(Kind(RULES[rule]), scalars_of(numbers))]
             if how == "run":
-                passes.run(members, numbers)
-                one_by_one(mine[1][0], twins.states(rule, pair), stages, where)
+                passes.run(members, *told)
+                one_by_one(mine[1][0], twins.states(rule, pair), [told], where)
             elif how == "out":
-                passes.run(members, numbers, out=mine[0][to])
-                out_of_place(mine[1][0], mine[1][to], twins.states(rule, pair), stages[0], where)
+                passes.run(members, *told, out=mine[0][to])
+                out_of_place(mine[1][0], mine[1][to], twins.states(rule, pair), told, where)
             else:
                 rule = "helene" if rule == "scaled_axpy" else rule
-                given = [numbers_of(rule, draw), numbers_of("axpy", draw)]
+                stages = [told_of(rule, draw), told_of("axpy", draw)]
                 probes = mine[0][to] if how == "fork" else []
-                passes.chain(members, given, rule, probes=probes)
-                chained = [(Kind(RULES[n.rule]), scalars_of(n)) for n in given]
-                one_by_one(mine[1][0], twins.states(rule, pair), chained, where, probes=mine[1][to] if probes else ())
-        passes.forget()
+                passes.chain(members, stages, RULES[rule], probes=probes)
+                one_by_one(mine[1][0], twins.states(rule, pair), stages, where, probes=mine[1][to] if probes else ())
         twins.same()
         if draw.random() < 0.5:
             twins.swap()
 
 
-def numbers_of(rule: str, draw: random.Random) -> Numbers:
+def told_of(rule: str, draw: random.Random) -> tuple[PassSpec, PassNumbers]:
     generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
     names, k = RULES[rule], draw.choice([1, 2])
-    coefs = {name: torch.rand(2, k, generator=generator, dtype=torch.float64) * 0.1 for name in names.coefs}
-    shared = {name: torch.rand(2, generator=generator, dtype=torch.float64) * 0.5 + 0.5 for name in names.scalars}
-    return Numbers([draw.randrange(1 << 62) for _ in range(k)], coefs, shared, rule)
+    coefs = torch.rand(2, len(names.coefs), k, generator=generator) * 0.1
+    shared = torch.rand(2, len(names.scalars), generator=generator) * 0.5 + 0.5
+    seeds = torch.tensor([draw.randrange(1 << 62) for _ in range(k)])
+    return PassSpec(names), PassNumbers(seeds, coefs, shared)
 
 
-def out_of_place(src: list[Tensor], dst: list[Tensor], states: Any, stage: tuple[Kind, Scalars], where: Any) -> None:
+def out_of_place(
+    src: list[Tensor], dst: list[Tensor], states: Any, stage: tuple[PassSpec, PassNumbers], where: Any
+) -> None:
     kind, scalars = stage
-    ops.launch(
+    launch(
         src, dst, states=states, tensor_ids=[w[0] for w in where], offsets=[0] * len(src), groups=[w[2] for w in where],
         seeds=scalars.seeds, coefs=scalars.coefs, shared=scalars.shared, rule=kind.rule.name, backend="reference",
     )  # fmt: skip
@@ -278,33 +283,13 @@ def test_a_state_that_was_exchanged_is_used() -> None:
 
 def test_ids_that_were_exchanged_are_used() -> None:
     """The same tensors at the same addresses, with other noise."""
-    weight, passes = torch.zeros(100), Passes("normal", "cpu")
+    weight, passes = torch.zeros(100), passes_on_cpu()
     for tensor_id in (3, 4, 3):
         weight.zero_()
-        passes.run([Member(weight, tensor_id, 0, "w")], numbers := ones("axpy"))
+        passes.run(Sweep([Member(weight, tensor_id, 0, "w")]), *ones("axpy"))
         wanted = torch.zeros(100)
         zokern.add_noise_([wanted], tensor_ids=[tensor_id], seeds=[7], coefs=[0.25], decay=0.25)
         assert torch.equal(weight, wanted)
-        passes.forget()
-    assert numbers.seeds == [7]
-
-
-def test_an_operation_done_again_later_does_not_need_what_was_prepared() -> None:
-    """A recorded operation has the number of something that is no more: it looks at its tensors by itself."""
-    weight, wanted = torch.zeros(100), torch.zeros(100)
-    prepared, numbers = ops.Prepared(), ones("axpy").near(torch.device("cpu"))
-    rest = (
-        [], [], [5], [0], [0], numbers.seeds, numbers.coefs, numbers.shared, None, None, "axpy", "normal", "nearest",
-        False, False, "cpu",
-    )  # fmt: skip
-    torch.ops.zokern.pass_([weight], *rest, prepared.number)
-    gone, found = prepared.number, weakref.ref(prepared)
-    del prepared
-    gc.collect()
-    assert found() is None
-    torch.ops.zokern.pass_([wanted], *rest, gone)
-    assert torch.equal(weight, wanted)
-    assert bool(weight.any())
 
 
 # --------------------------------------------------------------------------------------------------------- table's key
@@ -333,7 +318,7 @@ def test_a_table_of_the_same_addresses_is_not_taken_for_another(changed: dict[st
         first[name] = [[whole]] if name == "states" else [whole]
 
     def find(src: list[Tensor], dst: list[Tensor], states: Any, probes: Any) -> list[table.Table]:
-        return ops._find(None, "cpu", src, dst, [0], [0], [0], states, probes)[1]
+        return operands.Operands(src, dst, states, [0], [0], [0], probes).tables()
 
     find(**first)
     find(**first)
@@ -344,26 +329,48 @@ def test_a_table_of_the_same_addresses_is_not_taken_for_another(changed: dict[st
 # ------------------------------------------------------------------------------------------------------------- lifetime
 
 
-def test_lists_are_held_no_longer_than_a_step(tmp_path: Path, monkeypatch) -> None:
-    """And a replay, which has no steps, holds those of one chain."""
+def alive(storage: Any) -> bool:
+    gc.collect()
+    return not storage.expired()
+
+
+def watched(t: Tensor) -> Any:
+    return torch.multiprocessing.reductions.StorageWeakRef(t.untyped_storage())
+
+
+@pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
+def test_memory_that_was_exchanged_between_steps_is_let_go(placement: str) -> None:
+    """Weights that were moved elsewhere, say to the CPU to make room, and states that a load has replaced."""
     model = Net()
-    start = copy.deepcopy(model)
-    opt = zokern.MeZO(model, 1e-3, placement="shadow")
-    with journal.write(opt, tmp_path / "run.journal"):
-        for _ in range(70):
-            opt.step(lambda: model(torch.zeros(2, 5, dtype=torch.int64)).square().mean())
-            assert opt._passes._sweeps == {}
-    held: list[int] = []
-    original = Passes.chain
+    opt = zokern.HiZOO(model, 1e-3, placement=placement)
 
-    def chain(self: Passes, *args: Any, **options: Any) -> None:
-        original(self, *args, **options)
-        held.append(len(self._sweeps))
+    def step() -> None:
+        opt.step(lambda: model(torch.zeros(2, 5, dtype=torch.int64)).square().mean())
 
-    monkeypatch.setattr(Passes, "chain", chain)
-    monkeypatch.setattr(Player, "_one_pass", lambda *args: False)  # float32's passes would be one
-    journal.replay(tmp_path / "run.journal", start)
-    assert held == [1, 1, 1]
+    step()
+    weight = model.head.weight
+    old, state = watched(weight), watched(opt.state[weight]["h"])
+    assert alive(old)
+    weight.data = weight.data.clone()
+    assert not alive(old)
+    opt.load_state_dict(opt.state_dict())
+    assert not alive(state)
+    step()
+
+
+def test_an_optimizer_is_freed_with_its_last_name() -> None:
+    """No circle keeps it, and with it the module, until the collector of garbage comes by."""
+    for placement in ("inplace", "shadow", "stream"):
+        model = Net()
+        opt = zokern.HELENE(model, 1e-3, placement=placement)
+        opt.step(lambda model=model: model(torch.zeros(2, 5, dtype=torch.int64)).square().mean())
+        found = weakref.ref(opt)
+        gc.disable()
+        try:
+            del opt
+            assert found() is None, placement
+        finally:
+            gc.enable()
 
 
 def test_copies_are_freed_before_larger_ones_are_made(monkeypatch) -> None:

@@ -77,8 +77,9 @@ def test_report_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from zokern import report
     from zokern.backends import cpu
-    from zokern.backends.scalars import Kind
+    from zokern.directions import DIRECTIONS
+    from zokern.passes.spec import PassSpec
 
-    right, wrong = cpu.run, Kind(distribution="rademacher")
+    right, wrong = cpu.run, PassSpec(direction=DIRECTIONS["rademacher"])
     monkeypatch.setattr(cpu, "run", lambda table, kind, scalars: right(table, wrong, scalars))
     assert report.self_check("cpu", torch.device("cpu")) is not None

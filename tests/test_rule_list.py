@@ -1,4 +1,4 @@
-"""The lists of rules in C++, Triton, the reference and zokern/contract/rules.py are one, and what none of them has is refused."""
+"""The lists of rules in C++, Triton, the reference and contract/rules.py are one, and what none of them has is refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ import devices
 import numpy as np
 import pytest
 import torch
+from launching import launch as launch_pass
 
-from zokern import backends, ops, reference, reference_rules, table
-from zokern.backends import native, scalars
+from zokern import backends
+from zokern.backends import native
 from zokern.backends import triton as triton_backend
+from zokern.contract import reference, reference_rules
 from zokern.contract.rules import RULES, Rule
+from zokern.directions import Direction
+from zokern.passes import spec as scalars
+from zokern.passes import table
 
 NAMES = list(RULES)
 try:  # not native.extension, which is none where the lists differ: that is a failure here
@@ -80,7 +85,10 @@ def changed(rule: str, **how: Any) -> Rule:
 
 
 DOCTORED = {
-    "scalars": (changed("adam", scalars=("decay",)), "rule 6 (adam) has scalars 6 in the build, 1 in zokern/contract/rules.py"),
+    "scalars": (
+        changed("adam", scalars=("decay",)),
+        "rule 6 (adam) has scalars 6 in the build, 1 in zokern/contract/rules.py",
+    ),
     "coefs": (changed("sign", coefs=("A",)), "rule 8 (sign) has coefs 2 in the build, 1 in zokern/contract/rules.py"),
     "squares": (changed("helene", coefs=("A", "V", "G")), "rule 4 (helene) has squares 2 in the build, 1 in"),
     "states": (changed("momentum", states=("m", "v")), "rule 5 (momentum) has states 1 in the build, 2 in"),
@@ -139,7 +147,9 @@ def test_triton_with_other_rules_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     launch._check_rules()
     monkeypatch.setitem(RULES, "new", changed("axpy", name="new", id=9))
     monkeypatch.delitem(RULES, "sign")
-    with pytest.raises(RuntimeError, match=r"new is missing in .*triton/rules.py; sign is missing in zokern/contract/rules.py"):
+    with pytest.raises(
+        RuntimeError, match=r"new is missing in .*triton/rules.py; sign is missing in zokern/contract/rules.py"
+    ):
         launch._check_rules()
 
 
@@ -156,17 +166,17 @@ class Case:
         self.rows = table.build([self.w], [self.w], [0], [0], [0], [[state] for state in self.states])
         numbers = self.numbers(rule)
         perturbs = scalars.perturbation(rule)
-        self.made = native.make_pass(self.rows, scalars.Kind(rule), numbers)
+        self.made = native.make_pass(self.rows, scalars.PassSpec(rule), numbers)
         self.chain = scalars.Chain(
-            [(scalars.Kind(rule), numbers), (scalars.Kind(perturbs), self.numbers(perturbs))], rule
+            [(scalars.PassSpec(rule), numbers), (scalars.PassSpec(perturbs), self.numbers(perturbs))], rule
         )
         self.made_chain = native.make_chain(self.rows, self.chain)
         self.kept = numbers
 
     @staticmethod
-    def numbers(rule: Rule) -> scalars.Scalars:
+    def numbers(rule: Rule) -> scalars.PassNumbers:
         coefs, shared = torch.full((1, len(rule.coefs), 1), 0.5), torch.full((1, len(rule.scalars)), 0.5)
-        return scalars.Scalars(torch.tensor([3]), coefs, shared)
+        return scalars.PassNumbers(torch.tensor([3]), coefs, shared)
 
     def unchanged(self) -> bool:
         return all(bool((t == 1).all()) for t in (self.w, *self.states))
@@ -253,11 +263,28 @@ def test_ops_raise_for_states_that_the_compiled_rule_cannot_have() -> None:
     rule = RULES["momentum"]
     numbers = Case.numbers(rule)
     with pytest.raises(ValueError, match="momentum has no states of bfloat16"):
-        ops.launch(
+        launch_pass(
             [w], None, states=[[m]], tensor_ids=[0], offsets=[0], groups=[0], seeds=numbers.seeds, coefs=numbers.coefs,
             shared=numbers.shared, rounding_seed=torch.tensor([1, 2]), rule="momentum", backend="cpu",
         )  # fmt: skip
     assert bool((torch.cat([w.float(), m.float()]) == 1).all())
+
+
+class Uniform(Direction):
+    """A direction that nobody knows."""
+
+    name = "uniform"
+
+
+def unrounded(spec: scalars.PassSpec) -> scalars.PassSpec:
+    """A record that was not made by its class."""
+    object.__setattr__(spec, "rounding", "up")
+    return spec
+
+
+def test_a_record_refuses_a_rounding_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="rounding is 'up'; it must be one of 'nearest', 'stochastic'"):
+        scalars.PassSpec(rounding="up")
 
 
 @needs_triton
@@ -270,9 +297,9 @@ def test_triton_refuses_what_it_does_not_know(what: str) -> None:
     rule = RULES["momentum"]
     unknown = changed("momentum", name="heavy_ball")
     kinds = {
-        "rule": scalars.Kind(unknown),
-        "distribution": scalars.Kind(rule, distribution="uniform"),
-        "rounding": scalars.Kind(rule, rounding="up"),
+        "rule": scalars.PassSpec(unknown),
+        "distribution": scalars.PassSpec(rule, Uniform()),
+        "rounding": unrounded(scalars.PassSpec(rule)),
     }
     w, m = torch.ones(100, dtype=torch.bfloat16), torch.ones(100)
     rows = table.build([w], [w], [0], [0], [0], [[m]])
@@ -326,9 +353,9 @@ def test_the_reference_backend_refuses_what_it_does_not_know() -> None:
     w = torch.ones(100)
     rows = table.build([w], [w], [0], [0], [0])
     for kind in (
-        scalars.Kind(changed("axpy", name="heavy_ball")),
-        scalars.Kind(distribution="uniform"),
-        scalars.Kind(rounding="up"),
+        scalars.PassSpec(changed("axpy", name="heavy_ball")),
+        scalars.PassSpec(direction=Uniform()),
+        unrounded(scalars.PassSpec()),
     ):
         with pytest.raises(ValueError, match="must be one of"):
             backends.module("reference").run(rows, kind, Case.numbers(RULES["axpy"]))

@@ -13,9 +13,9 @@ import devices
 import numpy as np
 import pytest
 import torch
+from launching import launch
 from torch import Tensor
 
-from zokern import ops
 from zokern.backends import native
 from zokern.contract import reference, reference_rules
 from zokern.contract.rules import RULES
@@ -130,7 +130,7 @@ def check(
         if enabled == 0:
             weight, rounded = storage(dst[i]).copy(), [storage(kept[i]).copy() for kept in states]
         expected.append((weight, rounded))
-    ops.launch(
+    launch(
         src,
         dst if out else None,
         states=states,
@@ -237,7 +237,7 @@ def test_the_curvature_stays_within_its_bounds(backend: str, device: torch.devic
     w, h = torch.zeros(64, device=device), torch.ones(64, device=device)
     for v, bound in ((1e30, 2.0**64), (0.0, 2.0**-64)):
         for _ in range(8):  # V = 0 takes h down by 2^24 in a step
-            ops.launch(
+            launch(
                 [w], None, states=[[h]], tensor_ids=[0], offsets=[0], groups=[0], seeds=torch.tensor([5]),
                 coefs=torch.tensor([[[0.0], [v]]]), shared=torch.tensor([[1.0, 1.0 - 2.0**-24]]), rule="hizoo",
                 distribution="rademacher", backend=backend,
@@ -257,7 +257,7 @@ def test_the_curvature_stays_within_its_bounds(backend: str, device: torch.devic
 def test_states_that_do_not_fit_are_refused(state: Tensor, message: str) -> None:
     w = torch.ones(5)
     with pytest.raises(ValueError, match=message):
-        ops.launch(
+        launch(
             [w], None, states=[[state]], tensor_ids=[0], offsets=[0], groups=[0], seeds=torch.tensor([5]),
             coefs=torch.ones(1, 1, 1), shared=torch.ones(1, 1), rule="scaled_axpy", backend="cpu",
         )  # fmt: skip

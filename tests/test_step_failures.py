@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from zokern import backends, ops
+from zokern import backends, sweep
 
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 _package = Path(zokern.__file__).parent
@@ -360,14 +360,14 @@ def test_an_error_of_a_pass(placement, n, monkeypatch):
     """Out of memory for a table, say: raised before the pass has touched anything."""
     model, opt = make(placement)
     before = Snapshot(model)
-    original, calls = ops.launch, iter(range(100))
+    original, calls = sweep.run, iter(range(100))
 
-    def launch(*args: Any, **options: Any) -> None:
+    def run(*args: Any) -> int:
         if next(calls) == n:
             raise torch.OutOfMemoryError("for the table")
-        original(*args, **options)
+        return original(*args)
 
-    monkeypatch.setattr(ops, "launch", launch)
+    monkeypatch.setattr(sweep, "run", run)
     with pytest.raises(torch.OutOfMemoryError):
         opt.step(model)
     monkeypatch.undo()

@@ -520,7 +520,7 @@ def test_a_model_wrapped_by_peft(dtype):
         return model
 
     opt = assert_same_as_shadow(build, dtype)
-    assert sum(len(u.members) for u in stream.units_of(opt.module, opt._members(set())[0])[1:]) == 6
+    assert sum(len(unit.sweep) for unit in stream.units_of(opt.module, opt.active.sweep)[1:]) == 6
     model = seeded(build)
     with torch.no_grad():
         zokern.MeZO(model, 1e-2, placement="stream").step(lambda: model.model.disable_adapter() and model())

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from zokern.backends import scalars
 from zokern.backends import triton as backend
 from zokern.contract import reference
+from zokern.directions import DIRECTIONS
+from zokern.passes import spec as scalars
 from zokern.passes import table
 
 if backend.unavailable_reason() is not None:
@@ -278,14 +279,14 @@ def check(
         wanted.append(p.dst.clone().cpu() if enabled == 0 else from_storage(result, dtype))
         guards.append(p.guarded.clone())
     rows = make_table(pieces)
-    numbers = scalars.Scalars(
+    numbers = scalars.PassNumbers(
         torch.tensor(seeds, dtype=torch.int64, device=DEVICE),
         coefs.unsqueeze(1).to(DEVICE),
         decays.unsqueeze(1).to(DEVICE),
         torch.tensor([99, 0], device=DEVICE),
         None if enabled is None else torch.tensor([enabled], dtype=torch.int32, device=DEVICE),
     )
-    launch.run(rows, scalars.Kind(distribution=distribution, rounding=how), numbers)
+    launch.run(rows, scalars.PassSpec(direction=DIRECTIONS[distribution], rounding=how), numbers)
     for p, want, guard in zip(pieces, wanted, guards, strict=True):
         assert torch.equal(p.dst.cpu(), want), p
         start = p.dst.storage_offset()
@@ -344,12 +345,12 @@ def test_minus_zero_and_huge() -> None:
     """K = 0 and decay 1 is a copy that keeps the sign of zero, infinities and subnormals."""
     x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45, -1e-40, 3.4e38, 1.0], device=DEVICE)
     out = torch.empty_like(x)
-    empty = scalars.Scalars(
+    empty = scalars.PassNumbers(
         torch.empty(0, dtype=torch.int64, device=DEVICE),
         torch.empty(1, 1, 0, device=DEVICE),
         torch.ones(1, 1, device=DEVICE),
     )
-    launch.run(table.build([x], [out], [0], [0], [0]), scalars.Kind(), empty)
+    launch.run(table.build([x], [out], [0], [0], [0]), scalars.PassSpec(), empty)
     assert torch.equal(bits_of(out), bits_of(x))
 
 
@@ -369,8 +370,8 @@ def test_backend_protocol() -> None:
         decay=decays[0].item(), rounding="stochastic", rounding_seed=8,
     )  # fmt: skip
     shared, enabled = decays.unsqueeze(1), torch.ones(1, dtype=torch.int32)
-    numbers = scalars.Scalars(torch.tensor(seeds), coefs.unsqueeze(1), shared, torch.tensor([8, 0]), enabled)
-    backend.run(make_table([piece]), scalars.Kind(rounding="stochastic"), numbers)
+    numbers = scalars.PassNumbers(torch.tensor(seeds), coefs.unsqueeze(1), shared, torch.tensor([8, 0]), enabled)
+    backend.run(make_table([piece]), scalars.PassSpec(rounding="stochastic"), numbers)
     assert torch.equal(piece.dst.cpu(), from_storage(want, torch.bfloat16))
 
 

@@ -17,11 +17,11 @@ from test_methods import METHODS, Case
 from test_no_waiting import DEVICE, PLACEMENTS, Transfers, loss_of, on_device
 from torch import Tensor
 
-from zokern import backends, ops
+from zokern import backends, sweep
 from zokern.backends import native, triton
-from zokern.backends.scalars import Chain, Kind, Scalars
 from zokern.contract.rules import RULES
-from zokern.passes import table
+from zokern.passes import operands, table
+from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.sweep import Passes
 
 if triton.unavailable_reason() is not None:
@@ -29,8 +29,14 @@ if triton.unavailable_reason() is not None:
 
 from zokern.backends.triton import launch
 
-NAMES = [field.name for field in fields(Scalars)]
+NAMES = [field.name for field in fields(PassNumbers) if field.name != "near"]
 STREAM = SimpleNamespace(cuda_stream=7)
+
+
+# Arguments of the extension's Pass, after its table and its flags.
+PASS = (
+    "seeds", "num_seeds", "seeds_on_host", "coefs", "scalars", "rounding_seed", "rounding_on_host", "enabled",
+)  # fmt: skip
 
 
 class Given:
@@ -41,8 +47,8 @@ class Given:
         self.chains: list[dict[str, Any]] = []
         self.kernels: list[tuple[Any, ...]] = []
 
-    def Pass(self, **given: Any) -> None:
-        self.passes.append(given)
+    def Pass(self, table: Any, flags: Any, *given: Any) -> None:
+        self.passes.append(dict(zip(PASS, given, strict=True)))
 
     def Chain(self, **given: Any) -> None:
         self.chains.append(given)
@@ -57,8 +63,11 @@ class Given:
 
     def all_on_device(self) -> bool:
         """Whether launches were given no memory of the host; addresses of the device are counted from 0."""
-        names = ("tensors", "chunks", "coefs", "scalars", "seeds", "rounding_seed", "enabled")
+        names = ("tensors", "chunks", "coefs", "scalars", "enabled")
         addresses = [0] + [one.get(name, 0) for one in (*self.passes, *self.chains) for name in names]
+        for one in self.passes:  # what the host has is read there if it travels in the launch
+            addresses += [0 if one["seeds_on_host"] and one["num_seeds"] == 1 else one["seeds"]]
+            addresses += [0 if one["rounding_on_host"] else one["rounding_seed"]]
         addresses += [address for one in self.chains for row in one["stages"] for address in row[:4]]
         tensors = [t for one in self.kernels for t in one if isinstance(t, Tensor)]
         return max(addresses) < 4096 and all(t.device == DEVICE for t in tensors)
@@ -86,8 +95,8 @@ def a_table(dtype: torch.dtype = torch.bfloat16) -> table.Table:
     return table.build([w], [w], [0], [0], [0])
 
 
-def numbers(where: torch.device | str, seeds: int, rounding: bool, enabled: bool, start: int = 0) -> Scalars:
-    return Scalars(
+def numbers(where: torch.device | str, seeds: int, rounding: bool, enabled: bool, start: int = 0) -> PassNumbers:
+    return PassNumbers(
         torch.arange(start + 1, start + 1 + seeds).to(where),
         torch.arange(seeds, dtype=torch.float32).reshape(1, 1, seeds).to(where),
         torch.tensor([[0.5]]).to(where),
@@ -102,7 +111,7 @@ def numbers(where: torch.device | str, seeds: int, rounding: bool, enabled: bool
 def test_a_pass_sends_its_numbers_at_once(
     gpu: ModuleType, given: Given, seeds: int, rounding: bool, enabled: bool
 ) -> None:
-    rows, kind = a_table(), Kind(rounding="stochastic" if rounding else "nearest")
+    rows, kind = a_table(), PassSpec(rounding="stochastic" if rounding else "nearest")
     for where, uploads in (("cpu", 1), (DEVICE, 0)):
         told = numbers(where, seeds, rounding, enabled)
         with Transfers() as transfers:
@@ -123,9 +132,9 @@ def test_a_pass_sends_its_numbers_at_once(
 def test_what_a_launch_of_cuda_takes_along_stays(given: Given) -> None:
     """One seed and the rounding seeds, where the host knows them; on the device they are read by address."""
     cuda, rows = backends.module("cuda"), a_table()
-    cuda.run(rows, Kind(rounding="stochastic"), numbers("cpu", 1, True, False))
-    assert given.passes[-1]["seed"] == 1
-    assert (given.passes[-1]["known_rounding_seed"], given.passes[-1]["known_state_seed"]) == (8, 9)
+    cuda.run(rows, PassSpec(rounding="stochastic"), numbers("cpu", 1, True, False))
+    made = given.passes[-1]
+    assert (made["num_seeds"], made["seeds_on_host"], made["rounding_on_host"]) == (1, True, True)
     there = cuda.near(numbers("cpu", 3, True, True), DEVICE)
     assert {name: getattr(there, name).device.type for name in NAMES} == {
         "seeds": "meta", "coefs": "meta", "shared": "meta", "rounding_seed": "cpu", "enabled": "meta"
@@ -138,7 +147,7 @@ def test_what_a_launch_of_cuda_takes_along_stays(given: Given) -> None:
 def test_a_chain_sends_its_numbers_at_once(gpu: ModuleType, given: Given, where: torch.device | str) -> None:
     """Triton's table of addresses with them."""
     rule, enabled = RULES["axpy"], torch.ones(1, dtype=torch.int32).to(where)
-    stages = [(Kind(rule), numbers(where, k, True, False, start=10 * k)) for k in (1, 3)]
+    stages = [(PassSpec(rule), numbers(where, k, True, False, start=10 * k)) for k in (1, 3)]
     rows = a_table()
     with Transfers() as transfers:
         gpu.run_chain(rows, Chain(stages, rule, True, enabled))
@@ -172,7 +181,7 @@ def buffers(given: Given, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 def test_numbers_arrive_as_they_were(buffers: list[Tensor]) -> None:
     """Also those that are not contiguous on the host, or that somebody trains."""
-    told = Scalars(
+    told = PassNumbers(
         torch.tensor([1, 2**63 - 1, 3]),
         torch.arange(12, dtype=torch.float32).reshape(3, 2, 2).transpose(0, 1)[:, :, 1:],
         torch.tensor([[0.5]], requires_grad=True).expand(3, 1),
@@ -193,7 +202,7 @@ def test_numbers_arrive_as_they_were(buffers: list[Tensor]) -> None:
 
 def test_addresses_of_a_chain_are_those_of_its_numbers(given: Given, buffers: list[Tensor], monkeypatch) -> None:
     rule = RULES["axpy"]
-    stages = [(Kind(rule), numbers("cpu", k, k == 3, False, start=10 * k)) for k in (1, 3)]
+    stages = [(PassSpec(rule), numbers("cpu", k, k == 3, False, start=10 * k)) for k in (1, 3)]
     rows = a_table()
     buffers.clear()
     backends.module("triton").run_chain(rows, Chain(stages, rule, False, torch.ones(1, dtype=torch.int32)))
@@ -214,13 +223,11 @@ def test_tables_of_two_dtypes_share_one_transfer(gpu: ModuleType, monkeypatch) -
     monkeypatch.setattr(backends, "unavailable_reason", lambda name, device: None)
     tensors = [torch.zeros(100, dtype=dtype, device=DEVICE) for dtype in (torch.bfloat16, torch.float32)]
     made = [a_table(torch.bfloat16), a_table(torch.float32)]
-    monkeypatch.setattr(ops, "tables", lambda *args: (made, False))
+    monkeypatch.setattr(operands, "tables", lambda *args: (made, False))
     told = numbers("cpu", 3, True, True)
+    both = operands.Operands(tensors, None, [], [0, 1], [0, 0], [0, 0])
     with Transfers() as transfers:
-        ops._run(
-            tensors, tensors, [], [], [0, 1], [0, 0], [0, 0], told.seeds, told.coefs, told.shared, told.rounding_seed,
-            told.enabled, "axpy", "normal", "stochastic", False, False, name,
-        )  # fmt: skip
+        sweep.launch(both, PassSpec(rounding="stochastic"), told, name)
     assert len(transfers.seen) == 1
 
 
@@ -231,11 +238,7 @@ class Counted:
         self.passes: list[int] = []
         real = Passes.run
 
-        def launch(src: list[Tensor], dst: list[Tensor] | None, **given: Any) -> None:
-            backend.near(Scalars(**{name: given[name] for name in NAMES}), src[0].device)
-
         monkeypatch.setattr(backends, "choose", lambda name, device: backend)
-        monkeypatch.setattr(ops, "launch", launch)
 
         def run(*args: Any, **options: Any) -> None:
             before = len(transfers.seen)
@@ -289,6 +292,6 @@ def test_a_launch_is_noted_with_its_stream(backend: str, given: Given, monkeypat
     if backend == "triton":  # which asks for a stream on GPUs alone, and makes such a device the current one
         monkeypatch.setattr(launch, "on_gpu", lambda device: True)
         monkeypatch.setattr(launch, "_launch_context", lambda device: nullcontext())
-    module.run(rows, Kind(), numbers("cpu", 1, False, False))
-    module.run_chain(rows, Chain([(Kind(rule), numbers("cpu", 1, False, False))], rule))
+    module.run(rows, PassSpec(), numbers("cpu", 1, False, False))
+    module.run_chain(rows, Chain([(PassSpec(rule), numbers("cpu", 1, False, False))], rule))
     assert noted == [(rows, STREAM)] * 2

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zokern import _checks, directions
-from zokern.contract.rules import rule_called
+from zokern.contract.rules import RULES, rule_called
 from zokern.directions import Direction
 from zokern.passes.operands import Operands
 from zokern.passes.spec import PassNumbers, PassSpec
@@ -25,7 +25,7 @@ from zokern.sweep import launch, run
 _REST = (
     "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
     "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
-    "bool square_of_sum, bool keep_second, str backend"
+    "bool square_of_sum, bool keep_second, str backend, int prepared=0"
 )
 _library = torch.library.Library("zokern", "DEF")
 _library.define(f"pass_(Tensor(a!)[] tensors, {_REST}) -> ()")
@@ -54,8 +54,9 @@ def _operator(
     square_of_sum: bool,
     keep_second: bool,
     backend: str,
+    prepared: int = 0,
 ) -> None:
-    """What sweep.py took apart, together again."""
+    """What sweep.py took apart, together again. prepared: nothing; graphs that version 0.1 recorded give it."""
     operands = Operands(src, dst, [state for state in (first, second) if state], tensor_ids, offsets, groups)
     spec = PassSpec(rule_called(rule), directions.parse(distribution), rounding, square_of_sum, keep_second)
     numbers = PassNumbers(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
@@ -189,7 +190,7 @@ def add_noise_(
             raise ValueError(f"{name} is on {t.device}, tensors on {device}; put it there or on the CPU")
         if t.device.type != "cpu" and device.type == "cpu":
             raise ValueError(f"{name} is on {t.device}, tensors on the CPU")
-    spec = PassSpec(direction=directions.parse(distribution), rounding=rounding)
+    spec = PassSpec(RULES["axpy"], directions.parse(distribution), rounding)
     if (rounding == "stochastic") != (rounding_seed is not None):
         raise ValueError(
             f"rounding is {rounding!r} and rounding_seed is {rounding_seed}; stochastic rounding needs a seed of its own, "

@@ -18,6 +18,7 @@ from zokern.passes.operands import Operands
 from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
+num_modes = torch._C._len_torch_dispatch_stack  # dispatch modes that are active
 KEPT = 16  # kinds of passes over a sweep; a step has two or three
 
 
@@ -82,6 +83,12 @@ class Sweep(Sequence[Member]):
             self._pieces[id(at)] = at, Sweep([self.members[i] for i in at])
         return self._pieces[id(at)][1]
 
+    def forget(self) -> None:
+        """Lets go of the copies that its operands hold, whose memory is needed."""
+        self._operands.clear()
+        for _, piece in self._pieces.values():
+            piece.forget()
+
     def operands(
         self, states: Sequence[str], out: Sequence[Tensor] | None = None, probes: Sequence[Tensor | None] = ()
     ) -> list[Operands]:
@@ -128,11 +135,7 @@ def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str =
             f"a pass has {numbers.seeds.numel()} seeds, and one takes {MAX_PASS_SEEDS}: give them to several passes in turn"
         )
     # A compiler, a mode and the profiler see a call only if it goes through PyTorch's dispatcher.
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.profiler._is_profiler_enabled
-    ):
+    if torch.compiler.is_compiling() or num_modes() > 0 or torch.autograd.profiler._is_profiler_enabled:
         return _through_torch(operands, spec, numbers, backend)
     launches = launch(operands, spec, numbers, backend)
     torch.autograd.graph.increment_version(operands.written)
@@ -141,7 +144,8 @@ def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str =
 
 def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
     """What `run` does, past PyTorch's dispatcher; autograd is not told."""
-    chosen, tables = operands.found or _find(operands, backend)
+    found = operands.found
+    _, chosen, tables = _find(operands, backend) if found is None or found[0] != backend else found
     near = numbers.near.get((chosen, operands.device))
     if near is None:
         near = chosen.near(numbers, operands.device)
@@ -152,9 +156,9 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
     return len(tables)
 
 
-def _find(operands: Operands, backend: str) -> tuple[ModuleType, list[Table]]:
-    """Kept with the operands."""
-    operands.found = backends.choose(backend, operands.device), operands.tables()
+def _find(operands: Operands, backend: str) -> tuple[str, ModuleType, list[Table]]:
+    """Kept with the operands: the backend by name and as a module, and what it reads."""
+    operands.found = backend, backends.choose(backend, operands.device), operands.tables()
     return operands.found
 
 
@@ -180,7 +184,8 @@ def run_chain(
             f"a chain has {len(stages)} stages with {num_seeds} seeds, and one takes 1 to {MAX_STAGES} stages with at most "
             f"{MAX_CHAIN_SEEDS}: make several chains of it, or passes (the bits are the same)"
         )
-    chosen, tables = operands.found or _find(operands, backend)
+    found = operands.found
+    _, chosen, tables = _find(operands, backend) if found is None or found[0] != backend else found
     for table in tables:
         own = [(spec.exact if table.dtype == torch.float32 else spec, numbers) for spec, numbers in stages]
         chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))

@@ -32,7 +32,7 @@ def _described(rule: Rule) -> dict[str, object]:
 
 
 def _difference(built: list[dict[str, object]]) -> str | None:
-    """Between an extension's rules and zokern/contract/rules.py: one of another order or shape would take numbers for others."""
+    """Between an extension's rules and contract/rules.py: one of another order or shape would take numbers for others."""
     wanted = {rule.id: _described(rule) for rule in RULES.values()}
     for number in range(max(len(built), *(place + 1 for place in wanted))):
         ours, its = wanted.get(number), built[number] if number < len(built) else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zokern.bench.models import Work
-from zokern.graphs.step import SUPPORTED, GraphedStep
+from zokern.graphs import step as graphed
 from zokern.optim import ZerothOrderOptimizer
 
 GRAPHED_WARM_UP = 2  # steps: HELENE's second is of another kind than its first, and is captured when it comes
@@ -28,7 +28,7 @@ class Graphed:
 
     def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
         self.optimizer = optimizer
-        self._graph: GraphedStep | None = None
+        self._graph: graphed.GraphedStep | None = None
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -40,7 +40,7 @@ class Graphed:
             raise TypeError(f"closure must be a zokern.bench.models.Work, got {type(closure).__name__}")
         if self._graph is None:
             try:
-                self._graph = GraphedStep(self.optimizer, closure.loss, closure.batch)
+                self._graph = graphed.GraphedStep(self.optimizer, closure.loss, closure.batch)
             except RuntimeError as error:
                 if isinstance(error.__cause__, torch.OutOfMemoryError):
                     raise error.__cause__ from error
@@ -50,6 +50,6 @@ class Graphed:
 
 def why_not(optimizer: ZerothOrderOptimizer, device: torch.device) -> str | None:
     """What keeps a method's steps from being graphed on `device`."""
-    if device.type not in SUPPORTED:
+    if device.type not in graphed.SUPPORTED:
         return NEEDS_CUDA.format(f"a {device.type.upper()}" if device.type == "cpu" else device)
     return optimizer.why_not_graphed()

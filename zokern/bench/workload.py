@@ -67,7 +67,7 @@ class Workload:
         self.active = sum(m.param.numel() for m in self.members)
         self.nbytes = self.active * bytes_per_element(case)
         self.direction = directions.parse(case.distribution)
-        self.passes: dict[str, tuple[Passes, Sweep]] = {}
+        self.passes: dict[str, Passes] = {}
         self.probes = [torch.empty_like(m.param) for m in self.members] if case.fork else []
 
     def _random(self, shape: Shape, dtype: str, positive: bool = False) -> Tensor:
@@ -105,21 +105,18 @@ class Workload:
 
     def ours(self, backend: str) -> Callable[[], object]:
         """One sweep: a pass with all of its seeds, or a chain of passes."""
-        passes, sweep = self.passes_on(backend)
+        passes, sweep = self.passes_on(backend), Sweep(self.members)
         stages = [self._told(seeds, i) for i, seeds in enumerate(self.stage_seeds())]
         if len(stages) == 1:
             return lambda: passes.run(sweep, *stages[0])
         return lambda: passes.chain(sweep, stages, RULES[self.case.rule], probes=self.probes)
 
-    def passes_on(self, backend: str) -> tuple[Passes, Sweep]:
-        """What an optimizer keeps between its steps."""
-        if backend not in self.passes:
-            self.passes[backend] = Passes(self.direction, backend), Sweep(self.members)
-        return self.passes[backend]
+    def passes_on(self, backend: str) -> Passes:
+        return self.passes.setdefault(backend, Passes(self.direction, backend))
 
     def one_by_one(self, backend: str) -> Callable[[], object]:
         """The same stages, and of one pass the same seeds, in a sweep each."""
-        passes, sweep = self.passes_on(backend)
+        passes, sweep = self.passes_on(backend), Sweep(self.members)
         each = self.stage_seeds() if self.case.stages > 1 else [[seed] for seed in self.stage_seeds()[0]]
         told = [self._told(seeds, i) for i, seeds in enumerate(each)]
 

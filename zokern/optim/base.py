@@ -32,7 +32,7 @@ from zokern.optim.parameters import Active, Parameters
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import Terms, sent
-from zokern.sweep import Counters, Passes
+from zokern.sweep import NOTHING, Counters, Passes
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 
@@ -175,7 +175,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
             **(losses.metrics() if losses.named else {}),
         }
-        update = self.update(estimate, rates if rates.lr.device == every.device else rates.on(every.device))
+        update = self.update(estimate, rates.on(every.device))
         ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate)
         rounding = placement.Rounding(
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()
@@ -298,6 +298,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         for p, values in kept.items():
             self.state[p] = values  # as they were saved: torch has cast them to the parameter's dtype
         self._parameters.take_ids(self, own["tensor_ids"])
+        self.active = Active(NOTHING, [], frozenset())  # it holds states
         self.seed = own["seed"]
         self._passes.counters = Counters(**own["counters"])
         self._skips.load(own["skipped"])

@@ -20,13 +20,18 @@ Rounds = Generator[list[Terms], list[Tensor], Estimate]
 
 def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], reduce: Reduce | None = None) -> Estimate:
     """One probe after another, in the order of the round; `reduce` gets a round's losses at once."""
+    losses: list[Tensor] | None = None
     try:
-        probes = next(rounds)
         while True:
-            losses = list(map(evaluate, probes))
-            probes = rounds.send(losses if reduce is None else reduce(losses))
-    except StopIteration as done:
-        estimate: Estimate = done.value
-        return estimate
+            try:
+                probes = next(rounds) if losses is None else rounds.send(losses)
+            except StopIteration as done:  # of the method: a closure that raises it is no method that has ended
+                estimate: Estimate = done.value
+                return estimate
+            losses = []
+            for terms in probes:
+                losses.append(evaluate(terms))
+            if reduce is not None:
+                losses = reduce(losses)
     finally:
         rounds.close()

@@ -64,17 +64,13 @@ class HostNumbers:
         self.drawn: dict[int, int] = {}
 
     def rates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """On the host; or, where a group's number is a tensor on a device, all of them there."""
+        """On the host; or, where a group's number is a tensor on a device, all of that name there."""
         given = [self._groups[g][name] for name in HYPER for g, _ in rows]
-        values = given if NUMBERS.issuperset(map(type, given)) else self._together(given)
-        lr, eps, decay = torch.as_tensor(values, dtype=torch.float64).view(3, len(rows)).unbind()
+        if not NUMBERS.issuperset(map(type, given)):
+            lr, eps, decay = (_together(given[i * len(rows) : (i + 1) * len(rows)]) for i in range(len(HYPER)))
+        else:
+            lr, eps, decay = torch.tensor(given, dtype=torch.float64).view(len(HYPER), len(rows)).unbind()
         return lr, eps, decay
-
-    def _together(self, values: list[Any]) -> Tensor:
-        """On the host, or on the device of the first value that is on one."""
-        made = [torch.as_tensor(v, dtype=torch.float64).reshape(()) for v in values]
-        device = next((v.device for v in made if v.device.type != "cpu"), torch.device("cpu"))
-        return torch.stack([sent(v, device) for v in made])
 
     def first_eps(self) -> float | Tensor:
         eps = self._groups[0]["eps"]
@@ -91,3 +87,10 @@ class HostNumbers:
 
     def scheduled(self, i: int) -> float | Tensor:
         return self._schedule(self._step)[i]
+
+
+def _together(values: Sequence[float | Tensor]) -> Tensor:
+    """[R], on the host or on the device of the first value that is on one."""
+    made = [torch.as_tensor(value, dtype=torch.float64).reshape(()) for value in values]
+    device = next((v.device for v in made if v.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([sent(v, device) for v in made]) if made else torch.empty(0)

@@ -40,7 +40,8 @@ class Rates:
         return 1.0 - self.lr * self.weight_decay
 
     def on(self, device: torch.device) -> Rates:
-        return Rates(sent(self.lr, device), sent(self.eps, device), sent(self.weight_decay, device))
+        there = sent(self.lr, device), sent(self.eps, device), sent(self.weight_decay, device)
+        return self if there[0] is self.lr and there[1] is self.eps and there[2] is self.weight_decay else Rates(*there)
 
 
 def gradient(estimate: Estimate, eps: Tensor) -> Tensor:

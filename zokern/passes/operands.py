@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,13 +31,15 @@ class Operands:
     offsets: list[int]
     groups: list[int]
     probes: Sequence[Tensor | None] = ()
-    found: tuple[ModuleType, list[Table]] | None = field(default=None, init=False)  # the backend, and what it reads
-    device: torch.device = field(init=False)
-    written: list[Tensor] = field(init=False)
+    found: tuple[str, ModuleType, list[Table]] | None = field(default=None, init=False)  # what a backend reads
 
-    def __post_init__(self) -> None:
-        self.device = self.src[0].device
-        self.written = [t for t in self.results if not t.is_inference()]
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return self.src[0].device
+
+    @functools.cached_property
+    def written(self) -> list[Tensor]:
+        return [t for t in self.results if not t.is_inference()]
 
     @property
     def results(self) -> list[Tensor]:

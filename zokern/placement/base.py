@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -61,8 +62,18 @@ class Perturbing:
 
     def __init__(self) -> None:
         self.sweep = NOTHING
+        self.before = weakref.ref(NOTHING)  # the last step's
         self.eps = self.still = torch.empty(0)
         self.spec = PassSpec()
+
+    def leave(self) -> None:
+        self.before, self.sweep = weakref.ref(self.sweep), NOTHING
+
+    def let_go(self) -> None:
+        """Nobody holds a copy any longer: larger ones are to be made."""
+        for sweep in (self.before(), self.sweep):
+            if sweep is not None:
+                sweep.forget()
 
     def attend(self, sweep: Sweep, eps: Tensor, scaled: bool) -> None:
         self.sweep, self.eps = sweep, eps

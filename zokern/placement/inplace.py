@@ -16,7 +16,7 @@ from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, pass_spec
 from zokern.passes.update import Seed, Terms, Update, along, packed, perturbation, seed_tensor, sent
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import NOTHING, Passes, Sweep
+from zokern.sweep import Passes, Sweep
 
 # An update of weights that are perturbed where they are restores them in the same pass: its rule then has an A.
 RESTORING = {"hizoo": "hizoo_restore"}
@@ -79,4 +79,4 @@ class InPlace(Perturbing):
     def end(self) -> None:
         if self.current:
             self._move({})
-        self.sweep = NOTHING
+        self.leave()

@@ -21,7 +21,7 @@ from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import Terms, Update, packed, perturbation, seed_tensor
 from zokern.placement import sites
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import NOTHING, Member, Passes, Sweep
+from zokern.sweep import Member, Passes, Sweep
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class Shadow(Exact):
     def _lay_out(self, members: Sweep) -> dict[int, nn.Parameter]:
         """Each member's copy, by the parameter's id."""
         if members.layout != self.layout:
-            self.copies, self.ready = [], {}  # views of the pools, which may be replaced
+            self.copies, self.ready, self.probes = [], {}, []  # views of the pools, which may be replaced
+            self.let_go()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
             self.layout = members.layout
@@ -181,7 +182,8 @@ class Shadow(Exact):
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        self.sweep, self.pairs, self.hooks = NOTHING, [], []
+        self.pairs, self.hooks = [], []
+        self.leave()
 
     def _show(self, *, copies: bool) -> None:
         self._enter(copies)

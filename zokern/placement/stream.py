@@ -202,7 +202,8 @@ class Stream(Exact):
         refuse_compiled(self.module)  # it may have been since
         for unit in self.kept:  # views of the pools, which may be replaced; the hooks of this step hold the units
             unit.copies, unit.pairs = [], []
-        self.kept, self.ready, self.layout = [], {}, None
+        self.kept, self.ready, self.probes, self.layout = [], {}, [], None
+        self.let_go()
         units = units_of(self.module, members)
         sites.fit(self.block_pools, _largest(units[1:]))
         sites.fit(self.outside_pools, sites.sizes(units[0].sweep))
@@ -255,7 +256,8 @@ class Stream(Exact):
             hook.remove()
         for unit in self.kept:
             unit.sweep = NOTHING  # states are among what it holds, which a load replaces
-        self.sweep, self.units, self.hooks, self.last = NOTHING, [], [], None
+        self.units, self.hooks, self.last = [], [], None
+        self.leave()
 
     def _before(self, unit: Unit) -> None:
         if not self.terms:
