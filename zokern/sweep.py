@@ -146,13 +146,15 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
     """What `run` does, past PyTorch's dispatcher; autograd is not told."""
     found = operands.found
     _, chosen, tables = _find(operands, backend) if found is None or found[0] != backend else found
-    near = numbers.near.get((chosen, operands.device))
-    if near is None:
-        near = chosen.near(numbers, operands.device)
+    if chosen.near is not None:
+        near = numbers.near.get((chosen, operands.device))
+        if near is None:
+            near = chosen.near(numbers, operands.device)
         if near is not numbers:
             numbers.near[chosen, operands.device] = near
+        numbers = near
     for table in tables:
-        chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, near)
+        chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, numbers)
     return len(tables)
 
 

@@ -2,7 +2,8 @@
 
 A backend is a module with `unavailable_reason(device) -> str | None`, `run(table, spec, numbers)`, which runs one pass over
 one table, and `run_chain(table, chain)`, which runs several; numbers may be anywhere. `near(numbers, device)` puts them
-where `run` reads them, once for several tables. Adding a backend is adding a folder and its name here.
+where `run` reads them, once for several tables; it is None where that makes no difference. Adding a backend is adding a
+folder and its name here.
 """
 
 from __future__ import annotations

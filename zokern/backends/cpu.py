@@ -10,7 +10,7 @@ import os
 import torch
 
 from zokern.backends import native
-from zokern.backends.transfer import on_host
+from zokern.backends.transfer import chain_on_host, on_host
 from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
@@ -24,19 +24,22 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def instruction_set() -> str:
+    """The best that this processor has, or the one that the environment forces."""
     available: list[str] = native.extension.cpu_instruction_sets()
-    forced = os.environ.get(ENVIRONMENT)
-    if forced is None:
-        return available[0]
+    forced = os.environ.get(ENVIRONMENT, available[0])
     if forced not in available:
         raise ValueError(f"{ENVIRONMENT} is {forced!r}; this build and processor have {', '.join(available)}")
     return forced
 
 
-near = on_host
+near = None  # `run` reads numbers of the host, and brings others there
 
 
 def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
+    rounding, enabled = numbers.rounding_seed, numbers.enabled
+    known = numbers.seeds.is_cpu and numbers.coefs.is_cpu and numbers.shared.is_cpu
+    if not (known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu)):
+        numbers = on_host(numbers)
     native.extension.cpu_run(
         native.make_pass(table, spec, numbers),
         rule=spec.rule.id,
@@ -49,7 +52,7 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
 
 def run_chain(table: Table, chain: Chain) -> None:
     native.extension.cpu_run_chain(
-        native.make_chain(table, chain),
+        native.make_chain(table, chain_on_host(chain)),
         rule=chain.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],

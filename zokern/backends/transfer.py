@@ -61,14 +61,17 @@ class Parcel:
         return None if table is None else self._buffer[self._size :].view(table.dtype).view(table.shape)
 
 
-def on_host(numbers: PassNumbers, device: torch.device) -> PassNumbers:
-    """A pass' numbers in host memory, which waits for those that a device has."""
-    rounding, enabled = numbers.rounding_seed, numbers.enabled
-    known = numbers.seeds.is_cpu and numbers.coefs.is_cpu and numbers.shared.is_cpu
-    if known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu):
-        return numbers
-    given = (numbers.seeds, numbers.coefs, numbers.shared, rounding, enabled)
-    return PassNumbers(*(None if t is None else t.cpu() for t in given))  # type: ignore[arg-type]
+def on_host(numbers: PassNumbers) -> PassNumbers:
+    """A pass' numbers in host memory, which waits for those that a device has; once, however many passes have them."""
+    if "host" not in numbers.near:
+        given = (numbers.seeds, numbers.coefs, numbers.shared, numbers.rounding_seed, numbers.enabled)
+        numbers.near["host"] = PassNumbers(*(None if t is None else t.cpu() for t in given))  # type: ignore[arg-type]
+    return numbers.near["host"]
+
+
+def chain_on_host(chain: Chain) -> Chain:
+    stages = [(spec, on_host(numbers)) for spec, numbers in chain.stages]
+    return replace(chain, stages=stages, enabled=None if chain.enabled is None else chain.enabled.cpu())
 
 
 def on_device(numbers: PassNumbers, device: torch.device, *, carried: bool = False) -> PassNumbers:

@@ -126,7 +126,8 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         self._skips.warn()
         self._parameters.check_groups(self, self.pipelined)
         with HeldInterrupts() as interrupts:
-            self._step(losses, self._host_numbers(self._passes.counters.steps), interrupts)
+            numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
+            self._step(losses, numbers, interrupts)
         return self.metrics["loss"]
 
     @torch.no_grad()
@@ -184,14 +185,12 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         self.applied(ok)
         return ok
 
-    def _host_numbers(self, step: int) -> HostNumbers:
-        return HostNumbers(self.param_groups, self.seed, step, self.schedule)
-
     def _ahead(self) -> placement.Ahead:
         """Every method's first probe of perturbed weights is along direction 0."""
         step = self._passes.counters.steps + 1
         active = self._parameters.active(self, self.seed, step)
-        return placement.Ahead(active.sweep, {self._host_numbers(step).seed(0): 1.0})
+        seed = HostNumbers(self.param_groups, self.seed, step, self.schedule).seed(0)
+        return placement.Ahead(active.sweep, {seed: 1.0})
 
     def _tell(self, told: list[tuple[PassSpec, PassNumbers]], ok: Tensor | None) -> None:
         event = StepEvent(

@@ -78,10 +78,13 @@ class Losses:
 
     def evaluate(self, counters: Counters, device: torch.device | None = None) -> Tensor:
         """The loss of the weights that the closure sees now. device: where it has to be; None for anywhere."""
-        if self.batches is None:
-            loss = self._one(counters, device)
-        else:
-            loss = self._together([self._one(counters, device, batch) for batch in self.batches])
+        losses = []
+        for arguments in [()] if self.batches is None else zip(self.batches, strict=True):
+            returned = self.closure(*arguments)
+            counters.forwards += 1
+            by_name = isinstance(returned, Mapping)
+            losses.append(self._weighted(returned, device) if by_name else self._number(returned, device))
+        loss = losses[0] if self.batches is None else self._together(losses)
         self.each.append(loss.mean() if loss.dim() else loss)
         return loss
 
@@ -108,32 +111,28 @@ class Losses:
         total = torch.stack([loss * weight for loss, weight in zip(losses, self.weights, strict=True)]).sum()
         return total / sum(self.weights) if self.reduction == "mean" else total
 
-    def _one(self, counters: Counters, device: torch.device | None, *batch: Any) -> Tensor:
-        returned = self.closure(*batch)
-        counters.forwards += 1
-        if isinstance(returned, Mapping):
-            return self._weighted({name: self._number(loss, device) for name, loss in returned.items()})
-        if self.loss_weights:
+    def _weighted(self, returned: Mapping[str, Any], device: torch.device | None) -> Tensor:
+        """The sum of losses by name, each of which is noted."""
+        unknown = [name for name in self.loss_weights if name not in returned]
+        if unknown or not returned:
+            raise ValueError(
+                f"closure returned losses called {', '.join(map(repr, returned)) or 'nothing'}; loss_weights has "
+                f"{', '.join(map(repr, unknown)) or 'none'} besides"
+            )
+        parts = []
+        for name, value in returned.items():
+            loss = self._number(value, device, name)
+            self.named.setdefault(name, []).append(loss.mean() if loss.dim() else loss)
+            parts.append(loss * self.loss_weights.get(name, 1.0))
+        return torch.stack(parts).sum(dim=0)
+
+    def _number(self, loss: Any, device: torch.device | None, name: str | None = None) -> Tensor:
+        """As float64, 0-d, or 1-D where the method takes vectors. name: of one loss among several."""
+        if self.loss_weights and name is None:
             raise TypeError(
                 f"loss_weights are given for {', '.join(map(repr, self.loss_weights))}, and the closure returns one loss; "
                 "return a dict of losses by name"
             )
-        return self._number(returned, device)
-
-    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
-        unknown = [name for name in self.loss_weights if name not in losses]
-        if unknown or not losses:
-            raise ValueError(
-                f"closure returned losses called {', '.join(map(repr, losses)) or 'nothing'}; loss_weights has "
-                f"{', '.join(map(repr, unknown)) or 'none'} besides"
-            )
-        for name, loss in losses.items():
-            self.named.setdefault(name, []).append(loss.mean() if loss.dim() else loss)
-        parts = [loss * self.loss_weights.get(name, 1.0) for name, loss in losses.items()]
-        return torch.stack(parts).sum(dim=0)
-
-    def _number(self, loss: Any, device: torch.device | None) -> Tensor:
-        """As float64, 0-d, or 1-D where the method takes vectors."""
         if device is not None and (not isinstance(loss, Tensor) or loss.device != device):
             raise TypeError(f"closure must return the loss as a tensor on {device} to be captured")
         if isinstance(loss, (int, float)) and not isinstance(loss, bool):
@@ -172,8 +171,9 @@ class Skips:
             self.count.add_(~ok & opened)
             return ok & opened
         if ok.device.type == "cpu" and self.count.device.type == "cpu":
-            self.count += int(not ok)
-            self.warn()
+            if not ok:
+                self.count += 1
+                self.warn()
         else:
             self.count = sent(self.count, ok.device)
             self.count.add_(~ok)

@@ -119,7 +119,7 @@ class MeZO(ZerothOrderOptimizer):
         )
 
     def rounds(self) -> Rounds:
-        seeds = [self.numbers.seed(k) for k in range(self.num_samples)]
+        seeds = list(map(self.numbers.seed, range(self.num_samples)))
         if self.one_sided:
             here, *losses = yield [{}, *({seed: 1.0} for seed in seeds)]
             change = [loss - here for loss in losses]

@@ -82,8 +82,8 @@ class HostNumbers:
         return seed
 
     def rounding_seeds(self) -> Tensor:
-        seeds = [derive_stream(self._at_step, stream) for stream in (ROUNDING_STREAM, STATE_STREAM)]
-        return torch.tensor(seeds, dtype=torch.int64)
+        weights, state = derive_stream(self._at_step, ROUNDING_STREAM), derive_stream(self._at_step, STATE_STREAM)
+        return torch.tensor([weights, state], dtype=torch.int64)
 
     def scheduled(self, i: int) -> float | Tensor:
         return self._schedule(self._step)[i]

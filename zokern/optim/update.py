@@ -40,8 +40,9 @@ class Rates:
         return 1.0 - self.lr * self.weight_decay
 
     def on(self, device: torch.device) -> Rates:
-        there = sent(self.lr, device), sent(self.eps, device), sent(self.weight_decay, device)
-        return self if there[0] is self.lr and there[1] is self.eps and there[2] is self.weight_decay else Rates(*there)
+        if self.lr.device == self.eps.device == self.weight_decay.device == device:
+            return self
+        return Rates(sent(self.lr, device), sent(self.eps, device), sent(self.weight_decay, device))
 
 
 def gradient(estimate: Estimate, eps: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Update:
     def values(self) -> Tensor:
         """All of its numbers as the pass reads them, float32, in one row."""
         every = (*self.coefs.values(), *self.shared.values())
-        return torch.cat([value.reshape(-1) for value in every]).to(torch.float32)
+        return torch.cat(list(map(torch.flatten, every))).to(torch.float32)
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
@@ -81,6 +81,6 @@ def perturbation(eps: Tensor, terms: Terms, still: Tensor, enabled: Tensor | Non
 def packed(rule: Rule, coefs: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """coefs [R, C, K] and shared [R, S] in the order that `rule` has them, rounded to float32, once."""
     return (
-        torch.stack([coefs[name] for name in rule.coefs], dim=1).to(torch.float32),
-        torch.stack([shared[name] for name in rule.scalars], dim=1).to(torch.float32),
+        torch.stack(list(map(coefs.__getitem__, rule.coefs)), dim=1).to(torch.float32),
+        torch.stack(list(map(shared.__getitem__, rule.scalars)), dim=1).to(torch.float32),
     )

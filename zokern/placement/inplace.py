@@ -36,7 +36,8 @@ class InPlace(Perturbing):
         self.attend(sweep, eps, scaled)
         self.current = {}
 
-    def _move(self, terms: Terms) -> None:
+    def present(self, terms: Terms) -> AbstractContextManager[None]:
+        """Moves the weights there, where they stay until they are wanted elsewhere."""
         delta: dict[Seed, float | Tensor] = {}
         for seed in {**self.current, **terms}:
             change = terms.get(seed, 0.0) - self.current.get(seed, 0.0)
@@ -47,9 +48,6 @@ class InPlace(Perturbing):
             self.passes.run(self.sweep, self.spec, numbers)
             torch.clear_autocast_cache()  # of casts of what the weights were before
         self.current = dict(terms)
-
-    def present(self, terms: Terms) -> AbstractContextManager[None]:
-        self._move(terms)
         return contextlib.nullcontext()
 
     def update(self, update: Update, ok: Tensor, rounding: Rounding, ahead: Ahead | None = None) -> None:
@@ -57,13 +55,15 @@ class InPlace(Perturbing):
         # is the same pass with u = 0, decay = 1 and states left alone, which only restores.
         every = list(dict.fromkeys([*update.seeds, *self.current]))
         idle = {"decay": 1.0, **update.idle}
-        shared = {
-            name: torch.where(ok, value, idle[name]) if name in idle else value for name, value in update.shared.items()
-        }
-        coefs = {name: torch.where(ok, value, 0.0) for name, value in update.coefs.items()}
-        if more := len(every) - len(update.seeds):
-            coefs = {name: torch.cat([v, v.new_zeros(len(v), more)], dim=1) for name, v in coefs.items()}
-        restore = sent(along(self.eps, self.current, every), ok.device)
+        shared, coefs, more = dict(update.shared), {}, len(every) - len(update.seeds)
+        for name in idle:
+            shared[name] = torch.where(ok, shared[name], idle[name])
+        for name, value in update.coefs.items():
+            coefs[name] = torch.where(ok, value, 0.0)
+            if more:
+                coefs[name] = torch.cat([coefs[name], value.new_zeros(len(value), more)], dim=1)
+        restore = along(self.eps, self.current, every)
+        restore = restore if restore.device == ok.device else sent(restore, ok.device)
         coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore
         rule = RULES[RESTORING.get(update.rule, update.rule)]
         spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
@@ -78,5 +78,5 @@ class InPlace(Perturbing):
 
     def end(self) -> None:
         if self.current:
-            self._move({})
+            self.present({})
         self.leave()
