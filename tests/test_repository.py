@@ -28,7 +28,7 @@ def test_figures_in_pages_come_from_the_stored_results(script: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/passes.md", "docs/journal.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/passes.md", "docs/journal.md", "docs/methods.md"])
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert blocks

@@ -410,6 +410,7 @@ def replay(
 
     Exit codes: 0, or 1 for an error. Without --no-verify, 0 means that the bits are those of the training.
     """
+    from zokern.finetune.rebuild import rebuild
     from zokern.journal import JournalError, tools
 
     try:
@@ -418,7 +419,7 @@ def replay(
         total = until if until is not None else len(tools.summary(journal)["steps"])
         with Progress(transient=True) as display:
             task = display.add_task("replay", total=total)
-            done = tools.rebuild(
+            done = rebuild(
                 base, journal, output, until=until, verify=verify, force=force, device=device, backend=backend,
                 progress=lambda step: display.update(task, completed=step),
             )  # fmt: skip

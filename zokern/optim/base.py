@@ -20,7 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from zokern import _checks, backends, directions, placement
+from zokern import _checks, backends, directions
+from zokern import placement as placements
 from zokern.interrupts import HeldInterrupts
 from zokern.layers import RandomBlocks
 from zokern.optim import drivers, parameters, state
@@ -53,7 +54,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         distribution: str | directions.Direction,
         seed: int,
         rounding: str,
-        placement_name: object,
+        placement: object,
         pipelined: bool,
         layers: RandomBlocks | None,
         backend: str,
@@ -64,8 +65,8 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         direction = directions.parse(distribution)
         _checks.check_choice(rounding, "rounding", ROUNDINGS)
         _checks.check_choice(backend, "backend", ("auto", *backends.BACKENDS))
-        if isinstance(placement_name, str):
-            _checks.check_choice(placement_name, "placement", placement.PLACEMENTS)
+        if isinstance(placement, str):
+            _checks.check_choice(placement, "placement", placements.PLACEMENTS)
         parameters.check_group(defaults, 0)
         groups, self.module, registry = parameters.parse(params)
         self.seed = _checks.check_seed(seed, "seed")
@@ -88,9 +89,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             self.layers.bind(self.module)
             self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
         sixteen_bit = any(p.element_size() == 2 for group in self.param_groups for p in group["params"])
-        self._placement = placement.make(
-            placement_name, self.module, sixteen_bit, self._passes, pipelined=self.pipelined
-        )
+        self._placement = placements.make(placement, self.module, sixteen_bit, self._passes, pipelined=self.pipelined)
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -178,19 +177,19 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         }
         update = self.update(estimate, rates.on(every.device))
         ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate)
-        rounding = placement.Rounding(
+        rounding = placements.Rounding(
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()
         )
         self._placement.update(update, ok, rounding, self._ahead() if self.pipelined else None)
         self.applied(ok)
         return ok
 
-    def _ahead(self) -> placement.Ahead:
+    def _ahead(self) -> placements.Ahead:
         """Every method's first probe of perturbed weights is along direction 0."""
         step = self._passes.counters.steps + 1
         active = self._parameters.active(self, self.seed, step)
         seed = HostNumbers(self.param_groups, self.seed, step, self.schedule).seed(0)
-        return placement.Ahead(active.sweep, {seed: 1.0})
+        return placements.Ahead(active.sweep, {seed: 1.0})
 
     def _tell(self, told: list[tuple[PassSpec, PassNumbers]], ok: Tensor | None) -> None:
         event = StepEvent(

@@ -66,7 +66,7 @@ class ES(ZerothOrderOptimizer):
             distribution=distribution,
             seed=seed,
             rounding=rounding,
-            placement_name=placement,
+            placement=placement,
             pipelined=pipelined,
             layers=layers,
             backend=backend,

@@ -56,7 +56,7 @@ class FZOO(ZerothOrderOptimizer):
             distribution=distribution,
             seed=seed,
             rounding=rounding,
-            placement_name=placement,
+            placement=placement,
             pipelined=pipelined,
             layers=layers,
             backend=backend,

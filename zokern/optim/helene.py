@@ -91,7 +91,7 @@ class HELENE(ZerothOrderOptimizer):
             distribution=distribution,
             seed=seed,
             rounding=rounding,
-            placement_name=placement,
+            placement=placement,
             pipelined=pipelined,
             layers=layers,
             backend=backend,

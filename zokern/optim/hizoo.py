@@ -61,7 +61,7 @@ class HiZOO(ZerothOrderOptimizer):
             distribution=distribution,
             seed=seed,
             rounding=rounding,
-            placement_name=placement,
+            placement=placement,
             pipelined=pipelined,
             layers=layers,
             backend=backend,

@@ -103,7 +103,7 @@ class MeZO(ZerothOrderOptimizer):
             distribution=distribution,
             seed=seed,
             rounding=rounding,
-            placement_name=placement,
+            placement=placement,
             pipelined=pipelined,
             layers=layers,
             backend=backend,
