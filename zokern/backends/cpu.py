@@ -40,13 +40,14 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     known = numbers.seeds.is_cpu and numbers.coefs.is_cpu and numbers.shared.is_cpu
     if not (known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu)):
         numbers = on_host(numbers)
+    instructions = instruction_set()
     native.extension.cpu_run(
         native.make_pass(table, spec, numbers),
         rule=spec.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         threads=torch.get_num_threads(),
-        instruction_set=instruction_set(),
+        instruction_set=instructions,
     )
 
 

@@ -75,7 +75,7 @@ class Perturbing:
             if sweep is not None:
                 sweep.forget()
 
-    def attend(self, sweep: Sweep, eps: Tensor, scaled: bool) -> None:
+    def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
         self.sweep, self.eps = sweep, eps
         if self.still.shape[:1] != eps.shape or self.still.device != eps.device:
             self.still = torch.ones(len(eps), 1, device=eps.device)

@@ -16,7 +16,7 @@ from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, pass_spec
 from zokern.passes.update import Seed, Terms, Update, along, packed, perturbation, seed_tensor, sent
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import Passes, Sweep
+from zokern.sweep import Passes
 
 # An update of weights that are perturbed where they are restores them in the same pass: its rule then has an A.
 RESTORING = {"hizoo": "hizoo_restore"}
@@ -31,10 +31,6 @@ class InPlace(Perturbing):
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         self.passes = passes
-
-    def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
-        self.attend(sweep, eps, scaled)
-        self.current = {}
 
     def present(self, terms: Terms) -> AbstractContextManager[None]:
         """Moves the weights there, where they stay until they are wanted elsewhere."""

@@ -137,7 +137,7 @@ class Shadow(Exact):
         sites.refuse_unswappable(self.module, "shadow")
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
-        self.attend(sweep, eps, scaled)
+        super().begin(sweep, eps, scaled=scaled)
         copy_of = self._lay_out(sweep)
         tree = sites.fingerprint(self.module), self.layout
         if tree != self.tree:

@@ -178,7 +178,7 @@ class Stream(Exact):
         refuse(self.module)
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
-        self.attend(sweep, eps, scaled)
+        super().begin(sweep, eps, scaled=scaled)
         self.units = self._lay_out(sweep)
         self.hooks = [
             self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(clean=True)),
