@@ -610,3 +610,18 @@ def test_a_parameter_made_strided_after_the_first_step_is_refused():
     with pytest.raises(ValueError, match="strides"):
         opt.step(scripted([1.0, 2.0]))
     assert np.array_equal(base.numpy(), np.ones(8, np.float32))
+
+
+@PLACEMENTS
+def test_a_step_inside_a_step_is_refused(placement):
+    model, opt = make(placement)
+    before = Snapshot(model)
+
+    def closure() -> float:
+        opt.step(model)
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="inside the closure of a step of the same optimizer"):
+        opt.step(closure)
+    assert_clean(before, placement)
+    assert_still_works(model, opt, placement, before)

@@ -138,33 +138,41 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             self._step(Losses(closure, vectors=self.takes_vector_losses), numbers, interrupts)
 
     def _step(self, losses: Losses, numbers: StepNumbers, interrupts: HeldInterrupts) -> None:
-        counters, self.numbers = self._passes.counters, numbers
-        self.active = self._parameters.active(self, self.seed, counters.steps)
-        rates = Rates(*numbers.rates(self.active.rows))
+        if "numbers" in vars(self):
+            raise RuntimeError(
+                "step was called inside the closure of a step of the same optimizer; return a loss instead"
+            )
+        self.numbers = numbers
+        try:
+            self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            rates = Rates(*numbers.rates(self.active.rows))
+            self._placement.begin(self.active.sweep, rates.eps, scaled=self._scaled)
+            self._evaluate_and_update(losses, rates, interrupts)
+        finally:
+            del self.numbers
+        self._passes.counters.steps += 1
+
+    def _evaluate_and_update(self, losses: Losses, rates: Rates, interrupts: HeldInterrupts) -> None:
         told: list[tuple[PassSpec, PassNumbers]] = []
         ok: Tensor | None = None
-        self._placement.begin(self.active.sweep, rates.eps, scaled=self._scaled)
-        self._passes.gate = numbers.gate
-        if self.listeners:
-            self._passes.listener = lambda *one: told.append(one)
+        self._passes.gate = self.numbers.gate
+        self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
+
+        def evaluate(terms: Terms) -> Tensor:
+            with self._placement.present(terms):
+                try:
+                    interrupts.release()
+                    return losses.evaluate(self._passes.counters, self.numbers.device)
+                finally:
+                    interrupts.hold()
+
         try:
-
-            def evaluate(terms: Terms) -> Tensor:
-                with self._placement.present(terms):
-                    try:
-                        interrupts.release()
-                        return losses.evaluate(counters, numbers.device)
-                    finally:
-                        interrupts.hold()
-
             ok = self._apply(drivers.in_turn(self.rounds(), evaluate, self.reduce), losses, rates)
         finally:
             self._placement.end()
             self._passes.gate = self._passes.listener = None
             if self.listeners:
                 self._tell(told, ok)
-            del self.numbers
-        counters.steps += 1
 
     def _apply(self, estimate: Estimate, losses: Losses, rates: Rates) -> Tensor:
         """The step's last pass; returns whether it did anything."""

@@ -147,10 +147,8 @@ class Parameters:
             if seen != self._seen:
                 self._layout = None
             members, rows = self._members(owner, dropped)
-            self._seen, self._active = (
-                self._look(owner),
-                Active(Sweep(members), rows, dropped),
-            )  # states may have been made
+            self._active = Active(Sweep(members), rows, dropped)
+            self._seen = self._look(owner)  # anew: states may have been made
         return self._active
 
     def _look(self, owner: Owner) -> list[object]:
