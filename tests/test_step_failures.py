@@ -21,7 +21,7 @@ from zokern import backends, sweep
 
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 _package = Path(zokern.__file__).parent
-TRACED = tuple(str(_package / name) for name in ("optim", "placement", "passes.py", "interrupts.py"))
+TRACED = tuple(str(_package / name) for name in ("optim", "placement", "sweep.py", "interrupts.py"))
 
 
 class Mixed(nn.Module):

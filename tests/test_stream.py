@@ -1010,7 +1010,7 @@ def test_an_exception_anywhere_leaves_clean_weights(place, number, error, call):
     assert same(model, twin)
 
 
-TRACED = tuple(str(Path(zokern.__file__).parent / name) for name in ("optim", "placement", "passes.py"))
+TRACED = tuple(str(Path(zokern.__file__).parent / name) for name in ("optim", "placement", "sweep.py"))
 
 
 def step_with_signal_at(line: int, model: nn.Module, opt: Any) -> int:

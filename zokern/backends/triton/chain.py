@@ -1,7 +1,7 @@
 """A chain of passes as one Triton kernel: every stage in registers, each with its own rounding, one store at the end.
 
 As kernels.py, program by program and tile by tile, and with its parts; a stage's numbers are found through a table of
-addresses in device memory, so that one compiled kernel serves chains of any length. See backends/scalars.py's Chain.
+addresses in device memory, so that one compiled kernel serves chains of any length. See passes/spec.py's Chain.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
