@@ -615,3 +615,37 @@ def test_diff_names_the_first_difference(tmp_path):
     assert (code, said) == (1, "the runs differ before the first step, in seed: 0 and 1\n")
     code, said = command("diff", paths[0], tmp_path / "none")
     assert (code, "cannot be read" in said) == (2, True)
+
+
+def test_a_record_that_could_not_be_written_ends_the_journal(tmp_path, monkeypatch):
+    """A full disk, say: the step is done and counted, what is there replays, and nothing is written after the gap."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    base = copy.deepcopy(model)
+    opt = zokern.MeZO(model, 1e-2)
+    path = tmp_path / "run.zkj"
+
+    def step() -> None:
+        opt.step(lambda: model(torch.ones(2, 4)).square().mean())
+
+    append, full = journal_format.Writer.append, []
+
+    def limited(self, body: bytes) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+        append(self, body)
+
+    monkeypatch.setattr(journal_format.Writer, "append", limited)
+    with journal.write(opt, path):
+        step()
+        after = copy.deepcopy(model.state_dict())
+        full.append(True)
+        with pytest.raises(OSError, match="No space left"):
+            step()
+        assert opt.counters["steps"] == 2
+        full.clear()
+        with pytest.raises(journal.JournalError, match=r"record of step 1 could not be written.*start another one"):
+            step()
+        assert opt.counters["steps"] == 3
+    assert journal.replay(path, base) == 1
+    assert all(torch.equal(value, after[name]) for name, value in base.state_dict().items())

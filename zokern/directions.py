@@ -42,7 +42,7 @@ def parse(value: object, name: str = "distribution") -> Direction:
     Raises:
         ValueError: for anything else, naming the argument `name` and what there is.
     """
-    if isinstance(value, Direction) and DIRECTIONS.get(value.name) == value:
+    if isinstance(value, Direction) and value in DIRECTIONS.values():
         return value
     if isinstance(value, str) and value in DIRECTIONS:
         return DIRECTIONS[value]

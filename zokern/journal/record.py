@@ -27,9 +27,20 @@ class Recorder:
     numbers: dict[str, int] = field(default_factory=dict)  # of signatures, by their JSON
     frames: list[journal.Frame] = field(default_factory=list)
     known: dict[int, tuple[int, int]] = field(default_factory=dict)  # seed -> step and direction
+    broken: int | None = None  # the step whose record could not be written
 
     def __call__(self, event: StepEvent) -> None:
         """A step that broke off before any pass leaves no record."""
+        if self.broken is not None:
+            raise journal.JournalError(
+                f"the record of step {self.broken} could not be written, so the journal ends before it and cannot go on; "
+                "leave the block that writes it, and start another one"
+            )
+        self.broken = event.step
+        self._write(event)
+        self.broken = None
+
+    def _write(self, event: StepEvent) -> None:
         done = [(spec, told) for spec, told in event.passes if told.enabled is None or int(told.enabled)]
         broken_off = event.ok is None
         if broken_off and not done:

@@ -81,10 +81,16 @@ def _recording(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> Iterator[
         yield
     finally:
         optimizer.listeners.remove(recorder)
-        mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
-        recorder.writer.append_json(MARK, mark)
-        recorder.writer.file.flush()
-        os.fsync(recorder.writer.file.fileno())
+        if recorder.broken is None:
+            _mark(optimizer, recorder)
+
+
+def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> None:
+    """What a replay has to end with."""
+    mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
+    recorder.writer.append_json(MARK, mark)
+    recorder.writer.file.flush()
+    os.fsync(recorder.writer.file.fileno())
 
 
 @contextlib.contextmanager

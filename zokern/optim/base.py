@@ -121,8 +121,12 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             TypeError: if closure is missing or does not return one number. Whatever is raised, also from inside the
                 closure, KeyboardInterrupt included, the weights are clean afterwards.
         """
-        losses = Losses(closure, batches, batch_weights, reduction, loss_weights, vectors=self.takes_vector_losses)
-        self._skips.warn()
+        losses = Losses(
+            closure, batches, batch_weights, reduction, loss_weights,
+            vectors=self.takes_vector_losses, reduce=self.reduce,
+        )  # fmt: skip
+        if self._skips.seen is not None:
+            self._skips.warn()
         self._parameters.check_groups(self, self.pipelined)
         with HeldInterrupts() as interrupts:
             numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
@@ -135,7 +139,8 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         if numbers.device is not None:
             self._skips.count = sent(self._skips.count, numbers.device)
         with HeldInterrupts() as interrupts:
-            self._step(Losses(closure, vectors=self.takes_vector_losses), numbers, interrupts)
+            losses = Losses(closure, vectors=self.takes_vector_losses, reduce=self.reduce)
+            self._step(losses, numbers, interrupts)
 
     def _step(self, losses: Losses, numbers: StepNumbers, interrupts: HeldInterrupts) -> None:
         if "numbers" in vars(self):
@@ -150,11 +155,11 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             self._evaluate_and_update(losses, rates, interrupts)
         finally:
             del self.numbers
-        self._passes.counters.steps += 1
 
     def _evaluate_and_update(self, losses: Losses, rates: Rates, interrupts: HeldInterrupts) -> None:
         told: list[tuple[PassSpec, PassNumbers]] = []
         ok: Tensor | None = None
+        step = self._passes.counters.steps
         self._passes.gate = self.numbers.gate
         self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
 
@@ -167,12 +172,14 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
                     interrupts.hold()
 
         try:
-            ok = self._apply(drivers.in_turn(self.rounds(), evaluate, self.reduce), losses, rates)
+            ok = self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates)
         finally:
             self._placement.end()
             self._passes.gate = self._passes.listener = None
+            if ok is not None:  # done, whatever those who are told of it raise
+                self._passes.counters.steps += 1
             if self.listeners:
-                self._tell(told, ok)
+                self._tell(step, told, ok)
 
     def _apply(self, estimate: Estimate, losses: Losses, rates: Rates) -> Tensor:
         """The step's last pass; returns whether it did anything."""
@@ -199,16 +206,16 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         seed = HostNumbers(self.param_groups, self.seed, step, self.schedule).seed(0)
         return placements.Ahead(active.sweep, {seed: 1.0})
 
-    def _tell(self, told: list[tuple[PassSpec, PassNumbers]], ok: Tensor | None) -> None:
+    def _tell(self, step: int, told: list[tuple[PassSpec, PassNumbers]], ok: Tensor | None) -> None:
         event = StepEvent(
-            self._passes.counters.steps,
+            step,
             ok,
             tuple(told),
             self.numbers.drawn,
             None if ok is None else self.metrics["loss"],
             tuple(float(group["lr"]) for group in self.param_groups),
             () if ok is None else tuple(self.memory()),
-            self.layout(),
+            self._parameters.layout(self),
         )
         for listener in self.listeners:
             listener(event)
@@ -249,8 +256,8 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
                 for name, p in zip(own, group["params"], strict=True)}  # fmt: skip
 
     def layout(self) -> dict[str, Any]:
-        """What a replay has to know of the parameters: their ids, shapes, dtypes, groups, rows and blocks."""
-        return self._parameters.layout(self)
+        """What a replay has to know of the parameters as they are: ids, shapes, dtypes, groups, rows and blocks."""
+        return self._parameters.layout(self, anew=True)
 
     def resumed(self, steps: int, skipped: int) -> None:
         """Weights, states and what the method remembers are those of after this many steps."""

@@ -18,8 +18,8 @@ from zokern.passes.update import Terms
 Rounds = Generator[list[Terms], list[Tensor], Estimate]
 
 
-def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], reduce: Reduce | None = None) -> Estimate:
-    """One probe after another, in the order of the round; `reduce` gets a round's losses at once."""
+def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], gather: Reduce | None = None) -> Estimate:
+    """One probe after another, in the order of the round; `gather` gets a round's losses at once."""
     losses: list[Tensor] | None = None
     try:
         while True:
@@ -31,7 +31,7 @@ def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], reduce: Reduce 
             losses = []
             for terms in probes:
                 losses.append(evaluate(terms))
-            if reduce is not None:
-                losses = reduce(losses)
+            if gather is not None:
+                losses = gather(losses)
     finally:
         rounds.close()

@@ -12,6 +12,8 @@ are given.
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,24 +27,36 @@ from zokern.passes.update import sent
 from zokern.sweep import Counters
 
 Closure = Callable[..., Any]
-# Losses of a round's probes on this process -> those that all processes work with.
+# Losses of a round's probes on this process -> as many, with which all processes go on.
 Reduce = Callable[[list[Tensor]], list[Tensor]]
 REDUCTIONS = ("mean", "sum")
 
 
-def _weights(given: Iterable[float], batches: list[Any] | None) -> list[float]:
+def _listed(given: Any, name: str) -> list[Any]:
+    """The entries of an argument, which may come from a generator."""
+    try:
+        return list(given)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a list, got {type(given).__name__}; give one entry for each batch") from error
+
+
+def _weights(given: Any, batches: list[Any] | None) -> list[float]:
     if batches is None:
         raise ValueError("batch_weights are given and batches are not; they go in pairs")
-    weights = [_checks.check_number(w, f"batch_weights[{i}]", 0.0) for i, w in enumerate(given)]
+    weights = [
+        _checks.check_number(w, f"batch_weights[{i}]", 0.0) for i, w in enumerate(_listed(given, "batch_weights"))
+    ]
     if len(weights) != len(batches):
         raise ValueError(f"batch_weights has {len(weights)} entries and batches has {len(batches)}; they go in pairs")
-    if not sum(weights):
-        raise ValueError("batch_weights are all 0, so there is no loss; leave the step out")
+    if not 0.0 < sum(weights) < math.inf:
+        raise ValueError(f"batch_weights add up to {sum(weights)}; some must be above 0, and their sum a finite number")
     return weights
 
 
 class Losses:
-    """Of one step. `each`: every probe's loss so far, 0-d; `named`: the same of each named loss.
+    """Of one step. `each`: every probe's loss so far, 0-d, as `gather` gave it; `named`: this process' losses by name.
+
+    reduce: a round's losses on this process -> as many, with which all processes go on; None for one process alone.
 
     Raises:
         TypeError, ValueError: for what does not go together, and from `evaluate` for what a closure may not return.
@@ -57,19 +71,24 @@ class Losses:
         loss_weights: Mapping[str, float] | None = None,
         *,
         vectors: bool = False,
+        reduce: Reduce | None = None,
     ) -> None:
         if not callable(closure):
             raise TypeError(
                 "step needs a closure that returns the loss, for example opt.step(lambda: model(x, y).loss)"
             )
-        self.closure, self.vectors = closure, vectors
-        self.batches = None if batches is None else list(batches)
+        self.closure, self.vectors, self.reduce = closure, vectors, reduce
+        self.batches = None if batches is None else _listed(batches, "batches")
         if self.batches is not None and not self.batches:
-            raise ValueError("batches is empty")
+            raise ValueError("batches is empty; leave the step out, or give what the closure is to be called with")
         self.weights = None if batch_weights is None else _weights(batch_weights, self.batches)
-        self.reduction = (
-            reduction if reduction in REDUCTIONS else _checks.check_choice(reduction, "reduction", REDUCTIONS)
-        )
+        self.reduction = reduction
+        if reduction != "mean":
+            _checks.check_choice(reduction, "reduction", REDUCTIONS)
+            if self.batches is None:
+                raise ValueError(f"reduction={reduction!r} is over batches, and none are given")
+        if loss_weights is not None and not isinstance(loss_weights, Mapping):
+            raise TypeError(f"loss_weights must be a dict of weights by name, got {type(loss_weights).__name__}")
         self.loss_weights = dict(loss_weights or {})
         for name, weight in self.loss_weights.items():
             _checks.check_number(weight, f"loss_weights[{name!r}]")
@@ -78,19 +97,32 @@ class Losses:
 
     def evaluate(self, counters: Counters, device: torch.device | None = None) -> Tensor:
         """The loss of the weights that the closure sees now. device: where it has to be; None for anywhere."""
-        losses = []
+        losses, by_name = [], []
         for arguments in [()] if self.batches is None else zip(self.batches, strict=True):
             returned = self.closure(*arguments)
             counters.forwards += 1
-            by_name = isinstance(returned, Mapping)
-            losses.append(self._weighted(returned, device) if by_name else self._number(returned, device))
-        loss = losses[0] if self.batches is None else self._together(losses)
-        self.each.append(loss.mean() if loss.dim() else loss)
-        return loss
+            if isinstance(returned, Mapping):
+                by_name.append({name: self._number(loss, device, name) for name, loss in returned.items()})
+                losses.append(self._weighted(by_name[-1]))
+            else:
+                losses.append(self._number(returned, device))
+        if by_name:
+            self._note(by_name, len(losses))
+        return losses[0] if self.batches is None else self._together(losses)
+
+    def gather(self, losses: list[Tensor]) -> list[Tensor]:
+        """A round's losses, as all processes have them."""
+        if self.reduce is not None:
+            count, losses = len(losses), self.reduce(losses)
+            if not isinstance(losses, list) or len(losses) != count or not all(isinstance(x, Tensor) for x in losses):
+                raise TypeError(f"reduce must return a list of {count} tensors, as many losses as it was given")
+        for loss in losses:
+            self.each.append(loss.mean() if loss.dim() else loss)
+        return losses
 
     def finite(self) -> tuple[Tensor, Tensor]:
         """All losses so far [P], and whether every one of them is finite, 0-d."""
-        every = torch.stack(self.each)
+        every = torch.stack(self.each) if self.each else torch.empty(0, dtype=torch.float64)
         return every, torch.isfinite(every).all()
 
     def metrics(self) -> dict[str, Tensor]:
@@ -98,6 +130,10 @@ class Losses:
         return {f"loss/{name}": torch.stack(each).mean().to(torch.float32) for name, each in self.named.items()}
 
     def _together(self, losses: list[Tensor]) -> Tensor:
+        if len({loss.dim() for loss in losses}) > 1:
+            raise TypeError(
+                "closure returned one loss for some batches and a vector for others; return the same for all"
+            )
         if losses[0].dim():
             if self.weights is not None or self.reduction != "mean":
                 raise ValueError(
@@ -111,20 +147,29 @@ class Losses:
         total = torch.stack([loss * weight for loss, weight in zip(losses, self.weights, strict=True)]).sum()
         return total / sum(self.weights) if self.reduction == "mean" else total
 
-    def _weighted(self, returned: Mapping[str, Any], device: torch.device | None) -> Tensor:
-        """The sum of losses by name, each of which is noted."""
-        unknown = [name for name in self.loss_weights if name not in returned]
-        if unknown or not returned:
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        """The sum of losses by name."""
+        if not losses:
+            raise ValueError("closure returned an empty dict; return at least one loss by name")
+        unknown = [name for name in self.loss_weights if name not in losses]
+        if unknown:
             raise ValueError(
-                f"closure returned losses called {', '.join(map(repr, returned)) or 'nothing'}; loss_weights has "
-                f"{', '.join(map(repr, unknown)) or 'none'} besides"
+                f"loss_weights has {', '.join(map(repr, unknown))}, and the closure returned losses called "
+                f"{', '.join(map(repr, losses))}; make the names agree"
             )
-        parts = []
-        for name, value in returned.items():
-            loss = self._number(value, device, name)
+        if len({loss.shape for loss in losses.values()}) > 1:
+            shapes = ", ".join(f"{name!r} {tuple(loss.shape)}" for name, loss in losses.items())
+            raise TypeError(f"closure returned losses of several shapes: {shapes}; return the same for all")
+        return torch.stack([loss * self.loss_weights.get(name, 1.0) for name, loss in losses.items()]).sum(dim=0)
+
+    def _note(self, by_name: list[dict[str, Tensor]], count: int) -> None:
+        """Each named loss of a probe, put together as the loss is."""
+        if len(by_name) != count or any(losses.keys() != by_name[0].keys() for losses in by_name):
+            raise ValueError("closure returned other names for one batch than for another; return the same for all")
+        for name in by_name[0]:
+            parts = [losses[name] for losses in by_name]
+            loss = parts[0] if self.batches is None else self._together(parts)
             self.named.setdefault(name, []).append(loss.mean() if loss.dim() else loss)
-            parts.append(loss * self.loss_weights.get(name, 1.0))
-        return torch.stack(parts).sum(dim=0)
 
     def _number(self, loss: Any, device: torch.device | None, name: str | None = None) -> Tensor:
         """As float64, 0-d, or 1-D where the method takes vectors. name: of one loss among several."""
@@ -133,18 +178,21 @@ class Losses:
                 f"loss_weights are given for {', '.join(map(repr, self.loss_weights))}, and the closure returns one loss; "
                 "return a dict of losses by name"
             )
+        which = "the loss" if name is None else f"the loss {name!r}"
         if device is not None and (not isinstance(loss, Tensor) or loss.device != device):
-            raise TypeError(f"closure must return the loss as a tensor on {device} to be captured")
-        if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            raise TypeError(f"closure must return {which} as a tensor on {device} to be captured")
+        if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
             return torch.tensor(float(loss), dtype=torch.float64)
         if not isinstance(loss, Tensor):
-            raise TypeError(f"closure must return the loss as a scalar tensor, got {type(loss).__name__}")
+            raise TypeError(f"closure must return {which} as a scalar tensor, got {type(loss).__name__}")
+        if loss.dtype == torch.bool or loss.dtype.is_complex:
+            raise TypeError(f"closure must return {which} as a real number, got a tensor of {loss.dtype}")
         if self.vectors and loss.dim() == 1 and loss.numel() > 0:
             return loss.detach().to(torch.float64)
         if loss.numel() != 1:
             raise TypeError(
-                f"closure must return one loss, got a tensor of shape {tuple(loss.shape)}; take its mean"
-                + (" or return a vector with the loss of each example" if self.vectors else "")
+                f"closure must return {'one loss' if name is None else which}, got a tensor of shape {tuple(loss.shape)}; "
+                "take its mean" + (" or return a vector with the loss of each example" if self.vectors else "")
             )
         return loss.detach().reshape(()).to(torch.float64)
 
@@ -157,7 +205,7 @@ class Skips:
 
     def __init__(self) -> None:
         self.count = torch.zeros((), dtype=torch.int64)
-        self._seen: tuple[Tensor, torch.cuda.Event] | None = None
+        self.seen: tuple[Tensor, torch.cuda.Event] | None = None  # on its way to the host
         self._warned = False
 
     def load(self, count: int) -> None:
@@ -182,12 +230,12 @@ class Skips:
 
     def look(self) -> None:
         """Starts a copy of the count to the host, to be looked at in a later step without waiting."""
-        if self.count.device.type != "cpu" and self._seen is None and not self._warned:
+        if self.count.device.type != "cpu" and self.seen is None and not self._warned:
             host = torch.empty((), dtype=torch.int64, pin_memory=True)
             host.copy_(self.count, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.count.device))
-            self._seen = (host, event)
+            self.seen = (host, event)
 
     def warn(self) -> None:
         """Once, if the host knows of a step that was skipped."""
@@ -196,10 +244,10 @@ class Skips:
             return
         if self.count.device.type == "cpu":
             count = int(self.count)
-        elif self._seen is not None:
-            host, event = self._seen
+        elif self.seen is not None:
+            host, event = self.seen
             if event.query():
-                count, self._seen = int(host), None
+                count, self.seen = int(host), None
         if count:
             self._warned = True
             warnings.warn(

@@ -185,9 +185,10 @@ class Parameters:
             members.append(Member(p, self.registry.ids[id(p)], row, self.registry.names[id(p)], kept))
         return members, list(rows)
 
-    def layout(self, owner: Owner) -> dict[str, Any]:
-        """What a replay has to know: ids, shapes, dtypes, groups, rows and blocks."""
-        if self._layout is None:
+    def layout(self, owner: Owner, *, anew: bool = False) -> dict[str, Any]:
+        """What a replay has to know: ids, shapes, dtypes, groups, rows and blocks. anew: as they are, not as a step saw
+        them when it began."""
+        if self._layout is None or (anew and self._look(owner) != self._seen):
             params = [
                 [
                     self.registry.ids[id(p)], self.registry.names[id(p)], list(p.shape),
