@@ -29,7 +29,7 @@ if triton.unavailable_reason() is not None:
 
 from zokern.backends.triton import launch
 
-NAMES = [field.name for field in fields(PassNumbers) if field.name != "near"]
+NAMES = [field.name for field in fields(PassNumbers) if field.name != "elsewhere"]
 STREAM = SimpleNamespace(cuda_stream=7)
 
 

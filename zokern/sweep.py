@@ -147,11 +147,11 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
     found = operands.found
     _, chosen, tables = _find(operands, backend) if found is None or found[0] != backend else found
     if chosen.near is not None:
-        near = numbers.near.get((chosen, operands.device))
+        near = numbers.elsewhere.get((chosen, operands.device))
         if near is None:
             near = chosen.near(numbers, operands.device)
         if near is not numbers:
-            numbers.near[chosen, operands.device] = near
+            numbers.elsewhere[chosen, operands.device] = near
         numbers = near
     for table in tables:
         chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, numbers)

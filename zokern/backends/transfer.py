@@ -63,10 +63,10 @@ class Parcel:
 
 def on_host(numbers: PassNumbers) -> PassNumbers:
     """A pass' numbers in host memory, which waits for those that a device has; once, however many passes have them."""
-    if "host" not in numbers.near:
+    if "host" not in numbers.elsewhere:
         given = (numbers.seeds, numbers.coefs, numbers.shared, numbers.rounding_seed, numbers.enabled)
-        numbers.near["host"] = PassNumbers(*(None if t is None else t.cpu() for t in given))  # type: ignore[arg-type]
-    return numbers.near["host"]
+        numbers.elsewhere["host"] = PassNumbers(*(None if t is None else t.cpu() for t in given))  # type: ignore[arg-type]
+    return numbers.elsewhere["host"]
 
 
 def chain_on_host(chain: Chain) -> Chain:

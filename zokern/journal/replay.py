@@ -70,7 +70,7 @@ class Player:
             (spec, first), (_, second) = last, told
             seeds_of_both = torch.cat([first.seeds, second.seeds])
             coefs = torch.cat([first.coefs, second.coefs], dim=2)
-            self.waiting[-1] = spec, replace(first, seeds=seeds_of_both, coefs=coefs, near={})
+            self.waiting[-1] = spec, replace(first, seeds=seeds_of_both, coefs=coefs, elsewhere={})
         else:
             self.waiting.append(told)
 

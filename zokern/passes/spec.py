@@ -60,7 +60,7 @@ class PassNumbers:
 
     G groups (rows), K directions; C and S are the numbers of the rule's coefs and scalars. The two rounding seeds are the
     weights' and a state's. `enabled` with a zero in it makes the pass write nothing: a step is skipped without asking the
-    device. near: where these numbers were sent, so that several passes send them once.
+    device. elsewhere: these numbers where they were sent, so that several passes send them once.
     """
 
     seeds: Tensor
@@ -68,7 +68,9 @@ class PassNumbers:
     shared: Tensor
     rounding_seed: Tensor | None = None
     enabled: Tensor | None = None
-    near: dict[object, PassNumbers] = field(default_factory=dict, repr=False, compare=False)  # by backend and device
+    elsewhere: dict[object, PassNumbers] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # by backend and device
 
 
 @dataclass(frozen=True)
