@@ -59,6 +59,7 @@ NUMBERS = {
     "0-d int64": (torch.tensor(7), 7.0),
     "one element": (torch.tensor([0.375]), 0.375),
     "one element in two dimensions": (torch.tensor([[0.375]]), 0.375),
+    "a tensor of bool, as (prediction == label).all() is": (torch.tensor(True), 1.0),
     "needs a gradient": (torch.tensor(0.375, requires_grad=True), 0.375),
 }
 
@@ -254,7 +255,6 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, type[Exception], str]] = {
     "weights that have no end": ({**TWO, "batch_weights": [1e308] * 2}, 1.0, ValueError, "batch_weights add up to inf"),
     "a sum of nothing": ({"reduction": "sum"}, 1.0, ValueError, "reduction='sum' is over batches, and none are given"),
     "loss_weights that are a number": ({"loss_weights": 0.5}, {"a": 1.0}, TypeError, "loss_weights must be a dict"),
-    "a bool tensor": ({}, torch.tensor(True), TypeError, "as a real number, got a tensor of torch.bool"),
     "a complex tensor": ({}, torch.tensor(1j), TypeError, "as a real number, got a tensor of torch.complex64"),
     "an unknown reduction": ({**TWO, "reduction": "max"}, 1.0, ValueError, "reduction is 'max'.*'mean', 'sum'"),
     "a list as reduction": ({"reduction": ["mean"]}, 1.0, ValueError, "reduction is .*'mean', 'sum'"),

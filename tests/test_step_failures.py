@@ -621,7 +621,7 @@ def test_a_step_inside_a_step_is_refused(placement):
         opt.step(model)
         return 1.0
 
-    with pytest.raises(RuntimeError, match="inside the closure of a step of the same optimizer"):
+    with pytest.raises(RuntimeError, match="inside a step of the same optimizer"):
         opt.step(closure)
     assert_clean(before, placement)
     assert_still_works(model, opt, placement, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -60,6 +61,8 @@ class Sweep(Sequence[Member]):
             by_device.setdefault(member.param.device, []).append(i)
         self._by_device = list(by_device.values())
         self.numel = sum(m.param.numel() for m in members)
+        self.params = [m.param for m in members]
+        self.addresses = list(map(Tensor.data_ptr, self.params))
         self._operands: dict[object, tuple[object, list[Operands]]] = {}
         self._pieces: dict[int, tuple[Sequence[int], Sweep]] = {}
 
@@ -84,10 +87,17 @@ class Sweep(Sequence[Member]):
         return self._pieces[id(at)][1]
 
     def forget(self) -> None:
-        """Lets go of the copies that its operands hold, whose memory is needed."""
+        """Lets go of its operands: of copies whose memory is needed, of addresses that hold no more."""
         self._operands.clear()
         for _, piece in self._pieces.values():
             piece.forget()
+        self._pieces.clear()
+
+    def tables(self) -> list[Table]:
+        """All that were found so far, for who must keep them: a captured graph reads them long after."""
+        own = [operands.found for _, made in self._operands.values() for operands in made]
+        pieces = [table for _, piece in self._pieces.values() for table in piece.tables()]
+        return [table for found in own if found is not None for table in found[2]] + pieces
 
     def operands(
         self, states: Sequence[str], out: Sequence[Tensor] | None = None, probes: Sequence[Tensor | None] = ()
@@ -144,8 +154,8 @@ def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str =
 
 def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
     """What `run` does, past PyTorch's dispatcher; autograd is not told."""
-    found = operands.found
-    _, chosen, tables = _find(operands, backend) if found is None or found[0] != backend else found
+    found, wanted = operands.found, os.environ.get(backends.ENVIRONMENT, backend) if backend == "auto" else backend
+    _, chosen, tables = found if found is not None and found[0] == wanted else _find(operands, backend, wanted)
     if chosen.near is not None:
         near = numbers.elsewhere.get((chosen, operands.device))
         if near is None:
@@ -158,9 +168,9 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
     return len(tables)
 
 
-def _find(operands: Operands, backend: str) -> tuple[str, ModuleType, list[Table]]:
-    """Kept with the operands: the backend by name and as a module, and what it reads."""
-    operands.found = backend, backends.choose(backend, operands.device), operands.tables()
+def _find(operands: Operands, backend: str, wanted: str) -> tuple[str, ModuleType, list[Table]]:
+    """Kept with the operands: what was wanted, the backend, and what it reads."""
+    operands.found = wanted, backends.choose(backend, operands.device), operands.tables()
     return operands.found
 
 
@@ -186,8 +196,8 @@ def run_chain(
             f"a chain has {len(stages)} stages with {num_seeds} seeds, and one takes 1 to {MAX_STAGES} stages with at most "
             f"{MAX_CHAIN_SEEDS}: make several chains of it, or passes (the bits are the same)"
         )
-    found = operands.found
-    _, chosen, tables = _find(operands, backend) if found is None or found[0] != backend else found
+    found, wanted = operands.found, os.environ.get(backends.ENVIRONMENT, backend) if backend == "auto" else backend
+    _, chosen, tables = found if found is not None and found[0] == wanted else _find(operands, backend, wanted)
     for table in tables:
         own = [(spec.exact if table.dtype == torch.float32 else spec, numbers) for spec, numbers in stages]
         chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))

@@ -119,7 +119,8 @@ class GraphedStep:
                     optimizer.set_counters(before)
                 graph.capture(self._step)
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
-            held = table.cached(), optimizer.active, optimizer.captured_tensors(), live.tensors()
+            active = optimizer.active
+            held = table.cached(), active, active.sweep.tables(), optimizer.captured_tensors(), live.tensors()
             captured = _Captured(graph, optimizer.metrics, cost, held)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one

@@ -79,7 +79,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         self.reduce: Reduce | None = None
         self.active: Active  # of the current step
         self.numbers: StepNumbers  # likewise
-        self._parameters = Parameters(registry, states or {}, self.layers)
+        self._parameters = Parameters(registry, states or {})
         self._scaled = scaled
         self._passes = Passes(direction, backend)
         self._skips = Skips()
@@ -144,9 +144,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
 
     def _step(self, losses: Losses, numbers: StepNumbers, interrupts: HeldInterrupts) -> None:
         if "numbers" in vars(self):
-            raise RuntimeError(
-                "step was called inside the closure of a step of the same optimizer; return a loss instead"
-            )
+            raise RuntimeError("step was called inside a step of the same optimizer; a closure returns a loss instead")
         self.numbers = numbers
         try:
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
@@ -159,7 +157,8 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
     def _evaluate_and_update(self, losses: Losses, rates: Rates, interrupts: HeldInterrupts) -> None:
         told: list[tuple[PassSpec, PassNumbers]] = []
         ok: Tensor | None = None
-        step = self._passes.counters.steps
+        step, sweep = self._passes.counters.steps, self.active.sweep
+        layout = self._parameters.layout(self) if self.listeners else {}
         self._passes.gate = self.numbers.gate
         self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
 
@@ -170,6 +169,11 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
                     return losses.evaluate(self._passes.counters, self.numbers.device)
                 finally:
                     interrupts.hold()
+                    addresses = list(map(Tensor.data_ptr, sweep.params))
+                    if addresses != sweep.addresses:  # the closure has moved weights: what was there may be freed
+                        sweep.addresses = addresses
+                        sweep.forget()
+                        self._parameters.look_again()
 
         try:
             ok = self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates)
@@ -179,7 +183,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             if ok is not None:  # done, whatever those who are told of it raise
                 self._passes.counters.steps += 1
             if self.listeners:
-                self._tell(step, told, ok)
+                self._tell(step, told, ok, layout)
 
     def _apply(self, estimate: Estimate, losses: Losses, rates: Rates) -> Tensor:
         """The step's last pass; returns whether it did anything."""
@@ -206,7 +210,9 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         seed = HostNumbers(self.param_groups, self.seed, step, self.schedule).seed(0)
         return placements.Ahead(active.sweep, {seed: 1.0})
 
-    def _tell(self, step: int, told: list[tuple[PassSpec, PassNumbers]], ok: Tensor | None) -> None:
+    def _tell(
+        self, step: int, told: list[tuple[PassSpec, PassNumbers]], ok: Tensor | None, layout: Mapping[str, Any]
+    ) -> None:
         event = StepEvent(
             step,
             ok,
@@ -215,7 +221,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
             None if ok is None else self.metrics["loss"],
             tuple(float(group["lr"]) for group in self.param_groups),
             () if ok is None else tuple(self.memory()),
-            self._parameters.layout(self),
+            layout,
         )
         for listener in self.listeners:
             listener(event)
@@ -302,6 +308,8 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         Raises:
             ValueError: if the state is not zokern's, or of another contract, method, options or parameters.
         """
+        if "numbers" in vars(self):
+            raise RuntimeError("load_state_dict was called inside a step; load before it or after it")
         saved = dict(state_dict)
         own = saved.pop("zokern", None)
         names = self._parameters.names(self)

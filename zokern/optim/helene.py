@@ -84,7 +84,7 @@ class HELENE(ZerothOrderOptimizer):
         self.gamma = _checks.check_number(gamma, "gamma", 0.0, 1e30)
         self.delta = _checks.check_number(delta, "delta", 0.0, 1e30)
         self.batch_size = _checks.check_integer(batch_size, "batch_size", 1, 1 << 40)
-        self.floor = _check_floor(floor)
+        self.floor = floor
         super().__init__(
             params,
             {"lr": lr, "eps": eps, "weight_decay": weight_decay},
@@ -132,6 +132,17 @@ class HELENE(ZerothOrderOptimizer):
                 )
             return self._listed[id(param)]
         return self.floor
+
+    @property
+    def floor(self) -> float | list[float] | ByLayer:
+        """May be changed between steps."""
+        return self._floor
+
+    @floor.setter
+    def floor(self, floor: float | Sequence[float] | ByLayer) -> None:
+        self._floor = _check_floor(floor)
+        if "_parameters" in vars(self):
+            self._parameters.forget()  # its rows go by the floor
 
     def row_key(self, param: Tensor) -> Hashable:
         return self._floor_of(param)

@@ -185,7 +185,7 @@ class Losses:
             return torch.tensor(float(loss), dtype=torch.float64)
         if not isinstance(loss, Tensor):
             raise TypeError(f"closure must return {which} as a scalar tensor, got {type(loss).__name__}")
-        if loss.dtype == torch.bool or loss.dtype.is_complex:
+        if loss.dtype.is_complex:
             raise TypeError(f"closure must return {which} as a real number, got a tensor of {loss.dtype}")
         if self.vectors and loss.dim() == 1 and loss.numel() > 0:
             return loss.detach().to(torch.float64)

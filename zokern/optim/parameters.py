@@ -37,6 +37,8 @@ class Registry:
 
     def add(self, p: Tensor, name: str | None = None) -> None:
         if id(p) not in self.ids:
+            if name is not None and name in self.names.values():
+                raise ValueError(f"params: two parameters are called {name!r}; give each a name of its own")
             self.ids[id(p)] = max(self.ids.values(), default=-1) + 1
             self.names[id(p)] = name or f"parameter {self.ids[id(p)]}"
             self._keep.append(p)
@@ -104,6 +106,7 @@ class Owner(Protocol):
 
     param_groups: Groups
     state: Any
+    layers: RandomBlocks | None
 
     def row_key(self, param: Tensor) -> Hashable:
         """Parameters of one group whose keys differ get rows of numbers of their own."""
@@ -115,12 +118,16 @@ class Parameters:
     spec: the states that the method keeps.
     """
 
-    def __init__(self, registry: Registry, spec: state.Spec, layers: RandomBlocks | None) -> None:
-        self.registry, self.spec, self.layers = registry, spec, layers
+    def __init__(self, registry: Registry, spec: state.Spec) -> None:
+        self.registry, self.spec = registry, spec
         self._seen: list[object] = []
         self._active: Active | None = None
         self._layout: dict[str, Any] | None = None
         self._checked: list[object] = []
+
+    def look_again(self) -> None:
+        """What was seen at the beginning of a step is no longer so."""
+        self._seen = []
 
     def forget(self) -> None:
         """Nothing is held any longer: states are among what it holds, which a load replaces."""
@@ -137,11 +144,12 @@ class Parameters:
             check_group(group, g)
             if pipelined and isinstance(group["eps"], Tensor):
                 raise TypeError(f"eps of parameter group {g} is a tensor; pipelined=True needs a number")
-        self._checked = given
+        self._checked = given if NUMBERS.issuperset(map(type, given)) else []
 
     def active(self, owner: Owner, run_seed: int, step: int) -> Active:
         """What `step` moves; the same object for as long as nothing about it changes."""
-        dropped = frozenset(() if self.layers is None else self.layers.dropped(run_seed, step))
+        layers = owner.layers
+        dropped = frozenset(() if layers is None else layers.dropped(run_seed, step))
         seen = self._look(owner)
         if self._active is None or self._active.dropped != dropped or seen != self._seen:
             if seen != self._seen:
@@ -153,7 +161,7 @@ class Parameters:
 
     def _look(self, owner: Owner) -> list[object]:
         """Differs as soon as a parameter or a state is another one, elsewhere, or like something else."""
-        seen: list[object] = []
+        seen: list[object] = [id(owner.layers)]
         for group in owner.param_groups:
             for p in group["params"]:
                 seen.append((id(p), p.requires_grad, p.data_ptr(), p.shape, p.stride(), p.dtype))
@@ -178,7 +186,7 @@ class Parameters:
         members: list[Member] = []
         rows: dict[tuple[int, Hashable], int] = {}
         for g, p in self.trainable(owner):
-            if self.layers is not None and not self.layers.is_active(p, dropped):
+            if owner.layers is not None and not owner.layers.is_active(p, dropped):
                 continue
             row = rows.setdefault((g, owner.row_key(p)), len(rows))
             kept = state.of(owner.state, p, self.spec)
@@ -193,11 +201,11 @@ class Parameters:
                 [
                     self.registry.ids[id(p)], self.registry.names[id(p)], list(p.shape),
                     str(p.dtype).removeprefix("torch."), g, owner.row_key(p),
-                    None if self.layers is None else self.layers.block_of(p),
+                    None if owner.layers is None else owner.layers.block_of(p),
                 ]
                 for g, p in self.trainable(owner)
             ]  # fmt: skip
-            layers = None if self.layers is None else [self.layers.num_dropped, len(self.layers.names)]
+            layers = None if owner.layers is None else [owner.layers.num_dropped, len(owner.layers.names)]
             self._layout = {"params": params, "layers": layers}
         return self._layout
 

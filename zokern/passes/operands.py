@@ -64,6 +64,15 @@ class Operands:
             _check_pairs([t for t, _ in given], [probe for _, probe in given], [0] * len(given), [0] * len(given))
 
 
+def _check_memory(tensors: Sequence[Tensor], name: str) -> None:
+    """A kernel would write to address 0: functionalize and the like hand out tensors without memory of their own."""
+    for i, t in enumerate(tensors):
+        if not t.data_ptr():
+            raise ValueError(
+                f"{name}[{i}] is {_checks.describe(t)} without memory; a pass needs tensors that have some"
+            )
+
+
 def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int]) -> None:
     for name, tensors in (("tensors", src), ("out", dst)) if dst is not src else (("tensors", src),):
         for i, t in enumerate(tensors):
@@ -80,6 +89,9 @@ def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int
         _checks.check_integer(offset, f"offsets[{i}]", 0, _checks.MAX_INDEX - src[i].numel())
     if torch.compiler.is_compiling():
         return  # addresses are not known yet; the operator looks when it runs
+    _check_memory(src, "tensors")
+    if dst is not src:
+        _check_memory(dst, "out")
     # Two threads may take any two chunks at once, so no element may be written twice, nor read after it was written.
     written = sorted((d.data_ptr(), d.data_ptr() + d.nbytes, i) for i, d in enumerate(dst))
     for (_, end, i), (begin, _, j) in itertools.pairwise(written):

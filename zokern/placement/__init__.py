@@ -15,6 +15,7 @@ A method with a curvature h asks for `scaled` directions: theta + eps d / sqrt(h
 from __future__ import annotations
 
 import sys
+import weakref
 
 from torch import nn
 
@@ -32,6 +33,7 @@ MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (In
 PLACEMENTS = ("auto", *MADE)
 METHODS = ("name", "bind", "begin", "present", "update", "end", "memory")
 _told: set[str] = set()
+_bound: dict[int, weakref.ref[object]] = {}  # objects of users that serve an optimizer, by id
 
 
 def choose(module: nn.Module | None, sixteen_bit: bool) -> tuple[str, str]:
@@ -90,4 +92,8 @@ def _own(wanted: object) -> Placement:
             f"zokern.placement.Placement" + (f" (it has no {', '.join(missing)})" if missing else "")
         )
     assert isinstance(wanted, Placement)
+    user = _bound.get(id(wanted))
+    if user is not None and user() is wanted:
+        raise ValueError("placement is in use by another optimizer already; make one for each")
+    _bound[id(wanted)] = weakref.ref(wanted)
     return wanted

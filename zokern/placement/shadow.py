@@ -125,6 +125,7 @@ class Shadow(Exact):
         super().__init__()
         self.pools: sites.Pools = {}
         self.copies: list[nn.Parameter] = []
+        self.places: list[int] = []  # their addresses
         self.layout: object = None
         self.tree: object = None
         self.sites: list[sites.Site] = []  # in that tree
@@ -150,12 +151,14 @@ class Shadow(Exact):
 
     def _lay_out(self, members: Sweep) -> dict[int, nn.Parameter]:
         """Each member's copy, by the parameter's id."""
-        if members.layout != self.layout:
+        moved = self.places != list(map(Tensor.data_ptr, self.copies))  # through .data, in a closure
+        if moved or members.layout != self.layout:
             self.copies, self.ready, self.probes = [], {}, []  # views of the pools, which may be replaced
             self.let_go()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
-            self.layout = members.layout
+            self.layout, self.places = members.layout, list(map(Tensor.data_ptr, self.copies))
+            self.tree = None  # sites have other copies
         return {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
 
     def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:

@@ -165,6 +165,7 @@ class Stream(Exact):
         self.outside_pools: sites.Pools = {}
         self.block_pools: sites.Pools = {}
         self.units: list[Unit] = []
+        self.places: list[int] = []  # addresses of all copies
         self.layout: object = None
         self.kept: list[Unit] = []  # of the layout, without their members between steps
         self.terms: Terms = {}
@@ -195,7 +196,8 @@ class Stream(Exact):
     def _lay_out(self, members: Sweep) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
         layout = sites.fingerprint(self.module), members.layout
-        if layout == self.layout:
+        moved = self.places != [copy.data_ptr() for unit in self.kept for copy in unit.copies]  # in a closure
+        if layout == self.layout and not moved:
             for unit in self.kept:
                 unit.sweep = members.piece(unit.at)
             return self.kept
@@ -214,6 +216,7 @@ class Stream(Exact):
             }
             unit.pairs = [(site, *shown[id(site.param)]) for site in unit.places]
         self.kept, self.layout = units, layout
+        self.places = [copy.data_ptr() for unit in units for copy in unit.copies]
         return units
 
     def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
