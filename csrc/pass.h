@@ -17,6 +17,7 @@ enum class Rounding : int { nearest = 0, stochastic = 1, any = 2 };
 // A chunk is this many consecutive global indices, so c1 (the high word of the block index) is uniform in it.
 constexpr int64_t kChunk = 1 << 14;
 
+// A shard of a matrix along its last dimension has one for each of its rows, whose global indices are not consecutive.
 struct TensorRow {  // ten int64, one row per tensor
   int64_t numel;
   int64_t offset;   // global index of the first element: not 0 for a shard

@@ -31,11 +31,12 @@ def launch(
     rounding: str = "nearest",
     square_of_sum: bool = False,
     keep_second: bool = False,
+    strides: Sequence[int] = (),
     backend: str = "auto",
 ) -> int:
     spec = PassSpec(RULES[rule], DIRECTIONS[distribution], rounding, square_of_sum, keep_second)
     numbers = PassNumbers(seeds, coefs, shared, rounding_seed, enabled)
-    return sweep.run(Operands(src, dst, states, tensor_ids, offsets, groups), spec, numbers, backend)
+    return sweep.run(Operands(src, dst, states, tensor_ids, offsets, groups, strides=strides), spec, numbers, backend)
 
 
 def launch_chain(
@@ -49,7 +50,8 @@ def launch_chain(
     states: Sequence[list[Tensor]] = (),
     probes: Sequence[Tensor | None] = (),
     enabled: Tensor | None = None,
+    strides: Sequence[int] = (),
     backend: str = "auto",
 ) -> int:
-    operands = Operands(tensors, None, states, tensor_ids, offsets, groups, probes)
+    operands = Operands(tensors, None, states, tensor_ids, offsets, groups, probes, strides)
     return sweep.run_chain(operands, stages, RULES[rule], enabled=enabled, backend=backend)

@@ -91,7 +91,8 @@ def check_tensor(t: object, name: str) -> Tensor:
         raise ValueError(f"{name} is {describe(t)} with layout {t.layout}; a pass needs a dense tensor with storage")
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
         raise TypeError(
-            f"{name} is a {type(t).__name__}; pass the plain tensor inside it (for a DTensor: to_local(), with `offsets`)"
+            f"{name} is a {type(t).__name__}; pass the plain tensor inside it (for a DTensor: to_local(), with `offsets` "
+            "and `strides`)"
         )
     if t.numel() == 0:
         raise ValueError(f"{name} is {describe(t)}: it has no elements. Leave it out.")

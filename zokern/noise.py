@@ -24,6 +24,7 @@ def noise(
     tensor_id: int = 0,
     distribution: str = "normal",
     offset: int = 0,
+    stride: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
@@ -36,6 +37,8 @@ def noise(
         tensor_id: in [0, 2^32).
         distribution: "normal" for N(0, 1), "rademacher" for signs +1 and -1.
         offset: global index of the first element, for a shard of a larger tensor.
+        stride: global distance between the starts of neighbouring rows, for a shard of a matrix along its last dimension:
+            the size of a row of the whole matrix. 0 for what is no such shard.
         dtype: float32, or float16 / bfloat16: the float32 noise rounded to nearest even.
         device, backend: as in :func:`zokern.add_noise_`.
 
@@ -60,6 +63,7 @@ def noise(
         coefs=[1.0],
         distribution=distribution,
         offsets=[offset],
+        strides=[stride],
         backend=backend,
     )
     return z

@@ -25,7 +25,7 @@ from zokern.sweep import launch, run
 _REST = (
     "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
     "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
-    "bool square_of_sum, bool keep_second, str backend, int prepared=0"
+    "bool square_of_sum, bool keep_second, str backend, int prepared=0, int[] strides=[]"
 )
 _library = torch.library.Library("zokern", "DEF")
 _library.define(f"pass_(Tensor(a!)[] tensors, {_REST}) -> ()")
@@ -55,9 +55,11 @@ def _operator(
     keep_second: bool,
     backend: str,
     prepared: int = 0,
+    strides: Sequence[int] = (),
 ) -> None:
     """What sweep.py took apart, together again. prepared: nothing; graphs that version 0.1 recorded give it."""
-    operands = Operands(src, dst, [state for state in (first, second) if state], tensor_ids, offsets, groups)
+    states = [state for state in (first, second) if state]
+    operands = Operands(src, dst, states, tensor_ids, offsets, groups, strides=strides)
     spec = PassSpec(rule_called(rule), directions.parse(distribution), rounding, square_of_sum, keep_second)
     numbers = PassNumbers(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
     launch(operands, spec, numbers, backend)
@@ -127,6 +129,7 @@ def add_noise_(
     rounding_seed: int | None = None,
     out: Sequence[Tensor] | None = None,
     offsets: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:
     """dst <- round(decay*src + sum_k coefs[k] z(seeds[k])), all tensors in one launch for each dtype.
@@ -145,6 +148,8 @@ def add_noise_(
         rounding_seed: of the stochastic rounding, in [0, 2^63). Give every rounding event its own.
         out: where the results go, shaped like `tensors`; None means in place.
         offsets: global index of each tensor's first element, for shards; None means zeros.
+        strides: for each tensor, global distance between the starts of neighbouring rows, for shards of a matrix along its
+            last dimension: the size of a row of the whole matrix. 0 for other tensors; None means zeros.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; $ZOKERN_BACKEND sets what "auto" means.
 
     Raises:
@@ -162,12 +167,18 @@ def add_noise_(
     if dst is not None and len(dst) == len(src) and _same_memory(src, dst):
         dst = None
     ids, starts = list(tensor_ids), [0] * len(src) if offsets is None else list(offsets)
-    for name, given in (("tensor_ids", ids), ("offsets", starts), ("out", dst)):
+    apart = [] if strides is None else list(strides)
+    for name, given in (
+        ("tensor_ids", ids),
+        ("offsets", starts),
+        ("strides", None if strides is None else apart),
+        ("out", dst),
+    ):
         if given is not None and len(given) != len(src):
             raise ValueError(
                 f"{name} has {len(given)} entries and tensors has {len(src)}; one for each tensor is needed"
             )
-    operands = Operands(src, dst, [], ids, starts, [0] * len(src))
+    operands = Operands(src, dst, [], ids, starts, [0] * len(src), strides=apart)
     operands.check()
     device = src[0].device
     seed_tensor, coef_tensor = _seed_tensor(seeds), _coef_tensor(coefs)

@@ -26,7 +26,8 @@ KEPT = 16  # kinds of passes over a sweep; a step has two or three
 class Member(NamedTuple):
     """An active parameter: its tensor id, its row of the coefficients, its name for messages, its states by name.
 
-    offset: global index of its first element, not 0 for a shard.
+    offset: global index of its first element, not 0 for a shard. stride: of a shard of a matrix along its last dimension,
+    global distance between the starts of neighbouring rows: the size of a row of the whole matrix. 0 for others.
     """
 
     param: Tensor
@@ -35,6 +36,7 @@ class Member(NamedTuple):
     name: str
     states: Mapping[str, Tensor] = {}
     offset: int = 0
+    stride: int = 0
 
 
 @dataclass
@@ -123,6 +125,7 @@ class Sweep(Sequence[Member]):
             [m.offset for m in members],
             [m.row for m in members],
             [probes[i] for i in at] if probes else (),
+            [m.stride for m in members] if any(m.stride for m in members) else (),
         )
 
 
@@ -211,7 +214,7 @@ def _through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, bac
     rest = (
         first, second, operands.tensor_ids, operands.offsets, operands.groups, numbers.seeds, numbers.coefs, numbers.shared,
         numbers.rounding_seed, numbers.enabled, spec.rule.name, spec.direction.name, spec.rounding, spec.square_of_sum,
-        spec.keep_second, backend,
+        spec.keep_second, backend, 0, operands.strides,
     )  # fmt: skip
     if operands.dst is None:
         torch.ops.zokern.pass_(operands.src, *rest)

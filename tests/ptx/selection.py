@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from .cases import BF16, F16, F32, LAYOUTS, NUM_LIMITS, Case
+from .cases import BF16, F16, F32, LAYOUTS, NUM_LIMITS, ROWS, Case
 
 RULES = ("axpy", "scaled_axpy", "hizoo", "hizoo_restore", "helene", "momentum", "adam", "adamezo", "sign")
 WITH_V = {"hizoo", "hizoo_restore", "helene", "adamezo"}
@@ -38,7 +38,11 @@ def passes() -> Iterator[Case]:
             base = Case(rule, dtype, state, distribution, rounding, k)
             draw = _draw(str(base))
             layout = draw.choice(
-                [n for n in LAYOUTS if "rare" not in n and not (k == 33 and n in ("mixed", "whole", "many"))]
+                [
+                    n
+                    for n in LAYOUTS
+                    if "rare" not in n and n not in ROWS and not (k == 33 and n in ("mixed", "whole", "many"))
+                ]
             )
             yield replace(
                 base,
@@ -169,11 +173,29 @@ def chains() -> Iterator[Case]:
             yield Case(rule, dtype, state, distribution="rademacher", k=11, layout="tiny", stages=12, fork=True, seed=4)
 
 
+def strided() -> Iterator[Case]:
+    """Shards along the last dimension, in the kernels for one seed, in those for any, and in chains."""
+    for n, (rule, dtype) in enumerate(itertools.product(RULES, (BF16, F32, F16))):
+        for state, rounding in itertools.product(states_of(rule), roundings_of(dtype)):
+            base = Case(rule, dtype, state, "normal", rounding, 1, "rows", seed=2 * n + 1)
+            yield replace(base, out=n % 2 == 0, keep_second=n % 3 == 0)
+            yield replace(
+                base, distribution=("rademacher", "normal")[n % 2], k=3, device_seeds=True, out=n % 2 == 1,
+                square_of_sum=rule in WITH_V and n % 2 == 0, enabled=1,
+            )  # fmt: skip
+            if rule == "axpy":
+                yield replace(base, distribution="rademacher")
+                yield replace(base, k=2)
+            if rule != "scaled_axpy":
+                yield replace(base, stages=3, k=3, fork=n % 2 == 0)
+
+
 SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (
     passes,
     one_seed,
     more_seeds,
     chains,
+    strided,
     layouts,
     limits,
     rare,
@@ -231,11 +253,15 @@ def quick(backend: str) -> Iterator[Case]:
             yield more if rule in ("axpy", "momentum", "adam") else replace(any_seeds, device_seeds=False)
             if rule == "axpy":
                 yield chain
+                yield Case(rule, F16, F32, "normal", "stochastic", layout="rows", seed=1)
     if backend == "cuda":
         yield replace(edge, rule="axpy")
         yield replace(edge, limits=2, rounding="stochastic", device_seeds=True)
         yield replace(edge, rule="axpy", limits=1, dtype=BF16)
         yield Case("axpy", BF16, layout="whole", seed=1)
+        yield Case("axpy", BF16, layout="rows", seed=1)
+        yield Case("axpy", F32, k=3, layout="rows", out=True, seed=1)
+        yield Case("hizoo", F16, k=3, layout="rows", stages=3, fork=True, seed=2)
         yield Case("axpy", F32, layout="rare", seed=3)
         yield Case("axpy", BF16, layout="small", residual=True, seed=5)
         yield Case("sign", F32, layout="small", subnormal=True, seed=5)

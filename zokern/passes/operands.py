@@ -18,7 +18,8 @@ from zokern.passes.table import Table, tables
 @dataclass(eq=False)
 class Operands:
     """dst None works in place. states: of the rule, a list each. probes: where a forked chain's last stage goes, None for
-    those that it leaves out.
+    those that it leaves out. strides: where one of src is a shard of a matrix along its last dimension, global distance
+    between the starts of neighbouring rows, else 0; none for zeros.
 
     Who runs passes on the same operands again holds the tensors meanwhile, and makes others when anything about them
     changes: addresses take long to ask for. `written`: those that a pass changes, for autograd.
@@ -31,6 +32,7 @@ class Operands:
     offsets: list[int]
     groups: list[int]
     probes: Sequence[Tensor | None] = ()
+    strides: Sequence[int] = ()
     found: tuple[str, ModuleType, list[Table]] | None = field(default=None, init=False)  # what a backend reads
 
     @functools.cached_property
@@ -52,12 +54,13 @@ class Operands:
             TypeError, ValueError: naming the tensor that a pass cannot work on, when it is first seen.
         """
         found, _ = tables(
-            self.src, self.results, self.tensor_ids, self.offsets, self.groups, self.check, self.states, self.probes
-        )
+            self.src, self.results, self.tensor_ids, self.offsets, self.groups, self.check, self.states, self.probes,
+            self.strides,
+        )  # fmt: skip
         return found
 
     def check(self) -> None:
-        _check_pairs(self.src, self.results, self.tensor_ids, self.offsets)
+        _check_pairs(self.src, self.results, self.tensor_ids, self.offsets, self.strides)
         _check_states(self.src, self.states)
         given = [(t, probe) for t, probe in zip(self.src, self.probes, strict=bool(self.probes)) if probe is not None]
         if given:
@@ -73,7 +76,13 @@ def _check_memory(tensors: Sequence[Tensor], name: str) -> None:
             )
 
 
-def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int], offsets: Sequence[int]) -> None:
+def _check_pairs(
+    src: Sequence[Tensor],
+    dst: Sequence[Tensor],
+    ids: Sequence[int],
+    offsets: Sequence[int],
+    strides: Sequence[int] = (),
+) -> None:
     for name, tensors in (("tensors", src), ("out", dst)) if dst is not src else (("tensors", src),):
         for i, t in enumerate(tensors):
             _checks.check_tensor(t, f"{name}[{i}]")
@@ -84,9 +93,10 @@ def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int
             )
         if d.shape != s.shape or d.dtype != s.dtype or d.device != s.device:
             raise ValueError(f"out[{i}] is {_checks.describe(d)}, unlike tensors[{i}], which is {_checks.describe(s)}")
-    for i, (tensor_id, offset) in enumerate(zip(ids, offsets, strict=True)):
+    for i, (s, tensor_id, offset) in enumerate(zip(src, ids, offsets, strict=True)):
         _checks.check_integer(tensor_id, f"tensor_ids[{i}]", 0, _checks.MAX_TENSOR_ID)
-        _checks.check_integer(offset, f"offsets[{i}]", 0, _checks.MAX_INDEX - src[i].numel())
+        extent = _check_stride(strides[i], s, i) if strides else s.numel()
+        _checks.check_integer(offset, f"offsets[{i}]", 0, _checks.MAX_INDEX - extent)
     if torch.compiler.is_compiling():
         return  # addresses are not known yet; the operator looks when it runs
     _check_memory(src, "tensors")
@@ -109,6 +119,28 @@ def _check_pairs(src: Sequence[Tensor], dst: Sequence[Tensor], ids: Sequence[int
                 raise ValueError(
                     f"{what}[{i}] and {what2}[{j}] overlap; out must be apart from tensors, or the same memory"
                 )
+
+
+def _check_stride(stride: object, t: Tensor, i: int) -> int:
+    """How many global indices the tensor extends over."""
+    name = f"strides[{i}]"
+    apart = _checks.check_integer(stride, name, 0, _checks.MAX_INDEX)
+    if apart == 0:
+        return t.numel()
+    what = f"tensors[{i}], which is {_checks.describe(t)}"
+    if t.dim() < 2:
+        raise ValueError(f"{name} is {stride} for {what}: a stride is between the rows of a matrix; 0 means none")
+    length = t.shape[-1]
+    rows = t.numel() // length
+    extent = (rows - 1) * apart + length
+    if apart < length:
+        raise ValueError(
+            f"{name} is {stride} for {what}: neighbouring rows start at least {length} apart, the size of a row; "
+            "it is the size of a row of the whole matrix"
+        )
+    if extent > _checks.MAX_INDEX:
+        raise ValueError(f"{name} is {stride} for {what}: its {rows} rows go beyond index {_checks.MAX_INDEX}")
+    return extent
 
 
 def _check_states(src: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:

@@ -3,6 +3,10 @@
 `tensors` is int64 [T, COLUMNS]: numel, offset, tensor id, group, aligned, addresses of src, dst, two states and a probe.
 `chunks` is int32 [C, 2]: row of `tensors`, number of a chunk of 2^14 consecutive global indices. The layout is
 csrc/pass.h's and Triton's too. A table is built once and found again while the addresses stay the same.
+
+A shard of a matrix along its last dimension has a row of `tensors` for each of its own rows, whose elements follow each
+other in memory and in global indices; the stride from one to the next is in their offsets. So kernels know nothing of
+strides, and take no instruction and no register for them.
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ from torch import Tensor
 
 CHUNK = 1 << 14
 COLUMNS = 10
-SRC, DST, PROBE = 5, 6, 9  # columns with addresses
+NUMEL, OFFSET, ALIGNED, SRC, DST, PROBE = 0, 1, 4, 5, 6, 9  # from SRC on, addresses
 MAX_CHUNKS = (1 << 31) - 1  # blocks of a CUDA grid
 _CACHED_BYTES = 128 << 20  # of device memory: a model of 13 billion parameters has 6 MB of chunks
 _CACHED_TABLES = 4096
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -64,40 +69,71 @@ def build(
     groups: Sequence[int],
     states: Sequence[Sequence[Tensor]] = (),
     probes: Sequence[Tensor | None] = (),
+    strides: Sequence[int] = (),
 ) -> Table:
-    """The table of tensors that share a dtype and a device. 80 bytes a tensor and 8 a chunk, uploaded once."""
-    spans = [(offset // CHUNK, -(-(offset + s.numel()) // CHUNK)) for s, offset in zip(src, offsets, strict=True)]
-    wanted = sum(last - first for first, last in spans)
+    """The table of tensors that share a dtype and a device. 80 bytes a tensor (a row of one with a stride) and 8 a chunk,
+    uploaded once."""
+    rows: Ints = np.zeros((len(src), COLUMNS), np.int64)
+    for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
+        addresses = [t.data_ptr() for t in (s, d, *(state[i] for state in states))]
+        rows[i, : SRC + len(addresses)] = (s.numel(), offset, tensor_id, group, False, *addresses)
+        if probes and (probe := probes[i]) is not None:
+            rows[i, PROBE] = probe.data_ptr()
+    state_dtype = states[0][0].dtype if states else torch.float32
+    sizes = np.full(COLUMNS - SRC, state_dtype.itemsize)
+    sizes[[0, DST - SRC, PROBE - SRC]] = src[0].element_size()
+    if any(strides):
+        lengths = [s.shape[-1] if stride else 0 for s, stride in zip(src, strides, strict=True)]
+        rows = _local_rows(rows, sizes, lengths, strides)
+    # Blocks start at global indices divisible by 8: 16-byte accesses need those to lie on 16-byte boundaries.
+    off = (rows[:, SRC:] - rows[:, OFFSET, None] % 8 * sizes) % 16
+    rows[:, ALIGNED] = ((off == 0) | (rows[:, SRC:] == 0)).all(1)
+    chunks, device = _chunks(rows), src[0].device
+    return Table(
+        dtype=src[0].dtype,
+        state_dtype=state_dtype,
+        tensors=upload(torch.from_numpy(rows), device),
+        chunks=upload(torch.from_numpy(chunks), device),
+        numel=int(rows[:, NUMEL].sum()),
+        groups=max(groups) + 1,
+    )
+
+
+def _local_rows(rows: Ints, sizes: Ints, lengths: Sequence[int], strides: Sequence[int]) -> Ints:
+    """A row of the table for each local row of the tensors that have a stride. sizes: bytes of an element, by address."""
+    length, stride = np.array(lengths, np.int64), np.array(strides, np.int64)
+    # Rows whose indices follow each other, as they do in memory, are one.
+    whole = (stride == 0) | (stride == length)
+    length[whole] = rows[whole, NUMEL]
+    counts = np.where(whole, 1, rows[:, NUMEL] // np.maximum(length, 1))
+    tensor, local = np.repeat(np.arange(len(rows)), counts), _counted(counts)
+    length = length[tensor]
+    rows = rows[tensor]
+    rows[:, NUMEL] = length
+    rows[:, OFFSET] += local * stride[tensor]
+    rows[:, SRC:] += np.where(rows[:, SRC:] == 0, 0, (local * length)[:, None] * sizes)
+    return rows
+
+
+def _chunks(rows: Ints) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+    """The chunks that each row of the table touches, in turn."""
+    first = rows[:, OFFSET] // CHUNK
+    touched = -(-(rows[:, OFFSET] + rows[:, NUMEL]) // CHUNK) - first
+    wanted = int(touched.sum())
     if wanted > MAX_CHUNKS:
         raise ValueError(
             f"the tensors have {wanted} chunks of {CHUNK} elements, and one launch takes {MAX_CHUNKS}: "
             "give them in several calls"
         )
-    rows = np.zeros((len(src), COLUMNS), np.int64)
-    parts: list[np.ndarray[tuple[int, int], np.dtype[np.int32]]] = []
-    for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
-        # Blocks start at global indices divisible by 8: 16-byte accesses need those to lie on 16-byte boundaries.
-        kept = [state[i] for state in states]
-        probe = probes[i] if probes else None
-        touched = (s, d, *kept) if probe is None else (s, d, *kept, probe)
-        aligned = all((t.data_ptr() - offset % 8 * t.element_size()) % 16 == 0 for t in touched)
-        addresses = [t.data_ptr() for t in (s, d, *kept)]
-        rows[i, : 5 + len(addresses)] = (s.numel(), offset, tensor_id, group, aligned, *addresses)
-        rows[i, PROBE] = 0 if probe is None else probe.data_ptr()
-        first, last = spans[i]
-        part = np.empty((last - first, 2), np.int32)
-        part[:, 0] = i
-        part[:, 1] = np.arange(first, last)
-        parts.append(part)
-    device = src[0].device
-    return Table(
-        dtype=src[0].dtype,
-        state_dtype=states[0][0].dtype if states else torch.float32,
-        tensors=upload(torch.from_numpy(rows), device),
-        chunks=upload(torch.from_numpy(np.concatenate(parts)), device),
-        numel=int(rows[:, 0].sum()),
-        groups=max(groups) + 1,
-    )
+    chunks = np.empty((wanted, 2), np.int32)
+    chunks[:, 0] = np.repeat(np.arange(len(rows)), touched)
+    chunks[:, 1] = np.repeat(first, touched) + _counted(touched)
+    return chunks
+
+
+def _counted(counts: Ints) -> Ints:
+    """0, 1, ... up to each of the counts, one after another."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def upload(t: Tensor, device: torch.device) -> Tensor:
@@ -127,11 +163,13 @@ def tables(
     check: Callable[[], None] | None = None,
     states: Sequence[Sequence[Tensor]] = (),
     probes: Sequence[Tensor | None] = (),
+    strides: Sequence[int] = (),
 ) -> tuple[list[Table], bool]:
     """One table for each dtype, and whether they had to be built. `check` may refuse tensors not seen before.
 
     states: of the rule, each a list with one tensor for each of src; all of one dtype. probes: where a forked chain's last
-    stage goes, for each of src, None where it is left out.
+    stage goes, for each of src, None where it is left out. strides: for each of src, global distance between the starts of
+    neighbouring local rows, its last dimension; 0, or no strides, where it is one row.
     """
     key = (
         src[0].device,
@@ -142,6 +180,7 @@ def tables(
         tuple(groups),
         tuple(map(_layout, states)),
         _layout(probes),
+        tuple(strides) if any(strides) else (),
     )
     found = _cache.get(key)
     if found is not None:
@@ -161,6 +200,7 @@ def tables(
             [groups[i] for i in at],
             [[state[i] for i in at] for state in states],
             [probes[i] for i in at] if probes else (),
+            [strides[i] for i in at] if strides else (),
         )
         for at in by_dtype.values()
     ]
