@@ -163,8 +163,8 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
         near = numbers.elsewhere.get((chosen, operands.device))
         if near is None:
             near = chosen.near(numbers, operands.device)
-        if near is not numbers:
-            numbers.elsewhere[chosen, operands.device] = near
+            if near is not numbers:
+                numbers.elsewhere[chosen, operands.device] = near
         numbers = near
     for table in tables:
         chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, numbers)

@@ -79,10 +79,11 @@ def make_pass(table: Table, spec: PassSpec, numbers: PassNumbers) -> Any:
 
 def make_chain(table: Table, chain: Chain) -> Any:
     """The chain as csrc/pass.h has it; all numbers are in the memory of the table's device."""
+    tensors, chunks, num_chunks = table.place
     return extension.Chain(
-        tensors=table.tensors.data_ptr(),
-        chunks=table.chunks.data_ptr(),
-        num_chunks=table.chunks.shape[0],
+        tensors=tensors,
+        chunks=chunks,
+        num_chunks=num_chunks,
         enabled=0 if chain.enabled is None else chain.enabled.data_ptr(),
         rademacher=chain.stages[0][0].direction.name == "rademacher",
         fork=chain.fork,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zokern import _checks, backends, directions
 from zokern import placement as placements
+from zokern.contract.streams import ROUNDINGS
 from zokern.interrupts import HeldInterrupts
 from zokern.layers import RandomBlocks
 from zokern.optim import drivers, parameters, state
@@ -35,7 +36,7 @@ from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import Terms, sent
 from zokern.sweep import NOTHING, Counters, Passes
 
-ROUNDINGS = ("auto", "nearest", "stochastic")
+CHOICES = ("auto", *ROUNDINGS)  # of rounding=
 
 
 class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
@@ -63,7 +64,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         scaled: bool = False,
     ) -> None:
         direction = directions.parse(distribution)
-        _checks.check_choice(rounding, "rounding", ROUNDINGS)
+        _checks.check_choice(rounding, "rounding", CHOICES)
         _checks.check_choice(backend, "backend", ("auto", *backends.BACKENDS))
         if isinstance(placement, str):
             _checks.check_choice(placement, "placement", placements.PLACEMENTS)

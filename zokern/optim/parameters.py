@@ -30,6 +30,7 @@ class Registry:
     def __init__(self, module: nn.Module | None) -> None:
         self.ids: dict[int, int] = {}
         self.names: dict[int, str] = {}
+        self._taken: set[str] = set()  # the same names, to find one at once
         self._keep: list[Tensor] = []  # an id() is only valid while its object lives
         if module is not None:
             for name, p in module.named_parameters():
@@ -37,10 +38,11 @@ class Registry:
 
     def add(self, p: Tensor, name: str | None = None) -> None:
         if id(p) not in self.ids:
-            if name is not None and name in self.names.values():
+            if name is not None and name in self._taken:
                 raise ValueError(f"params: two parameters are called {name!r}; give each a name of its own")
             self.ids[id(p)] = max(self.ids.values(), default=-1) + 1
             self.names[id(p)] = name or f"parameter {self.ids[id(p)]}"
+            self._taken.add(self.names[id(p)])
             self._keep.append(p)
 
 
@@ -151,12 +153,13 @@ class Parameters:
         layers = owner.layers
         dropped = frozenset(() if layers is None else layers.dropped(run_seed, step))
         seen = self._look(owner)
-        if self._active is None or self._active.dropped != dropped or seen != self._seen:
-            if seen != self._seen:
-                self._layout = None
+        changed = seen != self._seen
+        if changed:
+            self._layout = None
+        if changed or self._active is None or self._active.dropped != dropped:
             members, rows = self._members(owner, dropped)
             self._active = Active(Sweep(members), rows, dropped)
-            self._seen = self._look(owner)  # anew: states may have been made
+            self._seen = self._look(owner) if self.spec else seen  # anew: states may have been made
         return self._active
 
     def _look(self, owner: Owner) -> list[object]:

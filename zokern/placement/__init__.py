@@ -31,7 +31,7 @@ __all__ = ["PLACEMENTS", "Ahead", "InPlace", "Placement", "Rounding", "Shadow", 
 
 MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (InPlace, Shadow, Stream)}
 PLACEMENTS = ("auto", *MADE)
-METHODS = ("name", "bind", "begin", "present", "update", "end", "memory")
+METHODS = (*Placement.__annotations__, *(name for name in vars(Placement) if not name.startswith("_")))
 _told: set[str] = set()
 _bound: dict[int, weakref.ref[object]] = {}  # objects of users that serve an optimizer, by id
 

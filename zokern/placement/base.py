@@ -78,9 +78,8 @@ class Perturbing:
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
         self.sweep, self.eps = sweep, eps
-        if self.still.shape[:1] != eps.shape or self.still.device != eps.device:
-            key = len(eps), eps.device
-            if key not in self._ones:
-                self._ones[key] = torch.ones(len(eps), 1, device=eps.device)
-            self.still = self._ones[key]
+        key = len(eps), eps.device
+        if key not in self._ones:
+            self._ones[key] = torch.ones(len(eps), 1, device=eps.device)
+        self.still = self._ones[key]
         self.spec = pass_spec(RULES["scaled_axpy" if scaled else "axpy"], self.passes.direction)

@@ -9,7 +9,7 @@ closure, they are the weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,12 @@ class Exact(Perturbing):
         self.saving = False  # a state_dict() asked for inside the closure is under way
         self.ready: dict[int, Ready] = {}  # by the parameter's id
         self.probes: list[Tensor | None] = []  # of the last update
+        self.places: list[int] = []  # addresses of all copies
         self.told: tuple[Terms, Tensor, PassNumbers | None] = {}, self.eps, None  # of the last perturbation
+
+    def moved(self, copies: Iterable[Tensor]) -> bool:
+        """Whether a closure has put a copy elsewhere, through .data."""
+        return self.places != list(map(Tensor.data_ptr, copies))
 
     def check_saved(self) -> None:
         if self.saving:
@@ -125,7 +130,6 @@ class Shadow(Exact):
         super().__init__()
         self.pools: sites.Pools = {}
         self.copies: list[nn.Parameter] = []
-        self.places: list[int] = []  # their addresses
         self.layout: object = None
         self.tree: object = None
         self.sites: list[sites.Site] = []  # in that tree
@@ -151,14 +155,12 @@ class Shadow(Exact):
 
     def _lay_out(self, members: Sweep) -> dict[int, nn.Parameter]:
         """Each member's copy, by the parameter's id."""
-        moved = self.places != list(map(Tensor.data_ptr, self.copies))  # through .data, in a closure
-        if moved or members.layout != self.layout:
+        if self.moved(self.copies) or members.layout != self.layout:
             self.copies, self.ready, self.probes = [], {}, []  # views of the pools, which may be replaced
             self.let_go()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
             self.layout, self.places = members.layout, list(map(Tensor.data_ptr, self.copies))
-            self.tree = None  # sites have other copies
         return {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
 
     def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:

@@ -165,7 +165,6 @@ class Stream(Exact):
         self.outside_pools: sites.Pools = {}
         self.block_pools: sites.Pools = {}
         self.units: list[Unit] = []
-        self.places: list[int] = []  # addresses of all copies
         self.layout: object = None
         self.kept: list[Unit] = []  # of the layout, without their members between steps
         self.terms: Terms = {}
@@ -196,8 +195,7 @@ class Stream(Exact):
     def _lay_out(self, members: Sweep) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
         layout = sites.fingerprint(self.module), members.layout
-        moved = self.places != [copy.data_ptr() for unit in self.kept for copy in unit.copies]  # in a closure
-        if layout == self.layout and not moved:
+        if layout == self.layout and not self.moved(copy for unit in self.kept for copy in unit.copies):
             for unit in self.kept:
                 unit.sweep = members.piece(unit.at)
             return self.kept
