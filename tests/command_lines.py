@@ -14,5 +14,5 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
     command, rest = typer.main.get_command(app), list(arguments)
     while hasattr(command, "commands"):
-        command, rest = command.commands[rest[0]], rest[1:]
+        _, command, rest = command.resolve_command(typer.Context(command), rest)
     return command.name, command.make_context(command.name, rest).params

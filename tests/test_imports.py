@@ -12,6 +12,8 @@ ROOT = Path(zokern.__file__).parent
 # From the ground up; rooms on one floor do not know each other.
 FLOORS = (
     ("_checks", "_version", "_moved", "interrupts"),
+    ("kinds",),
+    ("settings",),
     ("contract",),
     ("directions",),
     ("passes",),

@@ -19,11 +19,13 @@ class ZokernWarning(UserWarning):
     """Something that zokern went on after, and that the user should know."""
 
 
-def check_integer(value: object, name: str, low: int, high: int) -> int:
+def check_integer(value: object, name: str, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must be in [{low}, {high}]")
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{name} is {value}; it must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}"
+        )
     return value
 
 
@@ -32,17 +34,23 @@ def check_seed(value: object, name: str) -> int:
 
 
 def check_number(
-    value: object, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    value: object,
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> float:
-    """A finite real number in [low, high], or (low, high] where `open_low`."""
+    """A finite real number in [low, high], without the ends that are open."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be finite")
-    if value < low or value > high or (open_low and value == low):
-        interval = f"{'(' if open_low else '['}{low}, {high}]"
+    if value < low or value > high or (open_low and value == low) or (open_high and value == high):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name} is {value}; it must be in {interval}")
     return float(value)
 
@@ -55,10 +63,7 @@ def check_flag(value: object, name: str) -> bool:
 
 def check_share(value: object, name: str) -> float:
     """A number in [0, 1)."""
-    share = check_number(value, name, 0.0, 1.0)
-    if share == 1.0:
-        raise ValueError(f"{name} is {share}; it must be in [0, 1)")
-    return share
+    return check_number(value, name, 0.0, 1.0, open_high=True)
 
 
 def check_betas(value: object) -> tuple[float, float]:

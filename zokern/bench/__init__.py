@@ -15,3 +15,5 @@ step.py       whole optimizer steps: step_cases.py what is timed, split.py forwa
 scaling.py    passes for a parameter, from ten million parameters to a billion
 commands_step.py, step_options.py, step_tables.py: the two commands
 """
+
+ABOUT = "Time the kernels and whole steps on this machine, against a copy and against what PyTorch users write."

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from zokern.bench import commands_step
+from zokern.bench import ABOUT, commands_step
 from zokern.bench.cases import BENCHMARKS, DEFAULT_DTYPES, DTYPES
 from zokern.bench.shapes import MIN_ELEMENTS
 
@@ -30,8 +30,7 @@ app = typer.Typer(
     name="bench",
     invoke_without_command=True,
     rich_markup_mode="markdown",
-    help="Time the kernels and whole steps on this machine, against a copy and against what PyTorch users write. Without "
-    "a command: the kernels with their defaults, and pictures.\n" + TEACH,
+    help=f"{ABOUT} Without a command: the kernels with their defaults, and pictures.\n{TEACH}",
 )
 Names = Annotated[
     list[str] | None,

@@ -26,7 +26,7 @@ from zokern.bench.step_options import (
 from zokern.bench.step_options import (
     tokens as parse_tokens,
 )
-from zokern.finetune.methods import METHODS
+from zokern.optim import METHODS
 
 PLACEMENTS = ("auto", "inplace", "shadow", "stream")
 WAYS = (*PLACEMENTS, "shadow-pipelined", "stream-pipelined")

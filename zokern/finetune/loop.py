@@ -24,7 +24,6 @@ from zokern import ZokernWarning
 from zokern.finetune.batches import Batch, Order
 from zokern.finetune.clock import Clock, memory
 from zokern.finetune.display import Display, Status
-from zokern.finetune.methods import METHODS
 from zokern.finetune.options import Options
 from zokern.finetune.output import Output
 from zokern.finetune.tasks import Task, evaluate
@@ -94,7 +93,7 @@ def train(task: Task, optimizer: Any, options: Options, output: Output, display:
     order, clock, interrupt = Order(len(task.sets["train"][1]), options.seed), Clock(task.device), Interrupt()
     status, begun, evaluating = Status(), time.perf_counter(), 0.0
     recent: list[Tensor] = []
-    sign = -1.0 if METHODS[options.method].maximises else 1.0  # what maximises takes a reward
+    sign = -1.0 if optimizer.maximises else 1.0  # what maximises takes a reward
     step, interrupted = done, False
     for _ in range(done * options.accumulate):
         order.draw(options.batch_size)  # the batches that the run has had

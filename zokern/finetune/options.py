@@ -1,136 +1,237 @@
-"""Every hyper-parameter of a fine-tuning run, with its default, and the checks that need nothing loaded.
+"""Every setting of a fine-tuning run, declared once, and the checks that need nothing loaded.
 
-The command line and Python share this one class, so that both have the same defaults and the same error messages.
+The command line and Python share this one class, so that both have the same defaults and the same error messages. The
+settings of the methods are theirs (zokern/optim/): they are fields here under the names of the command's options, and None
+where the class's own default holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from zokern.finetune.methods import METHODS, OWN
+from zokern.finetune import takers
+from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, Text
+from zokern.optim import ENTRIES
+from zokern.settings import Setting
 
 REMEDY = 'install the extra with: pip install "zokern[finetune]"'
-CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("auto", "similarity", "classifier", "prompt"),
-    "method": tuple(METHODS),
-    "update": ("sgd", "momentum", "adam", "adamezo", "sign"),
-    "curvature_dtype": ("float32", "bfloat16"),
-    "shaping": ("standardised", "ranked"),
-    "distribution": ("normal", "rademacher"),
-    "rounding": ("auto", "nearest", "stochastic"),
-    "placement": ("auto", "inplace", "shadow", "stream"),
-    "backend": ("auto", "cuda", "triton", "cpu", "reference"),
-    "lr_schedule": ("constant", "linear", "cosine"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
-# option: (smallest, largest, smallest itself allowed). Integers and floats alike.
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "steps": (1, math.inf, True),
-    "batch_size": (1, math.inf, True),
-    "lr": (0.0, math.inf, True),
-    "eps": (0.0, math.inf, False),
-    "weight_decay": (0.0, math.inf, True),
-    "num_samples": (1, 1024, True),
-    "beta1": (0.0, 1.0, True),
-    "beta2": (0.0, 1.0, True),
-    "delta": (0.0, math.inf, True),
-    "horizon": (1, 1 << 20, True),
-    "num_dropped": (0, math.inf, True),
-    "smoothing": (0.0, 1.0, True),
-    "anneal_steps": (0.0, math.inf, False),
-    "hessian_interval": (1, math.inf, True),
-    "gamma": (0.0, math.inf, True),
-    "floor": (0.0, math.inf, True),
-    "candidates": (2, 1 << 16, True),
-    "elite": (0.0, 1.0, False),
-    "num_directions": (2, 1 << 16, True),
-    "seed": (0, 2**63 - 1, True),
-    "warmup_steps": (0, math.inf, True),
-    "accumulate": (1, math.inf, True),
-    "max_length": (4, math.inf, True),
-    "temperature": (0.0, math.inf, False),
-    "eval_every": (0, math.inf, True),
-    "eval_batch_size": (1, math.inf, True),
-    "log_every": (1, math.inf, True),
-    "limit_train": (1, math.inf, True),
-    "limit_eval": (1, math.inf, True),
-    "threads": (1, 4096, True),
-}
+DATA, METHOD, SCHEDULE = "Model and data", "Method", "Schedule"
+OF_SOME, EVALUATION, OUTPUT, HARDWARE = "Settings of some methods", "Evaluation", "Output", "Hardware"
 
 
 class FinetuneError(ValueError):
     """Something the user can mend; the message says what, where and how."""
 
 
+def option(default: Any, kind: Kind, help: str, panel: str = "", flags: tuple[str, ...] = ()) -> Any:
+    """A field of Options; `panel` is where the command's help has it."""
+    return dataclasses.field(
+        default=default, metadata={"setting": Setting(default, kind, help, flags=flags), "panel": panel}
+    )
+
+
+C = TypeVar("C")
+
+
+def _of_methods(cls: type[C]) -> type[C]:
+    """A dataclass with a field more for each option that methods take."""
+    fields = [
+        (name, "Any", dataclasses.field(default=takers.default(name), metadata={"takers": name}))
+        for name in takers.TAKERS
+    ]
+    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=namespace)
+
+
+@_of_methods
 @dataclasses.dataclass
 class Options:
     """All settings of one run. Units: lr, eps and weight_decay are per step and dimensionless; lengths are tokens."""
 
-    model: str = "demo"
-    data: str = "docstrings"
-    objective: str = "auto"
-    text_column: str = "text"
-    label_column: str = "label"
-    eval_data: str | None = None
-    descriptions: Path | None = None
-    template: str = "{text} Topic:"
-    verbalizers: Path | None = None
-    temperature: float = 0.05
-    max_length: int = 64
-    limit_train: int | None = None
-    limit_eval: int | None = None
+    model: str = option(
+        default="demo",
+        kind=Text(),
+        help="What to tune: a directory that save_pretrained wrote, a name of the Hugging Face hub, or demo, a "
+        "sentence encoder of 23 million parameters that needs no download.",
+    )
+    data: str = option(
+        default="docstrings",
+        kind=Text(),
+        help="Texts and labels: a .csv, .tsv or .jsonl file, a data set of the hub (name, or name:configuration), or "
+        "docstrings, first sentences of the Python standard library's docstrings with the topic of their module.",
+    )
+    objective: str = option(
+        default="auto",
+        kind=Choice(("auto", "similarity", "classifier", "prompt")),
+        help="How the model classifies. similarity: an encoder compares a text with a sentence about each label. "
+        "classifier: a classification head. prompt: a language model scores each label's word after the text. "
+        "auto goes by the model's configuration and says what it picked.",
+        panel=DATA,
+    )
+    text_column: str = option(
+        default="text",
+        kind=Text(),
+        help="The column that holds the texts.",
+        panel=DATA,
+    )
+    label_column: str = option(
+        default="label",
+        kind=Text(),
+        help="The column that holds the labels.",
+        panel=DATA,
+    )
+    eval_data: str | None = option(
+        default=None,
+        kind=Text(),
+        help="Texts to evaluate on, in any form that --data takes. Default: the validation or test part of a hub data "
+        "set, else 20 % of the data, at most 400 texts, each label in its proportion.",
+        panel=DATA,
+    )
+    descriptions: Path | None = option(
+        default=None,
+        kind=File("a JSON file {label: text}"),
+        help="For similarity: a JSON file {label: sentence}. Default: the label itself is the sentence.",
+        panel=DATA,
+    )
+    temperature: float = option(
+        default=0.05,
+        kind=Number(0.0, open_low=True),
+        help="For similarity: class logits are cosine similarities divided by this (no unit).",
+        panel=DATA,
+    )
+    template: str = option(
+        default="{text} Topic:",
+        kind=Text("{text}"),
+        help="For prompt: what the model reads before the label's word; {text} stands for the text.",
+        panel=DATA,
+    )
+    verbalizers: Path | None = option(
+        default=None,
+        kind=File("a JSON file {label: text}"),
+        help="For prompt: a JSON file {label: word}. Default: the label itself is the word.",
+        panel=DATA,
+    )
+    max_length: int = option(
+        default=64,
+        kind=Integer(4),
+        help="Longer texts are cut to this many tokens; for prompt, the template is counted in.",
+        panel=DATA,
+    )
+    limit_train: int | None = option(
+        default=None,
+        kind=Integer(1),
+        help="Train on this many texts at most, each label in its proportion. Default: all.",
+        panel=DATA,
+    )
+    limit_eval: int | None = option(
+        default=None,
+        kind=Integer(1),
+        help="Evaluate on this many texts at most, each label in its proportion. Default: all.",
+        panel=DATA,
+    )
+    method: str = option(
+        default="mezo",
+        kind=Choice(tuple(ENTRIES)),
+        help="The zeroth-order method. " + "; ".join(f"{name}: {entry.about}" for name, entry in ENTRIES.items()) + ".",
+    )
+    num_dropped: int | None = option(
+        default=None,
+        kind=Integer(0),
+        help="Blocks that a step leaves out, drawn anew each time, with any method: no pass touches them. Default: "
+        "none; for lezo three quarters of the blocks, as published.",
+        panel=METHOD,
+    )
+    steps: int = option(
+        default=500,
+        kind=Integer(1),
+        help="Optimizer steps.",
+    )
+    batch_size: int = option(
+        default=16,
+        kind=Integer(1),
+        help="Texts a forward.",
+    )
+    accumulate: int = option(
+        default=1,
+        kind=Integer(1),
+        help="Batches a step, averaged under one perturbation: a larger batch in the same memory.",
+        panel=SCHEDULE,
+    )
+    lr_schedule: str = option(
+        default="linear",
+        kind=Choice(("constant", "linear", "cosine")),
+        help="Course of the learning rate after the warm-up; linear and cosine fall to 0 at the last step.",
+        panel=SCHEDULE,
+    )
+    warmup_steps: int = option(
+        default=0,
+        kind=Integer(0),
+        help="Steps over which the learning rate rises to --lr.",
+        panel=SCHEDULE,
+    )
+    eval_every: int = option(
+        default=100,
+        kind=Integer(0),
+        help="Steps between evaluations; 0 for before and after only.",
+    )
+    eval_batch_size: int = option(
+        default=64,
+        kind=Integer(1),
+        help="Texts a forward in evaluations.",
+        panel=EVALUATION,
+    )
+    log_every: int = option(
+        default=10,
+        kind=Integer(1),
+        help="Steps between lines of metrics.jsonl and updates of the display.",
+        panel=EVALUATION,
+    )
+    output: Path = option(
+        default=Path("zokern-out"),
+        kind=Directory(),
+        help="Directory for checkpoint/, metrics.jsonl, curves.png and run.json.",
+    )
+    force: bool = option(
+        default=False,
+        kind=Flag(),
+        help="Replace an earlier run in a directory that is not empty; other files in it stay.",
+        panel=OUTPUT,
+        flags=("--force",),
+    )
+    journal: bool = option(
+        default=True,
+        kind=Flag(),
+        help="Write journal.zkj: some twenty bytes a step, from which `zokern replay` makes the tuned model again and "
+        "--resume goes on.",
+        panel=OUTPUT,
+        flags=("--journal/--no-journal",),
+    )
+    device: str = option(
+        default="auto",
+        kind=Text(),
+        help="cpu, cuda or cuda:N. auto is the first GPU, where there is one.",
+    )
+    dtype: str = option(
+        default="auto",
+        kind=Choice(("auto", "float32", "bfloat16", "float16")),
+        help="Number format of the weights. auto is float32 on a CPU and the checkpoint's own on a GPU.",
+        panel=HARDWARE,
+    )
+    threads: int | None = option(
+        default=None,
+        kind=Integer(1, 4096),
+        help="CPU threads of torch. Default: as torch chooses.",
+        panel=HARDWARE,
+    )
 
-    method: str = "mezo"
-    lr: float | None = None
-    eps: float = 1e-3
-    weight_decay: float = 0.0
-    num_samples: int | None = None
-    one_sided: bool | None = None
-    update: str | None = None
-    beta1: float | None = None
-    beta2: float | None = None
-    delta: float | None = None
-    horizon: int | None = None
-    num_dropped: int | None = None
-    smoothing: float | None = None
-    curvature_dtype: str | None = None
-    anneal_steps: float | None = None
-    hessian_interval: int | None = None
-    gamma: float | None = None
-    floor: float | None = None
-    candidates: int | None = None
-    elite: float | None = None
-    num_directions: int | None = None
-    shaping: str | None = None
-    antithetic: bool | None = None
-    distribution: str | None = None
-    seed: int = 0
-    rounding: str = "auto"
-    placement: str = "auto"
-    pipelined: bool = False
-    backend: str = "auto"
+    if TYPE_CHECKING:  # those of the methods
 
-    steps: int = 500
-    batch_size: int = 16
-    accumulate: int = 1
-    lr_schedule: str = "linear"
-    warmup_steps: int = 0
+        def __init__(self, **settings: Any) -> None: ...
 
-    eval_every: int = 100
-    eval_batch_size: int = 64
-    log_every: int = 10
-
-    output: Path = Path("zokern-out")
-    force: bool = False
-    journal: bool = True
-
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int | None = None
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
         """Paths may be given as strings."""
@@ -140,23 +241,22 @@ class Options:
 
     def check(self) -> None:
         """Raise FinetuneError naming the option, its value and what is allowed, before anything is loaded."""
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise FinetuneError(f"{flag(name)} is {value!r}; allowed: {', '.join(allowed)}")
-        for name, (low, high, closed) in RANGES.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not math.isfinite(value) or not (low <= value if closed else low < value) or value > high:
-                bounds = f"{'at least' if closed else 'above'} {low:g}" + (
-                    f", at most {high:g}" if high < math.inf else ""
-                )
-                raise FinetuneError(f"{flag(name)} is {value}; allowed: {bounds}")
-        for name in OWN:
-            if getattr(self, name) is not None and name not in METHODS[self.method].takes:
-                takers = ", ".join(method for method, entry in METHODS.items() if name in entry.takes)
-                raise FinetuneError(f"{flag(name)} is not a setting of --method {self.method}; it belongs to {takers}")
+        for field in dataclasses.fields(type(self)):
+            if (declared := field.metadata.get("setting")) is not None:
+                _check(field.name, declared.kind, getattr(self, field.name), declared.default)
+        for name in takers.TAKERS:
+            if (value := getattr(self, name)) is not None:
+                kind = takers.kind(name, self.method)
+                if kind is None:
+                    raise FinetuneError(
+                        f"{flag(name)} is not a setting of --method {self.method}; it belongs to "
+                        f"{', '.join(takers.methods(name))}"
+                    )
+                _check(name, kind, value, None)
+        self._check_together()
+        self._check_paths()
+
+    def _check_together(self) -> None:
         if self.pipelined and self.placement == "inplace":
             raise FinetuneError(
                 "--pipelined writes perturbed weights into copies, and --placement inplace has none; "
@@ -166,29 +266,18 @@ class Options:
             raise FinetuneError(
                 f"--warmup-steps is {self.warmup_steps}; allowed: at most --steps, which is {self.steps}"
             )
-        if "{text}" not in self.template:
-            raise FinetuneError(f"--template is {self.template!r}; it must contain {{text}}, where each text is put in")
         if not (
             self.device in ("auto", "cpu", "cuda") or (self.device.startswith("cuda:") and self.device[5:].isdigit())
         ):
             raise FinetuneError(f"--device is {self.device!r}; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
         if self.eval_data is not None and self.data == "docstrings":
             raise FinetuneError("--eval-data needs --data: the embedded docstrings bring their own held-out sentences")
-        self._check_paths()
 
     def _check_paths(self) -> None:
-        for name in ("descriptions", "verbalizers"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise FinetuneError(
-                    f"{flag(name)} is {str(path)!r}, which is not a file; give a JSON file {{label: text}}"
-                )
         for name in ("data", "eval_data"):
             value = getattr(self, name)
             if value is not None and value.endswith((".csv", ".tsv", ".jsonl", ".json")) and not Path(value).is_file():
                 raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
-        if self.output.exists() and not self.output.is_dir():
-            raise FinetuneError(f"--output is {str(self.output)!r}, which is a file; give a directory")
         if self.output.is_dir() and any(self.output.iterdir()) and not self.force:
             raise FinetuneError(
                 f"--output {str(self.output)!r} is not empty; give another directory, "
@@ -209,6 +298,16 @@ class Options:
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def _check(name: str, kind: Kind, value: Any, default: Any) -> None:
+    if value is None and default is None:
+        return
+    try:
+        kind.check(kind.parse(value), flag(name))
+    except (TypeError, ValueError) as error:
+        allowed = f"{flag(name)} is {value!r}; allowed: {kind.allowed}" if kind.allowed else str(error)
+        raise FinetuneError(allowed) from error
 
 
 def flag(name: str) -> str:

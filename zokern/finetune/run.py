@@ -84,8 +84,8 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
     def say(name: str, value: str) -> None:
         console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
 
-    settings = f"lr {methods.settings(options)['lr']:g} {options.lr_schedule}, eps {options.eps:g}"
-    each = f"{methods.forwards(options)} forwards of {options.batch_size} texts a step, no backward"
+    settings = f"lr {float(optimizer.param_groups[0]['lr']):g} {options.lr_schedule}, eps {options.eps:g}"
+    each = f"{optimizer.forwards() * options.accumulate} forwards of {options.batch_size} texts a step, no backward"
     say(
         "model",
         f"{options.model}: {config.model_type}, {tuned / 1e6:,.1f} million parameters, {_name(dtype)} on {device}",

@@ -1,4 +1,4 @@
-"""The optimizers: base.py has the step they share, and each method is one file and one entry in METHODS."""
+"""The optimizers: base.py has the step they share, and each method is one file and one row of ENTRIES."""
 
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.candidates import MeZOGreedy, MeZOGV
@@ -7,19 +7,10 @@ from zokern.optim.fzoo import FZOO
 from zokern.optim.helene import HELENE, ByLayer
 from zokern.optim.hizoo import HiZOO
 from zokern.optim.mezo import LeZO, MeZO
-
-METHODS: dict[str, type[ZerothOrderOptimizer]] = {
-    "mezo": MeZO,
-    "lezo": LeZO,
-    "hizoo": HiZOO,
-    "helene": HELENE,
-    "mezo-gv": MeZOGV,
-    "mezo-greedy": MeZOGreedy,
-    "fzoo": FZOO,
-    "es": ES,
-}
+from zokern.optim.registry import ENTRIES, METHODS
 
 __all__ = [
+    "ENTRIES",
     "ES",
     "FZOO",
     "HELENE",

@@ -20,12 +20,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from zokern import _checks, backends, directions
+from zokern import directions
 from zokern import placement as placements
-from zokern.contract.streams import ROUNDINGS
 from zokern.interrupts import HeldInterrupts
-from zokern.layers import RandomBlocks
 from zokern.optim import drivers, parameters, state
+from zokern.optim.common import Common
 from zokern.optim.events import Listener, StepEvent
 from zokern.optim.losses import Closure, Losses, Reduce, Skips
 from zokern.optim.method import Method
@@ -36,61 +35,40 @@ from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import Terms, sent
 from zokern.sweep import NOTHING, Counters, Passes
 
-CHOICES = ("auto", *ROUNDINGS)  # of rounding=
 
+class ZerothOrderOptimizer(Common, Method, torch.optim.Optimizer):
+    """Base class of the methods. Subclasses declare their settings (zokern/settings.py) and have `rounds` (method.py).
 
-class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
-    """Base class of the methods. Subclasses set `options` (what a saved state must agree on) and `rounds` (method.py).
-
-    states: what the method keeps for each parameter: name -> (dtype, initial value). scaled: directions are divided by the
-    root of the state "h". listeners: called with a StepEvent after every step. reduce: a round's losses on this process ->
-    those that all processes work with.
+    options: what a saved state must agree on. listeners: called with a StepEvent after every step. reduce: a round's losses
+    on this process -> those that all processes work with.
     """
 
-    def __init__(
-        self,
-        params: object,
-        defaults: dict[str, Any],
-        *,
-        distribution: str | directions.Direction,
-        seed: int,
-        rounding: str,
-        placement: object,
-        pipelined: bool,
-        layers: RandomBlocks | None,
-        backend: str,
-        options: dict[str, Any],
-        states: state.Spec | None = None,
-        scaled: bool = False,
-    ) -> None:
-        direction = directions.parse(distribution)
-        _checks.check_choice(rounding, "rounding", CHOICES)
-        _checks.check_choice(backend, "backend", ("auto", *backends.BACKENDS))
-        if isinstance(placement, str):
-            _checks.check_choice(placement, "placement", placements.PLACEMENTS)
-        parameters.check_group(defaults, 0)
+    def __init__(self, params: object, lr: float | Tensor, **given: Any) -> None:
+        values = self.take({"params": params, "lr": lr, **given})
+        direction = directions.parse(values["distribution"])
         groups, self.module, registry = parameters.parse(params)
-        self.seed = _checks.check_seed(seed, "seed")
-        self.pipelined = _checks.check_flag(pipelined, "pipelined")
-        self.rounding = rounding
-        self.layers = copy.copy(layers)  # it learns this module's blocks; the user's stays a setting
-        self.options = {"distribution": direction.name, "rounding": rounding, **options}
+        self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
+        own = {name: one for name, one in self.settings.items() if one.kept and name not in Common.settings}
+        self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(own)}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.listeners: list[Listener] = []
         self.reduce: Reduce | None = None
         self.active: Active  # of the current step
         self.numbers: StepNumbers  # likewise
-        self._parameters = Parameters(registry, states or {})
-        self._scaled = scaled
-        self._passes = Passes(direction, backend)
+        self._parameters = Parameters(registry, self.states())
+        self._passes = Passes(direction, values["backend"])
         self._skips = Skips()
-        super().__init__(cast("Iterable[Tensor]", groups), defaults)
+        rates = {name: values[name] for name in parameters.RATES}
+        torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), rates)
+        self.settle()
         self.options["layers"] = None
         if self.layers is not None:
             self.layers.bind(self.module)
             self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
         sixteen_bit = any(p.element_size() == 2 for group in self.param_groups for p in group["params"])
-        self._placement = placements.make(placement, self.module, sixteen_bit, self._passes, pipelined=self.pipelined)
+        self._placement = placements.make(
+            values["placement"], self.module, sixteen_bit, self._passes, pipelined=self.pipelined
+        )
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -150,7 +128,7 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         try:
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
             rates = Rates(*numbers.rates(self.active.rows))
-            self._placement.begin(self.active.sweep, rates.eps, scaled=self._scaled)
+            self._placement.begin(self.active.sweep, rates.eps, scaled=self.scaled)
             self._evaluate_and_update(losses, rates, interrupts)
         finally:
             del self.numbers
@@ -327,6 +305,10 @@ class ZerothOrderOptimizer(Method, torch.optim.Optimizer):
         self.load_history(own["history"])
 
     # ------------------------------------------------------------------------------------------------ for GraphedStep
+
+    def rows_changed(self) -> None:
+        """What rows of numbers go by, `row_key`, is no longer the same."""
+        self._parameters.forget()
 
     def check_groups(self) -> None:
         """The groups' numbers, which users and schedulers change."""

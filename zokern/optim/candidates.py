@@ -12,56 +12,38 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from zokern import _checks
-from zokern.layers import RandomBlocks
-from zokern.optim import curvature
+from zokern.kinds import SHARE, Integer, Number
+from zokern.optim import curvature, state
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Terms, Update, seed_tensor, sent
+from zokern.settings import setting
 
 
 class _Candidates(ZerothOrderOptimizer):
-    def __init__(
-        self,
-        params: object,
-        lr: float | Tensor,
-        *,
-        candidates: int = 4,
-        smoothing: float | None = None,
-        curvature_dtype: torch.dtype = torch.float32,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        distribution: str = "normal",
-        seed: int = 0,
-        rounding: str = "auto",
-        placement: str = "auto",
-        pipelined: bool = False,
-        layers: RandomBlocks | None = None,
-        backend: str = "auto",
-    ) -> None:
-        self.candidates = _checks.check_integer(candidates, "candidates", 2, 1 << 16)
-        self.smoothing, states = None, None
-        if smoothing is not None:
-            self.smoothing, states = curvature.check(smoothing, curvature_dtype)
-        super().__init__(
-            params,
-            {"lr": lr, "eps": eps, "weight_decay": weight_decay},
-            distribution=distribution,
-            seed=seed,
-            rounding=rounding,
-            placement=placement,
-            pipelined=pipelined,
-            layers=layers,
-            backend=backend,
-            options={
-                "candidates": candidates,
-                "smoothing": smoothing,
-                "curvature_dtype": None if smoothing is None else str(curvature_dtype),
-            },
-            states=states,
-            scaled=smoothing is not None,
-        )
+    candidates: int = setting(
+        default=4,
+        kind=Integer(2, 1 << 16),
+        help="Directions tried before one is taken, M. Published: 4 (2 for the largest models).",
+    )
+    smoothing: float | None = setting(
+        default=None,
+        kind=SHARE,
+        help="None, or HiZOO's weight a of a step's curvature: h then scales all directions, for one forward more.",
+    )
+    curvature_dtype: torch.dtype | None = curvature.CURVATURE_DTYPE
+
+    def settle(self) -> None:
+        self.scaled = self.smoothing is not None
+        if self.smoothing is None:
+            self.curvature_dtype = self.options["curvature_dtype"] = None
+
+    def states(self) -> state.Spec:
+        if self.smoothing is None:
+            return {}
+        assert self.curvature_dtype is not None
+        return curvature.states(self.curvature_dtype)
 
     def rounds(self) -> Rounds:
         seeds = [self.numbers.seed(j) for j in range(self.candidates)]
@@ -83,65 +65,28 @@ class _Candidates(ZerothOrderOptimizer):
 class MeZOGV(_Candidates):
     """MeZO along a guiding vector: M + 2 forwards, M + 3 passes; v is a weighted sum of seeds and never stored.
 
-    Args:
-        params, lr, eps, weight_decay, distribution, seed, rounding, placement, pipelined, layers, backend: as
-            :class:`zokern.MeZO`.
-        candidates: M >= 2. Published: 4 (2 for the largest models).
-        elite: share of the candidates in the top group, floor(elite*M) of them; both groups need one. Published: 0.5.
-        smoothing: None, or HiZOO's a in [0, 1): its curvature h scales all directions, for one forward more. v has variance
-            s = 1/n_top + 1/n_bottom, and h takes kappa v^2 / s^2, which for s = 1 is HiZOO's kappa z^2.
-        curvature_dtype: of h, as :class:`zokern.HiZOO`.
-
-    The released trainer seeds anew for each tensor in its loop, so most of its v was never evaluated; here v is what was.
-
-    Raises:
-        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
+    With `smoothing`: v has variance s = 1/n_top + 1/n_bottom, and h takes kappa v^2 / s^2, which for s = 1 is HiZOO's
+    kappa z^2. The released trainer seeds anew for each tensor in its loop, so most of its v was never evaluated; here v is
+    what was.
     """
 
-    def __init__(
-        self,
-        params: object,
-        lr: float | Tensor,
-        *,
-        candidates: int = 4,
-        elite: float = 0.5,
-        smoothing: float | None = None,
-        curvature_dtype: torch.dtype = torch.float32,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        distribution: str = "normal",
-        seed: int = 0,
-        rounding: str = "auto",
-        placement: str = "auto",
-        pipelined: bool = False,
-        layers: RandomBlocks | None = None,
-        backend: str = "auto",
-    ) -> None:
-        _checks.check_integer(candidates, "candidates", 2, 1 << 16)
-        self.elite = _checks.check_number(elite, "elite", 0.0, 1.0)
-        self.num_top = int(self.elite * candidates)
-        if not 1 <= self.num_top < candidates:
+    elite: float = setting(
+        default=0.5,
+        kind=Number(0.0, 1.0),
+        help="Share of the candidates in the top group, floor(elite*M) of them; both groups need one. Published: 0.5.",
+    )
+
+    def settle(self) -> None:
+        super().settle()
+        self.num_top = int(self.elite * self.candidates)
+        if not 1 <= self.num_top < self.candidates:
             raise ValueError(
-                f"elite is {elite}, which puts {self.num_top} of {candidates} candidates in the top group; both groups "
-                f"need one, so it must be in [{1 / candidates:g}, 1)"
+                f"elite is {self.elite:g}, which puts {self.num_top} of {self.candidates} candidates in the top group; "
+                f"both groups need one, so it must be in [{1 / self.candidates:g}, 1)"
             )
-        super().__init__(
-            params,
-            lr,
-            candidates=candidates,
-            smoothing=smoothing,
-            curvature_dtype=curvature_dtype,
-            eps=eps,
-            weight_decay=weight_decay,
-            distribution=distribution,
-            seed=seed,
-            rounding=rounding,
-            placement=placement,
-            pipelined=pipelined,
-            layers=layers,
-            backend=backend,
-        )
-        self.options["elite"] = self.elite
+
+    def forwards(self) -> int:
+        return self.candidates + 2 + self.scaled
 
     def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         top, bottom = self.num_top, self.candidates - self.num_top
@@ -158,17 +103,10 @@ class MeZOGV(_Candidates):
 
 
 class MeZOGreedy(_Candidates):
-    """MeZO along the best of M candidate directions: M + 1 forwards, M + 2 passes.
+    """MeZO along the best of M candidate directions: M + 1 forwards, M + 2 passes."""
 
-    Args:
-        params, lr, eps, weight_decay, distribution, seed, rounding, placement, pipelined, layers, backend: as
-            :class:`zokern.MeZO`.
-        candidates: M >= 2. Published: 4 (2 for the largest models).
-        smoothing, curvature_dtype: as :class:`zokern.MeZOGV`.
-
-    Raises:
-        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
-    """
+    def forwards(self) -> int:
+        return self.candidates + 1 + self.scaled
 
     def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         best = losses.argmin(dim=0, keepdim=True)

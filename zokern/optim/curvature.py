@@ -5,24 +5,28 @@ kappa = |L+ + L- - 2 L0| / (2 eps^2);  h' = (1 - a) h + a kappa h z^2;  theta <-
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from zokern import _checks
+from zokern.kinds import DType
 from zokern.optim import state
 from zokern.optim.update import Estimate, Rates, gradient, stacked
 from zokern.passes.update import Update
+from zokern.settings import setting
 
-DTYPES = (torch.float32, torch.bfloat16)
+CURVATURE_DTYPE: Any = setting(
+    default=torch.float32,
+    kind=DType((torch.float32, torch.bfloat16)),
+    help="Storage of the curvature h. bfloat16 is rounded stochastically: half the memory, and h still moves on "
+    "average by what it should.",
+)
 
 
-def check(smoothing: object, dtype: object) -> tuple[float, state.Spec]:
-    """The smoothing a, and the state h: it starts at 1."""
-    share = _checks.check_share(smoothing, "smoothing")
-    if dtype not in DTYPES:
-        raise ValueError(f"curvature_dtype is {dtype}; it must be torch.float32 or torch.bfloat16")
-    assert isinstance(dtype, torch.dtype)
-    return share, {"h": (dtype, 1.0)}
+def states(dtype: torch.dtype) -> state.Spec:
+    """h, which starts at 1."""
+    return {"h": (dtype, 1.0)}
 
 
 def second_difference(plus: Tensor, minus: Tensor, here: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zokern import _checks
-from zokern.layers import RandomBlocks
+from zokern.kinds import Choice, Flag, Integer
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate
 from zokern.passes.update import Seed
+from zokern.settings import setting
 
 SHAPINGS = ("standardised", "ranked")
 
@@ -22,56 +22,30 @@ SHAPINGS = ("standardised", "ranked")
 class ES(ZerothOrderOptimizer):
     """Maximises a reward: the closure returns one number, higher is better, and needs no derivative of any kind.
 
-    N forwards and N + 1 passes (antithetic 2N and 2N + 1); all N directions go into one update pass.
-
-    Args:
-        params, weight_decay, distribution, seed, rounding, placement, pipelined, layers, backend: as :class:`zokern.MeZO`.
-        lr: learning rate. Shaped rewards have no scale, so it does not depend on the reward's.
-        eps: standard deviation of the perturbations (sigma in the paper). Published: 1e-3.
-        num_directions: N >= 2. Published: about 30.
-        shaping: "standardised", (r - mean) / std over the step's rewards, std with 1/N; all equal gives 0. "ranked": ranks
-            spread evenly over [-1/2, 1/2] (Salimans et al. 2017), equal rewards sharing theirs: outliers do not count.
-        antithetic: try each direction both ways: twice the forwards, less variance.
-
-    `metrics["loss"]` is the mean reward.
-
-    Raises:
-        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
+    N forwards and N + 1 passes (antithetic 2N and 2N + 1); all N directions go into one update pass. Shaped rewards have no
+    scale, so lr does not depend on the reward's. `metrics["loss"]` is the mean reward.
     """
 
-    def __init__(
-        self,
-        params: object,
-        lr: float | Tensor,
-        *,
-        num_directions: int = 30,
-        shaping: str = "standardised",
-        antithetic: bool = False,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        distribution: str = "normal",
-        seed: int = 0,
-        rounding: str = "auto",
-        placement: str = "auto",
-        pipelined: bool = False,
-        layers: RandomBlocks | None = None,
-        backend: str = "auto",
-    ) -> None:
-        self.num_directions = _checks.check_integer(num_directions, "num_directions", 2, 1 << 16)
-        self.shaping = _checks.check_choice(shaping, "shaping", SHAPINGS)
-        self.antithetic = _checks.check_flag(antithetic, "antithetic")
-        super().__init__(
-            params,
-            {"lr": lr, "eps": eps, "weight_decay": weight_decay},
-            distribution=distribution,
-            seed=seed,
-            rounding=rounding,
-            placement=placement,
-            pipelined=pipelined,
-            layers=layers,
-            backend=backend,
-            options={"num_directions": num_directions, "shaping": shaping, "antithetic": antithetic},
-        )
+    maximises = True
+    num_directions: int = setting(
+        default=30, kind=Integer(2, 1 << 16), help="Directions a step, N. Published: about 30."
+    )
+    shaping: str = setting(
+        default="standardised",
+        kind=Choice(SHAPINGS),
+        help="How rewards become weights. standardised, as published: (r - mean) / std over the step's rewards, std "
+        "with 1/N; all equal gives 0. ranked: ranks spread evenly over [-1/2, 1/2] (Salimans et al. 2017), "
+        "equal rewards sharing theirs: outliers do not count.",
+    )
+    antithetic: bool = setting(
+        default=False,
+        kind=Flag(),
+        help="Try every direction both ways: twice the forwards, less variance.",
+        flags=("--antithetic/--not-antithetic",),
+    )
+
+    def forwards(self) -> int:
+        return self.num_directions * (1 + self.antithetic)
 
     def rounds(self) -> Rounds:
         seeds = [self.numbers.seed(n) for n in range(self.num_directions)]

@@ -6,62 +6,36 @@ sigma the standard deviation of the l_j with 1/(N - 1)
 
 from __future__ import annotations
 
+from dataclasses import InitVar
+
 import torch
 from torch import Tensor
 
-from zokern import _checks
-from zokern.layers import RandomBlocks
+from zokern import directions
+from zokern.kinds import Integer
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.common import Common
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate
 from zokern.passes.update import Seed
+from zokern.settings import again, setting
 
 
 class FZOO(ZerothOrderOptimizer):
     """N + 1 forwards, N + 1 passes; all N directions go into one update pass.
 
-    Args:
-        params, eps, weight_decay, seed, rounding, placement, pipelined, layers, backend: as :class:`zokern.MeZO`.
-        lr: learning rate. The division by sigma takes the losses' scale out of the step: |update| is about
-            1 / (eps sqrt(N)) for each element whatever the loss, so lr is about eps times what MeZO's signs would take.
-        candidates: N >= 2 directions. Published: 8.
-        distribution: "rademacher" as published, or "normal".
-
-    Where all l_j are equal there is no spread to divide by: the step moves nothing (weight decay still applies).
-
-    Raises:
-        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
+    The division by sigma takes the losses' scale out of the step: |update| is about 1 / (eps sqrt(N)) for each element
+    whatever the loss, so lr is about eps times what MeZO's signs would take. Where all l_j are equal there is no spread to
+    divide by: the step moves nothing (weight decay still applies).
     """
 
-    def __init__(
-        self,
-        params: object,
-        lr: float | Tensor,
-        *,
-        candidates: int = 8,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        distribution: str = "rademacher",
-        seed: int = 0,
-        rounding: str = "auto",
-        placement: str = "auto",
-        pipelined: bool = False,
-        layers: RandomBlocks | None = None,
-        backend: str = "auto",
-    ) -> None:
-        self.candidates = _checks.check_integer(candidates, "candidates", 2, 1 << 16)
-        super().__init__(
-            params,
-            {"lr": lr, "eps": eps, "weight_decay": weight_decay},
-            distribution=distribution,
-            seed=seed,
-            rounding=rounding,
-            placement=placement,
-            pipelined=pipelined,
-            layers=layers,
-            backend=backend,
-            options={"candidates": candidates},
-        )
+    candidates: int = setting(
+        default=8, kind=Integer(2, 1 << 16), help="Directions a step, N: all go into one update. Published: 8."
+    )
+    distribution: InitVar[str | directions.Direction] = again(Common, "distribution", default="rademacher")
+
+    def forwards(self) -> int:
+        return self.candidates + 1
 
     def rounds(self) -> Rounds:
         n = self.candidates

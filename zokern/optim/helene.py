@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from zokern import _checks
-from zokern.layers import RandomBlocks
+from zokern.kinds import Betas, Integer, Kind, Number
+from zokern.optim import state
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.common import NUM_SAMPLES
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate, Rates, gradient, stacked
 from zokern.passes.update import Seed, Update, sent
+from zokern.settings import setting
 
 
 @dataclass(frozen=True)
@@ -29,84 +32,73 @@ class ByLayer:
     lambda0: float
 
 
+class Floor(Kind):
+    """A number, a list of numbers, or ByLayer, each at least 0."""
+
+    option = float
+
+    def check(self, value: Any, name: str) -> float | list[float] | ByLayer:
+        if isinstance(value, ByLayer):
+            _checks.check_number(value.lambda0, f"{name}: lambda0", 0.0, 1e30)
+            return value
+        if isinstance(value, (list, tuple)):
+            return [_checks.check_number(one, f"{name}[{i}]", 0.0, 1e30) for i, one in enumerate(value)]
+        return _checks.check_number(value, name, 0.0, 1e30)
+
+    @property
+    def allowed(self) -> str:
+        return "at least 0, at most 1e+30"
+
+    def stored(self, value: Any) -> Any:
+        return {"lambda0": value.lambda0} if isinstance(value, ByLayer) else value
+
+
 class HELENE(ZerothOrderOptimizer):
     """2n forwards, 2n + 1 passes, the last of which updates m, h and the weights in one sweep.
 
-    Args:
-        params, lr, eps, weight_decay, num_samples, distribution, seed, rounding, placement, pipelined, layers, backend: as
-            :class:`zokern.MeZO`. Since alpha_t >= betas[0], |m| is about ten times |g|: lr is on its own scale.
-        betas: decay of the momentum and of the curvature, in [0, 1).
-        anneal_steps: T > 0, the steps over which alpha falls from 1 to betas[0].
-        hessian_interval: k >= 1; the steps 0, k, 2k, ... update h.
-        gamma: >= 0, scales the curvature.
-        floor: lambda >= 0: one number, one for each trainable parameter in the order of param_groups, or ByLayer(lambda0).
-            The paper's layer-wise clipping: no element is divided by less than gamma*lambda + delta, at least 1e-30.
-        delta: >= 0, added to the denominator.
-        batch_size: B of s = B c^2, where the closure returns one loss. Where it returns a vector with the loss of each
-            example, s is the mean of the squared projected gradients of the examples, and no further forward is needed.
-
     State for each parameter, float32: "m" and "h", shaped like it, start at 0. No code was published; the defaults of
-    betas, anneal_steps, hessian_interval, gamma, floor and delta are ours.
-
-    Raises:
-        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
+    betas, anneal_steps, hessian_interval, gamma, floor and delta are ours. Since alpha_t >= betas[0], |m| is about ten
+    times |g|: lr is on its own scale.
     """
 
     takes_vector_losses = True
+    num_samples: int = NUM_SAMPLES
+    betas: tuple[float, float] = setting(
+        default=(0.9, 0.99),
+        kind=Betas(),
+        help="Decay of the momentum and of the curvature.",
+        parts={"beta1": "Decay of the momentum", "beta2": "Decay of the curvature"},
+    )
+    anneal_steps: float = setting(
+        default=1000.0,
+        kind=Number(0.0, open_low=True),
+        help="Steps T over which the gradient's weight alpha falls from 1 to betas[0].",
+    )
+    hessian_interval: int = setting(
+        default=10,
+        kind=Integer(1, 1 << 40),
+        help="Steps from one update of the curvature to the next, k: the steps 0, k, 2k, ... update h.",
+    )
+    gamma: float = setting(default=1.0, kind=Number(0.0, 1e30), help="Factor of the curvature.")
+    floor: float | Sequence[float] | ByLayer = setting(
+        default=1.0,
+        kind=Floor(),
+        help="The curvature counts as this much at least, lambda: one number; in Python also one for each trainable "
+        "parameter in the order of param_groups, or ByLayer(lambda0). The paper's layer-wise clipping: no "
+        "element is divided by less than gamma*lambda + delta, at least 1e-30.",
+        changed="rows_changed",
+    )
+    delta: float = setting(default=1e-8, kind=Number(0.0, 1e30), help="Added to what the momentum is divided by.")
+    batch_size: int = setting(
+        default=1,
+        kind=Integer(1, 1 << 40),
+        help="B of s = B c^2, where the closure returns one loss. Where it returns a vector with the loss of each "
+        "example, s is the mean of the squared projected gradients of the examples, and no further forward is "
+        "needed.",
+        flags=None,
+    )
 
-    def __init__(
-        self,
-        params: object,
-        lr: float | Tensor,
-        *,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        num_samples: int = 1,
-        betas: tuple[float, float] = (0.9, 0.99),
-        anneal_steps: float = 1000,
-        hessian_interval: int = 10,
-        gamma: float = 1.0,
-        floor: float | Sequence[float] | ByLayer = 1.0,
-        delta: float = 1e-8,
-        batch_size: int = 1,
-        distribution: str = "normal",
-        seed: int = 0,
-        rounding: str = "auto",
-        placement: str = "auto",
-        pipelined: bool = False,
-        layers: RandomBlocks | None = None,
-        backend: str = "auto",
-    ) -> None:
-        self.num_samples = _checks.check_integer(num_samples, "num_samples", 1, 1 << 20)
-        self.betas = _checks.check_betas(betas)
-        self.anneal_steps = _checks.check_number(anneal_steps, "anneal_steps", 0.0, open_low=True)
-        self.hessian_interval = _checks.check_integer(hessian_interval, "hessian_interval", 1, 1 << 40)
-        self.gamma = _checks.check_number(gamma, "gamma", 0.0, 1e30)
-        self.delta = _checks.check_number(delta, "delta", 0.0, 1e30)
-        self.batch_size = _checks.check_integer(batch_size, "batch_size", 1, 1 << 40)
-        self.floor = floor
-        super().__init__(
-            params,
-            {"lr": lr, "eps": eps, "weight_decay": weight_decay},
-            distribution=distribution,
-            seed=seed,
-            rounding=rounding,
-            placement=placement,
-            pipelined=pipelined,
-            layers=layers,
-            backend=backend,
-            options={
-                "num_samples": num_samples,
-                "betas": list(self.betas),
-                "anneal_steps": self.anneal_steps,
-                "hessian_interval": hessian_interval,
-                "gamma": self.gamma,
-                "floor": {"lambda0": self.floor.lambda0} if isinstance(self.floor, ByLayer) else self.floor,
-                "delta": self.delta,
-                "batch_size": batch_size,
-            },
-            states={"m": (torch.float32, 0.0), "h": (torch.float32, 0.0)},
-        )
+    def settle(self) -> None:
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if isinstance(self.floor, list) and len(self.floor) != len(trainable):
             raise ValueError(
@@ -122,6 +114,12 @@ class HELENE(ZerothOrderOptimizer):
                     "least 1e-30, because the momentum is divided by it where there is no curvature"
                 )
 
+    def states(self) -> state.Spec:
+        return {"m": (torch.float32, 0.0), "h": (torch.float32, 0.0)}
+
+    def forwards(self) -> int:
+        return 2 * self.num_samples
+
     def _floor_of(self, param: Tensor) -> float:
         if isinstance(self.floor, ByLayer):
             return self.floor.lambda0 / math.sqrt(max(param.numel(), 1))
@@ -130,19 +128,8 @@ class HELENE(ZerothOrderOptimizer):
                 raise ValueError(
                     "floor is a list, and a parameter was added after it was given; use a number or ByLayer"
                 )
-            return self._listed[id(param)]
-        return self.floor
-
-    @property
-    def floor(self) -> float | list[float] | ByLayer:
-        """May be changed between steps."""
-        return self._floor
-
-    @floor.setter
-    def floor(self, floor: float | Sequence[float] | ByLayer) -> None:
-        self._floor = _check_floor(floor)
-        if "_parameters" in vars(self):
-            self._parameters.forget()  # its rows go by the floor
+            return float(self._listed[id(param)])
+        return float(cast(float, self.floor))
 
     def row_key(self, param: Tensor) -> Hashable:
         return self._floor_of(param)
@@ -193,12 +180,3 @@ class HELENE(ZerothOrderOptimizer):
             {"beta1": 1.0, "beta2": 1.0, "step": 0.0},
             keep_second=not with_h,
         )
-
-
-def _check_floor(floor: object) -> float | list[float] | ByLayer:
-    if isinstance(floor, ByLayer):
-        _checks.check_number(floor.lambda0, "floor: lambda0", 0.0, 1e30)
-        return floor
-    if isinstance(floor, (list, tuple)):
-        return [_checks.check_number(value, f"floor[{i}]", 0.0, 1e30) for i, value in enumerate(floor)]
-    return _checks.check_number(floor, "floor", 0.0, 1e30)

@@ -9,66 +9,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zokern import _checks
-from zokern.layers import RandomBlocks
-from zokern.optim import curvature
+from zokern.kinds import SHARE
+from zokern.optim import curvature, state
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.common import NUM_SAMPLES
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Update
+from zokern.settings import setting
 
 
 class HiZOO(ZerothOrderOptimizer):
     """Hessian-informed zeroth-order SGD: 2n + 1 forwards, 2n + 1 passes, the last of which updates h and the weights.
 
-    Args:
-        params, lr, eps, weight_decay, num_samples, distribution, seed, rounding, placement, pipelined, layers, backend: as
-            :class:`zokern.MeZO`. Published: lr 1e-6, eps 1e-3.
-        smoothing: a in [0, 1), the weight of a step's curvature. Published: 1e-8 (1e-6 in an earlier version). 0 keeps h.
-        curvature_dtype: of h, torch.float32, or torch.bfloat16, rounded stochastically: half the memory, and h still
-            moves on average by what it should.
-
     State for each parameter: "h" > 0, shaped like it, starts at 1 and stays within 2^-64 .. 2^64. The old h scales the
     probes, the new one the update. The released code keeps h in the weights' dtype, in which a = 1e-8 never changes it.
-
-    Raises:
-        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
+    Published: lr 1e-6, eps 1e-3.
     """
 
-    def __init__(
-        self,
-        params: object,
-        lr: float | Tensor,
-        *,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        num_samples: int = 1,
-        smoothing: float = 1e-8,
-        curvature_dtype: torch.dtype = torch.float32,
-        distribution: str = "normal",
-        seed: int = 0,
-        rounding: str = "auto",
-        placement: str = "auto",
-        pipelined: bool = False,
-        layers: RandomBlocks | None = None,
-        backend: str = "auto",
-    ) -> None:
-        self.num_samples = _checks.check_integer(num_samples, "num_samples", 1, 1 << 20)
-        self.smoothing, states = curvature.check(smoothing, curvature_dtype)
-        super().__init__(
-            params,
-            {"lr": lr, "eps": eps, "weight_decay": weight_decay},
-            distribution=distribution,
-            seed=seed,
-            rounding=rounding,
-            placement=placement,
-            pipelined=pipelined,
-            layers=layers,
-            backend=backend,
-            options={"num_samples": num_samples, "smoothing": smoothing, "curvature_dtype": str(curvature_dtype)},
-            states=states,
-            scaled=True,
-        )
+    num_samples: int = NUM_SAMPLES
+    smoothing: float = setting(
+        default=1e-8,
+        kind=SHARE,
+        help="Weight a of a step's curvature; 0 keeps h. Published: 1e-8 (1e-6 in an earlier version).",
+    )
+    curvature_dtype: torch.dtype = curvature.CURVATURE_DTYPE
+    scaled = True
+
+    def states(self) -> state.Spec:
+        return curvature.states(self.curvature_dtype)
+
+    def forwards(self) -> int:
+        return 2 * self.num_samples + 1
 
     def rounds(self) -> Rounds:
         n = self.num_samples

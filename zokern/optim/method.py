@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zokern.optim import state
 from zokern.optim.drivers import Rounds
 from zokern.optim.numbers import StepNumbers
 from zokern.optim.parameters import Active
@@ -16,18 +17,32 @@ from zokern.passes.update import Update
 
 
 class Method:
-    """takes_vector_losses: a closure may return the loss of each example.
+    """takes_vector_losses: a closure may return the loss of each example. maximises: it returns a reward. scaled:
+    directions are divided by the root of the state "h".
 
     During a step, `active` is what it moves and `numbers` where its numbers come from.
     """
 
     takes_vector_losses = False
+    maximises = False
+    scaled = False
     active: Active
     numbers: StepNumbers
 
     @abstractmethod
     def rounds(self) -> Rounds:
         """Yields each round's probes, is sent their losses, and returns what they say about the gradient."""
+
+    @abstractmethod
+    def forwards(self) -> int:
+        """Calls of the closure in a step, each over all micro-batches."""
+
+    def states(self) -> state.Spec:
+        """What it keeps for each parameter: name -> (dtype, initial value). Asked once, when the settings are known."""
+        return {}
+
+    def settle(self) -> None:
+        """Called once, when settings and parameters are known: refuses settings that do not go together."""
 
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         """The pass that applies an estimate."""

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokern import _checks
 from zokern.contract.streams import derive_seed
+from zokern.kinds import Betas, Choice, Flag, Integer, Number
 from zokern.layers import RandomBlocks
-from zokern.optim import moments, update
+from zokern.optim import moments, state, update
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.common import NUM_SAMPLES
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Update
+from zokern.settings import setting
 
 UPDATES = ("sgd", "momentum", "adam", "adamezo", "sign")
 STATES = {"momentum": ("m",), "adam": ("m", "v")}
@@ -28,95 +30,61 @@ STATES = {"momentum": ("m",), "adam": ("m", "v")}
 class MeZO(ZerothOrderOptimizer):
     """Memory-efficient zeroth-order SGD: two forwards per sample, no gradients, no state.
 
-    Args:
-        params: an nn.Module (recommended: its trainable parameters, with names and ids that survive freezing), or
-            what torch's optimizers take: tensors, (name, tensor) pairs, or groups with their own lr, eps, weight_decay.
-        lr: learning rate. Published: 1e-6 or 1e-7 (all parameters), 1e-4 (LoRA).
-        eps: perturbation radius, > 0. Published: 1e-3 (LoRA 1e-2, prefix tuning 1e-1).
-        weight_decay: decoupled, as in AdamW. Published: 0.
-        num_samples: directions averaged in a step, n >= 1; 2n forwards, and one update pass for all.
-        one_sided: c from one forward per sample and one at theta, n + 1 in all: cheaper for n > 1, biased by O(eps).
-        update: what is done with g. "sgd": g itself. "momentum": m <- betas[0] m + g, as torch.optim.SGD. "adam": its two
-            moments, with bias correction. "adamezo": moments from the directions of the last `horizon` steps, made again
-            (Cai et al. 2026, arXiv 2605.00650). "sign": the sign of g.
-        betas: decay of the first and of the second moment, in [0, 1).
-        delta: added to the root of Adam's second moment; under the root for "adamezo". At least 1e-30.
-        horizon: steps that "adamezo" looks back on, >= 1, this one counted.
-        distribution: "normal", or "rademacher" for random signs.
-        seed: of the run, in [0, 2^63): direction k of step t has the seed derive_seed(seed, t, k).
-        rounding: of the update. "auto": to nearest for float32, stochastic for 16-bit weights.
-        placement: where the perturbed weights live during a forward: "inplace", "shadow", "stream", or "auto", which is
-            exact for 16-bit weights (zokern.placement).
-        pipelined: for shadow and stream: the pass that updates the weights also writes the next step's first perturbation,
-            as far as there is room for it, with the same bits as without. Between steps, change weights by operations
-            that autograd sees (not through .data), or the copy would be of what they were.
-        layers: RandomBlocks(num_dropped) leaves out that many transformer blocks in each step (LeZO).
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
-
     Passes over the weights in a step: 2n + 1 (one-sided n + 1). State for each parameter, float32: none, "m" for
     momentum, "m" and "v" for Adam. After a step, `metrics` holds "loss" and "projected_gradient" (the mean of c_k), 0-d
     tensors on the device.
-
-    Raises:
-        TypeError, ValueError: naming the argument, or the parameter, and the remedy.
     """
 
-    def __init__(
-        self,
-        params: object,
-        lr: float | Tensor,
-        *,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        num_samples: int = 1,
-        one_sided: bool = False,
-        update: str = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        delta: float = 1e-8,
-        horizon: int = 10,
-        distribution: str = "normal",
-        seed: int = 0,
-        rounding: str = "auto",
-        placement: str = "auto",
-        pipelined: bool = False,
-        layers: RandomBlocks | None = None,
-        backend: str = "auto",
-    ) -> None:
-        self.num_samples = _checks.check_integer(num_samples, "num_samples", 1, 1 << 20)
-        self.one_sided = _checks.check_flag(one_sided, "one_sided")
-        self.rule = _checks.check_choice(update, "update", UPDATES)
-        self.betas = _checks.check_betas(betas)
-        self.delta = _checks.check_number(delta, "delta", 1e-30, 1e30)
+    num_samples: int = NUM_SAMPLES
+    one_sided: bool = setting(
+        default=False,
+        kind=Flag(),
+        help="One forward for each direction and one at the weights, n + 1 in all: cheaper for n > 1, biased by "
+        "O(eps). Else two for each direction.",
+        flags=("--one-sided/--two-sided",),
+    )
+    rule: str = setting(
+        default="sgd",
+        kind=Choice(UPDATES),
+        help="What is done with the gradient estimate g. sgd: g itself. momentum: m <- betas[0] m + g, as "
+        "torch.optim.SGD. adam: its two moments, with bias correction. adamezo: moments made again from the "
+        "directions of the last horizon steps (Cai et al. 2026, arXiv 2605.00650), for one sample. sign: the "
+        "sign of g.",
+        alias="update",
+    )
+    betas: tuple[float, float] = setting(
+        default=(0.9, 0.999),
+        kind=Betas(),
+        help="Decay of the first and of the second moment.",
+        parts={"beta1": "Decay of the first moment", "beta2": "Decay of the second moment"},
+    )
+    delta: float = setting(
+        default=1e-8,
+        kind=Number(1e-30, 1e30),
+        help="Added to the root of adam's second moment; under the root for adamezo.",
+    )
+    horizon: int = setting(
+        default=10,
+        kind=Integer(1, 1 << 20),
+        help="Steps whose directions make adamezo's moments, this one counted.",
+    )
+
+    def settle(self) -> None:
         if self.rule == "adamezo" and self.num_samples > 1:
             raise ValueError(
-                f"num_samples is {num_samples}; update='adamezo' works with 1, one direction for each step"
+                f"num_samples is {self.num_samples}; update='adamezo' works with 1, one direction for each step"
             )
-        self.horizon = _checks.check_integer(horizon, "horizon", 1, 1 << 20)
         self._memory: moments.Memory | None = None
         if self.rule == "adam":
             self._memory = moments.AdamCounts()
         elif self.rule == "adamezo":
-            self._memory = moments.AdaMeZOHistory(horizon)
-        super().__init__(
-            params,
-            {"lr": lr, "eps": eps, "weight_decay": weight_decay},
-            distribution=distribution,
-            seed=seed,
-            rounding=rounding,
-            placement=placement,
-            pipelined=pipelined,
-            layers=layers,
-            backend=backend,
-            options={
-                "num_samples": num_samples,
-                "one_sided": one_sided,
-                "update": update,
-                "betas": list(self.betas),
-                "delta": delta,
-                "horizon": horizon,
-            },
-            states=dict.fromkeys(STATES.get(update, ()), (torch.float32, 0.0)),
-        )
+            self._memory = moments.AdaMeZOHistory(self.horizon)
+
+    def states(self) -> state.Spec:
+        return dict.fromkeys(STATES.get(self.rule, ()), (torch.float32, 0.0))
+
+    def forwards(self) -> int:
+        return self.num_samples + 1 if self.one_sided else 2 * self.num_samples
 
     def rounds(self) -> Rounds:
         seeds = list(map(self.numbers.seed, range(self.num_samples)))

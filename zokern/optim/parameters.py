@@ -11,17 +11,28 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from zokern import _checks
+from zokern.kinds import Number
 from zokern.layers import RandomBlocks
 from zokern.optim import state
 from zokern.optim.numbers import NUMBERS, Rows
 from zokern.sweep import Member, Sweep
 
 Groups = list[dict[str, Any]]
-CHECKED = (("lr", 0.0, False), ("eps", 0.0, True), ("weight_decay", 0.0, False))
+
+
+class Rate(Number):
+    """A number of a parameter group, kept as it is: a tensor may stand for it, and one on a device is not read."""
+
+    def check(self, value: Any, name: str) -> Any:
+        if not (isinstance(value, Tensor) and value.device.type != "cpu"):
+            super().check(value, name)
+        return value
+
+
+RATES = {"lr": Rate(0.0), "eps": Rate(0.0, open_low=True), "weight_decay": Rate(0.0)}
 
 
 class Registry:
@@ -88,9 +99,9 @@ def check_parameter(p: Tensor, name: str) -> None:
 
 def check_group(group: Mapping[str, Any], index: int) -> None:
     where = f" of group {index}" if index else ""
-    for key, low, strict in CHECKED:
-        if key in group and not (isinstance(group[key], torch.Tensor) and group[key].device.type != "cpu"):
-            _checks.check_number(group[key], key + where, low, open_low=strict)
+    for key, kind in RATES.items():
+        if key in group:
+            kind.check(group[key], key + where)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 from zokern.sweep import Passes
 
-__all__ = ["PLACEMENTS", "Ahead", "InPlace", "Placement", "Rounding", "Shadow", "Stream", "choose", "make"]
+__all__ = ["PLACEMENTS", "Ahead", "InPlace", "Placement", "Rounding", "Shadow", "Stream", "choose", "make", "read"]
 
 MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (InPlace, Shadow, Stream)}
 PLACEMENTS = ("auto", *MADE)
@@ -50,20 +50,35 @@ def choose(module: nn.Module | None, sixteen_bit: bool) -> tuple[str, str]:
     return "stream", f"16-bit weights stay exact, for {extra:.1%} of the model's memory"
 
 
+def read(wanted: object, name: str = "placement") -> object:
+    """A name of PLACEMENTS, or an object that has what a placement needs.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for an object that lacks a method of `Placement`.
+    """
+    if isinstance(wanted, str):
+        return _checks.check_choice(wanted, name, PLACEMENTS)
+    missing = [method for method in METHODS if not hasattr(wanted, method)]
+    if isinstance(wanted, type) or missing:
+        what = f"the class {wanted.__name__}" if isinstance(wanted, type) else f"a {type(wanted).__name__}"
+        raise TypeError(
+            f"{name} is {what}; it must be one of {', '.join(map(repr, PLACEMENTS))}, or an object with the methods of "
+            f"zokern.placement.Placement" + (f" (it has no {', '.join(missing)})" if missing else "")
+        )
+    return wanted
+
+
 def make(
     wanted: object, module: nn.Module | None, sixteen_bit: bool, passes: Passes, *, pipelined: bool = False
 ) -> Placement:
     """The placement that `wanted` names or is, bound; `sixteen_bit` says whether any parameter has a 16-bit type.
 
     Raises:
-        ValueError: for an unknown name, or one that cannot serve the module, with the remedy.
-        TypeError: for an object that lacks a method of `Placement`.
+        ValueError, TypeError: as `read`, and for a placement that cannot serve the module, with the remedy.
     """
-    if not isinstance(wanted, str):
-        placement = _own(wanted)
-    else:
-        _checks.check_choice(wanted, "placement", PLACEMENTS)
-        placement = MADE[_resolved(wanted, module, sixteen_bit)]()
+    wanted = read(wanted)
+    placement = MADE[_resolved(wanted, module, sixteen_bit)]() if isinstance(wanted, str) else _own(wanted)
     if pipelined and not isinstance(placement, Shadow | Stream):
         raise ValueError(
             f"pipelined=True writes the next perturbation to copies while it updates, and placement={placement.name!r} has "
@@ -83,14 +98,7 @@ def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool) -> str:
 
 
 def _own(wanted: object) -> Placement:
-    """An object of the user's."""
-    missing = [name for name in METHODS if not hasattr(wanted, name)]
-    if isinstance(wanted, type) or missing:
-        what = f"the class {wanted.__name__}" if isinstance(wanted, type) else f"a {type(wanted).__name__}"
-        raise TypeError(
-            f"placement is {what}; it must be one of {', '.join(map(repr, PLACEMENTS))}, or an object with the methods of "
-            f"zokern.placement.Placement" + (f" (it has no {', '.join(missing)})" if missing else "")
-        )
+    """An object of the user's, for one optimizer."""
     assert isinstance(wanted, Placement)
     user = _bound.get(id(wanted))
     if user is not None and user() is wanted:

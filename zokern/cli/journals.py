@@ -1,0 +1,109 @@
+"""`zokern replay` and `zokern journal`: a tuned model made again, and looks into journals."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zokern.cli.failing import fail
+
+app = typer.Typer(no_args_is_help=True, help="Look into journals.")
+
+
+def replay(
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="What the run started from: for a run of `zokern finetune` its --model (a directory, hub name, or demo); "
+            "else a .safetensors file whose names are the parameters' names."
+        ),
+    ],
+    journal: Annotated[Path, typer.Argument(help="The journal that the run wrote, journal.zkj.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the tuned model goes.")],
+    until: Annotated[int | None, typer.Option(help="Do this many of the run's steps. Default: all.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare hashes: the base with what the run started from, the result with what training had.",
+        ),
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda or cuda:N. All give the same bits.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="One of: auto, cuda, triton, cpu, reference.")] = "auto",
+) -> None:
+    """Make the tuned model of a journal again, bit for bit, from its base model: no data, no forward passes.
+
+    Exit codes: 0, or 1 for an error. Without --no-verify, 0 means that the bits are those of the training.
+    """
+    from rich.progress import Progress
+
+    from zokern.finetune.rebuild import rebuild
+    from zokern.journal import JournalError, tools
+
+    try:
+        total = until if until is not None else len(tools.summary(journal)["steps"])
+        with Progress(transient=True) as display:
+            task = display.add_task("replay", total=total)
+            done = rebuild(
+                base, journal, output, until=until, verify=verify, force=force, device=device, backend=backend,
+                progress=lambda step: display.update(task, completed=step),
+            )  # fmt: skip
+    except (JournalError, ValueError, OSError, RuntimeError) as error:
+        fail(str(error))
+    print(f"{done} steps replayed; the model is {output}" + ("" if verify else " (not verified)"))
+
+
+@app.command()
+def show(
+    journal: Annotated[Path, typer.Argument(help="A journal.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw loss and lr to this PNG file.")] = None,
+) -> None:
+    """Say what a journal is of, and draw its curves."""
+    from zokern.journal import JournalError, tools
+
+    try:
+        found = tools.summary(journal)
+    except JournalError as error:
+        fail(str(error))
+    header, losses = found["header"], [x for x in found["loss"] if x == x]
+    print(
+        f"method      {header['method']}, {header['distribution']} noise, seed {header['seed']}, {header['placement']}"
+    )
+    print(f"options     {', '.join(f'{k} {v}' for k, v in header['options'].items() if v is not None)}")
+    print(f"parameters  {found['parameters']:,} in {found['tensors']} tensors; base {header['base']}")
+    print(f"steps       {len(found['steps'])} ({found['skipped']} skipped, {found['broken_off']} broken off)")
+    if losses:
+        print(f"loss        {losses[0]:.4f} -> {losses[-1]:.4f}")
+    print(f"size        {found['bytes'] / 1000:,.1f} kB, written by zokern {header['zokern']}")
+    if found["torn"]:
+        print("end         its last record was cut off while it was written; the steps before it are whole")
+    for mark in found["marks"][-1:]:
+        print(f"result      after {mark['step']} steps: {mark['hash']}")
+    if plot is not None:
+        tools.plot(found, plot)
+        print(f"plot        {plot}")
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A journal.")], b: Annotated[Path, typer.Argument(help="Another.")]
+) -> None:
+    """Say where two runs first differ, and in what: settings, seed, lr, a scalar, the loss.
+
+    Exit codes: 0 if their steps are the same, 1 if they differ, 2 for an error.
+    """
+    from zokern.journal import JournalError, tools
+
+    try:
+        where = tools.first_difference(a, b)
+    except JournalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    print("the runs are the same, step by step" if where is None else f"the runs differ {where}")
+    raise typer.Exit(0 if where is None else 1)

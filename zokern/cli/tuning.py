@@ -1,0 +1,116 @@
+"""`zokern finetune`: an option for every field of Options, the ten that newcomers need first."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from typing import Any, NamedTuple, Optional
+
+import typer
+
+from zokern import cli
+from zokern.cli.failing import fail
+from zokern.finetune import takers
+from zokern.finetune.options import (
+    DATA,
+    EVALUATION,
+    HARDWARE,
+    METHOD,
+    OF_SOME,
+    OUTPUT,
+    SCHEDULE,
+    FinetuneError,
+    Options,
+)
+from zokern.kinds import Flag, Kind
+from zokern.optim import ENTRIES
+
+FIRST = ("model", "data", "output", "method", "lr", "steps", "batch_size", "eval_every", "device", "resume")
+
+
+def _rates() -> str:
+    """The default of --lr, of every method."""
+    of_updates: dict[str, list[str]] = {}
+    for name, entry in ENTRIES.items():
+        if entry.lr_of:
+            rates = ", ".join(f"{update} {lr:g}" for update, lr in entry.lr_of.items())
+            of_updates.setdefault(rates, []).append(name)
+    plain = ", ".join(f"{name} {entry.lr:g}" for name, entry in ENTRIES.items())
+    return plain + "".join(f"; {', '.join(names)} with --update {rates}" for rates, names in of_updates.items())
+
+
+MORE = {  # what a run makes of settings besides
+    "lr": "The peak of the schedule. Billions of parameters want 1e-7 to 1e-6 with mezo. Default, for encoders of some ten "
+    f"million parameters: {_rates()}.",
+    "seed": "Also of the data order and of a new head; the held-out texts do not depend on it.",
+}
+PANELS = ("", DATA, METHOD, OF_SOME, SCHEDULE, EVALUATION, OUTPUT, HARDWARE)
+
+
+class Described(NamedTuple):
+    """An option of the command."""
+
+    default: Any
+    kind: Kind
+    panel: str
+    help: str
+    flags: tuple[str, ...] = ()
+    says: str = ""  # the help without what is allowed
+
+    def parameter(self, name: str) -> inspect.Parameter:
+        """As typer reads it off a function."""
+        info = typer.Option(self.default, *self.flags, help=self.help, rich_help_panel=self.panel or None)
+        kind = self.kind.option if self.default is not None else Optional[self.kind.option]  # noqa: UP045
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
+
+
+def described() -> dict[str, Described]:
+    """Every option by its field's name, those of one panel together."""
+    found = {field.name: _describe(field) for field in dataclasses.fields(Options)}
+    found["resume"] = Described(
+        False, Flag(), "", "Go on with the run in --output, which broke off, from its journal: the same bits as without "
+        "the break. All other options are that run's.", ("--resume",),
+    )  # fmt: skip
+    first = {name: found[name]._replace(panel="") for name in FIRST}
+    return {**first, **{n: d for panel in PANELS for n, d in found.items() if d.panel == panel and n not in first}}
+
+
+def _describe(field: dataclasses.Field[Any]) -> Described:
+    name = field.name
+    if name in takers.TAKERS:
+        one = takers.TAKERS[name][0]
+        panel = METHOD if name in takers.COMMON else OF_SOME
+        help = f"{takers.help(name)} {MORE.get(name, '')}".rstrip()
+        return Described(field.default, one.kind, panel, help, one.setting.flags or ())
+    one = field.metadata["setting"]
+    described = one.describe(default=False)
+    return Described(field.default, one.kind, field.metadata["panel"], described, one.flags, one.help)
+
+
+def _run(**values: Any) -> None:
+    resume = values.pop("resume")
+    options = Options(**values)
+    try:
+        if resume:
+            options = Options.load(options.output)
+        else:
+            options.check()
+        from zokern.finetune.run import run
+
+        summary = run(options, resume=resume)
+    except FinetuneError as error:
+        fail(str(error))
+    except ImportError as error:
+        fail(f'{error}; install what the command needs with: pip install "zokern[finetune]"')
+    except KeyboardInterrupt:
+        print("stopped before the first step; nothing was saved", file=sys.stderr)
+        raise typer.Exit(130) from None
+    else:
+        if summary.result.interrupted:
+            raise typer.Exit(130)
+
+
+_run.__signature__ = inspect.Signature([one.parameter(name) for name, one in described().items()])  # type: ignore[attr-defined]
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.command("finetune", help=cli.finetune.__doc__)(_run)

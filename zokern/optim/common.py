@@ -1,0 +1,97 @@
+"""The settings that all methods have."""
+
+from __future__ import annotations
+
+from dataclasses import InitVar
+from typing import Any
+
+from torch import Tensor
+
+from zokern import backends, directions
+from zokern import placement as placements
+from zokern.contract.streams import ROUNDINGS
+from zokern.kinds import Choice, Flag, Integer, Kind
+from zokern.layers import RandomBlocks
+from zokern.optim.parameters import RATES
+from zokern.settings import Settings, setting
+
+NUM_SAMPLES: Any = setting(
+    default=1, kind=Integer(1, 1 << 20), help="Directions averaged in a step, n: all go into one update. Published: 1."
+)
+
+
+class Common(Settings):
+    """What lr, eps and weight_decay are given stands for parameter groups that have none of their own."""
+
+    params: InitVar[object] = setting(
+        kind=Kind(),
+        help="An nn.Module (recommended: its trainable parameters, with names and ids that survive freezing), or "
+        "what torch's optimizers take: tensors, (name, tensor) pairs, or groups with their own lr, eps, "
+        "weight_decay.",
+        kw_only=False, kept=False, flags=None,
+    )  # fmt: skip
+    lr: InitVar[float | Tensor] = setting(
+        kind=RATES["lr"],
+        help="Learning rate. Published for MeZO: 1e-6 or 1e-7 (all parameters), 1e-4 (LoRA).",
+        kw_only=False, kept=False,
+    )  # fmt: skip
+    eps: InitVar[float] = setting(
+        default=1e-3,
+        kind=RATES["eps"],
+        help="Radius of the perturbation: losses are taken at weights + eps z and weights - eps z, z of variance 1. "
+        "Published: 1e-3 (LoRA 1e-2, prefix tuning 1e-1).",
+        kept=False,
+    )
+    weight_decay: InitVar[float] = setting(
+        default=0.0,
+        kind=RATES["weight_decay"],
+        help="Decoupled, as in AdamW: each step takes lr times this share off the weights. Published: 0.",
+        kept=False,
+    )
+    distribution: InitVar[str | directions.Direction] = setting(
+        default="normal",
+        kind=Choice(tuple(directions.DIRECTIONS), directions.parse),
+        help="Of the directions' elements; rademacher is +1 or -1.",
+        kept=False,
+    )
+    seed: int = setting(
+        default=0,
+        kind=Integer(0, (1 << 63) - 1),
+        help="Of the run: direction k of step t has the seed derive_seed(seed, t, k).",
+    )
+    rounding: str = setting(
+        default="auto",
+        kind=Choice(("auto", *ROUNDINGS)),
+        help="Of updated weights. auto is stochastic for 16-bit weights, where nearest would lose small updates.",
+    )
+    wanted_placement: InitVar[object] = setting(
+        default="auto",
+        kind=Choice(placements.PLACEMENTS, placements.read),
+        alias="placement",
+        help="Where the perturbed weights live during a forward: in the weights' own memory (inplace), in a copy "
+        "(shadow), which keeps 16-bit weights exact, or in a copy of one block at a time (stream). auto is "
+        "inplace for float32, and exact for 16-bit weights.",
+        kept=False,
+    )
+    pipelined: bool = setting(
+        default=False,
+        kind=Flag(),
+        help="For shadow and stream: the pass that updates the weights also writes the next step's first "
+        "perturbation, as far as there is room for it: same bits, a sweep over memory less. Between steps, "
+        "change weights by operations that autograd sees (not through .data), or the copy would be of what they"
+        " were.",
+        flags=("--pipelined",),
+    )
+    layers: RandomBlocks | None = setting(
+        default=None,
+        kind=Kind(),
+        help="RandomBlocks(num_dropped) leaves out that many transformer blocks in each step (LeZO).",
+        flags=None,
+    )
+    wanted_backend: InitVar[str] = setting(
+        default="auto",
+        kind=Choice(("auto", *backends.BACKENDS)),
+        alias="backend",
+        help="What runs the passes over the weights.",
+        kept=False,
+    )

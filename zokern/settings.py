@@ -1,0 +1,176 @@
+"""A setting is declared once, in the class whose it is: its default, what it may be, what it does.
+
+    class MeZO(ZerothOrderOptimizer):
+        num_samples: int = setting(default=1, kind=Integer(1, 1 << 20), help="Directions averaged in a step.")
+
+From that come the constructor's argument, its check and its line in the docstring, the attribute, the option of the
+command, and the row of the tables in docs/. A class takes the settings of its bases and its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import dataclass_transform
+
+from zokern.kinds import Kind
+
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    alias: the argument's name, where the attribute has another. kept: it becomes an attribute, and is stored where it is of
+    one method. changed: the method called when the attribute is set later, which is checked too. flags: the option's
+    spelling; () is from the name, None is none. parts: the options that make it up together, and what each is.
+    """
+
+    default: Any
+    kind: Kind
+    help: str
+    kw_only: bool = True
+    alias: str = ""
+    kept: bool = True
+    changed: str = ""
+    flags: tuple[str, ...] | None = ()
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    attribute: str = ""
+    annotation: str = ""
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.alias or self.attribute
+
+    def check(self, value: Any, name: str = "") -> Any:
+        """The value as it is kept. None is what it says where it is the default."""
+        return None if value is None and self.default is None else self.kind.check(value, name or self.name)
+
+    def describe(self, *, default: bool = True) -> str:
+        """Its meaning, what it may be and its default, in one line."""
+        allowed = self.kind.in_words
+        parts = [self.help, f"{allowed[:1].upper()}{allowed[1:]}." if allowed else ""]
+        if default and self.default is not REQUIRED and self.default is not None:
+            parts.append(f"Default: {shown(self.default)}.")
+        return " ".join(filter(None, parts))
+
+
+def setting(
+    *,
+    default: Any = REQUIRED,
+    kind: Kind,
+    help: str,
+    kw_only: bool = True,
+    alias: str = "",
+    kept: bool = True,
+    changed: str = "",
+    flags: tuple[str, ...] | None = (),
+    parts: Mapping[str, str] | None = None,
+) -> Any:
+    """Declares a setting in the body of a class; `Setting` has what the arguments mean."""
+    return Setting(default, kind, help, kw_only, alias, kept, changed, flags, parts or {})
+
+
+def again(cls: type[Settings], name: str, *, default: Any = REQUIRED) -> Any:
+    """Declares a setting of a base class once more, with another default."""
+    return dataclasses.replace(cls.settings[name], default=default)
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(setting, again))
+class Settings:
+    """Base of classes with settings; `settings` has those of a class, by the argument's name."""
+
+    settings: ClassVar[dict[str, Setting]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = [(name, value) for name, value in vars(cls).items() if isinstance(value, Setting)]
+        cls.settings = dict(cls.settings)
+        for name, value in own:
+            annotation = re.sub(r"^InitVar\[(.*)\]$", r"\1", str(cls.__annotations__[name]))
+            declared = dataclasses.replace(value, attribute=name, annotation=annotation, depth=len(cls.__mro__))
+            cls.settings[declared.name] = declared
+            if declared.changed:
+                setattr(cls, name, _checked(declared))
+            else:
+                delattr(cls, name)
+        if "__init__" in vars(cls):
+            signature = inspect.signature(vars(cls)["__init__"])
+            cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+        else:
+            cls.__signature__ = inspect.Signature(list(map(_parameter, _in_order(cls))))  # type: ignore[attr-defined]
+            if cls.__doc__ and cls.settings:
+                cls.__doc__ = f"{cls.__doc__.rstrip()}\n\n{_arguments(cls)}"
+
+    def take(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings, checked, with their defaults where none is given; those that are kept become attributes.
+
+        Raises:
+            TypeError, ValueError: naming the argument; nothing has been set then.
+        """
+        for name in given:
+            if name not in self.settings:
+                close = difflib.get_close_matches(name, self.settings, 1)
+                raise TypeError(
+                    f"{type(self).__name__} has no setting {name!r}; "
+                    + (f"is {close[0]!r} meant?" if close else f"it has {', '.join(self.settings)}")
+                )
+        values = {name: one.check(given.get(name, one.default)) for name, one in self.settings.items()}
+        for name, one in self.settings.items():
+            if one.kept:
+                vars(self)[one.attribute] = values[name]
+        return values
+
+    def stored(self, names: Mapping[str, Setting]) -> dict[str, Any]:
+        """The attributes of some settings as JSON."""
+        values = {name: vars(self)[one.attribute] for name, one in names.items()}
+        return {name: None if value is None else names[name].kind.stored(value) for name, value in values.items()}
+
+
+def shown(value: Any) -> str:
+    """A default as people write it."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(shown, value))})"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _in_order(cls: type[Settings]) -> list[Setting]:
+    """What is given by position, then a class's own, then those of its bases: the rarest last."""
+    return sorted(cls.settings.values(), key=lambda one: (one.kw_only, -one.depth))
+
+
+def _arguments(cls: type[Settings]) -> str:
+    """The end of a docstring, as if it were written in the source."""
+    lines = ["    Args:"]
+    for one in _in_order(cls):
+        lines += textwrap.wrap(f"{one.name}: {one.describe()}", 118, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    end = "TypeError, ValueError: naming the argument, or the parameter, and the remedy."
+    return "\n".join([*lines, "", "    Raises:", f"        {end}", "    "])
+
+
+def _parameter(one: Setting) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY if one.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(one.name, kind, default=one.default, annotation=one.annotation)
+
+
+def _checked(one: Setting) -> property:
+    def get(self: Settings) -> Any:
+        return vars(self)[one.attribute]
+
+    def put(self: Settings, value: Any) -> None:
+        vars(self)[one.attribute] = one.check(value)
+        getattr(self, one.changed)()
+
+    return property(get, put, doc=f"{one.describe()} May be changed between steps.")
