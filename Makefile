@@ -51,7 +51,7 @@ wheel: setup
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist build/wheel/zokern-*.whl
 
 test-wheel: wheel
-	TORCH="$(TORCH)" PIP_TORCH="$(PIP_TORCH)" $(BIN)/python -m pytest -m wheel tests/test_wheel.py
+	TORCH="$(TORCH)" PIP_TORCH="$(PIP_TORCH)" $(BIN)/python -m pytest -m wheel tests/repository/test_wheel.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ BENCH_NEEDS = ("torch", "typer", "rich")
 NO_GPU = "no NVIDIA GPU (nvidia-smi finds none)"
 PLAIN = ("torch", "numpy")
 # Test files of the kernels' code, not of what a GPU does with it.
-WITHOUT_A_GPU = ("test_machine_code*.py", "test_ptx*.py", "test_interpreted.py")
+WITHOUT_A_GPU = ("benchmarks/test_machine_code*.py", "ptx/test_*.py", "benchmarks/test_interpreted.py")
 SANITIZER_ENDING = 5  # seconds of each tool's share for the case at work and for the end of the process
 TEST_LIMIT = 60  # seconds of one test, its kernels' compilation included
 ENDING = 25  # seconds of a benchmark's section kept for starting Python, for the case at work when the time is up
@@ -72,7 +72,7 @@ def lacks(modules: Iterable[str] = (), tools: Iterable[str] = ()) -> str | None:
 def untestable() -> dict[str, str]:
     """Test files that import what is not installed, and what that is; pytest would fail to collect them."""
     out = {}
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py")):
         imported = set()
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):
@@ -80,9 +80,9 @@ def untestable() -> dict[str, str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 imported.add(node.module)
         tops = sorted({name.partition(".")[0] for name in imported})
-        local = {p.stem for p in (*TESTS.glob("*.py"), *BENCHMARKS.glob("*.py"))} | {"zokern", "tests"}
+        local = {p.stem for p in BENCHMARKS.glob("*.py")} | {"zokern", "tests"}
         if missing := [top for top in tops if top not in local and importlib.util.find_spec(top) is None]:
-            out[path.name] = ", ".join(missing)
+            out[str(path.relative_to(TESTS))] = ", ".join(missing)
     return out
 
 
@@ -142,7 +142,7 @@ def build_note() -> str:
 def pytest_run(out: Path, name: str, jobs: int, *chosen: str) -> Command:
     """`jobs` processes where pytest-xdist is there: Triton compiles for most of the time. Of a test that hangs the log has
     the stack, and it is ended where pytest-timeout is there."""
-    left_out = {*untestable(), *(path.name for pattern in WITHOUT_A_GPU for path in TESTS.glob(pattern))}
+    left_out = {*untestable(), *(str(p.relative_to(TESTS)) for pattern in WITHOUT_A_GPU for p in TESTS.glob(pattern))}
     workers = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
     limit = [f"--timeout={TEST_LIMIT}", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
     options = [f"--ignore={TESTS / name}" for name in sorted(left_out)]

@@ -14,10 +14,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import devices
 import pytest
-from lost_gpu import pytest_runtest_protocol  # noqa: F401
 
+from tests import devices
+from tests.lost_gpu import pytest_runtest_protocol  # noqa: F401
 from zokern import backends
 
 DATA = Path(__file__).parent / "data"

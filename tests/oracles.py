@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from oracle import Group, Theta, load, noise, theta_of
 
+from tests.oracle import Group, Theta, load, noise, theta_of
 from zokern.contract import reference
 
 __all__ = [

@@ -3,7 +3,7 @@
     make test-kernels                 # every case, every architecture, whole steps: python -m tests.ptx --help
     python -m tests.ptx --quick       # a selection, in seconds
     python -m tests.ptx.mutate        # how many one-instruction changes of the kernels the cases notice
-    python -m pytest -p tests.ptx.plugin tests/test_rules.py -k "cuda or triton"    # the suite's own tests
+    python -m pytest -p tests.ptx.plugin tests/backends/test_rules.py -k "cuda or triton"    # the suite's own tests
 
 Tensors stay on the CPU. All bits are compared with the CPU backend's, and every access is checked: bounds of each tensor,
 alignment, state space, bytes that were never written, races between threads, barriers. What the interpreter does not

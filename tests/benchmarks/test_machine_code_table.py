@@ -1,0 +1,331 @@
+"""The stored machine code and what is predicted from it; the counter of AMD code; slowly, the other architectures.
+
+`make test-slow` compiles for every architecture, which takes minutes: `pytest -m slow_machine_code`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zokern.bench import model, prediction
+from zokern.bench.cases import Case
+from zokern.bench.record import RESULTS
+from zokern.contract.rules import RULES
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import amdgcn  # noqa: E402
+import machine_code_page  # noqa: E402
+import machine_code_table  # noqa: E402
+
+STORED = json.loads(machine_code_table.STORED.read_text())
+ROWS: list[dict[str, Any]] = STORED["kernels"]
+
+
+def row(rule: str = "axpy", arch: int | str = 90, backend: str = "cuda", **more: Any) -> dict[str, Any]:
+    """The stored row of a kernel; by default CUDA's for one seed, bfloat16, normals, nearest."""
+    wanted = {"backend": backend, "rule": rule, "arch": arch, "dtype": "bfloat16", "state": "float32",
+              "kernel": "pass", "distribution": "normal", "rounding": "nearest",
+              "seeds": "one" if backend == "cuda" else "any"} | more  # fmt: skip
+    (found,) = [r for r in ROWS if all(r[key] == value for key, value in wanted.items())]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+@pytest.mark.parametrize("arch", [*machine_code_page.ARCHS, machine_code_page.AMD])
+def test_every_kernel_is_stored_for_every_architecture(arch: int | str) -> None:
+    mine = [r for r in ROWS if r["arch"] == arch]
+    triton = {r["name"] for r in mine if r["backend"] == "triton"}
+    assert {r["rule"] for r in mine if r["backend"] == "triton"} == set(RULES)
+    assert triton == {r["name"] for r in ROWS if r["arch"] == 90 and r["backend"] == "triton"}
+    if arch != "gfx942":
+        cuda = {r["name"] for r in mine if r["backend"] == "cuda"}
+        assert cuda == {r["name"] for r in ROWS if r["arch"] == 90 and r["backend"] == "cuda"}
+        assert {r["rule"] for r in mine if r["backend"] == "cuda"} == set(RULES)
+    for r in mine:
+        assert 5 < r["slots"] == pytest.approx(sum(r["pipes"].values()), abs=1e-3)
+        assert r["vector_bytes"] == 16
+        assert r["spills"] == 0
+        assert (r["slots_per_extra_seed"] is None) == (r["seeds"] == "one")
+
+
+def test_names_are_understood() -> None:
+    name = ("zk::cuda::rule_kernel<__half, __nv_bfloat16, zk::gpu::HiZOO<true>, (zk::Distribution)2, (zk::Rounding)1, "
+            "(zk::cuda::Seeds)1>")  # fmt: skip
+    assert machine_code_table.kind(name) == {
+        "backend": "cuda", "kernel": "pass", "name": name, "rule": "hizoo_restore", "dtype": "float16",
+        "state": "bfloat16", "distribution": "any", "rounding": "stochastic", "seeds": "any",
+    }  # fmt: skip
+    name = "zk::cuda::chain_kernel<__nv_bfloat16, float, zk::gpu::HiZOO<false>>"
+    assert machine_code_table.kind(name) == {
+        "backend": "cuda", "kernel": "chain", "name": name, "rule": "hizoo", "dtype": "bfloat16", "state": "float32",
+        "distribution": "any", "rounding": "any", "seeds": "any",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no name of a kernel"):
+        machine_code_table.kind("vector_add")
+    assert {machine_code_table.kind(r["name"])["rule"] for r in ROWS} == set(RULES)
+
+
+def test_measured_shares_are_read_where_there_are_any(tmp_path: Path) -> None:
+    assert machine_code_page.measured(row(), tmp_path) == []
+    case = {"rule": "axpy", "dtype": "bfloat16", "distribution": "normal", "rounding": "nearest", "state_dtype": "float32",
+            "seeds": 1, "stages": 1, "left_out": 0.0}  # fmt: skip
+    ways = {"zokern cuda": {"share_of_copy": 0.5}, "zokern triton": {"share_of_copy": 0.25}}
+    cases = [case, case, *(case | other for other in ({"seeds": 4}, {"stages": 8}, {"dtype": "float32"}))]
+    run = {"machine": {"gpu": "a GPU"}, "results": {str(i): {"case": c, "ways": ways} for i, c in enumerate(cases)}}
+    (tmp_path / "kernels-axpy-cuda.json").write_text(json.dumps(run))
+    assert machine_code_page.measured(row(), tmp_path) == ["50% (a GPU)"]
+    assert machine_code_page.measured(row(backend="triton"), tmp_path) == ["25% (a GPU)"]
+    assert machine_code_page.measured(row("hizoo"), tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+def test_model_by_hand() -> None:
+    """Issue-bound on sm_90: 26 instructions, 14 of them FP32, in four slots of five; on sm_80 FP32 and products share 64
+    lanes."""
+    pipes = {"fp32": 14.0, "imad": 1.0, "imad.wide": 2.5, "int": 6.5, "convert": 2.0}
+    busy = model.clocks(pipes, 90)
+    assert busy == {"fma": 20 / 128, "heavy": 6 / 64, "alu": 8.5 / 64, "xu": 0.0, "issue": 26 / (0.8 * 128)}
+    assert model.clocks(pipes | {"xu": 1.5}, 80)["fma"] == 20 / 64
+    assert model.clocks(pipes | {"xu": 1.5}, 80)["xu"] == 1.5 / 16
+    kernel = {"arch": 90, "pipes": pipes}
+    unit, seconds = model.compute_limit(kernel, "NVIDIA H200")
+    assert unit == "issue"
+    assert seconds == pytest.approx(26 / (0.8 * 128) / (132 * 1.98e9))
+    memory = 4 / (0.9 * 4.8e12)
+    assert model.predicted_share(kernel, 4, "H200") == pytest.approx((1 + (seconds / memory) ** 4) ** -0.25)
+
+
+def test_a_packed_pair_takes_one_issue_slot_and_two_lanes() -> None:
+    """14 FP32 operations, of them 12 packed: 8 instructions; as long in the FMA pipe, shorter in the schedulers."""
+    rest = {"imad": 1.0, "imad.wide": 2.5, "int": 6.5, "convert": 2.0}
+    apart, packed = (model.clocks(rest | fp32, 100) for fp32 in ({"fp32": 14.0}, {"fp32": 2.0, "fp32x2": 6.0}))
+    assert packed["fma"] == apart["fma"] == (14 + 6) / 128
+    assert (apart["issue"], packed["issue"]) == (26 / (0.8 * 128), 20 / (0.8 * 128))
+    assert {unit: packed[unit] for unit in ("heavy", "alu", "xu")} == {
+        unit: apart[unit] for unit in ("heavy", "alu", "xu")
+    }
+    faster = model.seconds({"arch": 100, "pipes": rest | {"fp32": 2.0, "fp32x2": 6.0}}, 4, "B200")
+    assert faster < model.seconds({"arch": 100, "pipes": rest | {"fp32": 14.0}}, 4, "B200")
+
+
+@pytest.mark.parametrize(("device", "copied", "slots"), [("H100", 3.0, 44), ("H200", 4.3, 31), ("B200", 7.2, 21)])
+def test_figures_of_the_devices(device: str, copied: float, slots: int) -> None:
+    """TB/s read and written, and the instructions for which a bfloat16 weight's copy leaves time."""
+    assert model.DEVICES[device].copy_bandwidth / 1e12 == pytest.approx(copied, rel=0.01)
+    assert model.slots_of_copy(4, device) == pytest.approx(slots, rel=0.02)
+
+
+def test_share_at_the_ends() -> None:
+    """No time for arithmetic, equal times, and arithmetic that takes a hundred times as long."""
+    memory = 4 / model.DEVICES["H200"].copy_bandwidth
+    equal = memory * 132 * 1.98e9 * 0.8 * 128
+    for slots, share in ((0.01 * equal, 1.0), (equal, 0.5**0.25), (100 * equal, 0.01)):
+        assert model.predicted_share({"arch": 90, "pipes": {"other": slots}}, 4, "H200") == pytest.approx(share)
+
+
+def test_predictions_from_the_stored_rows_are_in_order() -> None:
+    """More bytes, or fewer instructions, or a slower memory: a larger share."""
+    bf16, fp32 = row(), row(dtype="float32")
+    assert (model.bytes_moved(bf16), model.bytes_moved(fp32)) == (4, 8)
+    assert model.bytes_moved(row("hizoo")) == 4 + 8
+    assert model.bytes_moved(row("helene")) == 4 + 16
+    share = model.predicted_share(bf16, 4, "H200")
+    assert (
+        0.8 < share < model.predicted_share(bf16, 4, "NVIDIA H100 80GB HBM3") < model.predicted_share(fp32, 8, "H100")
+    )
+    assert model.predicted_share(row(rounding="stochastic"), 4, "H200") < share
+    assert model.predicted_share(row(arch=100), 4, "B200") < share  # 1.7 times the bandwidth, 1.1 times the issue
+    assert 0 < model.predicted_share(row(arch=80), 4, "A100-SXM4-80GB") < 1
+
+
+def test_predictions_are_what_was_measured_on_an_h200() -> None:
+    """The stored runs' shares of the copy bandwidth: every CUDA pass within a tenth, their mean within 4 %."""
+    rows = prediction.Basis("H200", ROWS, {})
+    known = {field.name for field in fields(Case)}
+    off = []
+    for path in RESULTS.glob("kernels-*-cuda*.json"):
+        run = json.loads(path.read_text())
+        assert model.short_name(run["machine"]["gpu"]) == "H200"
+        for title, result in run["results"].items():
+            case = Case(**{name: value for name, value in result["case"].items() if name in known})
+            share = prediction.of(case, "cuda", rows)["predicted_share"]
+            if not case.left_out:
+                off.append(abs(math.log(result["ways"]["zokern cuda"]["share_of_copy"] / share)))
+                assert off[-1] < 0.1, title
+    assert len(off) > 25
+    assert sum(off) / len(off) < 0.04
+
+
+def test_instructions_of_seeds_and_stages_add_up() -> None:
+    kernel = {"name": "toy", "pipes": {"fp32": 2.0, "int": 1.0}, "pipes_extra": {"fp32": 1.5}}
+    assert model.instructions(kernel) == {"fp32": 2.0, "int": 1.0}
+    assert model.instructions(kernel, seeds=3) == {"fp32": 5.0, "int": 1.0}
+    chain = kernel | {"pipes_once": {"memory": 0.5}, "pipes_stochastic": {"fp32": 2.0, "int": 4.0}}
+    assert model.instructions(chain, stages=3, stochastic=2) == {"fp32": 6.0, "int": 9.0, "memory": 0.5}
+    assert model.instructions(chain, stages=2, seeds=2) == {"fp32": 7.0, "int": 2.0, "memory": 0.5}
+    with pytest.raises(ValueError, match="a further seed was not counted in toy"):
+        model.instructions(kernel | {"pipes_extra": {}}, seeds=2)
+
+
+def test_cells_of_the_page_by_hand() -> None:
+    """An element of 26 instructions on an H200, all of one scheduler; a pass that was not compiled."""
+    toy = row(arch=90) | {"slots": 26.2, "pipes": {"other": 26.2}}
+    wanted = ("axpy", "bfloat16", "normal", "nearest")
+    memory, compute = 4 / (0.9 * 4.8e12), 26.2 / (0.8 * 128) / (132 * 1.98e9)
+    share = (1 + (compute / memory) ** 4) ** -0.25
+    assert machine_code_page.told([toy], "cuda", wanted, "H200") == f"{share:.0%}, 26 of 31"
+    assert machine_code_page.told([toy], "cuda", wanted, "H100").endswith(", 26 of 44")
+    assert machine_code_page.told([toy], "cuda", wanted, "B200") == "-"
+    assert machine_code_page.told([toy], "triton", wanted, "H200") == "-"
+
+
+def test_the_page_has_what_people_run() -> None:
+    """Every rule is in it, with a number for each GPU in CUDA's table, and for each update a chain's gain."""
+    assert {wanted[0] for wanted in machine_code_page.PASSES.values()} == set(RULES)
+    for table in (machine_code_page.cuda_table(ROWS), machine_code_page.other_table(ROWS)):
+        assert [title for title, *_ in lines_of(table)] == list(machine_code_page.PASSES)
+    for _, *shares, further, _ in lines_of(machine_code_page.cuda_table(ROWS)):
+        assert all(re.fullmatch(r"\d+%, \d+ of \d+", share) for share in shares)
+        assert 5 < int(further) < 40
+    for title, *_, gains in lines_of(machine_code_page.other_table(ROWS)):
+        assert (gains == "-") == ("perturb" in title), title
+
+
+def lines_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def test_the_csv_has_every_row_and_its_prediction() -> None:
+    lines = list(csv.DictReader(machine_code_page.table_of_all(ROWS).splitlines()))
+    assert len(lines) == len(ROWS)
+    for line, stored in zip(lines, ROWS, strict=True):
+        assert (line["arch"], line["rule"], float(line["slots"])) == (
+            str(stored["arch"]),
+            stored["rule"],
+            stored["slots"],
+        )
+        assert sum(float(line[pipe]) for pipe in stored["pipes"]) == pytest.approx(stored["slots"], abs=1e-3)
+        for device, figures in model.DEVICES.items():
+            mine = figures.arch == stored["arch"]
+            chain = stored["kernel"] == "chain"
+            assert (line[f"predicted_{device}"] != "") == (mine and not chain)
+            assert (line[f"sweep_of_8_{device}"] != "") == (mine and chain)
+    (h200,) = [i for i, stored in enumerate(ROWS) if stored is row()]
+    assert lines[h200]["predicted_H200"] == f"{model.predicted_share(row(), 4, 'H200'):.3f}"
+
+
+def test_a_csv_of_older_rows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    older = tmp_path / "machine_code.csv"
+    older.write_text("older")
+    monkeypatch.setattr(machine_code_table, "ALL", older)
+    assert machine_code_table.main(["--check"]) == 1
+    assert "disagrees with machine_code.json: machine_code.csv" in capsys.readouterr().out
+    assert older.read_text() == "older"
+    older.write_text(machine_code_page.table_of_all(ROWS))
+    assert machine_code_table.main(["--check"]) == 0
+
+
+def test_gain_of_a_chain_is_passes_over_a_sweep() -> None:
+    chain = row(kernel="chain", dtype="float32", distribution="any", rounding="any", seeds="any")
+    alone = row(dtype="float32")
+    sweep = model.instructions(chain, stages=8)
+    expected = 8 * model.seconds(alone, 8, "H200") / model.seconds(chain, 8, "H200", sweep)
+    assert machine_code_page.gain(ROWS, chain, "H200") == pytest.approx(expected)
+    assert 1 < expected < 8
+
+
+def test_model_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="device is 'GeForce'; there are figures of A100, H100"):
+        model.predicted_share(row(), 4, "GeForce")
+    with pytest.raises(ValueError, match="row is code for 90 and A100 has 80"):
+        model.predicted_share(row(), 4, "A100")
+    with pytest.raises(ValueError, match="arch is 75"):
+        model.clocks({}, 75)
+    assert model.device_named("sm_90") is model.DEVICES["H200"]
+
+
+# --------------------------------------------------------------------------------------------------------- AMD's code
+
+AMD_LISTING = """
+kernel:
+\ts_load_dwordx2 s[2:3], s[0:1], 0x0
+\ts_branch .LBB0_3
+.LBB0_1:
+\tglobal_store_dwordx4 v0, v[2:5], s[2:3]
+\ts_cbranch_scc1 .LBB0_5
+.LBB0_3:
+\tglobal_load_dwordx4 v[2:5], v0, s[2:3]
+\ts_waitcnt vmcnt(0)
+\ts_cbranch_scc1 .LBB0_1
+\tv_mov_b32_e32 v1, v2
+.LBB0_2:                                ; the loop over seeds
+\tv_cvt_f32_i32_e32 v1, v1
+\tv_fma_f32 v2, v1, v1, v2
+\ts_cbranch_scc1 .LBB0_2
+\ts_branch .LBB0_1
+.LBB0_5:
+\tglobal_store_short v0, v2, s[2:3]
+\ts_cbranch_scc1 .LBB0_5
+\ts_endpgm
+\t.section\t.rodata
+    .sgpr_count:     20
+    .sgpr_spill_count: 1
+    .vgpr_count:     63
+    .vgpr_spill_count: 2
+"""
+
+
+def test_amd_counter_on_a_listing() -> None:
+    """A loop that is entered at its end, with a loop over seeds in it; the masked loop behind it is not hot."""
+    report = amdgcn.analyse(AMD_LISTING, 2)
+    assert report.pipes == {"branch": 3 / 8, "vmem": 2 / 8, "valu": 1 / 8, "wait": 1 / 8}
+    assert (report.slots, report.extra_slots) == (7 / 8, 3 / 8)
+    assert (report.registers, report.scalar_registers, report.vector_bytes) == (63, 20, 16)
+    assert (report.spills, report.scalar_spills) == (2, 1)
+    assert amdgcn.analyse(AMD_LISTING.replace("store_dwordx4", "store_dword"), 2).slots is None
+
+
+# -------------------------------------------------------------------------------------------------------- compiled anew
+
+
+@pytest.mark.slow_machine_code
+@pytest.mark.parametrize("arch", machine_code_page.ARCHS)
+def test_stored_rows_are_what_the_compilers_make(arch: int, tmp_path: Path) -> None:
+    """Every NVIDIA kernel of an architecture, with the compilers that the stored results name."""
+    triton = pytest.importorskip("triton")
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    here = {"nvcc": re.findall(r"release ([\d.]+)", release)[0], "triton": triton.__version__}
+    if here != STORED["compilers"]:
+        pytest.skip(f"the stored rows are of {STORED['compilers']}, here are {here}")
+    out = tmp_path / "reports.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "machine_code.py"), "--arch", str(arch), "--json", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reports = {report["name"]: report for report in json.loads(out.read_text())}
+    stored = {r["name"]: r for r in ROWS if r["arch"] == arch}
+    assert set(reports) == set(stored)
+    for name, report in reports.items():
+        assert report["spills"] == 0, name
+        assert report["barriers_in_loop"] == 0, name
+        assert report["registers"] == stored[name]["registers"], name
+        assert report["slots_per_element_k1"] == pytest.approx(stored[name]["slots"], abs=1e-3), name

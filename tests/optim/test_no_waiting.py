@@ -1,0 +1,220 @@
+"""Steps on a device never wait for it, by construction: run on PyTorch's device "meta", whose tensors have no values.
+
+Asking one for its value, or for a copy on the host, is an error of PyTorch's own, and what goes to the device is counted.
+An eager step may send numbers there if the host does not wait for their arrival; a captured one may not even do that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zokern
+from tests.optim.test_methods import METHODS, Case
+from tests.placement.test_pipelined import Net
+from zokern import backends, sweep
+from zokern.graphs.live import DeviceNumbers
+from zokern.optim import parameters
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.losses import Skips
+from zokern.passes.operands import Operands
+
+DEVICE = torch.device("meta")
+PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
+
+
+class MadeFromNumbers(TorchFunctionMode):
+    """Notes tensors that are made on the device from numbers of the host: PyTorch waits for their copy."""
+
+    def __init__(self, waited: list[str]) -> None:
+        super().__init__()
+        self.waited = waited
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        makers = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+        given = args[1] if func is Tensor.new_tensor else args[0] if args else None
+        if func in makers and out.device.type == DEVICE.type and not isinstance(given, Tensor):
+            self.waited.append(func.__name__)
+        return out
+
+
+class Transfers(TorchDispatchMode):
+    """Copies between devices: all, as (from, to), and the names of those to the device that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str]] = []
+        self.waited: list[str] = []
+        self.made = MadeFromNumbers(self.waited)
+
+    def __enter__(self) -> Transfers:
+        self.made.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.made.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.name().split(".")[0]
+        source, waits = None, False
+        if name == "aten::copy_":
+            source, waits = args[1], not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        elif name == "aten::_to_copy":
+            source, waits = args[0], not kwargs.get("non_blocking", False)
+        if isinstance(source, Tensor) and source.device.type != out.device.type:
+            self.seen.append((source.device.type, out.device.type))
+            if waits and source.device.type == "cpu":
+                self.waited.append(name)
+        elif source is None and isinstance(out, Tensor) and out.device.type == DEVICE.type:
+            # What an operation takes from the host it copies by itself, and waits: indices, and numbers of a `where`.
+            flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg])]
+            hosts = [x for x in flat if isinstance(x, Tensor) and x.device.type == "cpu"]
+            self.waited += [name for x in hosts if x.dim() or name == "aten::where"]
+        return out
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    return {k: v() if callable(v) else v for k, v in case.options.items()}
+
+
+def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, ZerothOrderOptimizer]:
+    model = Net().bfloat16().to(DEVICE)
+    monkeypatch.setattr(parameters, "check_parameter", lambda p, name: None)  # it refuses tensors without storage
+    monkeypatch.setattr(backends, "choose", lambda name, device: backends.module("cuda"))
+    monkeypatch.setattr(Operands, "tables", lambda self: [])  # numbers are sent, and nothing is launched
+    monkeypatch.setattr(sweep, "num_modes", lambda: 0)  # those of these tests look at transfers alone
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)  # what the copies are made from
+    # The count of skipped steps comes to the host by a CUDA event, in its own time.
+    monkeypatch.setattr(Skips, "look", lambda self: None)
+    return model, getattr(zokern, case.cls)(model, 1e-3, placement=placement, **options_of(case))
+
+
+def loss_of(model: Net) -> Tensor:
+    return model(torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)).float().square().mean()
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
+def test_an_eager_step_asks_the_device_for_nothing(case: Case, placement: str, monkeypatch) -> None:
+    model, opt = on_device(case, placement, monkeypatch)
+    with Transfers() as transfers:
+        for _ in range(3):
+            loss = opt.step(lambda: loss_of(model))
+    assert loss.device == DEVICE
+    assert set(transfers.seen) == {("cpu", "meta")}
+    assert transfers.waited == []
+
+
+@pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
+def test_a_step_after_a_load_asks_the_device_for_nothing(case: Case, monkeypatch) -> None:
+    """What a method remembers has come from the host."""
+    torch.manual_seed(1)
+    model = Net().bfloat16()
+    trained = getattr(zokern, case.cls)(model, 1e-3, placement="shadow", **options_of(case))
+    for _ in range(2):
+        trained.step(lambda: model(torch.zeros(2, 5, dtype=torch.int64)).float().square().mean())
+    model, opt = on_device(case, "shadow", monkeypatch)
+    opt.load_state_dict(trained.state_dict())
+    with Transfers() as transfers:
+        for _ in range(2):
+            opt.step(lambda: loss_of(model))
+    assert opt.counters["steps"] == 4
+    assert set(transfers.seen) == {("cpu", "meta")}
+    assert transfers.waited == []
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
+def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, placement: str, monkeypatch) -> None:
+    if case.remembers:
+        pytest.skip("update='adamezo' is refused by GraphedStep")
+    model, opt = on_device(case, placement, monkeypatch)
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
+
+    def step() -> None:
+        live.begin()
+        opt.step_with(live, lambda: loss_of(model))
+
+    step()
+    step()  # as GraphedStep's warm-up: what is kept on the device is there now
+    with Transfers() as transfers:
+        step()
+    assert transfers.seen == []
+
+
+READS = {
+    "float": float,
+    "bool": bool,
+    "item": Tensor.item,
+    "tolist": Tensor.tolist,
+    "cpu": Tensor.cpu,
+    "if": lambda x: 1.0 if x > 0 else 2.0,
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": torch.nonzero,
+    "a mask": lambda x: x[x > 0],
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=list(READS))
+def test_a_step_that_reads_a_value_is_noticed(read, monkeypatch) -> None:
+    model, opt = on_device(METHODS["mezo"], "shadow", monkeypatch)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        opt.step(lambda: (read(loss_of(model)), loss_of(model))[1])
+
+
+SENDS = {
+    "to": lambda x: x * torch.ones(2).to(DEVICE)[0],
+    "to another dtype": lambda x: x * torch.ones(2).to(DEVICE, torch.float64)[0],
+    "copy_": lambda x: x.clone().copy_(torch.ones(())),
+    "tensor": lambda x: x * torch.tensor(2.0, device=DEVICE),
+    "as_tensor": lambda x: x * torch.as_tensor([2.0], device=DEVICE)[0],
+    "new_tensor": lambda x: x * x.new_tensor(2.0),
+    "index": lambda x: x[None][torch.tensor([0])].sum(),
+    "where": lambda x: torch.where(x > 0, torch.tensor(2.0), x),
+}
+
+
+@pytest.mark.parametrize("send", SENDS.values(), ids=list(SENDS))
+def test_a_copy_that_the_host_waits_for_is_noticed(send, monkeypatch) -> None:
+    """The same steps pass with copies that it does not wait for, and with numbers that are filled in."""
+    for made, waits in ((send, True), (lambda x: x * 2.0 + torch.ones(2).to(DEVICE, non_blocking=True)[0], False)):
+        model, opt = on_device(METHODS["mezo"], "shadow", monkeypatch)
+        with Transfers() as transfers:
+            opt.step(lambda model=model, made=made: made(loss_of(model)))
+        assert bool(transfers.waited) == waits
+
+
+class FromTheDevice(TorchDispatchMode):
+    """Makes copies from "meta" to the host zeros, and notes whether the host waits for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        to_host = kwargs.get("device") == torch.device("cpu")
+        if func.name().split(".")[0] == "aten::_to_copy" and args[0].device == DEVICE and to_host:
+            self.waited.append(not kwargs.get("non_blocking", False))
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return func(*args, **kwargs)
+
+
+def test_the_host_waits_for_what_it_reads_itself() -> None:
+    """A learning rate on the device, weights and losses on the host: the host's pass must not run before it has come."""
+    model = Net()
+    opt = zokern.MeZO(model, torch.tensor(1e-3, device=DEVICE), placement="inplace")
+    with FromTheDevice() as copies:
+        opt.step(lambda: model(torch.zeros(2, 5, dtype=torch.int64)).square().mean())
+    assert copies.waited
+    assert all(copies.waited)

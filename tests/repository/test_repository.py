@@ -1,0 +1,85 @@
+"""What a newcomer runs first: the README's figures and example, the examples, the report."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    # A GPU-less machine's TRITON_INTERPRET of this suite is no business of a fresh process.
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**inherited, **env}, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "script", ["readme_tables.py", "convergence_page.py", "step_page.py", "rounding_page.py", "machine_code_table.py"]
+)
+def test_figures_in_pages_come_from_the_stored_results(script: str) -> None:
+    done = run(sys.executable, f"benchmarks/{script}", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/passes.md", "docs/journal.md", "docs/methods.md"])
+def test_python_blocks_run(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = run(sys.executable, "-c", block, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_examples_run(path: str) -> None:
+    done = run(sys.executable, f"examples/{path}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_tests_of_every_backend_name_the_device_too() -> None:
+    """zokern.noise makes its tensor on the CPU unless it is told otherwise, and there a GPU's backends refuse to run."""
+    seen = 0
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "zokern.noise"):
+                continue
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            if not isinstance(given.get("backend", ast.Constant(None)), ast.Constant):
+                seen += 1
+                assert "device" in given, f"{path.name}:{call.lineno}: backend is given and device is not"
+    assert seen >= 4
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_report_says_what_runs_and_why_the_rest_does_not() -> None:
+    done = run(sys.executable, "-m", "zokern", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    assert "ok: same bits as the reference" in done.stdout
+    assert "WRONG" not in done.stdout
+    assert "it works on CUDA tensors only" in done.stdout
+
+
+def test_report_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from zokern import report
+    from zokern.backends import cpu
+    from zokern.directions import DIRECTIONS
+    from zokern.passes.spec import PassSpec
+
+    right, wrong = cpu.run, PassSpec(direction=DIRECTIONS["rademacher"])
+    monkeypatch.setattr(cpu, "run", lambda table, kind, scalars: right(table, wrong, scalars))
+    assert report.self_check("cpu", torch.device("cpu")) is not None
