@@ -1,14 +1,26 @@
-"""zokern: fused kernels and a drop-in optimizer for zeroth-order fine-tuning, with forward passes only."""
+"""zokern: fused kernels and a drop-in optimizer for zeroth-order fine-tuning, with forward passes only.
 
-from zokern import journal
-from zokern._checks import ZokernWarning
+What is named here is loaded when it is first used: `import zokern` alone does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from zokern._version import __version__
-from zokern.directions import Normal, Rademacher
-from zokern.graphs import GraphedStep
-from zokern.layers import RandomBlocks
-from zokern.noise import noise
-from zokern.ops import add_noise_
-from zokern.optim import ES, FZOO, HELENE, ByLayer, HiZOO, LeZO, MeZO, MeZOGreedy, MeZOGV
+
+if TYPE_CHECKING:
+    from zokern import journal
+    from zokern._checks import ZokernWarning
+    from zokern.directions import Normal, Rademacher
+    from zokern.graphs import GraphedStep
+    from zokern.layers import RandomBlocks
+    from zokern.noise import noise
+    from zokern.ops import add_noise_
+    from zokern.optim import ES, FZOO, HELENE, ByLayer, HiZOO, LeZO, MeZO, MeZOGreedy, MeZOGV
 
 __all__ = [
     "ES",
@@ -30,3 +42,41 @@ __all__ = [
     "journal",
     "noise",
 ]
+_HOMES = {
+    "ByLayer": "optim",
+    "GraphedStep": "graphs",
+    "Normal": "directions",
+    "Rademacher": "directions",
+    "RandomBlocks": "layers",
+    "ZokernWarning": "_checks",
+    "add_noise_": "ops",
+    "noise": "noise",
+}
+
+
+class _Package(ModuleType):
+    """`noise` is the function, also once the module of that name is loaded, which Python puts here then."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.noise if name == "noise" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, a method of the registry by its class's name, or a module."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name[:1].isupper():
+        methods = importlib.import_module(f"{__name__}.optim").METHODS.values()
+        for cls in methods:
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -148,6 +148,23 @@ class DType(Kind):
 
 
 @dataclass(frozen=True)
+class Instance(Kind):
+    """An object of a class."""
+
+    cls: type
+
+    def check(self, value: Any, name: str) -> Any:
+        if not isinstance(value, self.cls):
+            got = value.__name__ if isinstance(value, type) else type(value).__name__
+            raise TypeError(f"{name} must be a {self.cls.__name__} object, got {got}")
+        return value
+
+    @property
+    def in_words(self) -> str:
+        return f"a {self.cls.__name__}"
+
+
+@dataclass(frozen=True)
 class Betas(Kind):
     """Two decay rates in [0, 1)."""
 

@@ -56,6 +56,10 @@ class Setting:
         """The value as it is kept. None is what it says where it is the default."""
         return None if value is None and self.default is None else self.kind.check(value, name or self.name)
 
+    def stored(self, value: Any) -> Any:
+        """A value as JSON."""
+        return None if value is None else self.kind.stored(value)
+
     def describe(self, *, default: bool = True) -> str:
         """Its meaning, what it may be and its default, in one line."""
         allowed = self.kind.in_words
@@ -133,8 +137,7 @@ class Settings:
 
     def stored(self, names: Mapping[str, Setting]) -> dict[str, Any]:
         """The attributes of some settings as JSON."""
-        values = {name: vars(self)[one.attribute] for name, one in names.items()}
-        return {name: None if value is None else names[name].kind.stored(value) for name, value in values.items()}
+        return {name: one.stored(vars(self)[one.attribute]) for name, one in names.items()}
 
 
 def shown(value: Any) -> str:

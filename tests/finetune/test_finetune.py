@@ -25,12 +25,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from typer.main import get_command  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from zokern.cli import app  # noqa: E402
-from zokern.finetune import FinetuneError, Options, data, docstrings, finetune, loop, methods, plots, tasks  # noqa: E402
+from zokern.cli import app, tuning  # noqa: E402
+from zokern.finetune import FinetuneError, Options, data, docstrings, finetune, loop, methods, plots, takers, tasks  # noqa: E402
 from zokern.finetune import models as finding  # noqa: E402
 from zokern.finetune.batches import Order, Rows, cut  # noqa: E402
 from zokern.finetune.display import Display, Status  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
+from zokern.optim import METHODS  # noqa: E402
 
 ANIMALS, FRUITS = ["cat", "dog", "cow", "hen", "fox", "owl"], ["fig", "plum", "pear", "lime", "kiwi", "date"]
 WORDS = [*ANIMALS, *FRUITS, "a", "the", "is", "here", "animal", "fruit", "big", "Topic", ":", "x"]
@@ -255,14 +256,14 @@ def test_wrong_options_are_named_with_the_allowed_range(change: dict, message: s
 
 
 def test_the_command_has_every_option_with_a_sentence_and_the_same_default() -> None:
-    parameters = {p.name: p for p in get_command(app).commands["finetune"].params if p.name != "help"}
+    parameters = {p.name: p for p in get_command(tuning.app).params if p.name != "help"}
     fields = {field.name: field for field in dataclasses.fields(Options)}
     assert set(parameters) == {*fields, "resume"}
     del parameters["resume"]
     for name, parameter in parameters.items():
         assert parameter.default == fields[name].default, name
         assert parameter.help.endswith("."), name
-        assert parameter.rich_help_panel, name
+        assert bool(parameter.rich_help_panel) == (name not in tuning.FIRST), name
 
 
 def test_the_command_reports_errors_and_leaves_the_output_alone(tmp_path: Path) -> None:
@@ -483,7 +484,7 @@ def test_the_method_gets_all_its_settings(options: Options) -> None:
     group = optimizer.param_groups[0]
     assert (optimizer.seed, group["eps"], group["lr"], group["weight_decay"]) == (5, 0.5, 0.25, 0.125)
     optimizer.step(lambda: torch.zeros(()))
-    assert optimizer.counters["forwards"] == methods.forwards(given) == 6
+    assert optimizer.counters["forwards"] == optimizer.forwards() == 6
     assert optimizer.state_dict()["zokern"]["options"]["distribution"] == "rademacher"
 
 
@@ -503,21 +504,23 @@ KEPT_AS = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
 
 
 def test_every_method_has_settings_here() -> None:
-    assert set(OWN_SETTINGS) == set(methods.METHODS)
-    assert set(methods.OWN) == {name for given in OWN_SETTINGS.values() for name in given} - {"num_dropped"}
+    assert set(OWN_SETTINGS) == set(METHODS)
+    own = set(takers.TAKERS) - set(takers.COMMON)
+    assert own == {name for given in OWN_SETTINGS.values() for name in given} - {"num_dropped"}
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_gets_its_own_settings(method: str, options: Options) -> None:
     """From the options through the files: the settings reach the optimizer, forwards are what was announced."""
     given = dataclasses.replace(options, method=method, lr=None, steps=2, eval_every=0, **OWN_SETTINGS[method])
     given.check()
     summary = finetune(given)
-    assert summary.counters["forwards"] == 2 * methods.forwards(given)
     train = [line for line in records(given.output) if line["kind"] == "train"]
     assert train[-1]["loss"] > 0  # of the model: a reward's sign is changed back
     model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(4)]))
-    kept = methods.build(model, given).state_dict()["zokern"]["options"]
+    optimizer = methods.build(model, given)
+    assert summary.counters["forwards"] == 2 * optimizer.forwards()
+    kept = optimizer.state_dict()["zokern"]["options"]
     for name, value in OWN_SETTINGS[method].items():
         if name == "num_dropped":
             assert kept["layers"]["num_dropped"] == value

@@ -303,14 +303,6 @@ def test_what_a_method_raises_reaches_the_user() -> None:
 class Own(ZerothOrderOptimizer):
     """MeZO with one sample."""
 
-    def __init__(self, params: object, lr: float, **options: Any) -> None:
-        settings = {"distribution": "normal", "seed": 0, "rounding": "auto", "placement": "auto", "pipelined": False}
-        super().__init__(
-            params,
-            {"lr": lr, "eps": options.pop("eps", 1e-3), "weight_decay": 0.0},
-            **{**settings, "layers": None, "backend": "auto", "options": {}, **options},
-        )
-
     def rounds(self) -> Rounds:
         plus, minus = yield [{self.numbers.seed(0): 1.0}, {self.numbers.seed(0): -1.0}]
         return Estimate({self.numbers.seed(0): (plus - minus) / 2}, (plus - minus) / 2)

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from zokern import bench as measuring
 from zokern.cli import journals
+from zokern.cli.waiting import spin_briefly
 
 LATE = {"finetune": "zokern.cli.tuning", "bench": "zokern.bench.cli"}  # the modules whose `app` these commands are
 
@@ -21,6 +22,8 @@ class Late(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
+        if name == "finetune":  # `bench` tells what torch does by itself
+            spin_briefly()
         if name in LATE:
             command = typer.main.get_command(importlib.import_module(LATE[name]).app)
         return name, command, rest
@@ -55,5 +58,6 @@ def finetune() -> None:
 
 
 app.command()(journals.replay)
+app.command()(journals.diff)
 app.add_typer(journals.app, name="journal")
 app.add_typer(typer.Typer(help=measuring.ABOUT), name="bench")

@@ -1,4 +1,4 @@
-"""`zokern replay` and `zokern journal`: a tuned model made again, and looks into journals."""
+"""`zokern replay`, `diff` and `journal`: a tuned model made again, and looks into journals."""
 
 from __future__ import annotations
 
@@ -90,7 +90,6 @@ def show(
         print(f"plot        {plot}")
 
 
-@app.command()
 def diff(
     a: Annotated[Path, typer.Argument(help="A journal.")], b: Annotated[Path, typer.Argument(help="Another.")]
 ) -> None:

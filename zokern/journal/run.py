@@ -107,10 +107,11 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path) -> Iterator[int]:
     """
     path = Path(path)
     reader, wanted = Reader(path), _header(optimizer)
+    header = {**reader.header, "options": optimizer.completed(reader.header.get("options") or {})}
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "states"):
-        if reader.header.get(name) != wanted[name]:
+        if header.get(name) != wanted[name]:
             raise JournalError(
-                f"{path}: {name} is {reader.header.get(name)!r} there, {wanted[name]!r} in this optimizer; make them agree"
+                f"{path}: {name} is {header.get(name)!r} there, {wanted[name]!r} in this optimizer; make them agree"
             )
     if reader.header.get("base") != wanted["base"]:
         raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")

@@ -33,6 +33,7 @@ from zokern.optim.parameters import Active, Parameters
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import Terms, sent
+from zokern.settings import Setting
 from zokern.sweep import NOTHING, Counters, Passes
 
 
@@ -48,8 +49,7 @@ class ZerothOrderOptimizer(Common, Method, torch.optim.Optimizer):
         direction = directions.parse(values["distribution"])
         groups, self.module, registry = parameters.parse(params)
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
-        own = {name: one for name, one in self.settings.items() if one.kept and name not in Common.settings}
-        self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(own)}
+        self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.listeners: list[Listener] = []
         self.reduce: Reduce | None = None
@@ -232,6 +232,15 @@ class ZerothOrderOptimizer(Common, Method, torch.optim.Optimizer):
         """The states that it keeps for each parameter: name -> (dtype, initial value)."""
         return self._parameters.spec
 
+    @classmethod
+    def own_settings(cls) -> dict[str, Setting]:
+        """Those that make one run of the method differ from another, beside the common ones."""
+        return {name: one for name, one in cls.settings.items() if one.kept and name not in Common.settings}
+
+    def completed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that a run left. An earlier version had fewer settings: what became one later was at its default."""
+        return {**{name: one.stored(one.default) for name, one in self.own_settings().items()}, **options}
+
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name: the module's, or those of its groups."""
         if self.module is not None:
@@ -292,6 +301,8 @@ class ZerothOrderOptimizer(Common, Method, torch.optim.Optimizer):
         saved = dict(state_dict)
         own = saved.pop("zokern", None)
         names = self._parameters.names(self)
+        if own is not None:
+            own = {**own, "options": self.completed(own["options"])}
         state.check(own, type(self).__name__, self.options, names, self.module is not None)
         kept = state.check_tensors(saved, self.param_groups, self._parameters.spec)
         super().load_state_dict(saved)

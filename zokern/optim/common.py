@@ -10,7 +10,7 @@ from torch import Tensor
 from zokern import backends, directions
 from zokern import placement as placements
 from zokern.contract.streams import ROUNDINGS
-from zokern.kinds import Choice, Flag, Integer, Kind
+from zokern.kinds import Choice, Flag, Instance, Integer, Kind
 from zokern.layers import RandomBlocks
 from zokern.optim.parameters import RATES
 from zokern.settings import Settings, setting
@@ -51,7 +51,7 @@ class Common(Settings):
     distribution: InitVar[str | directions.Direction] = setting(
         default="normal",
         kind=Choice(tuple(directions.DIRECTIONS), directions.parse),
-        help="Of the directions' elements; rademacher is +1 or -1.",
+        help="Of the directions' elements; rademacher is +1 or -1. In Python also an object, as zokern.Rademacher().",
         kept=False,
     )
     seed: int = setting(
@@ -84,7 +84,7 @@ class Common(Settings):
     )
     layers: RandomBlocks | None = setting(
         default=None,
-        kind=Kind(),
+        kind=Instance(RandomBlocks),
         help="RandomBlocks(num_dropped) leaves out that many transformer blocks in each step (LeZO).",
         flags=None,
     )

@@ -15,8 +15,8 @@ from zokern.optim.mezo import LeZO, MeZO
 
 
 class Entry(NamedTuple):
-    """about: what it does, in half a line. lr: what suits encoders of some ten million parameters; lr_of: likewise, for each
-    `update`. forwards, passes and state (for each parameter) are for people, in the letter that stands for `many`."""
+    """about: what it does, in half a line. lr: what suits encoders of some ten million parameters; lr_of: likewise, for
+    each `update`. forwards, passes and state (for each parameter) are for people, in the letter that stands for `many`."""
 
     cls: type[ZerothOrderOptimizer]
     title: str
@@ -37,11 +37,13 @@ ENTRIES: dict[str, Entry] = {
         "; one-sided, signs, momentum, Adam, AdaMeZO", _UPDATES,
     ),
     "lezo": Entry(
-        LeZO, "LeZO", "mezo on random blocks", 2e-4, "the method's", "the method's, of the active blocks only", "the method's",
+        LeZO, "LeZO", "mezo on random blocks", 2e-4,
+        "the method's", "the method's, of the active blocks only", "the method's",
         also=", or `layers=zokern.RandomBlocks(n)` with any method", lr_of=_UPDATES,
     ),
     "hizoo": Entry(
-        HiZOO, "HiZOO", "a diagonal curvature from one forward more", 5e-5, "2n + 1", "2n + 1", "4 bytes (or 2)", "n samples"
+        HiZOO, "HiZOO", "a diagonal curvature from one forward more", 5e-5,
+        "2n + 1", "2n + 1", "4 bytes (or 2)", "n samples",
     ),
     "helene": Entry(
         HELENE, "HELENE", "momentum over a curvature with a floor", 5e-6, "2n", "2n + 1", "8 bytes", "n samples"
