@@ -158,6 +158,22 @@ def add_noise_(
 
     No allocation grows with the tensors, and nothing waits for the device.
     """
+    operands = _operands(tensors, tensor_ids, out, offsets, strides)
+    given = _seed_tensor(seeds), _coef_tensor(coefs), _decay_tensor(decay)
+    _check_places(*given, operands.src[0].device)
+    spec = PassSpec(RULES["axpy"], directions.parse(distribution), rounding)
+    numbers = _numbers(*given, rounding, rounding_seed)
+    with torch.no_grad():
+        run(operands, spec, numbers, backend)
+
+
+def _operands(
+    tensors: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    out: Sequence[Tensor] | None,
+    offsets: Sequence[int] | None,
+    strides: Sequence[int] | None,
+) -> Operands:
     if isinstance(tensors, Tensor):
         raise TypeError("tensors must be a list of tensors; for one tensor t pass [t]")
     src = list(tensors)
@@ -180,28 +196,29 @@ def add_noise_(
             )
     operands = Operands(src, dst, [], ids, starts, [0] * len(src), strides=apart)
     operands.check()
-    device = src[0].device
-    seed_tensor, coef_tensor = _seed_tensor(seeds), _coef_tensor(coefs)
-    if seed_tensor.shape != coef_tensor.shape:
-        raise ValueError(
-            f"seeds has {seed_tensor.numel()} entries and coefs has {coef_tensor.numel()}; they go in pairs"
-        )
-    if isinstance(decay, Tensor):
-        if decay.dtype != torch.float32 or decay.numel() != 1:
-            raise TypeError(
-                f"decay must be a number or a float32 tensor with one element, got {_checks.describe(decay)}"
-            )
-        decays = decay.reshape(1)
-    else:
-        decays = torch.tensor(
-            [_checks.check_number(decay, "decay", -_checks.MAX_FLOAT32, _checks.MAX_FLOAT32)], dtype=torch.float32
-        )
-    for name, t in (("seeds", seed_tensor), ("coefs", coef_tensor), ("decay", decays)):
+    return operands
+
+
+def _decay_tensor(decay: float | Tensor) -> Tensor:
+    if not isinstance(decay, Tensor):
+        value = _checks.check_number(decay, "decay", -_checks.MAX_FLOAT32, _checks.MAX_FLOAT32)
+        return torch.tensor([value], dtype=torch.float32)
+    if decay.dtype != torch.float32 or decay.numel() != 1:
+        raise TypeError(f"decay must be a number or a float32 tensor with one element, got {_checks.describe(decay)}")
+    return decay.reshape(1)
+
+
+def _check_places(seeds: Tensor, coefs: Tensor, decay: Tensor, device: torch.device) -> None:
+    if seeds.shape != coefs.shape:
+        raise ValueError(f"seeds has {seeds.numel()} entries and coefs has {coefs.numel()}; they go in pairs")
+    for name, t in (("seeds", seeds), ("coefs", coefs), ("decay", decay)):
         if t.device.type != "cpu" and t.device != device:
             raise ValueError(f"{name} is on {t.device}, tensors on {device}; put it there or on the CPU")
         if t.device.type != "cpu" and device.type == "cpu":
             raise ValueError(f"{name} is on {t.device}, tensors on the CPU")
-    spec = PassSpec(RULES["axpy"], directions.parse(distribution), rounding)
+
+
+def _numbers(seeds: Tensor, coefs: Tensor, decay: Tensor, rounding: str, rounding_seed: int | None) -> PassNumbers:
     if (rounding == "stochastic") != (rounding_seed is not None):
         raise ValueError(
             f"rounding is {rounding!r} and rounding_seed is {rounding_seed}; stochastic rounding needs a seed of its own, "
@@ -210,6 +227,4 @@ def add_noise_(
     rounding_tensor = None
     if rounding_seed is not None:
         rounding_tensor = torch.tensor([_checks.check_seed(rounding_seed, "rounding_seed"), 0], dtype=torch.int64)
-    numbers = PassNumbers(seed_tensor, coef_tensor.reshape(1, 1, -1), decays.reshape(1, 1), rounding_tensor)
-    with torch.no_grad():
-        run(operands, spec, numbers, backend)
+    return PassNumbers(seeds, coefs.reshape(1, 1, -1), decay.reshape(1, 1), rounding_tensor)

@@ -85,93 +85,117 @@ def factor(schedule: str, warmup: int, steps: int) -> Callable[[int], float]:
 
 def train(task: Task, optimizer: Any, options: Options, output: Output, display: Display, done: int = 0) -> Result:
     """Run steps `done` to options.steps, or fewer after a Ctrl-C. The weights are clean on return."""
-    schedule = factor(options.lr_schedule, options.warmup_steps, options.steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    scheduler.last_epoch, scheduler._step_count = done, done + 1
-    for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-        group["lr"] = base * schedule(done)
-    order, clock, interrupt = Order(len(task.sets["train"][1]), options.seed), Clock(task.device), Interrupt()
-    status, begun, evaluating = Status(), time.perf_counter(), 0.0
-    recent: list[Tensor] = []
-    sign = -1.0 if optimizer.maximises else 1.0  # what maximises takes a reward
-    step, interrupted = done, False
-    for _ in range(done * options.accumulate):
-        order.draw(options.batch_size)  # the batches that the run has had
+    return _Training(task, optimizer, options, output, display, done).run()
 
-    def closure(batch: Batch) -> Tensor:
-        interrupt.raise_if_asked()
-        with clock.measure("forwards"):
-            return sign * task.loss(batch)
 
-    def check() -> None:
-        if not interrupted:
-            interrupt.raise_if_asked()
+class _Training:
+    """A run of the loop. step: how many are done; evaluating: seconds of that; before, after: accuracy and loss held out."""
 
-    def assess() -> tuple[float, float]:
-        nonlocal evaluating
+    def __init__(
+        self, task: Task, optimizer: Any, options: Options, output: Output, display: Display, done: int
+    ) -> None:
+        self.task, self.optimizer, self.options, self.output, self.display = task, optimizer, options, output, display
+        schedule = factor(options.lr_schedule, options.warmup_steps, options.steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        self.scheduler.last_epoch, self.scheduler._step_count = done, done + 1
+        for group, base in zip(optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * schedule(done)
+        self.order = Order(len(task.sets["train"][1]), options.seed)
+        for _ in range(done * options.accumulate):
+            self.order.draw(options.batch_size)  # the batches that the run has had
+        self.clock, self.interrupt, self.status = Clock(task.device), Interrupt(), Status()
+        self.sign = -1.0 if optimizer.maximises else 1.0  # what maximises takes a reward
+        self.recent: list[Tensor] = []
+        self.step, self.resumed, self.interrupted = done, done > 0, False
+        self.begun, self.evaluating = time.perf_counter(), 0.0
+
+    def run(self) -> Result:
+        with torch.no_grad(), self.display, self.interrupt.installed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZokernWarning)  # of skipped steps: the display has their count
+            self.before = self.after = self._before()
+            self.status.accuracy_before = self.before[0]
+            spent = max((record["seconds"] for record in self.output.records if self.resumed), default=0.0)
+            self.begun, self.evaluating = time.perf_counter() - spent, 0.0
+            try:
+                while self.step < self.options.steps:
+                    self._step()
+            except KeyboardInterrupt:
+                self.interrupted = True
+                self.display.note(f"stopped by Ctrl-C after {self.step} steps; saving")
+            trained = time.perf_counter() - self.begun - self.evaluating
+            try:
+                self.after = self._assess()
+            except KeyboardInterrupt:  # while the last evaluation ran: what has been learnt is saved all the same
+                self.interrupted = True
+                self.display.note("the last evaluation was skipped; the accuracy is the one before")
+            self.display.finish(dataclasses.replace(self.status, step=self.step))
+        measured = self.clock.seconds()
+        forwards, stepping = measured.get("forwards", 0.0), measured.get("step", 0.0)
+        seconds = {"training": trained, "forwards": forwards, "passes": stepping - forwards,
+                   "evaluations": self.evaluating}  # fmt: skip
+        accuracy, loss = zip(self.before, self.after, strict=True)
+        return Result(self.step, self.interrupted, accuracy, loss, seconds)
+
+    def _before(self) -> tuple[float, float]:
+        for record in self.output.records:
+            if record["kind"] == "eval":
+                return record["accuracy"], record["loss"]
+        return self._assess()
+
+    def _step(self) -> None:
+        options = self.options
+        draws = [self.order.draw(options.batch_size) for _ in range(options.accumulate)]
+        micro = [self.task.batch("train", draw) for draw in draws]
+        with self.clock.measure("step"):
+            loss = self.optimizer.step(self._closure, micro)
+        self.recent.append(self.sign * loss.detach())
+        self.step += 1
+        if self.step % options.log_every == 0 or self.step == options.steps:
+            self._report()
+        if options.eval_every and self.step % options.eval_every == 0 and self.step < options.steps:
+            self.after = self._assess()
+        self.scheduler.step()
+        self.interrupt.raise_if_asked()
+
+    def _closure(self, batch: Batch) -> Tensor:
+        self.interrupt.raise_if_asked()
+        with self.clock.measure("forwards"):
+            return self.sign * self.task.loss(batch)
+
+    def _check(self) -> None:
+        if not self.interrupted:
+            self.interrupt.raise_if_asked()
+
+    def _assess(self) -> tuple[float, float]:
         start = time.perf_counter()
         try:
-            accuracy, loss = evaluate(task, "eval", options.eval_batch_size, check)
+            accuracy, loss = evaluate(self.task, "eval", self.options.eval_batch_size, self._check)
         finally:
-            evaluating += time.perf_counter() - start
-        status.accuracy = accuracy
-        output.log({"kind": "eval", "step": step, "loss": loss, "accuracy": accuracy, **progress()})
+            self.evaluating += time.perf_counter() - start
+        self.status.accuracy = accuracy
+        self.output.log({"kind": "eval", "step": self.step, "loss": loss, "accuracy": accuracy, **self._progress()})
         return accuracy, loss
 
-    def progress() -> dict[str, Any]:
-        group = optimizer.param_groups[0]
+    def _progress(self) -> dict[str, Any]:
+        group = self.optimizer.param_groups[0]
         return {
             "lr": float(group["lr"]),
             "eps": float(group["eps"]),
-            "seconds": round(time.perf_counter() - begun - evaluating, 4),
-            "forwards": optimizer.counters["forwards"],
+            "seconds": round(time.perf_counter() - self.begun - self.evaluating, 4),
+            "forwards": self.optimizer.counters["forwards"],
         }
 
-    def report() -> None:
-        losses = torch.stack(recent).float()
-        recent.clear()
+    def _report(self) -> None:
+        losses, status = torch.stack(self.recent).float(), self.status
+        self.recent.clear()
         finite = losses[losses.isfinite()]
         loss = finite.mean().item() if len(finite) else float("nan")
         if math.isfinite(loss):
             status.loss = 0.6 * status.loss + 0.4 * loss if math.isfinite(status.loss) else loss
-        status.projected_gradient = float(optimizer.metrics["projected_gradient"])
-        status.step, status.memory, status.skipped = step, memory(task.device), optimizer.skipped_steps
-        output.log({"kind": "train", "step": step, "loss": loss, "projected_gradient": status.projected_gradient,
-                    "skipped": status.skipped, **progress()})  # fmt: skip
-        display.update(status)
-        clock.seconds()
-
-    with torch.no_grad(), display, interrupt.installed(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZokernWarning)  # of skipped steps: the display has their count
-        earlier = [record for record in output.records if record["kind"] == "eval"]
-        before = after = (earlier[0]["accuracy"], earlier[0]["loss"]) if earlier else assess()
-        status.accuracy_before = before[0]
-        begun = time.perf_counter() - max((record["seconds"] for record in output.records if done), default=0.0)
-        evaluating = 0.0
-        try:
-            while step < options.steps:
-                micro = [task.batch("train", order.draw(options.batch_size)) for _ in range(options.accumulate)]
-                with clock.measure("step"):
-                    loss = optimizer.step(closure, micro)
-                recent.append(sign * loss.detach())
-                step += 1
-                if step % options.log_every == 0 or step == options.steps:
-                    report()
-                if options.eval_every and step % options.eval_every == 0 and step < options.steps:
-                    after = assess()
-                scheduler.step()
-                interrupt.raise_if_asked()
-        except KeyboardInterrupt:
-            interrupted = True
-            display.note(f"stopped by Ctrl-C after {step} steps; saving")
-        trained = time.perf_counter() - begun - evaluating
-        try:
-            after = assess()
-        except KeyboardInterrupt:  # while the last evaluation ran: what has been learnt is saved all the same
-            interrupted = True
-            display.note("the last evaluation was skipped; the accuracy is the one before")
-        display.finish(dataclasses.replace(status, step=step))
-    measured = clock.seconds()
-    forwards, stepping = measured.get("forwards", 0.0), measured.get("step", 0.0)
-    seconds = {"training": trained, "forwards": forwards, "passes": stepping - forwards, "evaluations": evaluating}
-    return Result(step, interrupted, (before[0], after[0]), (before[1], after[1]), seconds)
+        status.projected_gradient = float(self.optimizer.metrics["projected_gradient"])
+        status.step, status.memory = self.step, memory(self.task.device)
+        status.skipped = self.optimizer.skipped_steps
+        self.output.log({"kind": "train", "step": self.step, "loss": loss, "skipped": status.skipped,
+                         "projected_gradient": status.projected_gradient, **self._progress()})  # fmt: skip
+        self.display.update(status)
+        self.clock.seconds()

@@ -71,18 +71,8 @@ class Options:
         "auto goes by the model's configuration and says what it picked.",
         panel=DATA,
     )
-    text_column: str = option(
-        default="text",
-        kind=Text(),
-        help="The column that holds the texts.",
-        panel=DATA,
-    )
-    label_column: str = option(
-        default="label",
-        kind=Text(),
-        help="The column that holds the labels.",
-        panel=DATA,
-    )
+    text_column: str = option(default="text", kind=Text(), help="The column that holds the texts.", panel=DATA)
+    label_column: str = option(default="label", kind=Text(), help="The column that holds the labels.", panel=DATA)
     eval_data: str | None = option(
         default=None,
         kind=Text(),
@@ -144,16 +134,8 @@ class Options:
         "none; for lezo three quarters of the blocks, as published.",
         panel=METHOD,
     )
-    steps: int = option(
-        default=500,
-        kind=Integer(1),
-        help="Optimizer steps.",
-    )
-    batch_size: int = option(
-        default=16,
-        kind=Integer(1),
-        help="Texts a forward.",
-    )
+    steps: int = option(default=500, kind=Integer(1), help="Optimizer steps.")
+    batch_size: int = option(default=16, kind=Integer(1), help="Texts a forward.")
     accumulate: int = option(
         default=1,
         kind=Integer(1),
@@ -167,22 +149,12 @@ class Options:
         panel=SCHEDULE,
     )
     warmup_steps: int = option(
-        default=0,
-        kind=Integer(0),
-        help="Steps over which the learning rate rises to --lr.",
-        panel=SCHEDULE,
+        default=0, kind=Integer(0), help="Steps over which the learning rate rises to --lr.", panel=SCHEDULE
     )
     eval_every: int = option(
-        default=100,
-        kind=Integer(0),
-        help="Steps between evaluations; 0 for before and after only.",
+        default=100, kind=Integer(0), help="Steps between evaluations; 0 for before and after only."
     )
-    eval_batch_size: int = option(
-        default=64,
-        kind=Integer(1),
-        help="Texts a forward in evaluations.",
-        panel=EVALUATION,
-    )
+    eval_batch_size: int = option(default=64, kind=Integer(1), help="Texts a forward in evaluations.", panel=EVALUATION)
     log_every: int = option(
         default=10,
         kind=Integer(1),
@@ -210,9 +182,7 @@ class Options:
         flags=("--journal/--no-journal",),
     )
     device: str = option(
-        default="auto",
-        kind=Text(),
-        help="cpu, cuda or cuda:N. auto is the first GPU, where there is one.",
+        default="auto", kind=Text(), help="cpu, cuda or cuda:N. auto is the first GPU, where there is one."
     )
     dtype: str = option(
         default="auto",
@@ -221,10 +191,7 @@ class Options:
         panel=HARDWARE,
     )
     threads: int | None = option(
-        default=None,
-        kind=Integer(1, 4096),
-        help="CPU threads of torch. Default: as torch chooses.",
-        panel=HARDWARE,
+        default=None, kind=Integer(1, 4096), help="CPU threads of torch. Default: as torch chooses.", panel=HARDWARE
     )
 
     if TYPE_CHECKING:  # those of the methods
@@ -253,36 +220,8 @@ class Options:
                         f"{', '.join(takers.methods(name))}"
                     )
                 _check(name, kind, value, None)
-        self._check_together()
-        self._check_paths()
-
-    def _check_together(self) -> None:
-        if self.pipelined and self.placement == "inplace":
-            raise FinetuneError(
-                "--pipelined writes perturbed weights into copies, and --placement inplace has none; "
-                "take --placement shadow or stream"
-            )
-        if self.warmup_steps > self.steps:
-            raise FinetuneError(
-                f"--warmup-steps is {self.warmup_steps}; allowed: at most --steps, which is {self.steps}"
-            )
-        if not (
-            self.device in ("auto", "cpu", "cuda") or (self.device.startswith("cuda:") and self.device[5:].isdigit())
-        ):
-            raise FinetuneError(f"--device is {self.device!r}; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
-        if self.eval_data is not None and self.data == "docstrings":
-            raise FinetuneError("--eval-data needs --data: the embedded docstrings bring their own held-out sentences")
-
-    def _check_paths(self) -> None:
-        for name in ("data", "eval_data"):
-            value = getattr(self, name)
-            if value is not None and value.endswith((".csv", ".tsv", ".jsonl", ".json")) and not Path(value).is_file():
-                raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
-        if self.output.is_dir() and any(self.output.iterdir()) and not self.force:
-            raise FinetuneError(
-                f"--output {str(self.output)!r} is not empty; give another directory, "
-                "or --force to replace an earlier run there"
-            )
+        _check_together(self)
+        _check_paths(self)
 
     @classmethod
     def load(cls, directory: Path) -> Options:
@@ -308,6 +247,37 @@ def _check(name: str, kind: Kind, value: Any, default: Any) -> None:
     except (TypeError, ValueError) as error:
         allowed = f"{flag(name)} is {value!r}; allowed: {kind.allowed}" if kind.allowed else str(error)
         raise FinetuneError(allowed) from error
+
+
+def _check_together(options: Options) -> None:
+    if options.pipelined and options.placement == "inplace":
+        raise FinetuneError(
+            "--pipelined writes perturbed weights into copies, and --placement inplace has none; "
+            "take --placement shadow or stream"
+        )
+    if options.warmup_steps > options.steps:
+        raise FinetuneError(
+            f"--warmup-steps is {options.warmup_steps}; allowed: at most --steps, which is {options.steps}"
+        )
+    if not (
+        options.device in ("auto", "cpu", "cuda")
+        or (options.device.startswith("cuda:") and options.device[5:].isdigit())
+    ):
+        raise FinetuneError(f"--device is {options.device!r}; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
+    if options.eval_data is not None and options.data == "docstrings":
+        raise FinetuneError("--eval-data needs --data: the embedded docstrings bring their own held-out sentences")
+
+
+def _check_paths(options: Options) -> None:
+    for name in ("data", "eval_data"):
+        value = getattr(options, name)
+        if value is not None and value.endswith((".csv", ".tsv", ".jsonl", ".json")) and not Path(value).is_file():
+            raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
+    if options.output.is_dir() and any(options.output.iterdir()) and not options.force:
+        raise FinetuneError(
+            f"--output {str(options.output)!r} is not empty; give another directory, "
+            "or --force to replace an earlier run there"
+        )
 
 
 def flag(name: str) -> str:

@@ -23,6 +23,7 @@ from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output
 from zokern.finetune.prompts import Prompt
 from zokern.finetune.tasks import Classifier, Similarity, Task
+from zokern.optim import ZerothOrderOptimizer
 from zokern.report import versions
 
 _PACKAGES = ("zokern", "torch", "transformers", "datasets", "tokenizers", "numpy")
@@ -84,15 +85,11 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
     def say(name: str, value: str) -> None:
         console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
 
-    settings = f"lr {float(optimizer.param_groups[0]['lr']):g} {options.lr_schedule}, eps {options.eps:g}"
-    each = f"{optimizer.forwards() * options.accumulate} forwards of {options.batch_size} texts a step, no backward"
-    say(
-        "model",
-        f"{options.model}: {config.model_type}, {tuned / 1e6:,.1f} million parameters, {_name(dtype)} on {device}",
-    )
+    where = f"{_name(dtype)} on {device}"
+    say("model", f"{options.model}: {config.model_type}, {tuned / 1e6:,.1f} million parameters, {where}")
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
     say("objective", f"{objective} ({reason})")
-    say("method", f"{options.method}, {settings}, {each}")
+    say("method", _method(options, optimizer))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
 
     display = Display(console, options.steps, f"zokern finetune, {options.method}")
@@ -111,6 +108,13 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
     output.save_json("run.json", _record(options, data, summary))
     _print(summary, say)
     return summary
+
+
+def _method(options: Options, optimizer: ZerothOrderOptimizer) -> str:
+    settings = f"lr {float(optimizer.param_groups[0]['lr']):g} {options.lr_schedule}, eps {options.eps:g}"
+    forwards = optimizer.forwards() * options.accumulate
+    each = f"{forwards} forwards of {options.batch_size} texts a step, no backward"
+    return f"{options.method}, {settings}, {each}"
 
 
 def _open(

@@ -1,0 +1,44 @@
+"""What GraphedStep needs of an optimizer: whether its steps can be captured, on what they work, and their count."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zokern.optim.held import Held
+from zokern.sweep import Counters
+
+
+class Captured(Held):
+    def rows_changed(self) -> None:
+        """What rows of numbers go by, `row_key`, is no longer the same."""
+        self._parameters.forget()
+
+    def check_groups(self) -> None:
+        """The groups' numbers, which users and schedulers change."""
+        self._parameters.check_groups(self, self.pipelined)
+
+    def why_not_graphed(self) -> str | None:
+        """What keeps a step of this optimizer from being the same launches each time."""
+        if self.layers is not None:
+            return "layers leaves out other blocks in each step"
+        if self.pipelined:
+            return "pipelined=True fills a step's first copies in the step before"
+        if self.listeners:
+            return "a journal is written, which needs each step's numbers on the host"
+        return super().why_not_graphed()
+
+    def captured_tensors(self) -> list[Tensor]:
+        """What a captured step works on beside the parameters."""
+        states = [t for kept in self.state.values() for t in kept.values() if isinstance(t, Tensor)]
+        return [self._skips.count, *states, *self._placement.memory(), *super().captured_tensors()]
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        self._passes.counters = Counters(**counters)
+
+    def launched_again(self, metrics: dict[str, Tensor], cost: dict[str, int]) -> None:
+        """A captured step has been launched: takes note of it as `step` would have."""
+        self._skips.warn()
+        self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
+        self.metrics = metrics
+        self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
+        self._skips.look()

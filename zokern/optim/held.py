@@ -1,0 +1,111 @@
+"""What an optimizer holds between steps, and what it tells of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from zokern import directions
+from zokern import placement as placements
+from zokern.optim import parameters, state
+from zokern.optim.common import Common
+from zokern.optim.events import Listener
+from zokern.optim.losses import Reduce, Skips
+from zokern.optim.method import Method
+from zokern.optim.parameters import Parameters
+from zokern.settings import Setting
+from zokern.sweep import Passes
+
+
+class Held(Common, Method, torch.optim.Optimizer):
+    """options: what a saved state must agree on. listeners: called with a StepEvent after every step. reduce: a round's
+    losses on this process -> those that all processes work with.
+    """
+
+    def __init__(self, params: object, lr: float | Tensor, **given: Any) -> None:
+        values = self.take({"params": params, "lr": lr, **given})
+        direction = directions.parse(values["distribution"])
+        groups, self.module, registry = parameters.parse(params)
+        self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
+        self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
+        self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
+        self.listeners: list[Listener] = []
+        self.reduce: Reduce | None = None
+        self._parameters = Parameters(registry, self.states())
+        self._passes = Passes(direction, values["backend"])
+        self._skips = Skips()
+        rates = {name: values[name] for name in parameters.RATES}
+        torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), rates)
+        self.settle()
+        self.options["layers"] = None
+        if self.layers is not None:
+            self.layers.bind(self.module)
+            self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
+        sixteen_bit = any(p.element_size() == 2 for group in self.param_groups for p in group["params"])
+        self._placement = placements.make(
+            values["placement"], self.module, sixteen_bit, self._passes, pipelined=self.pipelined
+        )
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """ "steps", "forwards", "passes", "launches" and "elements_moved" of this run so far."""
+        return asdict(self._passes.counters)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose update was skipped because a loss was not finite. Waits for the device."""
+        return int(self._skips.count)
+
+    @property
+    def placement(self) -> str:
+        """The name of the placement in use: what "auto" has become."""
+        return self._placement.name
+
+    @property
+    def backend(self) -> str:
+        """As it was given."""
+        return self._passes.backend
+
+    @property
+    def state_spec(self) -> state.Spec:
+        """The states that it keeps for each parameter: name -> (dtype, initial value)."""
+        return self._parameters.spec
+
+    @classmethod
+    def own_settings(cls) -> dict[str, Setting]:
+        """Those that make one run of the method differ from another, beside the common ones."""
+        return {name: one for name, one in cls.settings.items() if one.kept and name not in Common.settings}
+
+    def completed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that a run left. An earlier version had fewer settings: what became one later was at its default."""
+        return {**{name: one.stored(one.default) for name, one in self.own_settings().items()}, **options}
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters by name: the module's, or those of its groups."""
+        if self.module is not None:
+            return dict(self.module.named_parameters())
+        names = self._parameters.names(self)
+        return {name: p for own, group in zip(names, self.param_groups, strict=True)
+                for name, p in zip(own, group["params"], strict=True)}  # fmt: skip
+
+    def layout(self) -> dict[str, Any]:
+        """What a replay has to know of the parameters as they are: ids, shapes, dtypes, groups, rows and blocks."""
+        return self._parameters.layout(self, anew=True)
+
+    def resumed(self, steps: int, skipped: int) -> None:
+        """Weights, states and what the method remembers are those of after this many steps."""
+        self._passes.counters.steps = steps
+        self._skips.load(skipped)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            self._parameters.registry.add(p)
+            parameters.check_parameter(p, f"params: {self._parameters.registry.names[id(p)]}")
+        parameters.check_group(group, len(self.param_groups) - 1)
