@@ -1,38 +1,26 @@
-"""The commands `zokern bench step` and `zokern bench scaling`: options, their checks, progress, a table.
+"""The commands `zokern bench step` and `zokern bench scaling`: options, progress, a table.
 
-Lists are given with commas. A value that cannot be is refused before anything is built, by the name of its option.
+A value that cannot be is refused before anything is built, by the name of its option (options.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zokern.bench.devices import find_device
+from zokern.bench import options
+from zokern.bench.cases import DTYPES
 from zokern.bench.models import MODELS
-from zokern.bench.step_options import (
-    choices,
-    gigabytes,
-    limits,
-    output_path,
-    refuse,
-)
-from zokern.bench.step_options import (
-    sizes as parse_sizes,
-)
-from zokern.bench.step_options import (
-    tokens as parse_tokens,
-)
-from zokern.finetune.methods import METHODS
+from zokern.optim import METHODS
+from zokern.placement import PLACEMENTS
 
-PLACEMENTS = ("auto", "inplace", "shadow", "stream")
+if TYPE_CHECKING:
+    from zokern.bench.turns import Turns
+
 WAYS = (*PLACEMENTS, "shadow-pipelined", "stream-pipelined")
-DTYPES = ("float32", "bfloat16", "float16")
-
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto is the first GPU, where there is one.")]
 Placements = Annotated[
     str,
     typer.Option(
@@ -52,26 +40,21 @@ MemoryLimit = Annotated[
 ]
 
 
-def _show(run: Any, visits: int, columns: Sequence[str], rows_of: Any, notes_of: Any) -> None:
+def _show(run: Turns, columns: Sequence[str], rows_of: Any, notes_of: Any) -> None:
     """Runs with a live bar that names the case at work, then prints the table and what is not in it."""
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
+
+    from zokern.bench import tables
 
     console = Console()
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("", total=visits)
+        bar = progress.add_task("", total=run.visits)
         run.tick = lambda name: progress.update(bar, description=name, advance=1)
         results = run.run()
-    table = Table(title=f"{run.device}, {run.budget.seconds:.0f} s", box=None, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=column in columns[:2], justify="left" if column == "case" else "right")
-    for row in rows_of(results):
-        table.add_row(*row)
-    console.print(table)
-    for line in notes_of(results):
+    console.print(tables.steps(f"{run.device}, {run.budget.seconds:.0f} s", columns, rows_of(results)))
+    for line in [*notes_of(results), f"stored in {run.path}"]:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"stored in {run.path}", highlight=False, soft_wrap=True)
 
 
 def step(
@@ -102,7 +85,7 @@ def step(
     dtype: Annotated[
         str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}. auto: float32 on a CPU, bfloat16 on a GPU.")
     ] = "auto",
-    device: Device = "auto",
+    device: options.Device = "auto",
     rounds: Annotated[
         int | None, typer.Option(help="Timed visits to each case, which take turns. Default: 5 on a CPU, 10 on a GPU.")
     ] = None,
@@ -126,30 +109,25 @@ def step(
     Memory is what a step takes beyond a forward, as a share of the weights. Peers are plain PyTorch in the published
     order of work; what to quote are ratios within one run.
     """
-    chosen = find_device(device)
+    chosen, choices = options.find_device(device), options.choices
     cpu = chosen.type == "cpu"
     names = choices(model or ("demo" if quick else "demo,opt-125m") if cpu else model or "opt-1.3b", "--model", MODELS)
     wanted = choices(methods or ("mezo" if quick else "mezo,hizoo" if cpu else "all"), "--methods", METHODS)
-    shapes = parse_tokens(tokens or ("16x32" if quick or cpu else "16x32,16x256,8x1024"), names)
-    of_weights = choices("float32" if cpu else "bfloat16", "--dtype", DTYPES)
-    if dtype != "auto":
-        of_weights = choices(dtype, "--dtype", DTYPES)
-    if len(of_weights) != 1:
-        raise refuse("--dtype", "one is needed; make a run for each")
+    shapes = options.tokens(tokens or ("16x32" if quick or cpu else "16x32,16x256,8x1024"), names)
+    types = choices(("float32" if cpu else "bfloat16") if dtype == "auto" else dtype, "--dtype", DTYPES)
+    if len(types) != 1:
+        raise options.refuse("--dtype", "one is needed; make a run for each")
     where = choices(placements, "--placements", WAYS)
-    limits(rounds, steps, time_limit, memory_limit)
-    path = output_path(output, "step", chosen)
+    limits = options.limits(rounds, 2 if quick else 5 if cpu else 10, steps, time_limit, memory_limit)
+    path = options.output_path(output, "step", chosen)
 
-    from zokern.bench import step_cases, step_tables
+    from zokern.bench import tables
     from zokern.bench.step import Run
+    from zokern.bench.step_cases import Settings
 
-    settings = step_cases.Settings(
-        names, wanted, where, shapes, of_weights[0], str(chosen), rounds or (2 if quick else 5 if cpu else 10), steps,
-        peers, compiled, time_limit, gigabytes(memory_limit),
-    )  # fmt: skip
+    settings = Settings(names, wanted, where, shapes, types[0], peers, compiled, device=str(chosen), **limits)
     run = Run(settings, path)
-    columns = step_tables.STEP_COLUMNS
-    _show(run, run.visits, columns, step_tables.step_rows, lambda r: step_tables.step_notes(r, run.not_timed))
+    _show(run, tables.STEP_COLUMNS, tables.step_rows, lambda results: tables.step_notes(results, run.not_timed))
 
 
 def scaling(
@@ -165,7 +143,7 @@ def scaling(
     ] = "float32,bfloat16",
     methods: Annotated[str, typer.Option(help=f"A list of: {', '.join(METHODS)}, or all.")] = "mezo",
     placements: Placements = "auto",
-    device: Device = "auto",
+    device: options.Device = "auto",
     rounds: Annotated[int | None, typer.Option(help="Timed visits to each size, which take turns. Default: 5.")] = None,
     steps: Annotated[int, typer.Option(help="Steps timed in a row in each visit.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A first look: 1M,10M and 2 rounds, unless given.")] = False,
@@ -178,27 +156,15 @@ def scaling(
     The models are tensors in the shapes of a transformer, and their forward computes nothing: what is left of a step are
     its passes. Time for a parameter should not depend on the size.
     """
-    chosen = find_device(device)
-    counts = parse_sizes(sizes or ("1M,10M" if quick else "10M,30M,100M,300M,1G"))
+    chosen, choices = options.find_device(device), options.choices
+    counts = options.sizes(sizes or ("1M,10M" if quick else "10M,30M,100M,300M,1G"))
     types = choices(dtypes, "--dtypes", DTYPES)
     wanted, where = choices(methods, "--methods", METHODS), choices(placements, "--placements", PLACEMENTS)
-    limits(rounds, steps, time_limit, memory_limit)
-    path = output_path(output, "scaling", chosen)
+    limits = options.limits(rounds, 2 if quick else 5, steps, time_limit, memory_limit)
+    path = options.output_path(output, "scaling", chosen)
 
-    from zokern.bench import scaling as benchmark
-    from zokern.bench import step_tables
+    from zokern.bench import tables
+    from zokern.bench.scaling import Run, Settings
 
-    settings = benchmark.Settings(
-        counts,
-        types,
-        wanted,
-        where,
-        str(chosen),
-        rounds or (2 if quick else 5),
-        steps,
-        time_limit,
-        gigabytes(memory_limit),
-    )
-    visits = len(counts) * len(types) * len(wanted) * len(where) * settings.rounds
-    columns, rows, notes = step_tables.SCALING_COLUMNS, step_tables.scaling_rows, step_tables.scaling_notes
-    _show(benchmark.Run(settings, path), visits, columns, rows, notes)
+    run = Run(Settings(counts, types, wanted, where, device=str(chosen), **limits), path)
+    _show(run, tables.SCALING_COLUMNS, tables.scaling_rows, tables.scaling_notes)

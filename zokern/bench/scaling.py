@@ -8,41 +8,32 @@ that a drift of the machine's speed meets all of them.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import zokern
-from zokern.bench.budget import Budget
-from zokern.bench.memory import peak_bytes
 from zokern.bench.models import making
-from zokern.bench.split import Stepper, measure
-from zokern.bench.step_cases import Case, make, needed_bytes, resolve, state_bytes
+from zokern.bench.step_cases import Case, Limits, resolve
+from zokern.bench.timing import spread
+from zokern.bench.turns import Entry, Turns
 
 STD = 0.02
-SHAPE = "tensors"  # the model's name in a case
 
 
 @dataclass(frozen=True)
-class Settings:
-    """sizes: parameters wanted, met to a few per cent from ten million on. memory_limit: bytes, if below what is free."""
+class Settings(Limits):
+    """Of `scaling`. sizes: parameters wanted, met to a few per cent from ten million on."""
 
     sizes: tuple[int, ...]
     dtypes: tuple[str, ...]
     methods: tuple[str, ...]
     placements: tuple[str, ...]
-    device: str
-    rounds: int = 5
-    steps: int = 1
-    time_limit: float | None = None
-    memory_limit: int | None = None
 
 
 class Block(nn.Module):
@@ -93,105 +84,51 @@ def closure_of(model: Tensors, device: torch.device) -> Callable[[], Tensor]:
     return closure
 
 
-@dataclass
-class Candidate:
-    """One row: a model, its optimizer kept from round to round, what was measured."""
+class Run(Turns):
+    """Results are a list of rows. "other" is the time of a step that is not in its passes, in seconds."""
 
-    case: Case
-    model: Tensors
-    stepper: Stepper
-    closure: Callable[[], Tensor]
-    facts: dict[str, Any]
-    seconds: list[dict[str, float]]
+    name = "scaling"
+    weighs = ("extra_bytes", "state_bytes")
+    settings: Settings
 
-    def row(self) -> dict[str, Any]:
-        scale = 1e9 / self.facts["parameters"]
-        each = [scale * s["passes"] for s in self.seconds]
-        if not each:
-            return {**self.facts, "status": "left out"}
-        spread = {"median": statistics.median(each), "min": min(each), "max": max(each), "rounds": len(each)}
-        around = statistics.median(s["step"] - s["passes"] for s in self.seconds)
-        passes = self.stepper.counters["passes"] / self.stepper.counters["steps"]
+    @property
+    def cases_at_most(self) -> int:
+        wanted = self.settings
+        return len(wanted.sizes) * len(wanted.dtypes) * len(wanted.methods) * len(wanted.placements)
+
+    def facts(self, case: Case) -> dict[str, Any]:
+        return {**self.about[case.model], "method": case.method, "placement": case.way}
+
+    def summary(self, case: Case, rounds: Sequence[Mapping[str, float]], counts: Mapping[str, float]) -> dict[str, Any]:
+        each = [1e9 * s["passes"] / self.about[case.model]["parameters"] for s in rounds]
         return {
-            **self.facts,
-            "status": "timed",
-            "ns_per_parameter": spread,
-            "passes_per_step": passes,
-            "other": around,
+            "ns_per_parameter": spread(each),
+            "passes_per_step": counts["passes_per_step"],
+            "other": statistics.median(s["step"] - s["passes"] for s in rounds),
             "each": each,
         }
 
+    def stored(self) -> list[dict[str, Any]]:
+        return list(self.results.values())
 
-class Run:
-    """One run; `rows` are the results. "other" is the time of a step that is not in its passes, in seconds."""
+    def _all(self) -> None:
+        for name in self.settings.dtypes:
+            self.take_turns([entry for size in self.settings.sizes for entry in self._entries(size, name)])
 
-    def __init__(self, settings: Settings, path: Path, tick: Callable[[str], None] = lambda name: None) -> None:
-        self.settings, self.path, self.tick = settings, path, tick
-        self.device = torch.device(settings.device)
-        self.rows: list[dict[str, Any]] = []
-        self.budget = Budget(self.device, settings.time_limit, settings.memory_limit)
-
-    def run(self) -> list[dict[str, Any]]:
-        try:
-            for name in self.settings.dtypes:
-                with torch.no_grad():
-                    self._dtype(name)
-                gc.collect()
-        finally:
-            self._save([], last=True)
-        return self.rows
-
-    def _dtype(self, name: str) -> None:
-        candidates: list[Candidate] = []
-        for size in self.settings.sizes:
-            candidates += self._candidates(size, name)
-        try:
-            for number, candidate in itertools.product(range(1, self.settings.rounds + 1), candidates):
-                if self.budget.spent:
-                    break
-                self.tick(f"{candidate.facts['parameters']:,} x {name}, {candidate.case.method}, round {number}")
-                seconds = measure(candidate.stepper, candidate.closure, self.device, self.settings.steps)
-                candidate.seconds.append(seconds)
-                self._save(candidates)
-        finally:
-            self.rows += [candidate.row() for candidate in candidates]
-
-    def _candidates(self, size: int, name: str) -> Iterator[Candidate]:
-        """The cases of one size, which share its weights; rows for those that cannot be."""
+    def _entries(self, size: int, name: str) -> list[Entry]:
+        """The cases of one size, which share its weights."""
         dtype: torch.dtype = getattr(torch, name)
-        shape = build(size, dtype, torch.device("meta"))
+        shape, called = build(size, dtype, torch.device("meta")), f"{size:,} x {name}"
         parameters = sum(p.numel() for p in shape.parameters())
         weights = parameters * dtype.itemsize
         tensors = len(list(shape.parameters()))
-        facts = {"parameters": parameters, "tensors": tensors, "dtype": name, "weights_bytes": weights}
-        placements = resolve(self.settings.placements, shape, dtype.itemsize == 2)
-        model: Tensors | None = None
-        for method, way in itertools.product(self.settings.methods, placements):
-            case, its = Case(SHAPE, 0, 0, method, way), {**facts, "method": method, "placement": way}
-            if self.budget.spent:
-                self.rows.append({**its, "status": "left out"})
-                continue
-            if model is None and weights <= self.budget.free:
-                model = build(size, dtype, self.device)
-            needed = weights if model is None else needed_bytes(case, model)
-            if model is None or needed > self.budget.free:
-                self.rows.append({**its, **self.budget.unfit(needed)})
-                continue
-            yield self._candidate(case, model, its)
-
-    def _candidate(self, case: Case, model: Tensors, facts: dict[str, Any]) -> Candidate:
-        """Makes an optimizer and measures the memory of its first step."""
-        kept: list[Stepper] = []
-        closure = closure_of(model, self.device)
-
-        def first_step() -> None:
-            kept.append(make(case, model))
-            kept[0].step(closure)
-
-        extra = peak_bytes(first_step, self.device)
-        facts |= {"extra_bytes": extra, "state_bytes": state_bytes(kept[0], model)}
-        return Candidate(case, model, kept[0], closure, facts, [])
-
-    def _save(self, running: list[Candidate], *, last: bool = False) -> None:
-        rows = [*self.rows, *(candidate.row() for candidate in running)]
-        self.budget.save("scaling", asdict(self.settings), rows, self.path, last=last)
+        self.about[called] = {
+            "parameters": parameters, "tensors": tensors, "dtype": name, "weights_bytes": weights,
+        }  # fmt: skip
+        ways = itertools.product(self.settings.methods, resolve(self.settings.placements, shape, dtype))
+        cases = [Case(called, 0, 0, method, way) for method, way in ways]
+        self.put(cases, status="left out")  # until it is timed
+        if self.budget.spent or not self.fits(cases, weights):
+            return []
+        model = build(size, dtype, self.device)
+        return [Entry(case, model, closure_of(model, self.device)) for case in cases]
