@@ -18,7 +18,7 @@ from zokern.optim import METHODS
 from zokern.placement import PLACEMENTS
 
 if TYPE_CHECKING:
-    from zokern.bench.turns import Turns
+    from zokern.bench.step import Turns
 
 WAYS = (*PLACEMENTS, "shadow-pipelined", "stream-pipelined")
 Placements = Annotated[

@@ -9,9 +9,11 @@ that a drift of the machine's speed meets all of them.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,13 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.bench.models import making
+from zokern.bench.step import Entry, Turns
 from zokern.bench.step_cases import Case, Limits, resolve
 from zokern.bench.timing import spread
-from zokern.bench.turns import Entry, Turns
 
 STD = 0.02
+KEPT = ("parameters", "tensors", "dtype", "weights_bytes", "method", "status", "extra_bytes", "state_bytes",
+        "passes_per_step", "needed_bytes", "free_bytes")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,50 +89,47 @@ def closure_of(model: Tensors, device: torch.device) -> Callable[[], Tensor]:
 
 
 class Run(Turns):
-    """Results are a list of rows. "other" is the time of a step that is not in its passes, in seconds."""
+    """One run of `zokern bench scaling`. All sizes of a dtype take turns."""
 
     name = "scaling"
-    weighs = ("extra_bytes", "state_bytes")
     settings: Settings
 
-    @property
-    def cases_at_most(self) -> int:
-        wanted = self.settings
-        return len(wanted.sizes) * len(wanted.dtypes) * len(wanted.methods) * len(wanted.placements)
-
-    def facts(self, case: Case) -> dict[str, Any]:
-        return {**self.about[case.model], "method": case.method, "placement": case.way}
-
-    def summary(self, case: Case, rounds: Sequence[Mapping[str, float]], counts: Mapping[str, float]) -> dict[str, Any]:
-        each = [1e9 * s["passes"] / self.about[case.model]["parameters"] for s in rounds]
-        return {
-            "ns_per_parameter": spread(each),
-            "passes_per_step": counts["passes_per_step"],
-            "other": statistics.median(s["step"] - s["passes"] for s in rounds),
-            "each": each,
-        }
+    def __init__(self, settings: Settings, path: Path, tick: Callable[[str], None] = lambda name: None) -> None:
+        super().__init__(settings, path, tick)
+        lists = (settings.sizes, settings.dtypes, settings.methods, settings.placements)
+        self.visits = math.prod(map(len, lists)) * (settings.rounds + 1)
 
     def stored(self) -> list[dict[str, Any]]:
-        return list(self.results.values())
+        return [_row(result) for result in self.results.values()]
 
     def _all(self) -> None:
         for name in self.settings.dtypes:
-            self.take_turns([entry for size in self.settings.sizes for entry in self._entries(size, name)])
+            self._take_turns([entry for size in self.settings.sizes for entry in self._entries(size, name)])
 
     def _entries(self, size: int, name: str) -> list[Entry]:
         """The cases of one size, which share its weights."""
         dtype: torch.dtype = getattr(torch, name)
         shape, called = build(size, dtype, torch.device("meta")), f"{size:,} x {name}"
-        parameters = sum(p.numel() for p in shape.parameters())
-        weights = parameters * dtype.itemsize
-        tensors = len(list(shape.parameters()))
+        counts = [p.numel() for p in shape.parameters()]
+        weights = sum(counts) * dtype.itemsize
         self.about[called] = {
-            "parameters": parameters, "tensors": tensors, "dtype": name, "weights_bytes": weights,
+            "parameters": sum(counts), "tensors": len(counts), "dtype": name, "weights_bytes": weights,
         }  # fmt: skip
         ways = itertools.product(self.settings.methods, resolve(self.settings.placements, shape, dtype))
         cases = [Case(called, 0, 0, method, way) for method, way in ways]
-        self.put(cases, status="left out")  # until it is timed
-        if self.budget.spent or not self.fits(cases, weights):
+        self._put(cases, status="left out")  # until it is timed
+        if self.budget.spent or not self._fits(cases, weights):
             return []
         model = build(size, dtype, self.device)
         return [Entry(case, model, closure_of(model, self.device)) for case in cases]
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as it is stored: the passes' time is that of a parameter, "other" the rest of a step, in seconds."""
+    row = {name: result[name] for name in KEPT if name in result}
+    row["placement"] = result["way"]
+    if result["status"] == "timed":
+        row["each"] = [1e9 * s["passes"] / result["parameters"] for s in result["each"]]
+        row["ns_per_parameter"] = spread(row["each"])
+        row["other"] = statistics.median(s["step"] - s["passes"] for s in result["each"])
+    return row
