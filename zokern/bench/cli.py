@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from typer import Argument, Option
 
 from zokern.bench import commands_step, options
 from zokern.bench.cases import BENCHMARKS, DEFAULT_DTYPES, DTYPES, cases_of
@@ -36,42 +37,19 @@ app = typer.Typer(
     help="Time the kernels and whole steps on this machine, against a copy and against what PyTorch users write. Without "
     "a command: the kernels with their defaults, and pictures.\n" + TEACH,
 )
-Names = Annotated[
-    list[str] | None,
-    typer.Argument(help=f"Which benchmarks. Default: all of {', '.join(BENCHMARKS)}.", metavar="[NAMES]..."),
-]
-Dtype = Annotated[
-    list[str] | None,
-    typer.Option(
-        help=f"Number format of the weights, one of {', '.join(DTYPES)}; may be given again. Default: "
-        f"{' and '.join(DEFAULT_DTYPES)}."
-    ),
-]
-Elements = Annotated[
-    int | None,
-    typer.Option(
-        help="Weights of the model, split into tensors as an OPT model's are. Default: 33,554,432 on a CPU; on a GPU "
-        "1,073,741,824, or as many as fit."
-    ),
-]
-Rounds = Annotated[
-    int | None,
-    typer.Option(help="Timed calls of each way, in turn; the median is told. Default: 7 on a CPU, 30 on a GPU."),
-]
-Quick = Annotated[bool, typer.Option("--quick", help="A look: an eighth of the weights and 3 rounds.")]
-Compiled = Annotated[
-    bool | None,
-    typer.Option(
-        "--compiled/--no-compiled",
-        help="Time torch.compile's version too; compiling takes minutes. Default: on a GPU yes, on a CPU no.",
-    ),
-]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(help="Seconds after which no further pass is begun; what was timed by then is stored. Default: none."),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Directory for the JSON files and pictures.")]
-Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw pictures at the end; needs matplotlib.")]
+HELP = {
+    "names": f"Which benchmarks. Default: all of {', '.join(BENCHMARKS)}.",
+    "dtype": f"Number format of the weights, one of {', '.join(DTYPES)}; may be given again. Default: "
+    f"{' and '.join(DEFAULT_DTYPES)}.",
+    "elements": "Weights of the model, split into tensors as an OPT model's are. Default: 33,554,432 on a CPU; on a GPU "
+    "1,073,741,824, or as many as fit.",
+    "rounds": "Timed calls of each way, in turn; the median is told. Default: 7 on a CPU, 30 on a GPU.",
+    "quick": "A look: an eighth of the weights and 3 rounds.",
+    "compiled": "Time torch.compile's version too; compiling takes minutes. Default: on a GPU yes, on a CPU no.",
+    "time_limit": "Seconds after which no further pass is begun; what was timed by then is stored. Default: none.",
+    "output": "Directory for the JSON files and pictures.",
+    "plot": "Draw pictures at the end; needs matplotlib.",
+}
 
 
 @app.callback()
@@ -82,16 +60,16 @@ def bench(context: typer.Context) -> None:
 
 @app.command(help="Time single passes.\n" + TEACH)
 def kernels(
-    names: Names = None,
+    names: Annotated[list[str] | None, Argument(help=HELP["names"], metavar="[NAMES]...")] = None,
     device: options.Device = "auto",
-    dtype: Dtype = None,
-    elements: Elements = None,
-    rounds: Rounds = None,
-    quick: Quick = False,
-    compiled: Compiled = None,
-    time_limit: TimeLimit = None,
-    output: Output = OUTPUT,
-    plot: Plot = True,
+    dtype: Annotated[list[str] | None, Option(help=HELP["dtype"])] = None,
+    elements: Annotated[int | None, Option(help=HELP["elements"])] = None,
+    rounds: Annotated[int | None, Option(help=HELP["rounds"])] = None,
+    quick: Annotated[bool, Option("--quick", help=HELP["quick"])] = False,
+    compiled: Annotated[bool | None, Option("--compiled/--no-compiled", help=HELP["compiled"])] = None,
+    time_limit: Annotated[float | None, Option(help=HELP["time_limit"])] = None,
+    output: Annotated[Path, Option("--output", "-o", help=HELP["output"])] = OUTPUT,
+    plot: Annotated[bool, Option("--plot/--no-plot", help=HELP["plot"])] = True,
 ) -> None:
     chosen, dtypes = _chosen(names, dtype)
     _check(elements, rounds, time_limit, output)
@@ -185,8 +163,8 @@ def _tell(paths: list[Path], wanted: int, pictures: Path | None) -> None:
 
 @app.command()
 def plot(
-    files: Annotated[list[Path], typer.Argument(metavar="JSON...", help="Records that `zokern bench` stored.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures.")] = OUTPUT,
+    files: Annotated[list[Path], Argument(metavar="JSON...", help="Records that `zokern bench` stored.")],
+    output: Annotated[Path, Option("--output", "-o", help="Directory for the pictures.")] = OUTPUT,
 ) -> None:
     """Draw the pictures of stored runs: bars and a roofline of kernels, a step's parts, time over a model's size."""
     from zokern.bench import plots

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from zokern.bench import options
 from zokern.bench.cases import DTYPES
@@ -21,23 +21,38 @@ if TYPE_CHECKING:
     from zokern.bench.step import Turns
 
 WAYS = (*PLACEMENTS, "shadow-pipelined", "stream-pipelined")
-Placements = Annotated[
-    str,
-    typer.Option(
-        help="Where perturbed weights live, a list of: auto, inplace, shadow, stream. auto is inplace for float32 and, "
-        "for 16-bit weights, the exact placement of least memory."
-    ),
-]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(
-        help="Seconds after which no further case begins. What was left out is listed in the file. Default: no limit."
-    ),
-]
-MemoryLimit = Annotated[
-    float | None,
-    typer.Option(help="GB that a case may take; more is recorded as 'does not fit'. Default: what is free."),
-]
+HELP = {
+    "time_limit": "Seconds after which no further case begins. What was left out is listed in the file. Default: no "
+    "limit.",
+    "memory_limit": "GB that a case may take; more is recorded as 'does not fit'. Default: what is free.",
+}
+STEP = HELP | {
+    "model": f"Shapes to build with random weights, a list of: {', '.join(MODELS)}. Default: demo,opt-125m on a CPU, "
+    "opt-1.3b on a GPU.",
+    "methods": f"A list of: {', '.join(METHODS)}, or all, with their defaults. Default: mezo,hizoo on a CPU, all on a "
+    "GPU.",
+    "placements": f"A list of: {', '.join(WAYS)}. The last two share a sweep between one step and the next.",
+    "tokens": "Batches as rows x tokens a row, a list. Default: 16x32 on a CPU, 16x32,16x256,8x1024 on a GPU.",
+    "dtype": f"Of the weights: {', '.join(DTYPES)}. auto: float32 on a CPU, bfloat16 on a GPU.",
+    "rounds": "Timed visits to each case, which take turns. Default: 5 on a CPU, 10 on a GPU.",
+    "steps": "Steps timed in a row in each visit, after one to warm up.",
+    "peers": "Time the published order of work too, and it with torch._foreach.",
+    "compiled": "Time the published order under torch.compile too (slow on a CPU).",
+    "quick": "A first look: one small model, mezo, 16x32 tokens, 2 rounds, unless given.",
+    "output": "Default: step-<device>.json in this directory.",
+}
+SCALING = HELP | {
+    "sizes": "Parameters of the models, a list; k, M and G are thousand, million and billion. Default: "
+    "10M,30M,100M,300M,1G.",
+    "dtypes": f"Types of the weights, a list of: {', '.join(DTYPES)}.",
+    "methods": f"A list of: {', '.join(METHODS)}, or all.",
+    "placements": f"Where perturbed weights live, a list of: {', '.join(PLACEMENTS)}. auto is inplace for float32 and, for "
+    "16-bit weights, the exact placement of least memory.",
+    "rounds": "Timed visits to each size, which take turns. Default: 5.",
+    "steps": "Steps timed in a row in each visit.",
+    "quick": "A first look: 1M,10M and 2 rounds, unless given.",
+    "output": "Default: scaling-<device>.json in this directory.",
+}
 
 
 def _show(run: Turns, columns: Sequence[str], rows_of: Any, notes_of: Any) -> None:
@@ -58,51 +73,20 @@ def _show(run: Turns, columns: Sequence[str], rows_of: Any, notes_of: Any) -> No
 
 
 def step(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Shapes to build with random weights, a list of: {', '.join(MODELS)}. Default: demo,opt-125m on a CPU, "
-            "opt-1.3b on a GPU."
-        ),
-    ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help=f"A list of: {', '.join(METHODS)}, or all, with their defaults. Default: mezo,hizoo on a CPU, all "
-            "on a GPU."
-        ),
-    ] = None,
-    placements: Annotated[
-        str,
-        typer.Option(help=f"A list of: {', '.join(WAYS)}. The last two share a sweep between one step and the next."),
-    ] = "auto",
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="Batches as rows x tokens a row, a list. Default: 16x32 on a CPU, 16x32,16x256,8x1024 on a GPU."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}. auto: float32 on a CPU, bfloat16 on a GPU.")
-    ] = "auto",
+    model: Annotated[str | None, Option(help=STEP["model"])] = None,
+    methods: Annotated[str | None, Option(help=STEP["methods"])] = None,
+    placements: Annotated[str, Option(help=STEP["placements"])] = "auto",
+    tokens: Annotated[str | None, Option(help=STEP["tokens"])] = None,
+    dtype: Annotated[str, Option(help=STEP["dtype"])] = "auto",
     device: options.Device = "auto",
-    rounds: Annotated[
-        int | None, typer.Option(help="Timed visits to each case, which take turns. Default: 5 on a CPU, 10 on a GPU.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps timed in a row in each visit, after one to warm up.")] = 2,
-    peers: Annotated[
-        bool,
-        typer.Option("--peers/--no-peers", help="Time the published order of work too, and it with torch._foreach."),
-    ] = True,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="Time the published order under torch.compile too (slow on a CPU).")
-    ] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A first look: one small model, mezo, 16x32 tokens, 2 rounds, unless given.")
-    ] = False,
-    time_limit: TimeLimit = None,
-    memory_limit: MemoryLimit = None,
-    output: Annotated[Path | None, typer.Option(help="Default: step-<device>.json in this directory.")] = None,
+    rounds: Annotated[int | None, Option(help=STEP["rounds"])] = None,
+    steps: Annotated[int, Option(help=STEP["steps"])] = 2,
+    peers: Annotated[bool, Option("--peers/--no-peers", help=STEP["peers"])] = True,
+    compiled: Annotated[bool, Option("--compiled", help=STEP["compiled"])] = False,
+    quick: Annotated[bool, Option("--quick", help=STEP["quick"])] = False,
+    time_limit: Annotated[float | None, Option(help=STEP["time_limit"])] = None,
+    memory_limit: Annotated[float | None, Option(help=STEP["memory_limit"])] = None,
+    output: Annotated[Path | None, Option(help=STEP["output"])] = None,
 ) -> None:
     """Time whole optimizer steps on real shapes, split into forwards, passes over the weights and everything else.
 
@@ -131,25 +115,17 @@ def step(
 
 
 def scaling(
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            help="Parameters of the models, a list; k, M and G are thousand, million and billion. "
-            "Default: 10M,30M,100M,300M,1G."
-        ),
-    ] = None,
-    dtypes: Annotated[
-        str, typer.Option(help=f"Types of the weights, a list of: {', '.join(DTYPES)}.")
-    ] = "float32,bfloat16",
-    methods: Annotated[str, typer.Option(help=f"A list of: {', '.join(METHODS)}, or all.")] = "mezo",
-    placements: Placements = "auto",
+    sizes: Annotated[str | None, Option(help=SCALING["sizes"])] = None,
+    dtypes: Annotated[str, Option(help=SCALING["dtypes"])] = "float32,bfloat16",
+    methods: Annotated[str, Option(help=SCALING["methods"])] = "mezo",
+    placements: Annotated[str, Option(help=SCALING["placements"])] = "auto",
     device: options.Device = "auto",
-    rounds: Annotated[int | None, typer.Option(help="Timed visits to each size, which take turns. Default: 5.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps timed in a row in each visit.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A first look: 1M,10M and 2 rounds, unless given.")] = False,
-    time_limit: TimeLimit = None,
-    memory_limit: MemoryLimit = None,
-    output: Annotated[Path | None, typer.Option(help="Default: scaling-<device>.json in this directory.")] = None,
+    rounds: Annotated[int | None, Option(help=SCALING["rounds"])] = None,
+    steps: Annotated[int, Option(help=SCALING["steps"])] = 1,
+    quick: Annotated[bool, Option("--quick", help=SCALING["quick"])] = False,
+    time_limit: Annotated[float | None, Option(help=SCALING["time_limit"])] = None,
+    memory_limit: Annotated[float | None, Option(help=SCALING["memory_limit"])] = None,
+    output: Annotated[Path | None, Option(help=SCALING["output"])] = None,
 ) -> None:
     """Time a step's passes for a parameter on models from ten million to a billion parameters, with their memory.
 
