@@ -144,7 +144,8 @@ class Turns:
             kept.append(state_bytes(stepper, entry.model))
 
         kept: list[int] = []
-        extra = peak_bytes(first_step, self.device, entry.model.parameters()) - entry.forward
+        replaced = entry.model.parameters() if entry.case.is_peer else ()
+        extra = peak_bytes(first_step, self.device, replaced) - entry.forward
         self._put(
             [entry.case],
             status="left out",

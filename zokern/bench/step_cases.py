@@ -1,4 +1,4 @@
-"""What the whole-step benchmark times, and what each case needs of memory. The loop is in turns.py."""
+"""What the whole-step benchmark times, and what each case needs of memory. The turns are in step.py."""
 
 from __future__ import annotations
 

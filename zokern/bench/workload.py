@@ -41,14 +41,9 @@ SCALARS = {
 
 def choose_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     """The backends to time on `device`, and why others of its kind cannot run. Triton's interpreter is not one."""
-    found, refused = [], {}
-    for name in backends.PREFERENCE[device.type]:
-        reason = backends.unavailable_reason(name, device)
-        if reason is None:
-            found.append(name)
-        else:
-            refused[name] = reason
-    return found, refused
+    reasons = {name: backends.unavailable_reason(name, device) for name in backends.PREFERENCE[device.type]}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [name for name in reasons if name not in refused], refused
 
 
 class Workload:
