@@ -324,7 +324,7 @@ def test_why_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 # ------------------------------------------------------------------------------------------------------------- peers
 
-HELENE = HeleneSettings(alpha=0.95, beta1=0.9, beta2=0.99, b=0.3, gamma=2.0, floor=0.5, delta=1e-3)
+HELENE = HeleneSettings(alpha=0.95, beta1=0.9, beta2=0.99, b=0.3, gamma=2.0, floor=0.9, delta=1e-3)
 
 
 def lists(dtype: torch.dtype) -> list[list[torch.Tensor]]:
@@ -372,7 +372,7 @@ def test_peers_compute_the_methods_equations(peer: Peer) -> None:
             momentum, hessian = 0.9 * states[i][0] + 0.95 * c * x, 0.99 * states[i][1] + 0.3 * x * x
             torch.testing.assert_close(m[i].double(), momentum, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(h[i].double(), hessian, rtol=1e-5, atol=1e-6)
-            below = 2.0 * hessian.clamp(min=0.5) + 1e-3
+            below = 2.0 * hessian.clamp(min=0.9) + 1e-3
             torch.testing.assert_close(w[i].double(), was[i] - lr * momentum / below, rtol=1e-5, atol=1e-6)
 
 
