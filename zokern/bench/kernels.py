@@ -128,15 +128,15 @@ def run(
     said |= {"eps": EPS, "backends": names, "backends_refused": refused}
     said["prediction"] = {"unknown": basis} if isinstance(basis, str) else basis.facts()
     path, results = settings.output / f"kernels-{name}-{device.type}.json", dict[str, Any]()
-    others: list[Peer] = []
-    before: Any = None
+    others, before = list[Peer](), tuple[str, ...]()
     for case in cases:
         if settings.deadline is not None and time.monotonic() > settings.deadline:
             break
-        if before != (before := (case.rule, case.dtype, case.state_dtype)):
+        kind = (case.rule, case.dtype, case.state_dtype)
+        if kind != before:
             if settings.compiled:
                 torch.compiler.reset()  # PyTorch compiles a function for eight kinds of input at most
-            others = peers(compiled=settings.compiled, group=len(block_shapes(1)))
+            others, before = peers(compiled=settings.compiled, group=len(block_shapes(1))), kind
         result = measure(case, settings, names, others, progress)
         for backend in names:
             result["ways"][f"zokern {backend}"] |= prediction.of(case, backend, basis)

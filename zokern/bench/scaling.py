@@ -1,9 +1,8 @@
 """How a step's passes scale with the model: time for a parameter, and memory, from ten million parameters to a billion.
 
-Models are tensors only, in the shapes of a transformer: an embedding that holds a tenth of the parameters, and blocks of
-width d with four d x d matrices, two of d x 4d and four vectors. Their forward calls every block and computes nothing, so
-a step is its passes and what Python does around them. All sizes of a dtype are in memory together and take turns, so
-that a drift of the machine's speed meets all of them.
+Models are tensors only, in the shapes of a transformer. Their forward calls every block and computes nothing, so a step is
+its passes and what Python does around them. All sizes of a dtype are in memory together and take turns, so that a drift of
+the machine's speed meets all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.bench.models import making
+from zokern.bench.shapes import Shape, Shapes, square
 from zokern.bench.step import Entry, Turns
 from zokern.bench.step_cases import Case, Limits, resolve
 from zokern.bench.timing import spread
@@ -41,9 +41,8 @@ class Settings(Limits):
 
 
 class Block(nn.Module):
-    def __init__(self, d: int) -> None:
+    def __init__(self, shapes: Sequence[Shape]) -> None:
         super().__init__()
-        shapes = [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)] + [(d,)] * 4
         self.tensors = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,14 +50,10 @@ class Block(nn.Module):
 
 
 class Tensors(nn.Module):
-    """About `parameters` parameters of a transformer whose width is about 64 times its number of blocks."""
-
-    def __init__(self, parameters: int) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        width = max(8, round((0.9 * parameters * 64 / 12) ** (1 / 3) / 8) * 8)
-        blocks = max(2, round(0.9 * parameters / (12 * width**2)))
-        self.embedding = nn.Parameter(torch.zeros(max(1, round(0.1 * parameters / width)), width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.embedding = nn.Parameter(torch.zeros(shapes.rest[0]))
+        self.blocks = nn.ModuleList(map(Block, shapes.blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -69,7 +64,7 @@ class Tensors(nn.Module):
 def build(parameters: int, dtype: torch.dtype, device: torch.device) -> Tensors:
     """A model with normal weights of standard deviation 0.02, made in place."""
     with making(dtype, device, seed=0):
-        model = Tensors(parameters)
+        model = Tensors(square(parameters))
     weights = [p.detach() for p in model.parameters()]
     if device.type != "meta":
         zokern.add_noise_(weights, tensor_ids=list(range(len(weights))), seeds=[0], coefs=[STD])
