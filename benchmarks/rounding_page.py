@@ -16,7 +16,7 @@ from typing import Any
 
 from pages import ROOT, load, update
 
-from zokern.bench.canvas import BLACK, BLUE, INK, RED, require, save
+from zokern.bench.plots import BLACK, BLUE, INK, RED, require, save
 
 IMAGE = ROOT / "docs" / "images" / "rounding.png"
 LABELS = {

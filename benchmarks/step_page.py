@@ -13,7 +13,8 @@ from typing import Any
 
 from pages import RESULTS, ROOT, load, update
 
-from zokern.bench import plots, step_tables
+from zokern.bench import plots
+from zokern.bench import tables as step_tables
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 
 from tests.emulated_graph import ASKS, EmulatedGraph
 from zokern import HiZOO, MeZO
-from zokern.bench import commands_step, models, plots, scaling, split, step_options, step_peers, step_tables
-from zokern.bench.budget import Budget
-from zokern.bench.memory import peak_bytes
+from zokern.bench import commands_step, models, options, plots, scaling, split, step_peers, tables
+from zokern.bench.budget import Budget, peak_bytes
 from zokern.bench.step import Run
 from zokern.bench.step_cases import Case, Settings, make, needed_bytes
 from zokern.graphs import step as graphed
@@ -107,7 +106,7 @@ def test_compiled_peer_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.random.fork_rng(devices=[]):
         peer.step(model)
         torch.testing.assert_close(model.a.data, before, rtol=0, atol=1e-6)
-        peer.sweep(1, (2.0, 3.0))
+        peer.sweep((2.0, 3.0))  # of the next step, whose seed is 1
         torch.manual_seed(1)
         torch.testing.assert_close(model.a.data, before + 6.0 * torch.randn_like(before), rtol=0, atol=1e-5)
     assert peer.counters["passes"] == 4
@@ -241,8 +240,8 @@ def test_record_of_a_run(tmp_path: Path) -> None:
     assert weights <= results["tiny-opt 2x8 hizoo inplace"]["extra_bytes"] < 1.1 * weights
     assert results["tiny-opt 2x8 mezo inplace"]["extra_bytes"] < 1000
     assert 0 < results["tiny-opt 2x8 mezo stream"]["extra_bytes"] < weights
-    rows = step_tables.step_rows(results)
-    assert {len(row) for row in rows} == {len(step_tables.STEP_COLUMNS)}
+    rows = tables.step_rows(results)
+    assert {len(row) for row in rows} == {len(tables.STEP_COLUMNS)}
     assert rows[0][-1] == ""
     assert float(rows[1][-1]) > 0
 
@@ -253,10 +252,10 @@ def test_time_limit_leaves_a_valid_file_that_says_what_is_missing(tmp_path: Path
     record = load(path)
     assert {result["status"] for result in record["results"].values()} == {"left out"}
     assert len(record["settings"]["left_out"]) == len(record["results"]) == 14
-    notes = step_tables.step_notes(record["results"])
+    notes = tables.step_notes(record["results"])
     assert notes[0] == "tiny-opt 2x8 mezo published: left out: the time was up"
     assert len(notes) == 14
-    assert step_tables.step_rows(record["results"]) == []
+    assert tables.step_rows(record["results"]) == []
 
 
 def test_time_limit_in_mid_run_keeps_the_rounds_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,8 +287,8 @@ def test_what_does_not_fit_is_recorded(tmp_path: Path) -> None:
     assert results["tiny-opt 2x8 mezo inplace"]["status"] == "timed"
     assert results["tiny-opt 2x8 hizoo stream"]["status"] == "does not fit"
     assert results["tiny-opt 2x8 hizoo stream"]["needed_bytes"] > 2 * weights
-    assert "does not fit: needs 0.0 GB" in step_tables.step_notes(results)[-1]
-    assert len(step_tables.step_rows(results)) + len(step_tables.step_notes(results)) == len(results)
+    assert "does not fit: needs 0.0 GB" in tables.step_notes(results)[-1]
+    assert len(tables.step_rows(results)) + len(tables.step_notes(results)) == len(results)
 
 
 @pytest.mark.parametrize("runs_out", ["before", "in the first step", "in the second"])
@@ -450,7 +449,7 @@ def test_records_say_which_attention(tmp_path: Path) -> None:
 
 def test_scaling(tmp_path: Path) -> None:
     wanted = scaling.Settings(
-        (100_000, 400_000), ("float32", "bfloat16"), ("mezo", "hizoo"), ("auto",), "cpu", rounds=2
+        (100_000, 400_000), ("float32", "bfloat16"), ("mezo", "hizoo"), ("auto",), device="cpu", rounds=2
     )
     scaling.Run(wanted, tmp_path / "s").run()
     rows = load(tmp_path / "s")["results"]
@@ -463,7 +462,7 @@ def test_scaling(tmp_path: Path) -> None:
         assert row["state_bytes"] == (4 * row["parameters"] if row["method"] == "hizoo" else 0)
         assert row["extra_bytes"] >= row["state_bytes"]
         assert row["ns_per_parameter"]["rounds"] == len(row["each"]) == 2
-    assert {len(row) for row in step_tables.scaling_rows(rows)} == {len(step_tables.SCALING_COLUMNS)}
+    assert {len(row) for row in tables.scaling_rows(rows)} == {len(tables.SCALING_COLUMNS)}
 
 
 def test_sizes_of_scaling_are_met() -> None:
@@ -473,11 +472,13 @@ def test_sizes_of_scaling_are_met() -> None:
 
 
 def test_scaling_records_what_it_leaves_out(tmp_path: Path) -> None:
-    wanted = scaling.Settings((100_000, 10**6), ("float32",), ("mezo",), ("auto",), "cpu", rounds=1, memory_limit=10**6)
+    wanted = scaling.Settings(
+        (100_000, 10**6), ("float32",), ("mezo",), ("auto",), device="cpu", rounds=1, memory_limit=10**6
+    )
     rows = scaling.Run(wanted, tmp_path / "s").run()
     assert sorted(row["status"] for row in rows) == ["does not fit", "timed"]
-    assert len(step_tables.scaling_notes(rows)) == len(step_tables.scaling_rows(rows)) == 1
-    wanted = scaling.Settings((100_000,), ("float32",), ("mezo",), ("auto",), "cpu", time_limit=0.0)
+    assert len(tables.scaling_notes(rows)) == len(tables.scaling_rows(rows)) == 1
+    wanted = scaling.Settings((100_000,), ("float32",), ("mezo",), ("auto",), device="cpu", time_limit=0.0)
     scaling.Run(wanted, tmp_path / "s").run()
     assert [row["status"] for row in load(tmp_path / "s")["results"]] == ["left out"]
 
@@ -553,8 +554,8 @@ def test_graphed_steps_are_timed_where_graphs_are(tmp_path: Path, emulated: None
         assert graph[count] == eager[count]
     assert graph["step"]["median"] > 0
     assert not set(split.PARTS) & graph.keys()
-    row = step_tables.step_rows(record["results"])[1]
-    assert len(row) == len(step_tables.STEP_COLUMNS)
+    row = tables.step_rows(record["results"])[1]
+    assert len(row) == len(tables.STEP_COLUMNS)
     assert row[2:6] == [""] * 4
     pytest.importorskip("matplotlib")
     (drawn,) = plots.draw([path], tmp_path)
@@ -612,7 +613,7 @@ def test_a_step_that_cannot_be_captured_is_said_to_be(
     wanted = settings(models=("tiny-opt",), methods=("mezo",), placements=("inplace",), peers=False, rounds=1)
     results = Run(wanted, tmp_path / "s").run()
     assert results["tiny-opt 2x8 mezo inplace"]["status"] == "timed"
-    (note,) = step_tables.step_notes(results)
+    (note,) = tables.step_notes(results)
     assert results["tiny-opt 2x8 mezo graphed"]["status"] == ("does not fit" if error == "memory" else "not captured")
     assert ("needs 0.0 GB" if error == "memory" else "a stream was waited for") in note
 
@@ -622,7 +623,7 @@ def test_without_cuda_the_graph_is_left_out_and_said_to_be(tmp_path: Path) -> No
     run.run()
     assert run.not_timed == {"graphed": "it replays a CUDA graph, and this run is on a CPU"}
     assert load(tmp_path / "s")["settings"]["not_timed"] == run.not_timed
-    notes = step_tables.step_notes(run.results, run.not_timed)
+    notes = tables.step_notes(run.results, run.not_timed)
     assert notes == ["graphed: not timed: it replays a CUDA graph, and this run is on a CPU"]
     assert run.visits == 4 * 2
 
@@ -638,6 +639,6 @@ def test_a_run_that_goes_on_is_not_complete(tmp_path: Path) -> None:
 
 
 def test_output_may_be_a_directory(tmp_path: Path) -> None:
-    assert step_options.output_path(tmp_path, "step", CPU) == tmp_path / "step-cpu.json"
-    assert step_options.output_path(tmp_path / "x.json", "step", CPU) == tmp_path / "x.json"
-    assert step_options.output_path(None, "scaling", CPU) == Path("scaling-cpu.json")
+    assert options.output_path(tmp_path, "step", CPU) == tmp_path / "step-cpu.json"
+    assert options.output_path(tmp_path / "x.json", "step", CPU) == tmp_path / "x.json"
+    assert options.output_path(None, "scaling", CPU) == Path("scaling-cpu.json")

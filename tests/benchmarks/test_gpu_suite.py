@@ -541,7 +541,7 @@ def test_sanitizers_share_their_time_and_look_at_kernels_alone(commands: list[li
 def test_benchmark_commands_are_understood_by_the_real_command_line(commands: list[list[str]]) -> None:
     """Parsed by zokern's own CLI, options, types and all, without running; then each value by the command's own checks."""
     pytest.importorskip("typer")
-    from zokern.bench import models, step_options
+    from zokern.bench import models, options
     from zokern.bench.cases import BENCHMARKS, DTYPES
     from zokern.finetune.methods import METHODS
 
@@ -558,9 +558,9 @@ def test_benchmark_commands_are_understood_by_the_real_command_line(commands: li
             assert set(given["names"] or []) <= set(BENCHMARKS)
             assert set(given["dtype"] or []) <= set(DTYPES)
         else:
-            names = step_options.choices(given["model"], "--model", models.MODELS)
-            assert step_options.choices(given["methods"], "--methods", METHODS)
-            assert step_options.tokens(given["tokens"], names)
+            names = options.choices(given["model"], "--model", models.MODELS)
+            assert options.choices(given["methods"], "--methods", METHODS)
+            assert options.tokens(given["tokens"], names)
             assert given["output"].parent == Path("/out")
     assert seen == ["kernels", "step", "step", "kernels"]
     assert len(set(outputs)) == len(outputs)  # nothing overwrites another's file

@@ -1,19 +1,17 @@
 """Benchmarks: kernels and whole steps against their peers, timed in one run. `zokern bench` and benchmarks/ run them.
 
-cases.py      the kernel benchmarks as data          workload.py   their tensors and the calls that are timed
-kernels.py    runs them, case by case                limits.py     bytes and operations of a pass
-peers.py      the passes in plain torch, from equations.py          shapes.py     tensors like an OPT model's
-model.py      what a pass should take, from its machine code          prediction.py   the row of a benchmark's kernel
-timing.py     candidates in turn, round after round; medians and spread
-record.py     the machine's description; one JSON file per run          commit.py     of which source
-plots.py      pictures from the JSON, with plots_kernels.py and canvas.py; tables.py for the terminal
-cli.py        the commands
-
-memory.py     peak bytes of a call; budget.py: limits of time and memory, and saving after every case
-step.py       whole optimizer steps: step_cases.py what is timed, split.py forwards, passes and the rest, models.py the
-              models, step_peers.py the published order of work in plain torch, step_graphed.py a step in one CUDA graph
-scaling.py    passes for a parameter, from ten million parameters to a billion
-commands_step.py, step_options.py, step_tables.py: the two commands
+cli.py, commands_step.py          the commands; options.py: their checks
+cases.py, limits.py, shapes.py    the kernel benchmarks as data; bytes and operations of a pass; tensors like an OPT model's
+workload.py, kernels.py           a case's tensors and the calls that are timed; runs them, case by case
+peers.py                          the passes in plain torch
+model.py, prediction.py           what a pass should take, from its machine code; the row of a benchmark's kernel
+step_cases.py, step.py            whole steps: what is timed; cases that take turns
+split.py, models.py               forwards, passes and the rest of a step; the models
+step_peers.py                     the published order of work in plain torch
+scaling.py                        passes for a parameter, from ten million parameters to a billion
+timing.py, budget.py              candidates in turn, medians and spread; limits of time and memory, peak bytes of a call
+record.py, commit.py              one JSON file per run, with the machine's description; of which source
+plots.py, tables.py               pictures and tables from the JSON
 """
 
 ABOUT = "Time the kernels and whole steps on this machine, against a copy and against what PyTorch users write."

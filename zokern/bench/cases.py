@@ -6,7 +6,7 @@ bfloat16 state always rounds stochastically. Peers are the same everywhere: peer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
@@ -57,64 +57,61 @@ def is_ours(label: str) -> bool:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`about`: one line for `zokern bench list`."""
+    """`about`: one line for `zokern bench list`; `cases`: of a dtype, none where there is nothing to time."""
 
-    name: str
     about: str
     cases: Callable[[str], list[Case]]
 
 
-def _axpy(dtype: str) -> list[Case]:
-    return [Case(f"axpy, K = {k}", "axpy", dtype, seeds=k) for k in (1, 2, 4, 16)]
-
-
-def _rademacher(dtype: str) -> list[Case]:
-    return [Case("axpy, Rademacher", "axpy", dtype, distribution="rademacher")]
-
-
-def _stochastic(dtype: str) -> list[Case]:
-    if SIZES[dtype] != 2:
-        return []  # float32 has nothing to round
-    return [Case("axpy, stochastic rounding", "axpy", dtype, rounding="stochastic")]
-
-
-def _hizoo(dtype: str) -> list[Case]:
-    labels = {"scaled_axpy": "perturb", "hizoo": "update", "hizoo_restore": "restore and update"}
-    return [
-        Case(f"HiZOO {label}, h {state}", rule, dtype, state_dtype=state)
-        for rule, label in labels.items()
-        for state in ("float32", "bfloat16")
-    ]
-
-
-def _helene(dtype: str) -> list[Case]:
-    return [Case("HELENE update", "helene", dtype)]
-
-
-def _layers(dtype: str) -> list[Case]:
-    return [
-        Case(f"axpy, {share:.0%} of the blocks left out", "axpy", dtype, left_out=share)
-        for share in (0.0, 0.25, 0.5, 0.75)
-    ]
-
-
-def _chain(dtype: str) -> list[Case]:
-    rounding = "stochastic" if SIZES[dtype] == 2 else "nearest"  # float32 has nothing to round
-    return [
-        Case("update and next perturbation", "axpy", dtype, rounding=rounding, stages=2, fork=True),
-        Case("replay of 8 updates", "axpy", dtype, rounding=rounding, stages=8),
-    ]
+def _stochastic(dtype: str) -> str:
+    return "stochastic" if SIZES[dtype] == 2 else "nearest"  # float32 has nothing to round
 
 
 BENCHMARKS = {
-    b.name: b
-    for b in (
-        Benchmark("axpy", "w + sum_k c_k z_k: MeZO's perturbation and update, for K = 1, 2, 4, 16 seeds", _axpy),
-        Benchmark("rademacher", "the same with random signs for z, one seed: FZOO", _rademacher),
-        Benchmark("stochastic", "the same rounded stochastically, one seed; 16-bit weights only", _stochastic),
-        Benchmark("hizoo", "HiZOO's perturbation, update, and restore with update; h in float32 and bfloat16", _hizoo),
-        Benchmark("helene", "HELENE's update of m, h and the weights", _helene),
-        Benchmark("layers", "LeZO: axpy with 0, 25, 50 and 75 % of the blocks left out", _layers),
-        Benchmark("chain", "several passes in one sweep, against a sweep each: pipelined steps, and replay", _chain),
-    )
+    "axpy": Benchmark(
+        "w + sum_k c_k z_k: MeZO's perturbation and update, for K = 1, 2, 4, 16 seeds",
+        lambda dtype: [Case(f"axpy, K = {k}", "axpy", dtype, seeds=k) for k in (1, 2, 4, 16)],
+    ),
+    "rademacher": Benchmark(
+        "the same with random signs for z, one seed: FZOO",
+        lambda dtype: [Case("axpy, Rademacher", "axpy", dtype, distribution="rademacher")],
+    ),
+    "stochastic": Benchmark(
+        "the same rounded stochastically, one seed; 16-bit weights only",
+        lambda dtype: [Case("axpy, stochastic rounding", "axpy", dtype, rounding="stochastic")] * (SIZES[dtype] == 2),
+    ),
+    "hizoo": Benchmark(
+        "HiZOO's perturbation, update, and restore with update; h in float32 and bfloat16",
+        lambda dtype: [
+            Case(f"HiZOO {label}, h {state}", rule, dtype, state_dtype=state)
+            for rule, label in (
+                ("scaled_axpy", "perturb"),
+                ("hizoo", "update"),
+                ("hizoo_restore", "restore and update"),
+            )
+            for state in ("float32", "bfloat16")
+        ],
+    ),
+    "helene": Benchmark(
+        "HELENE's update of m, h and the weights", lambda dtype: [Case("HELENE update", "helene", dtype)]
+    ),
+    "layers": Benchmark(
+        "LeZO: axpy with 0, 25, 50 and 75 % of the blocks left out",
+        lambda dtype: [
+            Case(f"axpy, {share:.0%} of the blocks left out", "axpy", dtype, left_out=share)
+            for share in (0.0, 0.25, 0.5, 0.75)
+        ],
+    ),
+    "chain": Benchmark(
+        "several passes in one sweep, against a sweep each: pipelined steps, and replay",
+        lambda dtype: [
+            Case("update and next perturbation", "axpy", dtype, rounding=_stochastic(dtype), stages=2, fork=True),
+            Case("replay of 8 updates", "axpy", dtype, rounding=_stochastic(dtype), stages=8),
+        ],
+    ),
 }
+
+
+def cases_of(names: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
+    """All that benchmarks time for some dtypes."""
+    return [case for name in names for dtype in dtypes for case in BENCHMARKS[name].cases(dtype)]

@@ -8,13 +8,17 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from typer import Argument, Option
 
-from zokern.bench import ABOUT, commands_step
-from zokern.bench.cases import BENCHMARKS, DEFAULT_DTYPES, DTYPES
+from zokern.bench import ABOUT, commands_step, options
+from zokern.bench.cases import BENCHMARKS, DEFAULT_DTYPES, DTYPES, cases_of
 from zokern.bench.shapes import MIN_ELEMENTS
+
+if TYPE_CHECKING:
+    from zokern.bench.kernels import Settings
 
 OUTPUT = Path("bench-out")
 TEACH = """
@@ -32,83 +36,143 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help=f"{ABOUT} Without a command: the kernels with their defaults, and pictures.\n{TEACH}",
 )
-Names = Annotated[
-    list[str] | None,
-    typer.Argument(help=f"Which benchmarks. Default: all of {', '.join(BENCHMARKS)}.", metavar="[NAMES]..."),
-]
-Dtype = Annotated[
-    list[str] | None,
-    typer.Option(
-        help=f"Number format of the weights, one of {', '.join(DTYPES)}; may be given again. Default: "
-        f"{' and '.join(DEFAULT_DTYPES)}."
-    ),
-]
-Elements = Annotated[
-    int | None,
-    typer.Option(
-        help="Weights of the model, split into tensors as an OPT model's are. Default: 33,554,432 on a CPU; on a GPU "
-        "1,073,741,824, or as many as fit."
-    ),
-]
-Rounds = Annotated[
-    int | None,
-    typer.Option(help="Timed calls of each way, in turn; the median is told. Default: 7 on a CPU, 30 on a GPU."),
-]
-Quick = Annotated[bool, typer.Option("--quick", help="A look: an eighth of the weights and 3 rounds.")]
-Compiled = Annotated[
-    bool | None,
-    typer.Option(
-        "--compiled/--no-compiled",
-        help="Time torch.compile's version too; compiling takes minutes. Default: on a GPU yes, on a CPU no.",
-    ),
-]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(help="Seconds after which no further pass is begun; what was timed by then is stored. Default: none."),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Directory for the JSON files and pictures.")]
-Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw pictures at the end; needs matplotlib.")]
+HELP = {
+    "names": f"Which benchmarks. Default: all of {', '.join(BENCHMARKS)}.",
+    "dtype": f"Number format of the weights, one of {', '.join(DTYPES)}; may be given again. Default: "
+    f"{' and '.join(DEFAULT_DTYPES)}.",
+    "elements": "Weights of the model, split into tensors as an OPT model's are. Default: 33,554,432 on a CPU; on a GPU "
+    "1,073,741,824, or as many as fit.",
+    "rounds": "Timed calls of each way, in turn; the median is told. Default: 7 on a CPU, 30 on a GPU.",
+    "quick": "A look: an eighth of the weights and 3 rounds.",
+    "compiled": "Time torch.compile's version too; compiling takes minutes. Default: on a GPU yes, on a CPU no.",
+    "time_limit": "Seconds after which no further pass is begun; what was timed by then is stored. Default: none.",
+    "output": "Directory for the JSON files and pictures.",
+    "plot": "Draw pictures at the end; needs matplotlib.",
+}
 
 
 @app.callback()
 def bench(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        run_kernels([])
+        kernels()
 
 
 @app.command(help="Time single passes.\n" + TEACH)
 def kernels(
-    names: Names = None,
-    device: commands_step.Device = "auto",
-    dtype: Dtype = None,
-    elements: Elements = None,
-    rounds: Rounds = None,
-    quick: Quick = False,
-    compiled: Compiled = None,
-    time_limit: TimeLimit = None,
-    output: Output = OUTPUT,
-    plot: Plot = True,
+    names: Annotated[list[str] | None, Argument(help=HELP["names"], metavar="[NAMES]...")] = None,
+    device: options.Device = "auto",
+    dtype: Annotated[list[str] | None, Option(help=HELP["dtype"])] = None,
+    elements: Annotated[int | None, Option(help=HELP["elements"])] = None,
+    rounds: Annotated[int | None, Option(help=HELP["rounds"])] = None,
+    quick: Annotated[bool, Option("--quick", help=HELP["quick"])] = False,
+    compiled: Annotated[bool | None, Option("--compiled/--no-compiled", help=HELP["compiled"])] = None,
+    time_limit: Annotated[float | None, Option(help=HELP["time_limit"])] = None,
+    output: Annotated[Path, Option("--output", "-o", help=HELP["output"])] = OUTPUT,
+    plot: Annotated[bool, Option("--plot/--no-plot", help=HELP["plot"])] = True,
 ) -> None:
-    run_kernels(
-        names or [], device=device, dtypes=dtype, elements=elements, rounds=rounds, quick=quick, compiled=compiled,
-        time_limit=time_limit, output=output, plot=plot,
-    )  # fmt: skip
+    chosen, dtypes = _chosen(names, dtype)
+    _check(elements, rounds, time_limit, output)
+
+    from zokern.bench import kernels as benchmark
+    from zokern.bench import plots
+
+    if plot:
+        try:
+            plots.require()
+        except plots.PlotError as error:
+            _fail(f"error: {error}")
+    where = options.find_device(device)
+    size = elements or benchmark.default_elements(where, chosen, dtypes, quick)
+    if problem := benchmark.check_memory(where, chosen, dtypes, size):
+        raise options.refuse("--elements", problem)
+    settings = benchmark.Settings(
+        device=where,
+        dtypes=dtypes,
+        elements=size,
+        rounds=rounds or (benchmark.QUICK_ROUNDS if quick else benchmark.ROUNDS[where.type]),
+        compiled=where.type == "cuda" if compiled is None else compiled,
+        output=output,
+        deadline=None if time_limit is None else time.monotonic() + time_limit,
+    )
+    _tell(_run(chosen, settings), len(chosen), output if plot else None)
+
+
+def _chosen(names: list[str] | None, dtype: list[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """Benchmarks (none given: all that have something to time) and dtypes, each once."""
+    names, dtypes = list(dict.fromkeys(names or ())), tuple(dict.fromkeys(dtype or DEFAULT_DTYPES))
+    for option, given, allowed in (("NAMES", names, BENCHMARKS), ("--dtype", dtypes, DTYPES)):
+        for name in given:
+            if name not in allowed:
+                raise options.refuse(option, f"{name!r} is not one of {', '.join(allowed)}")
+    full = [name for name in BENCHMARKS if cases_of([name], dtypes)]
+    for name in names:
+        if name not in full:
+            raise options.refuse("--dtype", f"{name} has nothing to time for {', '.join(dtypes)}; give a 16-bit dtype")
+    return names or full, dtypes
+
+
+def _check(elements: int | None, rounds: int | None, time_limit: float | None, output: Path) -> None:
+    if elements is not None and elements < MIN_ELEMENTS:
+        raise options.refuse("--elements", f"{elements} is too few; at least {MIN_ELEMENTS}")
+    if rounds is not None and rounds < 1:
+        raise options.refuse("--rounds", f"{rounds} is too few; at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise options.refuse("--time-limit", f"{time_limit} is no time; more than 0 seconds")
+    if output.exists() and not output.is_dir():
+        raise options.refuse("--output", f"{output} is a file; give a directory")
+
+
+def _run(names: list[str], settings: Settings) -> list[Path]:
+    """Runs the benchmarks with a live bar; the paths of their files."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from zokern.bench import kernels as benchmark
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, transient=True) as progress:
+            task = progress.add_task("passes", total=len(cases_of(names, settings.dtypes)))
+            paths = [benchmark.run(name, settings, progress, lambda *_: progress.advance(task)) for name in names]
+    except KeyboardInterrupt:
+        _fail(f"stopped; what is finished is in {settings.output}", 130)
+    except torch.OutOfMemoryError as error:
+        _fail(f"error: {error}; give fewer --elements. What is finished is in {settings.output}")
+    except RuntimeError as error:
+        _fail(f"error: {error}")
+    return [path for path in paths if path is not None]
+
+
+def _tell(paths: list[Path], wanted: int, pictures: Path | None) -> None:
+    """Prints the tables of runs and what is not in them, and draws into `pictures`."""
+    from rich.console import Console
+
+    from zokern.bench import plots, tables
+
+    console, records = Console(), [plots.load(path) for path in paths]
+    if len(records) < wanted or not all(record["complete"] for record in records):
+        console.print("--time-limit: not all passes were timed", style="yellow")
+    for record in records:
+        console.print(tables.kernels(record))
+    for reason in dict.fromkeys(reason for record in records for reason in tables.not_predicted(record)):
+        console.print(f"no predicted share: {reason}", style="dim")
+    for path in paths + (plots.draw(paths, pictures) if pictures else []):
+        console.print(f"stored {path}", soft_wrap=True)
 
 
 @app.command()
 def plot(
-    files: Annotated[list[Path], typer.Argument(metavar="JSON...", help="Records that `zokern bench` stored.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures.")] = OUTPUT,
+    files: Annotated[list[Path], Argument(metavar="JSON...", help="Records that `zokern bench` stored.")],
+    output: Annotated[Path, Option("--output", "-o", help="Directory for the pictures.")] = OUTPUT,
 ) -> None:
     """Draw the pictures of stored runs: bars and a roofline of kernels, a step's parts, time over a model's size."""
     from zokern.bench import plots
-    from zokern.bench.canvas import PlotError
 
     try:
         for path in plots.draw(files, output):
             print(path)
-    except PlotError as error:
-        _fail(str(error))
+    except plots.PlotError as error:
+        _fail(f"error: {error}")
 
 
 @app.command(name="list")
@@ -128,95 +192,6 @@ app.command()(commands_step.step)
 app.command()(commands_step.scaling)
 
 
-def run_kernels(
-    names: list[str],
-    *,
-    device: str = "auto",
-    dtypes: list[str] | None = None,
-    elements: int | None = None,
-    rounds: int | None = None,
-    quick: bool = False,
-    compiled: bool | None = None,
-    time_limit: float | None = None,
-    output: Path = OUTPUT,
-    plot: bool = True,
-) -> None:
-    """Runs benchmarks by name (none: all), as the command does: progress, JSON files, tables, pictures."""
-    names, dtypes = list(dict.fromkeys(names)), list(dict.fromkeys(dtypes or DEFAULT_DTYPES))
-    for name in names:
-        if name not in BENCHMARKS:
-            raise typer.BadParameter(f"{name!r} is not one of {', '.join(BENCHMARKS)}", param_hint="NAMES")
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
-    if elements is not None and elements < MIN_ELEMENTS:
-        raise typer.BadParameter(f"{elements} is too few; at least {MIN_ELEMENTS}", param_hint="--elements")
-    if rounds is not None and rounds < 1:
-        raise typer.BadParameter(f"{rounds} is too few; at least 1", param_hint="--rounds")
-    if time_limit is not None and not time_limit > 0:
-        raise typer.BadParameter(f"{time_limit} is no time; more than 0 seconds", param_hint="--time-limit")
-    for name in names:
-        if not any(BENCHMARKS[name].cases(dtype) for dtype in dtypes):
-            raise typer.BadParameter(
-                f"{name} has nothing to time for {', '.join(dtypes)}; give a 16-bit dtype", param_hint="--dtype"
-            )
-    names = names or [n for n, b in BENCHMARKS.items() if any(b.cases(dtype) for dtype in dtypes)]
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is a file; give a directory", param_hint="--output")
-
-    import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from zokern.bench import kernels, plots, tables
-    from zokern.bench.canvas import PlotError, require
-    from zokern.bench.devices import find_device
-
-    if plot:
-        try:
-            require()
-        except PlotError as error:
-            _fail(str(error))
-    where = find_device(device)
-    size = elements or kernels.default_elements(where, names, dtypes, quick)
-    if problem := kernels.check_memory(where, names, dtypes, size):
-        raise typer.BadParameter(problem, param_hint="--elements")
-    settings = kernels.Settings(
-        device=where,
-        dtypes=tuple(dtypes),
-        elements=size,
-        rounds=rounds or (kernels.QUICK_ROUNDS if quick else kernels.ROUNDS[where.type]),
-        compiled=where.type == "cuda" if compiled is None else compiled,
-        output=output,
-        deadline=None if time_limit is None else time.monotonic() + time_limit,
-    )
-    console, paths = Console(), []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            total = sum(len(BENCHMARKS[name].cases(dtype)) for name in names for dtype in dtypes)
-            task = progress.add_task("passes", total=total)
-            for name in names:
-                path = kernels.run(name, settings, progress, lambda *_: progress.advance(task))
-                paths += [path] if path else []
-    except KeyboardInterrupt:
-        print(f"stopped; what is finished is in {output}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except torch.OutOfMemoryError as error:
-        _fail(f"{error}; give fewer --elements. What is finished is in {output}")
-    except RuntimeError as error:
-        _fail(str(error))
-    if not paths or not all(plots.load(path)["complete"] for path in paths) or len(paths) < len(names):
-        console.print("--time-limit: not all passes were timed", style="yellow")
-    records = [plots.load(path) for path in paths]
-    for record in records:
-        console.print(tables.kernels(record))
-    for reason in dict.fromkeys(reason for record in records for reason in tables.not_predicted(record)):
-        console.print(f"no predicted share: {reason}", style="dim")
-    for path in paths + (plots.draw(paths, output) if plot else []):
-        console.print(f"stored {path}", soft_wrap=True)
-
-
 def script(*names: str) -> None:
     """What benchmarks/bench_<name>.py do: `kernels` with its names given, into benchmarks/results."""
     from zokern.bench.record import RESULTS
@@ -224,6 +199,6 @@ def script(*names: str) -> None:
     app(["kernels", *names, "--no-plot", "--output", str(RESULTS), *sys.argv[1:]])
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise typer.Exit(1)
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)

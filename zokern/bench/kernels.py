@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 
 from zokern.bench import limits, prediction
-from zokern.bench.cases import BENCHMARKS, Case
+from zokern.bench.cases import Case, cases_of
 from zokern.bench.peers import Peer, peers
 from zokern.bench.record import store
 from zokern.bench.shapes import block_shapes
@@ -45,7 +45,7 @@ class Settings:
     deadline: float | None = None
 
 
-def default_elements(device: torch.device, names: list[str], dtypes: list[str], quick: bool) -> int:
+def default_elements(device: torch.device, names: list[str], dtypes: Sequence[str], quick: bool) -> int:
     """The device's default, halved until the largest case fits into nine tenths of a GPU's free memory."""
     elements = (QUICK_ELEMENTS if quick else ELEMENTS)[device.type]
     if device.type == "cuda":
@@ -55,7 +55,7 @@ def default_elements(device: torch.device, names: list[str], dtypes: list[str], 
     return elements
 
 
-def check_memory(device: torch.device, names: list[str], dtypes: list[str], elements: int) -> str | None:
+def check_memory(device: torch.device, names: list[str], dtypes: Sequence[str], elements: int) -> str | None:
     """Why `elements` do not fit on a GPU, or None. Said before a run rather than in the middle of it."""
     if device.type != "cuda":
         return None
@@ -65,9 +65,8 @@ def check_memory(device: torch.device, names: list[str], dtypes: list[str], elem
     return f"{elements:,} need about {need / 1e9:.1f} GB of GPU memory and {free / 1e9:.1f} GB are free; give fewer"
 
 
-def _largest(names: list[str], dtypes: list[str], elements: int) -> int:
-    cases = [case for name in names for dtype in dtypes for case in BENCHMARKS[name].cases(dtype)]
-    return max((limits.memory_needed(case, elements) for case in cases), default=0)
+def _largest(names: list[str], dtypes: Sequence[str], elements: int) -> int:
+    return max((limits.memory_needed(case, elements) for case in cases_of(names, dtypes)), default=0)
 
 
 def measure(
@@ -83,27 +82,26 @@ def measure(
     work = Workload(case, settings.elements, settings.device)
     calls = work.candidates(backends, others)
     times = time_in_rounds(calls, settings.device, settings.rounds, case.title, progress=progress, device_only=True)
-    ways: dict[str, dict[str, Any]] = {}
-    for label, t in times.items():
-        ways[label] = {
-            **t,
-            "ns_per_element": t["median"] / work.active * 1e9,
-            "gb_per_s": work.nbytes / t["median"] / 1e9,
-            "share_of_copy": times["copy"]["median"] / t["median"],
-            "speedup_over": {
-                other: times[other]["median"] / t["median"] for other in times if not other.startswith("zokern")
-            },
-        }
+    theirs = {label: t["median"] for label, t in times.items() if not label.startswith("zokern")}
     return {
         "case": asdict(case),
         "elements": work.active,
-        "tensors": work.tensors,
+        "tensors": len(work.members),
         "blocks": work.blocks,
         "blocks_active": work.blocks_active,
         "bytes_per_element": limits.bytes_per_element(case),
         "operations_per_element": limits.operations_per_element(case),
         "bytes": work.nbytes,
-        "ways": ways,
+        "ways": {
+            label: {
+                **t,
+                "ns_per_element": t["median"] / work.active * 1e9,
+                "gb_per_s": work.nbytes / t["median"] / 1e9,
+                "share_of_copy": theirs["copy"] / t["median"],
+                "speedup_over": {other: seconds / t["median"] for other, seconds in theirs.items()},
+            }
+            for label, t in times.items()
+        },
     }
 
 
@@ -118,38 +116,32 @@ def run(
     Raises:
         ValueError: where the dtypes leave no case. RuntimeError: where no backend runs on the device.
     """
-    device, benchmark = settings.device, BENCHMARKS[name]
-    cases = [case for dtype in settings.dtypes for case in benchmark.cases(dtype)]
+    device = settings.device
+    cases = cases_of([name], settings.dtypes)
     if not cases:
         raise ValueError(f"{name} has nothing to time for {', '.join(settings.dtypes)}; give a 16-bit dtype")
     names, refused = choose_backends(device)
     if not names:
         raise RuntimeError(f"no backend runs on {device}: " + "; ".join(f"{n}: {why}" for n, why in refused.items()))
     basis = prediction.basis(device)
-    said = {
-        "elements": settings.elements,
-        "rounds": settings.rounds,
-        "dtypes": list(settings.dtypes),
-        "compiled": settings.compiled,
-        "eps": EPS,
-        "backends": names,
-        "backends_refused": refused,
-        "prediction": {"unknown": basis} if isinstance(basis, str) else basis.facts(),
-    }
-    path = settings.output / f"kernels-{name}-{device.type}.json"
-    results: dict[str, Any] = {}
-    for number, case in enumerate(cases, 1):
+    said = {key: getattr(settings, key) for key in ("elements", "rounds", "dtypes", "compiled")}
+    said |= {"eps": EPS, "backends": names, "backends_refused": refused}
+    said["prediction"] = {"unknown": basis} if isinstance(basis, str) else basis.facts()
+    path, results = settings.output / f"kernels-{name}-{device.type}.json", dict[str, Any]()
+    others, before = list[Peer](), tuple[str, ...]()
+    for case in cases:
         if settings.deadline is not None and time.monotonic() > settings.deadline:
             break
-        if number == 1 or case.dtype != cases[number - 2].dtype:
+        kind = (case.rule, case.dtype, case.state_dtype)
+        if kind != before:
             if settings.compiled:
                 torch.compiler.reset()  # PyTorch compiles a function for eight kinds of input at most
-            others = peers(compiled=settings.compiled, group=len(block_shapes(1)))
+            others, before = peers(compiled=settings.compiled, group=len(block_shapes(1))), kind
         result = measure(case, settings, names, others, progress)
         for backend in names:
             result["ways"][f"zokern {backend}"] |= prediction.of(case, backend, basis)
         results[case.title] = result
-        store(f"kernels-{name}", device, said, results, path, complete=number == len(cases))
+        store(f"kernels-{name}", device, said, results, path, complete=case is cases[-1])
         if done is not None:
             done(case.title, result)
         if device.type == "cuda":

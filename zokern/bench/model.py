@@ -17,6 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from zokern.bench.cases import Case
+from zokern.bench.limits import bytes_per_element
+
 ISSUE = 128.0  # four schedulers, each a warp of 32 a clock
 SCHEDULED = 0.8  # of these slots are filled at most, as axpy of 4 to 16 directions did on an H200
 SHARPNESS = 4.0  # of the maximum of compute and memory time; infinity would be a perfect overlap
@@ -156,8 +159,4 @@ def predicted_share(
 
 def bytes_moved(row: Mapping[str, Any]) -> int:
     """Bytes that a pass of this kind reads and writes per element: the weight, and each state."""
-    from zokern.contract.rules import RULES
-
-    size = {"float32": 4, "float16": 2, "bfloat16": 2}
-    rule = RULES[row["rule"]]
-    return 2 * size[row["dtype"]] + (len(rule.states) + rule.written) * size[row["state"]]
+    return bytes_per_element(Case("", row["rule"], row["dtype"], state_dtype=row["state"]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -69,35 +69,26 @@ def attention() -> str:
 def _construct(shape: Shape) -> nn.Module:
     import transformers
 
-    common: dict[str, Any] = {
-        **({"attn_implementation": UNMASKED} if attention() == UNMASKED else {}),
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "max_position_embeddings": shape.longest,
-        "use_cache": False,
-    }
-    model: nn.Module
-    if shape.family == "opt":
-        config = transformers.OPTConfig(**common, ffn_dim=shape.inner, word_embed_proj_dim=shape.hidden)
-        model = transformers.OPTForCausalLM(config)
-    elif shape.family == "qwen3":
-        if not hasattr(transformers, "Qwen3Config"):
-            raise ValueError(
-                f"transformers {transformers.__version__} has no Qwen3; install 4.51 or later, or choose an OPT"
-            )
-        config = transformers.Qwen3Config(
-            **common,
-            intermediate_size=shape.inner,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            tie_word_embeddings=shape.tied,
+    if shape.family == "qwen3" and not hasattr(transformers, "Qwen3Config"):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no Qwen3; install 4.51 or later, or choose an OPT"
         )
-        model = transformers.Qwen3ForCausalLM(config)
-    else:
-        config = transformers.BertConfig(**common, intermediate_size=shape.inner)
-        model = transformers.BertModel(config, add_pooling_layer=False)  # nothing here would train a pooler
+    kind, own = {
+        "opt": ("ForCausalLM", {"ffn_dim": shape.inner, "word_embed_proj_dim": shape.hidden}),
+        "qwen3": ("ForCausalLM", {
+            "intermediate_size": shape.inner, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
+            "tie_word_embeddings": shape.tied,
+        }),
+        "bert": ("Model", {"intermediate_size": shape.inner}),
+    }[shape.family]  # fmt: skip
+    name = {"opt": "OPT", "qwen3": "Qwen3", "bert": "Bert"}[shape.family]
+    config = getattr(transformers, f"{name}Config")(
+        **({"attn_implementation": UNMASKED} if attention() == UNMASKED else {}),
+        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, max_position_embeddings=shape.longest, use_cache=False, **own,
+    )  # fmt: skip
+    pooler = {"add_pooling_layer": False} if shape.family == "bert" else {}  # nothing here would train one
+    model: nn.Module = getattr(transformers, name + kind)(config, **pooler)
     return model.eval()
 
 

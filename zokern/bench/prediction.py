@@ -79,11 +79,7 @@ def of(case: Case, backend: str, basis: Basis | str) -> dict[str, Any]:
     row = row_of(case, backend, basis.rows, arch)
     if row is None:
         return {"not_predicted": f"{MACHINE_CODE.name} has no such kernel of {backend} for sm_{arch}"}
-    pipes = model.instructions(row, seeds=case.seeds, stages=case.stages, stochastic=_stochastic(case))
+    stochastic = case.stochastic_stages if case.stages > 1 else 0  # one pass that rounds so has a row of its own
+    pipes = model.instructions(row, seeds=case.seeds, stages=case.stages, stochastic=stochastic)
     share = model.predicted_share(row, bytes_per_element(case), basis.device, pipes)
     return {"slots": sum(pipes.values()), "predicted_share": share}
-
-
-def _stochastic(case: Case) -> int:
-    """Of a chain; a pass that rounds stochastically has a row of its own."""
-    return case.stochastic_stages if case.stages > 1 else 0

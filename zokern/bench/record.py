@@ -30,9 +30,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-@functools.cache  # of the code that was loaded, not of a checkout that moved on during a run
-def commit() -> str:
-    return source.commit()
+commit = functools.cache(source.commit)  # of the code that was loaded, not of a checkout that moved on during a run
 
 
 def machine(device: torch.device) -> dict[str, Any]:

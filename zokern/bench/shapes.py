@@ -1,7 +1,8 @@
-"""A list of tensor shapes like those of an OPT model, of any total size: what a pass over a model meets.
+"""Tensor shapes like those of transformers, of any total size: what a pass over a model meets.
 
-A block has 16 tensors, four of them d x d, two d x 4d, the rest vectors: 12 d^2 + 13 d elements. Blocks hold about four
-fifths of the elements, the embedding and one odd-sized vector the rest.
+opt_like: of the kernel benchmarks. A block has 16 tensors, four of them d x d, two d x 4d, the rest vectors: 12 d^2 + 13 d
+elements. Blocks hold about four fifths of the elements, the embedding and one odd-sized vector the rest.
+square: of `scaling`. A block has four d x d matrices, two of d x 4d and four vectors; the embedding holds a tenth.
 """
 
 from __future__ import annotations
@@ -43,3 +44,11 @@ def opt_like(elements: int) -> Shapes:
     rows, tail = divmod(elements - count * size, d)
     rest: list[Shape] = [(rows, d)]
     return Shapes([block_shapes(d)] * count, rest + ([(tail,)] if tail else []))
+
+
+def square(parameters: int) -> Shapes:
+    """About `parameters`, to a few per cent from ten million on; the width is about 64 times the number of blocks."""
+    d = max(8, round((0.9 * parameters * 64 / 12) ** (1 / 3) / 8) * 8)
+    count = max(2, round(0.9 * parameters / (12 * d**2)))
+    block: list[Shape] = [*[(d, d)] * 4, (4 * d, d), (d, 4 * d), *[(d,)] * 4]
+    return Shapes([block] * count, [(max(1, round(0.1 * parameters / d)), d)])

@@ -4,7 +4,8 @@
 
 A pass that runs inside the closure, as those of placement="stream" do, counts as a pass. Timed by zokern.finetune.clock:
 on CUDA with events that are read when the steps are over, so nothing waits for the device that would not otherwise; there
-"other" has the time in which the device waits for the host.
+"other" has the time in which the device waits for the host. Inside a CUDA graph there is no telling forwards from passes:
+of a graphed step only the whole is timed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zokern.bench.step_graphed import Graphed
-from zokern.bench.step_peers import Peer
+from zokern.bench.models import Work
+from zokern.bench.timing import spread
 from zokern.finetune.clock import Clock
+from zokern.graphs import step as graphed
 from zokern.optim import ZerothOrderOptimizer
 
 PARTS = ("forwards", "passes", "other")
@@ -35,18 +37,50 @@ class Stepper(Protocol):
     def step(self) -> Callable[[Callable[[], Tensor]], Tensor]: ...
 
 
+class NotCaptured(RuntimeError):
+    """The step could not be captured, for a reason that is not memory."""
+
+
+class Graphed:
+    """An optimizer whose steps are captured at the first one, and replayed as one CUDA graph.
+
+    The batch lies on the device, and a step copies it into the graph's own, as a loop over batches would.
+    """
+
+    WARM_UP = 2  # steps: HELENE's second is of another kind than its first, and is captured when it comes
+
+    def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
+        self.optimizer = optimizer
+        self._graph: graphed.GraphedStep | None = None
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        return self.optimizer.counters
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """One step on the closure's batch; the closure must be the same each time."""
+        if not isinstance(closure, Work):
+            raise TypeError(f"closure must be a zokern.bench.models.Work, got {type(closure).__name__}")
+        if self._graph is None:
+            try:
+                self._graph = graphed.GraphedStep(self.optimizer, closure.loss, closure.batch)
+            except RuntimeError as error:
+                if isinstance(error.__cause__, torch.OutOfMemoryError):
+                    raise error.__cause__ from error
+                raise NotCaptured(str(error)) from error
+        return self._graph(closure.batch)
+
+
+def why_not_graphed(optimizer: ZerothOrderOptimizer, device: torch.device) -> str | None:
+    """What keeps a method's steps from being graphed on `device`."""
+    if device.type not in graphed.SUPPORTED:
+        return f"it replays a CUDA graph, and this run is on {'a CPU' if device.type == 'cpu' else device}"
+    return optimizer.why_not_graphed()
+
+
 @contextlib.contextmanager
 def _around_passes(stepper: Stepper, around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """While the block runs, each pass of `stepper` runs in a context of its own."""
-    if isinstance(stepper, Peer):
-        before, stepper.around = stepper.around, around
-        try:
-            yield
-        finally:
-            stepper.around = before
-        return
-    assert isinstance(stepper, ZerothOrderOptimizer)
-    passes = stepper._passes  # placements hold the same object: an attribute of it reaches every pass
+    """While the block runs, each pass of `stepper` runs in a context of its own; a graph's passes are out of reach."""
 
     def timed(work: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(work)
@@ -56,13 +90,15 @@ def _around_passes(stepper: Stepper, around: Callable[[], contextlib.AbstractCon
 
         return call
 
-    both = {"run": timed(passes.run), "chain": timed(passes.chain)}
-    vars(passes).update(both)
+    # Placements hold the optimizer's passes: an attribute of them reaches every one.
+    owner = stepper._passes if isinstance(stepper, ZerothOrderOptimizer) else stepper
+    both = {name: timed(getattr(owner, name)) for name in ("run", "chain", "pass_") if hasattr(owner, name)}
+    vars(owner).update(both)
     try:
         yield
     finally:
         for name in both:
-            del vars(passes)[name]
+            del vars(owner)[name]
 
 
 def measure(stepper: Stepper, closure: Callable[[], Tensor], device: torch.device, steps: int) -> dict[str, float]:
@@ -80,18 +116,15 @@ def measure(stepper: Stepper, closure: Callable[[], Tensor], device: torch.devic
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what was queued before is not ours
-    if isinstance(stepper, Graphed):
-        with clock.measure("step"):
-            for _ in range(steps):
-                stepper.step(closure)
-        return {"step": clock.seconds()["step"] / steps}
+    whole = isinstance(stepper, Graphed)
     with _around_passes(stepper, lambda: clock.measure("passes in it" if inside else "passes")), clock.measure("step"):
         for _ in range(steps):
-            stepper.step(forward)
+            stepper.step(closure if whole else forward)
     seconds = {name: total / steps for name, total in clock.seconds().items()}
-    nested = seconds.get("passes in it", 0.0)
+    step, nested = seconds["step"], seconds.get("passes in it", 0.0)
+    if whole:
+        return {"step": step}
     forwards, passes = seconds.get("closure", 0.0) - nested, seconds.get("passes", 0.0) + nested
-    step = seconds["step"]
     return {"step": step, "forwards": forwards, "passes": passes, "other": step - forwards - passes}
 
 
@@ -101,8 +134,7 @@ def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     steps = [r["step"] for r in rounds]
     median = statistics.median_low(steps)
     chosen = rounds[steps.index(median)]
-    spread = {"median": median, "min": min(steps), "max": max(steps), "rounds": len(steps)}
-    return {"step": spread, **{part: chosen[part] for part in PARTS if part in chosen}}
+    return {"step": spread(steps) | {"median": median}, **{part: chosen[part] for part in PARTS if part in chosen}}
 
 
 def counted(stepper: Stepper, before: Mapping[str, int]) -> dict[str, float]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,107 +23,79 @@ from torch import Tensor, nn
 
 from zokern._checks import ZokernWarning
 from zokern.bench import models, split
-from zokern.bench.budget import Budget
-from zokern.bench.memory import peak_bytes
-from zokern.bench.step_cases import Case, Settings, make, needed_bytes, optimizer_of, plan, smaller, state_bytes
-from zokern.bench.step_graphed import GRAPHED_WARM_UP, Graphed, NotCaptured
-
-Results = dict[str, dict[str, Any]]
-Tick = Callable[[str], None]
+from zokern.bench.budget import Budget, peak_bytes
+from zokern.bench.step_cases import Case, Limits, Settings, make, needed_bytes, optimizer_of, plan, smaller, state_bytes
 
 
-class Run:
-    """One run of the benchmark; `results` grows while it goes on.
+@dataclass
+class Entry:
+    """A case at work. forward: bytes of a forward alone."""
+
+    case: Case
+    model: nn.Module
+    closure: Callable[[], Tensor]
+    forward: int = 0
+
+    @property
+    def needed(self) -> int:
+        return self.forward + needed_bytes(self.case, self.model)
+
+
+class Turns:
+    """Cases that take turns, round after round, within limits of time and memory; `results` grow while it goes on.
 
     A result's "status" is "timed", "does not fit" (with "needed_bytes" and "free_bytes"), "left out" (the time limit) or
     "not captured" (with "why").
     A case that was timed for fewer rounds than wanted says so by step.rounds.
     """
 
-    def __init__(self, settings: Settings, path: Path, tick: Tick = lambda name: None) -> None:
+    name: str
+    visits: int  # how often `tick` is called where nothing is left out
+
+    def __init__(self, settings: Limits, path: Path, tick: Callable[[str], None] = lambda name: None) -> None:
         self.settings, self.path, self.tick = settings, path, tick
         self.device = torch.device(settings.device)
-        self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.results: Results = {}
-        self._rounds: dict[str, list[dict[str, float]]] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self.budget = Budget(self.device, settings.time_limit, settings.memory_limit)
-        self._facts: dict[str, Any] = {}
-        self._plan = plan(settings)
+        self.about: dict[str, dict[str, Any]] = {}  # of each model: "dtype", "parameters", "weights_bytes" and more
 
-    @property
-    def visits(self) -> int:
-        """How often `tick` is called where nothing is left out."""
-        return self._plan.visits * (self.settings.rounds + 1)
-
-    @property
-    def not_timed(self) -> dict[str, str]:
-        """Ways that this run has not, and why."""
-        return self._plan.not_timed
-
-    def run(self) -> Results:
-        with warnings.catch_warnings():
+    def run(self) -> Any:
+        gc.freeze()  # what is there stays: each visit ends with a collection, which need not look at all of transformers
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error", ZokernWarning)  # a skipped update would be timed as if it were one
             try:
-                for name in self.settings.models:
-                    self._model(name)
+                self._all()
             finally:
+                gc.unfreeze()
                 self._save(last=True)
+        return self.stored()
+
+    def _all(self) -> None:
+        """Makes models, and lets groups of cases take turns."""
+        raise NotImplementedError
+
+    def stored(self) -> Any:
         return self.results
 
-    # ----------------------------------------------------------------------------------------------------- the levels
+    def said(self) -> dict[str, Any]:
+        """What the record says of the run."""
+        return asdict(self.settings)
 
-    def _model(self, name: str) -> None:
-        parameters = models.parameters(name)
-        self._facts[name] = {"parameters": parameters, "weights_bytes": parameters * self.dtype.itemsize}
-        shapes = self._plan.groups[name]
-        every = [case for _, group in shapes for case in group]
-        for case in every:
-            self._put(case, {"status": "left out"})  # until it is timed
-        if self.budget.spent:
-            return
-        if len(self._fitting(every, parameters * self.dtype.itemsize)) < len(every):
-            return
-        model = models.build(name, self.dtype, self.device)
-        gc.freeze()  # what is there stays: each visit ends with a collection, which need not look at all of transformers
-        try:
-            for (rows, length), group in shapes:
-                with torch.no_grad():
-                    self._group(group, model, models.closure(name, model, rows, length, self.device))
-        finally:
-            gc.unfreeze()
+    def _save(self, *, last: bool = False) -> None:
+        self.budget.save(self.name, self.said(), self.stored(), self.path, last=last)
 
-    def _group(self, group: list[Case], model: nn.Module, closure: Callable[[], Tensor]) -> None:
-        first = group[0]
-        logits = models.logits_bytes(first.model, first.rows, first.length, self.dtype.itemsize)
-        if len(self._fitting(group, logits)) < len(group):
-            return
-        forward = self._attempt(lambda: self._forward(closure))
-        if forward is None:
-            self._put_unfit(group, logits)
-            return
-        running = [fitting for case in group for fitting in self._that_fit(case, model, forward)]
-        for number in range(self.settings.rounds + 1):
-            turn = list(running)
-            for case in turn:
-                if self.budget.spent:
-                    continue
-                self.tick(f"{case.name}, round {number} of {self.settings.rounds}")
-                weighed = "forward_bytes" in self.results[case.name]
-                visit = self._time if weighed else functools.partial(self._weigh, forward=forward)
-                try:
-                    done = self._attempt(functools.partial(visit, case, model, closure))
-                except NotCaptured as error:
-                    running.remove(case)
-                    self._put(case, {"status": "not captured", "why": str(error)})
-                else:
-                    if done is None:
-                        running.remove(case)
-                        instead = self._smaller(case, model, forward)
-                        turn += instead
-                        running += instead
-                self._save()
+    def _put(self, cases: Iterable[Case], **status: Any) -> None:
+        for case in cases:
+            self.results[case.name] = {**case.facts(), **self.about[case.model], **status}
 
-    def _attempt(self, call: Callable[[], int]) -> int | None:
+    def _fits(self, cases: Iterable[Case], needed: int) -> bool:
+        """Whether `needed` bytes can be had; where not, the results of `cases` say so."""
+        fits = needed <= self.budget.free
+        if not fits:
+            self._put(cases, **self.budget.unfit(needed))
+        return fits
+
+    def _attempt(self, call: Callable[[], int | None]) -> int | None:
         """What call() returns, or None if the device's memory did not suffice."""
         try:
             return call()
@@ -132,90 +104,126 @@ class Run:
         finally:
             gc.collect()  # optimizers are parts of cycles
 
-    # ------------------------------------------------------------------------------------------------------- the visits
+    def _take_turns(self, running: list[Entry]) -> None:
+        for number in range(self.settings.rounds + 1):
+            turn = list(running)
+            for entry in turn:
+                if self.budget.spent:
+                    return
+                self.tick(f"{entry.case.name}, round {number} of {self.settings.rounds}")
+                try:
+                    done = self._attempt(functools.partial(self._visit, entry))
+                except split.NotCaptured as error:
+                    running.remove(entry)
+                    self._put([entry.case], status="not captured", why=str(error))
+                else:
+                    if done is None:
+                        running.remove(entry)
+                        self._put([entry.case], **self.budget.unfit(entry.needed))
+                        instead = self._instead(entry)
+                        turn += instead
+                        running += instead
+                self._save()
+
+    def _instead(self, entry: Entry) -> list[Entry]:
+        """What takes the place of a case that did not fit."""
+        return []
+
+    def _visit(self, entry: Entry) -> int | None:
+        """None where it does not fit."""
+        if "extra_bytes" in self.results[entry.case.name]:
+            return self._time(entry)
+        return self._weigh(entry) if entry.needed <= self.budget.free else None
+
+    def _weigh(self, entry: Entry) -> int:
+        """The memory of the first step beyond that of a forward."""
+
+        def first_step() -> None:
+            stepper = make(entry.case, entry.model)
+            stepper.step(entry.closure)
+            kept.append(state_bytes(stepper, entry.model))
+
+        kept: list[int] = []
+        replaced = entry.model.parameters() if entry.case.is_peer else ()
+        extra = peak_bytes(first_step, self.device, replaced) - entry.forward
+        self._put(
+            [entry.case],
+            status="left out",
+            forward_bytes=entry.forward,
+            extra_bytes=extra,
+            extra_share=extra / self.about[entry.case.model]["weights_bytes"],
+            state_bytes=kept[0],
+        )
+        return extra
+
+    def _time(self, entry: Entry) -> int:
+        """Returns how many rounds there were."""
+        stepper, result = make(entry.case, entry.model), self.results[entry.case.name]
+        for _ in range(split.Graphed.WARM_UP if isinstance(stepper, split.Graphed) else 1):
+            stepper.step(entry.closure)
+        before = dict(stepper.counters)
+        seconds = split.measure(stepper, entry.closure, self.device, self.settings.steps)
+        optimizer = optimizer_of(stepper)
+        if optimizer is not None and optimizer.skipped_steps:
+            raise RuntimeError(
+                f"{entry.case.name}: a loss was not finite, so an update was skipped and its time means nothing"
+            )
+        rounds = [*result.get("each", ()), seconds]
+        result |= {"status": "timed", **split.summary(rounds), **split.counted(stepper, before), "each": rounds}
+        return len(rounds)
+
+
+class Run(Turns):
+    """One run of `zokern bench step`. not_timed: ways that it has not, and why."""
+
+    name = "step"
+    settings: Settings
+
+    def __init__(self, settings: Settings, path: Path, tick: Callable[[str], None] = lambda name: None) -> None:
+        super().__init__(settings, path, tick)
+        self.groups, self.not_timed = plan(settings)
+        each_round = sum(len(group) for shapes in self.groups.values() for group in shapes.values())
+        self.visits = each_round * (settings.rounds + 1)
+
+    def said(self) -> dict[str, Any]:
+        left_out = [name for name, result in self.results.items() if result["status"] == "left out"]
+        more = {"left_out": left_out, "not_timed": self.not_timed, "attention": models.attention()}
+        return super().said() | more
+
+    def _all(self) -> None:
+        for name in self.settings.models:
+            self._model(name, getattr(torch, self.settings.dtype))
+
+    def _model(self, name: str, dtype: torch.dtype) -> None:
+        parameters = models.parameters(name)
+        weights = parameters * dtype.itemsize
+        self.about[name] = {"dtype": self.settings.dtype, "parameters": parameters, "weights_bytes": weights}
+        every = [case for group in self.groups[name].values() for case in group]
+        self._put(every, status="left out")  # until it is timed
+        if self.budget.spent or not self._fits(every, weights):
+            return
+        model = models.build(name, dtype, self.device)
+        for (rows, length), group in self.groups[name].items():
+            logits = models.logits_bytes(name, rows, length, dtype.itemsize)
+            if self._fits(group, logits):
+                self._group(group, model, models.closure(name, model, rows, length, self.device), logits)
+
+    def _group(self, group: list[Case], model: nn.Module, closure: Callable[[], Tensor], logits: int) -> None:
+        forward = self._attempt(lambda: self._forward(closure))
+        if forward is None:
+            self._put(group, **self.budget.unfit(logits))
+        else:
+            self._take_turns([Entry(case, model, closure, forward) for case in group])
 
     def _forward(self, closure: Callable[[], Tensor]) -> int:
         """The peak of a forward alone, after one whose lasting allocations are not the activations'."""
         closure()
         return peak_bytes(closure, self.device)
 
-    def _weigh(self, case: Case, model: nn.Module, closure: Callable[[], Tensor], forward: int) -> int:
-        """The memory of the first step beyond `forward`."""
-
-        def first_step() -> None:
-            stepper = make(case, model)
-            stepper.step(closure)
-            kept.append(state_bytes(stepper, model))
-
-        kept: list[int] = []
-        extra = peak_bytes(first_step, self.device, model.parameters()) - forward
-        weights = self._facts[case.model]["weights_bytes"]
-        self._put(
-            case,
-            {
-                "status": "left out",
-                "forward_bytes": forward,
-                "extra_bytes": extra,
-                "extra_share": extra / weights,
-                "state_bytes": kept[0],
-            },
-        )
-        return extra
-
-    def _time(self, case: Case, model: nn.Module, closure: Callable[[], Tensor]) -> int:
-        """One visit to a case. Returns how many there were."""
-        stepper = make(case, model)
-        for _ in range(GRAPHED_WARM_UP if isinstance(stepper, Graphed) else 1):
-            stepper.step(closure)
-        before = dict(stepper.counters)
-        seconds = split.measure(stepper, closure, self.device, self.settings.steps)
-        optimizer = optimizer_of(stepper)
-        if optimizer is not None and optimizer.skipped_steps:
-            raise RuntimeError(
-                f"{case.name}: a loss was not finite, so an update was skipped and its time means nothing"
-            )
-        rounds = self._rounds.setdefault(case.name, [])
-        rounds.append(seconds)
-        counts = split.counted(stepper, before)
-        self.results[case.name] |= {"status": "timed", **split.summary(rounds), **counts, "each": rounds}
-        return len(rounds)
-
-    # -------------------------------------------------------------------------------------------------------- the limits
-
-    def _that_fit(self, case: Case, model: nn.Module, forward: int) -> list[Case]:
-        """The case, or what can be timed in its place; both are in the results."""
-        fits = forward + needed_bytes(case, model) <= self.budget.free
-        return [case] if fits else self._smaller(case, model, forward)
-
-    def _smaller(self, case: Case, model: nn.Module, forward: int) -> list[Case]:
-        """In the place of a case that did not fit."""
-        self._put_unfit([case], forward + needed_bytes(case, model))
-        other = smaller(case, model)
+    def _instead(self, entry: Entry) -> list[Entry]:
+        """The same with its curvature in bfloat16, if that takes less."""
+        other = smaller(entry.case, entry.model)
         if other is None:
             return []
-        self._put(other, {"status": "left out"})  # until it is timed
-        return self._that_fit(other, model, forward)
-
-    def _put_unfit(self, group: list[Case], needed: int) -> None:
-        for case in group:
-            self._put(case, self.budget.unfit(needed))
-
-    def _fitting(self, group: list[Case], needed: int) -> list[Case]:
-        """`group` if `needed` bytes can be had; else none, and the results say so."""
-        if needed <= self.budget.free:
-            return group
-        self._put_unfit(group, needed)
-        return []
-
-    def _put(self, case: Case, facts: dict[str, Any]) -> None:
-        self.results[case.name] = {**case.facts(), "dtype": self.settings.dtype, **self._facts[case.model], **facts}
-
-    def _save(self, *, last: bool = False) -> None:
-        left_out = [name for name, result in self.results.items() if result["status"] == "left out"]
-        said = {
-            **asdict(self.settings),
-            "left_out": left_out,
-            "not_timed": self.not_timed,
-            "attention": models.attention(),
-        }
-        self.budget.save("step", said, self.results, self.path, last=last)
+        self._put([other], status="left out")  # until it is timed
+        return [replace(entry, case=other)]

@@ -1,4 +1,4 @@
-"""What the whole-step benchmark times, and what each case needs of memory. The loop is in step.py."""
+"""What the whole-step benchmark times, and what each case needs of memory. The turns are in step.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from zokern import placement
-from zokern.bench import models, step_graphed
-from zokern.bench.split import Stepper
-from zokern.bench.step_graphed import Graphed
-from zokern.bench.step_peers import PEERS, Peer
+from zokern.bench import models
+from zokern.bench.split import Graphed, Stepper, why_not_graphed
+from zokern.bench.step_peers import PEERS, Published
 from zokern.finetune.methods import build
 from zokern.finetune.options import Options
 from zokern.optim import ZerothOrderOptimizer
@@ -23,26 +22,33 @@ from zokern.placement.stream import Stream
 
 GRAPHED = "graphed"
 PIPELINED = "-pipelined"  # behind the name of a placement
+Groups = dict[tuple[int, int], list["Case"]]  # cases that take turns, by their tokens
 LR, EPS = 1e-7, 1e-3  # lr is not 0: an update that moves nothing is left out
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One run. rounds: timed visits to each case; steps: timed in a row in each visit; tokens: (rows, length) of a batch;
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What `step` and `scaling` both take. rounds: timed visits to each case; steps: timed in a row in each visit;
     time_limit: seconds from the start; memory_limit: bytes to stay below, where that is less than what is free."""
+
+    device: str
+    rounds: int = 5
+    steps: int = 1
+    time_limit: float | None = None
+    memory_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings(Limits):
+    """Of `step`. tokens: (rows, length) of a batch."""
 
     models: tuple[str, ...]
     methods: tuple[str, ...]
     placements: tuple[str, ...]
     tokens: tuple[tuple[int, int], ...]
     dtype: str
-    device: str
-    rounds: int = 5
-    steps: int = 2
     peers: bool = True
     compiled: bool = False
-    time_limit: float | None = None
-    memory_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.tokens} {self.method} {self.way}" + (
-            f", h {self.curvature}" if self.curvature else ""
-        )
+        """Without tokens for a model that reads none."""
+        words = (self.model, self.tokens if self.rows else "", self.method, self.way)
+        return " ".join(filter(None, words)) + (f", h {self.curvature}" if self.curvature else "")
 
     @property
     def is_peer(self) -> bool:
@@ -107,42 +113,33 @@ def cases(
             yield Case(model, rows, length, method, GRAPHED, below)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run times: groups of cases that take turns, by model and token shape; and what it leaves out, and why."""
+def plan(settings: Settings) -> tuple[dict[str, Groups], dict[str, str]]:
+    """What a run times, by model; and the ways that it leaves out, with why.
 
-    groups: dict[str, list[tuple[tuple[int, int], list[Case]]]]
-    not_timed: dict[str, str]
-
-    @property
-    def visits(self) -> int:
-        """To all cases in one round."""
-        return sum(len(group) for shapes in self.groups.values() for _, group in shapes)
-
-
-def plan(settings: Settings) -> Plan:
-    """Builds each model without memory, to find out what "auto" stands for; asks each method whether it can be graphed."""
+    Builds each model without memory, to find out what "auto" stands for; asks each method whether it can be graphed.
+    """
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
     # Optimizers refuse weights without storage, and the answer does not depend on the model.
     tiny = models.build("tiny-opt", torch.float32, torch.device("cpu"))
-    not_timed = {}
-    for method in settings.methods:
-        if reason := step_graphed.why_not(_optimizer(Case("tiny-opt", 1, 1, method, "inplace"), tiny), device):
-            not_timed[f"{method} {GRAPHED}"] = reason
-    graphed = [method for method in settings.methods if f"{method} {GRAPHED}" not in not_timed]
-    groups = {}
+    reasons = {
+        method: why_not_graphed(_optimizer(Case("tiny-opt", 1, 1, method, "inplace"), tiny), device)
+        for method in settings.methods
+    }
+    graphed = [method for method, reason in reasons.items() if reason is None]
+    groups: dict[str, Groups] = {}
     for name in settings.models:
         module = models.build(name, dtype, torch.device("meta"))
-        placements = resolve(settings.placements, module, dtype.itemsize == 2)
-        groups[name] = [(t, list(cases(settings, placements, graphed, name, *t))) for t in settings.tokens]
-    if not graphed and len(reasons := set(not_timed.values())) == 1:
-        not_timed = {GRAPHED: reasons.pop()}
-    return Plan(groups, not_timed)
+        placements = resolve(settings.placements, module, dtype)
+        groups[name] = {t: list(cases(settings, placements, graphed, name, *t)) for t in settings.tokens}
+    not_timed = {f"{method} {GRAPHED}": reason for method, reason in reasons.items() if reason is not None}
+    if not graphed and len(told := set(not_timed.values())) == 1:
+        not_timed = {GRAPHED: told.pop()}
+    return groups, not_timed
 
 
-def resolve(placements: tuple[str, ...], module: nn.Module, sixteen_bit: bool) -> tuple[str, ...]:
+def resolve(placements: tuple[str, ...], module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
     """ "auto" becomes the placement that it stands for; each once."""
-    chosen = placement.choose(module, sixteen_bit)[0]
+    chosen = placement.choose(module, sixteen_bit=dtype.itemsize == 2)[0]
     return tuple(dict.fromkeys(chosen if name == "auto" else name for name in placements))
 
 
@@ -175,7 +172,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def state_bytes(stepper: Stepper, model: nn.Module) -> int:
     """What the method keeps from step to step."""
-    if isinstance(stepper, Peer):
+    if isinstance(stepper, Published):
         return stepper.state_bytes()
     optimizer = optimizer_of(stepper)
     assert optimizer is not None

@@ -11,11 +11,9 @@ and a model's tensors, which need not come in groups of the same shapes, would s
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -26,26 +24,20 @@ Closure = Callable[[], Tensor]
 Factors = tuple[float, float]
 
 
-class Peer:
-    """MeZO in its published order. Subclasses say how a sweep is done and what it takes beside the weights.
+class Published:
+    """MeZO in its published order. Subclasses say how a sweep is done and what it takes beside the weights."""
 
-    around: a context that each sweep runs in, for whoever times them.
-    """
+    way: peers.Peer = peers.Published()
 
     def __init__(self, model: nn.Module, lr: float, eps: float = 1e-3, seed: int = 0) -> None:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.lr, self.eps, self.seed = lr, eps, seed
-        self.around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self.counters = {"steps": 0, "forwards": 0, "passes": 0}
-
-    def sweep(self, seed: int, factors: Factors) -> None:
-        """Each weight <- weight + (product of factors) z(seed)."""
-        raise NotImplementedError
 
     @staticmethod
     def needed_bytes(params: Sequence[Tensor]) -> int:
-        """What a step takes beside the weights and the activations."""
-        raise NotImplementedError
+        """What a step takes beside the weights and the activations: z beside its product, or beside the new weights."""
+        return 2 * max(p.nbytes for p in params)
 
     def state_bytes(self) -> int:
         return 0
@@ -53,20 +45,23 @@ class Peer:
     @torch.no_grad()
     def step(self, closure: Closure) -> Tensor:
         """One step; the first of its losses."""
-        seed = self.next_seed()
-        plus, projected, _ = self._probe(seed, closure)
-        self._pass(lambda: self.sweep(seed, (projected, -self.lr)))
+        plus, projected, _ = self._probe(closure)
+        self.pass_(lambda: self.sweep((projected, -self.lr)))
         self.counters["steps"] += 1
         return plus
 
-    def _probe(self, seed: int, closure: Closure) -> tuple[Tensor, float, Tensor]:
+    def sweep(self, factors: Factors) -> None:
+        """Each weight <- weight + (product of factors) z."""
+        self.way.axpy(self.params, self.next_seed(), factors)
+
+    def _probe(self, closure: Closure) -> tuple[Tensor, float, Tensor]:
         """Three sweeps and two forwards: loss at theta + eps z, projected gradient, loss at theta - eps z."""
-        self._pass(lambda: self.sweep(seed, (1.0, self.eps)))
+        self.pass_(lambda: self.sweep((1.0, self.eps)))
         plus = self._forward(closure)
-        self._pass(lambda: self.sweep(seed, (-2.0, self.eps)))
+        self.pass_(lambda: self.sweep((-2.0, self.eps)))
         minus = self._forward(closure)
         projected = ((plus - minus) / (2 * self.eps)).item()
-        self._pass(lambda: self.sweep(seed, (1.0, self.eps)))
+        self.pass_(lambda: self.sweep((1.0, self.eps)))
         return plus, projected, minus
 
     def next_seed(self) -> int:
@@ -76,24 +71,13 @@ class Peer:
         self.counters["forwards"] += 1
         return closure()
 
-    def _pass(self, work: Callable[[], None]) -> None:
-        with self.around():
-            work()
+    def pass_(self, work: Callable[[], None]) -> None:
+        work()
         self.counters["passes"] += 1
 
 
-class Published(Peer):
-    def sweep(self, seed: int, factors: Factors) -> None:
-        peers.Published().axpy(self.params, seed, factors)
-
-    @staticmethod
-    def needed_bytes(params: Sequence[Tensor]) -> int:
-        return 2 * max(p.nbytes for p in params)  # z beside its product, or beside the new weights
-
-
-class Foreach(Peer):
-    def sweep(self, seed: int, factors: Factors) -> None:
-        peers.Foreach().axpy(self.params, seed, factors)
+class Foreach(Published):
+    way = peers.Foreach()
 
     @staticmethod
     def needed_bytes(params: Sequence[Tensor]) -> int:
@@ -110,11 +94,11 @@ def _fused() -> Callable[[Tensor, Tensor], None]:
     return torch.compile(_add_noise, dynamic=True)
 
 
-class Compiled(Peer):
+class Compiled(Published):
     """One graph for tensors of any size: they are flattened, and the factor is a tensor."""
 
-    def sweep(self, seed: int, factors: Factors) -> None:
-        torch.manual_seed(seed)
+    def sweep(self, factors: Factors) -> None:
+        torch.manual_seed(self.next_seed())
         add_noise, factor = _fused(), torch.full((), math.prod(factors), device=self.params[0].device)
         for p in self.params:
             add_noise(p.data.view(-1), factor)
@@ -133,22 +117,17 @@ class PublishedHiZOO(Published):
     @torch.no_grad()
     def step(self, closure: Closure) -> Tensor:
         """One step; the loss of the weights that it ends with."""
-        seed = self.next_seed()
         here = self._forward(closure)
-        plus, projected, minus = self._probe(seed, closure)
+        plus, projected, minus = self._probe(closure)
         kappa = ((plus + minus - 2 * here).abs() / (2 * self.eps**2)).item()
-        self._pass(lambda: self.update(seed, projected, kappa))
+        a, seed = self.smoothing, self.next_seed()
+        self.pass_(lambda: self.way.hizoo(self.params, self.h, seed, projected, self.lr, a * kappa, a))
         self.counters["steps"] += 1
         return self._forward(closure)
 
-    def sweep(self, seed: int, factors: Factors) -> None:
-        """Each weight <- weight + (product of factors) z(seed) / sqrt(h)."""
-        peers.Published().scaled_axpy(self.params, self.h, seed, factors)
-
-    def update(self, seed: int, projected: float, kappa: float) -> None:
-        """h <- (1 - a) h + a kappa h z^2; weight <- weight - lr c z / sqrt(h), with the new h."""
-        a = self.smoothing
-        peers.Published().hizoo(self.params, self.h, seed, projected, self.lr, a * kappa, a)
+    def sweep(self, factors: Factors) -> None:
+        """Each weight <- weight + (product of factors) z / sqrt(h)."""
+        self.way.scaled_axpy(self.params, self.h, self.next_seed(), factors)
 
     def state_bytes(self) -> int:
         return sum(h.nbytes for h in self.h)
@@ -159,7 +138,7 @@ class PublishedHiZOO(Published):
         return sum(p.nbytes for p in params) + 4 * max(p.nbytes for p in params)
 
 
-PEERS: dict[str, dict[str, type[Peer]]] = {
+PEERS: dict[str, dict[str, type[Published]]] = {
     "mezo": {"published": Published, "foreach": Foreach, "compiled": Compiled},
     "hizoo": {"published": PublishedHiZOO},
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.progress import Progress
@@ -18,6 +18,11 @@ L2_FLUSH_BYTES = 256 << 20
 MAX_CLOCK = 3e9  # cycles a second, above any GPU's: what _sleep gets must last at least as long as it should
 HEAD_START = 1.5  # of the time that the host takes to queue a call
 MAX_HEAD_START = 0.02  # seconds; in that time a host queues more kernels than a GPU's queue holds
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """What is recorded of the rounds."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "rounds": len(seconds)}
 
 
 def time_in_rounds(
@@ -57,10 +62,7 @@ def time_in_rounds(
                     seconds[name].append(elapsed)
                 shown.advance(task)
         shown.remove_task(task)
-    return {
-        name: {"median": statistics.median(s), "min": min(s), "max": max(s), "rounds": len(s)}
-        for name, s in seconds.items()
-    }
+    return {name: spread(s) for name, s in seconds.items()}
 
 
 def _time_on_device(call: Callable[[], object], flush: torch.Tensor, wait: float) -> tuple[float, float]:

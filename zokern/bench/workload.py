@@ -6,16 +6,15 @@ because the published way moves its weights to new addresses. Weights and states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from zokern import backends, directions
 from zokern.bench.cases import Case
-from zokern.bench.equations import HeleneSettings
 from zokern.bench.limits import bytes_per_element
-from zokern.bench.peers import Peer
+from zokern.bench.peers import HeleneSettings, Peer
 from zokern.bench.shapes import Shape, opt_like
 from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, PassSpec
@@ -42,14 +41,9 @@ SCALARS = {
 
 def choose_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     """The backends to time on `device`, and why others of its kind cannot run. Triton's interpreter is not one."""
-    found, refused = [], {}
-    for name in backends.PREFERENCE[device.type]:
-        reason = backends.unavailable_reason(name, device)
-        if reason is None:
-            found.append(name)
-        else:
-            refused[name] = reason
-    return found, refused
+    reasons = {name: backends.unavailable_reason(name, device) for name in backends.PREFERENCE[device.type]}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [name for name in reasons if name not in refused], refused
 
 
 class Workload:
@@ -63,7 +57,6 @@ class Workload:
         self._shapes = [shape for block in shapes.blocks[:kept] for shape in block] + shapes.rest
         self.blocks, self.blocks_active = len(shapes.blocks), kept
         self.members = self._members()
-        self.tensors = len(self.members)
         self.active = sum(m.param.numel() for m in self.members)
         self.nbytes = self.active * bytes_per_element(case)
         self.direction = directions.parse(case.distribution)
@@ -128,31 +121,24 @@ class Workload:
         return call
 
     def peer(self, peer: Peer, members: list[Member]) -> Callable[[], object]:
-        """The peer's way to the same move; one sweep for each seed and for each thing that our sweep merges.
-
-        A peer perturbs the weights where they are.
-        """
+        """A sweep for each thing that our pass does, on tensors of its own."""
         case, w = self.case, [m.param for m in members]
         states = {name: [m.states[name] for m in members] for name in RULES[case.rule].states}
-        seeds, factors = [seed for stage in self.stage_seeds() for seed in stage], (1.0, EPS)
+        perturb = (1.0, EPS)
 
-        def axpy() -> None:
-            for seed in seeds:
-                peer.axpy(w, seed, factors, case.distribution)
+        def call() -> None:
+            if case.rule == "axpy":
+                for stage in self.stage_seeds():
+                    for seed in stage:
+                        peer.axpy(w, seed, perturb, case.distribution)
+            if case.rule in ("scaled_axpy", "hizoo_restore"):
+                peer.scaled_axpy(w, states["h"], 0, perturb)
+            if case.rule in ("hizoo", "hizoo_restore"):
+                peer.hizoo(w, states["h"], 0, C, LR, SMOOTHING * KAPPA, SMOOTHING)
+            if case.rule == "helene":
+                peer.helene(w, states["m"], states["h"], 0, C, LR, HELENE)
 
-        def hizoo() -> None:
-            if case.rule == "hizoo_restore":
-                peer.scaled_axpy(w, states["h"], 0, factors)
-            peer.hizoo(w, states["h"], 0, C, LR, SMOOTHING * KAPPA, SMOOTHING)
-
-        calls: Mapping[str, Callable[[], None]] = {
-            "axpy": axpy,
-            "scaled_axpy": lambda: peer.scaled_axpy(w, states["h"], 0, factors),
-            "hizoo": hizoo,
-            "hizoo_restore": hizoo,
-            "helene": lambda: peer.helene(w, states["m"], states["h"], 0, C, LR, HELENE),
-        }
-        return calls[case.rule]
+        return call
 
     def copy(self) -> Callable[[], object]:
         """dst.copy_(src) that reads and writes as many bytes as the pass must, in float32."""

@@ -89,7 +89,7 @@ def train(task: Task, optimizer: Any, options: Options, output: Output, display:
 
 
 class _Training:
-    """A run of the loop. step: how many are done; evaluating: seconds of that; before, after: accuracy and loss held out."""
+    """A run of the loop. step: how many are done; evaluating: seconds of that; before, after: held out."""
 
     def __init__(
         self, task: Task, optimizer: Any, options: Options, output: Output, display: Display, done: int

@@ -1,10 +1,13 @@
-"""Checks of what the benchmark commands were given: a value is refused by its option's name, with what is allowed."""
+"""Checks of what the benchmark commands were given: a value is refused by its option's name, with what is allowed.
+
+Lists are given with commas. Nothing heavy is imported before a value is looked at: --help reads this.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +17,31 @@ if TYPE_CHECKING:
     import torch
 
 UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. auto is the first GPU, where there is one.")]
 
 
 def refuse(option: str, message: str) -> typer.BadParameter:
     """The error of a value that `option` cannot have."""
     return typer.BadParameter(message, param_hint=option)
+
+
+def find_device(name: str) -> torch.device:
+    """The torch.device of --device; refuses one that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise refuse("--device", f"{name!r} is not a device; give auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise refuse("--device", f"zokern has no kernels for {name}; give cpu or cuda")
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise refuse("--device", f"{name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", device.index or 0)
 
 
 def choices(text: str, option: str, allowed: Iterable[str]) -> tuple[str, ...]:
@@ -60,18 +83,17 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def limits(rounds: int | None, steps: int, time_limit: float | None, memory_limit: float | None) -> None:
-    """Checks the numbers that both commands take."""
+def limits(
+    rounds: int | None, default: int, steps: int, time_limit: float | None, memory_limit: float | None
+) -> dict[str, Any]:
+    """What `step` and `scaling` both take, checked, as fields of step_cases.Limits. default: of the rounds."""
     for option, value, least in (("--rounds", rounds, 1), ("--steps", steps, 1), ("--time-limit", time_limit, 0)):
         if value is not None and not value >= least:
             raise refuse(option, f"is {value}; allowed: at least {least}")
     if memory_limit is not None and not memory_limit > 0:
         raise refuse("--memory-limit", f"is {memory_limit}; allowed: above 0 GB")
-
-
-def gigabytes(value: float | None) -> int | None:
-    """GB as bytes."""
-    return None if value is None else int(value * 1e9)
+    limit = None if memory_limit is None else int(memory_limit * 1e9)
+    return {"rounds": rounds or default, "steps": steps, "time_limit": time_limit, "memory_limit": limit}
 
 
 def output_path(output: Path | None, name: str, device: torch.device) -> Path:
