@@ -80,3 +80,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:  # graphs that were exported earlier find their operators, torch.ops.zokern
+    importlib.import_module(f"{__name__}.sweep")

@@ -1,90 +1,23 @@
-"""The public passes: check once, pick the backend, launch; and their registration with torch.library.
+"""The public pass: check once, pick the backend, launch.
 
-    dst <- round(decay*src + sum_k coef_k z(seed_k))      and the other rules of zokern/contract/rules.py, with their states
+    dst <- round(decay*src + sum_k coef_k z(seed_k))
 
-z is never stored, and everything between reading src and writing dst happens in registers. The two operators
-`zokern::pass_` and `zokern::pass_out` carry mutation annotations and fakes, so functions that call a pass compile
-under torch.compile(fullgraph=True).
+z is never stored, and everything between reading src and writing dst happens in registers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from zokern import _checks, directions
-from zokern.contract.rules import RULES, rule_called
+from zokern.contract.rules import RULES
 from zokern.directions import Direction
 from zokern.passes.operands import Operands
 from zokern.passes.spec import PassNumbers, PassSpec
-from zokern.sweep import launch, run
-
-_REST = (
-    "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
-    "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
-    "bool square_of_sum, bool keep_second, str backend, int prepared=0, int[] strides=[]"
-)
-_library = torch.library.Library("zokern", "DEF")
-_library.define(f"pass_(Tensor(a!)[] tensors, {_REST}) -> ()")
-_library.define(f"pass_out(Tensor[] src, Tensor(a!)[] dst, {_REST}) -> ()")
-
-
-# ----------------------------------------------------------------------------------------------------- torch.library
-
-
-def _operator(
-    src: list[Tensor],
-    dst: list[Tensor] | None,
-    first: list[Tensor],
-    second: list[Tensor],
-    tensor_ids: list[int],
-    offsets: list[int],
-    groups: list[int],
-    seeds: Tensor,
-    coefs: Tensor,
-    shared: Tensor,
-    rounding_seed: Tensor | None,
-    enabled: Tensor | None,
-    rule: str,
-    distribution: str,
-    rounding: str,
-    square_of_sum: bool,
-    keep_second: bool,
-    backend: str,
-    prepared: int = 0,
-    strides: Sequence[int] = (),
-) -> None:
-    """What sweep.py took apart, together again. prepared: nothing; graphs that version 0.1 recorded give it."""
-    states = [state for state in (first, second) if state]
-    operands = Operands(src, dst, states, tensor_ids, offsets, groups, strides=strides)
-    spec = PassSpec(rule_called(rule), directions.parse(distribution), rounding, square_of_sum, keep_second)
-    numbers = PassNumbers(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
-    launch(operands, spec, numbers, backend)
-
-
-def _pass_(tensors: list[Tensor], *args: Any) -> None:
-    _operator(tensors, None, *args)
-
-
-def _pass_out(src: list[Tensor], dst: list[Tensor], *args: Any) -> None:
-    _operator(src, dst, *args)
-
-
-def _fake(*args: object) -> None:
-    """Nothing is returned and no shape changes."""
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("pass_", _pass_, _key)
-    _library.impl("pass_out", _pass_out, _key)
-torch.library.register_fake("zokern::pass_", _fake, lib=_library)
-torch.library.register_fake("zokern::pass_out", _fake, lib=_library)
-
-
-# ---------------------------------------------------------------------------------------------------- add_noise_
+from zokern.sweep import run
 
 
 def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:

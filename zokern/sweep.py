@@ -15,6 +15,7 @@ from torch import Tensor
 from zokern import backends
 from zokern.contract.rules import Rule
 from zokern.directions import Direction
+from zokern.passes import operators
 from zokern.passes.operands import Operands
 from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
@@ -149,7 +150,7 @@ def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str =
         )
     # A compiler, a mode and the profiler see a call only if it goes through PyTorch's dispatcher.
     if torch.compiler.is_compiling() or num_modes() > 0 or torch.autograd.profiler._is_profiler_enabled:
-        return _through_torch(operands, spec, numbers, backend)
+        return operators.through_torch(operands, spec, numbers, backend)
     launches = launch(operands, spec, numbers, backend)
     torch.autograd.graph.increment_version(operands.written)
     return launches
@@ -208,21 +209,7 @@ def run_chain(
     return len(tables)
 
 
-def _through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
-    """The pass as an operator (zokern/ops.py), to which records go as what operators take: tensors, lists, plain values."""
-    first, second = [*operands.states, [], []][:2]
-    rest = (
-        first, second, operands.tensor_ids, operands.offsets, operands.groups, numbers.seeds, numbers.coefs, numbers.shared,
-        numbers.rounding_seed, numbers.enabled, spec.rule.name, spec.direction.name, spec.rounding, spec.square_of_sum,
-        spec.keep_second, backend, 0, operands.strides,
-    )  # fmt: skip
-    if operands.dst is None:
-        torch.ops.zokern.pass_(operands.src, *rest)
-    else:
-        torch.ops.zokern.pass_out(operands.src, operands.dst, *rest)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(operands.written)
-    return len({t.dtype for t in operands.src})
+operators.register(launch)
 
 
 # ------------------------------------------------------------------------------------------------------ whole sweeps

@@ -47,6 +47,15 @@ def test_names_are_found_in_any_order() -> None:
     assert out == "True\n"
 
 
+def test_operators_are_there_for_graphs_that_were_exported_before() -> None:
+    """Where torch is loaded, which loads them; elsewhere with the first use of anything."""
+    assert (
+        python("import torch, zokern\nprint(torch.ops.zokern.pass_, torch.ops.zokern.pass_out)").count("zokern.pass_")
+        == 2
+    )
+    assert "zokern.pass_" in python("import zokern, torch\nzokern.MeZO\nprint(torch.ops.zokern.pass_)")
+
+
 def test_every_public_name_is_there_and_no_other() -> None:
     assert all(getattr(zokern, name) is not None for name in zokern.__all__)
     assert set(zokern.__all__) <= set(dir(zokern))
