@@ -101,7 +101,13 @@ class Settings:
         own = [(name, value) for name, value in vars(cls).items() if isinstance(value, Setting)]
         cls.settings = dict(cls.settings)
         for name, value in own:
-            annotation = re.sub(r"^InitVar\[(.*)\]$", r"\1", str(cls.__annotations__[name]))
+            if value.kept and any(name in vars(base) for base in cls.__mro__[1:]) and name not in cls._attributes():
+                raise TypeError(
+                    f"{cls.__name__}.{name}: a base has an attribute of this name; choose another, and alias="
+                )
+            given = cls.__annotations__.get(name, "Any")
+            annotation = given if isinstance(given, str) else inspect.formatannotation(given)
+            annotation = re.sub(r"^InitVar\[(.*)\]$", r"\1", annotation)
             declared = dataclasses.replace(value, attribute=name, annotation=annotation, depth=len(cls.__mro__))
             cls.settings[declared.name] = declared
             if declared.changed:
@@ -115,6 +121,10 @@ class Settings:
             cls.__signature__ = inspect.Signature(list(map(_parameter, _in_order(cls))))  # type: ignore[attr-defined]
             if cls.__doc__ and cls.settings:
                 cls.__doc__ = f"{cls.__doc__.rstrip()}\n\n{_arguments(cls)}"
+
+    @classmethod
+    def _attributes(cls) -> set[str]:
+        return {one.attribute for one in cls.settings.values()}
 
     def take(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All settings, checked, with their defaults where none is given; those that are kept become attributes.

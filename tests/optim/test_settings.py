@@ -166,6 +166,20 @@ def test_a_setting_of_ones_own() -> None:
         Scaled(model(), 1e-3).load_state_dict(opt.state_dict())
 
 
+def test_a_setting_hides_nothing_that_is_there() -> None:
+    with pytest.raises(TypeError, match=r"Hiding\.step: a base has an attribute of this name"):
+
+        class Hiding(zokern.MeZO):
+            step: int = setting(default=1, kind=Integer(1), help="No.")
+
+    class Anew(zokern.HELENE):  # another default is none of that
+        floor: float = setting(default=2.0, kind=Floor(), help="Higher.", changed="rows_changed")
+        plain = setting(default=1, kind=Integer(1), help="Without an annotation.")
+
+    opt = Anew(model(), 1e-3)
+    assert (opt.floor, opt.plain, str(inspect.signature(Anew).parameters["plain"])) == (2.0, 1, "plain: 'Any' = 1")
+
+
 def test_a_default_in_words() -> None:
     one = Setting((0.9, 0.5), kinds.Betas(), "Two.", attribute="x")
     assert one.describe() == "Two. Two numbers, each at least 0, below 1. Default: (0.9, 0.5)."

@@ -33,9 +33,9 @@ class Method:
     def rounds(self) -> Rounds:
         """Yields each round's probes, is sent their losses, and returns what they say about the gradient."""
 
-    @abstractmethod
     def forwards(self) -> int:
         """Calls of the closure in a step, each over all micro-batches."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how many forwards a step takes")
 
     def states(self) -> state.Spec:
         """What it keeps for each parameter: name -> (dtype, initial value). Asked once, when the settings are known."""
