@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import interpreted
-
+from benchmarks.machine_code import interpreted
 from tests.ptx import build
 
 ELEMENTS = 1000

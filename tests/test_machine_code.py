@@ -17,16 +17,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.machine_code import compilers, counts, listing
 from tests.ptx import build, lint
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "benchmarks" / "machine_code.py"
-
-sys.path.insert(0, str(SCRIPT.parent))
-import chain_loop  # noqa: E402
-import hot_loop  # noqa: E402
-import machine_code  # noqa: E402
-import sass  # noqa: E402
+COMMAND = [sys.executable, "-m", "benchmarks.machine_code"]
 
 CUDA = "zk::cuda::rule_kernel<{}, {}, zk::gpu::{}, (zk::Distribution){}, (zk::Rounding){}, (zk::cuda::Seeds){}>"
 BF16, FP16, FP32 = "__nv_bfloat16", "__half", "float"
@@ -124,7 +119,7 @@ BLACKWELL: dict[str, tuple[float, float | None, int]] = {
 STOCHASTIC_STAGES = {chain("Axpy", BF16): (39.5, 4), chain("HiZOO<false>", BF16): (60, 5), chain("Adam", BF16): (69, 6)}
 
 needs_tools = pytest.mark.skipif(
-    not all(machine_code.find_tool(tool) for tool in ("cuobjdump", "nvdisasm")),
+    not all(compilers.find_tool(tool) for tool in ("cuobjdump", "nvdisasm")),
     reason="cuobjdump and nvdisasm are neither in Triton's wheel nor on PATH",
 )
 
@@ -133,10 +128,10 @@ def measure(kind: str, folder: Path, arch: int = 90, sources: tuple[str, ...] = 
     """All reports of one kind, by kernel; in a process of its own because Triton must not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = folder / "report.json"
-    command = [sys.executable, str(SCRIPT), "--arch", str(arch), "--kernels", kind, "--json", str(out)]
+    command = [*COMMAND, "--arch", str(arch), "--kernels", kind, "--json", str(out)]
     if sources:
         command += ["--source", *(str(ROOT / "csrc" / "cuda" / name) for name in sources)]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return {report["name"]: report for report in json.loads(out.read_text())}
 
@@ -147,7 +142,7 @@ def cuda(folder: Path, arch: int, sources: tuple[str, ...] = ()) -> dict[str, di
         of = [o for o in build.objects() if o.is_cuda and o.source.name != "launch.cu"]
         found = [build.cubins(o, folder).get(f"sm_{arch}") for o in of if not sources or o.source.name in sources]
         if found and all(found):
-            reports = [report for cubin in found for report in machine_code.analyse_cubin(cubin, arch)]
+            reports = [report for cubin in found for report in compilers.analyse_cubin(cubin, arch)]
             return {report.name: dataclasses.asdict(report) for report in reports}
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
@@ -251,8 +246,8 @@ def test_no_kernel_of_the_build_reads_seeds_from_shared_memory_that_lie_elsewher
         wrong += lint.in_ptx(texts)
         seen.add(f"sm_{arch}")
     for o in build.objects():
-        for arch, listing in lint.listings(o, seen).items() if o.is_cuda else ():
-            wrong += [f"{arch}: {what}" for what in lint.in_sass(listing)]
+        for arch, text in lint.listings(o, seen).items() if o.is_cuda else ():
+            wrong += [f"{arch}: {what}" for what in lint.in_sass(text)]
     assert wrong == []
 
 
@@ -295,11 +290,15 @@ LISTING = """
 """
 
 
-def analyse(listing: str) -> Any:
-    (name, blocks), *rest = sass.parse_functions(listing).items()
+def analyse(text: str) -> Any:
+    (name, kernel), *rest = listing.read_sass(text).items()
     assert name == "toy"
     assert not rest
-    return hot_loop.analyse(name, 90, blocks, 2, 32, 0)
+    return counts.analyse(name, 90, kernel, 2, 32, 0)
+
+
+def analyse_chain(text: str, arch: int = 90) -> Any:
+    return counts.analyse("::chain_kernel<toy>", arch, listing.read_sass(text)["toy"], 2, 40, 0)
 
 
 def test_counter_on_a_listing() -> None:
@@ -322,10 +321,10 @@ def test_counter_adds_the_inner_loop_where_the_first_seed_is_in_it() -> None:
 
 def test_counter_goes_through_an_inner_loop_that_no_way_leads_past() -> None:
     """Without the guard, as where a kernel has a loop of its own for "no seeds": two slots less, the seed's three more."""
-    listing = LISTING.replace("               @P1 BRA `(.L_x_2) ;", "                   MOV R9, R9 ;").replace(
+    text = LISTING.replace("               @P1 BRA `(.L_x_2) ;", "                   MOV R9, R9 ;").replace(
         "/*0040*/                   FFMA", "/*0040*/                   IADD3"
     )
-    report = analyse(listing)
+    report = analyse(text)
     assert report.slots_per_element_k1 == 8 / 8 + 3  # a MOV for the branch, and the MOV that it jumped over
     assert report.slots_per_extra_seed == 3
 
@@ -377,9 +376,7 @@ SUM = "/*0051*/                   FFMA R4, R5, R6, R4 ;\n" * 8
 
 
 def test_counter_on_a_chain() -> None:
-    listing = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM + SUM)
-    ((_, blocks),) = sass.parse_functions(listing).items()
-    report = chain_loop.analyse_chain("toy", 90, blocks, registers=40, stack_bytes=0, spills=0)
+    report = analyse_chain(CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM + SUM))
     # Guards of fork, perturbation, no seeds, rounding; the seed with its branch; the sum; the branch back.
     assert report.slots_per_element_k1 * 8 == 4 + (12 + 16 + 1) + 1 + 1
     assert report.per_element == {"branch": 6 / 8, "convert": 12 / 8, "fp32": 17 / 8}
@@ -389,8 +386,8 @@ def test_counter_on_a_chain() -> None:
     assert report.stochastic_per_element == report.per_element | {"imad.wide": 1 / 8, "int": 1 / 8}
     assert report.global_bytes_in_loop == [16, 16]
     assert report.elements_per_iteration == 8
-    with pytest.raises(ValueError, match="toy has 0 loops over tiles with a loop over stages"):
-        chain_loop.analyse_chain("toy", 90, sass.parse_functions(LISTING)["toy"], registers=1, stack_bytes=0, spills=0)
+    with pytest.raises(ValueError, match="toy> has 0 loops over tiles with a loop over stages"):
+        analyse_chain(LISTING)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +398,7 @@ def test_counter_on_a_chain() -> None:
      ("IMAD.WIDE.U32", "imad.wide"), ("IMAD.MOV.U32", "imad"), ("UIADD3", "uniform"), ("LOP3.LUT", "int")],
 )  # fmt: skip
 def test_pipes(opcode: str, pipe: str) -> None:
-    assert sass.Instruction(False, opcode, "").pipe == pipe
+    assert listing.Instruction(False, opcode, "").pipe == pipe
 
 
 def test_a_packed_pair_is_one_slot_and_two_results() -> None:
@@ -441,17 +438,16 @@ def test_the_way_with_the_most_sums_counts_packed_ones_twice() -> None:
 
 def test_the_rule_of_a_chain_is_found_among_packed_sums() -> None:
     """Its own rule has two sums an element, in packed instructions; the perturbation one, one by one."""
-    listing = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM.replace("FFMA", "FFMA2"))
-    ((_, blocks),) = sass.parse_functions(listing).items()
-    report = chain_loop.analyse_chain("toy", 100, blocks, registers=40, stack_bytes=0, spills=0)
+    text = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM.replace("FFMA", "FFMA2"))
+    report = analyse_chain(text, 100)
     assert report.extra_per_element == {"convert": 12 / 8, "fp32x2": 8 / 8, "branch": 1 / 8}
     assert report.per_element["fp32x2"] == 8 / 8
 
 
 def test_counter_leaves_a_loop_by_a_call_that_does_not_return() -> None:
-    listing = LISTING.replace("@P2 BRA `(.L_x_1) ;", "@P2 CALL.REL.NOINC `(.L_x_2) ;\n /*0098*/ BRA `(.L_x_1) ;")
-    assert listing != LISTING
-    report = analyse(listing)
+    text = LISTING.replace("@P2 BRA `(.L_x_1) ;", "@P2 CALL.REL.NOINC `(.L_x_2) ;\n /*0098*/ BRA `(.L_x_1) ;")
+    assert text != LISTING
+    report = analyse(text)
     assert (report.slots_per_element_k1, report.slots_per_extra_seed) == (7 / 8, 4)
 
 
@@ -482,7 +478,7 @@ def test_counter_on_compiled_cuda(tmp_path: Path) -> None:
         pytest.skip("nvcc is not on PATH")
     source = tmp_path / "toy.cu"
     source.write_text(TOY)
-    (report,) = machine_code.compile_cuda(source, 90)
+    (report,) = compilers.compile_cuda(source, 90)
     assert report.name == "scale<unsigned short>"
     assert set(report.global_bytes_in_loop) == {16}
     assert report.elements_per_iteration == 8 * report.pipes["memory"] // 2  # as many loads as stores
@@ -492,7 +488,7 @@ def test_counter_on_compiled_cuda(tmp_path: Path) -> None:
 
 def test_refuses_to_count_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(SCRIPT), "--kernels", "triton"]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    command = [*COMMAND, "--kernels", "triton"]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr

@@ -218,13 +218,6 @@ def run_kernels(
         console.print(f"stored {path}", soft_wrap=True)
 
 
-def script(*names: str) -> None:
-    """What benchmarks/bench_<name>.py do: `kernels` with its names given, into benchmarks/results."""
-    from zokern.bench.record import RESULTS
-
-    app(["kernels", *names, "--no-plot", "--output", str(RESULTS), *sys.argv[1:]])
-
-
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1)

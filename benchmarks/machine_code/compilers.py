@@ -1,0 +1,150 @@
+"""Compiles kernels without a GPU and has them counted: CUDA's by `nvcc -cubin`, Triton's for a named target.
+
+Both are disassembled with the tools in Triton's wheel, or on PATH.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zokern.contract.rules import RULES, Rule
+
+from .counts import Report, analyse
+from .listing import read_sass
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA_SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("axpy.cu", "hizoo.cu", "moments.cu", "chain.cu")]
+ITEM_SIZES = {"float": 4, "bfloat16": 2, "half": 2, "short": 2}  # what ends a template argument's or a dtype's name
+
+
+def find_tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit: out of Triton's wheel, or from PATH."""
+    try:
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        if bundled.exists():
+            return str(bundled)
+    except ImportError:
+        pass  # Triton is only one place to look in
+    return shutil.which(name)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}{done.stdout}")
+    return done.stdout
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = find_tool(name)
+    if path is None:
+        raise RuntimeError(f"{name} is neither in Triton's wheel nor on PATH")
+    return _run(path, *arguments)
+
+
+def analyse_cubin(cubin: Path, arch: int, stored_size: int | None = None, title: str | None = None) -> list[Report]:
+    """All kernels of a cubin. Without `stored_size` it is read off the demangled names."""
+    usage = _tool("cuobjdump", "-res-usage", str(cubin))
+    resources = {m[1]: (int(m[2]), int(m[3])) for m in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
+    reports = []
+    for mangled, kernel in read_sass(_tool("nvdisasm", "-c", str(cubin))).items():
+        name = title or demangle(mangled)
+        reports.append(analyse(name, arch, kernel, stored_size or _stored_size(name), *resources[mangled]))
+    return reports
+
+
+def demangle(name: str) -> str:
+    """The kernel's name with its template arguments, without its parameters, return type and unnamed namespaces."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    text = _run(tool, name).strip() if tool else name
+    depth = 0
+    for index, letter in enumerate(text):  # the parameter list is the first parenthesis outside all < >
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0 and not text.startswith("(anonymous", index):
+            text = text[:index]
+            break
+    return text.removeprefix("void ").replace("(anonymous namespace)::", "").replace("> >", ">>")
+
+
+def _stored_size(name: str) -> int:
+    """Bytes that a kernel stores for an element, by its template arguments: a dtype, its states' dtype, a rule."""
+    sizes = [ITEM_SIZES[found] for found in re.findall(r"[<,]\s*[\w ]*?(" + "|".join(ITEM_SIZES) + r")\d*\b", name)]
+    written = {rule.name.replace("_", ""): rule.written for rule in RULES.values()}
+    struct = re.search(r"::gpu::(\w+)", name)
+    return (sizes or [4])[0] + (sizes[1] * written[struct[1].lower()] if struct else 0)
+
+
+def compile_cuda(source: Path, arch: int) -> list[Report]:
+    """Every kernel of a .cu file, by nvcc; contraction off, as the noise contract asks."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        options = ["-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "--fmad=false"]
+        _run("nvcc", *options, "-o", str(cubin), str(source))
+        return analyse_cubin(cubin, arch)
+
+
+def compile_triton(arch: int) -> list[Report]:
+    """The Triton passes for sm_<arch>, with the options they are launched with."""
+    reports = []
+    for name, stored_size, assembly in triton_passes("cuda", arch, 32):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(assembly["cubin"])
+            reports += analyse_cubin(path, arch, stored_size, name)
+    return reports
+
+
+def triton_passes(backend: str, arch: int | str, warp: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Name, bytes stored for an element, and all forms of each Triton pass that is counted, for a target.
+
+    The first-order one of every kind, the other rules of bf16 and fp32 weights with normals and float32 states.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    from zokern.backends.triton import launch
+
+    target = GPUTarget(backend, arch, warp)
+    for rule in RULES.values():
+        first_order = rule.name == "axpy"
+        for dtype in [dtype for dtype in launch.DTYPES.values() if first_order or str(dtype) != "fp16"]:
+            for distribution in ("normal", "rademacher") if first_order else ("normal",):
+                for rounding in ("nearest",) if dtype.primitive_bitwidth == 32 else ("nearest", "stochastic"):
+                    name = f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"
+                    forms = compile_pass(target, rule, dtype, distribution, rounding)
+                    yield name, dtype.primitive_bitwidth // 8 + 4 * rule.written, forms
+
+
+def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, rounding: str) -> dict[str, Any]:
+    """The Triton pass for a target, in all its forms by name, with the options and hints that a launch gives it."""
+    import triton
+    import triton.language as tl
+    from triton.compiler import ASTSource
+
+    from zokern.backends.triton import kernels, launch
+    from zokern.passes.table import CHUNK, COLUMNS
+
+    (torch_dtype,) = [known for known, named in launch.DTYPES.items() if named == dtype]
+    kernel, packed = kernels.pass_kernel, launch.in_pairs(target, torch_dtype)
+    signature = {"tensors": "*i64", "chunks": "*i32", "seeds": "*i64", "coefs": "*fp32", "shared": "*fp32",
+                 "rounding_seed": "*i64", "enabled": "*i32", "num_seeds": "i32"}  # fmt: skip
+    constants = launch.constants(rule) | {
+        "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
+        "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
+        "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
+        "PACKED": packed,
+    }  # fmt: skip
+    signature |= dict.fromkeys(constants, "constexpr")
+    # torch's allocations are 16-byte aligned, which the launcher tells Triton of every pointer.
+    pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    assembly: dict[str, Any] = triton.compile(source, target=target, options=launch.options(rule, rounding, packed)).asm
+    return assembly

@@ -1,0 +1,103 @@
+"""The rows of results/machine_code.json: every kernel on every architecture, a row to a line.
+
+A row is one kernel on one architecture: slots, slots_per_extra_seed and pipes (pipes_extra: of a further seed) are
+instructions per element, vector_bytes is the width of a global access in the hot loop, arch is 90 for sm_90 or the name of
+an AMD target. Of a chain's kernel ("kernel": "chain") they are those of a stage, slots_stochastic those of a stage with
+stochastic rounding, slots_once those of the tile around the stages (counts.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.parts import RESULTS
+from zokern.contract.rules import RULES
+
+from . import compilers, counts
+
+STORED = RESULTS / "machine_code.json"
+ARCHS, AMD = (80, 90, 100, 120), "gfx942"
+DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
+          "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
+NUMBERS = {"distribution": ("normal", "rademacher", "any"), "rounding": ("nearest", "stochastic", "any"),
+           "seeds": ("one", "any")}  # fmt: skip
+STRUCTS = {"HiZOO<false>": "hizoo", "HiZOO<true>": "hizoo_restore", "ScaledAxpy": "scaled_axpy"}
+OF_RULE = r"_kernel<(?P<dtype>\w+), (?P<state>\w+), zk::gpu::(?P<rule>[\w<>]+)"
+NAMES = {  # of the kernels in counts.py's reports
+    ("cuda", "pass"): rf"\S+::rule{OF_RULE}, \(\w+::Distribution\)(?P<distribution>\d), "
+                      r"\(\w+::Rounding\)(?P<rounding>\d), \(\w+::cuda::Seeds\)(?P<seeds>\d)>",
+    ("cuda", "chain"): rf"\S+::chain{OF_RULE}>",
+    ("triton", "pass"): r"triton (?P<rule>\w+)<(?P<dtype>\w+), (?P<distribution>\w+), (?P<rounding>\w+)>",
+}  # fmt: skip
+Row = dict[str, Any]
+
+
+def kind(name: str) -> Row:
+    """What a kernel is for, from its name; "any" of what it decides at run time."""
+    for (backend, kernel), pattern in NAMES.items():
+        if found := re.fullmatch(pattern, name):
+            told = {key: found.groupdict().get(key, "any") for key in NUMBERS}
+            told |= {key: NUMBERS[key][int(number)] for key, number in told.items() if number.isdigit()}
+            rule, state = found["rule"], found.groupdict().get("state", "float")
+            return {"backend": backend, "kernel": kernel, "name": name, "rule": STRUCTS.get(rule, rule.lower()),
+                    "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told}  # fmt: skip
+    raise ValueError(f"{name} is no name of a kernel of ours")
+
+
+def nvidia_row(report: counts.Report) -> Row:
+    row = {
+        **kind(report.name), "arch": report.arch, "slots": report.slots_per_element_k1,
+        "slots_per_extra_seed": report.slots_per_extra_seed, "registers": report.registers,
+        "spills": report.spills, "vector_bytes": min(report.global_bytes_in_loop, default=0),
+        "pipes": report.per_element, "pipes_extra": report.extra_per_element,
+    }  # fmt: skip
+    for name, pipes in (("once", report.once_per_element), ("stochastic", report.stochastic_per_element)):
+        if pipes is not None:
+            row |= {f"slots_{name}": sum(pipes.values()), f"pipes_{name}": pipes}
+    return _rounded(row)
+
+
+def amd_rows() -> Iterator[Row]:
+    for name, stored_size, assembly in compilers.triton_passes("hip", AMD, counts.WAVE):
+        yield _rounded({**kind(name), "arch": AMD, **counts.analyse_amd(assembly["amdgcn"], stored_size)})
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(of) for key, of in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def measure() -> None:
+    """Compiles every kernel for every architecture, one after another, and writes the JSON."""
+    import triton
+    from rich.progress import track
+
+    rows: list[Row] = []
+    for source, arch in track([(source, arch) for arch in ARCHS for source in compilers.CUDA_SOURCES], "CUDA"):
+        rows += map(nvidia_row, compilers.compile_cuda(source, arch))
+    for arch in track(ARCHS, "Triton"):
+        rows += map(nvidia_row, compilers.compile_triton(arch))
+    rows += track(list(amd_rows()), "Triton, AMD")
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", told)
+    versions = {"nvcc": release[1] if release else "unknown", "triton": triton.__version__}
+    lines = ",\n  ".join(json.dumps(row) for row in sorted(rows, key=_order))
+    STORED.write_text(f'{{\n "compilers": {json.dumps(versions)},\n "kernels": [\n  {lines}\n ]\n}}\n')
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    dtypes = [list(DTYPES.values()).index(row[key]) for key in ("dtype", "state")]
+    arch = (*ARCHS, AMD).index(row["arch"])
+    kernel = (row["backend"], row["kernel"], RULES[row["rule"]].id, row["seeds"] != "one")
+    return (*kernel, *dtypes, row["distribution"], row["rounding"], arch)
+
+
+def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
+    """The first row with these values; of several that will do, a tuple of them."""
+    allowed = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
+    return next((row for row in rows if all(row[key] in values for key, values in allowed.items())), None)
