@@ -25,7 +25,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -95,74 +95,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- one run
-
-
 def clock() -> float:
     """Seconds of training: on one thread those of the processor, which other work on the machine does not lengthen."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def _closure(task: Task, method: Method, optimizer: Any, batch: Any) -> Callable[[], Any]:
-    def closure() -> Any:
-        if method.build is not _adam:
-            return method.sign * task.loss(batch)
-        optimizer.zero_grad()
-        loss = task.loss(batch)
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def train(task: Task, method: Method, settings: Settings, lr: float, seed: int, config: Settings,
-          advance: Callable[[int], None]) -> Settings:  # fmt: skip
-    """One run from the starting weights: its curve on part of the reported texts, and where it ends."""
-    task.reset()
-    optimizer = method.build(task.model, lr=lr, eps=EPS, seed=seed, **settings)
-    steps = max(config["budget"] // method.forwards, 1)
-    share = factor(SCHEDULE, 0, steps)
-    looks = {round(i * steps / config["points"]) for i in range(1, config["points"] + 1)}
-    batches = task.batches(config["batch_size"], seed)
-    curve = [{"forwards": 0, "seconds": 0.0, **task.evaluate("curve")}]
-    seconds = wall = 0.0
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * share(step)
-        batch = next(batches)
-        start, wall_start = clock(), time.perf_counter()
-        optimizer.step(_closure(task, method, optimizer, batch))
-        seconds, wall = seconds + clock() - start, wall + time.perf_counter() - wall_start
-        advance(method.forwards)
-        if step + 1 in looks:
-            curve.append({"forwards": (step + 1) * method.forwards, "seconds": seconds, **task.evaluate("curve")})
-            if not math.isfinite(curve[-1]["loss"]):
-                break  # it has diverged, and stays so
-    return {"steps": steps, "seconds": seconds, "wall_seconds": wall, "curve": curve,
-            "validation": task.evaluate("validation"), "report": task.evaluate("report")}  # fmt: skip
-
-
-def travel(task: Task, method: Method, settings: Settings, config: Settings) -> float:
-    """Rms change of a weight per forward and per unit of lr, near the starting weights.
-
-    Net change over `dry` forwards, so that momentum and several forwards a step count as what they are. lr is set so low
-    that the weights hardly move: then the change is proportional to lr.
-    """
-
-    def distance(lr: float, steps: int) -> float:
-        task.reset()
-        optimizer = method.build(task.model, lr=lr, eps=EPS, seed=1 << 20, **settings)
-        batches = task.batches(config["batch_size"], 1 << 20)
-        for _ in range(steps):
-            optimizer.step(_closure(task, method, optimizer, next(batches)))
-        return task.moved()
-
-    steps = max(config["dry"] // method.forwards, 1)
-    lr = 1e-6
-    lr *= 1e-5 / math.sqrt(steps) / distance(lr, 1)  # far above float32's resolution, far below what the loss sees
-    return distance(lr, steps) / (lr * steps * method.forwards)
-
-
-# ------------------------------------------------------------------------------------------------ the whole benchmark
 
 
 class Unfinished(Exception):
@@ -200,13 +135,65 @@ class Search:
         self.base = {"task": name, "method": method, "eps": EPS, "batch_size": config["batch_size"]}
         self.grid: list[Settings] = []
 
-    def _train(self, settings: Settings, size: float, lr: float, seed: int) -> Settings:
-        shown = " ".join(f"{k}={v}" for k, v in settings.items())
-        title = f"{self.name} {shown} size {size:.3g} lr {lr:.3g} seed {seed}"
+    def _start(self, settings: Settings, lr: float, seed: int) -> tuple[Any, Iterator[Any]]:
+        """From the starting weights: an optimizer, and batches."""
+        self.task.reset()
+        optimizer = self.method.build(self.task.model, lr=lr, eps=EPS, seed=seed, **settings)
+        return optimizer, self.task.batches(self.config["batch_size"], seed)
+
+    def _step(self, optimizer: Any, batch: Any) -> None:
+        def closure() -> Any:
+            if self.method.build is not _adam:
+                return self.method.sign * self.task.loss(batch)
+            optimizer.zero_grad()
+            loss = self.task.loss(batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    def _travel(self, settings: Settings) -> float:
+        """Rms change of a weight per forward and per unit of lr, near the starting weights.
+
+        Net change over `dry` forwards, so that momentum and several forwards a step count as what they are. lr is set so
+        low that the weights hardly move: then the change is proportional to lr.
+        """
+
+        def distance(lr: float, steps: int) -> float:
+            optimizer, batches = self._start(settings, lr, 1 << 20)
+            for _ in range(steps):
+                self._step(optimizer, next(batches))
+            return self.task.moved()
+
+        steps = max(self.config["dry"] // self.method.forwards, 1)
+        lr = 1e-6
+        lr *= 1e-5 / math.sqrt(steps) / distance(lr, 1)  # far above float32's resolution, far below what the loss sees
+        return distance(lr, steps) / (lr * steps * self.method.forwards)
+
+    def _train(self, settings: Settings, title: str, lr: float, seed: int) -> Settings:
+        """One run: its curve on part of the reported texts, and where it ends."""
         bar = self.progress.add_task(title, total=self.config["budget"])
-        run = train(self.task, self.method, settings, lr, seed, self.config,
-                    lambda count: self.progress.advance(bar, count))  # fmt: skip
+        optimizer, batches = self._start(settings, lr, seed)
+        evaluate, forwards, points = self.task.evaluate, self.method.forwards, self.config["points"]
+        steps = max(self.config["budget"] // forwards, 1)
+        share = factor(SCHEDULE, 0, steps)
+        looks = {round(i * steps / points) for i in range(1, points + 1)}
+        curve = [{"forwards": 0, "seconds": 0.0, **evaluate("curve")}]
+        seconds = wall = 0.0
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * share(step)
+            batch = next(batches)
+            start, wall_start = clock(), time.perf_counter()
+            self._step(optimizer, batch)
+            seconds, wall = seconds + clock() - start, wall + time.perf_counter() - wall_start
+            self.progress.advance(bar, forwards)
+            if step + 1 in looks:
+                curve.append({"forwards": (step + 1) * forwards, "seconds": seconds, **evaluate("curve")})
+                if not math.isfinite(curve[-1]["loss"]):
+                    break  # it has diverged, and stays so
         self.progress.remove_task(bar)
+        run = {"steps": steps, "seconds": seconds, "wall_seconds": wall, "curve": curve,
+               "validation": evaluate("validation"), "report": evaluate("report")}  # fmt: skip
         end = ", ".join(f"{key} {value:.4f}" for key, value in run["validation"].items())
         told = f"{title}: validation {end}, {run['seconds']:.1f} s"
         self.progress.console.print(told, highlight=False, soft_wrap=True)
@@ -214,13 +201,13 @@ class Search:
 
     def _run(self, settings: Settings, size: float, seed: int) -> Settings:
         base = {**self.base, "settings": settings}
-        per_lr = self.cache.get(
-            {**base, "dry": self.config["dry"]}, lambda: travel(self.task, self.method, settings, self.config)
-        )
+        per_lr = self.cache.get({**base, "dry": self.config["dry"]}, lambda: self._travel(settings))
         lr = float(f"{size / per_lr:.3g}")
         key = {**base, "size": f"{size:.4g}", "lr": lr, "seed": seed, "budget": self.config["budget"],
                "schedule": SCHEDULE}  # fmt: skip
-        return {**self.cache.get(key, lambda: self._train(settings, size, lr, seed)), "lr": lr}
+        shown = " ".join(f"{name}={value}" for name, value in settings.items())
+        title = f"{self.name} {shown} size {size:.3g} lr {lr:.3g} seed {seed}"
+        return {**self.cache.get(key, lambda: self._train(settings, title, lr, seed)), "lr": lr}
 
     def _try(self, settings: Settings, size: float) -> float:
         run = self._run(settings, size, SEEDS[0])

@@ -11,7 +11,6 @@ import ast
 import hashlib
 import re
 import sysconfig
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,14 @@ from zokern.finetune.options import Options
 from zokern.finetune.tasks import Similarity, evaluate
 
 
-class Task(ABC):
-    """model: in eval mode, at its starting weights after reset()."""
+class Task:
+    """A model in eval mode, at its starting weights after reset(), and what a task of ours says of it:
+
+    batches(size, seed): endless training batches, the same for every method with the same seed.
+    loss(batch): their mean loss, which the methods' closures return.
+    evaluate(part): loss, and accuracy where there is one, on `validation`, `report` or `curve`.
+    describe(): sizes, for the record.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -47,22 +52,6 @@ class Task(ABC):
         pairs = [(p, s) for p, s in zip(self.model.parameters(), self._start, strict=True) if p.requires_grad]
         total = sum((p.double() - s.double()).square().sum().item() for p, s in pairs)
         return (total / sum(p.numel() for p, _ in pairs)) ** 0.5
-
-    @abstractmethod
-    def batches(self, size: int, seed: int) -> Iterator[Any]:
-        """Endless training batches, the same for every method with the same seed."""
-
-    @abstractmethod
-    def loss(self, batch: Any) -> Tensor:
-        """A batch's mean loss: what the methods' closures return."""
-
-    @abstractmethod
-    def evaluate(self, part: str) -> dict[str, float]:
-        """loss, and accuracy where there is one, on `validation`, `report` or `curve`."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Sizes, for the record."""
 
 
 def similarity(dtype: torch.dtype) -> tuple[Similarity, Any]:

@@ -89,14 +89,8 @@ class Runner:
     and may be gone before the run is over.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        deadline: float,
-        facts: Mapping[str, Any],
-        say: Callable[[str], None] = say,
-        copy_to: Path | None = None,
-    ) -> None:
+    def __init__(self, out: Path, deadline: float, facts: Mapping[str, Any], say: Callable[[str], None] = say,
+                 copy_to: Path | None = None) -> None:  # fmt: skip
         self.out, self.facts, self.say, self.copy_to = out, dict(facts), say, copy_to
         self.begin = time.monotonic()
         self.end = self.begin + deadline
@@ -106,7 +100,7 @@ class Runner:
     def run(self, sections: Sequence[Section]) -> int:
         """Runs all; the exit code: 0 if every section that ran passed, 1 if not, 3 if none ran, 130 if interrupted."""
         interrupted = False
-        with _termination_as_interrupt():
+        with _signals(_interrupt):
             for i, section in enumerate(sections):
                 try:
                     if not interrupted:
@@ -118,7 +112,7 @@ class Runner:
                 finally:
                     if len(self.outcomes) == i:
                         self.outcomes.append(Outcome(section.name, SKIPPED, "interrupted before it began"))
-            with _uninterruptible():
+            with _signals(signal.SIG_IGN):
                 self._store(interrupted)
         packed = self.out / PACKED
         if packed.exists():
@@ -131,17 +125,18 @@ class Runner:
 
     def _section(self, section: Section, later: float) -> None:
         reason = _reason(section)
-        seconds = min(section.budget, self.end - RESERVE - time.monotonic() - later)
+        left = self.end - RESERVE - time.monotonic()
+        seconds = min(section.budget, left - later)
         if reason is None and seconds < section.minimum:
-            left = max(self.end - RESERVE - time.monotonic(), 0.0)
-            reason = f"{left:.0f} s are left, {later:.0f} of them for what follows; it needs {section.minimum:.0f}"
+            reason = (
+                f"{max(left, 0):.0f} s are left, {later:.0f} of them for what follows; it needs {section.minimum:.0f}"
+            )
         if reason is not None:
             self.outcomes.append(Outcome(section.name, SKIPPED, reason))
             self.say(f"{section.name}: skipped: {reason}")
             return
         self.say(f"{section.name}: {section.about} (at most {seconds:.0f} s)")
-        begin = time.monotonic()
-        log = self.out / "logs" / f"{section.name}.log"
+        begin, log = time.monotonic(), self.out / "logs" / f"{section.name}.log"
         outcome = Outcome(section.name, PASSED)
         self.outcomes.append(outcome)
         try:
@@ -232,9 +227,8 @@ def run_group(command: Command, log: Any, seconds: float, env: Mapping[str, str]
     """
     log.write(f"$ {' '.join(command)}\n")
     log.flush()
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=dict(env)
-    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                               start_new_session=True, env=dict(env))  # fmt: skip
     try:
         return process.wait(timeout=max(seconds, 0.1))
     except subprocess.TimeoutExpired:
@@ -246,7 +240,7 @@ def run_group(command: Command, log: Any, seconds: float, env: Mapping[str, str]
 
 def _end_group(process: subprocess.Popen[Any]) -> None:
     """Ends the process' group, gently where the process itself is still running. A further Ctrl-C does not stop this."""
-    with _uninterruptible():
+    with _signals(signal.SIG_IGN):
         for number, grace in zip((signal.SIGINT, signal.SIGTERM), GRACE, strict=True):
             if process.poll() is not None:
                 break
@@ -263,23 +257,15 @@ def _describe(code: int) -> str:
 
 
 @contextlib.contextmanager
-def _handling(handlers: Mapping[signal.Signals, Any]) -> Any:
-    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+def _signals(handler: Any) -> Iterator[None]:
+    """`timeout` and job managers send SIGTERM: it is to end the suite as cleanly as Ctrl-C does."""
+    old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, before in old.items():
+            signal.signal(number, before)
 
 
-def _termination_as_interrupt() -> Any:
-    """`timeout` and job managers send SIGTERM: it is to end the suite as cleanly as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(signal.Signals(number).name)
-
-    return _handling({signal.SIGTERM: interrupt, signal.SIGINT: interrupt})
-
-
-def _uninterruptible() -> Any:
-    return _handling({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN})
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted(signal.Signals(number).name)

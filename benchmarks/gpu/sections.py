@@ -168,20 +168,16 @@ def tests_note(path: Path) -> str:
 def tests(out: Path, jobs: int) -> list[Section]:
     """Two sections, so that neither takes the other's time. Of torch's threads a process has its share: each with one for
     every processor, they wait for each other for most of the time."""
-    chosen = {
-        "tests-gpu": ("the tests that need a GPU", ["-m", "gpu"], 170),  # 122 s on an H200 with 16 processors
-        "tests": (
-            "the tests of every backend",
-            ["-m", "not gpu and not slow_machine_code and not wheel", "-k", "cuda or triton"],
-            110,  # 86 s there
-        ),
-    }
-    return [
-        Section(name, about, lambda s, name=name, which=which: [pytest_run(out, name, jobs, *which)],
-                budget, 30, lambda: lacks((*PLAIN, "pytest")), lambda name=name: tests_note(out / f"{name}.xml"),
-                env={"OMP_NUM_THREADS": str(max(processors() // jobs, 1))})
-        for name, (about, which, budget) in chosen.items()
-    ]  # fmt: skip
+    share = {"OMP_NUM_THREADS": str(max(processors() // jobs, 1))}
+
+    def section(name: str, about: str, budget: float, *chosen: str) -> Section:
+        return Section(name, about, lambda s: [pytest_run(out, name, jobs, *chosen)], budget, 30,
+                       lambda: lacks((*PLAIN, "pytest")), lambda: tests_note(out / f"{name}.xml"), env=share)  # fmt: skip
+
+    # 122 s and 86 s on an H200 with 16 processors
+    every = ("-m", "not gpu and not slow_machine_code and not wheel", "-k", "cuda or triton")
+    return [section("tests-gpu", "the tests that need a GPU", 170, "-m", "gpu"),
+            section("tests", "the tests of every backend", 110, *every)]  # fmt: skip
 
 
 def equality(out: Path, name: str, elements: int, jobs: int, seconds: float) -> list[str]:
@@ -224,28 +220,19 @@ def step(out: Path, model: str, tokens: str, methods: str) -> Section:
     )  # fmt: skip
 
 
-def kernels(out: Path) -> list[Section]:
-    """Every kernel, smaller than the default so that all have their turn; and those of MeZO and HiZOO beside torch.compile,
-    into a folder of their own, because compiling takes most of the time and the rest should not wait for it."""
+def kernels(out: Path, name: str, about: str, budget: float, minimum: float, *chosen: str) -> Section:
+    """Smaller than the default, so that all have their turn."""
     plotting = [] if importlib.util.find_spec("matplotlib") else ["--no-plot"]
     size = ["--elements", 1 << 28, "--rounds", 10, *plotting]
     note = "no pictures, for the lack of matplotlib" if plotting else ""
-    return [
-        Section("kernels", "every kernel's time",
-                lambda s: [bench("kernels", *size, "--no-compiled", *limit(s), "--output", out)],
-                110, 40, lambda: lacks(BENCH_NEEDS), lambda: note),
-        Section("compiled", "MeZO's and HiZOO's kernels beside torch.compile",
-                lambda s: [bench("kernels", "axpy", "hizoo", *size, "--compiled", "--dtype", "bfloat16", *limit(s),
-                                 "--output", out / "compiled")],
-                100, 30, lambda: lacks(BENCH_NEEDS), lambda: note),
-    ]  # fmt: skip
+    return Section(name, about, lambda s: [bench("kernels", *chosen, *size, *limit(s), "--output", out)], budget, minimum,
+                   lambda: lacks(BENCH_NEEDS), lambda: note)  # fmt: skip
 
 
 def all_sections(out: Path) -> list[Section]:
     """Truth first, then speed. Of either, what may be cut short comes last."""
     cap = (gpu() or {}).get("compute_cap", "")
     jobs = max(min(processors() // 2, 8), 1)
-    every, compiled = kernels(out)
     return [
         Section("build", "the extension, for this GPU's architecture", lambda s: build(cap), 170, 60,
                 lambda: lacks(BUILD_NEEDS, ("nvcc", "cmake", "ninja", "c++")), build_note,
@@ -259,10 +246,12 @@ def all_sections(out: Path) -> list[Section]:
                 25, 10, lambda: lacks(PLAIN)),
         Section("sanitizer", ", ".join(SANITIZERS), sanitizer, 160, 100, lambda: lacks(PLAIN, ("compute-sanitizer",)),
                 env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        every,
+        kernels(out, "kernels", "every kernel's time", 110, 40, "--no-compiled"),
         step(out, "opt-1.3b", "16x256,16x32", "mezo,hizoo,helene,fzoo"),
         step(out, "opt-13b", "16x256", "mezo,hizoo"),
-        compiled,
+        # Into a folder of its own, because compiling takes most of the time and the rest should not wait for it.
+        kernels(out / "compiled", "compiled", "MeZO's and HiZOO's kernels beside torch.compile", 100, 30,
+                "axpy", "hizoo", "--compiled", "--dtype", "bfloat16"),
         Section("equality-large", "bits again, 50 million elements",
                 lambda s: [equality(out, "equality-large", 50_000_000, (jobs + 1) // 2, s)],
                 60, 20, lambda: lacks(PLAIN)),

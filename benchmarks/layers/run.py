@@ -69,8 +69,9 @@ def layers_part() -> str:
     s, m = run["settings"], run["machine"]
     head = (
         f"{s['parameters'] / 1e6:.0f} million parameters ({s['dtype']}), {s['share_in_blocks']:.0%} of them in "
-        f"{s['blocks']} blocks, one run on {m['threads']} threads of an {m['processor']} "
-        "(`python -m benchmarks.layers.run`); a step's passes with all that Python does around them, over those of a step that drops nothing:"
+        f"{s['blocks']} blocks, one run on {m['threads']} threads of an {m['processor']} (`python -m "
+        "benchmarks.layers.run`); a step's passes with all that Python does around them, over those of a step that drops "
+        "nothing:"
     )
     rows = [[name, f"{t['elements_share']:.3f}", f"{t['share_of_full']:.3f}"] for name, t in run["results"].items()]
     return f"{head}\n\n{table(['blocks dropped', 'elements moved', 'time'], rows, tight=True)}"

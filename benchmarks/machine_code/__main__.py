@@ -10,7 +10,6 @@ measured where it can be kept: in the compiled code. listing.py reads it, counts
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -26,11 +25,11 @@ from .counts import Report
 def table(reports: Iterable[Report]) -> str:
     lines = [("kernel", "sm", "slots/elem", "per extra seed", "regs", "spills", "stack", "bars", "accesses", "pipes")]
     for r in reports:
-        slots = ("-" if x is None else f"{x:.1f}" for x in (r.slots_per_element_k1, r.slots_per_extra_seed))
-        counts = map(str, (r.registers, r.spills, r.stack_bytes, r.barriers_in_loop))
-        widths = ", ".join(f"{n}x{w}B" for w, n in sorted(Counter(r.global_bytes_in_loop).items(), reverse=True))
-        pipes = " ".join(f"{name}:{count}" for name, count in r.pipes.items())
-        lines.append((r.name, str(r.arch), *slots, *counts, widths, pipes))
+        slots = ("-" if x is None else f"{x:.1f}" for x in (r["slots"], r["slots_per_extra_seed"]))
+        counts = (str(r[key]) for key in ("registers", "spills", "stack_bytes", "barriers"))
+        widths = ", ".join(f"{n}x{w}B" for w, n in sorted(Counter(r["accesses"]).items(), reverse=True))
+        pipes = " ".join(f"{name}:{count:.3g}" for name, count in r["pipes"].items())
+        lines.append((r["name"], str(r["arch"]), *slots, *counts, widths, pipes))
     columns = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, columns, strict=True)).rstrip() for row in lines)
 
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reports += compile_cuda(source, arch)
     print(table(reports))
     if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")
+        options.json.write_text(json.dumps(reports, indent=1) + "\n")
     return 0
 
 

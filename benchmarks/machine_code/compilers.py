@@ -9,13 +9,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from zokern.contract.rules import RULES, Rule
 
-from .counts import Report, analyse
+from .counts import AMD, WAVE, Report, analyse, analyse_amd
 from .listing import read_sass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,26 +35,22 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name)
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}{done.stdout}")
-    return done.stdout
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = find_tool(name)
-    if path is None:
+def _run(name: str, *arguments: str) -> str:
+    tool = find_tool(name)
+    if tool is None:
         raise RuntimeError(f"{name} is neither in Triton's wheel nor on PATH")
-    return _run(path, *arguments)
+    done = subprocess.run([tool, *arguments], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join([tool, *arguments])} failed:\n{done.stderr}{done.stdout}")
+    return done.stdout
 
 
 def analyse_cubin(cubin: Path, arch: int, stored_size: int | None = None, title: str | None = None) -> list[Report]:
     """All kernels of a cubin. Without `stored_size` it is read off the demangled names."""
-    usage = _tool("cuobjdump", "-res-usage", str(cubin))
+    usage = _run("cuobjdump", "-res-usage", str(cubin))
     resources = {m[1]: (int(m[2]), int(m[3])) for m in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
     reports = []
-    for mangled, kernel in read_sass(_tool("nvdisasm", "-c", str(cubin))).items():
+    for mangled, kernel in read_sass(_run("nvdisasm", "-c", str(cubin))).items():
         name = title or demangle(mangled)
         reports.append(analyse(name, arch, kernel, stored_size or _stored_size(name), *resources[mangled]))
     return reports
@@ -63,7 +58,7 @@ def analyse_cubin(cubin: Path, arch: int, stored_size: int | None = None, title:
 
 def demangle(name: str) -> str:
     """The kernel's name with its template arguments, without its parameters, return type and unnamed namespaces."""
-    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    tool = next(filter(shutil.which, ("cu++filt", "c++filt")), None)
     text = _run(tool, name).strip() if tool else name
     depth = 0
     for index, letter in enumerate(text):  # the parameter list is the first parenthesis outside all < >
@@ -91,27 +86,14 @@ def compile_cuda(source: Path, arch: int) -> list[Report]:
         return analyse_cubin(cubin, arch)
 
 
-def compile_triton(arch: int) -> list[Report]:
-    """The Triton passes for sm_<arch>, with the options they are launched with."""
-    reports = []
-    for name, stored_size, assembly in triton_passes("cuda", arch, 32):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernel.cubin"
-            path.write_bytes(assembly["cubin"])
-            reports += analyse_cubin(path, arch, stored_size, name)
-    return reports
-
-
-def triton_passes(backend: str, arch: int | str, warp: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Name, bytes stored for an element, and all forms of each Triton pass that is counted, for a target.
-
-    The first-order one of every kind, the other rules of bf16 and fp32 weights with normals and float32 states.
-    """
+def compile_triton(arch: int | str) -> list[Report]:
+    """The Triton passes that are counted, for sm_<arch> or AMD: the first-order one of every kind, the other rules of bf16
+    and fp32 weights with normals and float32 states."""
     from triton.backends.compiler import GPUTarget
 
     from zokern.backends.triton import launch
 
-    target = GPUTarget(backend, arch, warp)
+    target, reports = GPUTarget("hip", arch, WAVE) if arch == AMD else GPUTarget("cuda", arch, 32), list[Report]()
     for rule in RULES.values():
         first_order = rule.name == "axpy"
         for dtype in [dtype for dtype in launch.DTYPES.values() if first_order or str(dtype) != "fp16"]:
@@ -119,7 +101,17 @@ def triton_passes(backend: str, arch: int | str, warp: int) -> Iterator[tuple[st
                 for rounding in ("nearest",) if dtype.primitive_bitwidth == 32 else ("nearest", "stochastic"):
                     name = f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"
                     forms = compile_pass(target, rule, dtype, distribution, rounding)
-                    yield name, dtype.primitive_bitwidth // 8 + 4 * rule.written, forms
+                    reports += _analyse_triton(name, arch, forms, dtype.primitive_bitwidth // 8 + 4 * rule.written)
+    return reports
+
+
+def _analyse_triton(name: str, arch: int | str, forms: dict[str, Any], stored_size: int) -> list[Report]:
+    if arch == AMD:
+        return [analyse_amd(name, forms["amdgcn"], stored_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(forms["cubin"])
+        return analyse_cubin(path, int(arch), stored_size, name)
 
 
 def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, rounding: str) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+
+import networkx
 
 SASS = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
@@ -109,23 +111,22 @@ class Kernel:
     @functools.cached_property
     def loops(self) -> list[Loop]:
         """Natural loops by their backward branches. The branch to itself behind the last EXIT is padding, not a loop."""
-        forward = [block.successors for block in self.blocks]
-        backward: list[list[int]] = [[] for _ in self.blocks]
-        for index, successors in enumerate(forward):
-            for successor in successors:
-                backward[successor].append(index)
-        live = _reachable([0], forward, range(len(self.blocks)))
+        graph = networkx.DiGraph(
+            (i, successor) for i, block in enumerate(self.blocks) for successor in block.successors
+        )
+        graph.add_node(0)
+        live = {0} | networkx.descendants(graph, 0)
         latches: dict[int, set[int]] = {}
-        for index in live:
-            for successor in forward[index]:
-                if successor <= index:
-                    latches.setdefault(successor, set()).add(index)
-        # A loop that is entered at its end has its entry's blocks behind the latches too, but not ahead of the header.
-        return [
-            Loop(header, frozenset(_reachable(ends, backward, live - {header}) & ahead | {header}))
-            for header, ends in sorted(latches.items())
-            for ahead in [_reachable([header], forward, live)]
-        ]
+        for index, successor in graph.subgraph(live).edges:
+            if successor <= index:
+                latches.setdefault(successor, set()).add(index)
+        found = []
+        for header, ends in sorted(latches.items()):
+            inner = graph.subgraph(live - {header})
+            behind = set().union(*({end} | networkx.ancestors(inner, end) for end in ends - {header}))
+            # A loop that is entered at its end has its entry's blocks behind the latches too, but not ahead of the header.
+            found.append(Loop(header, frozenset(behind & networkx.descendants(graph, header) | {header})))
+        return found
 
     def within(self, loop: Loop) -> list[Loop]:
         return [other for other in self.loops if other.blocks < loop.blocks]
@@ -159,17 +160,6 @@ class Kernel:
 
         taken = None if loop.header in without else best(loop.header)
         return self.code(block for block in taken[1] if block not in uncounted) if taken else []
-
-
-def _reachable(start: Iterable[int], edges: Sequence[Iterable[int]], allowed: Iterable[int]) -> set[int]:
-    allowed, found = set(allowed), set[int]()
-    stack = [block for block in start if block in allowed]
-    while stack:
-        block = stack.pop()
-        if block not in found:
-            found.add(block)
-            stack.extend(b for b in edges[block] if b in allowed)
-    return found
 
 
 def read_sass(text: str) -> dict[str, Kernel]:
@@ -222,10 +212,6 @@ def stored(code: Code) -> int:
     return sum(i.stored for i in code)
 
 
-def pipes(code: Code) -> dict[str, int]:
-    """Instructions by the pipes that take them, the busiest first."""
-    return dict(Counter(i.pipe for i in code).most_common())
-
-
 def per_element(code: Code, elements: float) -> dict[str, float]:
-    return {pipe: n / elements for pipe, n in pipes(code).items()}
+    """Instructions by the pipes that take them, the busiest first."""
+    return {pipe: n / elements for pipe, n in Counter(i.pipe for i in code).most_common()}

@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.parts import RESULTS
 from zokern.contract.rules import RULES
 
 from . import compilers, counts
+from .counts import AMD
 
 STORED = RESULTS / "machine_code.json"
-ARCHS, AMD = (80, 90, 100, 120), "gfx942"
+ARCHS = (80, 90, 100, 120)
 DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
           "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
 NUMBERS = {"distribution": ("normal", "rademacher", "any"), "rounding": ("nearest", "stochastic", "any"),
@@ -33,6 +34,8 @@ NAMES = {  # of the kernels in counts.py's reports
     ("cuda", "chain"): rf"\S+::chain{OF_RULE}>",
     ("triton", "pass"): r"triton (?P<rule>\w+)<(?P<dtype>\w+), (?P<distribution>\w+), (?P<rounding>\w+)>",
 }  # fmt: skip
+KEPT = ("arch", "slots", "slots_per_extra_seed", "registers", "spills", "scalar_spills", "vector_bytes", "pipes",
+        "pipes_extra", "slots_once", "pipes_once", "slots_stochastic", "pipes_stochastic")  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -48,22 +51,9 @@ def kind(name: str) -> Row:
     raise ValueError(f"{name} is no name of a kernel of ours")
 
 
-def nvidia_row(report: counts.Report) -> Row:
-    row = {
-        **kind(report.name), "arch": report.arch, "slots": report.slots_per_element_k1,
-        "slots_per_extra_seed": report.slots_per_extra_seed, "registers": report.registers,
-        "spills": report.spills, "vector_bytes": min(report.global_bytes_in_loop, default=0),
-        "pipes": report.per_element, "pipes_extra": report.extra_per_element,
-    }  # fmt: skip
-    for name, pipes in (("once", report.once_per_element), ("stochastic", report.stochastic_per_element)):
-        if pipes is not None:
-            row |= {f"slots_{name}": sum(pipes.values()), f"pipes_{name}": pipes}
-    return _rounded(row)
-
-
-def amd_rows() -> Iterator[Row]:
-    for name, stored_size, assembly in compilers.triton_passes("hip", AMD, counts.WAVE):
-        yield _rounded({**kind(name), "arch": AMD, **counts.analyse_amd(assembly["amdgcn"], stored_size)})
+def row(report: counts.Report) -> Row:
+    """What is kept of a report, in figures of four digits."""
+    return {**kind(report["name"]), **{key: _rounded(report[key]) for key in KEPT if key in report}}
 
 
 def _rounded(value: Any) -> Any:
@@ -79,10 +69,9 @@ def measure() -> None:
 
     rows: list[Row] = []
     for source, arch in track([(source, arch) for arch in ARCHS for source in compilers.CUDA_SOURCES], "CUDA"):
-        rows += map(nvidia_row, compilers.compile_cuda(source, arch))
-    for arch in track(ARCHS, "Triton"):
-        rows += map(nvidia_row, compilers.compile_triton(arch))
-    rows += track(list(amd_rows()), "Triton, AMD")
+        rows += map(row, compilers.compile_cuda(source, arch))
+    for arch in track((*ARCHS, AMD), "Triton"):
+        rows += map(row, compilers.compile_triton(arch))
     told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", told)
     versions = {"nvcc": release[1] if release else "unknown", "triton": triton.__version__}

@@ -1,6 +1,6 @@
 """Does a kernel do for an element what was counted in its machine code? An interpreter of its PTX says so.
 
-The counter (counts.py) chooses one way round one loop; an interpreter goes where the data leads, and
+The counter (machine_code/counts.py) chooses one way round one loop; an interpreter goes where the data leads, and
 counts every instruction of every thread. ptxas merges logic and drops moves, so the totals differ: PTX has 1.4 to 2.6
 instructions for one of the machine's. But what computes stays: float32 sums and products, products of 32 x 32 to 64 bits,
 conversions. What the machine code should take for a run is zokern/bench/model.py's `instructions`.
