@@ -477,7 +477,7 @@ def test_counter_on_compiled_cuda(tmp_path: Path) -> None:
         pytest.skip("nvcc is not on PATH")
     source = tmp_path / "toy.cu"
     source.write_text(TOY)
-    (report,) = compilers.compile_cuda(source, 90)
+    (report,) = compilers.compile_cuda(source, 90, stored=2)
     assert report["name"] == "scale<unsigned short>"
     assert set(report["accesses"]) == {16}
     assert report["pipes"]["memory"] == 2 / 8  # as many loads as stores

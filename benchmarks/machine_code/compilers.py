@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zokern.contract.rules import RULES, Rule
 
 from .counts import AMD, WAVE, Report, analyse, analyse_amd
@@ -19,7 +21,19 @@ from .listing import read_sass
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("axpy.cu", "hizoo.cu", "moments.cu", "chain.cu")]
-ITEM_SIZES = {"float": 4, "bfloat16": 2, "half": 2, "short": 2}  # what ends a template argument's or a dtype's name
+DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
+          "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
+NUMBERS = {"distribution": ("normal", "rademacher", "any"), "rounding": ("nearest", "stochastic", "any"),
+           "seeds": ("one", "any")}  # fmt: skip
+STRUCTS = {"HiZOO<false>": "hizoo", "HiZOO<true>": "hizoo_restore", "ScaledAxpy": "scaled_axpy"}
+OF_RULE = r"_kernel<(?P<dtype>\w+), (?P<state>\w+), zk::gpu::(?P<rule>[\w<>]+)"
+NAMES = {  # of kernels, demangled, and as we call Triton's
+    ("cuda", "pass"): rf"\S+::rule{OF_RULE}, \(\w+::Distribution\)(?P<distribution>\d), "
+                      r"\(\w+::Rounding\)(?P<rounding>\d), \(\w+::cuda::Seeds\)(?P<seeds>\d)>",
+    ("cuda", "chain"): rf"\S+::chain{OF_RULE}>",
+    ("triton", "pass"): r"triton (?P<rule>\w+)<(?P<dtype>\w+), (?P<distribution>\w+), (?P<rounding>\w+)>",
+}  # fmt: skip
+Row = dict[str, Any]
 
 
 def find_tool(name: str) -> str | None:
@@ -45,14 +59,14 @@ def _run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def analyse_cubin(cubin: Path, arch: int, stored_size: int | None = None, title: str | None = None) -> list[Report]:
-    """All kernels of a cubin. Without `stored_size` it is read off the demangled names."""
+def analyse_cubin(cubin: Path, arch: int, title: str | None = None, stored: int | None = None) -> list[Report]:
+    """All kernels of a cubin. stored: bytes that each stores for an element; None where they are ours."""
     usage = _run("cuobjdump", "-res-usage", str(cubin))
     resources = {m[1]: (int(m[2]), int(m[3])) for m in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
     reports = []
     for mangled, kernel in read_sass(_run("nvdisasm", "-c", str(cubin))).items():
         name = title or demangle(mangled)
-        reports.append(analyse(name, arch, kernel, stored_size or _stored_size(name), *resources[mangled]))
+        reports.append(analyse(name, arch, kernel, stored or stored_size(name), *resources[mangled]))
     return reports
 
 
@@ -69,21 +83,32 @@ def demangle(name: str) -> str:
     return text.removeprefix("void ").replace("(anonymous namespace)::", "").replace("> >", ">>")
 
 
-def _stored_size(name: str) -> int:
-    """Bytes that a kernel stores for an element, by its template arguments: a dtype, its states' dtype, a rule."""
-    sizes = [ITEM_SIZES[found] for found in re.findall(r"[<,]\s*[\w ]*?(" + "|".join(ITEM_SIZES) + r")\d*\b", name)]
-    written = {rule.name.replace("_", ""): rule.written for rule in RULES.values()}
-    struct = re.search(r"::gpu::(\w+)", name)
-    return (sizes or [4])[0] + (sizes[1] * written[struct[1].lower()] if struct else 0)
+def kind(name: str) -> Row:
+    """What a kernel is for, from its name; "any" of what it decides at run time."""
+    for (backend, kernel), pattern in NAMES.items():
+        if found := re.fullmatch(pattern, name):
+            told = {key: found.groupdict().get(key, "any") for key in NUMBERS}
+            told |= {key: NUMBERS[key][int(number)] for key, number in told.items() if number.isdigit()}
+            rule, state = found["rule"], found.groupdict().get("state", "float")
+            return {"backend": backend, "kernel": kernel, "name": name, "rule": STRUCTS.get(rule, rule.lower()),
+                    "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told}  # fmt: skip
+    raise ValueError(f"{name} is no name of a kernel of ours")
 
 
-def compile_cuda(source: Path, arch: int) -> list[Report]:
+def stored_size(name: str) -> int:
+    """Bytes that a kernel stores for an element."""
+    row = kind(name)
+    weight, state = (getattr(torch, row[key]).itemsize for key in ("dtype", "state"))
+    return weight + state * RULES[row["rule"]].written
+
+
+def compile_cuda(source: Path, arch: int, stored: int | None = None) -> list[Report]:
     """Every kernel of a .cu file, by nvcc; contraction off, as the noise contract asks."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         options = ["-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "--fmad=false"]
         _run("nvcc", *options, "-o", str(cubin), str(source))
-        return analyse_cubin(cubin, arch)
+        return analyse_cubin(cubin, arch, stored=stored)
 
 
 def compile_triton(arch: int | str) -> list[Report]:
@@ -101,17 +126,17 @@ def compile_triton(arch: int | str) -> list[Report]:
                 for rounding in ("nearest",) if dtype.primitive_bitwidth == 32 else ("nearest", "stochastic"):
                     name = f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"
                     forms = compile_pass(target, rule, dtype, distribution, rounding)
-                    reports += _analyse_triton(name, arch, forms, dtype.primitive_bitwidth // 8 + 4 * rule.written)
+                    reports += _analyse_triton(name, arch, forms)
     return reports
 
 
-def _analyse_triton(name: str, arch: int | str, forms: dict[str, Any], stored_size: int) -> list[Report]:
+def _analyse_triton(name: str, arch: int | str, forms: dict[str, Any]) -> list[Report]:
     if arch == AMD:
-        return [analyse_amd(name, forms["amdgcn"], stored_size)]
+        return [analyse_amd(name, forms["amdgcn"], stored_size(name))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(forms["cubin"])
-        return analyse_cubin(path, int(arch), stored_size, name)
+        return analyse_cubin(path, int(arch), name)
 
 
 def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, rounding: str) -> dict[str, Any]:

@@ -18,37 +18,14 @@ from benchmarks.parts import RESULTS
 from zokern.contract.rules import RULES
 
 from . import compilers, counts
+from .compilers import DTYPES, kind
 from .counts import AMD
 
 STORED = RESULTS / "machine_code.json"
 ARCHS = (80, 90, 100, 120)
-DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
-          "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
-NUMBERS = {"distribution": ("normal", "rademacher", "any"), "rounding": ("nearest", "stochastic", "any"),
-           "seeds": ("one", "any")}  # fmt: skip
-STRUCTS = {"HiZOO<false>": "hizoo", "HiZOO<true>": "hizoo_restore", "ScaledAxpy": "scaled_axpy"}
-OF_RULE = r"_kernel<(?P<dtype>\w+), (?P<state>\w+), zk::gpu::(?P<rule>[\w<>]+)"
-NAMES = {  # of the kernels in counts.py's reports
-    ("cuda", "pass"): rf"\S+::rule{OF_RULE}, \(\w+::Distribution\)(?P<distribution>\d), "
-                      r"\(\w+::Rounding\)(?P<rounding>\d), \(\w+::cuda::Seeds\)(?P<seeds>\d)>",
-    ("cuda", "chain"): rf"\S+::chain{OF_RULE}>",
-    ("triton", "pass"): r"triton (?P<rule>\w+)<(?P<dtype>\w+), (?P<distribution>\w+), (?P<rounding>\w+)>",
-}  # fmt: skip
 KEPT = ("arch", "slots", "slots_per_extra_seed", "registers", "spills", "scalar_spills", "vector_bytes", "pipes",
         "pipes_extra", "slots_once", "pipes_once", "slots_stochastic", "pipes_stochastic")  # fmt: skip
 Row = dict[str, Any]
-
-
-def kind(name: str) -> Row:
-    """What a kernel is for, from its name; "any" of what it decides at run time."""
-    for (backend, kernel), pattern in NAMES.items():
-        if found := re.fullmatch(pattern, name):
-            told = {key: found.groupdict().get(key, "any") for key in NUMBERS}
-            told |= {key: NUMBERS[key][int(number)] for key, number in told.items() if number.isdigit()}
-            rule, state = found["rule"], found.groupdict().get("state", "float")
-            return {"backend": backend, "kernel": kernel, "name": name, "rule": STRUCTS.get(rule, rule.lower()),
-                    "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told}  # fmt: skip
-    raise ValueError(f"{name} is no name of a kernel of ours")
 
 
 def row(report: counts.Report) -> Row:
