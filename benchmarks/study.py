@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 INSTEAD = "where the JSON goes instead of benchmarks/results"
+DEVICES = (("cuda", "cpu"), "of the backends that are compared")
 
 
 def parser(about: str | None, output: str | None = INSTEAD, **options: Any) -> Any:
-    """A parser with --output and `options`, name=(default, help) each. A list takes several; a type has no default."""
+    """A parser with --output and `options`, name=(default, help) each.
+
+    A list takes several values, of a tuple one is chosen (default: the first), False is a switch, a type has no default.
+    """
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, text) in options.items():
         flag, kind = f"--{name.replace('_', '-')}", default if isinstance(default, type) else type(default)
-        if default is False:
+        if kind is tuple:
+            made.add_argument(flag, choices=default, default=default[0], help=f"{text} (default: %(default)s)")
+        elif default is False:
             made.add_argument(flag, action="store_true", help=text)
         elif kind is list:
             made.add_argument(flag, nargs="+", type=type(default[0]), default=default, help=text)

@@ -24,13 +24,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_options_are_of_the_kind_of_their_defaults() -> None:
     parser = study.parser("about", steps=(10, "of a run"), dropped=([1, 2], "blocks"), redo=(False, "again"),
-                          time_limit=(float, "seconds"))  # fmt: skip
-    default = {"steps": 10, "dropped": [1, 2], "redo": False, "time_limit": None, "output": None}
+                          time_limit=(float, "seconds"), device=study.DEVICES)  # fmt: skip
+    default = {"steps": 10, "dropped": [1, 2], "redo": False, "time_limit": None, "device": "cuda", "output": None}
     assert vars(parser.parse_args([])) == default
-    given = ["--steps", "3", "--dropped", "5", "6", "--redo", "--time-limit", "2.5", "--output", "x.json"]
+    given = ["--steps", "3", "--dropped", "5", "6", "--redo", "--time-limit", "2.5", "--device", "cpu"]
+    given += ["--output", "x.json"]
     assert vars(parser.parse_args(given)) == {
-        "steps": 3, "dropped": [5, 6], "redo": True, "time_limit": 2.5, "output": Path("x.json")
+        "steps": 3, "dropped": [5, 6], "redo": True, "time_limit": 2.5, "device": "cpu", "output": Path("x.json")
     }  # fmt: skip
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--device", "tpu"])
     assert "of a run (default: 10)" in parser.format_help()
 
 

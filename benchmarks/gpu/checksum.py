@@ -40,8 +40,8 @@ def checksums(device: Any, first: int) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = study.parser(__doc__, "where the JSON goes", words=(WORDS, "sum over the last so many words"))
-    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    words = (WORDS, "sum over the last so many words")
+    parser = study.parser(__doc__, "where the JSON goes", device=study.DEVICES, words=words)
     options = parser.parse_args(arguments)
     if not 1 <= options.words <= WORDS:
         parser.error(f"--words is {options.words}; it must be in [1, 2^32]")

@@ -97,11 +97,10 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     parser = study.parser(
-        __doc__, "where the JSON goes", elements=(int, f"of each case, about (default: {SIZES})"),
+        __doc__, "where the JSON goes", device=study.DEVICES, elements=(int, f"of each case, about (default: {SIZES})"),
         seeds=([1, 3], "numbers of seeds (default: 1 3)"), cases=(int, "no more than so many cases"),
         jobs=(1, "processes that compare at once"), time_limit=(float, "seconds after which no case is begun"),
     )  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--rules", nargs="+", help="rules of zokern/contract/rules.py (default: all)")
     parser.add_argument("--backends", nargs="+", help=f"which to compare (default: {CANDIDATES})")
     options = parser.parse_args(arguments)

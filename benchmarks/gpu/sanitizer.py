@@ -23,11 +23,11 @@ ELEMENTS = 26_000  # three quarters of it are more than a chunk of 2^14
 def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()  # before torch comes, which is what takes long under a tool
     parser = study.parser(
-        __doc__, None, backends=(["cuda", "triton"], "default: cuda triton"), elements=(ELEMENTS, "of a case, about"),
-        cases=(int, "no more than so many cases"), triton_cases=(24, "of Triton, which compiles each"),
+        __doc__, None, device=study.DEVICES, backends=(["cuda", "triton"], "default: cuda triton"),
+        elements=(ELEMENTS, "of a case, about"), cases=(int, "no more than so many cases"),
+        triton_cases=(24, "of Triton, which compiles each"),
         time_limit=(float("inf"), f"seconds from the start; after {AT_LEAST} cases, begin no other later"),
     )  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     options = parser.parse_args(arguments)
     device = study.torch_device(options.device)
 

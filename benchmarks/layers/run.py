@@ -38,12 +38,11 @@ def model_of(parameters: int, dtype: torch.dtype, device: torch.device) -> nn.Mo
 
 
 def main() -> None:
-    parser = study.parser(
+    args = study.parser(
         __doc__, device=("cpu", "cpu or cuda"), parameters=(64_000_000, "of the model"),
         dropped=([0, 20, 30, 36], "blocks dropped, of 40"), rounds=(15, "steps timed for each"),
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    args = parser.parse_args()
+        dtype=(("float32", "bfloat16", "float16"), "of the weights"),
+    ).parse_args()  # fmt: skip
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     model, counted, steps = model_of(args.parameters, dtype, device), {}, {}
     for dropped in dict.fromkeys([0, *args.dropped]):

@@ -46,16 +46,20 @@ def _slots(pipes: Pipes) -> float | None:
     return math.fsum(pipes.values()) if pipes else None
 
 
+def _busiest_first(pipes: Pipes) -> Pipes:
+    return dict(Counter(pipes).most_common())
+
+
 def _report(elements: float, one: Pipes, extra: Pipes, whole: Code, accesses: Code, **more: Pipes) -> Report:
     """whole: where barriers are counted. accesses: where memory is looked at."""
     widths = [i.global_bytes for i in accesses if i.global_bytes]
     report: Report = {
         "elements": round(elements), "slots": _slots(one), "slots_per_extra_seed": _slots(extra),
         "barriers": sum(i.pipe == "barrier" for i in whole), "accesses": widths,
-        "vector_bytes": min(widths, default=0), "pipes": one, "pipes_extra": extra,
+        "vector_bytes": min(widths, default=0), "pipes": _busiest_first(one), "pipes_extra": _busiest_first(extra),
     }  # fmt: skip
     for name, pipes in more.items():
-        report |= {f"slots_{name}": _slots(pipes), f"pipes_{name}": pipes}
+        report |= {f"slots_{name}": _slots(pipes), f"pipes_{name}": _busiest_first(pipes)}
     return report
 
 
@@ -74,7 +78,7 @@ def _one_seed(code: Code, inner: Code, stored_size: int) -> Pipes:
     noise = conversions if conversions(inner) else ffma
     if noise(code) < noise(inner) / 2:
         counts.update(per_element(inner, _noise(inner)))
-    return dict(counts.most_common())
+    return counts
 
 
 def _ordinary(kernel: Kernel, loop: Loop, without: set[int], uncounted: set[int] | None = None) -> Code:
@@ -195,6 +199,6 @@ def analyse_amd(name: str, assembly: str, stored_size: int) -> Report:
             elements = stored(code) // stored_size
             inner = max((kernel.code(sorted(other.blocks)) for other in within), key=noise, default=[])
             pipes, extra = per_element(code, elements), per_element(inner, elements)
-            told = {"slots": _slots(pipes), "slots_per_extra_seed": _slots(extra), "vector_bytes": 16, "pipes": pipes}
-            return report | told
+            told = {"slots": _slots(pipes), "slots_per_extra_seed": _slots(extra), "vector_bytes": 16}
+            return report | told | {"pipes": _busiest_first(pipes)}
     return report | {"vector_bytes": 0, "pipes": {}}

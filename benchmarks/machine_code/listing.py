@@ -213,5 +213,5 @@ def stored(code: Code) -> int:
 
 
 def per_element(code: Code, elements: float) -> dict[str, float]:
-    """Instructions by the pipes that take them, the busiest first."""
-    return {pipe: n / elements for pipe, n in Counter(i.pipe for i in code).most_common()}
+    """Instructions by the pipes that take them."""
+    return {pipe: n / elements for pipe, n in Counter(i.pipe for i in code).items()}
