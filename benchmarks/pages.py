@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import benchmarks.convergence.page
@@ -24,7 +24,7 @@ import benchmarks.machine_code.page
 import benchmarks.replay.run
 import benchmarks.rounding.page
 import benchmarks.steps.page
-from benchmarks.parts import RESULTS, ROOT, Pages, fill, load
+from benchmarks.parts import RESULTS, ROOT, fill, load
 
 
 def store_demo(path: Path) -> None:
@@ -51,11 +51,10 @@ SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.layers.run, benchmarks.replay.run, benchmarks.drift.run,
     benchmarks.rounding.page, benchmarks.convergence.page, benchmarks.machine_code.page,
 )  # fmt: skip
-PAGES: dict[str, Pages] = {}  # by page, all that subjects make of it
+PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
 for subject in SUBJECTS:
     for name, made in subject.PAGES.items():
         PAGES.setdefault(name, {}).update(made)
-PAGES["README.md"]["demo"] = demo_lines
 
 
 def write(page: str, *, check: bool) -> bool:

@@ -328,6 +328,16 @@ def test_counter_goes_through_an_inner_loop_that_no_way_leads_past() -> None:
     assert report["slots_per_extra_seed"] == 3
 
 
+def test_counter_follows_a_block_that_lies_behind_its_loop() -> None:
+    """The product is done far away, with a branch there and one back."""
+    product = "        /*0030*/                   IMAD.WIDE.U32 R8, R8, R9, RZ ;\n"
+    away = LISTING.replace(product, "        /*0030*/                   BRA `(.L_x_6) ;\n.L_x_7:\n")
+    text = away.replace(".L_x_5:\n", f".L_x_6:\n{product}        /*0148*/                   BRA `(.L_x_7) ;\n.L_x_5:\n")
+    report = analyse(text)
+    assert report["pipes"] == {"branch": 5 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
+    assert report["slots_per_extra_seed"] == 3
+
+
 def test_counts_per_element_by_pipe_sum_up_to_the_slots() -> None:
     assert analyse(LISTING)["pipes"] == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
     report = analyse(LISTING.replace("/*0040*/                   FFMA", "/*0040*/                   IADD3"))
