@@ -102,7 +102,9 @@ def test_a_search_chooses_the_lowest_validation_loss_and_is_resumed(search: Any)
     found = search(finished=False)[0].result()
     losses = {point["size"]: point["validation_loss"] for point in found["grid"]}
     assert losses[found["size"]] == min(losses.values())
-    assert len(losses) >= 3  # the lowest of two sizes lies at an edge, where the grid grows
+    low, high, grown = found["grid"][:3]  # the lowest of two sizes lies at an edge, where the grid grows
+    better = low["size"] / 10 if low["validation_loss"] < high["validation_loss"] else high["size"] * 10
+    assert grown["size"] == pytest.approx(better)
     assert (found["label"], found["forwards_per_step"], found["steps"]) == ("MeZO", 2, 6)
     assert found["curve"]["forwards"] == [0, 6, 12]
     assert len(found["final"]["loss"]["each"]) == 3
