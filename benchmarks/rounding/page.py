@@ -13,16 +13,9 @@ from typing import Any
 from benchmarks.parts import IMAGES, Record, load, panels, plain, signed, table
 from zokern.bench.canvas import BLACK, BLUE, RED, save
 
-LABELS = {
-    "nearest": "bfloat16, nearest",
-    "stochastic": "bfloat16, stochastic",
-    "float32": "float32, bfloat16 autocast",
-}
-LINES = {
-    "nearest": {"color": RED, "marker": "s"},
-    "stochastic": {"color": BLUE, "marker": "o"},
-    "float32": {"color": BLACK, "linestyle": "--"},
-}
+LABELS = {"nearest": "bfloat16, nearest", "stochastic": "bfloat16, stochastic", "float32": "float32, bfloat16 autocast"}
+LINES = {"nearest": {"color": RED, "marker": "s"}, "stochastic": {"color": BLUE, "marker": "o"},
+         "float32": {"color": BLACK, "linestyle": "--"}}  # fmt: skip
 HEAD = (
     "weights, rounding", "runs", "held-out loss", "fall of the loss", "accuracy, %", "arrived of an update, %",
     "weights with other bits than at the start, %",
