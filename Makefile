@@ -70,8 +70,7 @@ bench: setup
 	$(BIN)/zokern bench kernels --no-plot --time-limit $(BENCH_SECONDS) --output benchmarks/results
 	$(BIN)/zokern bench step --time-limit $(BENCH_SECONDS) --output benchmarks/results
 	$(BIN)/zokern bench scaling --time-limit $(BENCH_SECONDS) --output benchmarks/results
-	$(BIN)/python benchmarks/readme_tables.py
-	$(BIN)/python benchmarks/step_page.py
+	$(BIN)/python -m benchmarks.pages
 
 clean:
 	rm -rf build $(VENV) zokern/*.so demo-out

@@ -10,4 +10,6 @@ if [[ -z "${PYTHON:-}" ]]; then
   if [[ -x "$root/.venv/bin/python" ]]; then PYTHON="$root/.venv/bin/python"; else PYTHON="python3"; fi
 fi
 command -v "$PYTHON" >/dev/null || { echo "gpu_suite.sh: there is no $PYTHON; set PYTHON to the one that has PyTorch" >&2; exit 2; }
-exec "$PYTHON" "$root/benchmarks/gpu_suite.py" "$@"
+# Not `python -m`, for which another checkout in the caller's folder would come first.
+run='import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module("benchmarks.gpu.suite", run_name="__main__")'
+exec "$PYTHON" -c "$run" "$root" "$@"

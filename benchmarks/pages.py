@@ -1,48 +1,82 @@
-"""Figures in pages: what lies between `<!-- name: begin -->` and `<!-- name: end -->` is made from stored results."""
+"""Writes every figure of README.md and docs/ from benchmarks/results and from the code, and draws the pictures.
+
+python -m benchmarks.pages                            # all pages
+python -m benchmarks.pages docs/steps.md              # one of them
+python -m benchmarks.pages --check                    # exit code 1 if a page is not what this would write
+python -m benchmarks.pages --demo demo-out/run.json   # keeps that demo run as the one that README.md tells of
+
+Each subject's module says what it makes (PAGES), and may draw.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def load(name: str) -> dict[str, Any]:
-    """A stored run, by the name of its file."""
-    return json.loads((RESULTS / name).read_text())
-
-
-def fill(page: str, text: str, parts: Mapping[str, str]) -> str:
-    """The text of `page` with each part between its markers made anew."""
-    for name, content in parts.items():
-        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
-        text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(
-                f"{page} needs exactly one pair of markers '<!-- {name}: begin -->' and '<!-- {name}: end -->'"
-            )
-    return text
+import benchmarks.convergence.page
+import benchmarks.drift.run
+import benchmarks.kernels.page
+import benchmarks.layers.run
+import benchmarks.machine_code.page
+import benchmarks.replay.run
+import benchmarks.rounding.page
+import benchmarks.steps.page
+import docs.from_code
+from benchmarks.parts import RESULTS, load, write
 
 
-def update(parts: Mapping[str, Mapping[str, str]], script: str, *, check: bool) -> int:
-    """Fills pages, {page: {marker: content}}, named from the checkout's root. The exit code of `script`.
+def store_demo(path: Path) -> None:
+    """Keeps a demo run's record as a result: everything but its command line and the paths in its options."""
+    run = json.loads(path.read_text())
+    del run["command"], run["options"]["output"]
+    (RESULTS / "demo-cpu.json").write_text(json.dumps(run, indent=1) + "\n")
 
-    check: change nothing; say which pages are not what `script` would write, and return 1 if there is one.
-    """
-    wrong = []
-    for page, made in parts.items():
-        path = ROOT / page
-        old = path.read_text()
-        new = fill(page, old, made)
-        if new != old:
-            wrong.append(page)
-            if not check:
-                path.write_text(new)
-    if check and wrong:
-        print(f"disagrees with benchmarks/results: {', '.join(wrong)}; run python benchmarks/{script}")
-    return int(check and bool(wrong))
+
+def demo_lines() -> str:
+    run = load("demo-cpu.json")
+    end, seconds = run["summary"], run["summary"]["seconds"]
+    share = seconds["passes"] / (seconds["passes"] + seconds["forwards"])
+    return (
+        f"accuracy on {run['data']['eval']} held-out sentences "
+        f"**{end['accuracy_before']:.1%} -> {end['accuracy_after']:.1%}** "
+        f"in {seconds['training']:.0f} seconds of training on {run['machine']['threads']} cores ({end['steps']} steps, "
+        f"{end['counters']['forwards']} forwards, no backward); {share:.0%} of that time "
+        "goes to the passes over the weights."
+    )
+
+
+SUBJECTS = (
+    benchmarks.kernels.page, benchmarks.steps.page, benchmarks.layers.run, benchmarks.replay.run, benchmarks.drift.run,
+    benchmarks.rounding.page, benchmarks.convergence.page, benchmarks.machine_code.page, docs.from_code,
+)  # fmt: skip
+PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
+for subject in SUBJECTS:
+    for name, made in subject.PAGES.items():
+        PAGES.setdefault(name, {}).update(made)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(PAGES)} (default: all)")
+    parser.add_argument("--check", action="store_true", help="change nothing; say whether the pages are up to date")
+    parser.add_argument("--demo", type=Path, help="run.json of a demo run to keep in benchmarks/results")
+    args = parser.parse_args(arguments)
+    if unknown := [page for page in args.pages if page not in PAGES]:
+        parser.error(f"nothing is made of {', '.join(unknown)}; the pages are {', '.join(PAGES)}")
+    if args.demo is not None:
+        store_demo(args.demo)
+    chosen = args.pages or list(PAGES)
+    wrong = [page for page in chosen if not write(page, PAGES[page], check=args.check)]
+    if args.check and wrong:
+        print(f"not what this would write: {', '.join(wrong)}; run python -m benchmarks.pages")
+    for subject in SUBJECTS:
+        if hasattr(subject, "draw") and not args.check and set(chosen) & subject.PAGES.keys():
+            subject.draw()
+    return int(args.check and bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 
-from benchmarks.pages import update
+from benchmarks.parts import table, write
 from zokern.cli.tuning import described
 from zokern.finetune import takers
 from zokern.finetune.options import Options
@@ -20,18 +21,13 @@ from zokern.optim.registry import Entry
 from zokern.settings import REQUIRED, Setting, shown
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def setting(one: Setting) -> tuple[str, ...]:
     default = "" if one.default is REQUIRED else f"`{shown(one.default)}`"
-    return f"`{one.name}`", default, one.kind.in_words, one.help
+    return f"`{one.name}`", default, one.kind.in_words, one.help.replace("|", "\\|")
 
 
 def settings(of: dict[str, Setting]) -> str:
-    return table(("setting", "default", "allowed", "what it does"), [setting(one) for one in of.values()])
+    return table(("setting", "default", "allowed", "what it does"), map(setting, of.values()))
 
 
 def own(entry: Entry) -> dict[str, Setting]:
@@ -58,19 +54,21 @@ def options() -> str:
     return table(("option", "default", "allowed", "what it does"), rows)
 
 
-def pages() -> dict[str, dict[str, str]]:
-    made = {
-        "README.md": {"methods": methods()},
-        "docs/methods.md": {"settings": settings(Common.settings)},
-        "docs/finetune.md": {"options": options()},
-    }
-    for name, entry in ENTRIES.items():
-        if "__init__" not in vars(entry.cls):  # LeZO has MeZO's
-            made[f"docs/methods/{name}.md"] = {"settings": settings(own(entry))}
-    return made
-
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"methods": methods},
+    "docs/methods.md": {"settings": lambda: settings(Common.settings)},
+    "docs/finetune.md": {"options": options},
+    **{
+        f"docs/methods/{name}.md": {"settings": lambda entry=entry: settings(own(entry))}
+        for name, entry in ENTRIES.items()
+        if "__init__" not in vars(entry.cls)  # LeZO has MeZO's
+    },
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say which pages are not up to date")
-    sys.exit(update(pages(), "../docs/from_code.py", check=parser.parse_args().check))
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail where a page is not up to date")
+    check = parser.parse_args().check
+    wrong = [page for page, parts in PAGES.items() if not write(page, parts, check=check)]
+    if check and wrong:
+        sys.exit(f"not what this would write: {', '.join(wrong)}; run python -m docs.from_code")

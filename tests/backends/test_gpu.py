@@ -5,21 +5,16 @@ Every test here is skipped where PyTorch sees no NVIDIA GPU. Whole steps are tes
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 import zokern
+from benchmarks.gpu import cases as pass_cases
 from tests.launching import launch
 from zokern import backends
 from zokern.backends import native
 from zokern.contract.rules import RULES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import pass_cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +47,7 @@ def test_cuda_triton_and_cpu_have_the_same_bits(rule: str, dtype: torch.dtype, d
     assert names, backends.explain(device)
     for case in pass_cases.all_cases([rule], seeds=(1, 2)):
         if case.dtype != dtype or (case.distribution == "rademacher" and case.rounding == "stochastic"):
-            continue  # benchmarks/equality.py has the rest
+            continue  # benchmarks/gpu/equality.py has the rest
         start = pass_cases.inputs(case, 400_000, pass_cases.CPU)
         wanted = pass_cases.apply(case, pass_cases.copy(start, pass_cases.CPU), "cpu")
         for name in names:

@@ -11,7 +11,7 @@ import pytest
 
 from zokern.bench import commit, record
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 NOBODY = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 
@@ -84,6 +84,6 @@ def test_what_the_environment_tells_wins(tmp_path: Path, monkeypatch: pytest.Mon
 def test_records_and_the_suite_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(commit.ENVIRONMENT, "told")
     assert record.commit.__wrapped__() == "told"  # it is asked for once in a process
-    code = "import gpu_suite, sys; print(gpu_suite.facts()['commit'], 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    code = "import sys; from benchmarks.gpu import suite; print(suite.facts()['commit'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["told", "False"]

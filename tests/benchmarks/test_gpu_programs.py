@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import cases as pass_cases
+from benchmarks.gpu import equality
+from benchmarks.gpu import sanitizer as sanitizer_program
 from zokern import backends
 from zokern.backends import cpu
 from zokern.backends import triton as triton_backend
@@ -24,11 +27,6 @@ from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, PassSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import equality  # noqa: E402
-import pass_cases  # noqa: E402
-import sanitizer_program  # noqa: E402
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -217,7 +215,17 @@ def test_triton_checksum_of_a_part() -> None:
 
 def test_checksum_program(tmp_path: Path) -> None:
     out = tmp_path / "checksum.json"
-    command = [sys.executable, "benchmarks/checksum.py", "--device", "cpu", "--words", "3000", "--output", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.checksum",
+        "--device",
+        "cpu",
+        "--words",
+        "3000",
+        "--output",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
     if triton_backend.unavailable_reason() is None and not torch.cuda.is_available():
         assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -18,15 +19,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu import runner as suite_runner
+from benchmarks.gpu import sections as suite_sections
+from benchmarks.gpu import suite as gpu_suite
+from benchmarks.gpu.runner import Runner, Section, choose
 from tests.command_lines import parse
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu_suite  # noqa: E402
-import suite_runner  # noqa: E402
-import suite_sections  # noqa: E402
-from suite_runner import Runner, Section, choose  # noqa: E402
-
 PYTHON = sys.executable
 
 
@@ -293,8 +292,8 @@ def test_a_run_that_nobody_listens_to_any_longer_goes_on(tmp_path: Path) -> None
     program = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(suite_runner.__file__).parent)!r})
-from suite_runner import Runner, Section
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks.gpu.runner import Runner, Section
 sections = [Section(name, "", lambda s: [[sys.executable, "-c", ""]], 20) for name in "ab"]
 sys.exit(Runner(Path({str(tmp_path / "out")!r}), 60, {{}}).run(sections))
 """
@@ -403,9 +402,13 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_every_script_and_test_file_that_the_sections_name_exists(commands: list[list[str]]) -> None:
-    paths = [Path(word) for command in commands for word in command if word.startswith(str(ROOT))]
+    words = [word for command in commands for word in command]
+    paths = [Path(word.partition("=")[2] or word) for word in words if str(ROOT) in word]
     assert len(paths) >= 7
-    assert all(path.exists() for path in paths)
+    assert all(path.exists() for path in paths if path.name != "zokern" and "build" not in path.parts)
+    modules = [words[i + 1] for i, word in enumerate(words) if word == "-m" and words[i - 1] == PYTHON]
+    assert len(modules) >= 10
+    assert all(importlib.util.find_spec(name) for name in modules)
 
 
 @pytest.fixture
@@ -570,13 +573,14 @@ def test_script_commands_have_only_options_that_the_scripts_know(commands: list[
     scripts = {}
     for command in commands:
         for i, word in enumerate(command):
-            if word.startswith(str(ROOT / "benchmarks")):
+            if word.startswith("benchmarks.gpu."):
                 scripts.setdefault(word, set()).update(w for w in command[i + 1 :] if w.startswith("--"))
-    assert {Path(path).name for path in scripts} == {"equality.py", "checksum.py", "sanitizer_program.py"}
-    for path, options in scripts.items():
-        told = subprocess.run([PYTHON, path, "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert set(scripts) == {f"benchmarks.gpu.{name}" for name in ("equality", "checksum", "sanitizer")}
+    for name, options in scripts.items():
+        command = [PYTHON, "-m", name, "--help"]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
         assert "--device" in options
-        assert options <= set(re.findall(r"--[a-z-]+", told)), path
+        assert options <= set(re.findall(r"--[a-z-]+", told)), name
 
 
 def test_missing_packages_leave_the_other_sections(commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,11 +607,12 @@ def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.Monkey
         word.partition("=")[2] for word in suite_sections.pytest_run(Path("/out"), "tests", 4) if "--ignore" in word
     }
     assert {Path(path).name for path in ignored} >= {"test_ptx.py", "test_interpreted.py", "test_machine_code.py"}
-    real, hidden = suite_sections.importlib.util.find_spec, ("hypothesis", "tests", "zokern")
+    real, hidden = suite_sections.importlib.util.find_spec, ("hypothesis", "tests", "zokern", "benchmarks")
     monkeypatch.setattr(suite_sections.importlib.util, "find_spec", lambda n: None if n in hidden else real(n))
-    assert suite_sections.untestable()["passes/test_properties.py"] == "hypothesis"
-    assert set(suite_sections.untestable().values()) == {"hypothesis"}  # the project's own packages are always there
-    assert "passes/test_ops.py" not in suite_sections.untestable()
+    found = {path.name: lacking for path, lacking in suite_sections.untestable().items()}
+    assert found["test_properties.py"] == "hypothesis"
+    assert set(found.values()) == {"hypothesis"}  # the project's own packages are always there
+    assert "test_ops.py" not in found
 
 
 def test_counts_of_the_tests_are_told(tmp_path: Path) -> None:

@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import interpreted
-
-from tests.ptx import build
+from tests.ptx import build, interpreted
 
 ELEMENTS = 1000
 # An element: 14 float32 results, of which 4 in two packed instructions, 2.5 wide products, 2 conversions, and the rest.

@@ -6,7 +6,6 @@ BLACKWELL say what each kernel may take on sm_90 and on sm_100, where float32 op
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -17,16 +16,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.machine_code import compilers, counts, listing
 from tests.ptx import build, lint
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "machine_code.py"
-
-sys.path.insert(0, str(SCRIPT.parent))
-import chain_loop  # noqa: E402
-import hot_loop  # noqa: E402
-import machine_code  # noqa: E402
-import sass  # noqa: E402
+COMMAND = [sys.executable, "-m", "benchmarks.machine_code"]
 
 CUDA = "zk::cuda::rule_kernel<{}, {}, zk::gpu::{}, (zk::Distribution){}, (zk::Rounding){}, (zk::cuda::Seeds){}>"
 BF16, FP16, FP32 = "__nv_bfloat16", "__half", "float"
@@ -124,7 +118,7 @@ BLACKWELL: dict[str, tuple[float, float | None, int]] = {
 STOCHASTIC_STAGES = {chain("Axpy", BF16): (39.5, 4), chain("HiZOO<false>", BF16): (60, 5), chain("Adam", BF16): (69, 6)}
 
 needs_tools = pytest.mark.skipif(
-    not all(machine_code.find_tool(tool) for tool in ("cuobjdump", "nvdisasm")),
+    not all(compilers.find_tool(tool) for tool in ("cuobjdump", "nvdisasm")),
     reason="cuobjdump and nvdisasm are neither in Triton's wheel nor on PATH",
 )
 
@@ -133,10 +127,10 @@ def measure(kind: str, folder: Path, arch: int = 90, sources: tuple[str, ...] = 
     """All reports of one kind, by kernel; in a process of its own because Triton must not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = folder / "report.json"
-    command = [sys.executable, str(SCRIPT), "--arch", str(arch), "--kernels", kind, "--json", str(out)]
+    command = [*COMMAND, "--arch", str(arch), "--kernels", kind, "--json", str(out)]
     if sources:
         command += ["--source", *(str(ROOT / "csrc" / "cuda" / name) for name in sources)]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return {report["name"]: report for report in json.loads(out.read_text())}
 
@@ -147,8 +141,8 @@ def cuda(folder: Path, arch: int, sources: tuple[str, ...] = ()) -> dict[str, di
         of = [o for o in build.objects() if o.is_cuda and o.source.name != "launch.cu"]
         found = [build.cubins(o, folder).get(f"sm_{arch}") for o in of if not sources or o.source.name in sources]
         if found and all(found):
-            reports = [report for cubin in found for report in machine_code.analyse_cubin(cubin, arch)]
-            return {report.name: dataclasses.asdict(report) for report in reports}
+            reports = [report for cubin in found for report in compilers.analyse_cubin(cubin, arch)]
+            return {report["name"]: report for report in reports}
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     if f"compute_{arch}" not in subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout:
@@ -192,24 +186,24 @@ def test_no_kernel_spills_on_blackwell(blackwell_reports: dict[str, dict[str, An
 
 
 def within_limits(report: dict[str, Any], slots: float, extra: float | None, registers: int) -> None:
-    assert 5 < report["slots_per_element_k1"] <= slots
+    assert 5 < report["slots"] <= slots
     if extra is None:
         assert report["slots_per_extra_seed"] is None
     else:
         assert 5 < report["slots_per_extra_seed"] <= extra
     assert report["registers"] <= registers
-    assert report["elements_per_iteration"] % 8 == 0
-    assert set(report["global_bytes_in_loop"]) == {16}
-    assert report["barriers_in_loop"] == 0
+    assert report["elements"] % 8 == 0
+    assert set(report["accesses"]) == {16}
+    assert report["barriers"] == 0
     assert report["spills"] == 0
     assert report["stack_bytes"] == 0
 
 
 def without_spills_or_waits(reports: dict[str, dict[str, Any]]) -> None:
     for report in reports.values():
-        assert (report["spills"], report["stack_bytes"], report["barriers_in_loop"]) == (0, 0, 0), report
-        assert set(report["global_bytes_in_loop"]) == {16}, report
-        assert report["elements_per_iteration"] % 8 == 0
+        assert (report["spills"], report["stack_bytes"], report["barriers"]) == (0, 0, 0), report
+        assert set(report["accesses"]) == {16}, report
+        assert report["elements"] % 8 == 0
 
 
 @needs_tools
@@ -233,8 +227,8 @@ def test_no_chain_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> No
     assert len(chains) == 3 * (1 + len(RULES) - 1 + sum(RULES.values()) - 1)
     without_spills_or_waits(chains)
     for name, (stage, once) in STOCHASTIC_STAGES.items():
-        assert chains[name]["slots_per_element_k1"] < sum(chains[name]["stochastic_per_element"].values()) <= stage
-        assert 1 < sum(chains[name]["once_per_element"].values()) <= once
+        assert chains[name]["slots"] < sum(chains[name]["pipes_stochastic"].values()) <= stage
+        assert 1 < sum(chains[name]["pipes_once"].values()) <= once
 
 
 @pytest.mark.slow
@@ -251,8 +245,8 @@ def test_no_kernel_of_the_build_reads_seeds_from_shared_memory_that_lie_elsewher
         wrong += lint.in_ptx(texts)
         seen.add(f"sm_{arch}")
     for o in build.objects():
-        for arch, listing in lint.listings(o, seen).items() if o.is_cuda else ():
-            wrong += [f"{arch}: {what}" for what in lint.in_sass(listing)]
+        for arch, text in lint.listings(o, seen).items() if o.is_cuda else ():
+            wrong += [f"{arch}: {what}" for what in lint.in_sass(text)]
     assert wrong == []
 
 
@@ -295,48 +289,62 @@ LISTING = """
 """
 
 
-def analyse(listing: str) -> Any:
-    (name, blocks), *rest = sass.parse_functions(listing).items()
+def analyse(text: str) -> Any:
+    (name, kernel), *rest = listing.read_sass(text).items()
     assert name == "toy"
     assert not rest
-    return hot_loop.analyse(name, 90, blocks, 2, 32, 0)
+    return counts.analyse(name, 90, kernel, 2, 32, 0)
+
+
+def analyse_chain(text: str, arch: int = 90) -> Any:
+    return counts.analyse("::chain_kernel<toy>", arch, listing.read_sass(text)["toy"], 2, 40, 0)
 
 
 def test_counter_on_a_listing() -> None:
     """Load, product, FFMA, guard, branch round the fix-up, store, branch back: 7 slots for 8 elements."""
     report = analyse(LISTING)
-    assert report.elements_per_iteration == 8
-    assert report.slots_per_element_k1 == 7 / 8
-    assert report.slots_per_extra_seed == 3  # one FFMA is one element of one sign here
-    assert report.global_bytes_in_loop == [16, 16]
-    assert report.barriers_in_loop == 0
-    assert report.spills == 0
-    assert report.pipes == {"branch": 3, "memory": 2, "imad.wide": 1, "fp32": 1}
-    assert report.pipes_extra_seed == {"fp32": 1, "uniform": 1, "branch": 1}
+    assert report["elements"] == 8
+    assert report["slots"] == 7 / 8
+    assert report["slots_per_extra_seed"] == 3  # one FFMA is one element of one sign here
+    assert report["accesses"] == [16, 16]
+    assert report["barriers"] == 0
+    assert report["spills"] == 0
+    assert report["pipes"] == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
+    assert report["pipes_extra"] == {"fp32": 1, "uniform": 1, "branch": 1}
 
 
 def test_counter_adds_the_inner_loop_where_the_first_seed_is_in_it() -> None:
-    listing = LISTING.replace("/*0040*/                   FFMA", "/*0040*/                   IADD3")
-    assert analyse(listing).slots_per_element_k1 == 7 / 8 + 3
+    text = LISTING.replace("/*0040*/                   FFMA", "/*0040*/                   IADD3")
+    assert analyse(text)["slots"] == 7 / 8 + 3
 
 
 def test_counter_goes_through_an_inner_loop_that_no_way_leads_past() -> None:
     """Without the guard, as where a kernel has a loop of its own for "no seeds": two slots less, the seed's three more."""
-    listing = LISTING.replace("               @P1 BRA `(.L_x_2) ;", "                   MOV R9, R9 ;").replace(
+    text = LISTING.replace("               @P1 BRA `(.L_x_2) ;", "                   MOV R9, R9 ;").replace(
         "/*0040*/                   FFMA", "/*0040*/                   IADD3"
     )
-    report = analyse(listing)
-    assert report.slots_per_element_k1 == 8 / 8 + 3  # a MOV for the branch, and the MOV that it jumped over
-    assert report.slots_per_extra_seed == 3
+    report = analyse(text)
+    assert report["slots"] == 8 / 8 + 3  # a MOV for the branch, and the MOV that it jumped over
+    assert report["slots_per_extra_seed"] == 3
+
+
+def test_counter_follows_a_block_that_lies_behind_its_loop() -> None:
+    """The product is done far away, with a branch there and one back."""
+    product = "        /*0030*/                   IMAD.WIDE.U32 R8, R8, R9, RZ ;\n"
+    away = LISTING.replace(product, "        /*0030*/                   BRA `(.L_x_6) ;\n.L_x_7:\n")
+    text = away.replace(".L_x_5:\n", f".L_x_6:\n{product}        /*0148*/                   BRA `(.L_x_7) ;\n.L_x_5:\n")
+    report = analyse(text)
+    assert report["pipes"] == {"branch": 5 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
+    assert report["slots_per_extra_seed"] == 3
 
 
 def test_counts_per_element_by_pipe_sum_up_to_the_slots() -> None:
-    assert analyse(LISTING).per_element == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
+    assert analyse(LISTING)["pipes"] == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
     report = analyse(LISTING.replace("/*0040*/                   FFMA", "/*0040*/                   IADD3"))
-    assert report.per_element == {
+    assert report["pipes"] == {
         "branch": 3 / 8 + 1, "memory": 2 / 8, "imad.wide": 1 / 8, "int": 1 / 8, "fp32": 1, "uniform": 1
     }  # fmt: skip
-    assert sum(report.per_element.values()) == report.slots_per_element_k1
+    assert sum(report["pipes"].values()) == report["slots"]
 
 
 # A loop over tiles of eight bf16 with one over stages in it: load; a stage with its guard for the fork's store, a
@@ -377,20 +385,18 @@ SUM = "/*0051*/                   FFMA R4, R5, R6, R4 ;\n" * 8
 
 
 def test_counter_on_a_chain() -> None:
-    listing = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM + SUM)
-    ((_, blocks),) = sass.parse_functions(listing).items()
-    report = chain_loop.analyse_chain("toy", 90, blocks, registers=40, stack_bytes=0, spills=0)
+    report = analyse_chain(CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM + SUM))
     # Guards of fork, perturbation, no seeds, rounding; the seed with its branch; the sum; the branch back.
-    assert report.slots_per_element_k1 * 8 == 4 + (12 + 16 + 1) + 1 + 1
-    assert report.per_element == {"branch": 6 / 8, "convert": 12 / 8, "fp32": 17 / 8}
-    assert report.slots_per_extra_seed * 8 == 12 + 16 + 1
-    assert report.extra_per_element == {"fp32": 2.0, "convert": 1.5, "branch": 1 / 8}
-    assert report.once_per_element == {"memory": 2 / 8, "branch": 1 / 8}
-    assert report.stochastic_per_element == report.per_element | {"imad.wide": 1 / 8, "int": 1 / 8}
-    assert report.global_bytes_in_loop == [16, 16]
-    assert report.elements_per_iteration == 8
-    with pytest.raises(ValueError, match="toy has 0 loops over tiles with a loop over stages"):
-        chain_loop.analyse_chain("toy", 90, sass.parse_functions(LISTING)["toy"], registers=1, stack_bytes=0, spills=0)
+    assert report["slots"] * 8 == 4 + (12 + 16 + 1) + 1 + 1
+    assert report["pipes"] == {"branch": 6 / 8, "convert": 12 / 8, "fp32": 17 / 8}
+    assert report["slots_per_extra_seed"] * 8 == 12 + 16 + 1
+    assert report["pipes_extra"] == {"fp32": 2.0, "convert": 1.5, "branch": 1 / 8}
+    assert report["pipes_once"] == {"memory": 2 / 8, "branch": 1 / 8}
+    assert report["pipes_stochastic"] == report["pipes"] | {"imad.wide": 1 / 8, "int": 1 / 8}
+    assert report["accesses"] == [16, 16]
+    assert report["elements"] == 8
+    with pytest.raises(ValueError, match="toy> has 0 loops over tiles with a loop over stages"):
+        analyse_chain(LISTING)
 
 
 @pytest.mark.parametrize(
@@ -401,17 +407,17 @@ def test_counter_on_a_chain() -> None:
      ("IMAD.WIDE.U32", "imad.wide"), ("IMAD.MOV.U32", "imad"), ("UIADD3", "uniform"), ("LOP3.LUT", "int")],
 )  # fmt: skip
 def test_pipes(opcode: str, pipe: str) -> None:
-    assert sass.Instruction(False, opcode, "").pipe == pipe
+    assert listing.Instruction(False, opcode, "").pipe == pipe
 
 
 def test_a_packed_pair_is_one_slot_and_two_results() -> None:
     """The loop over seeds makes two elements by one instruction: half the slots for each."""
     report = analyse(LISTING.replace("/*0070*/                   FFMA", "/*0070*/                   FFMA2"))
-    assert report.slots_per_extra_seed == 3 / 2
-    assert report.extra_per_element == {"fp32x2": 1 / 2, "uniform": 1 / 2, "branch": 1 / 2}
-    assert report.slots_per_element_k1 == 7 / 8
+    assert report["slots_per_extra_seed"] == 3 / 2
+    assert report["pipes_extra"] == {"fp32x2": 1 / 2, "uniform": 1 / 2, "branch": 1 / 2}
+    assert report["slots"] == 7 / 8
     peeled = LISTING.replace("                   FFMA R4, R5, R6, R4", "                   FFMA2 R4, R5, R6, R4")
-    assert analyse(peeled).per_element == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32x2": 1 / 8}
+    assert analyse(peeled)["pipes"] == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32x2": 1 / 8}
 
 
 # Three sums one by one on one side of a branch, four in two packed instructions on the other.
@@ -435,36 +441,35 @@ SIDES = """
 
 
 def test_the_way_with_the_most_sums_counts_packed_ones_twice() -> None:
-    assert analyse(SIDES).pipes == {"memory": 2, "branch": 2, "fp32x2": 2}
-    assert analyse(SIDES.replace("FFMA2", "FFMA")).pipes == {"memory": 2, "branch": 3, "fp32": 3}
+    assert analyse(SIDES)["pipes"] == {"memory": 2 / 8, "branch": 2 / 8, "fp32x2": 2 / 8}
+    assert analyse(SIDES.replace("FFMA2", "FFMA"))["pipes"] == {"memory": 2 / 8, "branch": 3 / 8, "fp32": 3 / 8}
 
 
 def test_the_rule_of_a_chain_is_found_among_packed_sums() -> None:
     """Its own rule has two sums an element, in packed instructions; the perturbation one, one by one."""
-    listing = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM.replace("FFMA", "FFMA2"))
-    ((_, blocks),) = sass.parse_functions(listing).items()
-    report = chain_loop.analyse_chain("toy", 100, blocks, registers=40, stack_bytes=0, spills=0)
-    assert report.extra_per_element == {"convert": 12 / 8, "fp32x2": 8 / 8, "branch": 1 / 8}
-    assert report.per_element["fp32x2"] == 8 / 8
+    text = CHAIN.replace("PERTURBATION", NORMALS + SUM).replace("RULE", NORMALS + SUM.replace("FFMA", "FFMA2"))
+    report = analyse_chain(text, 100)
+    assert report["pipes_extra"] == {"convert": 12 / 8, "fp32x2": 8 / 8, "branch": 1 / 8}
+    assert report["pipes"]["fp32x2"] == 8 / 8
 
 
 def test_counter_leaves_a_loop_by_a_call_that_does_not_return() -> None:
-    listing = LISTING.replace("@P2 BRA `(.L_x_1) ;", "@P2 CALL.REL.NOINC `(.L_x_2) ;\n /*0098*/ BRA `(.L_x_1) ;")
-    assert listing != LISTING
-    report = analyse(listing)
-    assert (report.slots_per_element_k1, report.slots_per_extra_seed) == (7 / 8, 4)
+    text = LISTING.replace("@P2 BRA `(.L_x_1) ;", "@P2 CALL.REL.NOINC `(.L_x_2) ;\n /*0098*/ BRA `(.L_x_1) ;")
+    assert text != LISTING
+    report = analyse(text)
+    assert (report["slots"], report["slots_per_extra_seed"]) == (7 / 8, 4)
 
 
 def test_counter_sees_barriers_narrow_accesses_and_spills() -> None:
-    assert analyse(LISTING.replace("MOV R7, UR4", "NOP").replace("IMAD.WIDE.U32", "BAR.SYNC.X")).barriers_in_loop == 1
-    assert analyse(LISTING.replace("G.E.128", "G.E.64")).global_bytes_in_loop == [8, 8]
-    assert analyse(LISTING.replace("S2R R0", "STL R0")).spills == 1
+    assert analyse(LISTING.replace("MOV R7, UR4", "NOP").replace("IMAD.WIDE.U32", "BAR.SYNC.X"))["barriers"] == 1
+    assert analyse(LISTING.replace("G.E.128", "G.E.64"))["accesses"] == [8, 8]
+    assert analyse(LISTING.replace("S2R R0", "STL R0"))["spills"] == 1
 
 
 def test_counter_without_a_loop() -> None:
     report = analyse("//---- .text.toy   ----\n        /*0000*/                   EXIT ;\n")
-    assert report.slots_per_element_k1 is None
-    assert report.elements_per_iteration == 0
+    assert report["slots"] is None
+    assert report["elements"] == 0
 
 
 TOY = """
@@ -482,17 +487,17 @@ def test_counter_on_compiled_cuda(tmp_path: Path) -> None:
         pytest.skip("nvcc is not on PATH")
     source = tmp_path / "toy.cu"
     source.write_text(TOY)
-    (report,) = machine_code.compile_cuda(source, 90)
-    assert report.name == "scale<unsigned short>"
-    assert set(report.global_bytes_in_loop) == {16}
-    assert report.elements_per_iteration == 8 * report.pipes["memory"] // 2  # as many loads as stores
-    assert 0.5 < report.slots_per_element_k1 < 3
-    assert report.slots_per_extra_seed is None
+    (report,) = compilers.compile_cuda(source, 90, stored=2)
+    assert report["name"] == "scale<unsigned short>"
+    assert set(report["accesses"]) == {16}
+    assert report["pipes"]["memory"] == 2 / 8  # as many loads as stores
+    assert 0.5 < report["slots"] < 3
+    assert report["slots_per_extra_seed"] is None
 
 
 def test_refuses_to_count_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(SCRIPT), "--kernels", "triton"]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    command = [*COMMAND, "--kernels", "triton"]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr

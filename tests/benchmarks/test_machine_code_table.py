@@ -19,18 +19,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks import pages
+from benchmarks.machine_code import counts, page, rows
 from zokern.bench import model, prediction
 from zokern.bench.cases import Case
 from zokern.bench.record import RESULTS
 from zokern.contract.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import amdgcn  # noqa: E402
-import machine_code_page  # noqa: E402
-import machine_code_table  # noqa: E402
-
-STORED = json.loads(machine_code_table.STORED.read_text())
+STORED = json.loads(rows.STORED.read_text())
 ROWS: list[dict[str, Any]] = STORED["kernels"]
 
 
@@ -46,7 +43,7 @@ def row(rule: str = "axpy", arch: int | str = 90, backend: str = "cuda", **more:
 # ------------------------------------------------------------------------------------------------------------ the rows
 
 
-@pytest.mark.parametrize("arch", [*machine_code_page.ARCHS, machine_code_page.AMD])
+@pytest.mark.parametrize("arch", [*rows.ARCHS, rows.AMD])
 def test_every_kernel_is_stored_for_every_architecture(arch: int | str) -> None:
     mine = [r for r in ROWS if r["arch"] == arch]
     triton = {r["name"] for r in mine if r["backend"] == "triton"}
@@ -66,31 +63,31 @@ def test_every_kernel_is_stored_for_every_architecture(arch: int | str) -> None:
 def test_names_are_understood() -> None:
     name = ("zk::cuda::rule_kernel<__half, __nv_bfloat16, zk::gpu::HiZOO<true>, (zk::Distribution)2, (zk::Rounding)1, "
             "(zk::cuda::Seeds)1>")  # fmt: skip
-    assert machine_code_table.kind(name) == {
+    assert rows.kind(name) == {
         "backend": "cuda", "kernel": "pass", "name": name, "rule": "hizoo_restore", "dtype": "float16",
         "state": "bfloat16", "distribution": "any", "rounding": "stochastic", "seeds": "any",
     }  # fmt: skip
     name = "zk::cuda::chain_kernel<__nv_bfloat16, float, zk::gpu::HiZOO<false>>"
-    assert machine_code_table.kind(name) == {
+    assert rows.kind(name) == {
         "backend": "cuda", "kernel": "chain", "name": name, "rule": "hizoo", "dtype": "bfloat16", "state": "float32",
         "distribution": "any", "rounding": "any", "seeds": "any",
     }  # fmt: skip
     with pytest.raises(ValueError, match="no name of a kernel"):
-        machine_code_table.kind("vector_add")
-    assert {machine_code_table.kind(r["name"])["rule"] for r in ROWS} == set(RULES)
+        rows.kind("vector_add")
+    assert {rows.kind(r["name"])["rule"] for r in ROWS} == set(RULES)
 
 
 def test_measured_shares_are_read_where_there_are_any(tmp_path: Path) -> None:
-    assert machine_code_page.measured(row(), tmp_path) == []
+    assert page.measured(row(), tmp_path) == []
     case = {"rule": "axpy", "dtype": "bfloat16", "distribution": "normal", "rounding": "nearest", "state_dtype": "float32",
             "seeds": 1, "stages": 1, "left_out": 0.0}  # fmt: skip
     ways = {"zokern cuda": {"share_of_copy": 0.5}, "zokern triton": {"share_of_copy": 0.25}}
     cases = [case, case, *(case | other for other in ({"seeds": 4}, {"stages": 8}, {"dtype": "float32"}))]
     run = {"machine": {"gpu": "a GPU"}, "results": {str(i): {"case": c, "ways": ways} for i, c in enumerate(cases)}}
     (tmp_path / "kernels-axpy-cuda.json").write_text(json.dumps(run))
-    assert machine_code_page.measured(row(), tmp_path) == ["50% (a GPU)"]
-    assert machine_code_page.measured(row(backend="triton"), tmp_path) == ["25% (a GPU)"]
-    assert machine_code_page.measured(row("hizoo"), tmp_path) == []
+    assert page.measured(row(), tmp_path) == ["50% (a GPU)"]
+    assert page.measured(row(backend="triton"), tmp_path) == ["25% (a GPU)"]
+    assert page.measured(row("hizoo"), tmp_path) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -157,7 +154,7 @@ def test_predictions_from_the_stored_rows_are_in_order() -> None:
 
 def test_predictions_are_what_was_measured_on_an_h200() -> None:
     """The stored runs' shares of the copy bandwidth: every CUDA pass within a tenth, their mean within 4 %."""
-    rows = prediction.Basis("H200", ROWS, {})
+    basis = prediction.Basis("H200", ROWS, {})
     known = {field.name for field in fields(Case)}
     off = []
     for path in RESULTS.glob("kernels-*-cuda*.json"):
@@ -165,7 +162,7 @@ def test_predictions_are_what_was_measured_on_an_h200() -> None:
         assert model.short_name(run["machine"]["gpu"]) == "H200"
         for title, result in run["results"].items():
             case = Case(**{name: value for name, value in result["case"].items() if name in known})
-            share = prediction.of(case, "cuda", rows)["predicted_share"]
+            share = prediction.of(case, "cuda", basis)["predicted_share"]
             if not case.left_out:
                 off.append(abs(math.log(result["ways"]["zokern cuda"]["share_of_copy"] / share)))
                 assert off[-1] < 0.1, title
@@ -190,21 +187,21 @@ def test_cells_of_the_page_by_hand() -> None:
     wanted = ("axpy", "bfloat16", "normal", "nearest")
     memory, compute = 4 / (0.9 * 4.8e12), 26.2 / (0.8 * 128) / (132 * 1.98e9)
     share = (1 + (compute / memory) ** 4) ** -0.25
-    assert machine_code_page.told([toy], "cuda", wanted, "H200") == f"{share:.0%}, 26 of 31"
-    assert machine_code_page.told([toy], "cuda", wanted, "H100").endswith(", 26 of 44")
-    assert machine_code_page.told([toy], "cuda", wanted, "B200") == "-"
-    assert machine_code_page.told([toy], "triton", wanted, "H200") == "-"
+    assert page.told([toy], "cuda", wanted, "H200") == f"{share:.0%}, 26 of 31"
+    assert page.told([toy], "cuda", wanted, "H100").endswith(", 26 of 44")
+    assert page.told([toy], "cuda", wanted, "B200") == "-"
+    assert page.told([toy], "triton", wanted, "H200") == "-"
 
 
 def test_the_page_has_what_people_run() -> None:
     """Every rule is in it, with a number for each GPU in CUDA's table, and for each update a chain's gain."""
-    assert {wanted[0] for wanted in machine_code_page.PASSES.values()} == set(RULES)
-    for table in (machine_code_page.cuda_table(ROWS), machine_code_page.other_table(ROWS)):
-        assert [title for title, *_ in lines_of(table)] == list(machine_code_page.PASSES)
-    for _, *shares, further, _ in lines_of(machine_code_page.cuda_table(ROWS)):
+    assert {wanted[0] for wanted in page.PASSES.values()} == set(RULES)
+    for table in (page.cuda_table(ROWS), page.other_table(ROWS)):
+        assert [title for title, *_ in lines_of(table)] == list(page.PASSES)
+    for _, *shares, further, _ in lines_of(page.cuda_table(ROWS)):
         assert all(re.fullmatch(r"\d+%, \d+ of \d+", share) for share in shares)
         assert 5 < int(further) < 40
-    for title, *_, gains in lines_of(machine_code_page.other_table(ROWS)):
+    for title, *_, gains in lines_of(page.other_table(ROWS)):
         assert (gains == "-") == ("perturb" in title), title
 
 
@@ -213,7 +210,7 @@ def lines_of(table: str) -> list[list[str]]:
 
 
 def test_the_csv_has_every_row_and_its_prediction() -> None:
-    lines = list(csv.DictReader(machine_code_page.table_of_all(ROWS).splitlines()))
+    lines = list(csv.DictReader(page.table_of_all(ROWS).splitlines()))
     assert len(lines) == len(ROWS)
     for line, stored in zip(lines, ROWS, strict=True):
         assert (line["arch"], line["rule"], float(line["slots"])) == (
@@ -232,14 +229,16 @@ def test_the_csv_has_every_row_and_its_prediction() -> None:
 
 
 def test_a_csv_of_older_rows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    older = tmp_path / "machine_code.csv"
+    older = tmp_path / "benchmarks" / "results" / "machine_code.csv"
+    older.parent.mkdir(parents=True)
     older.write_text("older")
-    monkeypatch.setattr(machine_code_table, "ALL", older)
-    assert machine_code_table.main(["--check"]) == 1
-    assert "disagrees with machine_code.json: machine_code.csv" in capsys.readouterr().out
+    name = str(older.relative_to(tmp_path))
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.main([name, "--check"]) == 1
+    assert f"disagrees with benchmarks/results: {name}; run" in capsys.readouterr().out
     assert older.read_text() == "older"
-    older.write_text(machine_code_page.table_of_all(ROWS))
-    assert machine_code_table.main(["--check"]) == 0
+    older.write_text(page.table_of_all(ROWS))
+    assert pages.main([name, "--check"]) == 0
 
 
 def test_gain_of_a_chain_is_passes_over_a_sweep() -> None:
@@ -247,7 +246,7 @@ def test_gain_of_a_chain_is_passes_over_a_sweep() -> None:
     alone = row(dtype="float32")
     sweep = model.instructions(chain, stages=8)
     expected = 8 * model.seconds(alone, 8, "H200") / model.seconds(chain, 8, "H200", sweep)
-    assert machine_code_page.gain(ROWS, chain, "H200") == pytest.approx(expected)
+    assert page.gain(ROWS, chain, "H200") == pytest.approx(expected)
     assert 1 < expected < 8
 
 
@@ -294,19 +293,19 @@ kernel:
 
 def test_amd_counter_on_a_listing() -> None:
     """A loop that is entered at its end, with a loop over seeds in it; the masked loop behind it is not hot."""
-    report = amdgcn.analyse(AMD_LISTING, 2)
-    assert report.pipes == {"branch": 3 / 8, "vmem": 2 / 8, "valu": 1 / 8, "wait": 1 / 8}
-    assert (report.slots, report.extra_slots) == (7 / 8, 3 / 8)
-    assert (report.registers, report.scalar_registers, report.vector_bytes) == (63, 20, 16)
-    assert (report.spills, report.scalar_spills) == (2, 1)
-    assert amdgcn.analyse(AMD_LISTING.replace("store_dwordx4", "store_dword"), 2).slots is None
+    report = counts.analyse_amd("toy", AMD_LISTING, 2)
+    assert report["pipes"] == {"branch": 3 / 8, "vmem": 2 / 8, "valu": 1 / 8, "wait": 1 / 8}
+    assert (report["slots"], report["slots_per_extra_seed"]) == (7 / 8, 3 / 8)
+    assert (report["registers"], report["vector_bytes"]) == (63, 16)
+    assert (report["spills"], report["scalar_spills"]) == (2, 1)
+    assert counts.analyse_amd("toy", AMD_LISTING.replace("store_dwordx4", "store_dword"), 2)["slots"] is None
 
 
 # -------------------------------------------------------------------------------------------------------- compiled anew
 
 
 @pytest.mark.slow_machine_code
-@pytest.mark.parametrize("arch", machine_code_page.ARCHS)
+@pytest.mark.parametrize("arch", rows.ARCHS)
 def test_stored_rows_are_what_the_compilers_make(arch: int, tmp_path: Path) -> None:
     """Every NVIDIA kernel of an architecture, with the compilers that the stored results name."""
     triton = pytest.importorskip("triton")
@@ -318,14 +317,14 @@ def test_stored_rows_are_what_the_compilers_make(arch: int, tmp_path: Path) -> N
         pytest.skip(f"the stored rows are of {STORED['compilers']}, here are {here}")
     out = tmp_path / "reports.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "machine_code.py"), "--arch", str(arch), "--json", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.machine_code", "--arch", str(arch), "--json", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     reports = {report["name"]: report for report in json.loads(out.read_text())}
     stored = {r["name"]: r for r in ROWS if r["arch"] == arch}
     assert set(reports) == set(stored)
     for name, report in reports.items():
         assert report["spills"] == 0, name
-        assert report["barriers_in_loop"] == 0, name
+        assert report["barriers"] == 0, name
         assert report["registers"] == stored[name]["registers"], name
-        assert report["slots_per_element_k1"] == pytest.approx(stored[name]["slots"], abs=1e-3), name
+        assert report["slots"] == pytest.approx(stored[name]["slots"], abs=1e-3), name

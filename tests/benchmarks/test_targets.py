@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import targets  # noqa: E402
-import targets_measured  # noqa: E402
+from benchmarks.kernels import targets
+from zokern.bench.cases import Case
 
 pytest.importorskip("transformers")
 
@@ -29,8 +26,8 @@ def test_moves_are_those_of_the_expressions() -> None:
 
 def test_predictions_follow_from_the_shares_and_the_formula() -> None:
     told = targets.Prediction("H200")
-    cells = dict(zip((name for name, _ in targets.WANTED), told.row(), strict=True))
-    axpy = targets.axpy()
+    cells = dict(zip((name for name, *_ in targets.TARGETS), targets.predictions("H200"), strict=True))
+    axpy = Case("", "axpy", "bfloat16")
     assert cells["axpy, bfloat16, share of the copy bandwidth"] == f"{told.share(axpy):.0%}"
     passes = 3 * told.parameters * 4 / (4.8e12 * 0.9 * told.share(axpy))
     step = passes + 2 * 2 * told.parameters * 4096 / (0.65 * 989e12)
@@ -44,7 +41,7 @@ def test_predictions_follow_from_the_shares_and_the_formula() -> None:
 
 
 def test_nothing_is_measured_before_it_is_stored(tmp_path: Path) -> None:
-    assert targets_measured.column(tmp_path) == ["not yet run"] * len(targets.WANTED)
+    assert targets.column(tmp_path) == ["not yet run"] * len(targets.TARGETS)
 
 
 def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
@@ -55,11 +52,9 @@ def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
 
     rest = {"status": "timed", "peer": False, "extra_share": 0.05}
     ours = {"share_of_copy": 0.91, "median": 2.0, "speedup_over": {"published": 8.25}}
-    store(
-        "kernels-axpy-cuda", {targets_measured.AXPY: {"ways": {"zokern cuda": ours, "zokern triton": {"median": 2.1}}}}
-    )
+    store("kernels-axpy-cuda", {targets.AXPY.title: {"ways": {"zokern cuda": ours, "zokern triton": {"median": 2.1}}}})
     beside = {"zokern cuda": {"speedup_over": {"compiled": 1.75}}}
-    store("compiled/kernels-axpy-cuda", {targets_measured.AXPY: {"ways": beside}})
+    store("compiled/kernels-axpy-cuda", {targets.AXPY.title: {"ways": beside}})
     store("step-cuda-opt-1.3b", {"opt-1.3b 16x256 mezo inplace": {**rest, "step": {"median": 1.0}, "passes": 0.5}})
     store("step-cuda-opt-13b", {
         "opt-13b 16x256 mezo published": {"status": "timed", "peer": True, "step": {"median": 6.0}, "passes": 2.0},
@@ -72,7 +67,7 @@ def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
             **rest, "step": {"median": 4.0}, "passes": 0.4, "curvature_dtype": "bfloat16"
         },
     })  # fmt: skip
-    assert targets_measured.column(tmp_path) == [
+    assert targets.column(tmp_path) == [
         "91% (a GPU)", "not in the run", "not yet run", "not yet run", "+5% (a GPU)", "8.2 x (a GPU)",
         "1.8 x (a GPU)", "10.0% (a GPU)", "1.50 x (a GPU)", "2.25 x with h in bfloat16 (a GPU)",
         "5.0% (a GPU)",

@@ -1,4 +1,4 @@
-"""How often each PTX instruction runs, for benchmarks/interpreted.py: python -m tests.ptx.counts cuda 90
+"""How often each PTX instruction runs, for interpreted.py: python -m tests.ptx.counts cuda 90
 
 A line of JSON for each rule: what ran, for how many elements, and how often each opcode did, all threads together. Passes
 over whole chunks of bfloat16 weights, float32 states, rounded to nearest, without decay, of one seed and of three.

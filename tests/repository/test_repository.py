@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pages
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,12 +22,28 @@ def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**inherited, **env}, timeout=300)
 
 
-@pytest.mark.parametrize(
-    "script", ["readme_tables.py", "convergence_page.py", "step_page.py", "rounding_page.py", "machine_code_table.py"]
-)
-def test_figures_in_pages_come_from_the_stored_results(script: str) -> None:
-    done = run(sys.executable, f"benchmarks/{script}", "--check")
+def test_figures_in_pages_come_from_the_stored_results() -> None:
+    """And every marker in them is one that pages.py fills."""
+    done = run(sys.executable, "-m", "benchmarks.pages", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        marked = re.findall("<!-- (.*): begin -->", page.read_text())
+        assert set(marked) == set(pages.PAGES.get(str(page.relative_to(ROOT)), {})), page.name
+
+
+def test_a_figure_that_is_not_the_stored_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "docs" / "journal.md"
+    journal.parent.mkdir()
+    right = (ROOT / "docs" / "journal.md").read_text()
+    journal.write_text(right.replace("million parameters", "billion parameters"))
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.main(["docs/journal.md", "--check"]) == 1
+    assert "billion" in journal.read_text()
+    assert pages.main(["docs/journal.md"]) == 0
+    assert journal.read_text() == right
+    journal.write_text(right.replace("<!-- replay: end -->", ""))
+    with pytest.raises(SystemExit, match=r"docs/journal\.md needs one pair of markers '<!-- replay: begin -->'"):
+        pages.main(["docs/journal.md", "--check"])
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/passes.md", "docs/journal.md", "docs/methods.md"])

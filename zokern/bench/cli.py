@@ -192,13 +192,6 @@ app.command()(commands_step.step)
 app.command()(commands_step.scaling)
 
 
-def script(*names: str) -> None:
-    """What benchmarks/bench_<name>.py do: `kernels` with its names given, into benchmarks/results."""
-    from zokern.bench.record import RESULTS
-
-    app(["kernels", *names, "--no-plot", "--output", str(RESULTS), *sys.argv[1:]])
-
-
 def _fail(message: str, code: int = 1) -> NoReturn:
     print(message, file=sys.stderr)
     raise typer.Exit(code)

@@ -8,7 +8,7 @@ bandwidth. Where the two are far apart the larger decides; where they are near, 
 
 Rates per clock and multiprocessor: the table of arithmetic throughput in NVIDIA's CUDA C++ Programming Guide, as quoted
 in docs/machine_code.md. Instruction counts: benchmarks/results/machine_code.json, made by
-benchmarks/machine_code_table.py; prediction.py says which of its rows is a benchmark's kernel.
+benchmarks/machine_code/rows.py; prediction.py says which of its rows is a benchmark's kernel.
 """
 
 from __future__ import annotations

@@ -1,0 +1,204 @@
+"""Counts a kernel's hot loop: the one with the widest global stores, on the way that an ordinary iteration takes.
+
+That way neither enters an inner loop nor touches memory in narrower pieces (masked slow paths), and where a kernel
+decides at run time it draws normals, writes every state and rounds to nearest. An inner loop is the loop over further
+seeds. Instructions of the uniform datapath take issue slots like any other.
+
+A chain's kernel (csrc/cuda/chain.cu) has, in its loop over tiles with 16-byte stores, a loop over stages, and in that a
+loop over seeds for each rule that a stage may have (its own, and the perturbation that goes with it). Counted of a stage
+is its own rule with one seed and normals, without the stores of the stage that forks; twice: rounded to nearest, and with
+stochastic rounding of weights. An element of a chain of n such stages takes
+
+    once + n * (stage + (seeds - 1) * further seed)        slots.
+
+A report says of a kernel: name, arch, registers, stack_bytes, spills (loads and stores of local memory, anywhere in it);
+elements of an iteration, slots (issued instructions per element; of a chain, of a stage) and slots_per_extra_seed, None
+where there is no such loop; pipes and pipes_extra, the same by pipe; barriers in the loop; accesses, the bytes of each to
+global memory, and vector_bytes, the narrowest. A chain's has slots_once and slots_stochastic too, and their pipes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+from .listing import Code, Kernel, Loop, conversions, ffma, per_element, read_amd, stored
+
+Report = dict[str, Any]
+Pipes = dict[str, float]
+
+
+def analyse(name: str, arch: int, kernel: Kernel, stored_size: int, registers: int, stack_bytes: int) -> Report:
+    """Counts one kernel, which stores `stored_size` bytes for an element.
+
+    Raises:
+        ValueError: where the loops are not those of a chain, which the kernel's name says that it is.
+    """
+    spills = sum(bool(re.match(r"LDL|STL", i.opcode)) for i in kernel.code())
+    counted = _chain(name, kernel) if "::chain_kernel<" in name else _pass(kernel, stored_size)
+    resources = {"registers": registers, "stack_bytes": stack_bytes, "spills": spills}
+    return {"name": name, "arch": arch, **resources, **counted}
+
+
+def _slots(pipes: Pipes) -> float | None:
+    return math.fsum(pipes.values()) if pipes else None
+
+
+def _busiest_first(pipes: Pipes) -> Pipes:
+    return dict(Counter(pipes).most_common())
+
+
+def _report(elements: float, one: Pipes, extra: Pipes, whole: Code, accesses: Code, **more: Pipes) -> Report:
+    """whole: where barriers are counted. accesses: where memory is looked at."""
+    widths = [i.global_bytes for i in accesses if i.global_bytes]
+    report: Report = {
+        "elements": round(elements), "slots": _slots(one), "slots_per_extra_seed": _slots(extra),
+        "barriers": sum(i.pipe == "barrier" for i in whole), "accesses": widths,
+        "vector_bytes": min(widths, default=0), "pipes": _busiest_first(one), "pipes_extra": _busiest_first(extra),
+    }  # fmt: skip
+    for name, pipes in more.items():
+        report |= {f"slots_{name}": _slots(pipes), f"pipes_{name}": _busiest_first(pipes)}
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------ a pass
+
+
+def _noise(inner: Code) -> float:
+    """Elements of an iteration of the loop over seeds, which may be unrolled, counted by their noise: three conversions
+    make two normals; a sign costs one fused multiply-add in a rule without sums."""
+    return conversions(inner) * 2 / 3 or ffma(inner)
+
+
+def _one_seed(code: Code, inner: Code, stored_size: int) -> Pipes:
+    """Instructions per element by pipe, for one seed. It runs in the inner loop unless it is peeled off."""
+    counts = Counter(per_element(code, stored(code) // stored_size))
+    noise = conversions if conversions(inner) else ffma
+    if noise(code) < noise(inner) / 2:
+        counts.update(per_element(inner, _noise(inner)))
+    return counts
+
+
+def _ordinary(kernel: Kernel, loop: Loop, without: set[int], uncounted: set[int] | None = None) -> Code:
+    """The way round the loop that an ordinary iteration takes, avoiding the blocks `without`.
+
+    It is that with the most normals (rather than signs), then the most stored (every state), then, in loops without
+    normals, the most arithmetic (a guard for "no seeds" jumps over it), then the shortest (no fix-ups, and no stochastic
+    rounding where that is asked at run time).
+    """
+    has_normals = conversions(kernel.code(loop.blocks)) > 0
+
+    def score(code: Code) -> tuple[int, ...]:
+        arithmetic = 0 if has_normals else sum(i.fp32_results for i in code)
+        return conversions(code), stored(code), arithmetic, -len(code)
+
+    return kernel.way(loop, score, without, uncounted or set())
+
+
+def _hot_loops(kernel: Kernel) -> list[tuple[Code, Code]]:
+    """The loops with the widest stores, and most of them: several where a kernel has one for each kind of pass.
+
+    Of each the code of its way round, and that of the loop over seeds inside it, if any.
+    """
+    found = []
+    for loop in kernel.loops:
+        within = kernel.within(loop)
+        inside = set().union(*(other.blocks for other in within))
+        wide = max((i.stored for i in kernel.code(loop.blocks - inside)), default=0)
+        # Loads as wide as a word may fetch seeds and coefficients.
+        narrow = {b for b in loop.blocks if any(0 < i.global_bytes < (wide if i.stored else min(wide, 4))
+                                                for i in kernel.blocks[b].code)}  # fmt: skip
+        code = _ordinary(kernel, loop, inside | narrow)
+        if not code:  # no way leads past the loop over seeds: there is at least one
+            code = _ordinary(kernel, loop, narrow - inside, inside)
+        # The loop over seeds; of two, the shorter is that over the seeds whose keys are ready.
+        inner = max((_ordinary(kernel, other, set()) for other in within), key=lambda c: (ffma(c), -len(c)), default=[])
+        if stored(code):
+            found.append(((wide, stored(code)), code, inner if ffma(inner) else []))
+    best = max((stores for stores, _, _ in found), default=None)
+    hot = [(code, inner) for stores, code, inner in found if stores == best]
+    for noise in (conversions, ffma):  # a loop of its own for "no seeds" is not hot
+        if noisy := [(code, inner) for code, inner in hot if noise(code + inner)]:
+            return noisy
+    return hot
+
+
+def _pass(kernel: Kernel, stored_size: int) -> Report:
+    hot = [(_one_seed(code, inner, stored_size), code, inner) for code, inner in _hot_loops(kernel)]
+    if not hot:
+        return _report(0, {}, {}, [], [])
+    one, code, _ = min(hot, key=lambda h: math.fsum(h[0].values()))
+    inner = min((inner for _, _, inner in hot if inner), key=lambda c: len(c) / _noise(c), default=[])
+    return _report(stored(code) // stored_size, one, per_element(inner, _noise(inner)), code + inner, code)
+
+
+# ----------------------------------------------------------------------------------------------------------- a chain
+
+
+def _staged(words: int) -> Any:
+    """The score of a stage's way that does not fork. words: 1 for stochastic rounding, -1 for nearest: wide products, of
+    which noise and rounding bits are made, are what differs in them."""
+
+    def score(code: Code) -> tuple[int, ...]:
+        products = sum(i.pipe == "imad.wide" for i in code)
+        return -stored(code), conversions(code), words * products, ffma(code), -len(code)
+
+    return score
+
+
+def _chain(name: str, kernel: Kernel) -> Report:
+    nested = [loop for loop in kernel.loops if kernel.within(loop)]
+    hot, nearest, stochastic = [], _staged(-1), _staged(1)
+    for tile in nested:
+        for stage in (loop for loop in nested if loop.blocks < tile.blocks):
+            once = kernel.way(tile, lambda code: (stored(code), -len(code)), uncounted=stage.blocks)
+            if {i.stored for i in once} - {0} == {16}:
+                hot.append((stage, once))
+    if len(hot) != 1:
+        raise ValueError(f"{name} has {len(hot)} loops over tiles with a loop over stages in it; a chain has one")
+    stage, once = hot[0]
+    of_rules = kernel.within(stage)
+    own = max(of_rules, key=lambda loop: ffma(kernel.way(loop, nearest)))  # a perturbation has fewer sums
+    others = frozenset().union(*(loop.blocks for loop in of_rules if loop != own))
+    one, rounded = (kernel.way(stage, score, without=others) for score in (nearest, stochastic))
+    seed, elements = kernel.way(own, nearest), _noise(one)
+    return _report(
+        elements, per_element(one, elements), per_element(seed, _noise(seed)), one + rounded + once, once,
+        once=per_element(once, elements), stochastic=per_element(rounded, elements),
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- AMD's code
+
+AMD, WAVE = "gfx942", 64  # MI300X
+
+
+def analyse_amd(name: str, assembly: str, stored_size: int) -> Report:
+    """The report of a Triton kernel.
+
+    Simpler than NVIDIA's: the hot loop is the one with 16-byte stores and none narrower, and all of it is counted except
+    the loop over further seeds inside it. A wave's instruction serves 64 lanes, each of which has eight elements; so
+    instructions / 8 are slots per element. Registers are vector registers; scalar ones spill to lanes of these.
+    """
+
+    def noise(code: Code) -> int:
+        """Conversions of integers, or where there are none (signs) fused multiply-adds."""
+        converted = sum(i.opcode.startswith("v_cvt_f32_") and "32_e" in i.opcode for i in code)
+        return converted or sum("fma" in i.opcode or "fmac" in i.opcode for i in code)
+
+    report: Report = {"name": name, "arch": AMD, "slots": None, "slots_per_extra_seed": None}
+    for key, of in (("registers", "vgpr_count"), ("spills", "vgpr_spill_count"), ("scalar_spills", "sgpr_spill_count")):
+        report[key] = int(re.search(rf"\.{of}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+    kernel = read_amd(assembly)
+    for loop in kernel.loops:
+        within = kernel.within(loop)
+        code = kernel.code(sorted(loop.blocks.difference(*(other.blocks for other in within))))
+        if {i.stored for i in code} - {0} == {16}:
+            elements = stored(code) // stored_size
+            inner = max((kernel.code(sorted(other.blocks)) for other in within), key=noise, default=[])
+            pipes, extra = per_element(code, elements), per_element(inner, elements)
+            told = {"slots": _slots(pipes), "slots_per_extra_seed": _slots(extra), "vector_bytes": 16}
+            return report | told | {"pipes": _busiest_first(pipes)}
+    return report | {"vector_bytes": 0, "pipes": {}}

@@ -1,0 +1,103 @@
+"""Whole steps and sizes, for README.md and docs/steps.md, from results/step-c*.json and scaling-cpu.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.parts import IMAGES, RESULTS, Record, load, made_on, table
+from zokern.bench import plots
+from zokern.bench import tables as step_tables
+
+
+def step_part(name: str = "step-cpu.json") -> str:
+    run = load(name)
+    settings = run["settings"]
+    sizes = {r["model"]: r["parameters"] for r in run["results"].values()}
+    told = ", ".join(f"{name} has {count / 1e6:.1f} million parameters" for name, count in sizes.items())
+    head = f"{made_on(run)}; {settings['dtype']}, {settings['rounds']} rounds of {settings['steps']}; ms. {told}."
+    notes = step_tables.step_notes(run["results"], settings.get("not_timed", {}))
+    return "\n\n".join([head, table(step_tables.STEP_COLUMNS, step_tables.step_rows(run["results"])), *notes])
+
+
+def waiting_part() -> str:
+    """The demo's MeZO step with OpenMP threads that sleep while they wait, from a run of its own."""
+    run = load("step-cpu-passive.json")
+    assert run["settings"]["omp_wait_policy"] == "PASSIVE"
+    step = run["results"]["demo 16x32 mezo inplace"]
+    share = step["passes"] / step["step"]["median"]
+    return (
+        f"With `OMP_WAIT_POLICY=PASSIVE` they sleep: in a run of its own, the passes take {1e3 * step['passes']:.1f} of "
+        f"the {1e3 * step['step']['median']:.0f} ms of the demo's MeZO step, {share:.1%}."
+    )
+
+
+def gpu_part() -> str:
+    """What the GPU suite stored."""
+    stored = sorted(RESULTS.glob("step-cuda*.json"))
+    parts = [f"{step_part(p.name)}\n\n![Where the time of a step goes](images/{p.stem}.png)" for p in stored]
+    return "\n\n".join(parts) or "**Not yet run on a GPU.**"
+
+
+def spread(rows: Sequence[Record]) -> str:
+    """How far the slowest size lies above the fastest, for each type, method and placement."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            name = f"{row['dtype']} {row['method']} {row['placement']}"
+            times.setdefault(name, []).append(row["ns_per_parameter"]["median"])
+    told = ", ".join(f"{max(t) / min(t) - 1:.0%} ({name})" for name, t in times.items())
+    return f"Slowest size over the fastest: {told}."
+
+
+def scaling_part() -> str:
+    run = load("scaling-cpu.json")
+    rows = run["results"]
+    head = f"{made_on(run)}; {run['settings']['rounds']} rounds. {spread(rows)}"
+    told = table(step_tables.SCALING_COLUMNS, step_tables.scaling_rows(rows))
+    return "\n\n".join([head, told, *step_tables.scaling_notes(rows)])
+
+
+def readme_gpu() -> str:
+    """Whole steps on a GPU: of a large model in place, of a smaller one from a CUDA graph."""
+    large, small = load("step-cuda-opt-13b.json"), load("step-cuda-opt-1.3b.json")
+
+    def told(run: Record, case: str, way: str) -> str:
+        theirs, ours = (run["results"][f"{case} {w}"]["step"]["median"] for w in ("published", way))
+        return f"{1e3 * ours:.3g} ms, published {1e3 * theirs:.4g} ms: **{theirs / ours:.1f} x**"
+
+    cases: Any = (
+        ("OPT-13B, 16 x 256", large, "opt-13b 16x256", "inplace"),
+        ("OPT-1.3B, 16 x 256, in a CUDA graph", small, "opt-1.3b 16x256", "graphed"),
+        ("OPT-1.3B, 16 x 32, in a CUDA graph", small, "opt-1.3b 16x32", "graphed"),
+    )
+    rows = [[title, *(told(run, f"{c} {m}", way) for m in ("mezo", "hizoo"))] for title, run, c, way in cases]
+    gpu = large["machine"]["gpu"].removeprefix("NVIDIA ")
+    head = f"Whole steps on the {gpu}, bfloat16 ([all of them](docs/steps.md)):"
+    return f"{head}\n\n{table(['model, tokens', 'MeZO', 'HiZOO'], rows, tight=True)}"
+
+
+def readme_cpu() -> str:
+    """Of the demo's model, in the published order and in place."""
+    run = load("step-cpu.json")
+    theirs, ours = (run["results"][f"demo 16x32 mezo {way}"] for way in ("published", "inplace"))
+    shares = [r["passes"] / r["step"]["median"] for r in (theirs, ours)]
+    faster = theirs["step"]["median"] / ours["step"]["median"]
+    return (
+        f"Of a whole MeZO step on the demo's model ({ours['parameters'] / 1e6:.1f} million parameters, {ours['tokens']} "
+        f"tokens, {run['machine']['threads']} threads) the passes take {shares[1]:.0%}; in the published order of work "
+        f"they take {shares[0]:.0%}, and the step {faster:.1f} times as long ([steps](docs/steps.md))."
+    )
+
+
+def draw() -> None:
+    stored = [path for kind in ("step", "scaling") for path in RESULTS.glob(f"{kind}-c*.json")]
+    plots.draw(sorted(path for path in stored if not path.stem.endswith("passive")), IMAGES)
+
+
+PAGES = {
+    "README.md": {"step-gpu": readme_gpu, "step": readme_cpu},
+    "docs/steps.md": {
+        "step": step_part, "step-waiting": waiting_part, "step-gpu": gpu_part, "scaling": scaling_part,
+    },
+}  # fmt: skip

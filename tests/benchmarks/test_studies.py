@@ -1,0 +1,115 @@
+"""The studies of benchmarks/ at tiny sizes: their options, what they store, and that a broken-off one goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from benchmarks import study
+from benchmarks.drift import run as drift
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = sorted(path.parent.name for path in (ROOT / "benchmarks").glob("*/run.py"))
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_options_are_of_the_kind_of_their_defaults() -> None:
+    parser = study.parser("about", steps=(10, "of a run"), dropped=([1, 2], "blocks"), redo=(False, "again"),
+                          time_limit=(float, "seconds"), device=study.DEVICES)  # fmt: skip
+    default = {"steps": 10, "dropped": [1, 2], "redo": False, "time_limit": None, "device": "cuda", "output": None}
+    assert vars(parser.parse_args([])) == default
+    given = ["--steps", "3", "--dropped", "5", "6", "--redo", "--time-limit", "2.5", "--device", "cpu"]
+    given += ["--output", "x.json"]
+    assert vars(parser.parse_args(given)) == {
+        "steps": 3, "dropped": [5, 6], "redo": True, "time_limit": 2.5, "device": "cpu", "output": Path("x.json")
+    }  # fmt: skip
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--device", "tpu"])
+    assert "of a run (default: 10)" in parser.format_help()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_teaches_its_options(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}.run", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert f"python -m benchmarks.{name}.run" in done.stdout
+    assert "--output" in done.stdout
+
+
+def test_drift_is_of_the_placements_that_write_to_the_weights() -> None:
+    seen: list[int] = []
+    rows = {name: drift.measure("bfloat16", name, 2000, 4, seen.append) for name in drift.PLACEMENTS}
+    assert seen == [1, 2, 3, 4] * 4
+    assert [row["steps"] for row in rows["published"]] == [1, 2, 3, 4]
+    for name in ("shadow", "stream"):
+        assert all(row == {"steps": row["steps"], "changed": 0.0, "drift": 0.0} for row in rows[name])
+    for name in ("published", "inplace"):
+        assert 0 < rows[name][0]["drift"] < rows[name][-1]["drift"]
+        assert 0 < rows[name][-1]["changed"] < 1
+
+
+# ----------------------------------------------------------------------------------------------------- the convergence
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> Any:
+    """make(finished): a search over a toy task that keeps its runs in a folder, and how often the task was evaluated."""
+    pytest.importorskip("transformers")
+    from benchmarks.convergence import run, tasks
+
+    class Toy(tasks.Task):
+        seen = 0
+
+        def batches(self, size: int, seed: int) -> Iterator[Tensor]:
+            generator = torch.Generator().manual_seed(seed)
+            while True:
+                yield torch.randn(size, 4, generator=generator)
+
+        def loss(self, batch: Tensor) -> Tensor:
+            return (self.model(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+        @torch.no_grad()
+        def evaluate(self, part: str) -> dict[str, float]:
+            self.seen += 1
+            return {"loss": self.loss(torch.eye(4)).item()}
+
+    config = {"budget": 12, "batch_size": 3, "points": 2, "dry": 4, "sizes": [1e-3, 1e-2]}
+
+    def make(finished: bool) -> tuple[Any, Toy]:
+        torch.manual_seed(0)
+        task = Toy(nn.Linear(4, 1))
+        return run.Search(
+            "toy", "mezo", config, run.Cache(tmp_path, False, finished), task, Progress(disable=True)
+        ), task
+
+    return make
+
+
+def test_a_search_chooses_the_lowest_validation_loss_and_is_resumed(search: Any) -> None:
+    from benchmarks.convergence.run import Unfinished
+
+    with pytest.raises(Unfinished):
+        search(finished=True)[0].result()
+    found = search(finished=False)[0].result()
+    losses = {point["size"]: point["validation_loss"] for point in found["grid"]}
+    assert losses[found["size"]] == min(losses.values())
+    low, high, grown = found["grid"][:3]  # the lowest of two sizes lies at an edge, where the grid grows
+    better = low["size"] / 10 if low["validation_loss"] < high["validation_loss"] else high["size"] * 10
+    assert grown["size"] == pytest.approx(better)
+    assert (found["label"], found["forwards_per_step"], found["steps"]) == ("MeZO", 2, 6)
+    assert found["curve"]["forwards"] == [0, 6, 12]
+    assert len(found["final"]["loss"]["each"]) == 3
+    assert found["curve"]["loss"][0]["std"] == 0  # all seeds start at the same weights
+    for finished in (True, False):
+        again, task = search(finished)
+        assert again.result() == found
+        assert task.seen == 0
