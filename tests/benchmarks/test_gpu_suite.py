@@ -546,7 +546,7 @@ def test_benchmark_commands_are_understood_by_the_real_command_line(commands: li
     pytest.importorskip("typer")
     from zokern.bench import models, options
     from zokern.bench.cases import BENCHMARKS, DTYPES
-    from zokern.finetune.methods import METHODS
+    from zokern.optim import METHODS
 
     seen, outputs = [], []
     for command in commands:

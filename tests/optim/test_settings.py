@@ -111,6 +111,8 @@ def test_signature_and_docstring_have_every_setting(cls: type[ZerothOrderOptimiz
     parameters = inspect.signature(cls).parameters
     assert list(parameters)[:2] == ["params", "lr"]
     assert set(parameters) == set(cls.settings)
+    own = [name for name, one in cls.settings.items() if Common.settings.get(name) is not one]
+    assert set(list(parameters)[2 : 2 + len(own)]) == set(own)  # before the common ones
     for name, one in cls.settings.items():
         assert parameters[name].default == one.default
         assert cls.__doc__ is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pages
+from benchmarks import pages, parts
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def test_a_figure_that_is_not_the_stored_one_is_told(tmp_path: Path, monkeypatch
     journal.parent.mkdir()
     right = (ROOT / "docs" / "journal.md").read_text()
     journal.write_text(right.replace("million parameters", "billion parameters"))
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
     assert pages.main(["docs/journal.md", "--check"]) == 1
     assert "billion" in journal.read_text()
     assert pages.main(["docs/journal.md"]) == 0
