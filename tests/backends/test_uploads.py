@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.optim.test_methods import METHODS, Case
+from tests.methods import METHODS, Case
 from tests.optim.test_no_waiting import DEVICE, PLACEMENTS, Transfers, loss_of, on_device
 from zokern import backends, sweep
 from zokern.backends import native, triton

@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 
 import zokern
 from tests import devices
+from tests.models import Toy, toy
 from zokern import journal
 from zokern.cli import app
 from zokern.journal import format as journal_format
@@ -56,26 +57,6 @@ replaying = importlib.import_module("zokern.journal.replay")  # the package's fu
 PLACEMENTS = ("inplace", "shadow", "stream")
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 6)
-        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
-        self.head = nn.Linear(6, 7)
-
-    def forward(self) -> torch.Tensor:
-        x = self.embedding(torch.arange(7))
-        for block in self.blocks:
-            x = x + torch.tanh(block(x))
-        return nn.functional.cross_entropy(self.head(x).double(), torch.arange(7).roll(1))
-
-
-def make(dtype: torch.dtype = torch.float32) -> Model:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Model().to(dtype)
-
-
 def build(case: str, model: nn.Module, **options: Any) -> Any:
     name, lr, own = CASES[case]
     return getattr(zokern, name)(model, lr, **own, **options)
@@ -92,7 +73,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 class Trouble:
     """A closure that has a loss that is not finite in one step, and raises in the middle of another."""
 
-    def __init__(self, model: Model, calls: int = 0) -> None:
+    def __init__(self, model: Toy, calls: int = 0) -> None:
         self.model, self.calls, self.raises = model, calls, False
 
     def __call__(self) -> torch.Tensor:
@@ -139,7 +120,7 @@ def test_a_torn_record_is_dropped_with_a_warning(tmp_path):
 def test_replay_and_resume_give_the_bits_of_the_run(case, placement, dtype, dropped, tmp_path):
     """With a scheduler, a skipped step, a step that an exception broke off, LeZO, states, stochastic rounding."""
     options = {"placement": placement, "layers": None if dropped is None else zokern.RandomBlocks(dropped)}
-    model, path = make(dtype), tmp_path / "run.zkj"
+    model, path = toy(dtype), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), build(case, model, **options)
     scheduler, closure = scheduled(optimizer), Trouble(model)
     with journal.write(optimizer, path):
@@ -180,7 +161,7 @@ def test_replay_and_resume_give_the_bits_of_the_run(case, placement, dtype, drop
 def test_a_replay_on_another_backend_gives_the_same_bits(backend, tmp_path):
     if devices.device_of(backend).type != "cpu":
         pytest.skip(f"{backend} does not run on CPU tensors here")
-    model, path = make(torch.bfloat16), tmp_path / "run.zkj"
+    model, path = toy(torch.bfloat16), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), build("hizoo", model, placement="shadow")
     with journal.write(optimizer, path):
         for _ in range(3):
@@ -189,9 +170,9 @@ def test_a_replay_on_another_backend_gives_the_same_bits(backend, tmp_path):
     assert same(weights(base), weights(model))
 
 
-def written(tmp_path: Path, number: int = 6, **options: Any) -> tuple[Path, Model, Model]:
+def written(tmp_path: Path, number: int = 6, **options: Any) -> tuple[Path, Toy, Toy]:
     """A journal of MeZO, its base and its result."""
-    model, path = make(), tmp_path / "run.zkj"
+    model, path = toy(), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), zokern.MeZO(model, 1e-2, **options)
     with journal.write(optimizer, path):
         for _ in range(number):
@@ -201,7 +182,7 @@ def written(tmp_path: Path, number: int = 6, **options: Any) -> tuple[Path, Mode
 
 def test_a_step_of_mezo_takes_at_most_24_bytes(tmp_path):
     """Also with weight decay and a scheduler, which change two numbers more in each step."""
-    model, path, sizes = make(), tmp_path / "run.zkj", []
+    model, path, sizes = toy(), tmp_path / "run.zkj", []
     optimizer = zokern.MeZO(model, 1e-2, weight_decay=0.1)
     scheduler = scheduled(optimizer)
     with journal.write(optimizer, path):
@@ -237,7 +218,7 @@ def test_writing_needs_a_new_file_and_a_run_without_states(tmp_path):
 
 
 def test_a_journal_may_begin_in_the_middle_of_a_run_without_states(tmp_path):
-    model, path = make(), tmp_path / "run.zkj"
+    model, path = toy(), tmp_path / "run.zkj"
     optimizer = zokern.MeZO(model, 1e-2)
     for _ in range(3):
         optimizer.step(model)
@@ -276,7 +257,7 @@ def test_another_base_or_optimizer_is_refused(tmp_path):
 
 def test_a_result_that_is_not_training_s_is_noticed(tmp_path):
     """The marks hold a hash of the weights: here of weights that somebody changed before the journal ended."""
-    model, path = make(), tmp_path / "run.zkj"
+    model, path = toy(), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), zokern.MeZO(model, 1e-2)
     with journal.write(optimizer, path):
         optimizer.step(model)
@@ -306,7 +287,7 @@ def test_a_result_that_is_not_training_s_is_noticed(tmp_path):
 def test_many_steps_are_one_pass(tmp_path, case, steps, options, passes):
     """A replay moves memory once for up to 32 passes or 128 seeds, and gives training's bits."""
     dtype = options.pop("dtype", torch.float32)
-    model, path = make(dtype), tmp_path / "run.zkj"
+    model, path = toy(dtype), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), getattr(zokern, case)(model, 1e-2, **options)
     with journal.write(optimizer, path):
         for _ in range(steps):
@@ -317,7 +298,7 @@ def test_many_steps_are_one_pass(tmp_path, case, steps, options, passes):
         player.play(step)
     player.flush()
     assert same(weights(base), weights(model))
-    assert not same(weights(base), weights(make(dtype)))
+    assert not same(weights(base), weights(toy(dtype)))
     assert player.passes.counters.passes == passes
     assert player.passes.counters.elements_moved == passes * 2 * sum(p.numel() for p in model.parameters())
 
@@ -513,7 +494,7 @@ def train(path: Path, number: int, resume: bool) -> None:
     """In a process of its own, which may be killed at any time."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    model = make(torch.bfloat16)
+    model = toy(torch.bfloat16)
     optimizer = zokern.HiZOO(model, 1e-2, smoothing=1e-4, placement="shadow", layers=zokern.RandomBlocks(1))
     context: Callable[..., Any] = journal.resume if resume else journal.write
     with context(optimizer, path):
@@ -554,7 +535,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     assert tools.first_difference(tmp_path / "whole.zkj", path) is None
     results = []
     for name in ("whole.zkj", "run.zkj"):
-        model = make(torch.bfloat16)
+        model = toy(torch.bfloat16)
         assert journal.replay(tmp_path / name, model) == number
         results.append(weights(model))
     assert same(*results)
@@ -601,7 +582,7 @@ def test_show(tmp_path):
 def test_diff_names_the_first_difference(tmp_path):
     paths = []
     for i, (lrs, seed) in enumerate((((1e-2,) * 5, 0), ((1e-2, 1e-2, 2e-2, 1e-2, 1e-2), 0), ((1e-2,) * 5, 1))):
-        model = make()
+        model = toy()
         optimizer = zokern.MeZO(model, 1e-2, seed=seed)
         paths.append(tmp_path / f"{i}.zkj")
         with journal.write(optimizer, paths[-1]):

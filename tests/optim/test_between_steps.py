@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.placement.test_pipelined import Net
+from tests.models import Net
 from zokern import backends, journal, sweep
 from zokern.graphs.live import DeviceNumbers
 from zokern.placement import InPlace

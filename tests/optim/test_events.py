@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import zokern
-from tests.optim.test_methods import CASES, EPS, METHODS, SEED, Case, build, given, scripted, small, tokens, weights
+from tests.methods import CASES, EPS, METHODS, SEED, Case, build, given, scripted, weights
+from tests.models import small, tokens
 from zokern.contract.reference import derive_seed
 from zokern.directions import DIRECTIONS
 from zokern.optim import base

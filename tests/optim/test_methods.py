@@ -1,7 +1,4 @@
-"""Every method against its float64 oracle (oracles.py), and what holds for all: placements, backends, saving, layers.
-
-A new method is one more entry of METHODS, and inherits every test that is parametrised over it.
-"""
+"""Every method against its float64 oracle (oracles.py), and what holds for all: placements, backends, saving, layers."""
 
 from __future__ import annotations
 
@@ -10,8 +7,7 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,267 +16,38 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests import devices, oracle, oracles
+from tests import devices, oracles
+from tests.methods import (
+    CASES,
+    EPS,
+    METHODS,
+    SEED,
+    VARIANTS,
+    Case,
+    assert_close,
+    assert_close_states,
+    assert_same_states,
+    build,
+    dropped_tensors,
+    equal,
+    expected_of,
+    given,
+    params_of,
+    play,
+    relative_error,
+    scripted,
+    state_of,
+    states,
+    weights,
+)
+from tests.models import Toy, filled, small, tokens
 from tests.oracles import Group, Theta
 from zokern.contract import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EPS, SEED = 0.05, 11
 ON_DEVICE = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-
-
-@dataclass(frozen=True)
-class Case:
-    """A method with options, what a step of it costs, and learning rates that suit the tests."""
-
-    cls: str
-    options: dict[
-        str, Any
-    ]  # the constructor's; a function is called first (for classes that tests must not import early)
-    forwards: int
-    passes: int
-    lr: float  # for given losses: moves weights by about 0.1 in five steps
-    rate: float  # for least squares: learns them
-    states: tuple[str, ...] = ()
-    oracle: Callable[[Theta], dict[str, Any]] = field(default=lambda theta: {})  # options that the oracle has otherwise
-
-    @property
-    def climbs(self) -> bool:
-        return self.cls == "ES"
-
-    @property
-    def remembers(self) -> bool:
-        """Keeps past steps, beside what is in its states."""
-        return self.options.get("update") == "adamezo"
-
-
-METHODS = {
-    "mezo": Case("MeZO", {"num_samples": 2}, 4, 5, lr=0.03, rate=0.05),
-    "mezo-one-sided": Case("MeZO", {"one_sided": True}, 2, 2, lr=0.02, rate=0.03),
-    "mezo-one-sided-3": Case("MeZO", {"one_sided": True, "num_samples": 3}, 4, 4, lr=0.02, rate=0.05),
-    "mezo-momentum": Case(
-        "MeZO", {"update": "momentum", "betas": (0.8, 0.5), "num_samples": 2}, 4, 5, lr=0.01, rate=0.01, states=("m",)
-    ),
-    "mezo-adam": Case("MeZO", {"update": "adam"}, 2, 3, lr=0.02, rate=0.05, states=("m", "v")),
-    "mezo-adam-one-sided": Case(
-        "MeZO",
-        {"update": "adam", "betas": (0.7, 0.9), "delta": 1e-2, "one_sided": True, "num_samples": 2},
-        3,
-        3,
-        lr=0.02,
-        rate=0.05,
-        states=("m", "v"),
-    ),
-    "mezo-adamezo": Case("MeZO", {"update": "adamezo", "horizon": 3, "betas": (0.8, 0.9)}, 2, 3, lr=0.02, rate=0.02),
-    "mezo-adamezo-one-sided": Case(
-        "MeZO", {"update": "adamezo", "one_sided": True, "delta": 1e-3}, 2, 2, lr=0.01, rate=0.005
-    ),
-    "mezo-sign": Case("MeZO", {"update": "sign", "num_samples": 2}, 4, 5, lr=0.02, rate=0.02),
-    "hizoo": Case("HiZOO", {"smoothing": 1e-2}, 3, 3, lr=0.03, rate=0.1, states=("h",)),
-    "hizoo-3": Case("HiZOO", {"smoothing": 2e-2, "num_samples": 3}, 7, 7, lr=0.03, rate=0.1, states=("h",)),
-    "hizoo-signs": Case(
-        "HiZOO", {"smoothing": 2e-2, "distribution": "rademacher"}, 3, 3, lr=0.03, rate=0.1, states=("h",)
-    ),
-    "helene": Case(
-        "HELENE",
-        {"betas": (0.9, 0.8), "anneal_steps": 3, "hessian_interval": 2, "batch_size": 3, "gamma": 1.5, "delta": 1e-2},
-        2,
-        3,
-        lr=0.01,
-        rate=0.02,
-        states=("m", "h"),
-        oracle=lambda theta: {"floor": lambda i: 1.0},
-    ),
-    "helene-by-layer": Case(
-        "HELENE",
-        {
-            "betas": (0.5, 0.9),
-            "hessian_interval": 1,
-            "num_samples": 2,
-            "floor": lambda: zokern.ByLayer(2.0),
-        },
-        4,
-        5,
-        lr=0.01,
-        rate=0.02,
-        states=("m", "h"),
-        oracle=lambda theta: {"floor": lambda i: 2.0 / math.sqrt(theta[i].size)},
-    ),
-    "gv": Case("MeZOGV", {}, 6, 7, lr=0.03, rate=0.05),
-    "gv-uneven": Case(
-        "MeZOGV", {"candidates": 5, "elite": 0.4, "distribution": "rademacher"}, 7, 8, lr=0.03, rate=0.05
-    ),
-    "gv-curved": Case(
-        "MeZOGV", {"candidates": 3, "elite": 0.4, "smoothing": 1e-2}, 6, 6, lr=0.03, rate=0.1, states=("h",)
-    ),
-    "greedy": Case("MeZOGreedy", {}, 5, 6, lr=0.03, rate=0.05),
-    "greedy-curved": Case("MeZOGreedy", {"candidates": 3, "smoothing": 1e-2}, 5, 5, lr=0.03, rate=0.1, states=("h",)),
-    "fzoo": Case("FZOO", {"candidates": 4}, 5, 5, lr=0.002, rate=0.003),
-    "fzoo-normal": Case("FZOO", {"candidates": 3, "distribution": "normal"}, 4, 4, lr=0.002, rate=0.003),
-    "es": Case("ES", {"num_directions": 5}, 5, 6, lr=0.002, rate=0.003),
-    "es-antithetic": Case("ES", {"num_directions": 3, "antithetic": True}, 6, 7, lr=0.002, rate=0.003),
-    "es-ranked": Case("ES", {"num_directions": 6, "shaping": "ranked"}, 6, 7, lr=0.005, rate=0.008),
-    "es-ranked-antithetic": Case(
-        "ES",
-        {"num_directions": 3, "shaping": "ranked", "antithetic": True, "distribution": "rademacher"},
-        6,
-        7,
-        lr=0.005,
-        rate=0.008,
-    ),
-}
-CASES = pytest.mark.parametrize("case", list(METHODS.values()), ids=list(METHODS))
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
-
-
-# ---------------------------------------------------------------------------------------------------------------- tools
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(self.norm(x)))
-
-
-class Model(nn.Module):
-    """186 weights, two blocks, a head tied to the embedding: the next token from this one."""
-
-    def __init__(self, vocabulary: int = 11, width: int = 6) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList([Block(width) for _ in range(2)])
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        logits = self.head(self.norm(x))
-        return nn.functional.cross_entropy(logits[:-1].double(), tokens[1:])
-
-
-def small(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Model:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Model().eval()
-        with torch.no_grad():  # biases and norms start at 0 and 1: make every tensor different from every other
-            for p in model.parameters():
-                p.add_(0.3 * torch.randn(p.shape))
-    return model.to(device, dtype)
-
-
-def filled(n: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.full((n,), 0.5, dtype=dtype))
-
-
-def tokens(step: int) -> Tensor:
-    return torch.randint(11, (24,), generator=torch.Generator().manual_seed(100 + step))
-
-
-def build(case: Case, params: Any, **options: Any) -> Any:
-    own = {name: value() if callable(value) else value for name, value in case.options.items()}
-    return getattr(zokern, case.cls)(params, case.lr, **{"eps": EPS, "seed": SEED, **own, **options})
-
-
-def expected_of(case: Case, theta: Theta, groups: Sequence[Group] | None = None, **more: Any) -> Any:
-    groups = [Group(list(theta), case.lr, EPS)] if groups is None else groups
-    own = {name: value for name, value in case.options.items() if not callable(value)}
-    return getattr(oracles, case.cls)(theta, groups, **{"seed": SEED, **own, **case.oracle(theta), **more})
-
-
-def given(case: Case, step: int) -> list[float]:
-    """The losses of a step's forwards, apart by about 0.1: projected gradients of about 1 and curvatures of about 50."""
-    return [float(x) for x in 1.0 + 0.1 * np.random.default_rng([7, step]).standard_normal(case.forwards)]
-
-
-def scripted(values: Iterable[Any]) -> Callable[..., Any]:
-    """A closure, and as well an oracle's loss, that returns these in turn, as float64 tensors."""
-    it = iter(values)
-    return lambda *_: torch.tensor(next(it), dtype=torch.float64)
-
-
-def params_of(model: nn.Module) -> list[nn.Parameter]:
-    return list(model.parameters())
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().cpu().clone() for p in model.parameters()]
-
-
-def state_of(opt: Any, p: nn.Parameter) -> dict[str, Tensor]:
-    """The states of a parameter, as copies; nothing is made for one that has none."""
-    return {n: torch.as_tensor(v).detach().cpu().clone() for n, v in opt.state[p].items()} if p in opt.state else {}
-
-
-def states(opt: Any, model: nn.Module) -> list[dict[str, Tensor]]:
-    return [state_of(opt, p) for p in model.parameters()]
-
-
-def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def assert_same_states(a: Sequence[dict[str, Tensor]], b: Sequence[dict[str, Tensor]]) -> None:
-    for i, (mine, theirs) in enumerate(zip(a, b, strict=True)):
-        assert mine.keys() == theirs.keys(), f"tensor {i}"
-        for name, value in mine.items():
-            assert value.dtype == theirs[name].dtype, f"{name} of tensor {i}"
-            assert torch.equal(value, theirs[name]), f"{name} of tensor {i}"
-
-
-def play(case: Case, opt: Any, steps: Iterable[int]) -> None:
-    for t in steps:
-        opt.step(scripted(given(case, t)))
-
-
-def relative_error(now: Theta, expected: Theta, start: Theta) -> float:
-    """Of the distance moved, which weights that hardly move cannot hide."""
-    error = sum(float(((now[i] - expected[i]) ** 2).sum()) for i in expected)
-    distance = sum(float(((expected[i] - start[i]) ** 2).sum()) for i in expected)
-    return math.sqrt(error / distance)
-
-
-def assert_close(model: nn.Module, expected: Theta, start: Theta, passes: int, eps: float = EPS) -> None:
-    """A pass rounds twice, at the size of a perturbed weight; scalars and states are float32, a few times 2^-24 each."""
-    now = oracles.theta_of(model)
-    for i, want in expected.items():
-        size = np.maximum(abs(want), abs(start[i])).max() + 6 * eps
-        bound = 2.0**-24 * (2 * passes * size + 64 * abs(want - start[i]).max())
-        worst = abs(now[i] - want).max() / bound
-        assert worst < 1, f"tensor {i}: {worst} times what rounding explains"
-    assert relative_error(now, expected, start) < 1e-4  # the weights did move by much more than that
-
-
-def assert_close_states(case: Case, opt: Any, model: nn.Module, expected: Any) -> None:
-    for i, p in enumerate(model.parameters()):
-        want = {name: value for name, value in expected.state.get(i, {}).items() if name != "step"}
-        mine = state_of(opt, p)
-        assert set(want) == (set(case.states) if i in expected.state else set())
-        for name, value in want.items():
-            assert mine[name].dtype == torch.float32
-            assert mine[name].shape == p.shape
-            error = abs(mine[name].double().numpy() - value).max()
-            assert error <= 1e-5 * abs(value).max(), f"{name} of tensor {i} is off by {error}"
-
-
-def dropped_tensors(model: nn.Module, num_dropped: int) -> Callable[[int], set[int]]:
-    """The oracle's view of RandomBlocks: the tensor ids that a step leaves out."""
-    blocks = zokern.RandomBlocks(num_dropped)
-    blocks.bind(model)
-    every = params_of(model)
-
-    def dropped(step: int) -> set[int]:
-        out = blocks.dropped(SEED, step)
-        return {i for i, p in enumerate(every) if not blocks.is_active(p, out)}
-
-    return dropped
 
 
 # --------------------------------------------------------------------------------------------------- the oracles themselves
@@ -303,10 +70,9 @@ def bowl() -> tuple[Theta, list[Group], Callable[[Theta], float]]:
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_oracles_that_should_coincide_with_mezo_do(num_samples):
     theta, groups, loss = bowl()
-    mezo = oracle.MeZO(theta, groups, num_samples, seed=SEED)
     options: dict[str, Any] = {"seed": SEED, "num_samples": num_samples}
+    mezo = oracles.MeZO(theta, groups, **options)
     others = [
-        oracles.MeZO(theta, groups, **options),
         oracles.MeZO(theta, groups, update="momentum", betas=(0.0, 0.0), **options),
         oracles.HiZOO(theta, groups, smoothing=0.0, **options),
         oracles.HELENE(theta, groups, betas=(0.0, 0.0), anneal_steps=1e15, delta=0.0, floor=lambda i: 1e6, **options),
@@ -455,6 +221,11 @@ def test_schedulers_reach_the_update(case):
 # ------------------------------------------------------------------------------------------------------------- counting
 
 
+def test_every_method_has_a_case() -> None:
+    assert {case.method for case in METHODS.values()} | set(VARIANTS) == set(zokern.optim.METHODS)
+    assert all(issubclass(zokern.optim.METHODS[one], zokern.optim.METHODS[other]) for one, other in VARIANTS.items())
+
+
 @CASES
 @PLACEMENTS
 def test_forwards_and_passes_are_counted(case, placement):
@@ -596,13 +367,13 @@ def test_dropped_blocks_keep_their_weights_and_states(case, placement):
         expected.step(scripted(given(case, t)))
         after, states_after = weights(model), states(opt, model)
         out = dropped(t)
-        assert len(out) == 4
+        assert len(out) == 5
         for i in out:
             assert torch.equal(before[i].view(torch.int32), after[i].view(torch.int32))
             assert_same_states([states_before[i]], [states_after[i]])
         assert not any(torch.equal(before[i], after[i]) for i in range(len(every)) if i not in out)
         ever |= out
-    assert len(ever) == 8  # each of the blocks was left out in some step
+    assert len(ever) == 10  # each of the blocks was left out in some step
     assert_close(model, expected.theta, start, 5 * case.passes)
     assert_close_states(case, opt, model, expected)
     assert opt.counters["passes"] == 5 * case.passes
@@ -622,7 +393,7 @@ def test_lezo_takes_the_options_of_mezo():
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
-def of_dtype(dtype: torch.dtype | str, device: torch.device = devices.CPU) -> Model:
+def of_dtype(dtype: torch.dtype | str, device: torch.device = devices.CPU) -> Toy:
     if isinstance(dtype, torch.dtype):
         return small(dtype, device)
     model = small(device=device)
@@ -738,7 +509,7 @@ def test_a_first_step_that_is_skipped(case):
     assert equal(before, weights(model))
     for state in states(opt, model):
         for name, value in state.items():
-            initial = 1.0 if name == "h" and case.cls != "HELENE" else 0.0
+            initial = 1.0 if name == "h" and case.method != "helene" else 0.0
             assert bool((value == initial).all()), name
     for t in (1, 2):
         opt.step(scripted(given(case, t)))
@@ -1264,9 +1035,9 @@ BAD: list[tuple[str, dict[str, Any], type[Exception] | tuple[type[Exception], ..
     ("HELENE", {"floor": 1e-35, "delta": 1e-32}, ValueError, "floor|delta"),
     ("HELENE", {"gamma": 0.0, "delta": 0.0}, ValueError, "gamma|floor|delta"),
     ("HELENE", {"floor": [1.0, 1.0]}, ValueError, "floor"),
-    ("HELENE", {"floor": [1.0] * 12}, ValueError, "floor"),
-    ("HELENE", {"floor": [1.0] * 10 + [-1.0]}, ValueError, "floor"),
-    ("HELENE", {"floor": [1.0] * 10 + [0.0], "delta": 0.0}, ValueError, "floor|delta"),
+    ("HELENE", {"floor": [1.0] * 14}, ValueError, "floor"),
+    ("HELENE", {"floor": [1.0] * 12 + [-1.0]}, ValueError, "floor"),
+    ("HELENE", {"floor": [1.0] * 12 + [0.0], "delta": 0.0}, ValueError, "floor|delta"),
     ("HELENE", {"floor": Strange()}, TypeError, "floor"),
     ("HELENE", {"floor": "layer"}, TypeError, "floor"),
     *[("HELENE", {"batch_size": value}, ValueError, "batch_size") for value in (0, -3)],
@@ -1287,7 +1058,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception] | tuple[type[Exception], ..
 def test_bad_options_are_refused_by_name(cls, options, error, word):
     model = small()
     before = weights(model)
-    assert len(before) == 11  # which the lists of floors above count on
+    assert len(before) == 13  # which the lists of floors above count on
     with pytest.raises(error, match=word):
         getattr(zokern, cls)(model, 1e-3, **options)
     assert equal(before, weights(model))
@@ -1315,7 +1086,7 @@ def test_bad_numbers_of_dropped_blocks_are_refused(case, num_dropped):
 @PLACEMENTS
 def test_a_vector_of_losses_is_refused_where_there_is_no_use_for_it(case, placement):
     """Also a vector at a later forward of a step, or in a later step."""
-    if case.cls == "HELENE":
+    if case.method == "helene":
         pytest.skip("takes vectors")
     for position in (0, case.forwards - 1):
         model = small()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import math
 import pickle
 import warnings
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests import devices, oracle
+from tests import devices, oracles
+from tests.models import linear, transformer
 from zokern.contract import reference
 
 ON_DEVICE = [
@@ -30,64 +30,11 @@ NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bf
 SIXTEEN = [torch.bfloat16, torch.float16]
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(x)
-
-
-class Transformer(nn.Module):
-    """About 1900 parameters; the head is tied to the embedding."""
-
-    def __init__(self, vocabulary: int = 17, width: int = 10) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList([Block(width) for _ in range(2)])
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.norm(x))
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def transformer(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Transformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Transformer().eval()
-        with torch.no_grad():  # biases and norms start at 0 and 1: make every tensor different from every other
-            for p in model.parameters():
-                p.add_(0.05 * torch.randn(p.shape))
-    return model.to(device, dtype)
 
 
 def tokens(step: int, device: str = "cpu") -> Tensor:
     return torch.randint(17, (4, 9), generator=torch.Generator().manual_seed(100 + step)).to(device)
-
-
-def linear(*sizes: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), nn.Tanh()]
-        return nn.Sequential(*layers[:-1]).to(dtype)
 
 
 def bits(t: Tensor) -> Tensor:
@@ -119,7 +66,7 @@ def scripted(numbers: Iterable[float]) -> Callable[..., Tensor]:
     return in_turn(torch.tensor(float(x), dtype=torch.float64) for x in numbers)
 
 
-def two_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[oracle.Group]]:
+def two_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[oracles.Group]]:
     """Matrices decay; vectors do not and have their own lr and eps."""
     every = list(model.parameters())
     matrices = [i for i, p in enumerate(every) if p.dim() > 1]
@@ -128,20 +75,20 @@ def two_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[oracle.Grou
         {"params": [every[i] for i in matrices], "lr": 2e-3, "eps": 1e-3, "weight_decay": 0.5},
         {"params": [every[i] for i in vectors], "lr": 7e-3, "eps": 3e-3, "weight_decay": 0.0},
     ]
-    return ours, [oracle.Group(matrices, 2e-3, 1e-3, 0.5), oracle.Group(vectors, 7e-3, 3e-3, 0.0)]
+    return ours, [oracles.Group(matrices, 2e-3, 1e-3, 0.5), oracles.Group(vectors, 7e-3, 3e-3, 0.0)]
 
 
-def relative_error(model: nn.Module, expected: oracle.Theta, start: oracle.Theta) -> float:
+def relative_error(model: nn.Module, expected: oracles.Theta, start: oracles.Theta) -> float:
     """Of the distance moved, which weights that hardly move cannot hide."""
-    moved = oracle.theta_of(model)
+    moved = oracles.theta_of(model)
     error = sum(float(((moved[i] - expected[i]) ** 2).sum()) for i in expected)
     distance = sum(float(((expected[i] - start[i]) ** 2).sum()) for i in expected)
     return math.sqrt(error / distance)
 
 
-def assert_equal_to_rounding(model: nn.Module, expected: oracle.Theta, start: oracle.Theta, passes: int) -> None:
+def assert_equal_to_rounding(model: nn.Module, expected: oracles.Theta, start: oracles.Theta, passes: int) -> None:
     """Each pass rounds an element twice (decay, then the sum); scalars are rounded to float32, 2^-24 of the movement."""
-    moved = oracle.theta_of(model)
+    moved = oracles.theta_of(model)
     for i, want in expected.items():
         bound = 2.0**-24 * (2 * passes * (np.maximum(abs(want), abs(start[i])) + 0.01) + 4 * abs(want - start[i]))
         worst = (abs(moved[i] - want) / bound).max()
@@ -160,19 +107,21 @@ def test_five_steps_with_given_losses(backend, device, placement, num_samples, d
     if backend == "reference" and (distribution == "rademacher") == (num_samples == 1):
         pytest.skip("slow; two of four are enough")
     model = transformer(device=device)
-    start = oracle.theta_of(model)
+    start = oracles.theta_of(model)
     groups, expected_groups = two_groups(model)
     opt = zokern.MeZO(
         model, 1.0, num_samples=num_samples, distribution=distribution, seed=12, placement=placement, backend=backend
     )
     opt.param_groups = groups
-    expected = oracle.MeZO(start, expected_groups, num_samples, distribution, seed=12)
+    expected = oracles.MeZO(start, expected_groups, distribution, 12, num_samples=num_samples)
     losses = script(5, num_samples)
     closure, oracle_closure = scripted(losses), scripted(losses)
     for _ in range(5):
         loss = opt.step(closure)
         assert loss.item() == pytest.approx(expected.step(oracle_closure), rel=1e-6)
-        assert opt.metrics["projected_gradient"].item() == pytest.approx(expected.projected[-1], rel=1e-5)
+        plus, minus = np.reshape(expected.losses, (-1, 2)).T
+        projected = np.mean(plus - minus) / (2.0 * expected_groups[0].eps)
+        assert opt.metrics["projected_gradient"].item() == pytest.approx(projected, rel=1e-5)
     assert_equal_to_rounding(model, expected.theta, start, 5 * (2 * num_samples + 1))
 
 
@@ -183,15 +132,15 @@ def test_five_steps_with_real_losses(backend, device, placement, num_samples):
     if backend == "reference" and num_samples == 3:
         pytest.skip("slow; covered with given losses")
     model, exact = transformer(device=device), transformer(torch.float64)
-    start = oracle.theta_of(model)
+    start = oracles.theta_of(model)
     groups, expected_groups = two_groups(model)
     opt = zokern.MeZO(model, 1.0, num_samples=num_samples, seed=3, placement=placement, backend=backend)
     opt.param_groups = groups
-    expected = oracle.MeZO(start, expected_groups, num_samples, seed=3)
-    oracle.load(exact, start)
+    expected = oracles.MeZO(start, expected_groups, seed=3, num_samples=num_samples)
+    oracles.load(exact, start)
 
-    def exact_loss(theta: oracle.Theta) -> float:
-        oracle.load(exact, theta)
+    def exact_loss(theta: oracles.Theta) -> float:
+        oracles.load(exact, theta)
         with torch.no_grad():
             return float(exact(batch))
 
@@ -422,12 +371,12 @@ def test_learns_real_text(dtype):
 @PLACEMENTS
 def test_lr_schedulers_reach_the_update(placement):
     model = linear(6, 5, 2)
-    start, losses = oracle.theta_of(model), script(4, 1)
+    start, losses = oracles.theta_of(model), script(4, 1)
     opt = zokern.MeZO(model, 2e-2, seed=2, weight_decay=0.3, placement=placement)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns where a scheduler steps before the optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1.0 / (1 + t))
-        expected = oracle.MeZO(start, [oracle.Group(range(4), 2e-2, weight_decay=0.3)], seed=2)
+        expected = oracles.MeZO(start, [oracles.Group(range(4), 2e-2, weight_decay=0.3)], seed=2)
         closure, oracle_closure = scripted(losses), scripted(losses)
         for t in range(4):
             expected.groups[0].lr = 2e-2 / (1 + t)
@@ -457,10 +406,10 @@ def test_lr_as_tensor_and_its_scheduler():
 @PLACEMENTS
 def test_eps_and_weight_decay_are_read_at_each_step(placement):
     model = linear(6, 5, 2)
-    start, losses = oracle.theta_of(model), script(3, 1)
+    start, losses = oracles.theta_of(model), script(3, 1)
     opt = zokern.MeZO(model, 1e-2, seed=2, placement=placement)
-    group = oracle.Group(range(4), 1e-2)
-    expected = oracle.MeZO(start, [group], seed=2)
+    group = oracles.Group(range(4), 1e-2)
+    expected = oracles.MeZO(start, [group], seed=2)
     closure, oracle_closure = scripted(losses), scripted(losses)
     for eps, decay in ((1e-3, 0.0), (5e-3, 2.0), (2e-4, 0.1)):
         group.eps, group.weight_decay = eps, decay
@@ -473,7 +422,7 @@ def test_eps_and_weight_decay_are_read_at_each_step(placement):
 def test_groups_given_to_the_constructor():
     """Ids follow the order given, over groups; a group's missing options are the defaults."""
     model = linear(6, 5, 4, 2)
-    start, losses = oracle.theta_of(model), script(3, 2)
+    start, losses = oracles.theta_of(model), script(3, 2)
     every = list(model.parameters())
     opt = zokern.MeZO(
         [
@@ -486,11 +435,11 @@ def test_groups_given_to_the_constructor():
         seed=2,
     )
     groups = [
-        oracle.Group([0, 1], 3e-2, weight_decay=1.0),
-        oracle.Group([2, 3, 4], 1e-2, eps=4e-3),
-        oracle.Group([5], 1e-2),
+        oracles.Group([0, 1], 3e-2, weight_decay=1.0),
+        oracles.Group([2, 3, 4], 1e-2, eps=4e-3),
+        oracles.Group([5], 1e-2),
     ]
-    expected = oracle.MeZO(start, groups, 2, seed=2)
+    expected = oracles.MeZO(start, groups, seed=2, num_samples=2)
     closure, oracle_closure = scripted(losses), scripted(losses)
     for _ in range(3):
         opt.step(closure)
@@ -794,7 +743,7 @@ def test_ids_are_positions_and_do_not_change_with_freezing(placement):
 def test_tied_parameters_move_once(placement):
     model = transformer()
     assert model.head.weight is model.embedding.weight
-    start, losses = oracle.theta_of(model), script(1, 1)
+    start, losses = oracles.theta_of(model), script(1, 1)
     opt = zokern.MeZO(model, 1e-2, seed=2, placement=placement)
     tied = []
 
@@ -807,7 +756,7 @@ def test_tied_parameters_move_once(placement):
     opt.step(closure)
     assert tied == [True, True]
     assert model.head.weight is model.embedding.weight
-    expected = oracle.MeZO(start, [oracle.Group(list(start), 1e-2)], seed=2)
+    expected = oracles.MeZO(start, [oracles.Group(list(start), 1e-2)], seed=2)
     expected.step(scripted(losses))
     assert_equal_to_rounding(model, expected.theta, start, 3)
     assert opt.counters["elements_moved"] == 3 * 2 * sum(p.numel() for p in model.parameters())
@@ -832,15 +781,17 @@ def test_replaced_param_groups_are_honoured(placement):
     every = list(model.parameters())
     opt = zokern.MeZO(model, 1e-2, seed=2, placement=placement)
     opt.step(scripted([1.0, 1.002]))
-    middle = oracle.theta_of(model)
+    middle = oracles.theta_of(model)
     opt.param_groups = [
         {"params": [every[3]], "lr": 0.1, "eps": 1e-3, "weight_decay": 0.0},
         {"params": [every[0]], "lr": 0.01, "eps": 1e-2, "weight_decay": 1.0},
     ]
     opt.step(scripted([1.0, 1.004]))
-    expected = oracle.MeZO(middle, [oracle.Group([3], 0.1), oracle.Group([0], 0.01, 1e-2, 1.0)], seed=2, step_number=1)
+    expected = oracles.MeZO(
+        middle, [oracles.Group([3], 0.1), oracles.Group([0], 0.01, 1e-2, 1.0)], seed=2, step_number=1
+    )
     expected.step(scripted([1.0, 1.004]))
-    after = oracle.theta_of(model)
+    after = oracles.theta_of(model)
     assert np.array_equal(after[1], middle[1])
     assert np.array_equal(after[2], middle[2])
     assert_equal_to_rounding(model, expected.theta, middle, 3)
@@ -1086,11 +1037,11 @@ def test_shadow_with_lr_zero_changes_no_bit_in_50_steps(dtype, rounding):
 
 def test_inplace_drifts_only_by_rounding_in_float32():
     model = transformer()
-    clean = oracle.theta_of(model)
+    clean = oracles.theta_of(model)
     opt = zokern.MeZO(model, 0.0, placement="inplace")
     for _ in range(50):
         opt.step(lambda: 1.0)
-    for i, w in oracle.theta_of(model).items():
+    for i, w in oracles.theta_of(model).items():
         assert np.abs(w - clean[i]).max() < 50 * 3 * 2.0**-24 * max(1.0, np.abs(clean[i]).max())
 
 

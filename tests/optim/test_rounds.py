@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.optim.test_methods import small, tokens, weights
+from tests.methods import weights
+from tests.models import small, tokens
 from zokern import journal
 from zokern.optim import METHODS, ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds, in_turn

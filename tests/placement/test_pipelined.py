@@ -9,40 +9,23 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.optim.test_methods import CASES, METHODS, Case
+from tests.methods import CASES, METHODS, Case
+from tests.models import Net
 from zokern.placement import sites
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["shadow", "stream"])
 
 
-class Net(nn.Module):
-    """Blocks between an embedding and a head, which are where stream keeps two different kinds of copies."""
-
-    def __init__(self, depth: int = 4, width: int = 24) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, width)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth))
-        self.head = nn.Linear(width, 3)
-
-    backwards = False
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in reversed(self.layers) if self.backwards else self.layers:
-            x = x + layer(x)
-        return self.head(x.mean(dim=1))
-
-
 def run(placement, pipelined, case: Case, dtype=torch.bfloat16, steps=5, between=None, num_dropped=0, **options):
     torch.manual_seed(2)
     model = Net().to(dtype).eval()
     tokens, labels = torch.randint(0, 11, (6, 5)), torch.randint(0, 3, (6,))
-    made = {k: v() if callable(v) else v for k, v in case.options.items()} | options
+    made = case.settings | options
     if num_dropped:
         made["layers"] = zokern.RandomBlocks(num_dropped)
     sign = -1.0 if case.climbs else 1.0
-    opt = getattr(zokern, case.cls)(model, case.rate, placement=placement, pipelined=pipelined, seed=5, **made)
+    opt = case.cls(model, case.rate, placement=placement, pipelined=pipelined, seed=5, **made)
     losses = []
     for step in range(steps):
         losses.append(opt.step(lambda: sign * nn.functional.cross_entropy(model(tokens).float(), labels)))
@@ -209,7 +192,7 @@ def test_saving_and_loading_in_between() -> None:
 
 
 def test_more_seeds_than_a_chain_takes() -> None:
-    case = Case("ES", {"num_directions": 130}, 130, 131, 0.0, 0.01)
+    case = Case("es", {"num_directions": 130}, 130, 131, 0.0, 0.01)
     plain, piped = (run("shadow", pipelined, case, steps=2) for pipelined in (False, True))
     same(plain, piped)
     assert plain[1].counters == piped[1].counters

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import zokern
+from tests import methods
+from tests.methods import METHODS
+from tests.models import BLOCKS, HUGGING_FACE, WIDTH, WORDS, Block, Language, Toy, gpt2, seeded, toy
 from zokern import placement as placements
 from zokern.noise import derive_seed
 from zokern.placement import stream
@@ -29,63 +32,7 @@ from zokern.placement.stream import OutsideItsBlock, Stream, extra_bytes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 19}
-WIDTH, WORDS, BLOCKS = 6, 11, 4
-METHODS: dict[str, Callable[..., Any]] = {
-    "MeZO": lambda m, **o: zokern.MeZO(m, 1e-2, num_samples=2, weight_decay=0.1, **o),
-    "HiZOO": lambda m, **o: zokern.HiZOO(m, 1e-2, smoothing=1e-2, **o),
-    "HELENE": lambda m, **o: zokern.HELENE(m, 1e-3, hessian_interval=2, **o),
-    "MeZOGV": lambda m, **o: zokern.MeZOGV(m, 1e-2, smoothing=1e-2, **o),
-    "FZOO": lambda m, **o: zokern.FZOO(m, 1e-5, candidates=3, **o),
-}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.inner = nn.Linear(WIDTH, WIDTH)
-        self.gain = nn.Parameter(torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.gain * torch.tanh(self.inner(self.norm(x)))
-
-
-class Own(nn.Module):
-    """Embeddings tied to the head, a norm outside the blocks, blocks."""
-
-    def __init__(self, block: Callable[[], nn.Module] = Block, tied: bool = True) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(WORDS, WIDTH)
-        self.layers = nn.ModuleList(block() for _ in range(BLOCKS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, WORDS, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
-
-    def run(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    def forward(self) -> Tensor:
-        tokens = torch.arange(WORDS)
-        x = self.head(self.norm(self.run(self.embedding(tokens))))
-        return nn.functional.cross_entropy(x.double(), tokens.roll(1))
-
-
-def seeded(build: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build()
-        with torch.no_grad():
-            for p in model.parameters():  # ones and zeros would hide what is not perturbed
-                p.add_(0.1 * torch.randn(p.shape))
-    return (model if dtype is None else model.to(dtype)).eval()
-
-
-def own(dtype: torch.dtype = torch.float32) -> Own:
-    return seeded(Own, dtype)
+SHOWN = ["mezo", "hizoo", "helene", "gv-curved", "fzoo"]
 
 
 class State:
@@ -129,7 +76,7 @@ def run(
     build: Callable[[], nn.Module],
     name: str,
     dtype: torch.dtype | None = None,
-    method: str = "MeZO",
+    method: str = "mezo",
     steps: int = 3,
     loss: Callable[[nn.Module], Tensor] = lambda m: m(),
     **options: Any,
@@ -141,7 +88,7 @@ def run(
         seen.append(loss(model))
         return seen[-1]
 
-    opt = METHODS[method](model, placement=name, seed=7, eps=1e-2, **options)
+    opt = methods.build(METHODS[method], model, placement=name, seed=7, eps=1e-2, weight_decay=0.1, **options)
     for _ in range(steps):
         opt.step(closure)
     state.in_place()
@@ -166,81 +113,13 @@ def assert_same_as_shadow(build: Callable[[], nn.Module], *args: Any, **options:
 
 
 @pytest.mark.parametrize("layers", [0, 2], ids=["all", "half"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHOWN)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_shadow(dtype, method, layers):
     options = {"layers": zokern.RandomBlocks(layers)} if layers else {}
-    assert_same_as_shadow(Own, dtype, method, 5, **options)
+    assert_same_as_shadow(Toy, dtype, method, 5, **options)
 
 
-class Language(nn.Module):
-    """A Hugging Face model and its loss on a fixed batch."""
-
-    def __init__(self, build: Callable[[Any], nn.Module], target: str = "tokens") -> None:
-        super().__init__()
-        self.model = build(pytest.importorskip("transformers"))
-        self.target = target
-
-    def forward(self) -> Tensor:
-        tokens = torch.arange(14).reshape(2, 7) + 2
-        labels = torch.tensor([0, 1]) if self.target == "class" else tokens
-        logits = self.model(input_ids=tokens, labels=labels).logits.double()  # a 16-bit loss would hide differences
-        return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-
-
-def _decoder(name: str, **options: Any) -> Callable[[], nn.Module]:
-    def build(tf: Any) -> nn.Module:
-        config = getattr(tf, f"{name}Config")(num_hidden_layers=3, max_position_embeddings=16, **SMALL, **options)
-        return getattr(tf, f"{name}ForCausalLM")(config)
-
-    return lambda: Language(build)
-
-
-def _opt(tf: Any) -> nn.Module:
-    return tf.OPTForCausalLM(
-        tf.OPTConfig(
-            vocab_size=19,
-            hidden_size=8,
-            num_hidden_layers=3,
-            ffn_dim=16,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            word_embed_proj_dim=8,
-        )
-    )
-
-
-def _gpt2(tf: Any) -> nn.Module:
-    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=19, n_embd=8, n_layer=3, n_head=2, n_positions=16))
-
-
-def _bert(tf: Any) -> nn.Module:
-    return tf.BertForSequenceClassification(tf.BertConfig(num_hidden_layers=3, max_position_embeddings=16, **SMALL))
-
-
-def _t5(tf: Any) -> nn.Module:
-    return tf.T5ForConditionalGeneration(
-        tf.T5Config(
-            vocab_size=19,
-            d_model=8,
-            d_kv=4,
-            d_ff=16,
-            num_layers=2,
-            num_decoder_layers=3,
-            num_heads=2,
-            decoder_start_token_id=0,
-        )
-    )
-
-
-HUGGING_FACE: dict[str, Callable[[], nn.Module]] = {
-    "OPT": lambda: Language(_opt),
-    "LLaMA": _decoder("Llama", num_key_value_heads=1),
-    "Qwen2": _decoder("Qwen2", num_key_value_heads=1, tie_word_embeddings=True),
-    "GPT-2": lambda: Language(_gpt2),
-    "BERT": lambda: Language(_bert, "class"),
-    "T5": lambda: Language(_t5),
-}
 REAL_MODELS = pytest.mark.parametrize("build", HUGGING_FACE.values(), ids=HUGGING_FACE)
 
 
@@ -248,12 +127,12 @@ REAL_MODELS = pytest.mark.parametrize("build", HUGGING_FACE.values(), ids=HUGGIN
 @pytest.mark.parametrize(
     ("dtype", "method", "layers"),
     [
-        (torch.float32, "MeZO", 0),
-        (torch.bfloat16, "MeZO", 2),
-        (torch.float16, "HiZOO", 0),
-        (torch.bfloat16, "HELENE", 1),
-        (torch.bfloat16, "MeZOGV", 0),
-        (torch.float32, "FZOO", 2),
+        (torch.float32, "mezo", 0),
+        (torch.bfloat16, "mezo", 2),
+        (torch.float16, "hizoo", 0),
+        (torch.bfloat16, "helene", 1),
+        (torch.bfloat16, "gv-curved", 0),
+        (torch.float32, "fzoo", 2),
     ],
     ids=str,
 )
@@ -274,7 +153,7 @@ def perturbed(model: nn.Module, active: set[str], seed: int, eps: float) -> nn.M
     return other
 
 
-@pytest.mark.parametrize("build", [Own, *HUGGING_FACE.values()], ids=["own", *HUGGING_FACE])
+@pytest.mark.parametrize("build", [Toy, *HUGGING_FACE.values()], ids=["own", *HUGGING_FACE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropped", [0, 2])
 def test_every_module_sees_exactly_the_perturbed_weights(build, dtype, dropped):
@@ -320,7 +199,7 @@ def test_every_module_sees_exactly_the_perturbed_weights(build, dtype, dropped):
 # ------------------------------------------------------------------------------------------------------- what it handles
 
 
-class SharedByBlocks(Own):
+class SharedByBlocks(Toy):
     """One tensor in two blocks, and one of a block outside."""
 
     def __init__(self) -> None:
@@ -329,7 +208,7 @@ class SharedByBlocks(Own):
         self.norm.weight = self.layers[1].gain
 
 
-class SharedModules(Own):
+class SharedModules(Toy):
     """One module in two blocks, and a block's module called from outside."""
 
     def __init__(self) -> None:
@@ -389,7 +268,7 @@ class Frozen(Block):
         self.inner.requires_grad_(False)
 
 
-class CalledTwice(Own):
+class CalledTwice(Toy):
     """Weight sharing across depth: every block runs twice, and the list holds one of them twice."""
 
     def __init__(self) -> None:
@@ -400,7 +279,7 @@ class CalledTwice(Own):
         return super().run(super().run(x))
 
 
-class TorchEncoder(Own):
+class TorchEncoder(Toy):
     """Has a fast path with the raw weights of its layers."""
 
     def __init__(self) -> None:
@@ -415,7 +294,7 @@ class TorchEncoder(Own):
         return nn.functional.pad(self.encoder(x[None], src_key_padding_mask=mask)[0], (0, 0, 0, WORDS))[:WORDS]
 
 
-class Retried(Own):
+class Retried(Toy):
     """Catches an exception of a block and calls it again."""
 
     def run(self, x: Tensor) -> Tensor:
@@ -427,20 +306,20 @@ class Retried(Own):
         return x
 
 
-class KeepsGraphs(Own):
+class KeepsGraphs(Toy):
     def run(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
         return x
 
 
-class InferenceMode(Own):
+class InferenceMode(Toy):
     def run(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
             return super().run(x)
 
 
-class TwoStacks(Own):
+class TwoStacks(Toy):
     """With more weights in one block than in the others, and mixed dtypes."""
 
     def __init__(self) -> None:
@@ -457,14 +336,14 @@ class TwoStacks(Own):
 
 
 HANDLED: dict[str, Callable[[], nn.Module]] = {
-    "untied": lambda: Own(tied=False),
+    "untied": lambda: Toy(tied=False),
     "a parameter in two blocks, one in a block and outside": SharedByBlocks,
     "a module in two blocks, one in a block and outside": SharedModules,
-    "MultiheadAttention": lambda: Own(Attention),
-    "LSTM": lambda: Own(Recurrent),
-    "a block reads its child's weight": lambda: Own(ReadsItsChild),
-    "parametrized": lambda: Own(Normalised),
-    "partly frozen": lambda: Own(Frozen),
+    "MultiheadAttention": lambda: Toy(Attention),
+    "LSTM": lambda: Toy(Recurrent),
+    "a block reads its child's weight": lambda: Toy(ReadsItsChild),
+    "parametrized": lambda: Toy(Normalised),
+    "partly frozen": lambda: Toy(Frozen),
     "blocks called twice": CalledTwice,
     "TransformerEncoder": TorchEncoder,
     "an exception caught and the block called again": Retried,
@@ -514,7 +393,7 @@ def test_a_model_wrapped_by_peft(dtype):
     peft = pytest.importorskip("peft")
 
     def build() -> nn.Module:
-        model = Language(_gpt2)
+        model = Language(gpt2)
         lora = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
         model.model = peft.get_peft_model(model.model, lora)
         return model
@@ -527,7 +406,7 @@ def test_a_model_wrapped_by_peft(dtype):
 
 
 def test_hooks_of_the_user_see_perturbed_weights_and_stay():
-    model, seen = own(), []
+    model, seen = toy(), []
     clean = copy.deepcopy(model)
 
     def before(module: nn.Module, args: Any) -> Any:
@@ -574,7 +453,7 @@ def test_autocast_around_the_step_casts_each_perturbation_anew(name):
     """autocast remembers the casts of weights until its outermost end."""
 
     def losses(around: bool) -> list[float]:
-        model, seen = own(), []
+        model, seen = toy(), []
         outer, inner = (
             torch.autocast("cpu", torch.bfloat16) if here else contextlib.nullcontext() for here in (around, not around)
         )
@@ -597,8 +476,8 @@ def test_autocast_around_the_step_casts_each_perturbation_anew(name):
 def test_accumulation_gives_the_same_bits():
     runs = []
     for name in ("shadow", "stream"):
-        model, losses = own(torch.bfloat16), []
-        opt = METHODS["MeZO"](model, placement=name, seed=7)
+        model, losses = toy(torch.bfloat16), []
+        opt = methods.build(METHODS["mezo"], model, placement=name, seed=7)
         for _ in range(3):
             losses.append(opt.step(lambda scale, m=model: m() * scale, [1.0, 2.0, 0.5]))
         runs.append((model, losses, opt.counters))
@@ -608,12 +487,12 @@ def test_accumulation_gives_the_same_bits():
     assert all(counted[k] == counted2[k] for k in ("steps", "forwards", "passes"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHOWN)
 @pytest.mark.parametrize("dropped", [0, 3])
 def test_counts(method, dropped):
     """One pass for each presented state and one for the update, and no element is moved twice."""
     options = {"layers": zokern.RandomBlocks(dropped)} if dropped else {}
-    counted = [run(Own, name, torch.bfloat16, method, **options)[2].counters for name in ("shadow", "stream")]
+    counted = [run(Toy, name, torch.bfloat16, method, **options)[2].counters for name in ("shadow", "stream")]
     for key in ("steps", "forwards", "passes", "elements_moved"):
         assert counted[0][key] == counted[1][key], key
     assert counted[1]["launches"] > counted[0]["launches"]
@@ -622,7 +501,7 @@ def test_counts(method, dropped):
 # ------------------------------------------------------------------------------------------------------ what it refuses
 
 
-class AcrossBlocks(Own):
+class AcrossBlocks(Toy):
     """A block reads the weight of another."""
 
     def run(self, x: Tensor) -> Tensor:
@@ -631,22 +510,22 @@ class AcrossBlocks(Own):
         return super().run(x)
 
 
-class Outside(Own):
+class Outside(Toy):
     def run(self, x: Tensor) -> Tensor:
         return super().run(x) + self.layers[1].gain
 
 
-class CastOutside(Own):
+class CastOutside(Toy):
     def run(self, x: Tensor) -> Tensor:
         return super().run(x) + self.layers[1].gain.type(torch.float64)
 
 
-class PartOfABlock(Own):
+class PartOfABlock(Toy):
     def run(self, x: Tensor) -> Tensor:
         return super().run(self.layers[1].inner(x))
 
 
-class ForwardCalled(Own):
+class ForwardCalled(Toy):
     """Past the hooks."""
 
     def run(self, x: Tensor) -> Tensor:
@@ -655,7 +534,7 @@ class ForwardCalled(Own):
         return x
 
 
-class Nested(Own):
+class Nested(Toy):
     """A block calls another that is not its child."""
 
     def run(self, x: Tensor) -> Tensor:
@@ -663,7 +542,7 @@ class Nested(Own):
         return super().run(x)
 
 
-class EarlyExit(Own):
+class EarlyExit(Toy):
     def run(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = layer(x)
@@ -675,7 +554,7 @@ class ReturnsItsWeight(Block):
         return super().forward(x), self.inner.weight[0]
 
 
-class Returned(Own):
+class Returned(Toy):
     """A view of a block's weight is used after the next block ran in the same memory."""
 
     def __init__(self) -> None:
@@ -689,23 +568,23 @@ class Returned(Own):
         return x + sum(views)
 
 
-class Replaced(Own):
+class Replaced(Toy):
     def run(self, x: Tensor) -> Tensor:
         self.layers[1].gain = nn.Parameter(torch.zeros(WIDTH))
         return super().run(x)
 
 
-class Functional(Own):
+class Functional(Toy):
     def run(self, x: Tensor) -> Tensor:
         return torch.func.functional_call(self.layers[1], {"gain": torch.zeros(WIDTH)}, (x,))
 
 
-class Penalty(Own):
+class Penalty(Toy):
     def run(self, x: Tensor) -> Tensor:
         return super().run(x) + sum(p.square().sum() for p in self.parameters())
 
 
-class Graph(Own):
+class Graph(Toy):
     """Autograd would read the weights of a block after it ran."""
 
     def run(self, x: Tensor) -> Tensor:
@@ -746,7 +625,7 @@ def test_refused_by_name_and_clean_after(build, message, dtype):
 def test_a_block_that_calls_another_block_as_its_child_is_handled():
     """Its weights then count as shared, outside the blocks."""
 
-    class Chain(Own):
+    class Chain(Toy):
         def __init__(self) -> None:
             super().__init__()
             self.layers[2].helper = self.layers[0]
@@ -799,7 +678,7 @@ def _raw_add(p: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("read", VALUES.values(), ids=VALUES)
 def test_values_of_a_block_cannot_be_read_outside_it(read):
-    model = own()
+    model = toy()
     state = State(model)
     reached = []
 
@@ -816,7 +695,7 @@ def test_values_of_a_block_cannot_be_read_outside_it(read):
 
 
 def test_what_may_be_asked_of_a_parameter_outside_its_block():
-    model = own(torch.bfloat16)
+    model = toy(torch.bfloat16)
     for p in model.parameters():
         p.of_a_library = "kept"
     clean = dict(model.named_parameters())
@@ -853,7 +732,7 @@ def test_a_tied_parameter_in_a_block_is_one_parameter_inside_the_closure():
         block.again.weight = block.inner.weight
         return block
 
-    model = seeded(lambda: Own(tied))
+    model = seeded(lambda: Toy(tied))
     names = [n for n, _ in model.named_parameters()]
     opt = zokern.MeZO(model, 0.0, placement="stream")
     opt.step(lambda: [n for n, _ in model.named_parameters()] == names and model())
@@ -876,21 +755,21 @@ def test_properties_of_hugging_face_models_inside_the_closure():
 # --------------------------------------------------------------------------------------------------------- torch.compile
 
 
-def compiled_whole(model: Own) -> nn.Module:
+def compiled_whole(model: Toy) -> nn.Module:
     return torch.compile(model, backend="eager")
 
 
-def compiled_method(model: Own) -> nn.Module:
+def compiled_method(model: Toy) -> nn.Module:
     model.compile(backend="eager")
     return model
 
 
-def compiled_block(model: Own) -> nn.Module:
+def compiled_block(model: Toy) -> nn.Module:
     model.layers[1] = torch.compile(model.layers[1], backend="eager")
     return model
 
 
-def compiled_inside(model: Own) -> nn.Module:
+def compiled_inside(model: Toy) -> nn.Module:
     model.layers[2].inner.compile(backend="eager")
     return model
 
@@ -899,12 +778,12 @@ def compiled_inside(model: Own) -> nn.Module:
 def test_a_compiled_module_is_refused(how):
     name = {"compiled_inside": r"layers\.2\.inner", "compiled_block": r"layers\.1|no nn\.ModuleList"}
     with pytest.raises(ValueError, match=name.get(how.__name__, "the module, compiled by torch.compile")):
-        zokern.MeZO(how(own()), 1e-3, placement="stream")
-    assert isinstance(zokern.MeZO(how(own(torch.bfloat16)), 1e-3)._placement, Shadow)
+        zokern.MeZO(how(toy()), 1e-3, placement="stream")
+    assert isinstance(zokern.MeZO(how(toy(torch.bfloat16)), 1e-3)._placement, Shadow)
 
 
 def test_a_module_compiled_after_the_optimizer_was_made_is_refused():
-    model = own()
+    model = toy()
     opt = zokern.MeZO(model, 1e-3, placement="stream")
     model.layers[1].compile(backend="eager")
     state = State(model)
@@ -918,7 +797,7 @@ def test_a_module_compiled_after_the_optimizer_was_made_is_refused():
 @pytest.mark.parametrize("how", ["wrapper", "function", "forwards of blocks"])
 def test_compiled_around_a_plain_module(name, how, warm):
     """The optimizer has the plain module and the closure calls something compiled: the forward sees the copies."""
-    model, twin = own(), own()
+    model, twin = toy(), toy()
     torch._dynamo.reset()
     if how == "wrapper":
         called: Callable[[], Tensor] = torch.compile(model, backend="eager")
@@ -945,7 +824,7 @@ def test_compiled_around_a_plain_module(name, how, warm):
 @pytest.mark.parametrize("how", [compiled_whole, compiled_method, compiled_block, compiled_inside])
 def test_shadow_is_seen_by_a_compiled_module(how):
     torch._dynamo.reset()
-    model, twin = how(own()), own()
+    model, twin = how(toy()), toy()
     with torch.no_grad():
         model()  # compiled before the copies are there
     seen: list[list[float]] = [[], []]
@@ -973,7 +852,7 @@ PLACES = ["pre-hook", "inner pre-hook", "forward", "inner hook", "hook", "hook o
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("call", [0, 3])
 def test_an_exception_anywhere_leaves_clean_weights(place, number, error, call):
-    model, left = own(torch.bfloat16), [call]
+    model, left = toy(torch.bfloat16), [call]
     layer, armed = model.layers[number], [True]
 
     def fail(*_: Any) -> None:
@@ -998,13 +877,13 @@ def test_an_exception_anywhere_leaves_clean_weights(place, number, error, call):
         "closure": lambda: None,
     }[place]()
     state = State(model)
-    opt = METHODS["MeZO"](model, placement="stream", seed=7)
+    opt = methods.build(METHODS["mezo"], model, placement="stream", seed=7)
     with pytest.raises(error, match="from the test"):
         opt.step(lambda: (model(), fail() if place == "closure" else None)[0])
     state.clean()
     armed.clear()
-    twin = own(torch.bfloat16)
-    fresh = METHODS["MeZO"](twin, placement="shadow", seed=7)
+    twin = toy(torch.bfloat16)
+    fresh = methods.build(METHODS["mezo"], twin, placement="shadow", seed=7)
     for o, m in ((opt, model), (fresh, twin)):  # and the next step is as if nothing had been
         o.step(m)
     assert same(model, twin)
@@ -1042,7 +921,7 @@ def step_with_signal_at(line: int, model: nn.Module, opt: Any) -> int:
 def test_ctrl_c_at_many_lines_of_a_step():
     """Every seventh, the hooks included, which run while Ctrl-C is let through."""
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
-    model = own(torch.bfloat16)
+    model = toy(torch.bfloat16)
     state = State(model)
 
     def made() -> Any:
@@ -1070,7 +949,7 @@ def test_ctrl_c_at_many_lines_of_a_step():
 
 @pytest.mark.parametrize("inside", [False, True], ids=["in the closure", "in a block"])
 def test_state_dict_inside_the_closure_is_of_the_weights(inside):
-    model = own(torch.bfloat16)
+    model = toy(torch.bfloat16)
     clean = {k: v.clone() for k, v in model.state_dict().items()}
     files = []
 
@@ -1112,7 +991,7 @@ def test_state_dict_inside_the_closure_is_of_the_weights(inside):
 @pytest.mark.parametrize("name", ["shadow", "stream"])
 def test_a_failed_state_dict_that_the_closure_swallows_is_an_error(name):
     """The module would show clean weights to the rest of the closure."""
-    model = own()
+    model = toy()
     state = State(model)
 
     def broken(*_: Any) -> None:
@@ -1134,7 +1013,7 @@ def test_a_failed_state_dict_that_the_closure_swallows_is_an_error(name):
 
 
 def test_a_copy_of_the_module_inside_the_closure_is_refused():
-    model = own()
+    model = toy()
     state = State(model)
     with pytest.raises(RuntimeError, match=r"layers\.0\.gain was used outside"):
         zokern.MeZO(model, 1e-2, placement="stream").step(lambda: copy.deepcopy(model)())
@@ -1143,9 +1022,9 @@ def test_a_copy_of_the_module_inside_the_closure_is_refused():
 
 def test_nothing_is_left_behind():
     """After steps the module is its own: entries, storages, hooks; it can be copied and pickled."""
-    model = seeded(lambda: Own(Recurrent), torch.float32)
+    model = seeded(lambda: Toy(Recurrent), torch.float32)
     state = State(model)
-    opt = METHODS["HiZOO"](model, placement="stream")
+    opt = methods.build(METHODS["hizoo"], model, placement="stream")
     for _ in range(3):
         opt.step(model)
         state.in_place()
@@ -1157,7 +1036,7 @@ def test_nothing_is_left_behind():
 
 def test_an_earlier_failure_kept_alive_does_not_look_like_a_view():
     """A traceback holds the frames of a block's forward and what they computed from its weights."""
-    model, kept = own(), []
+    model, kept = toy(), []
     layer = model.layers[1]
     original = layer.forward
 
@@ -1181,7 +1060,7 @@ def test_an_earlier_failure_kept_alive_does_not_look_like_a_view():
 @pytest.mark.parametrize("name", ["shadow", "stream"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_300_steps_with_lr_zero_change_no_bit(name, dtype):
-    model = own(dtype)
+    model = toy(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.flatten()[0] = -0.0
@@ -1205,7 +1084,7 @@ def held(opt: Any) -> int:
     return sum(pool.nbytes for pools in (chosen.block_pools, chosen.outside_pools) for pool in pools.values())
 
 
-@pytest.mark.parametrize("build", [Own, TwoStacks, SharedModules, *HUGGING_FACE.values()])
+@pytest.mark.parametrize("build", [Toy, TwoStacks, SharedModules, *HUGGING_FACE.values()])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_the_extra_memory_is_what_is_said(build, dtype):
     model = seeded(build, dtype)
@@ -1217,14 +1096,14 @@ def test_the_extra_memory_is_what_is_said(build, dtype):
         assert held(opt) == extra_bytes(model)
         addresses.add(tuple(p.data_ptr() for p in opt._placement.block_pools.values()))
     assert len(addresses) == 1
-    sizes = [sum(p.nbytes for p in block.parameters()) for block in model.layers] if build is Own else []
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in model.layers] if build is Toy else []
     if sizes:
         rest = sum(p.nbytes for p in model.parameters()) - sum(sizes)
         assert held(opt) <= 1.2 * (max(sizes) + rest) + 16 * 20  # padding
 
 
 def test_lezo_does_not_make_it_grow():
-    model = own(torch.bfloat16)
+    model = toy(torch.bfloat16)
     opt = zokern.LeZO(model, 1e-3, num_dropped=2, placement="stream")
     sizes = set()
     for _ in range(12):
@@ -1262,16 +1141,16 @@ def sequential(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 @pytest.mark.parametrize(
     ("params", "expected", "word"),
     [
-        (own, InPlace, None),
-        (lambda: own(torch.bfloat16), Stream, "'stream'.*of the model's memory"),
-        (lambda: own(torch.float16), Stream, "'stream'.*of the model's memory"),
+        (toy, InPlace, None),
+        (lambda: toy(torch.bfloat16), Stream, "'stream'.*of the model's memory"),
+        (lambda: toy(torch.float16), Stream, "'stream'.*of the model's memory"),
         (lambda: seeded(TwoStacks), Stream, "'stream'"),
         (sequential, Shadow, "'shadow'.*no nn.ModuleList"),
         (lambda: sequential(torch.float32), InPlace, None),
-        (lambda: own(torch.bfloat16).parameters(), InPlace, "'inplace'.*pass the nn.Module"),
-        (lambda: own().parameters(), InPlace, None),
-        (lambda: compiled_whole(own(torch.bfloat16)), Shadow, "'shadow'.*torch.compile"),
-        (lambda: compiled_inside(own(torch.bfloat16)), Shadow, r"'shadow'.*layers\.2\.inner"),
+        (lambda: toy(torch.bfloat16).parameters(), InPlace, "'inplace'.*pass the nn.Module"),
+        (lambda: toy().parameters(), InPlace, None),
+        (lambda: compiled_whole(toy(torch.bfloat16)), Shadow, "'shadow'.*torch.compile"),
+        (lambda: compiled_inside(toy(torch.bfloat16)), Shadow, r"'shadow'.*layers\.2\.inner"),
     ],
 )
 def test_what_auto_chooses(params, expected, word, capsys, monkeypatch):
@@ -1292,12 +1171,12 @@ def test_what_auto_chooses(params, expected, word, capsys, monkeypatch):
 
 def test_stream_needs_a_module_with_blocks():
     with pytest.raises(ValueError, match=r"placement='stream'.*pass the nn\.Module"):
-        zokern.MeZO(own().parameters(), 1e-3, placement="stream")
+        zokern.MeZO(toy().parameters(), 1e-3, placement="stream")
     with pytest.raises(ValueError, match=r"Sequential has no nn\.ModuleList of equal blocks; use placement='shadow'"):
         zokern.MeZO(sequential(), 1e-3, placement="stream")
     with pytest.raises(ValueError, match=r"DataParallel; use placement='inplace'"):
-        zokern.MeZO(nn.DataParallel(own()), 1e-3, placement="stream")
-    traced = own()
+        zokern.MeZO(nn.DataParallel(toy()), 1e-3, placement="stream")
+    traced = toy()
     traced.norm = torch.jit.trace(traced.norm, torch.ones(2, WIDTH))
     with pytest.raises(ValueError, match=r"norm, a \w+; use placement='inplace'"):
         zokern.MeZO(traced, 1e-3, placement="stream")
