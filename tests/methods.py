@@ -6,6 +6,7 @@ METHODS, and inherits every test that is parametrised over it.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Case:
         return self.options.get("update") == "adamezo"
 
 
-VARIANTS = {"lezo": "mezo"}  # a method that is another with an option: what has that option in all cases, tests it
+VARIANTS = {"lezo": "mezo"}  # another method with an option, `layers`, which tests give to all cases
 METHODS: dict[str, Case] = {
     "mezo": Case("mezo", {"num_samples": 2}, 4, 5, lr=0.03, rate=0.05),
     "mezo-one-sided": Case("mezo", {"one_sided": True}, 2, 2, lr=0.02, rate=0.03),
@@ -132,6 +133,8 @@ METHODS: dict[str, Case] = {
     ),
 }
 CASES = pytest.mark.parametrize("case", list(METHODS.values()), ids=list(METHODS))
+CURVED = pytest.mark.parametrize("name", ["hizoo", "gv-curved", "greedy-curved"])
+PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 
 
 def build(case: Case, params: Any, **options: Any) -> Any:
@@ -230,3 +233,10 @@ def dropped_tensors(model: nn.Module, num_dropped: int) -> Callable[[int], set[i
         return {i for i, p in enumerate(every) if not blocks.is_active(p, out)}
 
     return dropped
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)

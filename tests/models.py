@@ -156,6 +156,11 @@ def transformer(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: i
     return seeded(Transformer, dtype, 0.05, seed, device)
 
 
+def sentences(step: int, device: str = "cpu") -> Tensor:
+    """A batch for the transformer."""
+    return torch.randint(17, (4, 9), generator=torch.Generator().manual_seed(100 + step)).to(device)
+
+
 class Mixed(nn.Module):
     """bfloat16 and float32 weights, one tied pair, an LSTM: a pass is two launches, and LSTM needs its flat weights set."""
 
@@ -201,6 +206,18 @@ def linear(*sizes: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def filled(n: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.full((n,), 0.5, dtype=dtype))
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.detach().cpu().contiguous().view(torch.int32 if t.element_size() == 4 else torch.int16).clone()
+
+
+def all_bits(module: nn.Module) -> list[Tensor]:
+    return [bits(p) for p in module.parameters()]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------- Hugging Face's, and small

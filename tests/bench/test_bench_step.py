@@ -32,7 +32,6 @@ def generators_of_the_suite() -> Iterator[None]:
         yield
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EPS, LR = 1e-3, 0.5
 

@@ -29,8 +29,6 @@ import equality  # noqa: E402
 import pass_cases  # noqa: E402
 import sanitizer_program  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -28,6 +29,15 @@ import suite_sections  # noqa: E402
 from suite_runner import Runner, Section, choose  # noqa: E402
 
 PYTHON = sys.executable
+
+
+untestable = suite_sections.untestable
+READ_ONCE = functools.cache(untestable)  # it reads all test files, each time that sections are made
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_sections, "untestable", READ_ONCE)
 
 
 @pytest.fixture(autouse=True)
@@ -598,16 +608,16 @@ def test_missing_packages_leave_the_other_sections(commands: list[list[str]], mo
 
 
 def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert suite_sections.untestable() == {}
+    assert untestable() == {}
     ignored = {
         word.partition("=")[2] for word in suite_sections.pytest_run(Path("/out"), "tests", 4) if "--ignore" in word
     }
     assert {Path(path).name for path in ignored} >= {"test_ptx.py", "test_interpreted.py", "test_machine_code.py"}
     real, hidden = suite_sections.importlib.util.find_spec, ("hypothesis", "tests", "zokern")
     monkeypatch.setattr(suite_sections.importlib.util, "find_spec", lambda n: None if n in hidden else real(n))
-    assert suite_sections.untestable()["passes/test_properties.py"] == "hypothesis"
-    assert set(suite_sections.untestable().values()) == {"hypothesis"}  # the project's own packages are always there
-    assert "passes/test_ops.py" not in suite_sections.untestable()
+    assert untestable()["passes/test_properties.py"] == "hypothesis"
+    assert set(untestable().values()) == {"hypothesis"}  # the project's own packages are always there
+    assert "passes/test_ops.py" not in untestable()
 
 
 def test_counts_of_the_tests_are_told(tmp_path: Path) -> None:

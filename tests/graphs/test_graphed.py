@@ -29,7 +29,6 @@ from zokern.graphs import step as graphed
 from zokern.noise import derive_seed, derive_seeds
 from zokern.placement.stream import Stream
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
 
 

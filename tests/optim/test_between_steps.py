@@ -18,7 +18,6 @@ from zokern import backends, journal, sweep
 from zokern.graphs.live import DeviceNumbers
 from zokern.placement import InPlace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
 TOKENS = torch.zeros(2, 5, dtype=torch.int64)
 

@@ -20,7 +20,6 @@ from zokern.optim import base
 from zokern.optim.events import StepEvent
 from zokern.sweep import Member, Passes, Sweep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 NAN = [1.0, math.nan] + [1.0] * 8

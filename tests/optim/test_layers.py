@@ -19,9 +19,6 @@ from zokern.layers import RandomBlocks, find_blocks
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def make(depth: int = 5, dtype: torch.dtype = torch.float32) -> Toy:
     return seeded(lambda: Toy(Experts, tied=False, depth=depth), dtype)
 

@@ -19,7 +19,6 @@ from zokern.optim import METHODS
 from zokern.optim.losses import Losses
 from zokern.sweep import Counters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHADOW = {"placement": "shadow", "seed": 3, "eps": 0.05}
 
 

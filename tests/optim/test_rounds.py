@@ -19,7 +19,6 @@ from zokern.optim import METHODS, ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds, in_turn
 from zokern.optim.update import Estimate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
 A, B, C, D = 100, 101, 102, 103  # the seeds of directions 0, 1, 2, 3
 

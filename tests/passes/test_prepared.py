@@ -25,7 +25,6 @@ from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.placement import sites
 from zokern.sweep import Member, Passes, Sweep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (100, 8, 333)
 
 

@@ -22,8 +22,6 @@ from zokern.passes.update import Terms, Update, packed, perturbation, seed_tenso
 from zokern.placement import PLACEMENTS, Ahead, Placement, Rounding, Shadow
 from zokern.sweep import Passes, Sweep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Kept:
     """The weights are perturbed where they are, and put back exactly from a float64 copy."""

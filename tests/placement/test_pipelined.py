@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.methods import CASES, METHODS, Case
+from tests.methods import METHODS, Case
 from tests.models import Net
+from tests.pairs import by_backend, each, label, pairs
 from zokern.placement import sites
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["shadow", "stream"])
 
 
@@ -47,17 +47,21 @@ def same(a, b) -> None:
         assert torch.equal(s, t)
 
 
-@CASES
-@PLACEMENTS
-@pytest.mark.parametrize("num_dropped", [0, 2])
-def test_the_bits_are_those_without(case: Case, placement: str, num_dropped: int) -> None:
+@pytest.mark.parametrize(("name", "placement", "num_dropped"), pairs(list(METHODS), ["shadow", "stream"], [0, 2]))
+def test_the_bits_are_those_without(name: str, placement: str, num_dropped: int) -> None:
+    case = METHODS[name]
     plain = run(placement, False, case, num_dropped=num_dropped)
     piped = run(placement, True, case, num_dropped=num_dropped)
     same(plain, piped)
     assert piped[1].counters["elements_moved"] < plain[1].counters["elements_moved"]
 
 
-@pytest.mark.parametrize("name", ["mezo", "hizoo", "helene"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "name"),
+    by_backend([torch.float32, torch.float16, torch.bfloat16], ["mezo", "hizoo", "helene"], slow=each),
+    indirect=["backend"],
+    ids=label,
+)
 def test_every_backend_and_dtype(backend: str, device: torch.device, dtype: torch.dtype, name: str) -> None:
     if device.type != "cpu":
         pytest.skip("the oracle's forwards are the CPU's; test_gpu_steps.py has these on a GPU")

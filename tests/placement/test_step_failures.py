@@ -264,9 +264,6 @@ def test_losses_too_large_for_an_update_do_not_destroy_the_weights(placement, si
 # ----------------------------------------------------------------------------------------------------------- interrupts
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(autouse=True)
 def _python_handles_sigint() -> Iterator[None]:
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
