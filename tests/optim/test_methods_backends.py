@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from tests import devices
 from tests.methods import (
-    CASES,
     CURVED,
     METHODS,
     Case,
@@ -22,7 +22,7 @@ from tests.methods import (
     weights,
 )
 from tests.models import Toy, small
-from tests.pairs import label
+from tests.pairs import each, label
 
 
 def of_dtype(dtype: torch.dtype | str, device: torch.device = devices.CPU) -> Toy:
@@ -43,14 +43,17 @@ def run_on(
     return weights(model), states(opt, model)
 
 
-@CASES
-@pytest.mark.parametrize("backend", ["reference", "cuda"])
+PLACES = [("inplace", torch.float32), ("shadow", torch.bfloat16), ("shadow", torch.float16), ("shadow", "mixed")]
+
+
 @pytest.mark.parametrize(
-    ("placement", "dtype"),
-    [("inplace", torch.float32), ("shadow", torch.bfloat16), ("shadow", torch.float16), ("shadow", "mixed")],
-    ids=["inplace-float32", "shadow-bfloat16", "shadow-float16", "shadow-mixed"],
+    ("backend", "name", "place"),
+    [("cuda", *row) for row in itertools.product(METHODS, PLACES)]
+    + [("reference", *row) for row in each(list(METHODS), PLACES)],  # its rules are all in test_rules.py
+    ids=label,
 )
-def test_backends_agree_bit_for_bit(case, backend, placement, dtype):
+def test_backends_agree_bit_for_bit(backend, name, place):
+    case, (placement, dtype) = METHODS[name], place
     mine, my_states = run_on(case, backend, placement, dtype, 3)
     theirs, their_states = run_on(case, "cpu", placement, dtype, 3)
     assert equal(mine, theirs)
@@ -59,10 +62,8 @@ def test_backends_agree_bit_for_bit(case, backend, placement, dtype):
 
 
 def kernels_of(case: Case) -> tuple[Any, ...]:
-    """What tells one method's passes from another's: rules, directions, whether several are in one pass."""
-    settings = case.settings
-    words = [settings.get(word) for word in ("update", "one_sided", "distribution")]
-    return (case.states, case.method in ("fzoo", "es"), "num_samples" in settings, *words)
+    """What tells one method's kernels from another's: its rules, and the square of a sum, which MeZO-GV has."""
+    return case.states, case.options.get("update"), case.method == "mezo-gv"
 
 
 # In Triton's interpreter one of those that are alike.
