@@ -30,11 +30,11 @@ demo: setup
 	$(BIN)/zokern finetune --output demo-out --force
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The suite again, with the lines of the package that it reaches; looking on takes half as long again.
 coverage: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov=zokern --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov=zokern --cov-report=term:skip-covered
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow_machine_code

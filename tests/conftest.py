@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import sys
 
+# The tests' tensors are too small to share among threads, whose waiting slows down the other processes of the suite, those
+# that tests start too. Tests of threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available() and "tests.ptx.plugin" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +26,17 @@ from tests.lost_gpu import pytest_runtest_protocol  # noqa: F401
 from zokern import backends
 
 DATA = Path(__file__).parent / "data"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Not in pyproject.toml: pytest imports the category from there before coverage looks on.
     config.addinivalue_line("filterwarnings", "error::zokern.ZokernWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: at the end they would keep one process busy and leave the others idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(params=backends.BACKENDS)
@@ -59,18 +69,9 @@ def device(backend: str) -> torch.device:
     return devices.device_of(backend)
 
 
-@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.fixture(params=devices.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tensors too small to share among threads: waiting threads slow down what else runs here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch
 from zokern import backends
 
 EMULATED = "tests.ptx.plugin" in sys.modules
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 DEVICE = {

@@ -1,39 +1,55 @@
-"""The other methods in float64, from their equations: every perturbed state is written down, nothing is merged.
+"""The methods in float64, from their equations: every perturbed state is written down, nothing is merged.
 
-Slow and obvious on purpose, as oracle.py, and no line of it comes from zokern.optim: only the noise and the seeds are
-the contract's. Direction k of step t is z(derive_seed(run seed, t, k)). PassNumbers that divide by eps use each parameter
-group's own. `dropped(t)` names the tensors that step t leaves out (LeZO): not perturbed, not updated, not decayed, and
-their state stays. A step in which any loss is not finite changes nothing and still counts as a step.
+Slow and obvious on purpose, and no line of it comes from zokern.optim: only the noise and the seeds are the contract's.
+Direction k of step t is z(derive_seed(run seed, t, k)). PassNumbers that divide by eps use each parameter group's own.
+`theta` maps the tensor id (the position among all parameters of the module) to a float64 array. `dropped(t)` names the
+tensors that step t leaves out (LeZO): not perturbed, not updated, not decayed, and their state stays. A step in which any
+loss is not finite changes nothing and still counts as a step.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
-from tests.oracle import Group, Theta, load, noise, theta_of
 from zokern.contract import reference
 
-__all__ = [
-    "ES",
-    "FZOO",
-    "HELENE",
-    "Group",
-    "HiZOO",
-    "MeZO",
-    "MeZOGV",
-    "MeZOGreedy",
-    "Theta",
-    "load",
-    "noise",
-    "theta_of",
-]
-
+Theta = dict[int, np.ndarray]
 Loss = Callable[[Theta], Any]
 Direction = Callable[[int], np.ndarray]  # of a tensor id
+
+
+@functools.lru_cache(maxsize=256)
+def noise(n: int, seed: int, tensor_id: int, distribution: str) -> np.ndarray:
+    return reference.noise(n, seed, tensor_id, 0, distribution).astype(np.float64)
+
+
+@dataclass
+class Group:
+    """A parameter group: the tensor ids in it and its hyper-parameters."""
+
+    ids: Sequence[int]
+    lr: float
+    eps: float = 1e-3
+    weight_decay: float = 0.0
+
+
+def theta_of(module: nn.Module) -> Theta:
+    """All parameters of a module, tied ones once, numbered in order."""
+    return {i: p.detach().cpu().double().numpy().copy() for i, p in enumerate(module.parameters())}
+
+
+def load(module: nn.Module, theta: Theta) -> None:
+    """Writes theta into a module (for example a float64 copy whose losses the oracle uses)."""
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            p.copy_(torch.from_numpy(theta[i]))
 
 
 def nothing_dropped(step: int) -> set[int]:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tests import devices
 from tests.launching import launch
+from zokern import backends
 from zokern.backends import native
 from zokern.contract import reference, reference_rules
 from zokern.contract.rules import RULES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK = 1 << 14
 RULE = pytest.mark.parametrize("rule", RULES)
 SCALARS = {
@@ -178,6 +178,7 @@ def test_bits_of_several_signs(rule: str, backend: str, device: torch.device) ->
 
 @RULE
 @pytest.mark.parametrize("k", [128, 129, 131, 200])
+@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if name != "reference"], indirect=True)
 def test_bits_of_more_directions_than_a_block_keeps(rule: str, k: int, backend: str, device: torch.device) -> None:
     """A CUDA block keeps the numbers of 128 in shared memory and reads those of the others; whole and cut blocks."""
     if backend in devices.SLOW:

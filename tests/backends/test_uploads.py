@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.optim.test_methods import METHODS, Case
+from tests.methods import METHODS
 from tests.optim.test_no_waiting import DEVICE, PLACEMENTS, Transfers, loss_of, on_device
+from tests.pairs import pairs
 from zokern import backends, sweep
 from zokern.backends import native, triton
 from zokern.contract.rules import RULES
@@ -248,12 +249,12 @@ class Counted:
         monkeypatch.setattr(Passes, "run", run)
 
 
-@PLACEMENTS
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
-def test_a_pass_of_a_step_makes_at_most_one_transfer(case: Case, backend: str, placement: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend", "placement"), pairs(list(METHODS), ["cuda", "triton"], ["inplace", "shadow", "stream"])
+)
+def test_a_pass_of_a_step_makes_at_most_one_transfer(name: str, backend: str, placement: str, monkeypatch) -> None:
     """And stream's pieces of a sweep one together."""
-    model, opt = on_device(case, placement, monkeypatch)
+    model, opt = on_device(METHODS[name], placement, monkeypatch)
     with Transfers() as transfers:
         counted = Counted(monkeypatch, transfers, backends.module(backend))
         for _ in range(3):

@@ -47,7 +47,6 @@ from zokern.sweep import Passes
 
 CPU, N = torch.device("cpu"), MIN_ELEMENTS
 CASES = {c.title: c for b in BENCHMARKS.values() for dtype in SIZES for c in b.cases(dtype)}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(output: Path, **changes: Any) -> kernels.Settings:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from tests.emulated_graph import ASKS, EmulatedGraph
+from tests.models import Quadratic
 from zokern import HiZOO, MeZO
 from zokern.bench import commands_step, models, options, plots, scaling, split, step_peers, tables
 from zokern.bench.budget import Budget, peak_bytes
@@ -30,31 +31,17 @@ def generators_of_the_suite() -> Iterator[None]:
         yield
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EPS, LR = 1e-3, 0.5
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.a = nn.Parameter(torch.randn(6, 5, generator=generator, dtype=torch.float64))
-        self.b = nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64))
-        self.frozen = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
-        self.blocks = nn.ModuleList()
-
-    def forward(self) -> torch.Tensor:
-        return (self.a.square().sum() - 1.0).square() + (self.b + 0.5).square().sum() + self.frozen.sum()
-
-
-def noise_of(model: Small, seed: int) -> list[torch.Tensor]:
+def noise_of(model: Quadratic, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.normal(0.0, 1.0, p.shape, generator=generator, dtype=p.dtype) for p in (model.a, model.b)]
 
 
-def loss_at(model: Small, theta: list[torch.Tensor], direction: list[torch.Tensor], scale: float) -> float:
-    other = Small()
+def loss_at(model: Quadratic, theta: list[torch.Tensor], direction: list[torch.Tensor], scale: float) -> float:
+    other = Quadratic()
     with torch.no_grad():
         for p, t, d in zip((other.a, other.b), theta, direction, strict=True):
             p.copy_(t + scale * d)
@@ -63,7 +50,7 @@ def loss_at(model: Small, theta: list[torch.Tensor], direction: list[torch.Tenso
 
 @pytest.mark.parametrize("way", ["published", "foreach"])
 def test_mezo_peers_move_weights_as_described(way: str) -> None:
-    model = Small()
+    model = Quadratic()
     theta = [p.detach().clone() for p in (model.a, model.b)]
     peer = step_peers.PEERS["mezo"][way](model, LR, EPS, seed=3)
     for t in range(3):
@@ -78,7 +65,7 @@ def test_mezo_peers_move_weights_as_described(way: str) -> None:
 
 
 def test_hizoo_peer_moves_weights_as_described() -> None:
-    model, a, lr = Small(), 1e-3, 1e-3
+    model, a, lr = Quadratic(), 1e-3, 1e-3
     theta = [p.detach().clone() for p in (model.a, model.b)]
     h = [torch.ones_like(w) for w in theta]
     peer = step_peers.PublishedHiZOO(model, lr, EPS, seed=5, smoothing=a)
@@ -100,7 +87,7 @@ def test_hizoo_peer_moves_weights_as_described() -> None:
 def test_compiled_peer_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its graph run eagerly: whether it is compiled changes the noise, not the order of work."""
     monkeypatch.setattr(step_peers, "_fused", lambda: step_peers._add_noise)
-    model = Small().float()
+    model = Quadratic().float()
     before = model.a.detach().clone()
     peer = step_peers.Compiled(model, 0.0, EPS)
     with torch.random.fork_rng(devices=[]):

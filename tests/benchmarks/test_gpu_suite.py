@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -27,6 +28,15 @@ from tests.command_lines import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
+
+
+untestable = suite_sections.untestable
+READ_ONCE = functools.cache(untestable)  # it reads all test files, each time that sections are made
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_sections, "untestable", READ_ONCE)
 
 
 @pytest.fixture(autouse=True)
@@ -602,7 +612,7 @@ def test_missing_packages_leave_the_other_sections(commands: list[list[str]], mo
 
 
 def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert suite_sections.untestable() == {}
+    assert untestable() == {}
     ignored = {
         word.partition("=")[2] for word in suite_sections.pytest_run(Path("/out"), "tests", 4) if "--ignore" in word
     }

@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 import zokern
 from tests.emulated_graph import EmulatedGraph
-from tests.optim.test_methods import METHODS, Case
-from tests.placement.test_pipelined import Net, same
+from tests.methods import METHODS, Case
+from tests.models import Net
+from tests.placement.test_pipelined import same
 from zokern import journal
 from zokern.graphs import cuda
 from zokern.graphs import step as graphed
 from zokern.noise import derive_seed, derive_seeds
 from zokern.placement.stream import Stream
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
 
 
@@ -54,8 +54,8 @@ def make(case: Case, placement: str, dtype: torch.dtype, device: str = "cpu", **
     """A model, and an optimizer with two groups of different numbers where it takes them."""
     torch.manual_seed(2)
     model = Net().to(dtype).to(device).eval()
-    made = {k: v() if callable(v) else v for k, v in case.options.items()} | options
-    opt = getattr(zokern, case.cls)(model, case.rate, placement=placement, seed=5, weight_decay=0.01, **made)
+    made = case.settings | options
+    opt = case.cls(model, case.rate, placement=placement, seed=5, weight_decay=0.01, **made)
     sign = -1.0 if case.climbs else 1.0
 
     def closure(batch) -> Tensor:
@@ -94,7 +94,7 @@ CAPTURED = [(name, case) for name, case in METHODS.items() if case.options.get("
     ids=["inplace-float32", "inplace-bfloat16", "shadow-float16", "stream-bfloat16"],
 )
 def test_the_bits_are_those_of_eager_steps(emulated, case: Case, placement: str, dtype: torch.dtype) -> None:
-    if case.cls == "MeZOGreedy" and placement == "inplace":
+    if case.method == "mezo-greedy" and placement == "inplace":
         pytest.skip("an eager step on the CPU knows the best seed, and moves less between two directions that are one")
     data = batches()
     a, b = eager(case, placement, dtype, data), replayed(case, placement, dtype, data)
@@ -252,8 +252,8 @@ def test_what_a_graph_reads_is_kept(emulated, name: str, placement: str, monkeyp
     torch.manual_seed(2)
     model = Net().bfloat16()
     case = METHODS.get(name, METHODS["mezo"])
-    options = {k: v() if callable(v) else v for k, v in case.options.items()}
-    kind = Growing if name == "growing" else getattr(zokern, case.cls)
+    options = case.settings
+    kind = Growing if name == "growing" else case.cls
     opt = kind(model, 1e-3, placement=placement, **options)
     data = batches()
 

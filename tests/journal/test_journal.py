@@ -30,55 +30,36 @@ from torch import nn
 from typer.testing import CliRunner
 
 import zokern
-from tests import devices
+from tests import devices, methods
+from tests.models import Toy, toy
+from tests.pairs import label, pairs
 from zokern import journal
 from zokern.cli import app
 from zokern.journal import format as journal_format
 from zokern.journal import tools
 from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
-    "mezo": ("MeZO", 1e-2, {}),
-    "mezo-samples-decay": ("MeZO", 1e-2, {"num_samples": 2, "weight_decay": 0.1, "distribution": "rademacher"}),
-    "mezo-adam": ("MeZO", 1e-3, {"update": "adam"}),
-    "mezo-adamezo": ("MeZO", 1e-2, {"update": "adamezo", "horizon": 3}),
-    "mezo-momentum": ("MeZO", 1e-2, {"update": "momentum"}),
-    "mezo-sign": ("MeZO", 1e-2, {"update": "sign", "one_sided": True}),
-    "hizoo": ("HiZOO", 1e-2, {"smoothing": 1e-4, "curvature_dtype": torch.bfloat16}),
-    "helene": ("HELENE", 1e-2, {"hessian_interval": 2, "floor": zokern.ByLayer(3.0)}),
-    "mezo-gv": ("MeZOGV", 1e-2, {"smoothing": 1e-4}),
-    "mezo-greedy": ("MeZOGreedy", 1e-2, {}),
-    "fzoo": ("FZOO", 1e-6, {"candidates": 3}),
-    "es": ("ES", 1e-6, {"num_directions": 3}),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a case of all methods, with other options
+    "mezo": ("mezo", {"num_samples": 1}),
+    "mezo-samples-decay": ("mezo", {"weight_decay": 0.1, "distribution": "rademacher"}),
+    "mezo-adam": ("mezo-adam", {}),
+    "mezo-adamezo": ("mezo-adamezo", {}),
+    "mezo-momentum": ("mezo-momentum", {"num_samples": 1}),
+    "mezo-sign": ("mezo-sign", {"num_samples": 1, "one_sided": True}),
+    "hizoo": ("hizoo", {"smoothing": 1e-4, "curvature_dtype": torch.bfloat16}),
+    "helene": ("helene-by-layer", {"num_samples": 1, "hessian_interval": 2}),
+    "mezo-gv": ("gv-curved", {"candidates": 4, "elite": 0.5}),
+    "mezo-greedy": ("greedy", {}),
+    "fzoo": ("fzoo", {}),
+    "es": ("es", {"num_directions": 3}),
 }
 replaying = importlib.import_module("zokern.journal.replay")  # the package's function has the same name
 PLACEMENTS = ("inplace", "shadow", "stream")
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 6)
-        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
-        self.head = nn.Linear(6, 7)
-
-    def forward(self) -> torch.Tensor:
-        x = self.embedding(torch.arange(7))
-        for block in self.blocks:
-            x = x + torch.tanh(block(x))
-        return nn.functional.cross_entropy(self.head(x).double(), torch.arange(7).roll(1))
-
-
-def make(dtype: torch.dtype = torch.float32) -> Model:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Model().to(dtype)
-
-
 def build(case: str, model: nn.Module, **options: Any) -> Any:
-    name, lr, own = CASES[case]
-    return getattr(zokern, name)(model, lr, **own, **options)
+    name, own = CASES[case]
+    return methods.build(methods.METHODS[name], model, **{**own, **options})
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -92,7 +73,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 class Trouble:
     """A closure that has a loss that is not finite in one step, and raises in the middle of another."""
 
-    def __init__(self, model: Model, calls: int = 0) -> None:
+    def __init__(self, model: Toy, calls: int = 0) -> None:
         self.model, self.calls, self.raises = model, calls, False
 
     def __call__(self) -> torch.Tensor:
@@ -132,14 +113,15 @@ def test_a_torn_record_is_dropped_with_a_warning(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::zokern.ZokernWarning", "ignore:Detected call of:UserWarning")
-@pytest.mark.parametrize("dropped", [None, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "placement", "dtype", "dropped"),
+    pairs(list(CASES), PLACEMENTS, [torch.float32, torch.bfloat16], [None, 2]),
+    ids=label,
+)
 def test_replay_and_resume_give_the_bits_of_the_run(case, placement, dtype, dropped, tmp_path):
     """With a scheduler, a skipped step, a step that an exception broke off, LeZO, states, stochastic rounding."""
     options = {"placement": placement, "layers": None if dropped is None else zokern.RandomBlocks(dropped)}
-    model, path = make(dtype), tmp_path / "run.zkj"
+    model, path = toy(dtype), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), build(case, model, **options)
     scheduler, closure = scheduled(optimizer), Trouble(model)
     with journal.write(optimizer, path):
@@ -180,7 +162,7 @@ def test_replay_and_resume_give_the_bits_of_the_run(case, placement, dtype, drop
 def test_a_replay_on_another_backend_gives_the_same_bits(backend, tmp_path):
     if devices.device_of(backend).type != "cpu":
         pytest.skip(f"{backend} does not run on CPU tensors here")
-    model, path = make(torch.bfloat16), tmp_path / "run.zkj"
+    model, path = toy(torch.bfloat16), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), build("hizoo", model, placement="shadow")
     with journal.write(optimizer, path):
         for _ in range(3):
@@ -189,9 +171,9 @@ def test_a_replay_on_another_backend_gives_the_same_bits(backend, tmp_path):
     assert same(weights(base), weights(model))
 
 
-def written(tmp_path: Path, number: int = 6, **options: Any) -> tuple[Path, Model, Model]:
+def written(tmp_path: Path, number: int = 6, **options: Any) -> tuple[Path, Toy, Toy]:
     """A journal of MeZO, its base and its result."""
-    model, path = make(), tmp_path / "run.zkj"
+    model, path = toy(), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), zokern.MeZO(model, 1e-2, **options)
     with journal.write(optimizer, path):
         for _ in range(number):
@@ -201,7 +183,7 @@ def written(tmp_path: Path, number: int = 6, **options: Any) -> tuple[Path, Mode
 
 def test_a_step_of_mezo_takes_at_most_24_bytes(tmp_path):
     """Also with weight decay and a scheduler, which change two numbers more in each step."""
-    model, path, sizes = make(), tmp_path / "run.zkj", []
+    model, path, sizes = toy(), tmp_path / "run.zkj", []
     optimizer = zokern.MeZO(model, 1e-2, weight_decay=0.1)
     scheduler = scheduled(optimizer)
     with journal.write(optimizer, path):
@@ -237,7 +219,7 @@ def test_writing_needs_a_new_file_and_a_run_without_states(tmp_path):
 
 
 def test_a_journal_may_begin_in_the_middle_of_a_run_without_states(tmp_path):
-    model, path = make(), tmp_path / "run.zkj"
+    model, path = toy(), tmp_path / "run.zkj"
     optimizer = zokern.MeZO(model, 1e-2)
     for _ in range(3):
         optimizer.step(model)
@@ -252,7 +234,7 @@ def test_another_base_or_optimizer_is_refused(tmp_path):
     path, base, model = written(tmp_path)
     other = copy.deepcopy(base)
     with torch.no_grad():
-        other.head.bias[0] += 1e-3
+        other.norm.bias[0] += 1e-3
     before = weights(other)
     with pytest.raises(journal.JournalError, match="not those that the run started from"):
         journal.replay(path, other)
@@ -268,20 +250,20 @@ def test_another_base_or_optimizer_is_refused(tmp_path):
     assert same(weights(other), before)
     with pytest.raises(journal.JournalError, match="until is 7, and the journal ends after 6"):
         journal.replay(path, copy.deepcopy(base), until=7)
-    missing = {name: p for name, p in base.named_parameters() if name != "head.bias"}
-    with pytest.raises(journal.JournalError, match=r"head\.bias"):
+    missing = {name: p for name, p in base.named_parameters() if name != "norm.bias"}
+    with pytest.raises(journal.JournalError, match=r"norm\.bias"):
         journal.replay(path, missing, verify=False)
     assert model is not base
 
 
 def test_a_result_that_is_not_training_s_is_noticed(tmp_path):
     """The marks hold a hash of the weights: here of weights that somebody changed before the journal ended."""
-    model, path = make(), tmp_path / "run.zkj"
+    model, path = toy(), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), zokern.MeZO(model, 1e-2)
     with journal.write(optimizer, path):
         optimizer.step(model)
         with torch.no_grad():
-            model.head.bias[0] += 1.0
+            model.norm.bias[0] += 1.0
     with pytest.raises(journal.JournalError, match="not those that training had"):
         journal.replay(path, copy.deepcopy(base))
     assert journal.replay(path, base, verify=False) == 1
@@ -306,7 +288,7 @@ def test_a_result_that_is_not_training_s_is_noticed(tmp_path):
 def test_many_steps_are_one_pass(tmp_path, case, steps, options, passes):
     """A replay moves memory once for up to 32 passes or 128 seeds, and gives training's bits."""
     dtype = options.pop("dtype", torch.float32)
-    model, path = make(dtype), tmp_path / "run.zkj"
+    model, path = toy(dtype), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), getattr(zokern, case)(model, 1e-2, **options)
     with journal.write(optimizer, path):
         for _ in range(steps):
@@ -317,7 +299,7 @@ def test_many_steps_are_one_pass(tmp_path, case, steps, options, passes):
         player.play(step)
     player.flush()
     assert same(weights(base), weights(model))
-    assert not same(weights(base), weights(make(dtype)))
+    assert not same(weights(base), weights(toy(dtype)))
     assert player.passes.counters.passes == passes
     assert player.passes.counters.elements_moved == passes * 2 * sum(p.numel() for p in model.parameters())
 
@@ -513,7 +495,7 @@ def train(path: Path, number: int, resume: bool) -> None:
     """In a process of its own, which may be killed at any time."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    model = make(torch.bfloat16)
+    model = toy(torch.bfloat16)
     optimizer = zokern.HiZOO(model, 1e-2, smoothing=1e-4, placement="shadow", layers=zokern.RandomBlocks(1))
     context: Callable[..., Any] = journal.resume if resume else journal.write
     with context(optimizer, path):
@@ -554,7 +536,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     assert tools.first_difference(tmp_path / "whole.zkj", path) is None
     results = []
     for name in ("whole.zkj", "run.zkj"):
-        model = make(torch.bfloat16)
+        model = toy(torch.bfloat16)
         assert journal.replay(tmp_path / name, model) == number
         results.append(weights(model))
     assert same(*results)
@@ -582,7 +564,7 @@ def test_replay_of_a_file_of_tensors(tmp_path):
     assert (code, "--force" in said) == (1, True)
     assert command(*arguments, "--force", "--until", "2")[0] == 0
     assert command(*arguments, "--force", "--until", "99")[0] == 1
-    assert not torch.equal(load_file(tmp_path / "tuned.safetensors")["head.bias"], tuned["head.bias"])
+    assert not torch.equal(load_file(tmp_path / "tuned.safetensors")["norm.bias"], tuned["norm.bias"])
     assert not list(tmp_path.glob("*.tmp"))
     code, said = command("replay", tmp_path / "nothing", path, "-o", tmp_path / "x")
     assert (code, "nothing is not a file" in said) == (1, True)
@@ -601,7 +583,7 @@ def test_show(tmp_path):
 def test_diff_names_the_first_difference(tmp_path):
     paths = []
     for i, (lrs, seed) in enumerate((((1e-2,) * 5, 0), ((1e-2, 1e-2, 2e-2, 1e-2, 1e-2), 0), ((1e-2,) * 5, 1))):
-        model = make()
+        model = toy()
         optimizer = zokern.MeZO(model, 1e-2, seed=seed)
         paths.append(tmp_path / f"{i}.zkj")
         with journal.write(optimizer, paths[-1]):

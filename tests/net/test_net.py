@@ -16,11 +16,6 @@ from zokern.optim import METHODS
 CASES = cases.every()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """The tensors are tiny."""
-
-
 def of(method: str) -> list[cases.Case]:
     return [case for case in CASES if case.method == method]
 

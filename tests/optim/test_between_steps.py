@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.placement.test_pipelined import Net
+from tests.models import Net
 from zokern import backends, journal, sweep
 from zokern.graphs.live import DeviceNumbers
 from zokern.placement import InPlace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
 TOKENS = torch.zeros(2, 5, dtype=torch.int64)
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import zokern
-from tests.optim.test_methods import CASES, EPS, METHODS, SEED, Case, build, given, scripted, small, tokens, weights
+from tests.methods import CASES, EPS, METHODS, SEED, Case, build, given, scripted, weights
+from tests.models import small, tokens
 from zokern.contract.reference import derive_seed
 from zokern.directions import DIRECTIONS
 from zokern.optim import base
 from zokern.optim.events import StepEvent
 from zokern.sweep import Member, Passes, Sweep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 NAN = [1.0, math.nan] + [1.0] * 8

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 import zokern
-from tests.optim.test_methods import Model, scripted, small, tokens, weights
+from tests.methods import scripted, weights
+from tests.models import Toy, small, tokens
 from zokern.optim import METHODS
 from zokern.optim.losses import Losses
 from zokern.sweep import Counters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHADOW = {"placement": "shadow", "seed": 3, "eps": 0.05}
 
 
-def make(cls: str = "MeZO", **options: Any) -> tuple[Model, Any]:
+def make(cls: str = "MeZO", **options: Any) -> tuple[Toy, Any]:
     """In copies, so that a step that moves nothing leaves every bit."""
     model = small()
     return model, getattr(zokern, cls)(model, 1e-2, **{**SHADOW, **options})
@@ -94,7 +94,7 @@ def test_vectors_of_micro_batches_are_one_vector() -> None:
     for batches in (None, [slice(0, 2), slice(2, 4)]):
         model, opt = make("HELENE", hessian_interval=1)
 
-        def losses(which: slice = slice(0, 4), model: Model = model) -> Tensor:
+        def losses(which: slice = slice(0, 4), model: Toy = model) -> Tensor:
             return torch.stack([model(tokens(i)) for i in range(4)[which]])
 
         for _ in range(2):
@@ -162,7 +162,7 @@ def test_weights_of_tokens_give_the_loss_of_one_batch() -> None:
     for batches in ([range(6)], [range(2), range(2, 6)]):
         model, opt = make()
 
-        def mean(batch: range, model: Model = model) -> Tensor:
+        def mean(batch: range, model: Toy = model) -> Tensor:
             each = [(model(tokens(i)) * 1024).round() / 1024 for i in batch]  # whole numbers: their sums are exact
             return torch.stack(each).sum() / len(batch)
 
@@ -176,7 +176,7 @@ def test_weights_of_tokens_give_the_loss_of_one_batch() -> None:
 # ------------------------------------------------------------------------------------------------------- losses by name
 
 
-def named(model: Model, weight: float | None = None) -> Callable[[], Any]:
+def named(model: Toy, weight: float | None = None) -> Callable[[], Any]:
     def closure() -> Any:
         task, length = model(tokens(0)), model.norm.weight.double().square().sum()
         return {"task": task, "length": length} if weight is None else task + weight * length

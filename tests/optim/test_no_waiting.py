@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
-from tests.optim.test_methods import METHODS, Case
-from tests.placement.test_pipelined import Net
+from tests.methods import METHODS, Case
+from tests.models import Net
 from zokern import backends, sweep
 from zokern.graphs.live import DeviceNumbers
 from zokern.optim import parameters
@@ -83,10 +83,6 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-def options_of(case: Case) -> dict[str, Any]:
-    return {k: v() if callable(v) else v for k, v in case.options.items()}
-
-
 def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, ZerothOrderOptimizer]:
     model = Net().bfloat16().to(DEVICE)
     monkeypatch.setattr(parameters, "check_parameter", lambda p, name: None)  # it refuses tensors without storage
@@ -96,7 +92,7 @@ def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tu
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)  # what the copies are made from
     # The count of skipped steps comes to the host by a CUDA event, in its own time.
     monkeypatch.setattr(Skips, "look", lambda self: None)
-    return model, getattr(zokern, case.cls)(model, 1e-3, placement=placement, **options_of(case))
+    return model, case.cls(model, 1e-3, placement=placement, **case.settings)
 
 
 def loss_of(model: Net) -> Tensor:
@@ -120,7 +116,7 @@ def test_a_step_after_a_load_asks_the_device_for_nothing(case: Case, monkeypatch
     """What a method remembers has come from the host."""
     torch.manual_seed(1)
     model = Net().bfloat16()
-    trained = getattr(zokern, case.cls)(model, 1e-3, placement="shadow", **options_of(case))
+    trained = case.cls(model, 1e-3, placement="shadow", **case.settings)
     for _ in range(2):
         trained.step(lambda: model(torch.zeros(2, 5, dtype=torch.int64)).float().square().mean())
     model, opt = on_device(case, "shadow", monkeypatch)

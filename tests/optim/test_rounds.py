@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.optim.test_methods import small, tokens, weights
+from tests.methods import weights
+from tests.models import small, tokens
 from zokern import journal
 from zokern.optim import METHODS, ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds, in_turn
 from zokern.optim.update import Estimate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
 A, B, C, D = 100, 101, 102, 103  # the seeds of directions 0, 1, 2, 3
 

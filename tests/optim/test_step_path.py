@@ -9,14 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 import zokern
 
 ROOT = str(Path(zokern.__file__).parent)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def path_of_a_step(params: nn.Module, closure: Callable[[], torch.Tensor]) -> list[str]:

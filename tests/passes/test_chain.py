@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.devices import DTYPES
 from tests.launching import launch, launch_chain
+from tests.pairs import by_backend, label
 from zokern.backends import native
 from zokern.contract.rules import RULES
 from zokern.directions import DIRECTIONS
@@ -71,8 +73,10 @@ def one_by_one(tensors, states, stages, where, *, probes=(), enabled=None):
         )
 
 
-@pytest.mark.parametrize("fork", [False, True, "disabled"])
-@pytest.mark.parametrize("rule", CHAINED)
+@pytest.mark.parametrize(
+    ("backend", "rule", "dtype", "fork"),
+    by_backend(CHAINED, DTYPES, [False, True, "disabled"]), indirect=["backend"], ids=label,
+)  # fmt: skip
 def test_a_chain_gives_the_bits_of_its_passes(backend, device, dtype, rule, fork) -> None:
     compare(backend, device, dtype, rule, fork)
 

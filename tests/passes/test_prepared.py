@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import zokern
 from tests.launching import launch
-from tests.optim.test_methods import METHODS
+from tests.methods import METHODS
+from tests.models import Net
 from tests.passes.test_chain import one_by_one
-from tests.placement.test_pipelined import Net
 from zokern.contract.rules import RULES
 from zokern.directions import DIRECTIONS
 from zokern.passes import operands, table
@@ -25,7 +25,6 @@ from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.placement import sites
 from zokern.sweep import Member, Passes, Sweep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (100, 8, 333)
 
 
@@ -105,7 +104,7 @@ def test_tables_are_looked_for_once_and_again_when_something_changes(
     torch.manual_seed(2)
     model, case = Net(), METHODS[name]
     options = {k: v for k, v in case.options.items() if k != "num_samples"}
-    opt = getattr(zokern, case.cls)(model, 1e-3, placement=placement, num_samples=4, **options)
+    opt = case.cls(model, 1e-3, placement=placement, num_samples=4, **options)
 
     def loss() -> Tensor:
         return model(torch.zeros(2, 5, dtype=torch.int64)).square().mean()

@@ -17,6 +17,7 @@ from torch import Tensor
 import zokern
 from tests import devices
 from tests.launching import launch, launch_chain
+from tests.pairs import by_backend, each, label
 from zokern import sweep
 from zokern.backends import native
 from zokern.contract.rules import RULES
@@ -25,7 +26,6 @@ from zokern.passes import table
 from zokern.passes.operands import Operands
 from zokern.passes.spec import PassNumbers, PassSpec, perturbation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK, F32, F16, BF16 = table.CHUNK, torch.float32, torch.float16, torch.bfloat16
 RULE = pytest.mark.parametrize("rule", RULES)
 CHAINED = [rule for rule in RULES if rule != "scaled_axpy"]
@@ -155,7 +155,12 @@ def spec_of(rule: str, distribution: str = "normal", rounding: str = "nearest", 
 # ------------------------------------------------------------------------------------------------------------- passes
 
 
-@RULE
+BY_BACKEND = pytest.mark.parametrize(
+    ("backend", "rule", "dtype"), by_backend(list(RULES), [F32, F16, BF16], slow=each), indirect=["backend"], ids=label
+)
+
+
+@BY_BACKEND
 def test_shards_have_the_bits_of_the_whole(rule: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     state = BF16 if RULES[rule].states == ("h",) and dtype == BF16 else F32
     rounding = "nearest" if dtype == F16 else "stochastic"
@@ -169,14 +174,17 @@ def test_in_several_calls_and_out_of_place(rule: str, backend: str, device: torc
     check(some, spec_of(rule), told, backend, device, out=True)
 
 
-@RULE
+@BY_BACKEND
 def test_signs_and_squares_of_sums(rule: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     some = wholes(rule, dtype, F32, rows=3)[: 1 if backend in devices.SLOW else 3]
     flags = {"square_of_sum": "V" in RULES[rule].coefs, "keep_second": RULES[rule].written == 2}
     check(some, spec_of(rule, "rademacher", **flags), numbers(rule, 3), backend, device)
 
 
-@pytest.mark.parametrize("offset", [0, 5, 2**32 - 130, 2**36 + 3, 2**45 - 1000])
+@pytest.mark.parametrize(
+    ("backend", "offset", "dtype"),
+    by_backend([0, 5, 2**32 - 130, 2**36 + 3, 2**45 - 1000], [F32, F16, BF16], slow=each), indirect=["backend"], ids=label,
+)  # fmt: skip
 def test_offsets_of_the_whole(offset: int, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Beyond 2^32 and 2^35, where the counter's words wrap around, and up to the last index that there is."""
     some = wholes("axpy", dtype, F32, offset=offset)
@@ -288,8 +296,10 @@ def check_chain(rule: str, dtype: torch.dtype, fork: bool, backend: str, device:
     assert not torch.equal(got[0].cpu(), some[0].w[some[0].cuts[0]])
 
 
-@pytest.mark.parametrize("fork", [False, True])
-@pytest.mark.parametrize("rule", CHAINED)
+@pytest.mark.parametrize(
+    ("backend", "rule", "dtype", "fork"),
+    by_backend(CHAINED, [F32, F16, BF16], [False, True], slow=each), indirect=["backend"], ids=label,
+)  # fmt: skip
 def test_a_chain(rule: str, fork: bool, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     check_chain(rule, dtype, fork, backend, device)
 

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.optim.test_methods import CASES, METHODS, Case, build, given, scripted, small, states, tokens, weights
+from tests.methods import CASES, METHODS, Case, build, given, scripted, states, weights
+from tests.models import small, tokens
 from zokern import directions, journal
 from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import Terms, Update, packed, perturbation, seed_tensor
 from zokern.placement import PLACEMENTS, Ahead, Placement, Rounding, Shadow
 from zokern.sweep import Passes, Sweep
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Kept:
@@ -103,8 +102,8 @@ def test_an_object_of_yours_has_the_bits_of_shadow(case: Case, dtype: torch.dtyp
 
 def plain_forwards(case: Case) -> int:
     """Forwards at theta itself, which take no pass."""
-    curved = case.cls == "HiZOO" or "smoothing" in case.options
-    return int(curved or case.cls == "FZOO" or bool(case.options.get("one_sided")))
+    curved = case.method == "hizoo" or "smoothing" in case.options
+    return int(curved or case.method == "fzoo" or bool(case.options.get("one_sided")))
 
 
 def test_it_is_asked_in_the_order_of_a_step() -> None:

@@ -9,40 +9,23 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.optim.test_methods import CASES, METHODS, Case
+from tests.methods import METHODS, Case
+from tests.models import Net
+from tests.pairs import by_backend, each, label, pairs
 from zokern.placement import sites
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACEMENTS = pytest.mark.parametrize("placement", ["shadow", "stream"])
-
-
-class Net(nn.Module):
-    """Blocks between an embedding and a head, which are where stream keeps two different kinds of copies."""
-
-    def __init__(self, depth: int = 4, width: int = 24) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, width)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth))
-        self.head = nn.Linear(width, 3)
-
-    backwards = False
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in reversed(self.layers) if self.backwards else self.layers:
-            x = x + layer(x)
-        return self.head(x.mean(dim=1))
 
 
 def run(placement, pipelined, case: Case, dtype=torch.bfloat16, steps=5, between=None, num_dropped=0, **options):
     torch.manual_seed(2)
     model = Net().to(dtype).eval()
     tokens, labels = torch.randint(0, 11, (6, 5)), torch.randint(0, 3, (6,))
-    made = {k: v() if callable(v) else v for k, v in case.options.items()} | options
+    made = case.settings | options
     if num_dropped:
         made["layers"] = zokern.RandomBlocks(num_dropped)
     sign = -1.0 if case.climbs else 1.0
-    opt = getattr(zokern, case.cls)(model, case.rate, placement=placement, pipelined=pipelined, seed=5, **made)
+    opt = case.cls(model, case.rate, placement=placement, pipelined=pipelined, seed=5, **made)
     losses = []
     for step in range(steps):
         losses.append(opt.step(lambda: sign * nn.functional.cross_entropy(model(tokens).float(), labels)))
@@ -64,17 +47,21 @@ def same(a, b) -> None:
         assert torch.equal(s, t)
 
 
-@CASES
-@PLACEMENTS
-@pytest.mark.parametrize("num_dropped", [0, 2])
-def test_the_bits_are_those_without(case: Case, placement: str, num_dropped: int) -> None:
+@pytest.mark.parametrize(("name", "placement", "num_dropped"), pairs(list(METHODS), ["shadow", "stream"], [0, 2]))
+def test_the_bits_are_those_without(name: str, placement: str, num_dropped: int) -> None:
+    case = METHODS[name]
     plain = run(placement, False, case, num_dropped=num_dropped)
     piped = run(placement, True, case, num_dropped=num_dropped)
     same(plain, piped)
     assert piped[1].counters["elements_moved"] < plain[1].counters["elements_moved"]
 
 
-@pytest.mark.parametrize("name", ["mezo", "hizoo", "helene"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "name"),
+    by_backend([torch.float32, torch.float16, torch.bfloat16], ["mezo", "hizoo", "helene"], slow=each),
+    indirect=["backend"],
+    ids=label,
+)
 def test_every_backend_and_dtype(backend: str, device: torch.device, dtype: torch.dtype, name: str) -> None:
     if device.type != "cpu":
         pytest.skip("the oracle's forwards are the CPU's; test_gpu_steps.py has these on a GPU")
@@ -209,7 +196,7 @@ def test_saving_and_loading_in_between() -> None:
 
 
 def test_more_seeds_than_a_chain_takes() -> None:
-    case = Case("ES", {"num_directions": 130}, 130, 131, 0.0, 0.01)
+    case = Case("es", {"num_directions": 130}, 130, 131, 0.0, 0.01)
     plain, piped = (run("shadow", pipelined, case, steps=2) for pipelined in (False, True))
     same(plain, piped)
     assert plain[1].counters == piped[1].counters

@@ -17,30 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import zokern
+from tests.models import Mixed
 from zokern import backends, sweep
 
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow"])
 _package = Path(zokern.__file__).parent
 TRACED = tuple(str(_package / name) for name in ("optim", "placement", "sweep.py", "interrupts.py"))
-
-
-class Mixed(nn.Module):
-    """bfloat16 and float32 weights, one tied pair, an LSTM: a pass is two launches, and LSTM needs its flat weights set."""
-
-    def __init__(self, sixteen: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 6)
-        self.lstm = nn.LSTM(6, 6)
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 7, bias=False)
-        self.head.weight = self.embedding.weight
-        if sixteen:
-            self.embedding.bfloat16()
-
-    def forward(self) -> Tensor:
-        tokens = torch.arange(7)
-        x = self.norm(self.lstm(self.embedding(tokens).float())[0])
-        return nn.functional.cross_entropy(nn.functional.linear(x, self.head.weight.float()), tokens.roll(1))
 
 
 def mixed(placement: str) -> Mixed:
@@ -280,9 +262,6 @@ def test_losses_too_large_for_an_update_do_not_destroy_the_weights(placement, si
 
 
 # ----------------------------------------------------------------------------------------------------------- interrupts
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

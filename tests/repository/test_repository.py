@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -50,9 +51,10 @@ def test_a_figure_that_is_not_the_stored_one_is_told(tmp_path: Path, monkeypatch
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert blocks
-    for block in blocks:
-        done = run(sys.executable, "-c", block, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    (tmp_path / "blocks.json").write_text(json.dumps(blocks))
+    one_by_one = "import json; [exec(block, {'__name__': '__main__'}) for block in json.load(open('blocks.json'))]"
+    done = run(sys.executable, "-c", one_by_one, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
