@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     # A GPU-less machine's TRITON_INTERPRET of this suite is no business of a fresh process.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**inherited, **env}, timeout=300)
+    own = {**inherited, "PYTHONPATH": str(ROOT), **env}  # this source, whatever is installed
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=own, timeout=300)
 
 
 def test_figures_in_pages_come_from_the_stored_results() -> None:
@@ -53,7 +54,7 @@ def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     assert blocks
     (tmp_path / "blocks.json").write_text(json.dumps(blocks))
     one_by_one = "import json; [exec(block, {'__name__': '__main__'}) for block in json.load(open('blocks.json'))]"
-    done = run(sys.executable, "-c", one_by_one, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = run(sys.executable, "-c", one_by_one, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
