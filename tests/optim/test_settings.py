@@ -233,6 +233,7 @@ def test_defaults_of_the_command_are_those_of_the_class(method: str) -> None:
 def test_one_of_two_betas_leaves_the_other() -> None:
     assert methods.settings(Options(method="helene", beta2=0.5))["betas"] == (0.9, 0.5)
     assert methods.settings(Options(method="mezo", beta1=0.5))["betas"] == (0.5, 0.999)
+    assert methods.settings(Options(method="mezo", beta1=0.0))["betas"] == (0.0, 0.999)
     assert "betas" not in methods.settings(Options(method="mezo"))
 
 
