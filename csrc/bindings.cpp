@@ -1,5 +1,6 @@
 // The Python module zokern._C: addresses, sizes, scalars and a stream go in, nothing else. No libtorch, so that one
-// build serves every version of PyTorch. It trusts its caller: zokern/ops.py has checked everything.
+// build serves every version of PyTorch. It trusts its caller: zokern/passes/operands.py has checked the
+// tensors, zokern/ops.py or the optimizer the numbers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -100,7 +101,7 @@ void raise_if(const std::string& error) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "zokern's compiled passes; use zokern.ops, which checks its arguments.";
+  m.doc() = "zokern's compiled passes; use zokern.add_noise_, which checks its arguments.";
   py::class_<zk::Pass>(m, "Pass").def(py::init(&make_pass), py::arg("table"), py::arg("flags"), py::arg("seeds"),
                                       py::arg("num_seeds"), py::arg("seeds_on_host"), py::arg("coefs"),
                                       py::arg("scalars"), py::arg("rounding_seed"), py::arg("rounding_on_host"),

@@ -23,7 +23,8 @@ from zokern.settings import REQUIRED, Setting, shown
 
 def setting(one: Setting) -> tuple[str, ...]:
     default = "" if one.default is REQUIRED else f"`{shown(one.default)}`"
-    return f"`{one.name}`", default, one.kind.in_words, one.help.replace("|", "\\|")
+    name = f"`{one.name}`" + (f" ({', '.join(f'`--{part}`' for part in one.parts)})" if one.parts else "")
+    return name, default, one.kind.in_words, one.help.replace("|", "\\|")
 
 
 def settings(of: dict[str, Setting]) -> str:

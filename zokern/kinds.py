@@ -33,7 +33,7 @@ class Kind:
 
     @property
     def in_words(self) -> str:
-        """`allowed` in a description."""
+        """`allowed` in a description: without limits from HUGE on."""
         return self.allowed
 
     def stored(self, value: Any) -> Any:

@@ -1,7 +1,7 @@
 """A setting is declared once, in the class whose it is: its default, what it may be, what it does.
 
     class MeZO(ZerothOrderOptimizer):
-        num_samples: int = setting(default=1, kind=Integer(1, 1 << 20), help="Directions averaged in a step.")
+        horizon: int = setting(default=10, kind=Integer(1, 1 << 20), help="Steps whose directions ...")
 
 From that come the constructor's argument, its check and its line in the docstring, the attribute, the option of the
 command, and the row of the tables in docs/. A class takes the settings of its bases and its own.
@@ -30,9 +30,10 @@ REQUIRED = inspect.Parameter.empty
 class Setting:
     """One setting.
 
-    alias: the argument's name, where the attribute has another. kept: it becomes an attribute, and is stored where it is of
-    one method. changed: the method called when the attribute is set later, which is checked too. flags: the option's
-    spelling; () is from the name, None is none. parts: the options that make it up together, and what each is.
+    alias: the argument's name, where the attribute has another. kept: it becomes an attribute and, where it is not common
+    to all methods, is saved in state_dicts. changed: the method called when the attribute is set later, which is checked
+    too. flags: the option's spelling; () is from the name, None is none. parts: the options that make it up together, and
+    what each is.
     """
 
     default: Any

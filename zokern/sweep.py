@@ -223,7 +223,9 @@ class Listener(Protocol):
 
 @dataclass
 class Passes:
-    """direction: that of all passes. gate: int32 [1] on the device; a zero there makes every pass write nothing."""
+    """direction: that of all passes. gate: int32 [1] on the device; a zero there makes every pass write
+    nothing. It is kept here for placements, which give it to their passes as `enabled`.
+    """
 
     direction: Direction
     backend: str

@@ -27,7 +27,6 @@ from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, PassSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

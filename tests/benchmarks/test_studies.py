@@ -19,8 +19,6 @@ from benchmarks.drift import run as drift
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted(path.parent.name for path in (ROOT / "benchmarks").glob("*/run.py"))
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_options_are_of_the_kind_of_their_defaults() -> None:
     parser = study.parser("about", steps=(10, "of a run"), dropped=([1, 2], "blocks"), redo=(False, "again"),

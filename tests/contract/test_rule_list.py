@@ -56,7 +56,7 @@ def test_cpp_has_the_same_rules() -> None:
         assert (its["coefs"], its["scalars"], its["states"]) == (len(rule.coefs), len(rule.scalars), len(rule.states))
         assert its["written"] == rule.written
         assert its["squares"] == (rule.coefs.index("V") if "V" in rule.coefs else -1)
-        assert its["perturbation"] == scalars.perturbation(rule).name
+        assert its["perturbation"] == scalars.rule_of_probes(rule).name
     assert {rule["name"] for rule in built if rule["half_state"]} == {"scaled_axpy", "hizoo", "hizoo_restore"}
 
 
@@ -165,7 +165,7 @@ class Case:
         self.states = [torch.ones_like(self.w) for _ in rule.states]
         self.rows = table.build([self.w], [self.w], [0], [0], [0], [[state] for state in self.states])
         numbers = self.numbers(rule)
-        perturbs = scalars.perturbation(rule)
+        perturbs = scalars.rule_of_probes(rule)
         self.made = native.make_pass(self.rows, scalars.PassSpec(rule), numbers)
         self.chain = scalars.Chain(
             [(scalars.PassSpec(rule), numbers), (scalars.PassSpec(perturbs), self.numbers(perturbs))], rule

@@ -15,7 +15,7 @@ from tests.pairs import by_backend, label
 from zokern.backends import native
 from zokern.contract.rules import RULES
 from zokern.directions import DIRECTIONS
-from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, perturbation
+from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, rule_of_probes
 
 CHAINED = [rule for rule in RULES if rule != "scaled_axpy"]
 GROUPS = 2
@@ -92,7 +92,7 @@ def compare(backend: str, device: torch.device, dtype: torch.dtype, rule: str, f
     draw = random.Random(f"{rule} {dtype} {fork}")
     state_dtype = torch.bfloat16 if rule.startswith("hizoo") and draw.random() < 0.5 else torch.float32
     distribution = draw.choice(["normal", "rademacher"])
-    helper = perturbation(RULES[rule]).name
+    helper = rule_of_probes(RULES[rule]).name
     names = [rule, helper, rule, helper, rule] if not fork else [rule, rule, helper]
     stages = [stage(n, draw, draw.choice([1, 2, 3]), distribution, draw.random() < 0.5) for n in names]
     if fork:

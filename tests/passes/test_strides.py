@@ -24,7 +24,7 @@ from zokern.contract.rules import RULES
 from zokern.directions import DIRECTIONS
 from zokern.passes import table
 from zokern.passes.operands import Operands
-from zokern.passes.spec import PassNumbers, PassSpec, perturbation
+from zokern.passes.spec import PassNumbers, PassSpec, rule_of_probes
 
 CHUNK, F32, F16, BF16 = table.CHUNK, torch.float32, torch.float16, torch.bfloat16
 RULE = pytest.mark.parametrize("rule", RULES)
@@ -245,7 +245,7 @@ def test_more_dimensions(backend: str, device: torch.device) -> None:
 
 
 def chain_of(rule: str, draw: random.Random, dtype: torch.dtype, fork: bool) -> list[tuple[PassSpec, PassNumbers]]:
-    helper, distribution = perturbation(RULES[rule]).name, draw.choice(["normal", "rademacher"])
+    helper, distribution = rule_of_probes(RULES[rule]).name, draw.choice(["normal", "rademacher"])
     stages = []
     for i, name in enumerate([rule, rule, helper] if fork else [helper, rule, rule]):
         rounding = "stochastic" if dtype != F32 and draw.random() < 0.6 else "nearest"

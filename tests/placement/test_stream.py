@@ -177,7 +177,7 @@ def test_opt_13b_needs_at_most_8_percent(dropped):
     ],
 )
 def test_what_auto_chooses(params, expected, word, capsys, monkeypatch):
-    monkeypatch.setattr(placements, "_told", set())
+    monkeypatch.setattr(placements, "_announced", set())
     given = params()
     opt = zokern.MeZO(given, 1e-3)
     assert type(opt._placement) is expected

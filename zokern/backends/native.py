@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zokern.contract.rules import RULES, Rule
-from zokern.passes.spec import Chain, PassNumbers, PassSpec, perturbation
+from zokern.passes.spec import Chain, PassNumbers, PassSpec, rule_of_probes
 from zokern.passes.table import Table
 
 STAGE_COLUMNS = 9  # of stage_rows
@@ -27,7 +27,7 @@ def _described(rule: Rule) -> dict[str, object]:
         "states": len(rule.states),
         "written": rule.written,
         "squares": rule.coefs.index("V") if "V" in rule.coefs else -1,
-        "perturbation": perturbation(rule).name,
+        "perturbation": rule_of_probes(rule).name,
     }
 
 

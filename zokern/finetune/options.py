@@ -37,7 +37,8 @@ C = TypeVar("C")
 
 
 def _of_methods(cls: type[C]) -> type[C]:
-    """A dataclass with a field more for each option that methods take."""
+    """A dataclass with a field more for each option that methods take: a setting in a method's class (zokern/optim) becomes
+    a Taker, a field here, an option (cli/tuning.py), and an argument of the class again (finetune/methods.py)."""
     fields = [
         (name, "Any", dataclasses.field(default=takers.default(name), metadata={"takers": name}))
         for name in takers.TAKERS

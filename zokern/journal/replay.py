@@ -17,7 +17,7 @@ from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.journal.format import BROKEN_OFF, JournalError, Reader, Step
 from zokern.journal.hashing import hash_of
 from zokern.layers import draw
-from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, perturbation
+from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, rule_of_probes
 from zokern.sweep import Member, Passes, Sweep
 
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
@@ -139,7 +139,7 @@ def _rule_of(rules: set[Rule]) -> Rule | None:
     """The rule of a chain with stages of these rules, None where no chain has them all."""
     if {rule.name for rule in rules} == {"scaled_axpy"}:
         return RULES["hizoo"]
-    candidates = [rule for rule in rules if rule.name != "scaled_axpy" and rules <= {rule, perturbation(rule)}]
+    candidates = [rule for rule in rules if rule.name != "scaled_axpy" and rules <= {rule, rule_of_probes(rule)}]
     return candidates[0] if candidates else None
 
 

@@ -34,7 +34,7 @@ from zokern.passes.update import Terms, sent
 class ZerothOrderOptimizer(Saving, Captured):
     """Base class of the methods. Subclasses declare their settings (zokern/settings.py) and have `rounds` (method.py).
 
-    held.py has what it is made of, saving.py state_dicts, captured.py what a graph of a step needs.
+    The constructor is in built.py, state_dicts in saving.py, what a graph of a step needs in captured.py.
     """
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         }
         update = self.update(estimate, rates.on(every.device))
         ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate)
-        rounding = placements.Rounding(
+        rounding = placements.Rounding(  # of 16-bit weights; sweep.launch leaves float32 as it is
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()
         )
         self._placement.update(update, ok, rounding, self._ahead() if self.pipelined else None)

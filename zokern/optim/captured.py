@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zokern.optim.held import Held
+from zokern.optim.built import Built
 from zokern.sweep import Counters
 
 
-class Captured(Held):
+class Captured(Built):
     def rows_changed(self) -> None:
         """What rows of numbers go by, `row_key`, is no longer the same."""
         self._parameters.forget()

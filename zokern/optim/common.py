@@ -15,8 +15,11 @@ from zokern.layers import RandomBlocks
 from zokern.optim.parameters import RATES
 from zokern.settings import Settings, setting
 
+# Of the methods that average: declared once, and not common to all.
 NUM_SAMPLES: Any = setting(
-    default=1, kind=Integer(1, 1 << 20), help="Directions averaged in a step, n: all go into one update. Published: 1."
+    default=1,
+    kind=Integer(1, 1 << 20),
+    help="Directions (samples) averaged in a step, n: all go into one update. Published: 1.",
 )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from zokern.optim import state
-from zokern.optim.held import Held
+from zokern.optim.built import Built
 from zokern.optim.parameters import Active
 from zokern.sweep import NOTHING, Counters
 
 
-class Saving(Held):
+class Saving(Built):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled whole: it holds on to its module. Save state_dict() and "

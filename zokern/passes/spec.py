@@ -77,7 +77,7 @@ class PassNumbers:
 class Chain:
     """Passes over the same tensors, done one after another in registers, each with its own rounding: the bits are theirs.
 
-    Each is `rule` or `perturbation(rule)`; their own `enabled` is not looked at. fork: the last, a perturbation, goes to
+    Each is `rule` or `rule_of_probes(rule)`; their own `enabled` is not looked at. fork: the last, a perturbation, goes to
     the table's probes, and is done also where `enabled` says that nothing else is.
     """
 
@@ -91,6 +91,6 @@ class Chain:
         return not any(spec.rule.written == 2 and not spec.keep_second for spec, _ in self.stages)
 
 
-def perturbation(rule: Rule) -> Rule:
+def rule_of_probes(rule: Rule) -> Rule:
     """What perturbs for a rule: directions over the root of the curvature where it has one."""
     return RULES["scaled_axpy" if rule.states == ("h",) else "axpy"]

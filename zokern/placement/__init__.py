@@ -31,8 +31,8 @@ __all__ = ["PLACEMENTS", "Ahead", "InPlace", "Placement", "Rounding", "Shadow", 
 
 MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (InPlace, Shadow, Stream)}
 PLACEMENTS = ("auto", *MADE)
-METHODS = (*Placement.__annotations__, *(name for name in vars(Placement) if not name.startswith("_")))
-_told: set[str] = set()
+NEEDED = (*Placement.__annotations__, *(name for name in vars(Placement) if not name.startswith("_")))
+_announced: set[str] = set()
 _bound: dict[int, weakref.ref[object]] = {}  # objects of users that serve an optimizer, by id
 
 
@@ -59,7 +59,7 @@ def read(wanted: object, name: str = "placement") -> object:
     """
     if isinstance(wanted, str):
         return _checks.check_choice(wanted, name, PLACEMENTS)
-    missing = [method for method in METHODS if not hasattr(wanted, method)]
+    missing = [method for method in NEEDED if not hasattr(wanted, method)]
     if isinstance(wanted, type) or missing:
         what = f"the class {wanted.__name__}" if isinstance(wanted, type) else f"a {type(wanted).__name__}"
         raise TypeError(
@@ -91,8 +91,8 @@ def make(
 def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool) -> str:
     if name == "auto":
         name, reason = choose(module, sixteen_bit)
-        if sixteen_bit and name not in _told:
-            _told.add(name)
+        if sixteen_bit and name not in _announced:
+            _announced.add(name)
             print(f"zokern: placement='auto' is {name!r} here ({reason})", file=sys.stderr)
     return name
 

@@ -41,7 +41,9 @@ class Placement(Protocol):
     begin: the step's active parameters; eps float64 [R], a row each; scaled: directions are divided by the root of the
         state "h".
     present: inside, forwards see theta + eps d, d = sum_k a_k z(seed_k) with a_k = terms[seed_k]; {} is theta itself.
-    update: the step's last pass. ok, 0-d bool, on the device of the losses: a step that is not ok moves nothing.
+        Afterwards weights may still be perturbed: only update and end clean them.
+    update: the step's last pass. ok, 0-d bool, on the device of the losses: a step that is not ok moves nothing. The gate
+        of the passes is in it already.
     memory: what is kept for copies between steps. name: what a journal says of it.
     """
 

@@ -49,7 +49,7 @@ class Exact(Perturbing):
         self.ready: dict[int, Ready] = {}  # by the parameter's id
         self.probes: list[Tensor | None] = []  # of the last update
         self.places: list[int] = []  # addresses of all copies
-        self.told: tuple[Terms, Tensor, PassNumbers | None] = {}, self.eps, None  # of the last perturbation
+        self.latest: tuple[Terms, Tensor, PassNumbers | None] = {}, self.eps, None  # of the last perturbation
 
     def moved(self, copies: Iterable[Tensor]) -> bool:
         """Whether a closure has put a copy elsewhere, through .data."""
@@ -63,10 +63,10 @@ class Exact(Perturbing):
 
     def perturb(self, sweep: Sweep, terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
-        told, eps, numbers = self.told
-        if numbers is None or told is not terms or eps is not self.eps:
-            numbers = self._told(terms)
-            self.told = terms, self.eps, numbers
+        terms_before, eps, numbers = self.latest
+        if numbers is None or terms_before is not terms or eps is not self.eps:
+            numbers = self._numbers(terms)
+            self.latest = terms, self.eps, numbers
         if self.ready:
             wanted = self._ready(terms)
             pairs = [
@@ -76,7 +76,7 @@ class Exact(Perturbing):
         self.passes.run(sweep, self.spec, numbers, out=out, counted=counted)
         torch.clear_autocast_cache()  # of casts of what the copies held before
 
-    def _told(self, terms: Terms) -> PassNumbers:
+    def _numbers(self, terms: Terms) -> PassNumbers:
         return perturbation(self.eps, terms, self.still, self.passes.gate)
 
     def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
@@ -102,11 +102,11 @@ class Exact(Perturbing):
             ok = ok & ((numbers[0] != 0).any() | (numbers[1] != 1).any())
         enabled = ok.reshape(1).to(torch.int32)
         spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
-        told = PassNumbers(seed_tensor(update.seeds), *numbers, rounding.seeds, enabled)
+        given = PassNumbers(seed_tensor(update.seeds), *numbers, rounding.seeds, enabled)
         if ahead is None or len(update.seeds) + len(ahead.terms) > MAX_CHAIN_SEEDS:
-            self.passes.run(self.sweep, spec, told)
+            self.passes.run(self.sweep, spec, given)
         else:
-            self._update_and_perturb(spec, told, ahead)
+            self._update_and_perturb(spec, given, ahead)
         torch.clear_autocast_cache()
 
     def _update_and_perturb(self, spec: PassSpec, numbers: PassNumbers, ahead: Ahead) -> None:
@@ -115,7 +115,7 @@ class Exact(Perturbing):
         if len(probes) == len(self.probes) and all(a is b for a, b in zip(probes, self.probes, strict=True)):
             probes = self.probes  # the same list, so that its addresses are known
         self.probes, self.ready = probes, {}
-        stages = [(spec, numbers), (self.spec, self._told(ahead.terms))]
+        stages = [(spec, numbers), (self.spec, self._numbers(ahead.terms))]
         self.passes.chain(self.sweep, stages, spec.rule, probes=probes, enabled=numbers.enabled)
         made = self._ready(ahead.terms)
         self.ready = {

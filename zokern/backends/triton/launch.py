@@ -16,7 +16,7 @@ import triton.language as tl
 from zokern.backends.native import STAGE_COLUMNS, stage_rows
 from zokern.backends.transfer import chain_on_device
 from zokern.contract.rules import RULES, Rule
-from zokern.passes.spec import Chain, PassNumbers, PassSpec, perturbation
+from zokern.passes.spec import Chain, PassNumbers, PassSpec, rule_of_probes
 from zokern.passes.table import CHUNK, COLUMNS, PROBE, Table
 
 from .chain import chain_kernel
@@ -148,7 +148,7 @@ def run_chain(table: Table, chain: Chain) -> None:
             there.enabled,
             len(chain.stages),
             **constants(chain.rule),
-            PERTURBATION=perturbation(chain.rule).name,
+            PERTURBATION=rule_of_probes(chain.rule).name,
             WRITTEN=chain.rule.written,
             KEEP_SECOND=chain.keep_second,
             FORK=chain.fork,

@@ -1,4 +1,4 @@
-"""What an optimizer holds between steps, and what it tells of it."""
+"""How an optimizer is built: its constructor, and what it tells of what it holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zokern.settings import Setting
 from zokern.sweep import Passes
 
 
-class Held(Common, Method, torch.optim.Optimizer):
+class Built(Common, Method, torch.optim.Optimizer):
     """options: what a saved state must agree on. listeners: called with a StepEvent after every step. reduce: a round's
     losses on this process -> those that all processes work with.
     """
