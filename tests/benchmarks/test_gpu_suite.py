@@ -619,7 +619,7 @@ def test_test_files_that_cannot_be_imported_are_found(monkeypatch: pytest.Monkey
     assert {Path(path).name for path in ignored} >= {"test_ptx.py", "test_interpreted.py", "test_machine_code.py"}
     real, hidden = suite_sections.importlib.util.find_spec, ("hypothesis", "tests", "zokern", "benchmarks")
     monkeypatch.setattr(suite_sections.importlib.util, "find_spec", lambda n: None if n in hidden else real(n))
-    found = {path.name: lacking for path, lacking in suite_sections.untestable().items()}
+    found = {path.name: lacking for path, lacking in untestable().items()}
     assert found["test_properties.py"] == "hypothesis"
     assert set(found.values()) == {"hypothesis"}  # the project's own packages are always there
     assert "test_ops.py" not in found

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 import zokern
+from zokern import cli
 from zokern.cli import waiting
 
 HEAVY = ("torch", "numpy", "transformers", "matplotlib", "triton")
 
 
-def python(code: str, **environment: str | None) -> str:
-    given = {**os.environ, **environment}
-    kept = {name: value for name, value in given.items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=kept)
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -65,17 +66,6 @@ def test_every_public_name_is_there_and_no_other() -> None:
             getattr(zokern, name)
 
 
-SEEN = """
-import os
-from zokern.cli import app
-try:
-    app({})
-except SystemExit:
-    pass
-print("spins", os.environ.get("GOMP_SPINCOUNT"))
-"""
-
-
 @pytest.mark.parametrize(
     ("command", "environment", "spins"),
     [
@@ -86,17 +76,23 @@ print("spins", os.environ.get("GOMP_SPINCOUNT"))
     ],
 )
 def test_threads_spin_briefly_where_the_user_has_not_said(
-    command: str, environment: dict[str, str], spins: str | None
+    command: str, environment: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {**dict.fromkeys(waiting.ASKED_FOR), **environment}
-    assert f"spins {spins}\n" in python(SEEN.format([command, "--help"]), **given)
+    """When the module of the command is imported, which loads torch, whose OpenMP reads the environment once."""
+    for name in waiting.ASKED_FOR:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    seen = []
 
+    def load(name: str) -> SimpleNamespace:
+        seen.append((name, os.environ.get("GOMP_SPINCOUNT")))
+        raise SystemExit
 
-def test_it_is_said_before_openmp_is_loaded() -> None:
-    """Its library reads the environment once, when torch loads it: nothing may have loaded torch by then."""
-    out = python(
-        "import sys\nfrom zokern import cli\nsaid = cli.spin_briefly\n"
-        "cli.spin_briefly = lambda: (print('torch', 'torch' in sys.modules), said())\n"
-        "try:\n    cli.app(['finetune', '--help'])\nexcept SystemExit:\n    pass"
-    )
-    assert out.startswith("torch False\n")
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=load))
+    try:
+        CliRunner().invoke(cli.app, [command, "--help"])
+    finally:
+        if "GOMP_SPINCOUNT" not in environment:
+            os.environ.pop("GOMP_SPINCOUNT", None)
+    assert seen == [(cli.LATE[command], spins)]
