@@ -66,20 +66,22 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> Any:
     """A public name, a method of the registry by its class's name, or a module."""
+    found = None
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name[:1].isupper():
+        found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name[:1].isupper():
         methods = importlib.import_module(f"{__name__}.optim").METHODS.values()
-        for cls in methods:
-            if cls.__name__ == name:
-                return cls
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = next((cls for cls in methods if cls.__name__ == name), None)
+    elif name.isidentifier() and name[:1] != "_" and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        found = importlib.import_module(f"{__name__}.{name}")
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 if "torch" in sys.modules:  # graphs that were exported earlier find their operators, torch.ops.zokern

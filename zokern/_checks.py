@@ -66,11 +66,11 @@ def check_share(value: object, name: str) -> float:
     return check_number(value, name, 0.0, 1.0, open_high=True)
 
 
-def check_betas(value: object) -> tuple[float, float]:
+def check_betas(value: object, name: str = "betas") -> tuple[float, float]:
     """Two decay rates in [0, 1)."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"betas must be two numbers in [0, 1), got {value!r}")
-    return check_share(value[0], "betas[0]"), check_share(value[1], "betas[1]")
+        raise TypeError(f"{name} must be two numbers in [0, 1), got {value!r}")
+    return check_share(value[0], f"{name}[0]"), check_share(value[1], f"{name}[1]")
 
 
 def check_choice(value: object, name: str, choices: Sequence[str]) -> str:

@@ -169,7 +169,7 @@ class Betas(Kind):
     """Two decay rates in [0, 1)."""
 
     def check(self, value: Any, name: str) -> tuple[float, float]:
-        return _checks.check_betas(value)
+        return _checks.check_betas(value, name)
 
     @property
     def allowed(self) -> str:
@@ -181,15 +181,16 @@ class Betas(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A string. holds: what it must contain."""
+    """A string. holds: what it must contain. why: what that stands for."""
 
     holds: str = ""
+    why: str = ""
 
     def check(self, value: Any, name: str) -> str:
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a str, got {type(value).__name__}")
         if self.holds not in value:
-            raise ValueError(f"{name} is {value!r}; it must contain {self.holds}")
+            raise ValueError(f"{name} is {value!r}; it must contain {self.holds}, {self.why}")
         return value
 
 

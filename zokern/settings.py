@@ -14,15 +14,16 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from typing_extensions import dataclass_transform
 
 from zokern.kinds import Kind
 
+F = TypeVar("F", bound=Callable[..., None])
 REQUIRED = inspect.Parameter.empty
 
 
@@ -96,13 +97,19 @@ class Settings:
     """Base of classes with settings; `settings` has those of a class, by the argument's name."""
 
     settings: ClassVar[dict[str, Setting]] = {}
+    declared: ClassVar[dict[str, Setting]] = {}  # by this class itself
+    reserved: ClassVar[frozenset[str]] = frozenset()  # attributes that its objects have besides
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = [(name, value) for name, value in vars(cls).items() if isinstance(value, Setting)]
-        cls.settings = dict(cls.settings)
+        bases = [base for base in cls.__mro__[1:] if issubclass(base, Settings)]
+        cls.declared = {}
+        cls.settings = {name: one for base in reversed(bases) for name, one in base.declared.items()}
+        inherited = {one.attribute for one in cls.settings.values()}
         for name, value in own:
-            if value.kept and any(name in vars(base) for base in cls.__mro__[1:]) and name not in cls._attributes():
+            names = {name for base in cls.__mro__[1:] for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+            if value.kept and name in (names | cls.reserved) - inherited:
                 raise TypeError(
                     f"{cls.__name__}.{name}: a base has an attribute of this name; choose another, and alias="
                 )
@@ -110,45 +117,67 @@ class Settings:
             annotation = given if isinstance(given, str) else inspect.formatannotation(given)
             annotation = re.sub(r"^InitVar\[(.*)\]$", r"\1", annotation)
             declared = dataclasses.replace(value, attribute=name, annotation=annotation, depth=len(cls.__mro__))
-            cls.settings[declared.name] = declared
+            cls.settings[declared.name] = cls.declared[declared.name] = declared
             if declared.changed:
                 setattr(cls, name, _checked(declared))
             else:
                 delattr(cls, name)
-        if "__init__" in vars(cls):
-            signature = inspect.signature(vars(cls)["__init__"])
+        constructor: Any = cls.__init__
+        if not getattr(constructor, "takes_settings", False):  # the class's own, or a base's
+            signature = inspect.signature(constructor)
             cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
         else:
             cls.__signature__ = inspect.Signature(list(map(_parameter, _in_order(cls))))  # type: ignore[attr-defined]
             if cls.__doc__ and cls.settings:
                 cls.__doc__ = f"{cls.__doc__.rstrip()}\n\n{_arguments(cls)}"
 
-    @classmethod
-    def _attributes(cls) -> set[str]:
-        return {one.attribute for one in cls.settings.values()}
-
-    def take(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings, checked, with their defaults where none is given; those that are kept become attributes.
+    def take(self, args: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings from a constructor's arguments, checked, with their defaults where none is given; those that are
+        kept become attributes.
 
         Raises:
             TypeError, ValueError: naming the argument; nothing has been set then.
         """
-        for name in given:
-            if name not in self.settings:
-                close = difflib.get_close_matches(name, self.settings, 1)
-                raise TypeError(
-                    f"{type(self).__name__} has no setting {name!r}; "
-                    + (f"is {close[0]!r} meant?" if close else f"it has {', '.join(self.settings)}")
-                )
+        given = self._bound(args, named)
         values = {name: one.check(given.get(name, one.default)) for name, one in self.settings.items()}
         for name, one in self.settings.items():
             if one.kept:
                 vars(self)[one.attribute] = values[name]
         return values
 
+    def _bound(self, args: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name."""
+        cls = type(self).__name__
+        by_place = [one.name for one in _in_order(type(self)) if not one.kw_only]
+        if len(args) > len(by_place):
+            raise TypeError(
+                f"{cls} takes {', '.join(by_place)} by place and the rest by name; got {len(args)} by place"
+            )
+        for name in named:
+            if name not in self.settings:
+                close = difflib.get_close_matches(name, self.settings, 1)
+                raise TypeError(
+                    f"{cls} has no setting {name!r}; "
+                    + (f"is {close[0]!r} meant?" if close else f"it has {', '.join(self.settings)}")
+                )
+        given = dict(zip(by_place, args, strict=False))
+        if both := given.keys() & named.keys():
+            raise TypeError(f"{cls} got {', '.join(sorted(both))} by place and by name")
+        given.update(named)
+        missing = [name for name, one in self.settings.items() if one.default is REQUIRED and name not in given]
+        if missing:
+            raise TypeError(f"{cls} is missing {', '.join(missing)}: {self.settings[missing[0]].help}")
+        return given
+
     def stored(self, names: Mapping[str, Setting]) -> dict[str, Any]:
         """The attributes of some settings as JSON."""
         return {name: one.stored(vars(self)[one.attribute]) for name, one in names.items()}
+
+
+def takes_settings(constructor: F) -> F:
+    """Marks a constructor that takes the settings of whichever class it makes."""
+    constructor.takes_settings = True  # type: ignore[attr-defined]
+    return constructor
 
 
 def shown(value: Any) -> str:
@@ -184,7 +213,11 @@ def _checked(one: Setting) -> property:
         return vars(self)[one.attribute]
 
     def put(self: Settings, value: Any) -> None:
-        vars(self)[one.attribute] = one.check(value)
-        getattr(self, one.changed)()
+        before, vars(self)[one.attribute] = vars(self)[one.attribute], one.check(value)
+        try:
+            getattr(self, one.changed)()
+        except BaseException:
+            vars(self)[one.attribute] = before
+            raise
 
     return property(get, put, doc=f"{one.describe()} May be changed between steps.")

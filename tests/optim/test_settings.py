@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from zokern.kinds import Choice, DType, Flag, Integer, Kind, Number
 from zokern.optim import ENTRIES, METHODS, ZerothOrderOptimizer
 from zokern.optim.common import Common
 from zokern.optim.helene import Floor
-from zokern.settings import REQUIRED, Setting, setting
+from zokern.settings import REQUIRED, Setting, Settings, setting
 
 ROOT = Path(__file__).parents[2]
 SEPARATE = [cls for cls in METHODS.values() if "__init__" not in vars(cls)]  # LeZO has MeZO's settings
@@ -300,3 +301,118 @@ def test_tables_in_pages_come_from_the_code() -> None:
         [sys.executable, "-m", "docs.from_code", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- inheritance
+
+
+def test_settings_of_all_bases_come_together() -> None:
+    class Mixed(Settings):
+        x: int = setting(default=7, kind=Integer(0), help="Of a part.")
+
+    class A(zokern.MeZO):
+        a: int = setting(default=1, kind=Integer(0), help="Of A.")
+
+    class B(zokern.MeZO):
+        b: int = setting(default=2, kind=Integer(0), help="Of B.")
+
+    class Both(A, B):
+        pass
+
+    class First(Mixed, zokern.MeZO):
+        pass
+
+    class Last(zokern.FZOO, Mixed):
+        pass
+
+    both = Both(model(), 1e-3, b=5)
+    assert (both.a, both.b, First(model(), 1e-3).x, Last(model(), 1e-3, x=9).x) == (1, 5, 7, 9)
+    assert str(Last(model(), 1e-3).options["distribution"]) == "rademacher"
+    assert set(Both.settings) == {*zokern.MeZO.settings, "a", "b"}
+
+
+def test_a_constructor_of_ones_own_is_what_the_signature_says() -> None:
+    class Own(zokern.MeZO):
+        """Mine."""
+
+        def __init__(self, model: nn.Module, scale: float = 2.0, **options: Any) -> None:
+            super().__init__(model, 1e-3 * scale, **options)
+
+    class Below(Own):
+        """Below mine."""
+
+    class Lezo(zokern.LeZO):
+        """Mine too."""
+
+    assert (
+        list(inspect.signature(Own).parameters)
+        == list(inspect.signature(Below).parameters)
+        == ["model", "scale", "options"]
+    )
+    assert list(inspect.signature(Lezo).parameters) == ["model", "lr", "num_dropped", "options"]
+    assert (Below.__doc__, Lezo.__doc__) == ("Below mine.", "Mine too.")
+    assert Below(model(), 3.0, num_samples=2).num_samples == 2
+
+
+def test_what_must_be_given_is_asked_for() -> None:
+    class Asking(zokern.MeZO):
+        q: int = setting(kind=Integer(0), help="How many.")
+
+    with pytest.raises(TypeError, match=r"Asking is missing q: How many\."):
+        Asking(model(), 1e-3)
+    with pytest.raises(TypeError, match="Asking is missing lr, q"):
+        Asking(model())
+    opt = Asking(model(), 1e-3, q=2)
+    opt.load_state_dict(opt.state_dict())
+    with pytest.raises(TypeError, match="MeZO takes params, lr by place and the rest by name; got 3 by place"):
+        zokern.MeZO(model(), 1e-3, 1e-3)
+    with pytest.raises(TypeError, match="MeZO got lr by place and by name"):
+        zokern.MeZO(model(), 1e-3, lr=1e-3)
+    assert zokern.MeZO(params=model(), lr=1e-3).num_samples == 1
+
+
+@pytest.mark.parametrize("name", ["metrics", "options", "state", "param_groups", "numbers", "active", "rounds"])
+def test_names_that_an_optimizer_has_are_no_settings(name: str) -> None:
+    given = setting(default=1, kind=Integer(0), help="No.")
+    with pytest.raises(TypeError, match=rf"Mine\.{name}: a base has an attribute of this name"):
+        type("Mine", (zokern.MeZO,), {name: given, "__annotations__": {name: "int"}})
+
+
+def test_a_floor_that_is_changed_is_checked_and_followed() -> None:
+    opt = zokern.HELENE(model(), 1e-3, floor=[1.0, 2.0])
+    opt.floor = [5.0, 6.0]
+    assert [opt.row_key(p) for p in opt.weights().values()] == [5.0, 6.0]
+    for wrong_one in ([5.0], [1.0, -1.0], -1.0):
+        with pytest.raises(ValueError, match="floor"):
+            opt.floor = wrong_one
+        assert opt.floor == [5.0, 6.0]
+    opt.floor = 3.0
+    assert {opt.row_key(p) for p in opt.weights().values()} == {3.0}
+
+
+@pytest.mark.parametrize("cls", [zokern.MeZOGV, zokern.MeZOGreedy])
+def test_no_curvature_has_no_dtype(cls: type[ZerothOrderOptimizer]) -> None:
+    plain = cls(model(), 1e-3, curvature_dtype=None)
+    assert (plain.options["curvature_dtype"], plain.state_spec) == (None, {})
+    curved = cls(model(), 1e-3, smoothing=0.5, curvature_dtype=None)
+    assert (curved.options["curvature_dtype"], curved.state_spec) == ("torch.float32", {"h": (torch.float32, 1.0)})
+    saved = plain.state_dict()
+    for name in ("smoothing", "curvature_dtype"):  # of a version that had none of this
+        del saved["zokern"]["options"][name]
+    cls(model(), 1e-3).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("own", [{"format": 99}, {}, {"format": 99, "contract": "zk2"}])
+def test_a_state_of_another_format_is_refused_for_that(own: dict[str, Any]) -> None:
+    opt = zokern.MeZO(model(), 1e-3)
+    with pytest.raises(ValueError, match=r"state_dict has format (99|None) and noise contract"):
+        opt.load_state_dict({**opt.state_dict(), "zokern": own})
+
+
+@pytest.mark.parametrize(
+    "change", [{"method": "nope"}, {"steps": "a"}, {"seed": -1}, {"placement": 5}, {"update": "x"}]
+)
+def test_a_run_with_options_that_cannot_be_is_not_resumed(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "options.json").write_text(json.dumps({**Options().as_json(), **change}))
+    with pytest.raises(FinetuneError, match=rf"--resume: .*--{next(iter(change))}"):
+        Options.load(tmp_path)

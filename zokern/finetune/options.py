@@ -95,7 +95,7 @@ class Options:
     )
     template: str = option(
         default="{text} Topic:",
-        kind=Text("{text}"),
+        kind=Text("{text}", "where each text is put in"),
         help="For prompt: what the model reads before the label's word; {text} stands for the text.",
         panel=DATA,
     )
@@ -209,6 +209,12 @@ class Options:
 
     def check(self) -> None:
         """Raise FinetuneError naming the option, its value and what is allowed, before anything is loaded."""
+        self.check_each()
+        _check_together(self)
+        _check_paths(self)
+
+    def check_each(self) -> None:
+        """The part of `check` that looks at one setting at a time."""
         for field in dataclasses.fields(type(self)):
             if (declared := field.metadata.get("setting")) is not None:
                 _check(field.name, declared.kind, getattr(self, field.name), declared.default)
@@ -221,8 +227,6 @@ class Options:
                         f"{', '.join(takers.methods(name))}"
                     )
                 _check(name, kind, value, None)
-        _check_together(self)
-        _check_paths(self)
 
     @classmethod
     def load(cls, directory: Path) -> Options:
@@ -231,6 +235,7 @@ class Options:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             options = cls(**values)
+            options.check_each()
         except (OSError, ValueError, TypeError) as error:
             raise FinetuneError(f"--resume: {path} cannot be read ({error}); give the --output of a run") from error
         return dataclasses.replace(options, output=Path(directory))

@@ -18,7 +18,7 @@ from zokern.optim.events import Listener
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
 from zokern.optim.parameters import Parameters
-from zokern.settings import Setting
+from zokern.settings import REQUIRED, Setting, takes_settings
 from zokern.sweep import Passes
 
 
@@ -27,10 +27,13 @@ class Built(Common, Method, torch.optim.Optimizer):
     losses on this process -> those that all processes work with.
     """
 
-    def __init__(self, params: object, lr: float | Tensor, **given: Any) -> None:
-        values = self.take({"params": params, "lr": lr, **given})
+    reserved = frozenset({"module", "options", "metrics", "listeners", "reduce", "param_groups", "state", "defaults"})
+
+    @takes_settings
+    def __init__(self, *args: Any, **named: Any) -> None:
+        values = self.take(args, named)
         direction = directions.parse(values["distribution"])
-        groups, self.module, registry = parameters.parse(params)
+        groups, self.module, registry = parameters.parse(values["params"])
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
@@ -83,7 +86,11 @@ class Built(Common, Method, torch.optim.Optimizer):
 
     def completed(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options that a run left. An earlier version had fewer settings: what became one later was at its default."""
-        return {**{name: one.stored(one.default) for name, one in self.own_settings().items()}, **options}
+        new = {name: one for name, one in self.own_settings().items() if name not in options}
+        return {
+            **options,
+            **{name: one.stored(one.default) for name, one in new.items() if one.default is not REQUIRED},
+        }
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name: the module's, or those of its groups."""

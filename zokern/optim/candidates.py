@@ -32,18 +32,17 @@ class _Candidates(ZerothOrderOptimizer):
         kind=SHARE,
         help="None, or HiZOO's weight a of a step's curvature: h then scales all directions, for one forward more.",
     )
-    curvature_dtype: torch.dtype | None = curvature.CURVATURE_DTYPE
+    curvature_dtype: torch.dtype | None = setting(
+        default=None, kind=curvature.DTYPES, help="Storage of that curvature, as HiZOO's. None is float32."
+    )
 
     def settle(self) -> None:
         self.scaled = self.smoothing is not None
-        if self.smoothing is None:
-            self.curvature_dtype = self.options["curvature_dtype"] = None
+        self.curvature_dtype = None if self.smoothing is None else self.curvature_dtype or torch.float32
+        self.options["curvature_dtype"] = None if self.smoothing is None else str(self.curvature_dtype)
 
     def states(self) -> state.Spec:
-        if self.smoothing is None:
-            return {}
-        assert self.curvature_dtype is not None
-        return curvature.states(self.curvature_dtype)
+        return {} if self.smoothing is None else curvature.states(self.curvature_dtype or torch.float32)
 
     def rounds(self) -> Rounds:
         seeds = [self.numbers.seed(j) for j in range(self.candidates)]

@@ -16,9 +16,10 @@ from zokern.optim.update import Estimate, Rates, gradient, stacked
 from zokern.passes.update import Update
 from zokern.settings import setting
 
+DTYPES = DType((torch.float32, torch.bfloat16))
 CURVATURE_DTYPE: Any = setting(
     default=torch.float32,
-    kind=DType((torch.float32, torch.bfloat16)),
+    kind=DTYPES,
     help="Storage of the curvature h. bfloat16 is rounded stochastically: half the memory, and h still moves on "
     "average by what it should.",
 )

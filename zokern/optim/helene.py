@@ -7,7 +7,7 @@ theta <- (1 - lr*weight_decay) theta - lr m / (gamma max(h, floor) + delta)
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,7 +86,7 @@ class HELENE(ZerothOrderOptimizer):
         help="The curvature counts as this much at least, lambda: one number; in Python also one for each trainable "
         "parameter in the order of param_groups, or ByLayer(lambda0). The paper's layer-wise clipping: no "
         "element is divided by less than gamma*lambda + delta, at least 1e-30.",
-        changed="rows_changed",
+        changed="floor_changed",
     )
     delta: float = setting(default=1e-8, kind=Number(0.0, 1e30), help="Added to what the momentum is divided by.")
     batch_size: int = setting(
@@ -99,20 +99,29 @@ class HELENE(ZerothOrderOptimizer):
     )
 
     def settle(self) -> None:
+        self._floors: tuple[tuple[tuple[float, ...], torch.device], Tensor] | None = None  # of the rows, on the device
+        self._take_floor()
+
+    def floor_changed(self) -> None:
+        self._take_floor()
+        self.rows_changed()
+
+    def _take_floor(self) -> None:
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if isinstance(self.floor, list) and len(self.floor) != len(trainable):
             raise ValueError(
                 f"floor has {len(self.floor)} numbers for {len(trainable)} trainable parameters; give one for each"
             )
         listed = self.floor if isinstance(self.floor, list) else []
-        self._floors: tuple[tuple[tuple[float, ...], torch.device], Tensor] | None = None  # of the rows, on the device
-        self._listed = {id(p): value for p, value in zip(trainable, listed, strict=False)}
+        by_id = {id(p): value for p, value in zip(trainable, listed, strict=False)}
         for p in trainable:
-            if self.gamma * self._floor_of(p) + self.delta < 1e-30:
+            least = self.gamma * self._floor_of(p, by_id) + self.delta
+            if least < 1e-30:
                 raise ValueError(
-                    f"gamma*floor + delta is {self.gamma * self._floor_of(p) + self.delta} for a parameter; it must be at "
-                    "least 1e-30, because the momentum is divided by it where there is no curvature"
+                    f"gamma*floor + delta is {least} for a parameter; it must be at least 1e-30, because the momentum is "
+                    "divided by it where there is no curvature"
                 )
+        self._listed = by_id
 
     def states(self) -> state.Spec:
         return {"m": (torch.float32, 0.0), "h": (torch.float32, 0.0)}
@@ -120,19 +129,19 @@ class HELENE(ZerothOrderOptimizer):
     def forwards(self) -> int:
         return 2 * self.num_samples
 
-    def _floor_of(self, param: Tensor) -> float:
+    def _floor_of(self, param: Tensor, listed: Mapping[int, float]) -> float:
         if isinstance(self.floor, ByLayer):
             return self.floor.lambda0 / math.sqrt(max(param.numel(), 1))
         if isinstance(self.floor, list):
-            if id(param) not in self._listed:
+            if id(param) not in listed:
                 raise ValueError(
                     "floor is a list, and a parameter was added after it was given; use a number or ByLayer"
                 )
-            return float(self._listed[id(param)])
+            return listed[id(param)]
         return float(cast(float, self.floor))
 
     def row_key(self, param: Tensor) -> Hashable:
-        return self._floor_of(param)
+        return self._floor_of(param, self._listed)
 
     def schedule(self, step: int) -> list[float]:
         """alpha_t."""

@@ -46,9 +46,7 @@ class Saving(Built):
         saved = dict(state_dict)
         own = saved.pop("zokern", None)
         names = self._parameters.names(self)
-        if own is not None:
-            own = {**own, "options": self.completed(own["options"])}
-        state.check(own, type(self).__name__, self.options, names, self.module is not None)
+        state.check(own, type(self).__name__, self.options, names, self.module is not None, self.completed)
         kept = state.check_tensors(saved, self.param_groups, self._parameters.spec)
         super().load_state_dict(saved)
         for p, values in kept.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -30,22 +30,23 @@ def check(
     options: Mapping[str, Any],
     names: Sequence[Sequence[str]],
     has_module: bool,
+    completed: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
-    """Raises ValueError where the "zokern" entry of a state_dict does not fit this optimizer."""
+    """Raises ValueError where the "zokern" entry of a state_dict does not fit this optimizer. completed: options of an
+    earlier version, with those that came later."""
     if own is None:
         raise ValueError("state_dict has no 'zokern' entry: it was not saved by a zokern optimizer")
-    if own["format"] != FORMAT or own["contract"] != "zk1":
+    if own.get("format") != FORMAT or own.get("contract") != "zk1":
         raise ValueError(
-            f"state_dict has format {own['format']} and noise contract {own['contract']!r}; this version reads "
+            f"state_dict has format {own.get('format')} and noise contract {own.get('contract')!r}; this version reads "
             f"format {FORMAT} and contract 'zk1'"
         )
     if own["method"] != method:
         raise ValueError(f"state_dict is of {own['method']}, and this is {method}")
+    saved = completed(own["options"])
     for name, value in options.items():
-        if own["options"].get(name) != value:
-            raise ValueError(
-                f"{name} is {own['options'].get(name)!r} in state_dict and {value!r} here; make them agree"
-            )
+        if saved.get(name) != value:
+            raise ValueError(f"{name} is {saved.get(name)!r} in state_dict and {value!r} here; make them agree")
     shapes = [len(ids) for ids in own["tensor_ids"]]
     if shapes != [len(group) for group in names]:
         raise ValueError(
