@@ -183,6 +183,32 @@ def test_a_setting_hides_nothing_that_is_there() -> None:
     assert (opt.floor, opt.plain, str(inspect.signature(Anew).parameters["plain"])) == (2.0, 1, "plain: 'Any' = 1")
 
 
+def test_a_journal_of_before_a_setting_was_there_goes_on(tmp_path: Path) -> None:
+    """With its default; with another value it is refused."""
+    older = type("Grown", (zokern.MeZO,), {})
+    given = setting(default=1.0, kind=Number(0.0, 4.0), help="Factor.")
+    newer = type("Grown", (zokern.MeZO,), {"factor": given, "__annotations__": {"factor": "float"}})
+
+    def step(opt: ZerothOrderOptimizer, net: nn.Module) -> None:
+        opt.step(lambda: net(torch.ones(2, 3)).square().mean())
+
+    net, path = model(), tmp_path / "run.zkj"
+    with zokern.journal.write(opt := older(net, 1e-2), path):
+        step(opt, net)
+    again = model()
+    other = newer(again, 1e-2, factor=2.0)
+    with (
+        pytest.raises(zokern.journal.JournalError, match=r"options is .*'factor': 1\.0.*there"),
+        zokern.journal.resume(other, path),
+    ):
+        pass
+    with zokern.journal.resume(opt := newer(again, 1e-2), path) as done:
+        assert done == 1
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters(), strict=True))
+        step(opt, again)
+    assert opt.counters["steps"] == 2
+
+
 def test_a_default_in_words() -> None:
     one = Setting((0.9, 0.5), kinds.Betas(), "Two.", attribute="x")
     assert one.describe() == "Two. Two numbers, each at least 0, below 1. Default: (0.9, 0.5)."

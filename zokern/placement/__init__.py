@@ -72,12 +72,12 @@ def read(wanted: object, name: str = "placement") -> object:
 def make(
     wanted: object, module: nn.Module | None, sixteen_bit: bool, passes: Passes, *, pipelined: bool = False
 ) -> Placement:
-    """The placement that `wanted` names or is, bound; `sixteen_bit` says whether any parameter has a 16-bit type.
+    """The placement that `wanted`, which was `read`, names or is, bound; `sixteen_bit` says whether any parameter has a
+    16-bit type.
 
     Raises:
-        ValueError, TypeError: as `read`, and for a placement that cannot serve the module, with the remedy.
+        ValueError: for a placement that cannot serve the module, with the remedy.
     """
-    wanted = read(wanted)
     placement = MADE[_resolved(wanted, module, sixteen_bit)]() if isinstance(wanted, str) else _own(wanted)
     if pipelined and not isinstance(placement, Shadow | Stream):
         raise ValueError(
