@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,9 @@ from tests import oracles
 from tests.methods import PLACEMENTS, scripted
 from tests.models import all_bits, bits, linear, same_bits, sentences, transformer
 from tests.optim.scripts import SIXTEEN, in_turn, script
+from zokern.optim import ZerothOrderOptimizer
+from zokern.optim.drivers import Rounds
+from zokern.optim.update import Estimate
 
 # ------------------------------------------------------------------------------------------------------------- shadow
 
@@ -204,3 +207,24 @@ def test_a_step_that_moves_nothing_keeps_negative_zeros(placement):
     if placement == "shadow":
         assert all(bool(torch.signbit(p).all()) for p in model.parameters())
     assert opt.skipped_steps == 0
+
+
+class Again(ZerothOrderOptimizer):
+    """Asks for the same probe, the same object, in every step."""
+
+    probe: ClassVar[dict[int, float]] = {5: 1.0}
+
+    def rounds(self) -> Rounds:
+        (loss,) = yield [self.probe]
+        return Estimate({5: 0.0 * loss}, 0.0 * loss)
+
+
+def test_a_probe_that_comes_again_is_made_with_the_eps_of_its_step() -> None:
+    model = nn.Linear(3, 2)
+    theta, seen = model.weight.detach().clone(), []
+    opt = Again(model, 0.0, eps=0.25, placement="shadow")
+    for eps in (0.25, 0.5, 0.25):
+        opt.param_groups[0]["eps"] = eps
+        opt.step(lambda: (seen.append(model.weight.detach().clone()), torch.zeros(()))[1])
+    assert torch.equal(seen[0], seen[2])
+    torch.testing.assert_close(seen[1] - theta, 2.0 * (seen[0] - theta))
