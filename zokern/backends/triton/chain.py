@@ -11,20 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _coefs, _grow, _key, _load_tile, _store_tile, _zeros_like
+from .kernels import _coefs, _grow, _key, _load_tile, _store_tile, _zeros_like, element_at, float_or
 from .noise import direction, rounding_bits
 from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
 from .rules import finish, start_of_squares
-
-
-@triton.jit
-def _float_or(pointer, i: tl.constexpr, NUM: tl.constexpr):
-    if i < NUM:
-        x = tl.load(pointer + i)
-    else:
-        x = 0.0
-    return x
 
 
 @triton.jit
@@ -49,8 +40,8 @@ def _stage(
     rounding_seed = tl.load(row + 3).to(tl.pointer_type(tl.int64))
     num_seeds = tl.load(row + 4).to(tl.int32)
     stochastic, square_of_sum, keep_second = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
-    p1, p2, p3 = _float_or(shared, 1, NUM_SHARED), _float_or(shared, 2, NUM_SHARED), _float_or(shared, 3, NUM_SHARED)
-    p4, p5, p6 = _float_or(shared, 4, NUM_SHARED), _float_or(shared, 5, NUM_SHARED), _float_or(shared, 6, NUM_SHARED)
+    p1, p2, p3 = float_or(shared, 1, NUM_SHARED), float_or(shared, 2, NUM_SHARED), float_or(shared, 3, NUM_SHARED)
+    p4, p5, p6 = float_or(shared, 4, NUM_SHARED), float_or(shared, 5, NUM_SHARED), float_or(shared, 6, NUM_SHARED)
     num_coefs: tl.constexpr = (1 if A != "none" else 0) + (1 if HAS_G else 0) + (1 if HAS_V else 0)
     coefs += group * num_seeds * num_coefs
 
@@ -159,10 +150,8 @@ def chain_kernel(
     begin = tl.maximum(-origin, 0).to(tl.int32)
     end = tl.minimum(numel - origin, CHUNK).to(tl.int32)
     item: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    state_item: tl.constexpr = STATE.primitive_bitwidth // 8
-    w_at = (tl.load(row + 6) + origin * item).to(tl.pointer_type(DTYPE))
-    state0 = (tl.load(row + 7) + origin * state_item).to(tl.pointer_type(STATE))
-    state1 = (tl.load(row + 8) + origin * state_item).to(tl.pointer_type(STATE))
+    w_at = element_at(row + 6, origin, DTYPE)
+    state0, state1 = element_at(row + 7, origin, STATE), element_at(row + 8, origin, STATE)
     has_probe = tl.load(row + PROBE)
     probe = tl.where(has_probe != 0, has_probe + origin * item, 0).to(tl.pointer_type(DTYPE))
     first, high = chunk.to(tl.uint32) * (CHUNK // 8), chunk.to(tl.uint32) // (2**32 // (CHUNK // 8))

@@ -85,10 +85,38 @@ def _zeros_like(w):
 
 
 @triton.jit
+def element_at(pointer, origin, DTYPE: tl.constexpr):
+    """The address of element `origin` of a tensor, whose own address is stored at `pointer`."""
+    item: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    return (tl.load(pointer) + origin * item).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def float_or(pointer, i: tl.constexpr, NUM: tl.constexpr):
+    """The number at place i, 0 where there are only NUM."""
+    if i < NUM:
+        x = tl.load(pointer + i)
+    else:
+        x = 0.0
+    return x
+
+
+@triton.jit
 def _key(seed):
     """The two words, low first, of the int64 seed at this address: never cut from 64 bits (see noise.philox)."""
     words = seed.to(tl.pointer_type(tl.uint32))
     return tl.load(words), tl.load(words + 1)
+
+
+@triton.jit
+def _rounding_keys(rounding_seed, ROUNDING: tl.constexpr, WRITTEN: tl.constexpr, STATE: tl.constexpr):
+    """Of the weights' rounding and of a 16-bit state's; 0 where nothing is rounded."""
+    r0, r1, s0, s1 = 0, 0, 0, 0
+    if ROUNDING == "stochastic":
+        r0, r1 = _key(rounding_seed)
+    if WRITTEN >= 1 and STATE.primitive_bitwidth == 16:
+        s0, s1 = _key(rounding_seed + 1)
+    return r0, r1, s0, s1
 
 
 @triton.jit
@@ -195,23 +223,15 @@ def pass_kernel(
     origin = chunk.to(tl.int64) * CHUNK - offset
     begin = tl.maximum(-origin, 0).to(tl.int32)
     end = tl.minimum(numel - origin, CHUNK).to(tl.int32)
-    item: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    state_item: tl.constexpr = STATE.primitive_bitwidth // 8
-    src = (tl.load(row + 5) + origin * item).to(tl.pointer_type(DTYPE))
-    dst = (tl.load(row + 6) + origin * item).to(tl.pointer_type(DTYPE))
-    state0 = (tl.load(row + 7) + origin * state_item).to(tl.pointer_type(STATE))
-    state1 = (tl.load(row + 8) + origin * state_item).to(tl.pointer_type(STATE))
+    src, dst = element_at(row + 5, origin, DTYPE), element_at(row + 6, origin, DTYPE)
+    state0, state1 = element_at(row + 7, origin, STATE), element_at(row + 8, origin, STATE)
     first, high = chunk.to(tl.uint32) * (CHUNK // 8), chunk.to(tl.uint32) // (2**32 // (CHUNK // 8))
 
     lanes = tl.arange(0, BLOCK)
     shared += group * NUM_SHARED
     decay = tl.load(shared)
-    p1 = tl.load(shared + 1) if NUM_SHARED > 1 else 0.0
-    p2 = tl.load(shared + 2) if NUM_SHARED > 2 else 0.0
-    p3 = tl.load(shared + 3) if NUM_SHARED > 3 else 0.0
-    p4 = tl.load(shared + 4) if NUM_SHARED > 4 else 0.0
-    p5 = tl.load(shared + 5) if NUM_SHARED > 5 else 0.0
-    p6 = tl.load(shared + 6) if NUM_SHARED > 6 else 0.0
+    p1, p2, p3 = float_or(shared, 1, NUM_SHARED), float_or(shared, 2, NUM_SHARED), float_or(shared, 3, NUM_SHARED)
+    p4, p5, p6 = float_or(shared, 4, NUM_SHARED), float_or(shared, 5, NUM_SHARED), float_or(shared, 6, NUM_SHARED)
     num_coefs: tl.constexpr = (1 if A != "none" else 0) + (1 if HAS_G else 0) + (1 if HAS_V else 0)
     coefs += group * num_seeds * num_coefs
     if HAS_NOISE:
@@ -219,11 +239,7 @@ def pass_kernel(
         k0, k1 = _key(seeds)
     else:
         k0, k1, ca, cg, cv = 0, 0, 0.0, 0.0, 0.0
-    r0, r1, s0, s1 = 0, 0, 0, 0
-    if ROUNDING == "stochastic":
-        r0, r1 = _key(rounding_seed)
-    if WRITTEN >= 1 and STATE.primitive_bitwidth == 16:
-        s0, s1 = _key(rounding_seed + 1)
+    r0, r1, s0, s1 = _rounding_keys(rounding_seed, ROUNDING, WRITTEN, STATE)
 
     # Tiles [whole_begin, whole_end) are whole and aligned; the rest of [tile_begin, tile_end) is masked.
     tile_begin, tile_end = begin // (BLOCK * 8), tl.cdiv(end, BLOCK * 8)
