@@ -24,6 +24,7 @@ import pytest
 from tests import devices
 from tests.lost_gpu import pytest_runtest_protocol  # noqa: F401
 from zokern import backends
+from zokern.backends import native
 
 DATA = Path(__file__).parent / "data"
 
@@ -54,6 +55,16 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return str(request.param)
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU backend on each set of instructions in turn; one that is not here is skipped."""
+    name: str = request.param
+    if native.extension is None or name not in native.extension.cpu_instruction_sets():
+        pytest.skip(f"{name} is not in this build, or not on this processor")
+    monkeypatch.setenv("ZOKERN_CPU_ISA", name)
+    return name
 
 
 @pytest.fixture

@@ -240,15 +240,15 @@ class Language(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def _decoder(name: str, **options: Any) -> Callable[[], nn.Module]:
+def decoder(name: str, **options: Any) -> Callable[[Any], nn.Module]:
     def build(tf: Any) -> nn.Module:
         config = getattr(tf, f"{name}Config")(num_hidden_layers=3, max_position_embeddings=16, **SMALL, **options)
         return getattr(tf, f"{name}ForCausalLM")(config)
 
-    return lambda: Language(build)
+    return build
 
 
-def _opt(tf: Any) -> nn.Module:
+def opt(tf: Any) -> nn.Module:
     return tf.OPTForCausalLM(
         tf.OPTConfig(
             vocab_size=19,
@@ -266,11 +266,15 @@ def gpt2(tf: Any) -> nn.Module:
     return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=19, n_embd=8, n_layer=3, n_head=2, n_positions=16))
 
 
-def _bert(tf: Any) -> nn.Module:
-    return tf.BertForSequenceClassification(tf.BertConfig(num_hidden_layers=3, max_position_embeddings=16, **SMALL))
+def encoder(name: str) -> Callable[[Any], nn.Module]:
+    def build(tf: Any) -> nn.Module:
+        config = getattr(tf, f"{name}Config")(num_hidden_layers=3, max_position_embeddings=16, **SMALL)
+        return getattr(tf, f"{name}ForSequenceClassification")(config)
+
+    return build
 
 
-def _t5(tf: Any) -> nn.Module:
+def t5(tf: Any) -> nn.Module:
     return tf.T5ForConditionalGeneration(
         tf.T5Config(
             vocab_size=19,
@@ -286,10 +290,10 @@ def _t5(tf: Any) -> nn.Module:
 
 
 HUGGING_FACE: dict[str, Callable[[], nn.Module]] = {
-    "OPT": lambda: Language(_opt),
-    "LLaMA": _decoder("Llama", num_key_value_heads=1),
-    "Qwen2": _decoder("Qwen2", num_key_value_heads=1, tie_word_embeddings=True),
+    "OPT": lambda: Language(opt),
+    "LLaMA": lambda: Language(decoder("Llama", num_key_value_heads=1)),
+    "Qwen2": lambda: Language(decoder("Qwen2", num_key_value_heads=1, tie_word_embeddings=True)),
     "GPT-2": lambda: Language(gpt2),
-    "BERT": lambda: Language(_bert, "class"),
-    "T5": lambda: Language(_t5),
+    "BERT": lambda: Language(encoder("Bert"), "class"),
+    "T5": lambda: Language(t5),
 }

@@ -61,18 +61,6 @@ def check_flag(value: object, name: str) -> bool:
     return value
 
 
-def check_share(value: object, name: str) -> float:
-    """A number in [0, 1)."""
-    return check_number(value, name, 0.0, 1.0, open_high=True)
-
-
-def check_betas(value: object, name: str = "betas") -> tuple[float, float]:
-    """Two decay rates in [0, 1)."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be two numbers in [0, 1), got {value!r}")
-    return check_share(value[0], f"{name}[0]"), check_share(value[1], f"{name}[1]")
-
-
 def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(repr(c) for c in choices)}")

@@ -132,8 +132,12 @@ class DType(Kind):
         return value
 
     @property
+    def by_name(self) -> dict[str, torch.dtype]:
+        return {str(dtype).removeprefix("torch."): dtype for dtype in self.dtypes}
+
+    @property
     def allowed(self) -> str:
-        return ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return ", ".join(self.by_name)
 
     @property
     def in_words(self) -> str:
@@ -143,8 +147,7 @@ class DType(Kind):
         return str(value)
 
     def parse(self, value: Any) -> Any:
-        known = {str(dtype).removeprefix("torch."): dtype for dtype in self.dtypes}
-        return known.get(value, value)
+        return self.by_name.get(value, value)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ class Betas(Kind):
     """Two decay rates in [0, 1)."""
 
     def check(self, value: Any, name: str) -> tuple[float, float]:
-        return _checks.check_betas(value, name)
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise TypeError(f"{name} must be two numbers in [0, 1), got {value!r}")
+        return SHARE.check(value[0], f"{name}[0]"), SHARE.check(value[1], f"{name}[1]")
 
     @property
     def allowed(self) -> str:

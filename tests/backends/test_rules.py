@@ -17,7 +17,6 @@ from torch import Tensor
 from tests import devices
 from tests.launching import launch
 from zokern import backends
-from zokern.backends import native
 from zokern.contract import reference, reference_rules
 from zokern.contract.rules import RULES
 
@@ -213,11 +212,8 @@ def test_out_of_place_and_disabled(rule: str, enabled: int, backend: str, device
 
 
 @RULE
-@pytest.mark.parametrize("instruction_set", ["plain", "avx2", "avx512"])
-def test_bits_on_every_instruction_set(rule: str, instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.extension is None or instruction_set not in native.extension.cpu_instruction_sets():
-        pytest.skip(f"{instruction_set} is not in this build, or not on this processor")
-    monkeypatch.setenv("ZOKERN_CPU_ISA", instruction_set)
+@pytest.mark.usefixtures("instruction_set")
+def test_bits_on_every_instruction_set(rule: str) -> None:
     check(rule, torch.bfloat16, torch.float32, "cpu", torch.device("cpu"), rounding="stochastic", k=2)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.models import SMALL, Block, Experts, Toy, seeded
+from tests import models
+from tests.models import Block, Experts, Toy, seeded
 from zokern.contract import reference
 from zokern.layers import RandomBlocks, find_blocks
 
@@ -50,55 +50,16 @@ def dropped_of(names: set[str], depth: int) -> set[int]:
 # --------------------------------------------------------------------------------------------------------- find_blocks
 
 
-def opt_model(tf: Any) -> nn.Module:
-    config = tf.OPTConfig(
-        vocab_size=19,
-        hidden_size=8,
-        num_hidden_layers=3,
-        ffn_dim=16,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        word_embed_proj_dim=8,
-    )
-    return tf.OPTForCausalLM(config)
-
-
-def t5_model(tf: Any) -> nn.Module:
-    config = tf.T5Config(vocab_size=19, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_decoder_layers=3, num_heads=2)
-    return tf.T5ForConditionalGeneration(config)
-
-
-def decoder(name: str) -> Any:
-    def build(tf: Any) -> nn.Module:
-        config = getattr(tf, f"{name}Config")(
-            num_hidden_layers=3, num_key_value_heads=1, max_position_embeddings=16, **SMALL
-        )
-        return getattr(tf, f"{name}ForCausalLM")(config)
-
-    return build
-
-
-def encoder(name: str) -> Any:
-    def build(tf: Any) -> nn.Module:
-        config = getattr(tf, f"{name}Config")(num_hidden_layers=3, max_position_embeddings=16, **SMALL)
-        return getattr(tf, f"{name}ForSequenceClassification")(config)
-
-    return build
-
-
 @pytest.mark.parametrize(
     ("build", "names"),
     [
-        (opt_model, [f"model.decoder.layers.{i}" for i in range(3)]),
-        (decoder("Llama"), [f"model.layers.{i}" for i in range(3)]),
-        (decoder("Qwen2"), [f"model.layers.{i}" for i in range(3)]),
-        (
-            lambda tf: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=19, n_embd=8, n_layer=3, n_head=2, n_positions=16)),
-            [f"transformer.h.{i}" for i in range(3)],
-        ),
-        (encoder("Bert"), [f"bert.encoder.layer.{i}" for i in range(3)]),
-        (encoder("Roberta"), [f"roberta.encoder.layer.{i}" for i in range(3)]),
-        (t5_model, ["encoder.block.0", "encoder.block.1", *(f"decoder.block.{i}" for i in range(3))]),
+        (models.opt, [f"model.decoder.layers.{i}" for i in range(3)]),
+        (models.decoder("Llama", num_key_value_heads=1), [f"model.layers.{i}" for i in range(3)]),
+        (models.decoder("Qwen2", num_key_value_heads=1), [f"model.layers.{i}" for i in range(3)]),
+        (models.gpt2, [f"transformer.h.{i}" for i in range(3)]),
+        (models.encoder("Bert"), [f"bert.encoder.layer.{i}" for i in range(3)]),
+        (models.encoder("Roberta"), [f"roberta.encoder.layer.{i}" for i in range(3)]),
+        (models.t5, ["encoder.block.0", "encoder.block.1", *(f"decoder.block.{i}" for i in range(3))]),
     ],
     ids=["OPT", "LLaMA", "Qwen2", "GPT-2", "BERT", "RoBERTa", "T5"],
 )

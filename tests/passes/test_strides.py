@@ -192,11 +192,8 @@ def test_offsets_of_the_whole(offset: int, backend: str, device: torch.device, d
 
 
 @RULE
-@pytest.mark.parametrize("instruction_set", ["plain", "avx2", "avx512"])
-def test_every_instruction_set(rule: str, instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.extension is None or instruction_set not in native.extension.cpu_instruction_sets():
-        pytest.skip(f"{instruction_set} is not in this build, or not on this processor")
-    monkeypatch.setenv("ZOKERN_CPU_ISA", instruction_set)
+@pytest.mark.usefixtures("instruction_set")
+def test_every_instruction_set(rule: str) -> None:
     for dtype, rounding, k in ((BF16, "stochastic", 2), (F16, "nearest", 1), (F32, "nearest", 1)):
         check(wholes(rule, dtype, F32), spec_of(rule, rounding=rounding), numbers(rule, k), "cpu", CPU)
 

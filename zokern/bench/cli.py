@@ -5,10 +5,9 @@ The commands import what is heavy themselves, so that --help is quick. Whole ste
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -16,6 +15,7 @@ from typer import Argument, Option
 from zokern.bench import ABOUT, commands_step, options
 from zokern.bench.cases import BENCHMARKS, DEFAULT_DTYPES, DTYPES, cases_of
 from zokern.bench.shapes import MIN_ELEMENTS
+from zokern.failing import end, fail
 
 if TYPE_CHECKING:
     from zokern.bench.kernels import Settings
@@ -80,7 +80,7 @@ def kernels(
         try:
             plots.require()
         except plots.PlotError as error:
-            _fail(f"error: {error}")
+            fail(str(error))
     where = options.find_device(device)
     size = elements or benchmark.default_elements(where, chosen, dtypes, quick)
     if problem := benchmark.check_memory(where, chosen, dtypes, size):
@@ -135,11 +135,11 @@ def _run(names: list[str], settings: Settings) -> list[Path]:
             task = progress.add_task("passes", total=len(cases_of(names, settings.dtypes)))
             paths = [benchmark.run(name, settings, progress, lambda *_: progress.advance(task)) for name in names]
     except KeyboardInterrupt:
-        _fail(f"stopped; what is finished is in {settings.output}", 130)
+        end(f"stopped; what is finished is in {settings.output}", 130)
     except torch.OutOfMemoryError as error:
-        _fail(f"error: {error}; give fewer --elements. What is finished is in {settings.output}")
+        fail(f"{error}; give fewer --elements. What is finished is in {settings.output}")
     except RuntimeError as error:
-        _fail(f"error: {error}")
+        fail(str(error))
     return [path for path in paths if path is not None]
 
 
@@ -172,7 +172,7 @@ def plot(
         for path in plots.draw(files, output):
             print(path)
     except plots.PlotError as error:
-        _fail(f"error: {error}")
+        fail(str(error))
 
 
 @app.command(name="list")
@@ -190,8 +190,3 @@ def list_() -> None:
 
 app.command()(commands_step.step)
 app.command()(commands_step.scaling)
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise typer.Exit(code)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from zokern.cli.failing import fail
+from zokern.failing import end, fail
 
 app = typer.Typer(no_args_is_help=True, help="Look into journals.")
 
@@ -102,7 +101,6 @@ def diff(
     try:
         where = tools.first_difference(a, b)
     except JournalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        end(f"error: {error}", 2)
     print("the runs are the same, step by step" if where is None else f"the runs differ {where}")
     raise typer.Exit(0 if where is None else 1)

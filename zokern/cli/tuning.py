@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 from typing import Any, NamedTuple, Optional
 
 import typer
 
 from zokern import cli
-from zokern.cli.failing import fail
+from zokern.failing import end, fail
 from zokern.finetune import takers
 from zokern.finetune.options import (
     DATA,
@@ -104,8 +103,7 @@ def _run(**values: Any) -> None:
     except ImportError as error:
         fail(f'{error}; install what the command needs with: pip install "zokern[finetune]"')
     except KeyboardInterrupt:
-        print("stopped before the first step; nothing was saved", file=sys.stderr)
-        raise typer.Exit(130) from None
+        end("stopped before the first step; nothing was saved", 130)
     else:
         if summary.result.interrupted:
             raise typer.Exit(130)

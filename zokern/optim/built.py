@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from zokern import directions
 from zokern import placement as placements
+from zokern.directions import Direction
 from zokern.optim import parameters, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
@@ -32,7 +32,7 @@ class Built(Common, Method, torch.optim.Optimizer):
     @takes_settings
     def __init__(self, *args: Any, **named: Any) -> None:
         values = self.take(args, named)
-        direction = directions.parse(values["distribution"])
+        direction: Direction = values["distribution"]
         groups, self.module, registry = parameters.parse(values["params"])
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zokern import backends, directions
+from zokern import _checks, backends, directions
 from zokern import placement as placements
 from zokern.contract.streams import ROUNDINGS
 from zokern.kinds import Choice, Flag, Instance, Integer, Kind
@@ -59,7 +59,7 @@ class Common(Settings):
     )
     seed: int = setting(
         default=0,
-        kind=Integer(0, (1 << 63) - 1),
+        kind=Integer(0, _checks.MAX_SEED),
         help="Of the run: direction k of step t has the seed derive_seed(seed, t, k).",
     )
     rounding: str = setting(
