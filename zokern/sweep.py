@@ -160,6 +160,7 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
     """What `run` does, past PyTorch's dispatcher; autograd is not told."""
     found, wanted = operands.found, os.environ.get(backends.ENVIRONMENT, backend) if backend == "auto" else backend
     _, chosen, tables = found if found is not None and found[0] == wanted else _find(operands, backend, wanted)
+    check_numbers(spec, numbers, tables)
     if chosen.near is not None:
         near = numbers.elsewhere.get((chosen, operands.device))
         if near is None:
@@ -170,6 +171,33 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
     for table in tables:
         chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, numbers)
     return len(tables)
+
+
+def check_numbers(spec: PassSpec, numbers: PassNumbers, tables: Sequence[Table]) -> None:
+    """What a kernel reads by address must be there: it looks at no size. A journal's numbers come from a file.
+
+    Raises:
+        ValueError: for coefs and scalars without a row for each row of the tables, for states that the rule does not keep.
+    """
+    rule, rows = spec.rule, numbers.shared.shape[0]
+    fits = numbers.coefs.shape == (rows, len(rule.coefs), numbers.seeds.shape[0])
+    if not fits or numbers.shared.shape != (rows, len(rule.scalars)):
+        raise ValueError(
+            f"a pass of {rule.name} with {numbers.seeds.shape[0]} seeds has coefs {tuple(numbers.coefs.shape)} and scalars "
+            f"{tuple(numbers.shared.shape)}; it needs [rows, {len(rule.coefs)}, seeds] and [rows, {len(rule.scalars)}]"
+        )
+    for table in tables:
+        if rows < table.groups:
+            raise ValueError(f"a pass has numbers for {rows} rows, and its tensors are of {table.groups}")
+        if rule.states and table.state_dtype is not torch.float32:
+            _check_halves(rule, table.state_dtype)
+
+
+def _check_halves(rule: Rule, dtype: torch.dtype) -> None:
+    if str(dtype).removeprefix("torch.") not in rule.state_dtypes:
+        raise ValueError(
+            f"a pass of {rule.name} has states of {dtype}; it keeps them in {' or '.join(rule.state_dtypes)}"
+        )
 
 
 def _find(operands: Operands, backend: str, wanted: str) -> tuple[str, ModuleType, list[Table]]:
@@ -202,6 +230,8 @@ def run_chain(
         )
     found, wanted = operands.found, os.environ.get(backends.ENVIRONMENT, backend) if backend == "auto" else backend
     _, chosen, tables = found if found is not None and found[0] == wanted else _find(operands, backend, wanted)
+    for spec, numbers in stages:
+        check_numbers(spec, numbers, tables)
     for table in tables:
         own = [(spec.exact if table.dtype == torch.float32 else spec, numbers) for spec, numbers in stages]
         chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))

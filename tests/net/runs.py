@@ -117,9 +117,9 @@ def do(case: Case, path: Path, saved: bytes | None = None) -> dict[str, Any]:
 
 
 def content(path: Path) -> Iterator[object]:
-    """All that a journal holds but for the version that wrote it, numbers as bits."""
+    """All that a journal says of a run, numbers as bits: not who wrote it in which format, and where it was taken up."""
     reader = journal.Reader(path)
-    yield {key: value for key, value in reader.header.items() if key != "zokern"}
+    yield {key: value for key, value in reader.header.items() if key not in ("zokern", "features")}
     for step in reader.steps():
         yield step.number, step.flags, step.layout, step.signature, step.frame.tobytes()
-    yield reader.marks, reader.torn
+    yield reader.marks[-1:], reader.state

@@ -28,6 +28,7 @@ def _described(rule: Rule) -> dict[str, object]:
         "written": rule.written,
         "squares": rule.coefs.index("V") if "V" in rule.coefs else -1,
         "perturbation": rule_of_probes(rule).name,
+        "half_state": rule.half_state,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -38,16 +39,21 @@ def replay(
 ) -> None:
     """Make the tuned model of a journal again, bit for bit, from its base model: no data, no forward passes.
 
-    Exit codes: 0, or 1 for an error. Without --no-verify, 0 means that the bits are those of the training.
+    Exit codes: 0, or 1 for an error. Without --no-verify and --until, 0 means that the bits are those of the training: a
+    journal that was cut off is refused. With --until that holds where the journal has a hash; where it has none, a warning
+    says so.
     """
     from rich.progress import Progress
 
+    from zokern._checks import ZokernWarning
     from zokern.finetune.rebuild import rebuild
     from zokern.journal import JournalError, tools
 
     try:
-        total = until if until is not None else len(tools.summary(journal)["steps"])
-        with Progress(transient=True) as display:
+        steps = tools.summary(journal)["steps"]
+        total = until if until is not None else steps[-1] + 1 if steps else None
+        with Progress(transient=True) as display, warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always", ZokernWarning)
             task = display.add_task("replay", total=total)
             done = rebuild(
                 base, journal, output, until=until, verify=verify, force=force, device=device, backend=backend,
@@ -55,7 +61,9 @@ def replay(
             )  # fmt: skip
     except (JournalError, ValueError, OSError, RuntimeError) as error:
         fail(str(error))
-    print(f"{done} steps replayed; the model is {output}" + ("" if verify else " (not verified)"))
+    for one in noted:
+        print(f"note: {one.message}")
+    print(f"{done} steps replayed; the model is {output}" + ("" if done.verified else " (not verified)"))
 
 
 @app.command()
@@ -63,30 +71,34 @@ def show(
     journal: Annotated[Path, typer.Argument(help="A journal.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw loss and lr to this PNG file.")] = None,
 ) -> None:
-    """Say what a journal is of, and draw its curves."""
+    """Say what a journal is of, in which state it is, and draw its curves.
+
+    Exit codes: 0, or 1 for an error or a journal that is damaged; what can be read of that is shown.
+    """
     from zokern.journal import JournalError, tools
 
     try:
         found = tools.summary(journal)
     except JournalError as error:
         fail(str(error))
-    header, losses = found["header"], [x for x in found["loss"] if x == x]
-    print(
-        f"method      {header['method']}, {header['distribution']} noise, seed {header['seed']}, {header['placement']}"
-    )
-    print(f"options     {', '.join(f'{k} {v}' for k, v in header['options'].items() if v is not None)}")
+    header, losses, text = found["header"], [x for x in found["loss"] if x == x], tools.printable
+    run = f"{header['method']}, {header['distribution']} noise, seed {header['seed']}, {header['placement']}"
+    print(f"method      {text(run)}")
+    print(f"options     {text(', '.join(f'{k} {v}' for k, v in header['options'].items() if v is not None))}")
     print(f"parameters  {found['parameters']:,} in {found['tensors']} tensors; base {header['base']}")
     print(f"steps       {len(found['steps'])} ({found['skipped']} skipped, {found['broken_off']} broken off)")
     if losses:
         print(f"loss        {losses[0]:.4f} -> {losses[-1]:.4f}")
-    print(f"size        {found['bytes'] / 1000:,.1f} kB, written by zokern {header['zokern']}")
-    if found["torn"]:
-        print("end         its last record was cut off while it was written; the steps before it are whole")
+    written = f"format {found['version']}, written by zokern {header.get('zokern', '(not said)')}"
+    print(f"size        {found['bytes'] / 1000:,.1f} kB, {text(written)}")
+    print(f"state       {found['state']}" + (f": {found['explained']}" if found["explained"] else ""))
     for mark in found["marks"][-1:]:
-        print(f"result      after {mark['step']} steps: {mark['hash']}")
+        print(f"result      after {mark.step} steps: {mark.hash}")
     if plot is not None:
         tools.plot(found, plot)
         print(f"plot        {plot}")
+    if found["wrong"]:
+        fail(found["wrong"])
 
 
 def diff(

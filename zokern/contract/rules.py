@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """`direct`: the first coefficient goes onto the weight. The first `written` states are changed."""
+    """`direct`: the first coefficient goes onto the weight. The first `written` states are changed. half_state: states
+    may be bfloat16; all may be float32."""
 
     name: str
     id: int
@@ -22,14 +23,20 @@ class Rule:
     scalars: tuple[str, ...] = ("decay",)
     states: tuple[str, ...] = ()
     written: int = 0
+    half_state: bool = False
+
+    @property
+    def state_dtypes(self) -> tuple[str, ...]:
+        """What its states may be stored as."""
+        return ("float32", "bfloat16") if self.half_state else ("float32",)
 
 
 _ALL = (
     Rule("axpy", 0, True, ("A",)),  # w + A
-    Rule("scaled_axpy", 1, False, ("A",), states=("h",)),  # w + A / sqrt(h)
+    Rule("scaled_axpy", 1, False, ("A",), states=("h",), half_state=True),  # w + A / sqrt(h)
     # h' = h + h (V - smoothing), kept within 2^-64 .. 2^64; w + G / sqrt(h'), and with A / sqrt(h) where w is perturbed
-    Rule("hizoo", 2, False, ("G", "V"), ("decay", "smoothing"), ("h",), 1),
-    Rule("hizoo_restore", 3, False, ("A", "G", "V"), ("decay", "smoothing"), ("h",), 1),
+    Rule("hizoo", 2, False, ("G", "V"), ("decay", "smoothing"), ("h",), 1, True),
+    Rule("hizoo_restore", 3, False, ("A", "G", "V"), ("decay", "smoothing"), ("h",), 1, True),
     # m' = beta1 m + G; h' = beta2 h + V; w + A + step m' / (gamma max(h', floor) + delta)
     Rule("helene", 4, True, ("A", "G", "V"), ("decay", "beta1", "beta2", "step", "gamma", "floor", "delta"),
          ("m", "h"), 2),

@@ -12,6 +12,7 @@ import torch
 
 from zokern.finetune.options import Options
 from zokern.journal import JournalError, Reader, replay
+from zokern.journal.replay import Replayed
 
 
 def rebuild(
@@ -25,7 +26,7 @@ def rebuild(
     device: str,
     backend: str,
     progress: Callable[[int], None],
-) -> int:
+) -> Replayed:
     """Writes the tuned model of a journal to `output`, made from `base`; returns the number of steps done.
 
     base: for the journal of a `zokern finetune` run what was its --model; otherwise a .safetensors file whose names are the

@@ -6,13 +6,14 @@
     zokern.journal.replay("run.zkj", base_model)          # the tuned model, without a forward
     zokern.journal.resume(optimizer, "run.zkj")           # a run that broke off: weights, states, step; it writes on
 
-The format is in format.py and docs/journal.md.
+The format is in format.py and docs/journal.md; what a file may say in checks.py, in which state it can be in reader.py.
 """
 
 from __future__ import annotations
 
-from zokern.journal.format import JournalError, Reader
+from zokern.journal.format import JournalError
 from zokern.journal.hashing import hash_of
+from zokern.journal.reader import Reader
 from zokern.journal.replay import replay
 from zokern.journal.run import resume, write
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ import torch
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
 from zokern.journal import format as journal
-from zokern.journal.format import BROKEN_OFF, MARK, SKIPPED, JournalError, Reader
+from zokern.journal.files import cut, locked, made
+from zokern.journal.fit import check, check_marks, is_base
+from zokern.journal.format import BROKEN_OFF, MARK, SKIPPED, SYNC_SECONDS, JournalError
 from zokern.journal.hashing import hash_of
+from zokern.journal.player import Player, memory_of
+from zokern.journal.reader import Reader
 from zokern.journal.record import Recorder
-from zokern.journal.replay import Player, check, memory_of
 from zokern.optim import state
 from zokern.optim.base import ZerothOrderOptimizer
 
@@ -27,6 +30,7 @@ from zokern.optim.base import ZerothOrderOptimizer
 def _header(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     return {
         "zokern": __version__,
+        "features": [],
         "contract": "zk1",
         "method": type(optimizer).__name__,
         "options": optimizer.options,
@@ -44,12 +48,19 @@ def _header(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def write(
-    optimizer: ZerothOrderOptimizer, path: str | Path, *, force: bool = False, about: dict[str, Any] | None = None
+    optimizer: ZerothOrderOptimizer,
+    path: str | Path,
+    *,
+    force: bool = False,
+    about: dict[str, Any] | None = None,
+    sync: float = SYNC_SECONDS,
 ) -> Iterator[None]:
     """Inside, every step of the optimizer is written to a new journal at `path`; at the end, a hash of the weights.
 
     A step waits for the device, because its numbers have to be on the host. The journal has to begin with the run, or
     with weights from which a run without states goes on. `about`: anything that the header should hold besides, as JSON.
+    `sync`: seconds between waits for the disk; a machine that dies loses at most the steps of these. A process that dies
+    loses none.
 
     Raises:
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
@@ -62,20 +73,16 @@ def write(
             f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; start the "
             "journal before the first step, or take the run up from its own journal with resume"
         )
-    try:
-        file = path.open("wb" if force else "xb")
-    except FileExistsError as error:
-        raise JournalError(f"{path} exists; give another name, or force=True to replace it") from error
-    with file:
-        writer = journal.start(file, {**_header(optimizer), "about": about or {}})
+    with made(path, force) as file:
+        writer = journal.start(file, {**_header(optimizer), "about": about or {}}, sync=sync)
         recorder = Recorder(writer, optimizer.seed, optimizer.layout())
         writer.append_json(journal.LAYOUT, recorder.layout)
-        with _recording(optimizer, recorder):
+        with _recording(optimizer, recorder, path):
             yield
 
 
 @contextlib.contextmanager
-def _recording(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> Iterator[None]:
+def _recording(optimizer: ZerothOrderOptimizer, recorder: Recorder, path: Path) -> Iterator[None]:
     optimizer.listeners.append(recorder)
     try:
         yield
@@ -83,48 +90,87 @@ def _recording(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> Iterator[
         optimizer.listeners.remove(recorder)
         if recorder.broken is None:
             _mark(optimizer, recorder)
+        if os.fstat(recorder.writer.file.fileno()).st_nlink == 0:
+            what = f"{path} was removed while it was written: there is no journal of this run"
+            warnings.warn(what, ZokernWarning, stacklevel=5)
 
 
 def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> None:
     """What a replay has to end with."""
     mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
     recorder.writer.append_json(MARK, mark)
-    recorder.writer.file.flush()
-    os.fsync(recorder.writer.file.fileno())
+    recorder.writer.sync()
 
 
 @contextlib.contextmanager
-def resume(optimizer: ZerothOrderOptimizer, path: str | Path) -> Iterator[int]:
+def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = SYNC_SECONDS) -> Iterator[int]:
     """Takes a run up where its journal ends, and writes on: the weights, states and the step of the optimizer become what
     they were after the last step in the journal, without any other checkpoint.
 
     optimizer: as the run's was at its start: same method, options and parameters, and the weights that it started from.
-    Yields the number of steps done. What the file has after the last step that was done is dropped: a record that was cut
-    off, a step that an exception broke off. lr, eps and weight_decay stay the optimizer's own: set a scheduler to the step.
+    Yields the number of steps done. What the file has after the last step that was done is cut off, and kept in a file
+    beside it: a record that was torn, with a warning, or a step that an exception broke off. lr, eps and weight_decay stay
+    the optimizer's own: set a scheduler to the step. sync: as for write. A file of format 1 is written on as that.
 
     Raises:
-        JournalError: if the journal is damaged or does not fit the optimizer, before anything is changed.
+        JournalError: if the journal is damaged, does not fit the optimizer, or another process is writing it, before
+            anything is changed; if the weights on the way are not those that training had, after they were changed.
     """
     path = Path(path)
+    with locked(path) as file:
+        reader, params = _fitting(optimizer, path), optimizer.weights()
+        end, crc, layout, frames = _play(optimizer, reader, params)
+        cut(path, file, end, warn=reader.torn)
+        recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
+        recorder.numbers = {json.dumps(signature): i for i, signature in enumerate(reader.signatures[: len(frames)])}
+        recorder.frames = [np.array(frame) for frame in frames]
+        with _recording(optimizer, recorder, path):
+            yield optimizer.counters["steps"]
+
+
+def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
+    """The journal's reader, at the end. Raises JournalError if it is not of a run of this optimizer."""
     reader, wanted = Reader(path), _header(optimizer)
-    header = {**reader.header, "options": optimizer.completed(reader.header.get("options") or {})}
+    header = {**reader.header, "options": optimizer.completed(reader.header["options"])}
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "states"):
         if header.get(name) != wanted[name]:
             raise JournalError(
                 f"{path}: {name} is {header.get(name)!r} there, {wanted[name]!r} in this optimizer; make them agree"
             )
-    if reader.header.get("base") != wanted["base"]:
-        raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
     params = optimizer.weights()
-    check(path, params)
+    if not is_base(reader, params):
+        raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
+    reader = check(path, params)
+    check_marks(reader)
+    return reader
+
+
+def _play(
+    optimizer: ZerothOrderOptimizer, reader: Reader, params: Mapping[str, torch.Tensor]
+) -> tuple[int, int, dict[str, Any], list[journal.Frame]]:
+    """Does the steps of a journal again. Where its last step that was done ends, with the checksum, the layout and the
+    frames there."""
 
     def state_of(p: torch.Tensor, name: str) -> torch.Tensor:
         return state.of(optimizer.state, p, optimizer.state_spec)[name]
 
+    looked_at = [mark for mark in reader.marks if not mark.broken_off][-1:]  # a broken off step's weights are gone
+    reader = Reader(reader.path)
     player = Player(reader, params, state_of, optimizer.backend)
-    done, skipped, pending = optimizer.counters["steps"], 0, []
-    kept = reader.end, reader.crc, reader.layout, 0, list(reader.frames)  # up to the last step that was done
+    done, skipped, pending = reader.done, 0, []
+    kept = reader.end, reader.crc, reader.layout, list(reader.frames)
+
+    def compare() -> None:
+        if looked_at and looked_at[0].done == done:
+            player.flush()
+            if hash_of(params.items()) != looked_at[0].hash:
+                raise JournalError(
+                    f"{reader.path}: the weights after {done} steps are not those that training had: something else "
+                    "changed them while it was written, so the run cannot be taken up from it; load the base weights again"
+                )
+
     with torch.no_grad():
+        compare()
         for step in reader.steps():
             if step.flags & BROKEN_OFF:  # left out at the end: the weights that it touched are gone
                 pending.append(step)
@@ -133,24 +179,13 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path) -> Iterator[int]:
                 player.play(broken)
             pending.clear()
             dropped = player.play(step)
-            kept = reader.end, reader.crc, reader.layout, len(reader.signatures), list(reader.frames)
+            kept = reader.end, reader.crc, reader.layout, list(reader.frames)
             skipped += bool(step.flags & SKIPPED)
             optimizer.remember(step.number, memory_of(step), dropped, not step.flags & SKIPPED)
             done = step.number + 1
-    player.flush()
+            compare()
+        if not pending:  # layouts, signatures and marks after the last step stay
+            kept = reader.end, reader.crc, reader.layout, list(reader.frames)
+        player.flush()
     optimizer.resumed(done, skipped)
-    if reader.torn:
-        warnings.warn(
-            f"{path}: its last record was cut off ({path.stat().st_size - reader.end} bytes), and is dropped",
-            ZokernWarning,
-            stacklevel=3,
-        )
-    end, crc, layout, count, frames = kept
-    with path.open("r+b") as file:
-        file.truncate(end)
-        file.seek(end)
-        recorder = Recorder(journal.Writer(file, crc), optimizer.seed, layout)
-        recorder.numbers = {json.dumps(signature): i for i, signature in enumerate(reader.signatures[:count])}
-        recorder.frames = [np.array(frame) for frame in frames]
-        with _recording(optimizer, recorder):
-            yield done
+    return kept

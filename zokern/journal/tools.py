@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
+from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zokern.journal.format import BROKEN_OFF, SKIPPED, Reader, Step
+from zokern.journal.format import BROKEN_OFF, SKIPPED, JournalError
+from zokern.journal.reader import Reader, Step
+
+
+def printable(value: object) -> str:
+    """As text that a terminal only shows: a stranger's file may hold its control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def parts(step: Step) -> dict[str, Any]:
@@ -22,28 +30,35 @@ def parts(step: Step) -> dict[str, Any]:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """What a journal is of, how long it is, and its curves of loss and lr."""
-    reader, steps, losses, lrs, skipped, broken = Reader(path), [], [], [], 0, 0
-    for step in reader.steps():
-        skipped += bool(step.flags & SKIPPED)
-        broken += bool(step.flags & BROKEN_OFF)
-        if not step.flags & BROKEN_OFF:
-            named = parts(step)
-            steps.append(step.number)
-            losses.append(named["loss"])
-            lrs.append(float(named["lr"][0]))
+    """What a journal is of, its state, how long it is, and its curves of loss and lr. Damage ends these: see `wrong`."""
+    reader, skipped, broken, wrong = Reader(path), 0, 0, ""
+    steps, losses, lrs = array("q"), array("d"), array("d")
+    try:
+        for step in reader.steps():
+            skipped += bool(step.flags & SKIPPED)
+            broken += bool(step.flags & BROKEN_OFF)
+            if not step.flags & BROKEN_OFF:
+                named = parts(step)
+                steps.append(step.number)
+                losses.append(named["loss"])
+                lrs.append(float(named["lr"][0]))
+    except JournalError as error:
+        wrong = str(error)
     params = reader.layout.get("params", [])
     return {
         "header": reader.header,
-        "parameters": sum(int(np.prod(shape)) for _, _, shape, *_ in params),
+        "version": reader.version,
+        "parameters": sum(math.prod(shape) for _, _, shape, *_ in params),
         "tensors": len(params),
         "steps": steps,
         "loss": losses,
         "lr": lrs,
         "skipped": skipped,
         "broken_off": broken,
-        "torn": reader.torn,
-        "bytes": Path(path).stat().st_size,
+        "state": reader.state,
+        "explained": reader.explain(),
+        "wrong": wrong,
+        "bytes": reader.size,
         "marks": reader.marks,
     }
 
@@ -67,13 +82,19 @@ def plot(found: dict[str, Any], path: Path) -> None:
     below.plot(found["steps"], found["lr"], color="tab:orange")
     below.set_ylabel("lr")
     below.set_xlabel("step")
-    above.set_title(f"{found['header']['method']}, {len(loss)} steps, {found['bytes'] / 1000:,.1f} kB")
+    title = f"{printable(found['header']['method'])}, {len(loss)} steps, {found['bytes'] / 1000:,.1f} kB"
+    above.set_title(title, parse_math=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def first_difference(a: Path, b: Path) -> str | None:
-    """Where two runs first differ and in what; None if their steps are the same."""
+    """Where two runs first differ and in what; None if their steps are the same. A torn end is a difference, as far as the
+    other has steps there.
+
+    Raises:
+        JournalError: where one of them is damaged, before a difference was found.
+    """
     one, two = Reader(a), Reader(b)
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "base"):
         if one.header.get(name) != two.header.get(name):
@@ -81,7 +102,9 @@ def first_difference(a: Path, b: Path) -> str | None:
     for first, second in itertools.zip_longest(one.steps(), two.steps()):
         if first is None or second is None:
             longer, step = (a, first) if second is None else (b, second)
-            return f"at step {step.number}, which only {longer} has"
+            shorter = two if second is None else one
+            ends = f"; {printable(shorter.path)}: {shorter.explain()}" if shorter.torn else ""
+            return f"at step {step.number}, which only {printable(longer)} has{ends}"
         where = f"at step {first.number}"
         if first.layout != second.layout:
             return f"{where}, in the parameters that are trained"

@@ -110,7 +110,8 @@ class AdaMeZOHistory(Memory):
         seen = torch.tensor(
             [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows], dtype=torch.float64
         )
-        c = torch.stack([sent(torch.stack([c[g] for g, _ in rows]), device) for _, _, c in steps], dim=1)
+        known = [torch.cat([c, c.new_zeros(len(eps) - len(c))]) for _, _, c in steps]  # a group may have come later
+        c = torch.stack([sent(torch.stack([c[g] for g, _ in rows]), device) for c in known], dim=1)
         c = c * sent(seen, device)
         age = torch.arange(len(steps), dtype=torch.float64, device=device)
         b1, b2 = betas

@@ -1,0 +1,73 @@
+"""Does a journal fit the weights that it is to be replayed on? All of it is read before one of them is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from zokern.journal.format import JournalError
+from zokern.journal.hashing import hash_of
+from zokern.journal.player import Player
+from zokern.journal.reader import Reader, Step
+
+_COPY = "take another copy"
+
+
+def check(path: Path, params: Mapping[str, Tensor], until: int | None = None) -> Reader:
+    """Reads the whole journal, so that what is wrong with it is known before anything is changed; returns its reader.
+
+    Raises:
+        JournalError: if it is damaged or malformed, or does not fit the parameters; with `until`, in the steps before that.
+    """
+    reader = Reader(path)
+    if until is not None and until < reader.done:
+        raise JournalError(f"until is {until}, and the journal starts at step {reader.done}")
+    player = Player(reader, params, lambda p, name: p)
+    try:
+        for step in reader.steps():
+            if until is None or step.number < until:
+                _check_step(player, step)
+    except JournalError:
+        if until is None or reader.done < until:
+            raise
+    if until is not None and until > reader.done:
+        why = f"; {reader.explain()}" if reader.torn else ""
+        raise JournalError(f"until is {until}, and the journal ends after {reader.done} steps{why}")
+    return reader
+
+
+def _check_step(player: Player, step: Step) -> None:
+    _, _, rows = player.active(step)
+    where, signature = f"{player.reader.path}: step {step.number}", step.signature
+    for one in signature["passes"]:
+        if one["rows"] != rows:
+            raise JournalError(f"{where} has numbers for {one['rows']} rows, and its parameters have {rows}; {_COPY}")
+        if any(age > step.number for age, _ in one["seeds"]):
+            raise JournalError(f"{where} has a direction from before the run; {_COPY}")
+    if step.layout is not player.checked:
+        groups = max((group for *_, group, _, _ in step.layout["params"]), default=-1) + 1
+        if groups > signature["groups"]:
+            raise JournalError(f"{where} has {signature['groups']} groups, and its parameters are of {groups}; {_COPY}")
+        player.checked = step.layout
+
+
+def check_marks(reader: Reader) -> None:
+    """Raises JournalError where a hash is of another number of steps than the journal has there."""
+    for mark in reader.marks:
+        if mark.step != mark.done:
+            raise JournalError(
+                f"{reader.path}: a hash in it is of the weights after {mark.step} steps, where it has {mark.done}: the "
+                "optimizer's steps were set while it was written (load_state_dict), so the run cannot be made again"
+            )
+
+
+def is_base(reader: Reader, params: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights that the run started from. Those of groups that came later are not in its hash."""
+    base = reader.header["base"]
+    if hash_of(params.items()) == base:
+        return True
+    step = next(Reader(reader.path).steps(), None)
+    first = [] if step is None else [name for _, name, *_ in step.layout["params"] if name in params]
+    return 0 < len(first) < len(params) and hash_of((name, params[name]) for name in first) == base
