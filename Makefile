@@ -11,7 +11,7 @@ BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo test coverage test-slow test-kernels wheel test-wheel lint format bench clean
+.PHONY: setup demo test coverage test-slow faults fuzz test-kernels wheel test-wheel lint format bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -38,6 +38,15 @@ coverage: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow_machine_code
+
+# Kills, flipped bits, exceptions everywhere, full disks: about half an hour.
+faults: setup
+	$(BIN)/python -m pytest -m faults
+
+# Journals from elsewhere, a million of them, against the kernels with sanitizers. FUZZ="--runs 5000", --help: other selections.
+fuzz: setup
+	$(BIN)/python -m pip install --quiet "atheris>=2.3"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.fuzz $(FUZZ)
 
 # The CUDA and Triton kernels without a GPU, hours on two processors. PTX="--quick", "--arch 90 --seconds 600", --help: other selections.
 test-kernels: setup

@@ -517,10 +517,14 @@ def train(path: Path, number: int, resume: bool) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
-    """kill -9 at 20 random moments; each time the run is taken up from its base and its journal alone."""
-    number, path = 1200, tmp_path / "run.zkj"
+    killed_again_and_again(tmp_path, number=1200, kills=20, seconds=300)
+
+
+def killed_again_and_again(tmp_path: Path, number: int, kills: int, seconds: float) -> None:
+    """kill -9 at random moments; each time the run is taken up from its base and its journal alone."""
+    path, wanted, kills = tmp_path / "run.zkj", kills, 0
     train(tmp_path / "whole.zkj", number, resume=False)
-    fork, rng, kills, begun = multiprocessing.get_context("fork"), random.Random(1), 0, time.monotonic()
+    fork, rng, begun = multiprocessing.get_context("fork"), random.Random(1), time.monotonic()
     while True:
         started = False
         if path.exists():
@@ -531,7 +535,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
                 path.unlink()  # killed before its header was whole
         child = fork.Process(target=train, args=(path, number, started))
         child.start()
-        if kills < 20:
+        if kills < wanted:
             size, wait = path.stat().st_size if path.exists() else 0, rng.random() * 600
             while child.is_alive() and (not path.exists() or path.stat().st_size < size + wait):
                 time.sleep(0.001)
@@ -542,8 +546,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL
-        assert time.monotonic() - begun < 300
-    assert kills == 20
+        assert time.monotonic() - begun < seconds
+    assert kills == wanted
     assert tools.first_difference(tmp_path / "whole.zkj", path) is None
     results = []
     for name in ("whole.zkj", "run.zkj"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,6 +66,26 @@ def replay(
     print(f"{done} steps replayed; the model is {output}" + ("" if done.verified else " (not verified)"))
 
 
+def show_lines(found: dict[str, Any]) -> list[str]:
+    """What `zokern journal show` says of a summary (zokern.journal.tools)."""
+    from zokern.journal.tools import printable
+
+    header, losses = found["header"], [x for x in found["loss"] if x == x]
+    options = ", ".join(f"{k} {v}" for k, v in header["options"].items() if v is not None)
+    lines = [
+        f"method      {header['method']}, {header['distribution']} noise, seed {header['seed']}, {header['placement']}",
+        f"options     {options}",
+        f"parameters  {found['parameters']:,} in {found['tensors']} tensors; base {header['base']}",
+        f"steps       {len(found['steps'])} ({found['skipped']} skipped, {found['broken_off']} broken off)",
+        *([f"loss        {losses[0]:.4f} -> {losses[-1]:.4f}"] if losses else []),
+        f"size        {found['bytes'] / 1000:,.1f} kB, format {found['version']}, "
+        f"written by zokern {header.get('zokern', '(not said)')}",
+        f"state       {found['state']}" + (f": {found['explained']}" if found["explained"] else ""),
+        *[f"result      after {mark.step} steps: {mark.hash}" for mark in found["marks"][-1:]],
+    ]
+    return [printable(line) for line in lines]
+
+
 @app.command()
 def show(
     journal: Annotated[Path, typer.Argument(help="A journal.")],
@@ -81,19 +101,8 @@ def show(
         found = tools.summary(journal)
     except JournalError as error:
         fail(str(error))
-    header, losses, text = found["header"], [x for x in found["loss"] if x == x], tools.printable
-    run = f"{header['method']}, {header['distribution']} noise, seed {header['seed']}, {header['placement']}"
-    print(f"method      {text(run)}")
-    print(f"options     {text(', '.join(f'{k} {v}' for k, v in header['options'].items() if v is not None))}")
-    print(f"parameters  {found['parameters']:,} in {found['tensors']} tensors; base {header['base']}")
-    print(f"steps       {len(found['steps'])} ({found['skipped']} skipped, {found['broken_off']} broken off)")
-    if losses:
-        print(f"loss        {losses[0]:.4f} -> {losses[-1]:.4f}")
-    written = f"format {found['version']}, written by zokern {header.get('zokern', '(not said)')}"
-    print(f"size        {found['bytes'] / 1000:,.1f} kB, {text(written)}")
-    print(f"state       {found['state']}" + (f": {found['explained']}" if found["explained"] else ""))
-    for mark in found["marks"][-1:]:
-        print(f"result      after {mark.step} steps: {mark.hash}")
+    for line in show_lines(found):
+        print(line)
     if plot is not None:
         tools.plot(found, plot)
         print(f"plot        {plot}")

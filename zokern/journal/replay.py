@@ -64,13 +64,13 @@ def replay(
     player = Player(Reader(path), params, fresh_states(reader.header), backend)
     done = int(reader.header["first_step"])
     for step in player.reader.steps() if until is None or until > done else ():
-        if until is not None and step.number >= until:
-            break
         player.play(step)
         if not step.flags & BROKEN_OFF:
             done = step.number + 1
         if progress is not None:
             progress(done)
+        if done == until:  # what follows may be damaged
+            break
     player.flush()
     if wanted is not None and hash_of(params.items()) != wanted:
         raise JournalError(f"{path}: the weights after {done} steps are not those that training had")

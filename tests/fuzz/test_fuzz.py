@@ -1,0 +1,169 @@
+"""A journal from a stranger can never touch memory: it is refused, by its name, or does what it says on its own tensors."""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fuzz import corpus, records, targets
+from zokern import journal, sweep
+from zokern.contract.rules import RULES
+from zokern.journal import checks
+from zokern.journal import format as journal_format
+from zokern.passes.operands import Operands
+from zokern.passes.spec import PassNumbers, PassSpec
+
+STORED = corpus.stored()
+INPUTS, SECONDS = 400, 20.0
+
+
+def test_the_corpus_has_every_case() -> None:
+    assert set(STORED) == set(targets.CASES)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_journals_go_on_replaying(name: str, tmp_path: Path) -> None:
+    """Of format 2, with the hash that their run had; and what is fuzzed does all of its work on them."""
+    assert journal.replay(STORED[name], targets.weights()).verified
+    path = tmp_path / "run.zkj"
+    path.write_bytes(STORED[name].read_bytes())
+    done = targets.all_of(path, STORED["plain"])
+    assert done >= {"show", "diff", "replay", "until"}
+    kind = targets.KINDS.get(journal.Reader(path).header["method"])
+    assert ("resume" in done) == (kind is None or kind == targets.CASES[name])
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_taking_apart_and_putting_together_gives_the_file(name: str) -> None:
+    data = STORED[name].read_bytes()
+    assert records.repaired(data) == data
+    assert records.changed(data, random.Random(1)) != data
+
+
+def test_changed_journals_are_refused_or_do_what_they_say(tmp_path: Path) -> None:
+    """`make fuzz` does this with coverage and sanitizers, a million times."""
+    rng, path, refused, did = random.Random(20261128), tmp_path / "run.zkj", 0, 0
+    files, begun, tried = [path.read_bytes() for path in STORED.values()], time.monotonic(), 0
+    while tried < INPUTS and (tried < 50 or time.monotonic() - begun < SECONDS):
+        path.write_bytes(records.changed(rng.choice(files), rng))
+        done = targets.all_of(path, STORED["plain"])
+        refused += "replay" not in done
+        did += "replay" in done
+        tried += 1
+    assert min(refused, did) > tried / 10
+
+
+# ------------------------------------------------------------------------------------------- made by hand, one by one
+
+
+def journal_with(path: Path, states: Any, layout: Any, signature: Any) -> None:
+    """A journal of one step, with right checksums."""
+    header = {**journal.Reader(STORED["plain"]).header, "states": states}
+    with path.open("wb", buffering=0) as file:
+        out = journal_format.start(file, header)
+        out.append_json(journal_format.LAYOUT, layout)
+        out.append_json(journal_format.SIGNATURE, signature)
+        numbers = min(signature["numbers"], 1 << 10)
+        ones = journal_format.np.ones(numbers, journal_format.np.float32)
+        out.append(journal_format.encode_step(0, 0, ones, 0 * ones))
+
+
+def layout_of(*entries: tuple[str, list[int], int]) -> dict[str, Any]:
+    return {"params": [[i, name, shape, "float32", group, None, None] for i, (name, shape, group) in enumerate(entries)],
+            "layers": None}  # fmt: skip
+
+
+def signature_of(rule: str, rows: int, numbers: int, groups: int = 1) -> dict[str, Any]:
+    one = {"rule": rule, "seeds": [[0, 0]], "rows": rows}
+    return {"passes": [one], "memory": 0, "groups": groups, "numbers": numbers}
+
+
+W = ("w", [4097], 0)
+
+
+@pytest.mark.parametrize(
+    ("states", "layout", "signature", "word"),
+    [
+        ({"m": ["bfloat16", 0.0]}, layout_of(W), signature_of("momentum", 1, 7), "state 'm' is 'bfloat16'.*float32"),
+        ({"m": ["float32", 0.0]}, layout_of(W), signature_of("axpy", 0, 2), "rows is no whole number from 1"),
+        ({}, layout_of(("w", [4097], 0), ("u", [3], 1)), signature_of("axpy", 1, 5, 2), "1 rows.*have 2"),
+        ({}, layout_of(W), signature_of("axpy", 5, 12), "5 rows.*have 1"),
+        ({}, layout_of(W), signature_of("momentum", 1, 7), "momentum needs the state 'm', which is missing"),
+        ({"h": ["bfloat16", 1.0], "m": ["float32", 0.0]}, layout_of(W), signature_of("helene", 1, 12), "'h', which is bf"),
+        ({"m": ["save", 0.0]}, layout_of(W), signature_of("momentum", 1, 7), "state 'm' is 'save'"),
+        ({"x": ["float32", 0.0]}, layout_of(W), signature_of("axpy", 1, 4), "a state is called 'x'"),
+        ({}, layout_of(("w", [4097], 7)), signature_of("axpy", 1, 4), "1 groups.*of 8"),
+        ({}, layout_of(W, W), signature_of("axpy", 1, 4), "one name"),
+        ({}, layout_of(("w", [1 << 40, 1 << 40], 0)), signature_of("axpy", 1, 4), "number of elements"),
+        ({}, layout_of(("w", ["4097"], 0)), signature_of("axpy", 1, 4), "a size is no whole number"),
+        ({}, layout_of(W), signature_of("axpy", 1, 5), "numbers is 5, and its passes have 4"),
+        ({}, layout_of(W), signature_of("axpy", 1 << 40, 4), "rows is no whole number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_a_pass(
+    states: Any, layout: Any, signature: Any, word: str, tmp_path: Path
+) -> None:
+    path, w = tmp_path / "evil.zkj", {"w": torch.zeros(4097), "u": torch.zeros(3)}
+    journal_with(path, states, layout, signature)
+    with pytest.raises(journal.JournalError, match=word):
+        journal.replay(path, w, verify=False)
+    assert not any(t.any() for t in w.values())
+
+
+def test_each_state_of_the_methods_is_one_that_a_journal_may_have() -> None:
+    """The checks' table comes from the rules; a method whose states it refuses could write no journal."""
+    for rule in RULES.values():
+        for name in rule.states:
+            assert set(checks._STATES[name]) >= set(rule.state_dtypes)
+
+
+# ----------------------------------------------------------------------------------------- and once more at the launch
+
+
+@pytest.mark.parametrize(
+    ("rule", "coefs", "shared", "state", "word"),
+    [
+        ("axpy", (0, 1, 1), (0, 1), None, "numbers for 0 rows, and its tensors are of 2"),
+        ("axpy", (1, 1, 1), (1, 1), None, "numbers for 1 rows, and its tensors are of 2"),
+        ("axpy", (2, 1, 2), (2, 1), None, r"1 seeds has coefs \(2, 1, 2\)"),
+        ("axpy", (2, 2, 1), (2, 1), None, r"needs \[rows, 1, seeds\]"),
+        ("axpy", (2, 1, 1), (3, 1), None, r"scalars \(3, 1\)"),
+        ("momentum", (2, 2, 1), (2, 3), torch.bfloat16, "momentum has states of torch.bfloat16; it keeps them in float32"),
+        ("hizoo", (2, 2, 1), (2, 2), torch.float16, "keeps them in float32 or bfloat16"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_launch_refuses_numbers_that_are_not_there(
+    rule: str, coefs: tuple[int, ...], shared: tuple[int, ...], state: Any, word: str, chain: bool
+) -> None:
+    tensors = [torch.zeros(40), torch.zeros(8)]
+    states = [] if state is None else [[torch.zeros(t.shape, dtype=state) for t in tensors]]
+    operands = Operands(tensors, None, states, [0, 1], [0, 0], [0, 1])
+    spec, rounding = PassSpec(RULES[rule]), torch.tensor([1, 2])
+    numbers = PassNumbers(torch.tensor([5]), torch.zeros(coefs), torch.zeros(shared), rounding)
+    launch = partial(sweep.run_chain, operands, [(spec, numbers)], RULES[rule])
+    with pytest.raises(ValueError, match=word):
+        launch() if chain else sweep.run(operands, spec, numbers)
+    assert not any(t.any() for t in tensors)
+
+
+def test_files_that_take_much_memory_to_read_are_refused(tmp_path: Path) -> None:
+    """JSON of small objects is 30 times as large in memory as in the file."""
+    header = {**journal.Reader(STORED["plain"]).header, "about": {"x": [{} for _ in range(3_000_000)]}}
+    path = tmp_path / "run.zkj"
+    with pytest.raises(journal.JournalError, match="make `about` shorter"), path.open("wb", buffering=0) as file:
+        journal_format.start(file, header)
+    text = b'{"x":[' + b"{}," * 3_000_000 + b"{}]}"
+    path.write_bytes(records.build(text, []))
+    with pytest.raises(journal.JournalError, match="claims"):
+        journal.Reader(path)
+    good, bodies, _ = records.take_apart(STORED["plain"].read_bytes())
+    path.write_bytes(records.build(good, [bodies[0][:1] + text]))
+    with pytest.raises(journal.JournalError, match="more than"):
+        list(journal.Reader(path).steps())
