@@ -63,7 +63,7 @@ def changed(data: bytes, rng: random.Random) -> bytes:
     """One to three changes of what a journal says, or of the order in which it says it."""
     header, bodies, version = take_apart(data)
     for _ in range(rng.randint(1, 3)):
-        place = rng.randrange(-1, len(bodies))
+        place = rng.randrange(-1, len(bodies)) if bodies else -1
         what = rng.random()
         if place < 0:
             header = changed_json(header, rng)

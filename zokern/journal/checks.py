@@ -64,8 +64,8 @@ def header(value: Mapping[str, Any]) -> None:
 def layout(value: Mapping[str, Any]) -> None:
     """The parameters: [tensor id, name, shape, dtype, group, row key, block] each; LeZO's counts."""
     params, layers = value.get("params"), value.get("layers")
-    if not isinstance(params, list):
-        raise ValueError("params is no list")
+    if not isinstance(params, list) or "layers" not in value:
+        raise ValueError("it has no list of params, or no layers")
     blocks = 0
     if layers is not None:
         if not isinstance(layers, list) or len(layers) != 2:

@@ -23,7 +23,7 @@ def check(path: Path, params: Mapping[str, Tensor], until: int | None = None) ->
     """
     reader = Reader(path)
     if until is not None and until < reader.done:
-        raise JournalError(f"until is {until}, and the journal starts at step {reader.done}")
+        raise JournalError(f"{reader.path}: until is {until}, and the journal starts at step {reader.done}")
     player = Player(reader, params, lambda p, name: p)
     try:
         for step in reader.steps():
@@ -34,7 +34,7 @@ def check(path: Path, params: Mapping[str, Tensor], until: int | None = None) ->
             raise
     if until is not None and until > reader.done:
         why = f"; {reader.explain()}" if reader.torn else ""
-        raise JournalError(f"until is {until}, and the journal ends after {reader.done} steps{why}")
+        raise JournalError(f"{reader.path}: until is {until}, and the journal ends after {reader.done} steps{why}")
     return reader
 
 
