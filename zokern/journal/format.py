@@ -47,7 +47,7 @@ LAYOUT, SIGNATURE, STEP, MARK = 1, 2, 3, 4
 RESERVED = {5: "fold", 6: "ranks", 7: "lag", 8: "sampling"}
 FEATURES: frozenset[str] = frozenset()  # that this reader knows
 SKIPPED, BROKEN_OFF = 1, 2
-MAX_RECORD, MAX_JSON, MAX_SIGNATURES, MAX_NUMBERS = 1 << 24, 1 << 22, 1 << 16, 1 << 24
+MAX_RECORD, MAX_JSON, MAX_SIGNATURES, MAX_NUMBERS = 1 << 24, 1 << 23, 1 << 16, 1 << 24
 SYNC_SECONDS = 10.0
 Frame = npt.NDArray[np.float32]
 

@@ -41,7 +41,7 @@ from zokern.journal.format import (
     decode_step,
     read_varint,
 )
-from zokern.journal.search import SEARCHED, good_record
+from zokern.journal.search import SEARCHED, begins_good, good_record
 
 WHOLE, UNVERIFIED, TORN, DAMAGED = "whole", "unverified", "torn", "damaged"
 _COPY = "take another copy of it"
@@ -239,15 +239,18 @@ class Reader:
             return None
         crc = checksum(self.version, head[:used], data[:length], self.crc)
         if struct.unpack("<I", data[length:])[0] != crc:
-            self._tail(file)
+            self._tail(file, used + length + 4, crc)
             return None
         self.crc = crc
         return data[:length]
 
-    def _tail(self, file: BinaryIO) -> None:
-        """What follows is no record. Torn, unless a good record follows it."""
+    def _tail(self, file: BinaryIO, size: int = 0, crc: int = 0) -> None:
+        """What follows is no record. Torn, unless a good record follows it. size, crc: where it is one but for its
+        checksum, the next one may go on from that."""
         file.seek(self.end - 4)
-        if good_record(self.version, file.read(SEARCHED)) is not None:
+        data = file.read(SEARCHED)
+        after = struct.pack("<I", crc) + data[4 + size :]
+        if good_record(self.version, data) is not None or (size and begins_good(self.version, after)):
             raise self._fail(
                 f"it is damaged at byte {self.end}, after step {self.done}: good records follow what is none there",
                 "take another copy, or replay only the steps before it with --until",

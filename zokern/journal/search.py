@@ -21,14 +21,15 @@ Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 
-def good_record(version: int, data: bytes) -> int | None:
+def good_record(version: int, data: bytes, last: int | None = None) -> int | None:
     """Where in `data` a record begins that can be shown to be good; None if there is none.
 
-    data: from the last good record's checksum on, its four bytes included.
+    data: from the last good record's checksum on, its four bytes included. last: the place before which one must begin.
     """
     values, summed = np.frombuffer(data, np.uint8), 0
-    for first in range(5, len(data), _BLOCK):
-        places, heads, lengths = _candidates(values, first, min(first + _BLOCK, len(data)))
+    first, last = (5, len(data)) if last is None else (4, min(last, len(data)))
+    for begin in range(first, last, _BLOCK):
+        places, heads, lengths = _candidates(values, begin, min(begin + _BLOCK, last))
         for i in np.argsort(lengths, kind="stable").tolist():  # short ones are the likely ones
             at, head, length = int(places[i]), int(heads[i]), int(lengths[i])
             summed += length
@@ -40,6 +41,11 @@ def good_record(version: int, data: bytes) -> int | None:
             if checksum(version, data[at : at + head], body, previous) == said:
                 return at
     return None
+
+
+def begins_good(version: int, data: bytes) -> bool:
+    """Whether a good record stands at the beginning, after the checksum that it starts from."""
+    return good_record(version, data[: 4 + MAX_RECORD], last=5) is not None
 
 
 def _candidates(data: Bytes, first: int, last: int) -> tuple[Ints, Ints, Ints]:
