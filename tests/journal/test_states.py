@@ -314,6 +314,20 @@ def test_the_disk_has_what_is_older_than_the_interval(tmp_path, monkeypatch):
     assert counts == [6, 0]  # five steps and a signature
 
 
+def test_the_interval_begins_anew_each_time(tmp_path, monkeypatch):
+    now, synced = [0.0], []
+    monkeypatch.setattr(journal_format.time, "monotonic", lambda: now[0])
+    path, _, _ = written(tmp_path, 1)
+    header = journal.Reader(path).header
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(now[0]))
+    with path.open("r+b", buffering=0) as file:
+        writer = journal_format.start(file, header, sync=10.0)
+        for second in range(1, 36):
+            now[0] = float(second)
+            writer.append_json(journal_format.LAYOUT, {"params": [], "layers": None})
+    assert synced == [0.0, 10.0, 20.0, 30.0]
+
+
 def test_a_record_that_was_written_in_part_is_taken_back(tmp_path):
     """A full disk takes some bytes of a record: the file ends with the last whole one, and the next is good."""
 
