@@ -33,14 +33,14 @@ def taken(found: str, **given: Any) -> list[str]:
         ("contradiction entailment neutral", {"label2id": NLI}, "contradiction neutral entailment", "the model's own"),
         ("b a", {"label2id": {"B": 0, "A": 1}}, "b a", "the model's own"),
         ("ab a-b", {"label2id": {"A_B": 0, "AB": 1}}, "a-b ab", "the model's own"),
-        ("entailment neutral", {"label2id": NLI}, "CONTRADICTION neutral entailment", "no training text has 'CONTRADICTION'"),
-        ("business world sports", {"label2id": NAMELESS, "own": OWN}, "world sports business", "the data set's own; the head"),
-        ("business world", {"label2id": NAMELESS, "own": OWN}, "world sports business", "the data set's own; the head"),
-        ("business world sports", {"label2id": NAMELESS}, "business sports world", "sorted. WARNING: the head does not name"),
-        ("business world sports", {"label2id": NLI}, "business sports world", "WARNING: the head names its classes 'CONTRA"),
+        ("entailment neutral", {"label2id": NLI}, "CONTRADICTION neutral entailment", "no training text has 'CONTRA"),
+        ("business world sports", {"label2id": NAMELESS, "own": OWN}, "world sports business", "data set's own; the head"),
+        ("business world", {"label2id": NAMELESS, "own": OWN}, "world sports business", "data set's own; the head"),
+        ("business world sports", {"label2id": NAMELESS}, "business sports world", "sorted. WARNING: the head does"),
+        ("business world sports", {"label2id": NLI}, "business sports world", "WARNING: the head names its classes"),
         ("business world sports", {"label2id": NLI, "own": OWN}, "world sports business", "WARNING: the head names"),
         ("0 1 2", {"label2id": NAMELESS}, "0 1 2", "the numbers of the head's classes"),
-        ("0 1 2", {"label2id": NLI}, "CONTRADICTION NEUTRAL ENTAILMENT", "the numbers of the head's classes, which it names"),
+        ("0 1 2", {"label2id": NLI}, "CONTRADICTION NEUTRAL ENTAILMENT", "the head's classes, which it names"),
         ("1 2 3", {"label2id": NLI}, "1 2 3", "sorted. WARNING"),
         ("x y", {"label2id": NLI}, "x y", "a new head: the model's has 3 classes, the data 2"),
         ("x y", {"label2id": NLI, "own": ["y", "z", "x"]}, "y z x", "WARNING: the head names"),
@@ -81,17 +81,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.BertConfig(
         vocab_size=len(tok), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=64, num_labels=3, id2label={i: name for name, i in NLI.items()}, label2id=NLI,
-        hidden_dropout_prob=0.0,
+        initializer_range=0.3,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.BertForSequenceClassification(config)
+        model = transformers.BertForSequenceClassification(config).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     words = [("cat", 2), ("fig", 1), ("big", 0)]
-    batch = tok([" ".join([word] * n) for word, _ in words for n in (1, 2, 3)], padding=True, return_tensors="pt")
-    for _ in range(60):
+    texts = [" ".join([word] * (1 + i % 3)) + f" {i}" for word, _ in words for i in range(0, 180, 9)]
+    batch = tok(texts, padding=True, return_tensors="pt")
+    for _ in range(100):
         optimizer.zero_grad()
-        loss = model(**batch, labels=torch.tensor([c for _, c in words for _ in range(3)])).loss
+        loss = model(**batch, labels=torch.tensor([c for _, c in words for _ in range(20)])).loss
         loss.backward()
         optimizer.step()
     assert loss < 0.1
@@ -127,7 +128,7 @@ def test_a_published_heads_order_wins(head: Path, tmp_path: Path) -> None:
     for change in (str.upper, str.lower, str.title):
         with path.open("w", newline="") as file:
             csv.writer(file).writerows(
-                [("text", "label"), *((text + f" {i}", change(c)) for i, (text, c) in enumerate(TEXTS))]
+                [("text", "label"), *((f"{text} {i}", change(c)) for i, (text, c) in enumerate(TEXTS))]
             )
         right, labels, said = accuracy(head, path, tmp_path)
         assert right > 0.9

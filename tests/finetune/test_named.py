@@ -89,10 +89,10 @@ def test_splits_may_be_asked_for(tmp_path: Path) -> None:
     assert any(note.startswith("splits that are not used: part_b") for note in loaded.notes)
     loaded = data.load(Options(data=name, split="part_b", eval_split="part_a"))
     assert (len(loaded.train), len(loaded.eval)) == (10, 20)
-    with pytest.raises(FinetuneError, match="--eval-split: .* has no split 'c'; its splits are part_a, part_b"):
+    with pytest.raises(FinetuneError, match=r"--eval-split: .* has no split 'c'; its splits are part_a, part_b"):
         data.load(Options(data=name, eval_split="c"))
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"t {i},{('pos', 'neg')[i % 2]}\n" for i in range(10)))
-    with pytest.raises(FinetuneError, match="--eval-split is 'part_a', but .* is one file"):
+    with pytest.raises(FinetuneError, match=r"--eval-split is 'part_a', but .* is one file"):
         data.load(Options(data=str(tmp_path / "t.csv"), eval_split="part_a"))
     loaded = data.load(Options(data=str(tmp_path / "t.csv"), eval_data=name, eval_split="part_b"))
     assert (len(loaded.train), len(loaded.eval)) == (10, 10)

@@ -43,9 +43,9 @@ def fit(text: str, tokenizer: Any, count: Callable[[str], int], limit: int) -> s
         return text
     starts = _starts(text, tokenizer)
     keep = len(starts)
-    while keep > 0 and length > limit:
-        keep = max(keep - max(length - limit, 1), 0)
-        text = text[: starts[keep]].rstrip()
+    while text and length > limit:
+        keep -= max(length - limit, 1)
+        text = text[: starts[keep]].rstrip() if keep > 0 else ""
         length = count(text)
     return text
 

@@ -51,8 +51,8 @@ class Prompt(Task):
         self.room = 0 if self.single else max(map(len, self.words))  # a single token is scored, never read
         if limit is not None and max_length + self.room > limit:
             raise FinetuneError(
-                f"--max-length is {max_length}; allowed: at most {limit - self.room}, as the model takes {limit} tokens and "
-                f"the longest label word has {self.room}"
+                f"--max-length is {max_length}; allowed: at most {limit - self.room}, as the model takes {limit} tokens "
+                f"and the longest label word has {self.room}"
             )
         self._counts = torch.tensor([len(word) for word in self.words], device=self.device)
         self._first = torch.tensor([word[0] for word in self.words], device=self.device)
