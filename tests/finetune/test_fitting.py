@@ -123,7 +123,7 @@ def test_the_end_of_the_template_stays_and_the_cuts_are_counted() -> None:
     with pytest.raises(FinetuneError, match="--template alone has 27 tokens"):
         prompt_of(byte_level(), ["good", "bad"], 19, "Say: {text}? Then it must answer:")._tokens(["x" * 9])
     tokens, cut = prompt._tokens(["a", "a film " * 9, "b" * 50])
-    assert (cut.count, cut.total, cut.longest) == (2, 3, 23 + 9 * 7 - 1 + 1)
+    assert (cut.count, cut.total, cut.longest) == (2, 3, 19 + 9 * 7)
     for ids in tokens:
         assert byte_level().decode(ids).endswith("? Then answer:")
         assert len(ids) <= 30
