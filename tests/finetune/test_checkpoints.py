@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def options(table: Path, tmp_path: Path) -> Options:  # noqa: F811
-    return Options(model=str(tmp_path / "model"), data=str(table), output=tmp_path / "out", steps=2, batch_size=8, eval_every=0,
-                   max_length=16, limit_eval=8, device="cpu", threads=1)  # fmt: skip
+    return Options(
+        model=str(tmp_path / "model"), data=str(table), output=tmp_path / "out", steps=2, batch_size=8, eval_every=0,
+        max_length=16, limit_eval=8, device="cpu", threads=1,
+    )  # fmt: skip
 
 
 def built(make: Any, seed: int = 0) -> Any:
@@ -166,11 +169,16 @@ def test_models_with_pictures_are_tuned_where_texts_reach(make: Any, tower: str,
     assert sum(tower in name for name in before) > 3
 
 
-def test_sentence_t5_loads_its_encoder(options: Options) -> None:
+def t5(kind: str) -> Any:
     config = transformers.T5Config(
-        vocab_size=len(tokenizer(True)), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-    )
-    save(built(lambda: transformers.T5EncoderModel(config)), Path(options.model))
+        vocab_size=len(tokenizer(True)), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        eos_token_id=3,
+    )  # fmt: skip
+    return built(lambda: getattr(transformers, kind)(config))
+
+
+def test_sentence_t5_loads_its_encoder(options: Options) -> None:
+    save(t5("T5EncoderModel"), Path(options.model))
     summary = finetune(options)
     assert summary.objective == "similarity"
     assert json.loads((summary.output.checkpoint / "config.json").read_text())["architectures"] == ["T5EncoderModel"]
@@ -179,11 +187,8 @@ def test_sentence_t5_loads_its_encoder(options: Options) -> None:
 
 
 def test_a_whole_t5_gives_its_encoder_where_asked(options: Options) -> None:
-    config = transformers.T5Config(
-        vocab_size=len(tokenizer(True)), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-    )
-    save(built(lambda: transformers.T5ForConditionalGeneration(config)), Path(options.model))
-    with pytest.raises(FinetuneError, match="encoder-decoder .* --objective classifier"):
+    save(t5("T5ForConditionalGeneration"), Path(options.model))
+    with pytest.raises(FinetuneError, match=r"encoder-decoder .* --objective classifier"):
         finetune(options)
     assert finetune(dataclasses.replace(options, objective="classifier")).objective == "classifier"
     assert finetune(dataclasses.replace(options, objective="similarity", force=True)).objective == "similarity"
@@ -226,7 +231,7 @@ def test_pickled_tensors_load_and_pickled_code_does_not(options: Options) -> Non
     torch.save(model.state_dict(), path / "pytorch_model.bin")
     finetune(options)
     torch.save({**model.state_dict(), "more": _Runs(str(ran))}, path / "pytorch_model.bin")
-    with pytest.raises(FinetuneError, match="pickle file with more in it than tensors.*safetensors"):
+    with pytest.raises(FinetuneError, match=r"pickle file with more in it than tensors.*safetensors"):
         finetune(dataclasses.replace(options, force=True))
     assert not ran.exists()
 
@@ -290,8 +295,6 @@ def test_a_gguf_model_is_tuned_saved_and_replayed(options: Options, tmp_path: Pa
 def test_gguf_without_its_package_and_without_a_file(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     with pytest.raises(FinetuneError, match=r"none\.gguf' is not a file here"):
         finetune(dataclasses.replace(options, model="none.gguf"))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
