@@ -23,7 +23,7 @@ from tests.finetune import test_finetune  # noqa: E402
 from zokern.finetune import FinetuneError, Options, data, finetune  # noqa: E402
 from zokern.finetune.fitting import fit  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
-from zokern.finetune.tasks import Similarity  # noqa: E402
+from zokern.finetune.tasks import Classifier, Similarity, cut_notes  # noqa: E402
 
 TAIL = " It was"
 
@@ -207,6 +207,20 @@ def test_sentences_about_labels_are_never_cut(models_dir: Path) -> None:
     task.add("eval", data.TextSet(["cat " * 20, "fig"], [0, 1]))
     assert (task.cuts["eval"].count, task.cuts["eval"].longest) == (1, 22)
     assert task.sets["eval"][0].lengths == [8, 3, 5, 3]
+
+
+def test_texts_without_a_token_are_left_out_and_told(models_dir: Path) -> None:
+    model, _ = test_finetune.load("classifier", models_dir, "classifier", ["animal", "fruit"])
+    tok = test_finetune.tokenizer(False)
+    tok.pad_token = "[PAD]"
+    tok.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    task = Classifier(model, tok, ["animal", "fruit"], 8)
+    task.add("eval", data.TextSet(["cat", "\u200b", "fig"], [0, 0, 1]))
+    assert task.sets["eval"][1] == [0, 1]
+    assert task.sets["eval"][0].lengths == [1, 1]
+    assert cut_notes(task, 64) == ["eval: 1 texts left out, as the tokenizer makes nothing of them"]
+    with pytest.raises(FinetuneError, match="no text has a token"):
+        task.add("train", data.TextSet(["\u200b"], [0]))
 
 
 models_dir = test_finetune.models_dir

@@ -22,8 +22,10 @@ from zokern.finetune.options import FinetuneError
 
 
 class Task:
-    """Common part of the objectives. sets[name] holds the tokenised texts of the set `name` ("train" or "eval"), cuts[name]
-    how many of them were longer than max_length. room: tokens of the model's that a text may not have.
+    """Common part of the objectives. sets[name] holds the tokenised texts of the set `name` ("train" or "eval").
+
+    cuts[name]: how many of them were longer than max_length. empty[name]: how many have no token and are left out. room: how
+    many of the model's tokens a text may not have.
     """
 
     room = 0
@@ -36,11 +38,12 @@ class Task:
         self.device = next(model.parameters()).device
         self.sets: dict[str, tuple[Rows, list[int]]] = {}
         self.cuts: dict[str, Cut] = {}
+        self.empty: dict[str, int] = {}
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once, for the whole run."""
-        tokens, self.cuts[name] = self._tokens(texts.texts)
-        self.sets[name] = (self._pack(tokens), texts.targets)
+        tokens, targets = self._tokenise(name, texts)
+        self.sets[name] = (self._pack(tokens), targets)
 
     def batch(self, name: str, wanted: Sequence[int]) -> Batch:
         """The texts with the indices `wanted` of a set, ready for `logits`."""
@@ -54,6 +57,17 @@ class Task:
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross entropy of a batch, a scalar."""
         return F.cross_entropy(self.logits(batch), batch.targets)
+
+    def _tokenise(self, name: str, texts: TextSet) -> tuple[list[list[int]], list[int]]:
+        """(rows of tokens, targets) of the texts that have any token."""
+        tokens, self.cuts[name] = self._tokens(texts.texts)
+        if all(tokens):
+            return tokens, texts.targets
+        kept = [i for i, row in enumerate(tokens) if row]
+        if not kept:
+            raise FinetuneError(f"{name}: no text has a token that the tokenizer knows")
+        self.empty[name] = len(tokens) - len(kept)
+        return [tokens[i] for i in kept], [texts.targets[i] for i in kept]
 
     def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], Cut]:
         ids: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
@@ -104,8 +118,8 @@ class Similarity(Task):
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once; the label sentences follow its texts."""
-        tokens, self.cuts[name] = self._tokens(texts.texts)
-        self.sets[name] = (self._pack(tokens + self._label_tokens), texts.targets)
+        tokens, targets = self._tokenise(name, texts)
+        self.sets[name] = (self._pack(tokens + self._label_tokens), targets)
 
     def batch(self, name: str, wanted: Sequence[int]) -> Batch:
         """The texts with the indices `wanted`, followed by the label sentences."""
@@ -125,8 +139,11 @@ class Similarity(Task):
 
 
 def cut_notes(task: Task, limit: int) -> list[str]:
-    """A sentence for each set with texts that were cut. limit: of the model, in tokens."""
-    return [cut.said(name, task.max_length, limit - task.room) for name, cut in task.cuts.items() if cut.count]
+    """A sentence for each set with texts that were cut or have no token. limit: of the model, in tokens."""
+    empty = [
+        f"{name}: {count} texts left out, as the tokenizer makes nothing of them" for name, count in task.empty.items()
+    ]
+    return empty + [cut.said(name, task.max_length, limit - task.room) for name, cut in task.cuts.items() if cut.count]
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
