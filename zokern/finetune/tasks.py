@@ -24,8 +24,8 @@ from zokern.finetune.options import FinetuneError
 class Task:
     """Common part of the objectives. sets[name] holds the tokenised texts of the set `name` ("train" or "eval").
 
-    cuts[name]: how many of them were longer than max_length. empty[name]: how many have no token and are left out. room: how
-    many of the model's tokens a text may not have.
+    cuts[name]: how many of them were longer than max_length. empty[name]: how many have no token and are left out. room:
+    how many of the model's tokens a text may not have.
     """
 
     room = 0
