@@ -108,7 +108,8 @@ def longest(model: nn.Module, tokenizer: Any) -> int:
 def freeze_unread(model: nn.Module) -> int:
     """Leaves out of the training what a text never reaches: towers for pictures and sounds. Returns how many weights."""
     config: Any = model.config
-    if not any(hasattr(config, f"{part}_config") for part in ("vision", "audio")):
+    towers = any(hasattr(config, f"{part}_config") for part in ("vision", "audio"))
+    if not (towers and hasattr(model, "get_decoder")):
         return 0
     whole: Any = model
     read = {id(p) for part in (whole.get_decoder(), whole.get_input_embeddings(), whole.get_output_embeddings())
