@@ -44,7 +44,7 @@ def fit(text: str, tokenizer: Any, count: Callable[[str], int], limit: int) -> s
     starts = _starts(text, tokenizer)
     keep = len(starts)
     while text and length > limit:
-        keep -= max(length - limit, 1)
+        keep -= length - limit  # at least one
         text = text[: starts[keep]].rstrip() if keep > 0 else ""
         length = count(text)
     return text
