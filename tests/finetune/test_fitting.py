@@ -92,6 +92,7 @@ def test_a_text_is_cut_by_characters(name: str, text: str, limit: int) -> None:
 
     cut = fit(text, tokenizer, count, limit)
     assert text.startswith(cut)
+    assert cut in (text, cut.rstrip())  # no space before the template's own
     assert count(cut) <= limit or (cut == "" and count("") > limit)
     if count(text) <= limit:
         assert cut == text

@@ -189,8 +189,10 @@ def test_rows_without_a_label_are_left_out_and_counted(missing: Any, tmp_path: P
     write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))
     part = read(tmp_path / "t.jsonl")
     assert part.pairs == [(row["text"], str(row["label"])) for i, row in enumerate(rows) if i not in (0, 7)]
-    assert list(part.left_out.counts.values()) == [2]
-    assert part.left_out.said()[0].startswith("2 rows left out, as they have no label (-, -1 or an empty one")
+    assert part.left_out.counts == {"no label": 2}
+    assert part.left_out.said()[0].startswith(
+        "2 rows left out, as they have no label (an empty one, or what --unlabelled"
+    )
     assert part.left_out.said()[0].endswith("t.jsonl, line 1")
 
 
@@ -209,7 +211,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path: Path) -> None:
     )
     loaded = data.load(Options(data=str(tmp_path / "t.csv")))
     assert len(loaded.train) + len(loaded.eval) == 28
-    assert loaded.record()["left_out"]["train"] == {"as their text is empty": 2}
+    assert loaded.record()["left_out"]["train"] == {"no text": 2}
     assert any(
         "train: 2 rows left out, as their text is empty: first" in note and "line 6" in note for note in loaded.notes
     )
@@ -250,7 +252,7 @@ def test_labels_that_no_training_text_has(tmp_path: Path) -> None:
     write(tmp_path / "e.csv", "text,label\n" + "".join(f"e {i},{'ab'[i % 2] if i else 'c'}\n" for i in range(10)))
     loaded = data.load(Options(data=str(tmp_path / "t.csv"), eval_data=str(tmp_path / "e.csv")))
     assert (len(loaded.eval), loaded.labels) == (9, ["a", "b"])
-    assert loaded.record()["left_out"]["eval"] == {"as no training text has their label": 1}
+    assert loaded.record()["left_out"]["eval"] == {"unknown label": 1}
     write(tmp_path / "x.csv", "text,label\n" + "".join(f"e {i},answer {i}\n" for i in range(5000)))
     with pytest.raises(FinetuneError, match=r"5000 of 5000 .* and 4995 more; training has 'a', 'b'") as error:
         data.load(Options(data=str(tmp_path / "t.csv"), eval_data=str(tmp_path / "x.csv")))
@@ -282,7 +284,7 @@ def test_rows_whose_text_is_held_out_with_another_label_are_counted(tmp_path: Pa
     loaded = data.load(Options(data=str(tmp_path / "t.csv")))
     lost = 60 - len(loaded.train) - len(loaded.eval)
     assert lost > 0
-    assert loaded.left_out["train"].counts == {"as their text is held out with another label": lost}
+    assert loaded.left_out["train"].counts == {"held out under another label": lost}
 
 
 def test_labels_with_one_text_stay_in_training(tmp_path: Path) -> None:

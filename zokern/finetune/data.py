@@ -19,7 +19,7 @@ from zokern.finetune.labels import check_classes, few, order, whole
 from zokern.finetune.named import read_named
 from zokern.finetune.options import FinetuneError, Options, names_a_file
 from zokern.finetune.reading import read_file
-from zokern.finetune.rows import LeftOut, Pair, Part, pairs
+from zokern.finetune.rows import TORN, UNKNOWN, LeftOut, Pair, Part, pairs
 
 MAX_HELD_OUT = 400  # texts; 20 % of the data where that is less
 
@@ -87,7 +87,7 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
         if torn := len(train.pairs) - len(rest) - len(kept):
             held_rows, texts = set(kept), {text for text, _ in kept}
             first = next(pair[0] for pair in train.pairs if pair[0] in texts and pair not in held_rows)
-            train.left_out.add("as their text is held out with another label", few([first]), torn)
+            train.left_out.add(TORN, few([first]), torn)
         if options.data != "docstrings":
             notes.append(f"evaluated on texts held out of {train.where}")
     else:
@@ -150,7 +150,7 @@ def _known(kept: list[Pair], labels: list[str], where: str, left_out: LeftOut) -
             f"{few(sorted(set(unknown)))}; training has {few(labels)}"
         )
     if unknown:
-        left_out.add("as no training text has their label", few(unknown[:1]), len(unknown))
+        left_out.add(UNKNOWN, few(unknown[:1]), len(unknown))
     return [pair for pair in kept if pair[1] in known] if unknown else kept
 
 

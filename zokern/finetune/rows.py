@@ -12,6 +12,16 @@ from zokern.finetune.reading import Row, Table
 Pair = tuple[str, str]  # (text, label)
 
 
+# Why rows are left out: a word for run.json, and what the run says.
+NO_LABEL, NO_TEXT, UNKNOWN, TORN = "no label", "no text", "unknown label", "held out under another label"
+WHY = {
+    NO_LABEL: "as they have no label (an empty one, or what --unlabelled names)",
+    NO_TEXT: "as their text is empty",
+    UNKNOWN: "as no training text has their label",
+    TORN: "as their text is held out with another label",
+}
+
+
 @dataclass
 class LeftOut:
     """Rows that are not used, by the reason. first: where the first one is."""
@@ -26,7 +36,7 @@ class LeftOut:
 
     def said(self) -> list[str]:
         """A sentence for each reason."""
-        return [f"{count} rows left out, {reason}: first {self.first[reason]}" for reason, count in self.counts.items()]
+        return [f"{n} rows left out, {WHY[reason]}: first {self.first[reason]}" for reason, n in self.counts.items()]
 
 
 @dataclass
@@ -40,27 +50,19 @@ class Part:
     notes: list[str] = field(default_factory=list)
 
 
-NO_TEXT = "as their text is empty"
-
-
-def no_label(options: Options) -> str:
-    """The reason for which rows without a label are left out."""
-    values = ", ".join(sorted(_missing(options) - {""}))
-    return f"as they have no label ({values + ' or ' if values else ''}an empty one; see --unlabelled)"
-
-
 def pairs(table: Table, where: str, options: Options) -> Part:
     """The rows of a table that have a text and a label."""
     names = None if table.names is None else [name.strip() for name in table.names]
     part = Part(where, [], LeftOut(), names, list(table.notes))
-    missing, unlabelled, booleans = _missing(options), no_label(options), False
+    missing = {"", *(value.strip() for value in options.unlabelled.split(","))}
+    booleans = False
     for number, row in table.rows:
         raw = _value(row, "--label-column", options.label_column, table, number)
         label = _label(raw, table, number, options)
         text = _string(_value(row, "--text-column", options.text_column, table, number), table, number, options)
         booleans = booleans or isinstance(raw, bool)
         if label in missing:
-            part.left_out.add(unlabelled, table.place(number))
+            part.left_out.add(NO_LABEL, table.place(number))
         elif not text:
             part.left_out.add(NO_TEXT, table.place(number))
         else:
@@ -68,10 +70,6 @@ def pairs(table: Table, where: str, options: Options) -> Part:
     if booleans:
         part.notes.append(f"{where}: labels are booleans; their names are False and True")
     return part
-
-
-def _missing(options: Options) -> set[str]:
-    return {"", *(value.strip() for value in options.unlabelled.split(","))}
 
 
 def _value(row: Row, option: str, column: str, table: Table, number: int) -> Any:
