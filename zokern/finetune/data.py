@@ -1,23 +1,27 @@
-"""Texts and labels from a CSV, TSV or JSONL file, a data set of the `datasets` library, or the embedded docstrings.
+"""Texts and labels from a file (reading.py), a data set of the `datasets` library (named.py), or the embedded docstrings.
 
 Where no evaluation set is given, one is held out: stratified by label and chosen by a hash of the text alone, so that
 runs with other seeds, and on other machines, are compared on the same texts, and no text is in both sets.
+
+Nothing is left out silently: `Data` has what was, and the run says it.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zokern.finetune.options import REMEDY, FinetuneError, Options
+from zokern.finetune.labels import check_classes, few, order, whole
+from zokern.finetune.named import read_named
+from zokern.finetune.options import FinetuneError, Options, names_a_file
+from zokern.finetune.reading import read_file
+from zokern.finetune.rows import TORN, UNKNOWN, LeftOut, Pair, Part, pairs
 
 MAX_HELD_OUT = 400  # texts; 20 % of the data where that is less
-Pair = tuple[str, str]  # (text, label)
 
 
 @dataclass
@@ -33,62 +37,128 @@ class TextSet:
 
 @dataclass
 class Data:
-    """The training and evaluation texts, the label names in order of their index, and where all came from."""
+    """The training and evaluation texts, the label names in order of their index, and where all came from.
+
+    left_out: rows that are in neither, by set. notes: what a user should know of the data, a sentence each.
+    """
 
     train: TextSet
     eval: TextSet
     labels: list[str]
     descriptions: dict[str, str]
     source: str
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """For run.json."""
+        return {"source": self.source, "train": len(self.train), "eval": len(self.eval), "labels": self.labels,
+                "left_out": {name: part.counts for name, part in self.left_out.items()}, "notes": self.notes}  # fmt: skip
 
 
-def load(options: Options, label2id: dict[str, int] | None = None) -> Data:
+def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool = False) -> Data:
     """Read what `options` names. Raises FinetuneError naming file, line, column and remedy.
 
-    label2id: the order of the labels in a model that may know them already; else they are sorted, numbers as numbers.
+    label2id: the order of the labels in a model that may know them already. head: whether the model has a trained head for
+    these, whose classes they are. labels.py has the rest of the rule.
     """
     descriptions: dict[str, str] = {}
-    held: list[Pair] | None = None
     if options.data == "docstrings":
         from zokern.finetune import docstrings
 
         try:
-            pairs = docstrings.sentences()
+            train, held = Part("docstrings", docstrings.sentences(), LeftOut()), None
         except ValueError as error:
             raise FinetuneError(str(error)) from None
         descriptions = dict(docstrings.DESCRIPTIONS)
         source = "docstrings of the Python standard library"
     else:
-        pairs, held = read(options.data, options)
-        source = options.data
-    if options.eval_data is not None:
-        held = read(options.eval_data, options)[0]
+        train, held, source = *_read_both(options), options.data
+    notes = [*train.notes, *(held.notes if held else ())]
+    _write_alike(train, held)
+    if not train.pairs:
+        said = "; ".join(train.left_out.said())
+        raise FinetuneError(f"{train.where}: no row has a text and a label{said and ': ' + said}")
+    check_classes([label for _, label in train.pairs], source)
+
+    rest, left_out = train.pairs, {"train": train.left_out}
     if held is None:
-        pairs, held = split(pairs, min(MAX_HELD_OUT, round(0.2 * len(pairs))))
+        rest, kept = split(rest, min(MAX_HELD_OUT, round(0.2 * len(rest))), keep=True)
+        if torn := len(train.pairs) - len(rest) - len(kept):
+            held_rows, texts = set(kept), {text for text, _ in kept}
+            first = next(pair[0] for pair in train.pairs if pair[0] in texts and pair not in held_rows)
+            train.left_out.add(TORN, few([first]), torn)
+        if options.data != "docstrings":
+            notes.append(f"evaluated on texts held out of {train.where}")
+    else:
+        kept, left_out["eval"] = held.pairs, held.left_out
+        notes.append(f"evaluated on {held.where}")
     if options.limit_train is not None:
-        pairs = split(pairs, options.limit_train)[1]
+        rest = split(rest, options.limit_train)[1]
     if options.limit_eval is not None:
-        held = split(held, options.limit_eval)[1]
+        kept = split(kept, options.limit_eval)[1]
 
-    labels = sorted({label for _, label in pairs}, key=_natural)
-    if label2id is not None and set(label2id) == set(labels):
-        labels = sorted(labels, key=lambda label: label2id[label])
-    if len(labels) < 2:
+    found = {label for _, label in rest}
+    classes = order(found, train.names, label2id, head=head, asked=options.label_order)
+    if options.data != "docstrings":
+        notes.append(f"order of the labels: {classes.said}")
+    if len(classes.labels) < 2:
+        also = "".join(f"; {said}" for said in train.left_out.said())
         raise FinetuneError(
-            f"{source}: {len(pairs)} training texts with the labels {labels}; classification needs two labels"
+            f"{source}: {len(rest)} training texts with the labels {classes.labels}; classification needs two labels{also}"
         )
-    if not held:
-        raise FinetuneError(f"{source}: no text is left to evaluate on; give more data, or --eval-data")
-    unknown = sorted({label for _, label in held} - set(labels))
+    rest, kept = (_renamed(pairs, classes.renamed) for pairs in (rest, kept))
+    where = held.where if held is not None else source
+    kept = _known(kept, classes.labels, where, left_out.setdefault("eval", LeftOut()))
+    if not kept:
+        raise FinetuneError(f"{where}: no text is left to evaluate on; give more data, or --eval-data")
+    if both := len({text for text, _ in kept} & {text for text, _ in rest}):
+        notes.append(f"WARNING: {both} of the texts to evaluate on are trained on too")
+    notes += [f"{name}: {said}" for name, part in left_out.items() for said in part.said()]
+    return Data(_texts(rest, classes.labels), _texts(kept, classes.labels), classes.labels, descriptions, source,
+                left_out, notes)  # fmt: skip
+
+
+def _read_both(options: Options) -> tuple[Part, Part | None]:
+    """The part to train on, and the one to evaluate on or None."""
+    if options.eval_data is None:
+        return read(options.data, options, options.split, options.eval_split)
+    train = read(options.data, options, options.split, None)[0]
+    part, held = read(options.eval_data, options, None, options.eval_split)
+    return train, held or part
+
+
+def _write_alike(train: Part, held: Part | None) -> None:
+    """Labels that are whole numbers are written as such in both parts: 1 and 1.0 are one class."""
+    parts = [train] if held is None else [train, held]
+    if renamed := whole(label for part in parts for _, label in part.pairs):
+        for part in parts:
+            part.pairs = _renamed(part.pairs, renamed)
+
+
+def _renamed(pairs: list[Pair], names: dict[str, str]) -> list[Pair]:
+    return [(text, names.get(label, label)) for text, label in pairs] if names else pairs
+
+
+def _known(kept: list[Pair], labels: list[str], where: str, left_out: LeftOut) -> list[Pair]:
+    """Without the rows whose labels no training text has. Where these are the most, the columns or names are wrong."""
+    known = set(labels)
+    unknown = [label for _, label in kept if label not in known]
+    if 2 * len(unknown) > len(kept):
+        raise FinetuneError(
+            f"{where}: {len(unknown)} of {len(kept)} texts to evaluate on have labels that no training text has: "
+            f"{few(sorted(set(unknown)))}; training has {few(labels)}"
+        )
     if unknown:
-        raise FinetuneError(
-            f"the evaluation set has labels that no training text has: {unknown}; training has {labels}"
-        )
-    return Data(_texts(pairs, labels), _texts(held, labels), labels, descriptions, source)
+        left_out.add(UNKNOWN, few(unknown[:1]), len(unknown))
+    return [pair for pair in kept if pair[1] in known] if unknown else kept
 
 
-def split(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
-    """(rest, held): about `count` held-out pairs, each label in its proportion, no text in both. Both in hash order."""
+def split(pairs: list[Pair], count: int, *, keep: bool = False) -> tuple[list[Pair], list[Pair]]:
+    """(rest, held): about `count` held-out pairs, each label in its proportion, no text in both. Both in hash order.
+
+    keep: the rest has every label; what would take a label's last text is not held.
+    """
     ordered = sorted(pairs, key=lambda pair: hashlib.sha256("\0".join(pair).encode("utf-8", "surrogatepass")).digest())
     if count >= len(ordered):
         return [], ordered
@@ -102,21 +172,28 @@ def split(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
         takes[label] += 1
     held = {pair for label, group in groups.items() for pair in group[: takes[label]]}
     texts = {text for text, _ in held}
+    if keep:
+        for group in groups.values():
+            if all(text in texts for text, _ in group):
+                texts.discard(group[-1][0])
+        held = {pair for pair in held if pair[0] in texts}
     return [pair for pair in ordered if pair[0] not in texts], [pair for pair in ordered if pair in held]
 
 
-def read(name: str, options: Options) -> tuple[list[Pair], list[Pair] | None]:
-    """(training pairs, evaluation pairs or None) of a file, or of a data set: "name" or "name:configuration"."""
+def read(
+    name: str, options: Options, split: str | None = None, eval_split: str | None = None
+) -> tuple[Part, Part | None]:
+    """(training part, evaluation part or None) of a file, or of a data set: "name" or "name:configuration".
+
+    split, eval_split: the splits that are asked for, of a data set that has splits.
+    """
     path = Path(name)
-    if path.is_file():
-        if path.suffix in (".csv", ".tsv"):
-            return list(_read_csv(path, options)), None
-        if path.suffix in (".jsonl", ".json"):
-            return list(_read_jsonl(path, options)), None
-        raise FinetuneError(
-            f"{name}: unknown kind of file {path.suffix!r}; give .csv, .tsv, .jsonl or .json (one object a line)"
-        )
-    return _read_hub(name, options)
+    if path.is_file() or (names_a_file(name) and not path.is_dir()):
+        for option, wanted in (("--split", split), ("--eval-split", eval_split)):
+            if wanted is not None:
+                raise FinetuneError(f"{option} is {wanted!r}, but {name} is one file, without splits; give --eval-data")
+        return pairs(read_file(path, options), name, options), None
+    return read_named(name, options, split, eval_split)
 
 
 def read_map(path: Path, what: str, labels: Iterable[str]) -> dict[str, str]:
@@ -133,90 +210,6 @@ def read_map(path: Path, what: str, labels: Iterable[str]) -> dict[str, str]:
     return {str(key): text for key, text in value.items()}
 
 
-def _natural(label: str) -> tuple[int, int, str]:
-    return (0, int(label), "") if label.isascii() and label.isdigit() else (1, 0, label)
-
-
 def _texts(pairs: list[Pair], labels: list[str]) -> TextSet:
     index = {label: i for i, label in enumerate(labels)}
     return TextSet([text for text, _ in pairs], [index[label] for _, label in pairs])
-
-
-def _pair(row: dict[str, Any], where: str, options: Options) -> Pair:
-    values = []
-    for option, column in (("--text-column", options.text_column), ("--label-column", options.label_column)):
-        if column not in row:
-            have = ", ".join(repr(key) for key in row if key is not None)
-            raise FinetuneError(f"{where}: no column {column!r}; the columns are {have}. Choose one with {option}")
-        value = "" if row[column] is None else str(row[column]).strip()
-        if not value:
-            raise FinetuneError(f"{where}: column {column!r} is empty; fill it in or remove the line")
-        values.append(value)
-    return values[0], values[1]
-
-
-def _read_csv(path: Path, options: Options) -> Iterator[Pair]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        try:
-            for row in reader:
-                if None in row:
-                    raise FinetuneError(
-                        f"{path}, line {reader.line_num}: {len(row[None]) + len(row) - 1} values for {len(row) - 1} "
-                        'columns; put texts that contain the delimiter in "double quotes"'
-                    )
-                yield _pair(row, f"{path}, line {reader.line_num}", options)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise FinetuneError(
-                f"{path}, after line {reader.line_num}: {error}; the file must be UTF-8 CSV with a head line"
-            ) from None
-
-
-def _read_jsonl(path: Path, options: Options) -> Iterator[Pair]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise FinetuneError(
-                    f"{path}, line {number}: not valid JSON ({error}); one object a line is needed"
-                ) from None
-            if not isinstance(row, dict):
-                raise FinetuneError(f"{path}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
-            yield _pair(row, f"{path}, line {number}", options)
-
-
-def _read_hub(name: str, options: Options) -> tuple[list[Pair], list[Pair] | None]:
-    try:
-        import datasets
-    except ImportError:
-        raise FinetuneError(
-            f"--data {name!r} is not a file, and reading a data set by name needs `datasets`; {REMEDY}"
-        ) from None
-    base, _, configuration = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(base, configuration or None)
-    except Exception as error:  # the library raises a score of unrelated types here
-        raise FinetuneError(
-            f"--data {name!r}: neither a file here nor a data set that could be loaded "
-            f"({type(error).__name__}: {error}). Give a .csv or .jsonl file, or a name as 'ag_news' or 'glue:sst2'; "
-            "without internet access only cached sets load"
-        ) from error
-    splits = {key: list(_rows(part, f"{name}, split {key!r}", options)) for key, part in loaded.items()}
-    train = splits.get("train") or next(iter(splits.values()))
-    held = next((splits[key] for key in ("validation", "test") if splits.get(key)), None)
-    return train, None if held is train else held
-
-
-def _rows(part: Any, where: str, options: Options) -> Iterator[Pair]:
-    feature = (part.features or {}).get(options.label_column)
-    names = getattr(feature, "names", None)
-    for number, row in enumerate(part):
-        label = row.get(options.label_column)
-        if names is not None and isinstance(label, int):
-            if label < 0:
-                return  # a test split published without its labels
-            row = {**row, options.label_column: names[label]}
-        yield _pair(row, f"{where}, row {number}", options)

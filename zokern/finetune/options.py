@@ -17,6 +17,7 @@ from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, T
 from zokern.optim import ENTRIES
 from zokern.settings import Setting
 
+FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # what is read as a file, in any case; but parquet with .gz too
 REMEDY = 'install the extra with: pip install "zokern[finetune]"'
 DATA, METHOD, SCHEDULE = "Model and data", "Method", "Schedule"
 OF_SOME, EVALUATION, OUTPUT, HARDWARE = "Settings of some methods", "Evaluation", "Output", "Hardware"
@@ -61,8 +62,9 @@ class Options:
     data: str = option(
         default="docstrings",
         kind=Text(),
-        help="Texts and labels: a .csv, .tsv or .jsonl file, a data set of the hub (name, or name:configuration), or "
-        "docstrings, first sentences of the Python standard library's docstrings with the topic of their module.",
+        help="Texts and labels: a .csv, .tsv, .jsonl, .json or .parquet file, a data set of the hub (name, or "
+        "name:configuration), a directory that `datasets` reads, or docstrings, first sentences of the Python standard "
+        "library's docstrings with the topic of their module.",
     )
     objective: str = option(
         default="auto",
@@ -77,8 +79,35 @@ class Options:
     eval_data: str | None = option(
         default=None,
         kind=Text(),
-        help="Texts to evaluate on, in any form that --data takes. Default: the validation or test part of a hub data "
-        "set, else 20 % of the data, at most 400 texts, each label in its proportion.",
+        help="Texts to evaluate on, in any form that --data takes. Default: the validation or test split of a data set "
+        "with splits, else 20 % of the data, at most 400 texts, each label in its proportion.",
+        panel=DATA,
+    )
+    split: str | None = option(
+        default=None,
+        kind=Text(),
+        help="The split of a data set to train on. Default: train, else the first; the run says which.",
+        panel=DATA,
+    )
+    eval_split: str | None = option(
+        default=None,
+        kind=Text(),
+        help="The split to evaluate on, of --eval-data where that is given, else of --data. Default: the first with "
+        "labels among validation, valid, val, dev, validation_matched, eval, test and their kin; the run says which.",
+        panel=DATA,
+    )
+    unlabelled: str = option(
+        default="-1,-",
+        kind=Text(),
+        help='What stands for a missing label, separated by commas: such texts are left out and counted. "" where all '
+        "these are labels of yours.",
+        panel=DATA,
+    )
+    label_order: str | None = option(
+        default=None,
+        kind=Text(),
+        help="All labels, separated by commas, in the order of the model's classes. Default: the order of the model's "
+        "own label2id, else of the data set's, else sorted; the run says which.",
         panel=DATA,
     )
     descriptions: Path | None = option(
@@ -105,10 +134,19 @@ class Options:
         help="For prompt: a JSON file {label: word}. Default: the label itself is the word.",
         panel=DATA,
     )
+    space: bool = option(
+        default=True,
+        kind=Flag(),
+        help="For prompt: one space between the template and the label's word, however they are written; --no-space for "
+        "languages without spaces, and for a template that ends with a line break.",
+        panel=DATA,
+        flags=("--space/--no-space",),
+    )
     max_length: int = option(
         default=64,
         kind=Integer(4),
-        help="Longer texts are cut to this many tokens; for prompt, the template is counted in.",
+        help="Longer texts are cut to this many tokens; for prompt, the template is counted in. The run says how many "
+        "were cut, and what length they need.",
         panel=DATA,
     )
     limit_train: int | None = option(
@@ -277,13 +315,18 @@ def _check_together(options: Options) -> None:
 def _check_paths(options: Options) -> None:
     for name in ("data", "eval_data"):
         value = getattr(options, name)
-        if value is not None and value.endswith((".csv", ".tsv", ".jsonl", ".json")) and not Path(value).is_file():
+        if value is not None and names_a_file(value) and not Path(value).exists():
             raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
     if options.output.is_dir() and any(options.output.iterdir()) and not options.force:
         raise FinetuneError(
             f"--output {str(options.output)!r} is not empty; give another directory, "
             "or --force to replace an earlier run there"
         )
+
+
+def names_a_file(name: str) -> bool:
+    """Whether --data is spelled as a file of texts."""
+    return name.lower().removesuffix(".gz").endswith(FILES)
 
 
 def flag(name: str) -> str:

@@ -16,24 +16,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokern.finetune.batches import Batch, Group, cut
+from zokern.finetune.fitting import Cut, fit
 from zokern.finetune.options import FinetuneError
 from zokern.finetune.tasks import Task, accepts
 
 
 class Prompt(Task):
-    """template: holds {text}; words[i]: the word of label i, put after the template with a space between."""
+    """template: holds {text}. words[i]: the word of label i. limit: the model's, in tokens, words included.
+
+    space: one space is between template and word, whether written at the end of the one, at the beginning of the other, or
+    not at all. Else nothing is, and both are taken as they are.
+    """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int, template: str, words: list[str]
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        labels: list[str],
+        max_length: int,
+        template: str,
+        words: list[str],
+        *,
+        space: bool = True,
+        limit: int | None = None,
     ) -> None:
         super().__init__(model, tokenizer, labels, max_length)
-        self.template = template
-        self.words = [self._word(word) for word in words]
+        self.template = template.rstrip(" ") if space else template
+        self.words = [self._word(" " + word.strip() if space else word) for word in words]
         if len({tuple(word) for word in self.words}) < len(self.words):
             raise FinetuneError(
                 f"--verbalizers: two labels have the same tokens in {dict(zip(labels, words, strict=True))}"
             )
         self.single = all(len(word) == 1 for word in self.words)
+        self.room = 0 if self.single else max(map(len, self.words))  # a single token is scored, never read
+        if limit is not None and max_length + self.room > limit:
+            raise FinetuneError(
+                f"--max-length is {max_length}; allowed: at most {limit - self.room}, as the model takes {limit} tokens "
+                f"and the longest label word has {self.room}"
+            )
         self._counts = torch.tensor([len(word) for word in self.words], device=self.device)
         self._first = torch.tensor([word[0] for word in self.words], device=self.device)
         self._keeps = accepts(model, "logits_to_keep")
@@ -81,25 +101,28 @@ class Prompt(Task):
 
     def _word(self, word: str) -> list[int]:
         before = self._ids(self._fill("x"))
-        after = self._ids(self._fill("x") + " " + word)
+        after = self._ids(self._fill("x") + word)
         if after[: len(before)] != before or len(after) == len(before):
             raise FinetuneError(
-                f"the label word {word!r} does not begin a token of its own after --template {self.template!r}; "
-                "end the template with a word or a colon, without a space, and choose words the tokenizer knows"
+                f"the label word {word.strip()!r} does not begin a token of its own after --template {self.template!r}; "
+                "end the template with a word or a colon, choose words the tokenizer knows, and leave --no-space to "
+                "languages without spaces"
             )
         return after[len(before) :]
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        prompts = [self._prompt(text) for text in texts]
-        return prompts if self.single else [prompt + word for prompt in prompts for word in self.words]
+    def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], Cut]:
+        prompts = [self._ids(self._fill(text)) for text in texts]
+        cut = Cut.of([len(prompt) for prompt in prompts], self.max_length)
+        prompts = [
+            prompt if len(prompt) <= self.max_length else self._prompt(text)
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return (prompts if self.single else [prompt + word for prompt in prompts for word in self.words]), cut
 
     def _prompt(self, text: str) -> list[int]:
         """The filled-in template, the text (never the template) cut so that it has at most max_length tokens."""
+        text = fit(text, self.tokenizer, lambda part: len(self._ids(self._fill(part))), self.max_length)
         ids = self._ids(self._fill(text))
-        while len(ids) > self.max_length and text:
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            text = self.tokenizer.decode(tokens[: max(len(tokens) - (len(ids) - self.max_length), 0)])
-            ids = self._ids(self._fill(text))
         if len(ids) > self.max_length:
             raise FinetuneError(f"--template alone has {len(ids)} tokens; --max-length is {self.max_length}: raise it")
         return ids

@@ -16,13 +16,14 @@ from rich.console import Console
 from zokern import ZokernWarning, journal
 from zokern.finetune import data as texts
 from zokern.finetune import methods, models, plots
+from zokern.finetune.checkpoints import longest
 from zokern.finetune.clock import peak_memory
 from zokern.finetune.display import Display, clock, percent
 from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output
 from zokern.finetune.prompts import Prompt
-from zokern.finetune.tasks import Classifier, Similarity, Task
+from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
 from zokern.optim import ZerothOrderOptimizer
 from zokern.report import versions
 
@@ -70,10 +71,11 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
         objective, reason = models.choose_objective(config)
-    data = texts.load(options, getattr(config, "label2id", None))
+    data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
     task, tokenizer = _task(options, objective, data, config, dtype, device)
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
+    data.notes += cut_notes(task, longest(task.model, tokenizer))
     try:
         optimizer = methods.build(task.model, options)
     except (TypeError, ValueError) as error:
@@ -88,6 +90,8 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
     where = f"{_name(dtype)} on {device}"
     say("model", f"{options.model}: {config.model_type}, {tuned / 1e6:,.1f} million parameters, {where}")
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
+    for note in data.notes:
+        say("", note)
     say("objective", f"{objective} ({reason})")
     say("method", _method(options, optimizer))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
@@ -151,7 +155,7 @@ def _task(
         words = [found[label] for label in labels]
     model, tokenizer = models.load(options, objective, labels, config, dtype)
     models.place(model, device)
-    length = models.longest(model.config, tokenizer)
+    length = longest(model, tokenizer)
     if options.max_length > length:
         raise FinetuneError(
             f"--max-length is {options.max_length}; allowed: at most {length} for --model {options.model!r}"
@@ -159,7 +163,10 @@ def _task(
     if objective == "similarity":
         return Similarity(model, tokenizer, labels, options.max_length, sentences, options.temperature), tokenizer
     if objective == "prompt":
-        return Prompt(model, tokenizer, labels, options.max_length, options.template, words), tokenizer
+        prompt = Prompt(
+            model, tokenizer, labels, options.max_length, options.template, words, space=options.space, limit=length
+        )
+        return prompt, tokenizer
     return Classifier(model, tokenizer, labels, options.max_length), tokenizer
 
 
@@ -173,7 +180,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
         "command": sys.argv,
         "options": options.as_json(),
         "chosen": {"objective": summary.objective, "device": summary.device, "dtype": summary.dtype},
-        "data": {"source": data.source, "train": len(data.train), "eval": len(data.eval), "labels": data.labels},
+        "data": data.record(),
         "versions": versions(_PACKAGES),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
                     "gpu": torch.cuda.get_device_name(summary.device) if summary.device.startswith("cuda") else None},

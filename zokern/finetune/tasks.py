@@ -15,11 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokern.finetune.batches import Batch, Rows, cut
+from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.data import TextSet
+from zokern.finetune.fitting import Cut
+from zokern.finetune.options import FinetuneError
 
 
 class Task:
-    """Common part of the objectives. rows[name] holds the tokenised texts of the set `name` ("train" or "eval")."""
+    """Common part of the objectives. sets[name] holds the tokenised texts of the set `name` ("train" or "eval").
+
+    cuts[name]: how many of them were longer than max_length. empty[name]: how many have no token and are left out. room:
+    how many of the model's tokens a text may not have.
+    """
+
+    room = 0
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
         self.model = model
@@ -28,10 +37,13 @@ class Task:
         self.max_length = max_length
         self.device = next(model.parameters()).device
         self.sets: dict[str, tuple[Rows, list[int]]] = {}
+        self.cuts: dict[str, Cut] = {}
+        self.empty: dict[str, int] = {}
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once, for the whole run."""
-        self.sets[name] = (self._pack(self._tokens(texts.texts)), texts.targets)
+        tokens, targets = self._tokenise(name, texts)
+        self.sets[name] = (self._pack(tokens), targets)
 
     def batch(self, name: str, wanted: Sequence[int]) -> Batch:
         """The texts with the indices `wanted` of a set, ready for `logits`."""
@@ -46,11 +58,29 @@ class Task:
         """Mean cross entropy of a batch, a scalar."""
         return F.cross_entropy(self.logits(batch), batch.targets)
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        return ids
+    def _tokenise(self, name: str, texts: TextSet) -> tuple[list[list[int]], list[int]]:
+        """(rows of tokens, targets) of the texts that have any token."""
+        tokens, self.cuts[name] = self._tokens(texts.texts)
+        if all(tokens):
+            return tokens, texts.targets
+        kept = [i for i, row in enumerate(tokens) if row]
+        if not kept:
+            raise FinetuneError(f"{name}: no text has a token that the tokenizer knows")
+        self.empty[name] = len(tokens) - len(kept)
+        return [tokens[i] for i in kept], [texts.targets[i] for i in kept]
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], Cut]:
+        ids: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
+        long = [i for i, row in enumerate(ids) if len(row) > self.max_length]
+        cut = Cut.of([len(row) for row in ids], self.max_length)
+        if long:
+            shorter = self.tokenizer([texts[i] for i in long], truncation=True, max_length=self.max_length)["input_ids"]
+            for i, row in zip(long, shorter, strict=True):
+                ids[i] = row
+        return ids, cut
 
     def _pack(self, tokens: Sequence[Sequence[int]]) -> Rows:
+        check_tokens(self.model, self.tokenizer, {i for row in tokens for i in row}, "a text")
         return Rows.pack(tokens, self.tokenizer.pad_token_id, self.device)
 
 
@@ -79,11 +109,17 @@ class Similarity(Task):
     ) -> None:
         super().__init__(model, tokenizer, labels, max_length)
         self.temperature = temperature
-        self._label_tokens = self._tokens(sentences)
+        self._label_tokens, cut = self._tokens(sentences)
+        if cut.count:
+            raise FinetuneError(
+                f"{cut.count} of the labels' sentences (--descriptions) have more tokens than --max-length {max_length}, "
+                f"the longest {cut.longest}; raise it, or shorten them"
+            )
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once; the label sentences follow its texts."""
-        self.sets[name] = (self._pack(self._tokens(texts.texts) + self._label_tokens), texts.targets)
+        tokens, targets = self._tokenise(name, texts)
+        self.sets[name] = (self._pack(tokens + self._label_tokens), targets)
 
     def batch(self, name: str, wanted: Sequence[int]) -> Batch:
         """The texts with the indices `wanted`, followed by the label sentences."""
@@ -100,6 +136,14 @@ class Similarity(Task):
         embedded = F.normalize(batch.gather(pooled), dim=-1)
         count = len(self.labels)
         return embedded[:-count] @ embedded[-count:].T / self.temperature
+
+
+def cut_notes(task: Task, limit: int) -> list[str]:
+    """A sentence for each set with texts that were cut or have no token. limit: of the model, in tokens."""
+    empty = [
+        f"{name}: {count} texts left out, as the tokenizer makes nothing of them" for name, count in task.empty.items()
+    ]
+    return empty + [cut.said(name, task.max_length, limit - task.room) for name, cut in task.cuts.items() if cut.count]
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
