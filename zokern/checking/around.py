@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zokern.checking.subject import like_a_weight
+from zokern.checking.subject import is_packed, like_a_weight
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Around:
         self.changed: dict[str, None] = {}  # buffers that a closure has changed, by name
         for path, owner in [] if module is None else module.named_modules():
             for name, buffer in owner._buffers.items():
-                if buffer is not None and not like_a_weight(name, buffer) and buffer.device.type != "meta":
+                if buffer is not None and not (like_a_weight(name, buffer) or is_packed(buffer) or buffer.is_meta):
                     full = f"{path}.{name}" if path else name
                     self.buffers.append(Kept(owner, name, full, buffer, buffer.detach().clone(), _version(buffer)))
         self.random = self._random()
@@ -58,12 +58,14 @@ class Around:
             torch.get_device_module(device).set_rng_state(state, device)
         self.look(closely=closely, restore=True)
         for child, training in self.modules:
-            child.training = training
+            if child.training != training:
+                child.training = training
 
     def look(self, *, closely: bool = False, restore: bool = False) -> None:
         """Notes the buffers that have changed."""
         for kept in self.buffers:
-            replaced = kept.owner._buffers.get(kept.name) is not kept.buffer
+            now = dict(kept.owner._buffers.items()).get(kept.name)
+            replaced = now is not kept.buffer
             version = _version(kept.buffer)
             written = version is None or version != kept.version or closely
             if written:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from zokern.checking import adapters
 from zokern.checking.result import NOT_TRAINED, Finding, Row
 from zokern.optim import ZerothOrderOptimizer
 
@@ -59,7 +60,10 @@ class Subject:
         for key, held in places.items():
             if key not in tried:
                 param = getattr(held[0][2], held[0][0].rpartition(".")[2])
-                yield _row([name for name, _, _ in held], param, *_why_untrained(param, key in given))
+                names = [name for name, _, _ in held]
+                why, suspicious = _why_untrained(param, key in given)
+                idle = adapters.idle(names, self.optimizer.module) if key in given else ""
+                yield _row(names, param, f"{why}; {idle}" if idle else why, suspicious)
 
     def _of_groups(self, places: dict[int, list[tuple[str, str, nn.Module]]]) -> Iterator[Row]:
         """Of an optimizer that has no module."""

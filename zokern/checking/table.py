@@ -24,12 +24,12 @@ def as_text(result: Result) -> str:
 
 
 def rendered(result: Result) -> RenderableType:
-    parts: list[RenderableType] = [_tensors(result), _verdicts(result), _cost(result.cost, result.placement)]
-    return Group(*parts)
+    head = Text(f"zokern.check: {_head(result)}", style="bold")
+    return Group(head, _tensors(result), _verdicts(result), _cost(result.cost, result.placement))
 
 
 def _tensors(result: Result) -> Table:
-    table = Table(title=f"zokern.check: {_head(result)}", title_justify="left", title_style="bold")
+    table = Table()
     for name in ("tensors", "dtype", "eps z moves", "loss"):
         table.add_column(name, no_wrap=name in ("dtype", "eps z moves"))
     for (state, dtype, why, suspicious), rows in _grouped(result).items():

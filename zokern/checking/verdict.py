@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from zokern.checking import adapters
 from zokern.checking.subject import Tried
 
 READ = "read, without effect: normal for key biases, dead units, the other matrix of a LoRA pair that is 0"
@@ -59,7 +60,7 @@ class Watched:
 
 def explain(one: Tried, module: nn.Module | None, watched: Watched) -> tuple[bool, str]:
     """(suspicious, why) for a tensor without effect, which compiled code and placement are not the reason of."""
-    adapter = _adapter(one, module)
+    adapter = adapters.idle(one.names, module)
     if adapter:
         return True, adapter
     if watched.reads is None:
@@ -100,21 +101,3 @@ def _nearest_called(path: str, module: nn.Module, calls: set[int]) -> nn.Module 
         if id(found) in calls:
             return found
     return None
-
-
-def _adapter(one: Tried, module: nn.Module | None) -> str:
-    """What PEFT's layers say of themselves."""
-    for name in one.names if module is not None else ():
-        parts = name.split(".")
-        for end in range(len(parts) - 2, 0, -1):
-            layer, kind, adapter = module.get_submodule(".".join(parts[:end])), parts[end], parts[end + 1]  # type: ignore[union-attr]
-            active = getattr(layer, "active_adapters", None)
-            if active is None or callable(active) or not hasattr(layer, "base_layer") or kind == "base_layer":
-                continue
-            if getattr(layer, "disable_adapters", False) is True:
-                return "its adapter is disabled (disable_adapter): enable it"
-            if getattr(layer, "merged", False) is True:
-                return "its adapter is merged into the base weight (merge_adapter): call unmerge_adapter()"
-            if adapter not in active:
-                return f"another adapter is active ({', '.join(active)}): set_adapter({adapter!r})"
-    return ""
