@@ -122,8 +122,10 @@ def test_cached_parametrizations() -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 def test_a_layer_through_mkldnn() -> None:
     """Its weights are buffers now: what is left trains, and is said not to be all."""
+    from torch.utils.mkldnn import to_mkldnn
+
     model = norms()
-    model.second = torch.utils.mkldnn.to_mkldnn(model.second)
+    model.second = to_mkldnn(model.second)
     result = zokern.check(model, loss(model, inputs()))
     assert not result.ok
     assert {row.name for row in result.not_trained} == {"second.weight"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -43,14 +45,19 @@ def test_memory_of_stream_is_its_own() -> None:
     assert zokern.check(norms(), lambda: norms()(inputs()).sum()).cost.memory["stream"] is None
 
 
-@given(st.integers(0, 300), st.integers(1, 300))
-def test_what_is_looked_at_lies_evenly(count: int, taken: int) -> None:
-    order = list(spread(count))
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([1, 2, 12, 16]))
+def test_what_is_looked_at_lies_evenly(count: int, taken: int, layer: int) -> None:
+    """Also among the tensors of one kind, one in each layer."""
+    order = spread(count)
     assert sorted(order) == list(range(count))
     some = sorted(order[:taken])
-    if 0 < taken < count:  # no gap is more than twice what an even one rounds up to, in powers of two
-        gaps = [b - a for a, b in zip([-1, *some], [*some, count], strict=False)]
-        assert max(gaps) <= 4 * -(-count // taken)
+    if taken < count:
+        gaps = [b - a for a, b in itertools.pairwise([-1, *some, count])]
+        assert max(gaps) <= 3 * -(-count // taken)
+    kinds = [sum(i % layer == kind for i in some) for kind in range(layer)]
+    if count % layer == 0 and taken >= 4 * layer:
+        assert min(kinds) > 0
+        assert max(kinds) < 3 * taken / layer
 
 
 @pytest.mark.parametrize("limit", [{"max_tensors": 5}, {"max_seconds": 0.0}])

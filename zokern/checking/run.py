@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from zokern.optim.losses import Closure
 
 GROWTH = 10.0
 LIMIT = 1.0  # largest perturbation, as a share of the tensor's rms
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 LEAST = 100.0  # but at least this many eps: a tensor of zeros has no rms
 
 
@@ -108,13 +109,10 @@ def _optimizer(model: object, eps: float | None, placement: object) -> ZerothOrd
     return MeZO(model, lr=0.0, **{name: value for name, value in given.items() if value is not None})
 
 
-def spread(count: int) -> Iterator[int]:
-    """0 .. count - 1, each once, so that the first of them lie evenly, however many are taken (van der Corput)."""
-    bits = max(count - 1, 0).bit_length()
-    for i in range(1 << bits):
-        place = int(f"{i:0{bits}b}"[::-1], 2) if bits else 0
-        if place < count:
-            yield place
+def spread(count: int) -> list[int]:
+    """0 .. count - 1, each once, so that the first of them lie evenly, however many are taken: in the order of their
+    multiples of the golden ratio, modulo 1. Layers of equal numbers of tensors are not in step with it."""
+    return sorted(range(count), key=lambda i: i * GOLDEN % 1.0)
 
 
 class _Check:

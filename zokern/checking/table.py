@@ -31,7 +31,7 @@ def rendered(result: Result) -> RenderableType:
 def _tensors(result: Result) -> Table:
     table = Table()
     for name in ("tensors", "dtype", "eps z moves", "loss"):
-        table.add_column(name, no_wrap=name in ("dtype", "eps z moves"))
+        table.add_column(name, no_wrap=name in ("dtype", "eps z moves"), overflow="fold")
     for (state, dtype, why, suspicious), rows in _grouped(result).items():
         said = f"{state}: {why}" if why else state
         if state == REACTS:
