@@ -12,6 +12,7 @@ from torch import nn
 import zokern
 from tests import models
 from tests.checking.models import Int8Linear, Packed, engine, inputs, norms
+from zokern.checking import verdict
 from zokern.checking.result import NO_EFFECT, REACTS, Result
 
 
@@ -200,8 +201,13 @@ def test_a_sixteen_bit_loss() -> None:
     closure = lambda: model(inputs(torch.bfloat16)).square().mean()  # noqa: E731
     result = zokern.check(model, closure)
     assert "returns it in bfloat16" in texts(result)
+    late = zokern.check(model, lambda: closure().float())
+    assert "all losses are numbers of bfloat16" in texts(late)
+    assert {row.why for row in late.without_effect if not row.suspicious} <= {verdict.COARSE}
+    assert "bfloat16" in texts(zokern.check(model, lambda: closure().item()))
     remedied = zokern.check(model, lambda: model(inputs(torch.bfloat16)).float().square().mean())
     assert "bfloat16" not in texts(remedied)
+    assert not any("16 bits" in row.why for row in remedied.rows)
 
 
 def test_an_eps_that_the_weights_dtype_swallows() -> None:

@@ -94,6 +94,7 @@ def test_the_first_perturbation_is_that_of_the_first_step() -> None:
 def test_what_a_closure_may_return() -> None:
     model, x = norms(), inputs()
     assert zokern.check(model, lambda: float(model(x).square().mean())).ok
+    assert zokern.check(model, lambda: model(x).square().mean().numpy()[()]).ok  # NumPy's float32
     assert zokern.check(model, lambda: model(x).square().mean(1)).ok  # the loss of each example
     named = lambda x: {"a": model(x).square().mean(), "b": model(x).abs().mean()}  # noqa: E731
     result = zokern.check(model, named, [x, 2 * x], batch_weights=[1.0, 2.0], reduction="sum", loss_weights={"b": 0.5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -198,6 +199,11 @@ class _Check:
 
     def _result(self, rows: dict[int, Row]) -> Result:
         tried, reacting, runs = self.subject.tried, self.reacting, self.runs
+        if runs.coarse is not None:
+            rows = {
+                i: dataclasses.replace(row, why=verdict.COARSE) if row.why == verdict.READ else row
+                for i, row in rows.items()
+            }
         findings = [*telling.of_loss(reacting, runs, self.module), *self.subject.findings]
         flat = bool(rows) and all(row.state == NO_EFFECT for row in rows.values())
         findings += telling.of_tensors(list(rows.values()), flat, reacting, runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,13 @@ from zokern.sweep import Counters
 REPEATS = 8  # evaluations that show how large the noise is
 
 
+SIXTEEN = (torch.bfloat16, torch.float16)
+
+
 class Runs:
-    """dtypes: of the losses that the closure returned. seconds: of the fastest evaluation after the first."""
+    """dtypes: of the losses that the closure returned. seconds: of the fastest evaluation after the first. held: the 16-bit
+    formats that have had all of them; of numbers with 24 bits, one in 65,536 is in bfloat16 too. values: different losses.
+    """
 
     def __init__(
         self,
@@ -34,11 +40,20 @@ class Runs:
     ) -> None:
         self.around, self.interrupts = around, interrupts
         self.dtypes: dict[torch.dtype, None] = {}
+        self.held, self.values = list(SIXTEEN), set[float]()
         self.counters, self.seconds = Counters(), float("inf")
         self.first: float | None = None
         self.losses = Losses(closure, batches, vectors=vectors, **of_batches)
         self.closure = closure
         self.losses.closure = self._watched
+
+    @property
+    def coarse(self) -> torch.dtype | None:
+        """The 16-bit format that the losses are in: their dtype, or what they were in before they were cast."""
+        declared = next((dtype for dtype in self.dtypes if dtype in SIXTEEN), None)
+        if declared is None and len(self.values) > 1 and not all(value.is_integer() for value in self.values):
+            return self.held[0] if self.held else None
+        return declared
 
     @property
     def batches(self) -> int:
@@ -49,6 +64,10 @@ class Runs:
         for loss in returned.values() if isinstance(returned, Mapping) else (returned,):
             if isinstance(loss, Tensor):
                 self.dtypes[loss.dtype] = None
+                self.held = [dtype for dtype in self.held if bool((loss.to(dtype) == loss).all())]
+            elif isinstance(loss, numbers.Real):  # NumPy's too
+                number = float(loss)
+                self.held = [dtype for dtype in self.held if float(torch.tensor(number, dtype=dtype)) == number]
         return returned
 
     def __call__(self, *, rewind: bool = True) -> Tensor:
@@ -67,6 +86,7 @@ class Runs:
         if loss.device.type != "cpu":
             loss = loss.cpu()
         took = time.perf_counter() - begun
+        self.values.add(float(loss.mean()))
         if self.first is None:
             self.first = took
         else:

@@ -11,7 +11,6 @@ from zokern.checking.result import NO_EFFECT, Finding, Row
 from zokern.checking.runs import Reacting, Runs
 from zokern.checking.subject import listed
 
-SIXTEEN = (torch.float16, torch.bfloat16)
 # Share of a dtype's elements that eps z has to change. Where the rest is rounded away, what is left of normal noise and
 # the noise that an update follows have a correlation of 0.97 at 0.7, 0.65 at 0.1 and 0.29 at 0.01.
 ENOUGH, LEAST = 0.5, 0.1
@@ -24,9 +23,8 @@ def of_loss(reacting: Reacting, runs: Runs, module: nn.Module | None) -> list[Fi
     if not reacting.finite:
         text = f"the loss of the clean weights is {loss}: every step would be skipped; nothing was perturbed"
         found.append(Finding("loss", text, True))
-    for dtype in runs.dtypes:
-        if dtype in SIXTEEN:
-            found.append(Finding("loss", _coarse(dtype, loss), True))
+    if runs.coarse is not None:
+        found.append(Finding("loss", _coarse(runs.coarse, loss, cast=runs.coarse not in runs.dtypes), True))
     if not reacting.same_twice and reacting.finite:
         found.append(Finding("same function", _twice(reacting, runs, module), True))
     elif runs.around.changed:
@@ -42,13 +40,15 @@ def spacing(value: float, dtype: torch.dtype) -> float:
     return float(2.0**exponent * about.eps)
 
 
-def _coarse(dtype: torch.dtype, loss: float) -> str:
+def _coarse(dtype: torch.dtype, loss: float, *, cast: bool) -> str:
+    """cast: it comes in another dtype."""
     name = str(dtype).removeprefix("torch.")
     between = ""
     if math.isfinite(loss):
         between = f", where neighbouring numbers are {spacing(loss, dtype):.2g} apart at {loss:.4g}"
+    said = "all losses are numbers of" if cast else "the closure returns it in"
     return (
-        f"the closure returns it in {name}{between}: smaller differences are lost; compute it in float32, for example "
+        f"{said} {name}{between}: smaller differences are lost; compute it in float32, for example "
         "torch.nn.functional.cross_entropy(logits.float(), labels)"
     )
 
@@ -98,7 +98,7 @@ def _flat(rows: list[Row], reacting: Reacting, runs: Runs) -> str:
     loss = float(reacting.base.mean())
     if float(loss).is_integer() or any(not dtype.is_floating_point for dtype in runs.dtypes):
         causes.append(f"the loss, {loss:g}, counts something: a step function, which small changes do not move")
-    if any(dtype in SIXTEEN for dtype in runs.dtypes):
+    if runs.coarse is not None:
         causes.append("it comes in 16 bits")
     causes += dict.fromkeys(row.why for row in rows if row.suspicious)
     causes.append("it is computed from something that is kept from one call to the next")

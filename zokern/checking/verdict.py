@@ -16,6 +16,7 @@ from zokern.checking import adapters
 from zokern.checking.subject import Tried
 
 READ = "read, without effect: normal for key biases, dead units, the other matrix of a LoRA pair that is 0"
+COARSE = "read, without effect: the loss has 16 bits, which show no change this small"
 NOT_CALLED = (
     "its module was not called: normal for experts without tokens, poolers and heads that the loss does not use "
     "(freeze what is not meant to be trained)"
