@@ -182,10 +182,13 @@ def test_a_placement_of_the_users_own() -> None:
     assert opt.counters["passes"] == 3
 
 
-def test_autocast_keeps_no_cast_of_a_perturbed_weight() -> None:
-    model = models.small()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model()
-        result = zokern.check(model, model)
-        assert torch.equal(model(), loss)
-    assert result.without_effect == [], str(result)
+@pytest.mark.parametrize("placement", ["inplace", "shadow"])
+def test_autocast_keeps_no_cast_of_another_weight(placement: str) -> None:
+    """Neither of the clean one when it is perturbed, nor the other way round."""
+    model, x = models.linear(6, 8, 3), torch.linspace(-1, 1, 12).reshape(2, 6)
+    closure = lambda: model(x).float().square().mean()  # noqa: E731
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = closure()
+        result = zokern.check(model, closure, placement=placement, eps=1e-1)
+        assert torch.equal(closure(), loss)
+    assert [row.size for row in result.rows] == [1e-1] * 4, str(result)

@@ -127,6 +127,21 @@ def test_what_is_refused() -> None:
             bad()
 
 
+def test_inside_a_step_it_is_refused() -> None:
+    model = models.small()
+    opt, before = zokern.MeZO(model, lr=1e-3), models.all_bits(model)
+
+    def closure() -> torch.Tensor:
+        zokern.check(opt, model)
+        return model()
+
+    with pytest.raises(RuntimeError, match="inside a step"):
+        opt.step(closure)
+    opt.step(model)
+    assert opt.counters["steps"] == 1
+    assert not models.same_bits(before, models.all_bits(model))
+
+
 def test_a_dtensor_is_refused_in_the_optimizers_words() -> None:
     from torch.testing._internal.two_tensor import TwoTensor  # a subclass with tensors in it, as DTensor is
 

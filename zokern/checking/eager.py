@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -58,9 +57,6 @@ def _is_view(func: Any) -> bool:
 @contextlib.contextmanager
 def forced() -> Iterator[None]:
     """Inside, what torch.compile made is left aside: its Python runs instead, on the weights as they are."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and it takes seconds to load
-        yield
-        return
     with torch.compiler.set_stance("force_eager"):
         yield
 

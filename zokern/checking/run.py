@@ -71,6 +71,7 @@ def check(
 
     Raises:
         TypeError, ValueError: what the optimizer's constructor and its `step` would refuse, in their words.
+        RuntimeError: inside a step of this optimizer.
 
     Memory: a copy of one tensor at a time (16-bit weights: two), and of the model's buffers, quantised ones left out.
     """
@@ -100,6 +101,8 @@ def check(
 
 def _optimizer(model: object, eps: float | None, placement: object) -> ZerothOrderOptimizer:
     if isinstance(model, ZerothOrderOptimizer):
+        if "numbers" in vars(model):
+            raise RuntimeError("check was called inside a step of this optimizer; call it before the step")
         for name, value in (("eps", eps), ("placement", placement)):
             if value is not None:
                 raise ValueError(f"{name} is the optimizer's own here; leave it out, or give the model instead")
