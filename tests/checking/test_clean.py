@@ -129,18 +129,19 @@ def test_a_signal_between_evaluations_waits(monkeypatch: pytest.MonkeyPatch) -> 
 
     model = models.small()
     kept, add = Kept(model), perturbed.add_noise_
-    seen: list[bool] = []
+    seen: list[str] = []
 
     def killed(*args, **kwargs) -> None:
         if kwargs["out"] is None and not seen:
-            seen.append(True)
+            seen.append("sent")
             os.kill(os.getpid(), signal.SIGINT)
+            seen.append("held back")
         add(*args, **kwargs)
 
     monkeypatch.setattr(perturbed, "add_noise_", killed)
     with pytest.raises(KeyboardInterrupt):
         zokern.check(model, model)
-    assert seen
+    assert seen == ["sent", "held back"]
     kept.check()
 
 
