@@ -15,6 +15,7 @@ from zokern._version import __version__
 if TYPE_CHECKING:
     from zokern import journal
     from zokern._checks import ZokernWarning
+    from zokern.checking import check
     from zokern.directions import Normal, Rademacher
     from zokern.graphs import GraphedStep
     from zokern.layers import RandomBlocks
@@ -39,6 +40,7 @@ __all__ = [
     "ZokernWarning",
     "__version__",
     "add_noise_",
+    "check",
     "journal",
     "noise",
 ]
@@ -50,6 +52,7 @@ _HOMES = {
     "RandomBlocks": "layers",
     "ZokernWarning": "_checks",
     "add_noise_": "ops",
+    "check": "checking",
     "noise": "noise",
 }
 

@@ -258,8 +258,8 @@ def test_wrong_options_are_named_with_the_allowed_range(change: dict, message: s
 def test_the_command_has_every_option_with_a_sentence_and_the_same_default() -> None:
     parameters = {p.name: p for p in get_command(tuning.app).params if p.name != "help"}
     fields = {field.name: field for field in dataclasses.fields(Options)}
-    assert set(parameters) == {*fields, "resume"}
-    del parameters["resume"]
+    assert set(parameters) == {*fields, "check", "resume"}
+    del parameters["check"], parameters["resume"]
     for name, parameter in parameters.items():
         assert parameter.default == fields[name].default, name
         assert parameter.help.endswith("."), name

@@ -23,7 +23,7 @@ FLOORS = (
     ("noise", "layers"),
     ("placement",),
     ("optim",),
-    ("journal", "graphs"),
+    ("checking", "journal", "graphs"),
     ("report",),
     ("finetune",),
     ("bench",),

@@ -52,7 +52,8 @@ def finetune() -> None:
     """Fine-tune a Hugging Face model on a text-classification data set, with forward passes only.
 
     With no options: a sentence encoder learns to sort docstrings by topic, in about two minutes on two cores, offline.
-    Ctrl-C stops the run and saves what it has. Exit codes: 0, 1 for an error, 130 after Ctrl-C.
+    Ctrl-C stops the run and saves what it has. --check looks at model and loss first. Exit codes: 0, 1 for an error or
+    what --check finds wrong, 130 after Ctrl-C.
     """
     raise AssertionError("zokern.cli.tuning is called instead")
 

@@ -1,4 +1,4 @@
-"""`zokern finetune`: an option for every field of Options, the ten that newcomers need first."""
+"""`zokern finetune`: an option for every field of Options, the eleven that newcomers need first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zokern.finetune.options import (
 from zokern.kinds import Flag, Kind
 from zokern.optim import ENTRIES
 
-FIRST = ("model", "data", "output", "method", "lr", "steps", "batch_size", "eval_every", "device", "resume")
+FIRST = ("model", "data", "output", "method", "lr", "steps", "batch_size", "eval_every", "device", "check", "resume")
 
 
 def _rates() -> str:
@@ -71,6 +71,11 @@ def described() -> dict[str, Described]:
         False, Flag(), "", "Go on with the run in --output, which broke off, from its journal: the same bits as without "
         "the break. All other options are that run's.", ("--resume",),
     )  # fmt: skip
+    found["check"] = Described(
+        False, Flag(), "", "Before a long run: perturb each tensor alone, on the first batch, and say which ones the loss "
+        "does not react to and what a step costs. Nothing is trained or written. Exit code 1 if something is likely wrong, "
+        "else 0.", ("--check",),
+    )  # fmt: skip
     first = {name: found[name]._replace(panel="") for name in FIRST}
     return {**first, **{n: d for panel in PANELS for n, d in found.items() if d.panel == panel and n not in first}}
 
@@ -88,9 +93,15 @@ def _describe(field: dataclasses.Field[Any]) -> Described:
 
 
 def _run(**values: Any) -> None:
-    resume = values.pop("resume")
+    resume, check = values.pop("resume"), values.pop("check")
     options = Options(**values)
     try:
+        if check:
+            if resume:
+                raise FinetuneError("--check looks at a new run; leave out --resume")
+            from zokern.finetune.checked import check as checked
+
+            raise typer.Exit(0 if checked(options).ok else 1)
         if resume:
             options = Options.load(options.output)
         else:

@@ -8,7 +8,8 @@ import platform
 import sys
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -51,14 +52,19 @@ class Summary:
         return 100 * (self.result.accuracy[1] - self.result.accuracy[0])
 
 
-def run(options: Options, console: Console | None = None, *, resume: bool = False) -> Summary:
-    """Fine-tune as `options` say. Raises FinetuneError for what the user can mend; Ctrl-C ends it early, saved.
+class Loaded(NamedTuple):
+    """What a run has before its first step. about: for the journal. say: prints a line under a name."""
 
-    resume: options are those that a run which broke off left in its output directory; it goes on with the same bits.
-    """
-    console = console or Console()
-    if not resume:
-        options.check()
+    task: Task
+    tokenizer: Any
+    optimizer: ZerothOrderOptimizer
+    data: texts.Data
+    about: dict[str, Any]
+    say: Callable[[str, str], None]
+
+
+def load(options: Options, console: Console) -> Loaded:
+    """Model, data and optimizer of a run, and says what was chosen. Nothing is written."""
     models.import_transformers()
     plots.require()
     if options.threads is not None:
@@ -82,7 +88,7 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
         raise FinetuneError(str(error)) from error
     about = {"model": options.model, "objective": objective, "labels": data.labels, "dtype": _name(dtype),
              "seed": options.seed}  # fmt: skip
-    tuned = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    tuned = _tuned(task)
 
     def say(name: str, value: str) -> None:
         console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
@@ -95,7 +101,23 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
     say("objective", f"{objective} ({reason})")
     say("method", _method(options, optimizer))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
+    return Loaded(task, tokenizer, optimizer, data, about, say)
 
+
+def _tuned(task: Task) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+
+
+def run(options: Options, console: Console | None = None, *, resume: bool = False) -> Summary:
+    """Fine-tune as `options` say. Raises FinetuneError for what the user can mend; Ctrl-C ends it early, saved.
+
+    resume: options are those that a run which broke off left in its output directory; it goes on with the same bits.
+    """
+    console = console or Console()
+    if not resume:
+        options.check()
+    task, tokenizer, optimizer, data, about, say = load(options, console)
     display = Display(console, options.steps, f"zokern finetune, {options.method}")
     with contextlib.ExitStack() as stack:
         output, done = _open(options, optimizer, about, resume, stack)
@@ -107,7 +129,7 @@ def run(options: Options, console: Console | None = None, *, resume: bool = Fals
     plots.save(
         output.curves, output.records, f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
     )
-    summary = Summary(result, objective, str(device), _name(dtype), tuned, peak_memory(device),
+    summary = Summary(result, about["objective"], str(task.device), about["dtype"], _tuned(task), peak_memory(task.device),
                       dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output)  # fmt: skip
     output.save_json("run.json", _record(options, data, summary))
     _print(summary, say)

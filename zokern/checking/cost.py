@@ -1,0 +1,92 @@
+"""What a step costs: the method is asked for its probes, which nobody evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zokern.optim import ZerothOrderOptimizer, drivers
+from zokern.optim.numbers import HostNumbers
+from zokern.passes.update import Seed, Terms
+from zokern.placement import sites, stream
+from zokern.sweep import Member
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step of `method`.
+
+    forwards: calls of the closure, a batch each. passes: over the active weights, by placement (pipelined=True saves one
+    where there is room). weights, states: bytes of the trainable weights, and of what the method keeps for them. memory:
+    bytes beside both, by placement, None where it cannot serve this model. seconds: of the forwards alone, as they were
+    here.
+    """
+
+    method: str
+    forwards: int
+    passes: Mapping[str, int]
+    weights: int
+    states: int
+    memory: Mapping[str, int | None]
+    seconds: float
+
+
+def cost(optimizer: ZerothOrderOptimizer, batches: int, forward_seconds: float) -> Cost:
+    """batches: calls of the closure for each probe. forward_seconds: of one probe."""
+    probes = _probes(optimizer)
+    trainable = [p for _, p in optimizer._parameters.trainable(optimizer)]
+    weights = sum(p.nbytes for p in trainable)
+    states = sum(p.numel() * dtype.itemsize for p in trainable for dtype, _ in optimizer.state_spec.values())
+    copies = sites.sizes([Member(p, 0, 0, "") for p in trainable])
+    copied = sum(size * dtype.itemsize for (_, dtype), size in copies.items())
+    shown = sum(bool(terms) for terms in probes) + 1  # a copy is made for each probe of other weights, then the update
+    return Cost(
+        type(optimizer).__name__,
+        optimizer.forwards() * batches,
+        {"inplace": _moves(probes) + 1, "shadow": shown, "stream": shown},
+        weights,
+        states,
+        {"inplace": 0, "shadow": copied if optimizer.module is not None else None, "stream": _streamed(optimizer)},
+        optimizer.forwards() * forward_seconds,
+    )
+
+
+def _probes(optimizer: ZerothOrderOptimizer) -> list[Terms]:
+    """The next step's, in order. Where they depend on losses, every loss is another number."""
+    probes: list[Terms] = []
+
+    def note(terms: Terms) -> Tensor:
+        probes.append(dict(terms))
+        return torch.tensor(float(len(probes)), dtype=torch.float64)
+
+    step = optimizer.counters["steps"]
+    optimizer.numbers = HostNumbers(optimizer.param_groups, optimizer.seed, step, optimizer.schedule)
+    try:
+        drivers.in_turn(optimizer.rounds(), note)
+    finally:
+        del optimizer.numbers
+    return probes
+
+
+def _moves(probes: list[Terms]) -> int:
+    """Passes that bring weights which are perturbed where they are from one probe to the next."""
+    moves = 0
+    at: dict[Seed, float] = {}
+    for terms in probes:
+        wanted = {seed: float(value) for seed, value in terms.items()}
+        moves += any(wanted.get(seed, 0.0) != at.get(seed, 0.0) for seed in {**at, **wanted})
+        at = wanted
+    return moves
+
+
+def _streamed(optimizer: ZerothOrderOptimizer) -> int | None:
+    if optimizer.module is None:
+        return None
+    try:
+        stream.refuse(optimizer.module)
+    except ValueError:
+        return None
+    return stream.extra_bytes(optimizer.module)

@@ -1,0 +1,110 @@
+"""A result as people read it: tables of rich."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from zokern.checking.cost import Cost
+from zokern.checking.result import NO_EFFECT, NOT_LOOKED_AT, NOT_TRAINED, REACTS, Result, Row
+
+WIDTH = 118
+Key = tuple[str, str, str, bool]
+
+
+def as_text(result: Result) -> str:
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    console.print(rendered(result))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def rendered(result: Result) -> RenderableType:
+    head = Text(f"zokern.check: {_head(result)}", style="bold")
+    return Group(head, _tensors(result), _verdicts(result), _cost(result.cost, result.placement))
+
+
+def _tensors(result: Result) -> Table:
+    table = Table()
+    for name in ("tensors", "dtype", "eps z moves", "loss"):
+        table.add_column(name, no_wrap=name in ("dtype", "eps z moves"), overflow="fold")
+    for (state, dtype, why, suspicious), rows in _grouped(result).items():
+        said = f"{state}: {why}" if why else state
+        if state == REACTS:
+            sizes = [row.size for row in rows if row.size is not None]
+            said += f" at {min(sizes):.2g}" + (f" to {max(sizes):.2g}" if max(sizes) > min(sizes) else "")
+        elif state == NO_EFFECT:
+            said = f"{state} up to {max(row.size or 0.0 for row in rows):.2g}: {why}"
+        moved = [row.moved for row in rows if row.moved is not None]
+        share = "" if not moved else _share(min(moved), max(moved))
+        style = "red" if suspicious else "dim" if state in (NOT_TRAINED, NOT_LOOKED_AT) else ""
+        table.add_row(*(Text(text, style=style) for text in (_names(rows), dtype, share, said)))
+    return table
+
+
+def _head(result: Result) -> str:
+    at = "" if result.looked_at == result.trainable else f" of {result.trainable}"
+    return (
+        f"{result.looked_at}{at} tensors perturbed, eps {result.eps:g}, placement {result.placement}, "
+        f"{result.forwards} forwards in {result.seconds:.1f} s"
+    )
+
+
+def _share(low: float, high: float) -> str:
+    return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+
+
+def _grouped(result: Result) -> dict[Key, list[Row]]:
+    """Rows of which the same is said, faults first, reactions last."""
+    found: dict[Key, list[Row]] = {}
+    for row in result.rows:
+        dtype = str(row.dtype).removeprefix("torch.")
+        found.setdefault((row.state, dtype, row.why, row.suspicious), []).append(row)
+    order = (NO_EFFECT, NOT_TRAINED, NOT_LOOKED_AT, REACTS)
+    return {key: found[key] for key in sorted(found, key=lambda key: (not key[3], order.index(key[0])))}
+
+
+def _names(rows: list[Row]) -> str:
+    """Names that differ in numbers alone are one: layers.*.key.bias (12)."""
+    patterns: dict[str, list[str]] = {}
+    for row in rows:
+        name = " = ".join(row.names)
+        patterns.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    shown = [f"{pattern} ({len(names)})" if len(names) > 1 else names[0] for pattern, names in patterns.items()]
+    most = 12 if rows[0].suspicious else 6
+    return "\n".join(shown[:most] + ([f"and {len(shown) - most} kinds more"] if len(shown) > most else []))
+
+
+def _verdicts(result: Result) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("", "loss", f"{result.loss:.6g}" + (", the same bits twice" if result.same_twice else ""))
+    for one in result.verdicts:
+        style = "red" if one.suspicious else ""
+        table.add_row(*(Text(text, style=style) for text in ("!" if one.suspicious else "", one.subject, one.text)))
+    table.add_row(
+        "", "verdict", Text("nothing suspicious was seen" if result.ok else "something is likely wrong: see above")
+    )
+    return table
+
+
+def _cost(cost: Cost, placement: str) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    passes = ", ".join(f"{count} ({name})" for name, count in cost.passes.items())
+    memory = ", ".join(
+        f"{name} {'cannot serve this model' if size is None else f'{size / 1e6:,.1f} MB'}"
+        for name, size in cost.memory.items()
+    )
+    table.add_row("a step", f"{cost.method}: {cost.forwards} forwards, about {cost.seconds:.3g} s of forwards here")
+    table.add_row("", f"passes over the weights: {passes}")
+    table.add_row("", f"memory beside the forward: states {cost.states / 1e6:,.1f} MB; {memory}")
+    table.add_row("", f"trainable weights {cost.weights / 1e6:,.1f} MB; placement here: {placement}")
+    return table
