@@ -153,6 +153,16 @@ def test_a_launch_refuses_numbers_that_are_not_there(
     assert not any(t.any() for t in tensors)
 
 
+def test_states_of_two_dtypes_are_refused_at_the_launch() -> None:
+    """A table has one dtype for all states: the second would be read as the first is stored."""
+    w = [torch.zeros(40)]
+    states = [[torch.zeros(40)], [torch.zeros(40, dtype=torch.bfloat16)]]
+    operands = Operands(w, None, states, [0], [0], [0])
+    numbers = PassNumbers(torch.tensor([5]), torch.zeros(1, 3, 1), torch.zeros(1, 7))
+    with pytest.raises(ValueError, match="a state is .*bfloat16"):
+        sweep.run(operands, PassSpec(RULES["helene"]), numbers)
+
+
 def test_files_that_take_much_memory_to_read_are_refused(tmp_path: Path) -> None:
     """JSON of small objects is 30 times as large in memory as in the file."""
     header = {**journal.Reader(STORED["plain"]).header, "about": {"x": [{} for _ in range(3_000_000)]}}

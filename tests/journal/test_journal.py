@@ -434,6 +434,7 @@ def record(body: bytes, crc: int) -> bytes:
         (bytes([2]) + b'{"a":' * 100000, "no JSON"),
         (bytes([3, 5]), "refers to signature 5"),
         (bytes([3]), "malformed"),
+        (bytes([3 | 3 << 4, 0, 0]), "its flags are 3"),
         (bytes([3, 0x80, 0x80, 0x80, 0x80, 0x80, 1]), "malformed"),
     ],
 )

@@ -147,7 +147,7 @@ def _check_states(src: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> 
     for state in states:
         for s, t in zip(src, state, strict=True):
             fits = t.shape == s.shape and t.device == s.device and t.is_contiguous()
-            if not fits or t.dtype != state[0].dtype or t.dtype not in _checks.DTYPES:
+            if not fits or t.dtype != states[0][0].dtype or t.dtype not in _checks.DTYPES:
                 raise ValueError(
                     f"a state is {_checks.describe(t)}, its tensor {_checks.describe(s)}: a state is contiguous, on the "
                     "same device, of the same shape, and float32, float16 or bfloat16 like the others"
