@@ -159,7 +159,7 @@ def test_states_of_two_dtypes_are_refused_at_the_launch() -> None:
     states = [[torch.zeros(40)], [torch.zeros(40, dtype=torch.bfloat16)]]
     operands = Operands(w, None, states, [0], [0], [0])
     numbers = PassNumbers(torch.tensor([5]), torch.zeros(1, 3, 1), torch.zeros(1, 7))
-    with pytest.raises(ValueError, match="a state is .*bfloat16"):
+    with pytest.raises(ValueError, match=r"a state is .*bfloat16"):
         sweep.run(operands, PassSpec(RULES["helene"]), numbers)
 
 
