@@ -135,7 +135,7 @@ def test_a_step_after_a_load_asks_the_device_for_nothing(case: Case, monkeypatch
 @pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
 def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, placement: str, monkeypatch) -> None:
     if case.remembers:
-        pytest.skip("update='adamezo' is refused by GraphedStep")
+        pytest.skip("GraphedStep refuses it")
     model, opt = on_device(case, placement, monkeypatch)
     live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
 
