@@ -323,7 +323,7 @@ class MeZOGV(Curved):
         if self.best is not None:
             tried[-1] = self.best
         losses = [self.loss_at(+1.0, self.scaled(one.__getitem__)) for one in tried]
-        # Stable: equal losses stay in order. NaN is the worst of all, also where the best is kept of a step that is skipped.
+        # Stable: equal losses stay in order. NaN is the worst, also where the best is kept of a step that is skipped.
         order = sorted(range(self.candidates), key=lambda j: (np.isnan(losses[j]), losses[j]))
         n_top = int(np.floor(self.elite * self.candidates))
         top, bottom = order[:n_top], order[n_top:]
