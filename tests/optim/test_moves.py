@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -160,7 +161,7 @@ def test_counted_on_a_device_as_on_the_host(case: Case, monkeypatch: pytest.Monk
     both: list[tuple[float, float]] = []
     here = Moves.note
 
-    def note(self: Moves, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: str) -> None:
+    def note(self: Moves, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Any) -> None:
         here(self, update, lr, ok, gate, advice)
         other.square, other._shares = self.square, self._shares
         here(other, update, lr, ok & bool(opt.counters["steps"] != 1), torch.ones(1, dtype=torch.int32), advice)
@@ -179,9 +180,19 @@ def test_counted_on_a_device_as_on_the_host(case: Case, monkeypatch: pytest.Monk
 def test_every_rule_of_an_update_is_measured() -> None:
     probes = {"scaled_axpy", "hizoo_restore"}
     assert set(moves.ADDED) == set(RULES) - probes
-    update = Update([1], {"A": torch.ones(1, 1)}, {"decay": torch.ones(1)}, "twirl")
+
+
+def test_an_update_of_a_rule_that_is_not_known_is_refused() -> None:
+    class Odd(zokern.MeZO):
+        """With a rule of its own."""
+
+        def update(self, estimate: Any, rates: Any) -> Update:
+            return dataclasses.replace(super().update(estimate, rates), rule="twirl")
+
+    opt = Odd(wide(), 1e-3)
     with pytest.raises(ValueError, match=r"the rule 'twirl' has no place in zokern/optim/moves\.py"):
-        moves.added(update, torch.ones(1))
+        opt.step(scripted([1.0, 1.1]))
+    assert opt.counters["steps"] == 0
 
 
 DEFAULTS: list[tuple[str, dict[str, Any], float]] = [

@@ -222,7 +222,7 @@ def test_scale_is_for_adamezo_only(update: str) -> None:
 def test_hizoos_released_curvature_in_16_bit(
     dtype: torch.dtype, still: float, moves: float, share: tuple[float, float]
 ) -> None:
-    """What docs/methods/hizoo.md says of it: (1 - a) h + d h z^2 a / (2 eps^2), each operation rounded, d the losses' bend."""
+    """As docs/methods/hizoo.md says: (1 - a) h + d h z^2 a / (2 eps^2), each operation rounded, d the losses' bend."""
     z = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)).to(dtype)
     h = torch.ones_like(z)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -110,11 +110,8 @@ class Built(Common, Method, torch.optim.Optimizer):
 
     def _begin_moves(self) -> None:
         """Before a step: the weights' size, where it is not known."""
-
-        def trained() -> Iterator[Tensor]:
-            return (p for _, p in self._parameters.trainable(self))
-
-        self._moves.begin(self._parameters.version, trained, self.active, self.numbers.gate, self.advice())
+        trained = (p for _, p in self._parameters.trainable(self))
+        self._moves.begin(self._parameters.version, trained, self.active)
 
     def layout(self) -> dict[str, Any]:
         """What a replay has to know of the parameters as they are: ids, shapes, dtypes, groups, rows and blocks."""

@@ -48,5 +48,5 @@ class Captured(Built):
         self.metrics = metrics
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._skips.look()
-        self._moves.tell(self.advice())
+        self._moves.tell(self.advice)
         self._moves.look()

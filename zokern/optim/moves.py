@@ -87,15 +87,6 @@ ADDED: dict[str, Callable[[Update, Tensor], Tensor]] = {
 }
 
 
-def added(update: Update, lr: Tensor) -> Tensor:
-    """Raises ValueError for a rule that is not known here: no step goes unmeasured."""
-    if update.rule not in ADDED:
-        raise ValueError(
-            f"the rule {update.rule!r} has no place in zokern/optim/moves.py: add how far it moves a weight"
-        )
-    return ADDED[update.rule](update, lr)
-
-
 def mean_square(params: Iterable[Tensor]) -> Tensor:
     """Of all elements that are not 0; 0 where there are none. float64, 0-d, on the first GPU that has any; never waits."""
     sums: dict[torch.device, list[Tensor]] = {}
@@ -118,13 +109,13 @@ class Moves:
 
     def __init__(self) -> None:
         self.seen = torch.zeros(2, dtype=torch.float64)
+        self.coming: tuple[Tensor, torch.cuda.Event] | None = None  # `seen` on its way to the host
         self.square: Tensor | None = None  # mean_square of the trained weights
-        self._square = 0.0  # the same, where the host has it
-        self._version = -1  # of the parameters that it is of
-        self._active: Active | None = None
-        self._parts: list[float] = []  # of the rows of _active in its elements
+        self.version = -1  # of the parameters that it is of
+        self.active: Active | None = None
+        self._square = 0.0  # `square`, where the host has it
+        self._parts: list[float] = []  # of the rows of `active` in its elements
         self._shares: Tensor | None = None  # the same, on the device; None for one row
-        self._coming: tuple[Tensor, torch.cuda.Event] | None = None  # `seen` on its way to the host
         self._steps = 0
         self._warned = False
 
@@ -132,89 +123,88 @@ class Moves:
         """What a captured step works on."""
         return [self.seen, *(t for t in (self.square, self._shares) if t is not None)]
 
-    def begin(
-        self,
-        version: int,
-        params: Callable[[], Iterable[Tensor]],
-        active: Active,
-        gate: Tensor | None,
-        advice: str,
-    ) -> None:
-        """Before anything of a step is done: the weights are clean. version: of the parameters."""
-        if self._coming is not None and gate is None:
-            self.tell(advice)
-        if version != self._version:
-            square = mean_square(params())
+    def begin(self, version: int, params: Iterable[Tensor], active: Active) -> None:
+        """Before a step does anything: the weights are clean. version: of the parameters; params: the trained ones."""
+        if version != self.version:
+            square = mean_square(params)
             if self.square is None or self.square.device != square.device:
                 self.square = square
             else:
                 self.square.copy_(square)  # where it is: a captured step may read it
             self._square = self.square.item() if self.square.device.type == "cpu" else 0.0
-            self._version = version
-        if active is not self._active:
-            sizes: dict[int, int] = {}
+            self.version = version
+        if active is not self.active:
+            sizes = [0] * len(active.rows)
             for member in active.sweep:
-                sizes[member.row] = sizes.get(member.row, 0) + member.param.numel()
-            total = max(1, sum(sizes.values()))
-            self._parts = [sizes.get(row, 0) / total for row in range(len(active.rows))]
-            self._shares = torch.tensor(self._parts, dtype=torch.float64) if len(self._parts) > 1 else None
-            self._active = active
+                sizes[member.row] += member.param.numel()
+            total = max(1, sum(sizes))
+            self._parts = [size / total for size in sizes]
+            self._shares = torch.tensor(self._parts, dtype=torch.float64) if len(sizes) > 1 else None
+            self.active = active
 
-    def note(self, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: str) -> None:
-        """An update that is about to be done, where it is ok."""
+    def note(self, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Callable[[], str]) -> None:
+        """An update that is about to be done, where it is ok.
+
+        Raises:
+            ValueError: for a rule that is not known here, so that no step goes unmeasured.
+        """
         assert self.square is not None
+        if update.rule not in ADDED:
+            raise ValueError(
+                f"the rule {update.rule!r} has no place in zokern/optim/moves.py; add how far it moves a weight"
+            )
+        added, decay = ADDED[update.rule](update, lr), update.shared["decay"]
         device = ok.device if ok.device.type != "cpu" else self.square.device
         if device.type == "cpu" and gate is None:
             if ok and self._square:  # weights that are all 0 have no size
-                decays = [(1.0 - decay) ** 2 for decay in update.shared["decay"].tolist()]
-                squares = [square / self._square for square in added(update, lr).tolist()]
-                each = zip(self._parts, squares, decays, strict=True)
-                self._note_on_host(sum(part * (square + decay) for part, square, decay in each), advice)
+                ratio = 0.0
+                for part, square, d in zip(self._parts, added.tolist(), decay.tolist(), strict=True):
+                    ratio += part * (square / self._square + (1.0 - d) ** 2)
+                if LIMIT**2 < ratio < math.inf:
+                    self._note_on_host(ratio, advice)
             return
-        rows = sent(added(update, lr), device) / sent(self.square, device)
-        rows = rows + sent((1.0 - update.shared["decay"]).square(), device)
+        rows = sent(added, device) / sent(self.square, device) + sent((1.0 - decay).square(), device)
         if self._shares is not None:
             self._shares = sent(self._shares, device)
             rows = rows * self._shares
-        ratio = rows.sum()
+        total = rows.sum()
+        total = torch.where(sent(ok, device) & (total < math.inf), total, 0.0)
         self.seen = sent(self.seen, device)
-        ratio = torch.where(sent(ok, device) & (ratio < math.inf), ratio, 0.0)
-        self.seen[0].add_(ratio > LIMIT**2)
-        torch.maximum(self.seen[1], ratio, out=self.seen[1])
+        self.seen[0].add_(total > LIMIT**2)
+        torch.maximum(self.seen[1], total, out=self.seen[1])
         if gate is None:
             self.look()
 
-    def _note_on_host(self, ratio: float, advice: str) -> None:
-        if LIMIT**2 < ratio < math.inf:
-            count, worst = self.seen.tolist()
-            self.seen = torch.tensor([count + 1.0, max(worst, ratio)], dtype=torch.float64)
-            self.tell(advice)
+    def _note_on_host(self, ratio: float, advice: Callable[[], str]) -> None:
+        count, worst = self.seen.tolist()
+        self.seen = torch.tensor([count + 1.0, max(worst, ratio)], dtype=torch.float64)
+        self.tell(advice)
 
     def look(self) -> None:
         """Starts a copy of `seen` to the host now and then, to be looked at in a later step without waiting."""
         self._steps += 1
-        if self.seen.device.type != "cpu" and self._coming is None and not self._warned and self._steps % 16 == 1:
+        if self.seen.device.type != "cpu" and self.coming is None and not self._warned and self._steps % 16 == 1:
             host = torch.empty(2, dtype=torch.float64, pin_memory=True)
             host.copy_(self.seen, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.seen.device))
-            self._coming = host, event
+            self.coming = host, event
 
-    def tell(self, advice: str) -> None:
+    def tell(self, advice: Callable[[], str]) -> None:
         """Warns once, if the host knows of a step that went too far."""
         if self._warned:
             return
         count, square = 0.0, 0.0
         if self.seen.device.type == "cpu":
             count, square = self.seen.tolist()
-        elif self._coming is not None and self._coming[1].query():
-            (count, square), self._coming = self._coming[0].tolist(), None
+        elif self.coming is not None and self.coming[1].query():
+            (count, square), self.coming = self.coming[0].tolist(), None
         if count:
             self._warned = True
             warnings.warn(
                 f"a step moves the trained weights by {square**0.5:.2g} times their rms (of those that are not 0), and more"
                 f" than {LIMIT:g} takes away what a model has learnt: lower lr"
-                + (f"; {advice}" if advice else "")
+                + (f"; {said}" if (said := advice()) else "")
                 + ". Further such steps are only counted: see large_steps.",
                 ZokernWarning,
                 stacklevel=_depth(),
