@@ -153,17 +153,20 @@ class Moves:
             raise ValueError(
                 f"the rule {update.rule!r} has no place in zokern/optim/moves.py; add how far it moves a weight"
             )
-        added, decay = ADDED[update.rule](update, lr), update.shared["decay"]
+        decay = update.shared["decay"]
         device = ok.device if ok.device.type != "cpu" else self.square.device
         if device.type == "cpu" and gate is None:
             if ok and self._square:  # weights that are all 0 have no size
+                plain = update.rule == "axpy"  # as ADDED has it, with fewer calls of torch
+                moves = update.coefs["A"] if plain else ADDED[update.rule](update, lr).sqrt()[:, None]
                 ratio = 0.0
-                for part, square, d in zip(self._parts, added.tolist(), decay.tolist(), strict=True):
-                    ratio += part * (square / self._square + (1.0 - d) ** 2)
+                for part, row, d in zip(self._parts, moves.tolist(), decay.tolist(), strict=True):
+                    ratio += part * (math.hypot(*row) ** 2 / self._square + (1.0 - d) ** 2)
                 if LIMIT**2 < ratio < math.inf:
                     self._note_on_host(ratio, advice)
             return
-        rows = sent(added, device) / sent(self.square, device) + sent((1.0 - decay).square(), device)
+        rows = sent(ADDED[update.rule](update, lr), device) / sent(self.square, device)
+        rows = rows + sent((1.0 - decay).square(), device)
         if self._shares is not None:
             self._shares = sent(self._shares, device)
             rows = rows * self._shares
