@@ -119,7 +119,10 @@ def do(case: Case, path: Path, saved: bytes | None = None) -> dict[str, Any]:
 def content(path: Path) -> Iterator[object]:
     """All that a journal holds but for the version that wrote it, numbers as bits."""
     reader = journal.Reader(path)
-    yield {key: value for key, value in reader.header.items() if key != "zokern"}
+    own = getattr(zokern, reader.header["method"]).own_settings()
+    later = {name: one.stored(one.default) for name, one in own.items()}  # of a journal of before a setting was there
+    options = {**later, **reader.header["options"]}
+    yield {key: value for key, value in {**reader.header, "options": options}.items() if key != "zokern"}
     for step in reader.steps():
         yield step.number, step.flags, step.layout, step.signature, step.frame.tobytes()
     yield reader.marks, reader.torn
