@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.parts import table, write
+from docs.released import RECIPES, released
 from zokern.cli.tuning import described
 from zokern.finetune import takers
 from zokern.finetune.options import Options
@@ -60,7 +61,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {"settings": lambda: settings(Common.settings)},
     "docs/finetune.md": {"options": options},
     **{
-        f"docs/methods/{name}.md": {"settings": lambda entry=entry: settings(own(entry))}
+        f"docs/methods/{name}.md": {
+            "settings": lambda entry=entry: settings(own(entry)),
+            **({"released": lambda name=name: released(name)} if any(one.page == name for one in RECIPES) else {}),
+        }
         for name, entry in ENTRIES.items()
         if "__init__" not in vars(entry.cls)  # LeZO has MeZO's
     },

@@ -32,6 +32,8 @@ DATA = Path(__file__).parent / "data"
 def pytest_configure(config: pytest.Config) -> None:
     # Not in pyproject.toml: pytest imports the category from there before coverage looks on.
     config.addinivalue_line("filterwarnings", "error::zokern.ZokernWarning")
+    # Toy losses move toy weights far. That no default does is tested by counts (optim/test_moves.py).
+    config.addinivalue_line("filterwarnings", "ignore:a step moves the trained weights:zokern.ZokernWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -53,7 +53,7 @@ class Case:
     @property
     def remembers(self) -> bool:
         """Keeps past steps, beside what is in its states."""
-        return self.options.get("update") == "adamezo"
+        return self.options.get("update") == "adamezo" or "keep_best" in self.options
 
 
 VARIANTS = {"lezo": "mezo"}  # another method with an option, `layers`, which tests give to all cases
@@ -77,6 +77,14 @@ METHODS: dict[str, Case] = {
     "mezo-adamezo": Case("mezo", {"update": "adamezo", "horizon": 3, "betas": (0.8, 0.9)}, 2, 3, lr=0.02, rate=0.02),
     "mezo-adamezo-one-sided": Case(
         "mezo", {"update": "adamezo", "one_sided": True, "delta": 1e-3}, 2, 2, lr=0.01, rate=0.005
+    ),
+    "mezo-adamezo-released": Case(
+        "mezo",
+        {"update": "adamezo", "horizon": 2, "betas": (0.7, 0.9), "scale": "released"},
+        2,
+        3,
+        lr=3e-3,  # a hundred times that from step 3 on
+        rate=3e-4,
     ),
     "mezo-sign": Case("mezo", {"update": "sign", "num_samples": 2}, 4, 5, lr=0.02, rate=0.02),
     "hizoo": Case("hizoo", {"smoothing": 1e-2}, 3, 3, lr=0.03, rate=0.1, states=("h",)),
@@ -116,10 +124,13 @@ METHODS: dict[str, Case] = {
     "gv-curved": Case(
         "mezo-gv", {"candidates": 3, "elite": 0.4, "smoothing": 1e-2}, 6, 6, lr=0.03, rate=0.1, states=("h",)
     ),
+    "gv-kept": Case("mezo-gv", {"candidates": 2, "keep_best": True}, 4, 5, lr=0.03, rate=0.05),
     "greedy": Case("mezo-greedy", {}, 5, 6, lr=0.03, rate=0.05),
     "greedy-curved": Case("mezo-greedy", {"candidates": 3, "smoothing": 1e-2}, 5, 5, lr=0.03, rate=0.1, states=("h",)),
     "fzoo": Case("fzoo", {"candidates": 4}, 5, 5, lr=0.002, rate=0.003),
     "fzoo-normal": Case("fzoo", {"candidates": 3, "distribution": "normal"}, 4, 4, lr=0.002, rate=0.003),
+    "fzoo-released": Case("fzoo", {"candidates": 4, "scale": "released"}, 5, 5, lr=0.04, rate=0.06),
+    "es-released": Case("es", {"num_directions": 5, "scale": "released"}, 5, 6, lr=0.04, rate=0.06),
     "es": Case("es", {"num_directions": 5}, 5, 6, lr=0.002, rate=0.003),
     "es-antithetic": Case("es", {"num_directions": 3, "antithetic": True}, 6, 7, lr=0.002, rate=0.003),
     "es-ranked": Case("es", {"num_directions": 6, "shaping": "ranked"}, 6, 7, lr=0.005, rate=0.008),

@@ -142,6 +142,7 @@ class MeZO(Method):
     betas: tuple[float, float] = (0.9, 0.999)
     delta: float = 1e-8
     horizon: int = 10
+    scale: str = "paper"  # or "released": of adamezo
     history: list[dict[int, tuple[float, np.ndarray]]] = field(default_factory=list)  # newest first: id -> (c, z)
 
     def measure(self) -> list[tuple[float, float]]:
@@ -162,7 +163,9 @@ class MeZO(Method):
             c = [(a - b) / width for a, b in pairs]
             now[i] = (c[0], self.z(0, i))  # adamezo has one sample
             g = sum(c[k] * self.z(k, i) for k in range(self.num_samples)) / self.num_samples
-            if self.update == "adamezo":
+            if self.scale == "released" and (self.horizon < 2 or self.step_number <= self.horizon):
+                self.move(group, i, g)
+            elif self.update == "adamezo":
                 self.move(group, i, self.adamezo([now, *self.history], i))
             else:
                 self.move(group, i, getattr(self, self.update)(g, i))
@@ -196,6 +199,13 @@ class MeZO(Method):
     def adamezo(self, history: list[dict[int, tuple[float, np.ndarray]]], i: int) -> np.ndarray:
         b1, b2 = self.betas
         m, v = np.zeros_like(self.theta[i]), np.zeros_like(self.theta[i])
+        if self.scale == "released":  # sums, not averages, and a hundred times
+            for age, terms in enumerate(history[: self.horizon]):
+                if i in terms:
+                    c, z = terms[i]
+                    m += c * b1**age * z
+                    v += c**2 * b2**age * z**2
+            return 100.0 * m / (np.sqrt(v + self.delta) if b2 else 1.0)
         for age, terms in enumerate(history[: self.horizon]):
             if i in terms:
                 c, z = terms[i]
@@ -304,18 +314,26 @@ class MeZOGV(Curved):
     candidates: int = 4
     elite: float = 0.5
     smoothing: float | None = None
+    keep_best: bool = False
+    best: dict[int, np.ndarray] | None = None  # the direction itself, by tensor id
 
     def measure(self) -> tuple[float | None, Direction, float, float, float]:
         at_theta = None if self.smoothing is None else self.loss_at_theta()
-        losses = [self.loss_at(+1.0, self.scaled(self.direction(j))) for j in range(self.candidates)]
-        order = sorted(range(self.candidates), key=lambda j: losses[j])  # stable: equal losses stay in order
+        tried = [{i: self.z(j, i) for i in self.theta} for j in range(self.candidates)]
+        if self.best is not None:
+            tried[-1] = self.best
+        losses = [self.loss_at(+1.0, self.scaled(one.__getitem__)) for one in tried]
+        # Stable: equal losses stay in order. NaN is the worst, also where the best is kept of a step that is skipped.
+        order = sorted(range(self.candidates), key=lambda j: (np.isnan(losses[j]), losses[j]))
         n_top = int(np.floor(self.elite * self.candidates))
         top, bottom = order[:n_top], order[n_top:]
         variance = 1.0 / len(top) + 1.0 / len(bottom)
 
         def v(i: int) -> np.ndarray:
-            return np.mean([self.z(j, i) for j in top], axis=0) - np.mean([self.z(j, i) for j in bottom], axis=0)
+            return np.mean([tried[j][i] for j in top], axis=0) - np.mean([tried[j][i] for j in bottom], axis=0)
 
+        if self.keep_best:
+            self.best = tried[order[0]]
         plus = self.loss_at(+1.0, self.scaled(v))
         minus = self.loss_at(-1.0, self.scaled(v))
         return at_theta, v, variance, plus, minus
@@ -357,6 +375,7 @@ class MeZOGreedy(Curved):
 class FZOO(Method):
     distribution: str = "rademacher"
     candidates: int = 8
+    scale: str = "paper"  # or "released"
 
     def measure(self) -> tuple[float, list[float]]:
         at_theta = self.loss_at_theta()
@@ -365,12 +384,13 @@ class FZOO(Method):
     def apply(self, measured: tuple[float, list[float]]) -> None:
         at_theta, losses = measured
         # The mean of equal numbers need not be that number: a difference from it is no sign of a spread.
-        sigma = 0.0 if len(set(losses)) == 1 else np.std(losses, ddof=1)
+        sigma = 0.0 if len(set(losses)) == 1 else np.std(losses, ddof=0 if self.scale == "released" else 1)
         for group, i in self.active():
             update = np.zeros_like(self.theta[i])
             if sigma > 0.0:
                 for j, value in enumerate(losses):
-                    update += (value - at_theta) * self.z(j, i) / sigma / (group.eps * self.candidates)
+                    divisor = self.candidates if self.scale == "released" else group.eps * self.candidates
+                    update += (value - at_theta) * self.z(j, i) / sigma / divisor
             self.move(group, i, update)
 
 
@@ -381,6 +401,7 @@ class ES(Method):
     num_directions: int = 30
     shaping: str = "standardised"
     antithetic: bool = False
+    scale: str = "paper"  # or "released"
 
     def measure(self) -> list[tuple[float, ...]]:
         rewards: list[tuple[float, ...]] = []
@@ -396,16 +417,17 @@ class ES(Method):
             return rank / (len(every) - 1) - 0.5
         if len(set(every)) == 1:
             return 0.0
-        return float((reward - np.mean(every)) / np.std(every))
+        return float((reward - np.mean(every)) / (np.std(every) + (1e-8 if self.scale == "released" else 0.0)))
 
     def apply(self, rewards: list[tuple[float, ...]]) -> None:
         every = [r for pair in rewards for r in pair]
         for group, i in self.active():
             ascent = np.zeros_like(self.theta[i])
+            width = self.num_directions * (1.0 if self.scale == "released" else group.eps)
             for n, pair in enumerate(rewards):
                 shaped = [self.shaped(r, every) for r in pair]
                 if self.antithetic:
-                    ascent += (shaped[0] - shaped[1]) * self.z(n, i) / (2.0 * self.num_directions * group.eps)
+                    ascent += (shaped[0] - shaped[1]) * self.z(n, i) / (2.0 * width)
                 else:
-                    ascent += shaped[0] * self.z(n, i) / (self.num_directions * group.eps)
+                    ascent += shaped[0] * self.z(n, i) / width
             self.move(group, i, -ascent)

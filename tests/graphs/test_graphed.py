@@ -84,7 +84,7 @@ def replayed(case, placement, dtype, data, **options):
     return model, opt, torch.stack(losses)
 
 
-CAPTURED = [(name, case) for name, case in METHODS.items() if case.options.get("update") != "adamezo"]
+CAPTURED = [(name, case) for name, case in METHODS.items() if not case.remembers]
 
 
 @pytest.mark.parametrize("case", [c for _, c in CAPTURED], ids=[n for n, _ in CAPTURED])
@@ -288,6 +288,7 @@ def test_refused_on_the_cpu() -> None:
         ("mezo", {"layers": zokern.RandomBlocks(1)}, "layers leaves out other blocks"),
         ("mezo", {"pipelined": True}, "pipelined=True"),
         ("mezo-adamezo", {}, "adamezo"),
+        ("gv-kept", {}, "keep_best=True has a direction of an earlier step"),
     ],
 )
 def test_refused_methods(emulated, name, options, word) -> None:

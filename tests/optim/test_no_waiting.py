@@ -22,6 +22,7 @@ from zokern.graphs.live import DeviceNumbers
 from zokern.optim import parameters
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.losses import Skips
+from zokern.optim.moves import Moves
 from zokern.passes.operands import Operands
 
 DEVICE = torch.device("meta")
@@ -92,6 +93,7 @@ def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tu
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)  # what the copies are made from
     # The count of skipped steps comes to the host by a CUDA event, in its own time.
     monkeypatch.setattr(Skips, "look", lambda self: None)
+    monkeypatch.setattr(Moves, "look", lambda self: None)  # the count of large steps likewise
     return model, case.cls(model, 1e-3, placement=placement, **case.settings)
 
 
@@ -133,7 +135,7 @@ def test_a_step_after_a_load_asks_the_device_for_nothing(case: Case, monkeypatch
 @pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
 def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, placement: str, monkeypatch) -> None:
     if case.remembers:
-        pytest.skip("update='adamezo' is refused by GraphedStep")
+        pytest.skip("GraphedStep refuses it")
     model, opt = on_device(case, placement, monkeypatch)
     live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
 

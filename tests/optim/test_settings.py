@@ -148,7 +148,7 @@ def test_rates_may_be_tensors_and_stay_them(name: str) -> None:
 class Scaled(zokern.MeZO):
     """MeZO whose estimate is scaled."""
 
-    scale: float = setting(default=1.0, kind=Number(0.0, 4.0), help="Factor of it.", changed="again", alias="by")
+    times_it: float = setting(default=1.0, kind=Number(0.0, 4.0), help="Factor of it.", changed="again", alias="by")
 
     def again(self) -> None:
         self.times = getattr(self, "times", 0) + 1
@@ -156,15 +156,15 @@ class Scaled(zokern.MeZO):
 
 def test_a_setting_of_ones_own() -> None:
     opt = Scaled(model(), 1e-3, by=2.0)
-    assert (opt.scale, opt.options["by"], Scaled(model(), 1e-3).scale) == (2.0, 2.0, 1.0)
+    assert (opt.times_it, opt.options["by"], Scaled(model(), 1e-3).times_it) == (2.0, 2.0, 1.0)
     assert "by: Factor of it. At least 0, at most 4. Default: 1." in str(Scaled.__doc__)
     assert "by" not in zokern.MeZO.settings
     assert not hasattr(opt, "times")
-    opt.scale = 3.0
-    assert (opt.scale, opt.times) == (3.0, 1)
+    opt.times_it = 3.0
+    assert (opt.times_it, opt.times) == (3.0, 1)
     with pytest.raises(ValueError, match=r"by is 5\.0; it must be in \[0, 4\]"):
-        opt.scale = 5.0
-    assert (opt.scale, opt.times) == (3.0, 1)
+        opt.times_it = 5.0
+    assert (opt.times_it, opt.times) == (3.0, 1)
     with pytest.raises(ValueError, match=r"by is 1\.0 in state_dict and 2\.0 here|by is 2\.0 in state_dict"):
         Scaled(model(), 1e-3).load_state_dict(opt.state_dict())
 

@@ -299,6 +299,16 @@ def _check_together(options: Options) -> None:
             "--pipelined writes perturbed weights into copies, and --placement inplace has none; "
             "take --placement shadow or stream"
         )
+    if options.scale == "released":
+        if options.method in ("mezo", "lezo") and options.update != "adamezo":
+            raise FinetuneError(
+                f"--scale released is for --update adamezo; other updates of --method {options.method} have the released "
+                "code's --lr already: leave --scale out"
+            )
+        if options.lr is None:
+            raise FinetuneError(
+                "--scale released needs --lr: the default is the paper's; give the released code's learning rate"
+            )
     if options.warmup_steps > options.steps:
         raise FinetuneError(
             f"--warmup-steps is {options.warmup_steps}; allowed: at most --steps, which is {options.steps}"

@@ -71,6 +71,8 @@ class ZerothOrderOptimizer(Saving, Captured):
         )  # fmt: skip
         if self._skips.seen is not None:
             self._skips.warn()
+        if self._moves.coming is not None:
+            self._moves.tell(self.advice)
         self._parameters.check_groups(self, self.pipelined)
         with HeldInterrupts() as interrupts:
             numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
@@ -92,6 +94,8 @@ class ZerothOrderOptimizer(Saving, Captured):
         self.numbers = numbers
         try:
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            if self._moves.active is not self.active or self._moves.version != self._parameters.version:
+                self._begin_moves()
             rates = Rates(*numbers.rates(self.active.rows))
             self._placement.begin(self.active.sweep, rates.eps, scaled=self.scaled)
             self._evaluate_and_update(losses, rates, interrupts)
@@ -138,8 +142,10 @@ class ZerothOrderOptimizer(Saving, Captured):
             "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
             **(losses.metrics() if losses.named else {}),
         }
-        update = self.update(estimate, rates.on(every.device))
+        rates = rates.on(every.device)
+        update = self.update(estimate, rates)
         ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate)
+        self._moves.note(update, rates.lr, ok, numbers.gate, self.advice)
         rounding = placements.Rounding(  # of 16-bit weights; sweep.launch leaves float32 as it is
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()
         )

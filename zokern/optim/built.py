@@ -17,6 +17,7 @@ from zokern.optim.common import Common
 from zokern.optim.events import Listener
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
+from zokern.optim.moves import Moves
 from zokern.optim.parameters import Parameters
 from zokern.settings import REQUIRED, Setting, takes_settings
 from zokern.sweep import Passes
@@ -42,6 +43,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._parameters = Parameters(registry, self.states())
         self._passes = Passes(direction, values["backend"])
         self._skips = Skips()
+        self._moves = Moves()
         rates = {name: values[name] for name in parameters.RATES}
         torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), rates)
         self.settle()
@@ -63,6 +65,12 @@ class Built(Common, Method, torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """Steps whose update was skipped because a loss was not finite. Waits for the device."""
         return int(self._skips.count)
+
+    @property
+    def large_steps(self) -> int:
+        """Steps since this optimizer was made that moved the trained weights by more than a quarter of their rms (of those
+        that are not 0). The first is warned of. Waits for the device."""
+        return int(self._moves.seen[0])
 
     @property
     def placement(self) -> str:
@@ -99,6 +107,11 @@ class Built(Common, Method, torch.optim.Optimizer):
         names = self._parameters.names(self)
         return {name: p for own, group in zip(names, self.param_groups, strict=True)
                 for name, p in zip(own, group["params"], strict=True)}  # fmt: skip
+
+    def _begin_moves(self) -> None:
+        """Before a step: the weights' size, where it is not known."""
+        trained = (p for _, p in self._parameters.trainable(self))
+        self._moves.begin(self._parameters.version, trained, self.active)
 
     def layout(self) -> dict[str, Any]:
         """What a replay has to know of the parameters as they are: ids, shapes, dtypes, groups, rows and blocks."""

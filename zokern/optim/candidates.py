@@ -8,11 +8,13 @@ theta <- (1 - lr*weight_decay) theta - lr c v
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zokern.kinds import SHARE, Integer, Number
+from zokern.contract.streams import derive_seed
+from zokern.kinds import SHARE, Flag, Integer, Number
 from zokern.optim import curvature, state
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds
@@ -44,8 +46,12 @@ class _Candidates(ZerothOrderOptimizer):
     def states(self) -> state.Spec:
         return {} if self.smoothing is None else curvature.states(self.curvature_dtype or torch.float32)
 
+    def candidate_seeds(self) -> list[Seed]:
+        """The directions to try; a new one is the first."""
+        return [self.numbers.seed(j) for j in range(self.candidates)]
+
     def rounds(self) -> Rounds:
-        seeds = [self.numbers.seed(j) for j in range(self.candidates)]
+        seeds = self.candidate_seeds()
         at_theta: list[Terms] = [] if self.smoothing is None else [{}]
         losses = yield [*at_theta, *({seed: 1.0} for seed in seeds)]
         here = None if self.smoothing is None else losses[0]
@@ -65,8 +71,8 @@ class MeZOGV(_Candidates):
     """MeZO along a guiding vector: M + 2 forwards, M + 3 passes; v is a weighted sum of seeds and never stored.
 
     With `smoothing`: v has variance s = 1/n_top + 1/n_bottom, and h takes kappa v^2 / s^2, which for s = 1 is HiZOO's
-    kappa z^2. The released trainer seeds anew for each tensor in its loop, so most of its v was never evaluated; here v is
-    what was.
+    kappa z^2. The released trainers seed anew for each tensor where they make v, so most of their v was never evaluated;
+    here v is what was (stan-anony/MeZO-GV, large_models/trainer.py and trainer_fwa_mem_eff.py, 33c2d3f).
     """
 
     elite: float = setting(
@@ -74,9 +80,20 @@ class MeZOGV(_Candidates):
         kind=Number(0.0, 1.0),
         help="Share of the candidates in the top group, floor(elite*M) of them; both groups need one. Published: 0.5.",
     )
+    keep_best: bool = setting(
+        default=False,
+        kind=Flag(),
+        help="The candidate with the lowest loss is one of the next step's too, tried again on its batch, beside M - 1 new "
+        "ones. With candidates=2 that is the released code's default trainer, repaired: it makes v anew from other noise "
+        "than it tried.",
+        flags=("--keep-best/--all-new",),
+    )
 
     def settle(self) -> None:
         super().settle()
+        self._best: Seed | None = None  # where the last step's best direction was drawn: step << 16 | number
+        self._best_seed: Seed = 0
+        self._now: tuple[Seed, Seed] | None = None
         self.num_top = int(self.elite * self.candidates)
         if not 1 <= self.num_top < self.candidates:
             raise ValueError(
@@ -87,9 +104,18 @@ class MeZOGV(_Candidates):
     def forwards(self) -> int:
         return self.candidates + 2 + self.scaled
 
+    def candidate_seeds(self) -> list[Seed]:
+        seeds = super().candidate_seeds()
+        if self._best is not None:
+            seeds[-1] = self._best_seed
+        return seeds
+
     def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         top, bottom = self.num_top, self.candidates - self.num_top
-        ranks = torch.argsort(torch.argsort(losses, stable=True))
+        order = torch.argsort(losses, stable=True)
+        if self.keep_best:
+            self._note_best(seeds, order[:1])
+        ranks = torch.argsort(order)
         weights = torch.where(ranks < top, 1.0 / top, -1.0 / bottom).to(torch.float64)
         v: dict[Seed, Tensor] = dict(zip(seeds, weights.unbind(), strict=True))
         plus, minus = yield [v, {seed: -weight for seed, weight in v.items()}]
@@ -100,6 +126,48 @@ class MeZOGV(_Candidates):
         root = curvature.second_difference(plus, minus, here).sqrt() / (1.0 / top + 1.0 / bottom)
         return Estimate(gradient, c, {seed: root * weight for seed, weight in v.items()}, square_of_sum=True)
 
+    def _note_best(self, seeds: list[Seed], best: Tensor) -> None:
+        """Of this step; `applied` makes it the last one's. Of losses on a device, only that knows which it is."""
+        drawn: list[Seed] = [self._passes.counters.steps << 16 | j for j in range(len(seeds))]
+        if self._best is not None:
+            drawn[-1] = self._best
+        self._now = _picked(drawn, best), _picked(seeds, best)
+
+    def applied(self, ok: Tensor) -> None:
+        super().applied(ok)
+        if self._now is not None:
+            (self._best, self._best_seed), self._now = self._now, None
+
+    def history(self) -> list[Any]:
+        return [] if self._best is None else [int(self._best)]
+
+    def load_history(self, history: list[Any]) -> None:
+        self._best = self._now = None
+        if history:
+            self._recall(history[0])
+
+    def memory(self) -> list[float]:
+        return [] if self._best is None else [float(self._best)]
+
+    def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
+        if memory:
+            self._recall(int(memory[0]))
+
+    def _recall(self, drawn: int) -> None:
+        self._best, self._best_seed = drawn, derive_seed(self.seed, drawn >> 16, drawn & 0xFFFF)
+
+    def why_not_graphed(self) -> str | None:
+        if self.keep_best:
+            return "keep_best=True has a direction of an earlier step in each"
+        return super().why_not_graphed()
+
+
+def _picked(values: list[Seed], at: Tensor) -> Seed:
+    """values[at], at [1]. On a GPU by gathering, which unlike an index does not wait for it."""
+    if at.device.type == "cpu" and all(isinstance(value, int) for value in values):
+        return values[int(at)]
+    return sent(seed_tensor(values), at.device).gather(0, at).reshape(())
+
 
 class MeZOGreedy(_Candidates):
     """MeZO along the best of M candidate directions: M + 1 forwards, M + 2 passes."""
@@ -109,11 +177,7 @@ class MeZOGreedy(_Candidates):
 
     def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         best = losses.argmin(dim=0, keepdim=True)
-        # Losses on a GPU choose the seed there, and by gathering, which unlike an index [best] does not wait for them.
-        if losses.device.type == "cpu" and all(isinstance(seed, int) for seed in seeds):
-            seed = seeds[int(best)]
-        else:
-            seed = sent(seed_tensor(seeds), losses.device).gather(0, best).reshape(())
+        seed = _picked(seeds, best)
         plus = losses.gather(0, best).reshape(())
         (minus,) = yield [{seed: -1.0}]
         c = (plus - minus) / 2

@@ -30,7 +30,13 @@ class Captured(Built):
     def captured_tensors(self) -> list[Tensor]:
         """What a captured step works on beside the parameters."""
         states = [t for kept in self.state.values() for t in kept.values() if isinstance(t, Tensor)]
-        return [self._skips.count, *states, *self._placement.memory(), *super().captured_tensors()]
+        return [
+            self._skips.count,
+            *self._moves.tensors(),
+            *states,
+            *self._placement.memory(),
+            *super().captured_tensors(),
+        ]
 
     def set_counters(self, counters: dict[str, int]) -> None:
         self._passes.counters = Counters(**counters)
@@ -42,3 +48,5 @@ class Captured(Built):
         self.metrics = metrics
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._skips.look()
+        self._moves.tell(self.advice)
+        self._moves.look()

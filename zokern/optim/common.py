@@ -21,6 +21,11 @@ NUM_SAMPLES: Any = setting(
     kind=Integer(1, 1 << 20),
     help="Directions (samples) averaged in a step, n: all go into one update. Published: 1.",
 )
+SCALES = Choice(("paper", "released"))  # whose lr: the paper's formula, or its published code where that differs
+RELEASED_LR = (
+    "if lr is that of the released code, whose steps have no 1/eps, give "
+    'scale="released", and it means here what it does there'
+)
 
 
 class Common(Settings):

@@ -2,6 +2,8 @@
 
 theta <- (1 - lr*weight_decay) theta + lr / (N eps) sum_n R_n z_n, R_n the shaped reward of theta + eps z_n
 antithetic: + lr / (2 N eps) sum_n (R_n - R'_n) z_n, R'_n that of theta - eps z_n
+scale="released": lr / N in place of lr / (N eps), and 1e-8 added to the rewards' standard deviation (VsonicV/
+es-fine-tuning-paper, es_at_scale/utils/, d1e3d76)
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from zokern.kinds import Choice, Flag, Integer
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.common import RELEASED_LR, SCALES
 from zokern.optim.drivers import Rounds
-from zokern.optim.update import Estimate
-from zokern.passes.update import Seed
+from zokern.optim.update import Estimate, Rates, unscaled
+from zokern.passes.update import Seed, Update
 from zokern.settings import setting
 
 SHAPINGS = ("standardised", "ranked")
@@ -44,6 +47,13 @@ class ES(ZerothOrderOptimizer):
         flags=("--antithetic/--not-antithetic",),
     )
 
+    scale: str = setting(
+        default="paper",
+        kind=SCALES,
+        help="Whose lr (no unit): paper has 1/eps in the step; released, as in the published code, has none, and adds 1e-8 "
+        "to the rewards' std. The same step takes lr = alpha sigma, alpha and sigma (here eps) the released code's.",
+    )
+
     def forwards(self) -> int:
         return self.num_directions * (1 + self.antithetic)
 
@@ -52,16 +62,24 @@ class ES(ZerothOrderOptimizer):
         signs = (1.0, -1.0) if self.antithetic else (1.0,)
         each = yield [{seed: sign} for seed in seeds for sign in signs]
         rewards = torch.stack(each).reshape(len(seeds), len(signs))
-        shaped = _shape(rewards.flatten(), self.shaping).reshape(rewards.shape)
+        shaped = _shape(rewards.flatten(), self.shaping, 1e-8 if self.scale == "released" else 0.0)
+        shaped = shaped.reshape(rewards.shape)
         ascent = (shaped[:, 0] - shaped[:, 1]) / 2 if self.antithetic else shaped[:, 0]
         terms: dict[Seed, Tensor] = dict(zip(seeds, (-ascent / len(seeds)).unbind(), strict=True))  # the step descends
         return Estimate(terms, -ascent.mean())
 
+    def update(self, estimate: Estimate, rates: Rates) -> Update:
+        return unscaled(estimate, rates) if self.scale == "released" else super().update(estimate, rates)
 
-def _shape(rewards: Tensor, shaping: str) -> Tensor:
+    def advice(self) -> str:
+        return "" if self.scale == "released" else RELEASED_LR
+
+
+def _shape(rewards: Tensor, shaping: str, added: float) -> Tensor:
+    """added: to the standard deviation."""
     if shaping == "standardised":
         spread = rewards.max() > rewards.min()  # the standard deviation of equal numbers may round to more than 0
-        return torch.where(spread, (rewards - rewards.mean()) / rewards.std(correction=0), 0.0 * rewards)
+        return torch.where(spread, (rewards - rewards.mean()) / (rewards.std(correction=0) + added), 0.0 * rewards)
     below = (rewards[None, :] < rewards[:, None]).sum(dim=1).to(torch.float64)
     equal = (rewards[None, :] == rewards[:, None]).sum(dim=1).to(torch.float64)
     return (below + (equal - 1) / 2) / (len(rewards) - 1) - 0.5

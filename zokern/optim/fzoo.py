@@ -2,6 +2,7 @@
 
 theta <- (1 - lr*weight_decay) theta - lr / (eps N) sum_j (l_j - L0) u_j / sigma, l_j = L(theta + eps u_j), L0 = L(theta),
 sigma the standard deviation of the l_j with 1/(N - 1)
+scale="released": theta <- ... - lr / N sum_j (l_j - L0) u_j / sigma, sigma with 1/N (DKmiyan/FZOO, trainer.py, d7d50ed)
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 from zokern import directions
 from zokern.kinds import Integer
 from zokern.optim.base import ZerothOrderOptimizer
-from zokern.optim.common import Common
+from zokern.optim.common import RELEASED_LR, SCALES, Common
 from zokern.optim.drivers import Rounds
-from zokern.optim.update import Estimate
-from zokern.passes.update import Seed
+from zokern.optim.update import Estimate, Rates, unscaled
+from zokern.passes.update import Seed, Update
 from zokern.settings import again, setting
 
 
@@ -32,6 +33,13 @@ class FZOO(ZerothOrderOptimizer):
     candidates: int = setting(
         default=8, kind=Integer(2, 1 << 16), help="Directions a step, N: all go into one update. Published: 8."
     )
+    scale: str = setting(
+        default="paper",
+        kind=SCALES,
+        help="Whose lr (no unit): paper has 1/eps in the step, and sigma with 1/(N - 1); released, as in the published "
+        "code, has no 1/eps, and sigma with 1/N. The same step takes lr = LR eps sqrt(N / (N - 1)), LR the released "
+        "code's.",
+    )
     distribution: InitVar[str | directions.Direction] = again(Common, "distribution", default="rademacher")
 
     def forwards(self) -> int:
@@ -43,6 +51,13 @@ class FZOO(ZerothOrderOptimizer):
         here, *each = yield [{}, *({seed: 1.0} for seed in seeds)]
         losses = torch.stack(each)
         spread = losses.max() > losses.min()  # the standard deviation of equal numbers may round to more than 0
-        change = torch.where(spread, (losses - here) / losses.std(), 0.0 * losses)
+        sigma = losses.std(correction=0 if self.scale == "released" else 1)
+        change = torch.where(spread, (losses - here) / sigma, 0.0 * losses)
         terms: dict[Seed, Tensor] = dict(zip(seeds, (change / n).unbind(), strict=True))
         return Estimate(terms, change.mean())
+
+    def update(self, estimate: Estimate, rates: Rates) -> Update:
+        return unscaled(estimate, rates) if self.scale == "released" else super().update(estimate, rates)
+
+    def advice(self) -> str:
+        return "" if self.scale == "released" else RELEASED_LR

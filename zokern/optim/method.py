@@ -48,6 +48,10 @@ class Method:
         """The pass that applies an estimate."""
         return sgd(estimate, rates)
 
+    def advice(self) -> str:
+        """What to look at first where a step moves the weights by far too much; "" is for lr alone."""
+        return ""
+
     def schedule(self, step: int) -> list[float]:
         """Numbers that the update of a step takes from the step's number alone, computed on the host."""
         return []

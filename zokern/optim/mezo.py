@@ -17,7 +17,7 @@ from zokern.kinds import Betas, Choice, Flag, Integer, Number
 from zokern.layers import RandomBlocks
 from zokern.optim import moments, state, update
 from zokern.optim.base import ZerothOrderOptimizer
-from zokern.optim.common import NUM_SAMPLES
+from zokern.optim.common import NUM_SAMPLES, SCALES
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Update
@@ -68,17 +68,29 @@ class MeZO(ZerothOrderOptimizer):
         kind=Integer(1, 1 << 20),
         help="Steps whose directions make adamezo's moments, this one counted.",
     )
+    scale: str = setting(
+        default="paper",
+        kind=SCALES,
+        help="Of adamezo's steps. released, as in the published code: moments without (1 - b1) and (1 - b2), a factor of "
+        "100, and the steps 0 to horizon are sgd's. The same step takes lr = 100 LR sqrt(1 - b2) / (1 - b1), LR the "
+        "released code's. Other updates have the released code's lr in any case, and take paper only.",
+    )
 
     def settle(self) -> None:
         if self.rule == "adamezo" and self.num_samples > 1:
             raise ValueError(
                 f"num_samples is {self.num_samples}; update='adamezo' works with 1, one direction for each step"
             )
+        if self.scale == "released" and self.rule != "adamezo":
+            raise ValueError(
+                f"scale is 'released', which is for update='adamezo'; with update={self.rule!r} lr is the released code's "
+                "already: leave scale out"
+            )
         self._memory: moments.Memory | None = None
         if self.rule == "adam":
             self._memory = moments.AdamCounts()
         elif self.rule == "adamezo":
-            self._memory = moments.AdaMeZOHistory(self.horizon)
+            self._memory = moments.AdaMeZOHistory(self.horizon, released=self.scale == "released")
 
     def states(self) -> state.Spec:
         return dict.fromkeys(STATES.get(self.rule, ()), (torch.float32, 0.0))
@@ -115,7 +127,9 @@ class MeZO(ZerothOrderOptimizer):
         if isinstance(self._memory, moments.AdaMeZOHistory):
             eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64)
             rows, dropped = self.active.rows, set(self.active.dropped)
-            return self._memory.update(estimate, rates, rows, self.betas, self.delta, dropped, eps)
+            adaptive = self._memory.update(estimate, rates, rows, self.betas, self.delta, dropped, eps)
+            plain = self.scale == "released" and (self.horizon == 1 or self._passes.counters.steps <= self.horizon)
+            return update.sgd(estimate, rates) if plain else adaptive
         if self.rule == "momentum":
             return update.momentum(estimate, rates, self.betas[0])
         return update.sign(estimate, rates) if self.rule == "sign" else update.sgd(estimate, rates)

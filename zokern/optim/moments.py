@@ -86,9 +86,13 @@ class AdaMeZOHistory(Memory):
 
     M = (1-b1) sum_i b1^i c_{t-i} z_{t-i}, V = (1-b2) sum_i b2^i c_{t-i}^2 z_{t-i}^2, theta <- ... - lr M / sqrt(V + delta)
     (arXiv 2605.00650, equations of the truncated moments). A block has no terms of the steps that left it out.
+
+    released: without (1-b1) and (1-b2), times 100; V = 1 where b2 is 0 (shawnnn3di/AdaMeZO,
+    MeZO/medium_models/src/trainer.py, a1d160f, which adds 1e-5 to the root where delta is under it).
     """
 
-    def __init__(self, horizon: int) -> None:
+    def __init__(self, horizon: int, *, released: bool = False) -> None:
+        self.released = released
         self.entries: deque[tuple[int, list[int], Tensor]] = deque(maxlen=horizon)  # seed, dropped blocks, c [groups]
         self._now: tuple[int, list[int], Tensor] | None = None
 
@@ -115,10 +119,11 @@ class AdaMeZOHistory(Memory):
         c = c * sent(seen, device)
         age = torch.arange(len(steps), dtype=torch.float64, device=device)
         b1, b2 = betas
+        first, second = (100.0, float(b2 > 0.0)) if self.released else (1.0 - b1, 1.0 - b2)
         return Update(
             [seed for seed, _, _ in steps],
-            {"G": (1.0 - b1) * b1**age * c, "V": (1.0 - b2) * b2**age * c * c},
-            {"decay": rates.decay, "step": -rates.lr, "delta": torch.full_like(rates.lr, delta)},
+            {"G": first * b1**age * c, "V": second * b2**age * c * c},
+            {"decay": rates.decay, "step": -rates.lr, "delta": torch.full_like(rates.lr, delta if second else 1.0)},
             "adamezo",
             {"step": 0.0},
         )

@@ -137,6 +137,7 @@ class Parameters:
         self._active: Active | None = None
         self._layout: dict[str, Any] | None = None
         self._checked: list[object] = []
+        self.version = 0  # another one where parameters have changed
 
     def look_again(self) -> None:
         """What was seen at the beginning of a step is no longer so."""
@@ -167,6 +168,7 @@ class Parameters:
         changed = seen != self._seen
         if changed:
             self._layout = None
+            self.version += 1
         if changed or self._active is None or self._active.dropped != dropped:
             members, rows = self._members(owner, dropped)
             self._active = Active(Sweep(members), rows, dropped)

@@ -61,6 +61,12 @@ def sgd(estimate: Estimate, rates: Rates) -> Update:
     return Update(list(estimate.gradient), {"A": coefs}, {"decay": rates.decay})
 
 
+def unscaled(estimate: Estimate, rates: Rates) -> Update:
+    """theta <- (1 - lr*wd) theta - lr sum_k g_k z_k: the 1/eps of the estimate is left out, as some released code does."""
+    coefs = -rates.lr[:, None] * stacked(estimate.gradient)
+    return Update(list(estimate.gradient), {"A": coefs}, {"decay": rates.decay})
+
+
 def sign(estimate: Estimate, rates: Rates) -> Update:
     """theta <- (1 - lr*wd) theta - lr sign(sum_k G_k z_k)."""
     return Update(

@@ -1,0 +1,223 @@
+"""How far a step moves the weights: counted where it is more than a quarter of their size, and told once.
+
+The move of an element is (decay - 1) w and what the update's rule adds, whose mean square follows from the pass' numbers
+alone, since directions have variance 1 and do not depend on each other: exactly for signs, in expectation for normals. The
+size of the weights is rms, the root of the mean w^2 over the trained elements that are not 0; it is taken once, and again
+when parameters have become others.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokern._checks import ZokernWarning
+from zokern.optim.parameters import Active
+from zokern.passes.update import Update, sent
+
+LIMIT = 0.25  # of rms
+CHUNK = 1 << 22  # elements that are squared at once
+OUTSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))  # whose lines no warning points at
+
+
+def _axpy(update: Update, lr: Tensor) -> Tensor:
+    """A z."""
+    return update.coefs["A"].square().sum(dim=1)
+
+
+def _hizoo(update: Update, lr: Tensor) -> Tensor:
+    """G z / sqrt(h'), for the mean h' where h is 1, as at its start."""
+    return _squares(update) / (1.0 - update.shared["smoothing"] + _curvature(update))
+
+
+def _momentum(update: Update, lr: Tensor) -> Tensor:
+    """step m' of a run whose steps all measure as much as this one."""
+    return (update.shared["step"].square() * _squares(update)) / (1.0 - update.shared["beta"].square())
+
+
+def _helene(update: Update, lr: Tensor) -> Tensor:
+    """As momentum, over an h' that is at least what this step adds to it."""
+    shared = update.shared
+    divisor = shared["gamma"] * torch.maximum(_curvature(update), shared["floor"]) + shared["delta"]
+    return shared["step"].square() * _squares(update) / ((1.0 - shared["beta1"].square()) * divisor.square())
+
+
+def _adam(update: Update, lr: Tensor) -> Tensor:
+    """lr m^ / sqrt(v^), which is about lr where all steps measure the same, and less else."""
+    return lr.square()
+
+
+def _adamezo(update: Update, lr: Tensor) -> Tensor:
+    """step G z / sqrt(V z^2 + delta), for the mean V z^2."""
+    return update.shared["step"].square() * _squares(update) / (_curvature(update) + update.shared["delta"])
+
+
+def _sign(update: Update, lr: Tensor) -> Tensor:
+    """step."""
+    return update.shared["step"].square()
+
+
+def _squares(update: Update) -> Tensor:
+    """The mean square of sum_k G_k z_k."""
+    return update.coefs["G"].square().sum(dim=1)
+
+
+def _curvature(update: Update) -> Tensor:
+    """The mean of sum_k V_k z_k^2."""
+    coefs = update.coefs["V"]
+    return (coefs.square() if update.square_of_sum else coefs).sum(dim=1)
+
+
+# The mean square [R] of what a rule adds to a weight: of every rule that an update may have.
+ADDED: dict[str, Callable[[Update, Tensor], Tensor]] = {
+    "axpy": _axpy,
+    "hizoo": _hizoo,
+    "helene": _helene,
+    "momentum": _momentum,
+    "adam": _adam,
+    "adamezo": _adamezo,
+    "sign": _sign,
+}
+
+
+def mean_square(params: Iterable[Tensor]) -> Tensor:
+    """Of all elements that are not 0; 0 where there are none. float64, 0-d, on the first GPU that has any; never waits."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for p in params:
+        flat = p.detach().reshape(1) if p.dim() == 0 else p.detach()
+        for piece in flat.split(max(1, CHUNK // max(1, flat[0].numel()))):
+            norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
+            sums.setdefault(p.device, []).extend((norm.to(torch.float64).square(), torch.count_nonzero(piece)))
+    home = next((device for device in sums if device.type != "cpu"), torch.device("cpu"))
+    total = torch.zeros(2, dtype=torch.float64, device=home)
+    for each in sums.values():
+        total += sent(torch.stack([one.to(torch.float64) for one in each]).view(-1, 2).sum(dim=0), home)
+    return total[0] / total[1].clamp(min=1.0)
+
+
+class Moves:
+    """Of one optimizer. `seen`: float64 [2], how many steps moved the weights by more than LIMIT of their rms, and the
+    square of the largest ratio; on the device of the losses or the weights.
+    """
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(2, dtype=torch.float64)
+        self.coming: tuple[Tensor, torch.cuda.Event] | None = None  # `seen` on its way to the host
+        self.square: Tensor | None = None  # mean_square of the trained weights
+        self.version = -1  # of the parameters that it is of
+        self.active: Active | None = None
+        self._square = 0.0  # `square`, where the host has it
+        self._parts: list[float] = []  # of the rows of `active` in its elements
+        self._shares: Tensor | None = None  # the same, on the device; None for one row
+        self._steps = 0
+        self._warned = False
+
+    def tensors(self) -> list[Tensor]:
+        """What a captured step works on."""
+        return [self.seen, *(t for t in (self.square, self._shares) if t is not None)]
+
+    def begin(self, version: int, params: Iterable[Tensor], active: Active) -> None:
+        """Before a step does anything: the weights are clean. version: of the parameters; params: the trained ones."""
+        if version != self.version:
+            square = mean_square(params)
+            if self.square is None or self.square.device != square.device:
+                self.square = square
+            else:
+                self.square.copy_(square)  # where it is: a captured step may read it
+            self._square = self.square.item() if self.square.device.type == "cpu" else 0.0
+            self.version = version
+        if active is not self.active:
+            sizes = [0] * len(active.rows)
+            for member in active.sweep:
+                sizes[member.row] += member.param.numel()
+            total = max(1, sum(sizes))
+            self._parts = [size / total for size in sizes]
+            self._shares = torch.tensor(self._parts, dtype=torch.float64) if len(sizes) > 1 else None
+            self.active = active
+
+    def note(self, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Callable[[], str]) -> None:
+        """An update that is about to be done, where it is ok.
+
+        Raises:
+            ValueError: for a rule that is not known here, so that no step goes unmeasured.
+        """
+        assert self.square is not None
+        if update.rule not in ADDED:
+            raise ValueError(
+                f"the rule {update.rule!r} has no place in zokern/optim/moves.py; add how far it moves a weight"
+            )
+        decay = update.shared["decay"]
+        device = ok.device if ok.device.type != "cpu" else self.square.device
+        if device.type == "cpu" and gate is None:
+            if ok and self._square:  # weights that are all 0 have no size
+                plain = update.rule == "axpy"  # as ADDED has it, with fewer calls of torch
+                moves = update.coefs["A"] if plain else ADDED[update.rule](update, lr).sqrt()[:, None]
+                ratio = 0.0
+                for part, row, d in zip(self._parts, moves.tolist(), decay.tolist(), strict=True):
+                    ratio += part * (math.hypot(*row) ** 2 / self._square + (1.0 - d) ** 2)
+                if LIMIT**2 < ratio < math.inf:
+                    self._note_on_host(ratio, advice)
+            return
+        rows = sent(ADDED[update.rule](update, lr), device) / sent(self.square, device)
+        rows = rows + sent((1.0 - decay).square(), device)
+        if self._shares is not None:
+            self._shares = sent(self._shares, device)
+            rows = rows * self._shares
+        total = rows.sum()
+        total = torch.where(sent(ok, device) & (total < math.inf), total, 0.0)
+        self.seen = sent(self.seen, device)
+        self.seen[0].add_(total > LIMIT**2)
+        torch.maximum(self.seen[1], total, out=self.seen[1])
+        if gate is None:
+            self.look()
+
+    def _note_on_host(self, ratio: float, advice: Callable[[], str]) -> None:
+        count, worst = self.seen.tolist()
+        self.seen = torch.tensor([count + 1.0, max(worst, ratio)], dtype=torch.float64)
+        self.tell(advice)
+
+    def look(self) -> None:
+        """Starts a copy of `seen` to the host now and then, to be looked at in a later step without waiting."""
+        self._steps += 1
+        if self.seen.device.type != "cpu" and self.coming is None and not self._warned and self._steps % 16 == 1:
+            host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            host.copy_(self.seen, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.seen.device))
+            self.coming = host, event
+
+    def tell(self, advice: Callable[[], str]) -> None:
+        """Warns once, if the host knows of a step that went too far."""
+        if self._warned:
+            return
+        count, square = 0.0, 0.0
+        if self.seen.device.type == "cpu":
+            count, square = self.seen.tolist()
+        elif self.coming is not None and self.coming[1].query():
+            (count, square), self.coming = self.coming[0].tolist(), None
+        if count:
+            self._warned = True
+            warnings.warn(
+                f"a step moves the trained weights by {square**0.5:.2g} times their rms (of those that are not 0), and more"
+                f" than {LIMIT:g} takes away what a model has learnt: lower lr"
+                + (f"; {said}" if (said := advice()) else "")
+                + ". Further such steps are only counted: see large_steps.",
+                ZokernWarning,
+                stacklevel=_depth(),
+            )
+
+
+def _depth() -> int:
+    """The stacklevel of the caller's first line that is neither ours nor torch's."""
+    frame: Any = sys._getframe(1)
+    depth = 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OUTSIDE):
+        frame, depth = frame.f_back, depth + 1
+    return depth
