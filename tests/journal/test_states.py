@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import zokern
+from tests.fuzz import records
 from tests.journal.test_journal import Toy, command, read_all, same, weights, written
 from tests.models import toy
 from tests.net import store
@@ -412,6 +414,19 @@ def test_diff_says_where_a_journal_ends(tmp_path):
     cut.write_bytes(path.read_bytes()[: reader.end + 5])
     code, said = command("diff", path, cut)
     assert (code, "at step 3, which only" in said, "5 bytes after step 3 are no record" in said) == (1, True, True)
+
+
+def test_diff_takes_a_setting_that_came_later_at_its_default(tmp_path):
+    path, _, _ = written(tmp_path)
+    header, bodies, _ = records.take_apart(path.read_bytes())
+    value = json.loads(header)
+    assert value["options"].pop("one_sided") is False
+    for left, code in (({}, 0), ({"one_sided": True}, 1)):
+        older = tmp_path / "older.zkj"
+        older.write_bytes(
+            records.build(json.dumps({**value, "options": {**value["options"], **left}}).encode(), bodies)
+        )
+        assert command("diff", path, older)[0] == code
 
 
 def test_a_stranger_s_text_is_not_sent_to_the_terminal(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 
 from zokern.journal.format import BROKEN_OFF, SKIPPED, JournalError
 from zokern.journal.reader import Reader, Step
+from zokern.optim import METHODS
 
 
 def printable(value: object) -> str:
@@ -88,6 +89,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _run_of(reader: Reader) -> dict[str, Any]:
+    """A header with all options: what became a setting after a journal was written was at its default."""
+    header = reader.header
+    cls = next((one for one in METHODS.values() if one.__name__ == header["method"]), None)
+    return header if cls is None else {**header, "options": cls.completed(header["options"])}
+
+
 def first_difference(a: Path, b: Path) -> str | None:
     """Where two runs first differ and in what; None if their steps are the same. A torn end is a difference, as far as the
     other has steps there.
@@ -96,9 +104,10 @@ def first_difference(a: Path, b: Path) -> str | None:
         JournalError: where one of them is damaged, before a difference was found.
     """
     one, two = Reader(a), Reader(b)
+    a_run, b_run = _run_of(one), _run_of(two)
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "base"):
-        if one.header.get(name) != two.header.get(name):
-            return f"before the first step, in {name}: {one.header.get(name)!r} and {two.header.get(name)!r}"
+        if a_run.get(name) != b_run.get(name):
+            return f"before the first step, in {name}: {a_run.get(name)!r} and {b_run.get(name)!r}"
     for first, second in itertools.zip_longest(one.steps(), two.steps()):
         if first is None or second is None:
             longer, step = (a, first) if second is None else (b, second)

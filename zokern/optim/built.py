@@ -92,9 +92,10 @@ class Built(Common, Method, torch.optim.Optimizer):
         """Those that make one run of the method differ from another, beside the common ones."""
         return {name: one for name, one in cls.settings.items() if one.kept and name not in Common.settings}
 
-    def completed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options that a run left. An earlier version had fewer settings: what became one later was at its default."""
-        new = {name: one for name, one in self.own_settings().items() if name not in options}
+        new = {name: one for name, one in cls.own_settings().items() if name not in options}
         return {
             **options,
             **{name: one.stored(one.default) for name, one in new.items() if one.default is not REQUIRED},
