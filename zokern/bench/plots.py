@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zokern import drawing
 from zokern.bench.cases import BENCHMARKS, is_ours
 
 REMEDY = 'pip install "zokern[bench]"'
@@ -43,7 +44,7 @@ class PlotError(Exception):
 def require() -> None:
     """Raise PlotError where matplotlib is missing: now, rather than after a long run."""
     try:
-        import matplotlib  # noqa: F401
+        drawing.load()
     except ImportError:
         raise PlotError(f"the plots need matplotlib, which is not installed: {REMEDY}, or use --no-plot") from None
 
@@ -125,11 +126,7 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
 
 
 def figure_of(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: its global state belongs to the caller
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
@@ -155,7 +152,7 @@ def save(figure: Any, record: Record, path: Path) -> Path:
     text = f"{caption(record)}; {record['date'][:10]}, commit {head[:10]}{' with ' + changes if changes else ''}"
     if not record.get("complete", True):
         text += "; the run broke off"
-    figure.supxlabel(text, fontsize=7.5, color=INK, x=0.01, ha="left")
+    drawing.plain(figure.supxlabel("", fontsize=7.5, color=INK, x=0.01, ha="left"), text)
     temporary = path.with_name(path.stem + ".tmp" + path.suffix)
     figure.savefig(temporary)
     os.replace(temporary, path)

@@ -30,7 +30,9 @@ def replay(
             help="Compare hashes: the base with what the run started from, the result with what training had.",
         ),
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier model there, when the new one is complete; nothing else.")
+    ] = False,
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda or cuda:N. All give the same bits.")
     ] = "auto",
@@ -42,6 +44,7 @@ def replay(
     """
     from rich.progress import Progress
 
+    from zokern.finetune import failures
     from zokern.finetune.rebuild import rebuild
     from zokern.journal import JournalError, tools
 
@@ -54,7 +57,11 @@ def replay(
                 progress=lambda step: display.update(task, completed=step),
             )  # fmt: skip
     except (JournalError, ValueError, OSError, RuntimeError) as error:
-        fail(str(error))
+        fail(failures.reason(error) or str(error))
+    except ImportError as error:
+        fail(f'{error}; install what the command needs with: pip install "zokern[finetune]"')
+    except KeyboardInterrupt:
+        end(f"stopped; {output} is as it was", 130)
     print(f"{done} steps replayed; the model is {output}" + ("" if verify else " (not verified)"))
 
 
@@ -85,7 +92,10 @@ def show(
     for mark in found["marks"][-1:]:
         print(f"result      after {mark['step']} steps: {mark['hash']}")
     if plot is not None:
-        tools.plot(found, plot)
+        try:
+            tools.plot(found, plot)
+        except (OSError, ValueError, ImportError) as error:  # ValueError: a kind of picture that there is not
+            fail(f"--plot {str(plot)!r} cannot be drawn ({error})")
         print(f"plot        {plot}")
 
 

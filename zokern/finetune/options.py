@@ -8,7 +8,6 @@ where the class's own default holds.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -170,7 +169,8 @@ class Options:
     force: bool = option(
         default=False,
         kind=Flag(),
-        help="Replace an earlier run in a directory that is not empty; other files in it stay.",
+        help="Replace an earlier run in a directory that is not empty. Its results stay until the new run is complete; "
+        "other files stay for good.",
         panel=OUTPUT,
         flags=("--force",),
     )
@@ -211,7 +211,16 @@ class Options:
         """Raise FinetuneError naming the option, its value and what is allowed, before anything is loaded."""
         self.check_each()
         _check_together(self)
-        _check_paths(self)
+        _check_data(self)
+        from zokern.finetune import former  # which needs FinetuneError
+
+        former.check(self.output, self.force)
+
+    def check_stored(self) -> None:
+        """The part of `check` that a run which goes on needs: all but where its results go."""
+        self.check_each()
+        _check_together(self)
+        _check_data(self)
 
     def check_each(self) -> None:
         """The part of `check` that looks at one setting at a time."""
@@ -231,14 +240,9 @@ class Options:
     @classmethod
     def load(cls, directory: Path) -> Options:
         """The options of the run in a directory, for it to go on there."""
-        path = Path(directory) / "options.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            options = cls(**values)
-            options.check_each()
-        except (OSError, ValueError, TypeError) as error:
-            raise FinetuneError(f"--resume: {path} cannot be read ({error}); give the --output of a run") from error
-        return dataclasses.replace(options, output=Path(directory))
+        from zokern.finetune import identity  # which needs this class
+
+        return identity.load(directory).options
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -274,16 +278,11 @@ def _check_together(options: Options) -> None:
         raise FinetuneError("--eval-data needs --data: the embedded docstrings bring their own held-out sentences")
 
 
-def _check_paths(options: Options) -> None:
+def _check_data(options: Options) -> None:
     for name in ("data", "eval_data"):
         value = getattr(options, name)
         if value is not None and value.endswith((".csv", ".tsv", ".jsonl", ".json")) and not Path(value).is_file():
             raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
-    if options.output.is_dir() and any(options.output.iterdir()) and not options.force:
-        raise FinetuneError(
-            f"--output {str(options.output)!r} is not empty; give another directory, "
-            "or --force to replace an earlier run there"
-        )
 
 
 def flag(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from zokern import drawing
 from zokern.journal.format import BROKEN_OFF, SKIPPED, Reader, Step
 
 
@@ -50,14 +51,10 @@ def summary(path: Path) -> dict[str, Any]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Loss and learning rate of a journal's steps, as PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    figure = drawing.figure(figsize=(7, 5), layout="constrained")
     loss = np.array(found["loss"], np.float64)
     window = max(len(loss) // 50, 1)
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(3, 1), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot(found["steps"], loss, color="0.8", linewidth=0.8, label="loss of each step")
     if len(loss) > window > 1:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
@@ -67,9 +64,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     below.plot(found["steps"], found["lr"], color="tab:orange")
     below.set_ylabel("lr")
     below.set_xlabel("step")
-    above.set_title(f"{found['header']['method']}, {len(loss)} steps, {found['bytes'] / 1000:,.1f} kB")
+    title = f"{found['header']['method']}, {len(loss)} steps, {found['bytes'] / 1000:,.1f} kB"
+    drawing.plain(above.set_title(""), title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def first_difference(a: Path, b: Path) -> str | None:

@@ -1,0 +1,76 @@
+"""A run that broke off goes on: weights and step from the journal, lines of metrics.jsonl as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zokern import ZokernWarning, journal
+from zokern.finetune import identity, records
+from zokern.finetune.loop import Begun, factor
+from zokern.finetune.options import FinetuneError
+from zokern.finetune.output import Output
+from zokern.finetune.tasks import Task, evaluate
+from zokern.journal import tools
+from zokern.optim import ZerothOrderOptimizer
+
+
+def go_on(
+    task: Task,
+    optimizer: ZerothOrderOptimizer,
+    found: identity.Stored,
+    output: Output,
+    stack: contextlib.ExitStack,
+    say: Callable[[str, str], None],
+) -> Begun:
+    """Takes up the run whose journal is in `output`, and writes on; `stack` ends that."""
+    options = found.options
+    output.look_back()
+    before = None
+    if not any(record["kind"] == "eval" and record["step"] == 0 for record in output.records):
+        before = _evaluated(task, optimizer, options)  # while the weights are those of the start
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        done = stack.enter_context(journal.resume(optimizer, output.journal))
+    for warning in told:
+        if issubclass(warning.category, ZokernWarning):
+            say("", str(warning.message))
+    if done > options.steps:
+        raise FinetuneError(
+            f"--resume: --steps is {options.steps} in options.json, and {done} are done; put at least that there"
+        )
+    kept = records.kept(output.records, options, done, found.ends)
+    if before is not None:
+        kept.insert(0, before)
+    each = optimizer.forwards() * options.accumulate
+    last = max(kept, key=lambda record: record["step"])
+    forwards = last["forwards"] + (done - last["step"]) * each
+    optimizer.set_counters({**optimizer.counters, "forwards": forwards})
+    since = max((record["step"] for record in kept if record["kind"] == "train"), default=0)
+    passed = tools.summary(output.journal)
+    losses = [loss for step, loss in zip(passed["steps"], passed["loss"], strict=True) if since <= step < done]
+    output.go_on(kept, identity.file(found))
+    say("resumed", f"at step {done} of {options.steps}")
+    if found.grown and options.lr_schedule != "constant":
+        rate, old = float(optimizer.param_groups[0]["lr"]), found.ends[-1]
+        was, now = (rate * factor(options.lr_schedule, options.warmup_steps, n)(done) for n in (old, options.steps))
+        say(
+            "",
+            f"--steps grows from {old} to {options.steps}: from here on the {options.lr_schedule} schedule is that of "
+            f"{options.steps} steps, and lr goes from {was:g} to {now:g}; the steps done keep theirs",
+        )
+    return Begun(done, losses)
+
+
+def _evaluated(task: Task, optimizer: ZerothOrderOptimizer, options: Any) -> records.Record:
+    """The line of the evaluation before the first step, made again."""
+    with torch.no_grad():
+        accuracy, loss = evaluate(task, "eval", options.eval_batch_size)
+    group = optimizer.param_groups[0]
+    rate = float(group["lr"]) * factor(options.lr_schedule, options.warmup_steps, options.steps)(0)
+    return records.plain({"kind": "eval", "step": 0, "loss": loss, "accuracy": accuracy, "lr": rate,
+                          "eps": float(group["eps"]), "seconds": 0.0, "forwards": 0})  # fmt: skip
