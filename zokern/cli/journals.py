@@ -31,7 +31,8 @@ def replay(
         ),
     ] = True,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an earlier model there, when the new one is complete; nothing else.")
+        bool,
+        typer.Option("--force", help="Replace an earlier model there, when the new one is complete; nothing else."),
     ] = False,
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda or cuda:N. All give the same bits.")
@@ -48,6 +49,7 @@ def replay(
     from zokern.finetune.rebuild import rebuild
     from zokern.journal import JournalError, tools
 
+    before = _identity(output)
     try:
         total = until if until is not None else len(tools.summary(journal)["steps"])
         with Progress(transient=True) as display:
@@ -61,8 +63,17 @@ def replay(
     except ImportError as error:
         fail(f'{error}; install what the command needs with: pip install "zokern[finetune]"')
     except KeyboardInterrupt:
-        end(f"stopped; {output} is as it was", 130)
+        end(f"stopped; {output} is {'as it was' if _identity(output) == before else 'the new model, whole'}", 130)
     print(f"{done} steps replayed; the model is {output}" + ("" if verify else " (not verified)"))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file or directory it is now."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @app.command()

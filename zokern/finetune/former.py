@@ -10,19 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from zokern.finetune import locking
 from zokern.finetune.options import FinetuneError
-from zokern.finetune.replacing import MARKER, PREFIX, foreign, sweep
+from zokern.finetune.replacing import MARKER, PREFIX, foreign, remove_model, sweep
 from zokern.journal import JournalError, Reader
 
 NAMES = ("checkpoint", "metrics.jsonl", "curves.png", "run.json", "options.json", "journal.zkj")
 ASIDE = "earlier-run-"
-_MOVING, _WHOLE = "on the move", "earlier results"
+_MOVING, _WHOLE, _GOING = "on the move", "earlier results", "no longer needed"
 
 
 def check(directory: Path, force: bool) -> None:
@@ -106,8 +105,8 @@ def remove(directory: Path) -> None:
     """Removes a run's files, which `refuse_strangers` has looked at."""
     for name in NAMES:
         path = directory / name
-        if name == "checkpoint" and path.is_dir() and not path.is_symlink() and foreign(path) is None:
-            shutil.rmtree(path)
+        if name == "checkpoint" and path.is_dir() and not path.is_symlink():
+            remove_model(path)
         elif name != "checkpoint":
             path.unlink(missing_ok=True)
 
@@ -155,6 +154,8 @@ def put_back(place: Path) -> None:
 
 def discard(place: Path) -> bool:
     """Removes earlier results for good; what else is in their directory stays, and False says so."""
+    with contextlib.suppress(OSError):  # a disk may be full, and removing helps
+        (place / MARKER).write_text(_GOING)
     remove(place)
     return _remove_empty(place)
 
@@ -171,9 +172,15 @@ def settle(directory: Path, say: Callable[[str], None]) -> None:
     """Puts right what a killed run left, for a process that holds the lock of `directory`."""
     for stayed in sweep(directory, alone=True):
         say(f"{stayed} holds a result that was being replaced; it stays")
+    for place in directory.glob(f"{ASIDE}*"):
+        if place.name[len(ASIDE) :].isdigit() and not place.is_symlink():
+            with contextlib.suppress(OSError):
+                place.rmdir()  # killed before it was marked; one with anything in it stays
     for place in reversed(asides(directory)):
-        moving = (place / MARKER).read_text() != _WHOLE
-        if moving:
+        state = (place / MARKER).read_text()
+        if state == _GOING:
+            discard(place)
+        elif state != _WHOLE:
             put_back(place)
         elif not valuable(directory):
             remove(directory)

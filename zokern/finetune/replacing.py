@@ -47,12 +47,30 @@ def foreign(directory: Path) -> str | None:
             strange = [name for name in inside if not name.endswith(".jinja")]
             if entry.name != "additional_chat_templates" or strange:
                 return f"it has the directory {entry.name}"
-        elif not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in _KNOWN):
+        elif not _known(entry.name):
             return f"it has {entry.name}"
         names.add(entry.name)
     if "config.json" not in names or not any(name.startswith("model") for name in names):
         return "it has no config.json with a model.safetensors"
     return None
+
+
+def remove_model(directory: Path) -> None:
+    """Removes what save_pretrained wrote, and then the directory, unless something else is in it."""
+    for entry in list(os.scandir(directory)):
+        if entry.is_dir(follow_symlinks=False) and entry.name == "additional_chat_templates":
+            for template in Path(entry.path).glob("*.jinja"):
+                template.unlink()
+            with contextlib.suppress(OSError):
+                os.rmdir(entry.path)
+        elif entry.is_file(follow_symlinks=False) and _known(entry.name):
+            os.unlink(entry.path)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _known(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _KNOWN)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -5,18 +5,31 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from zokern import ZokernWarning, journal
-from zokern.finetune import identity, records
+from zokern.finetune import former, identity, records
 from zokern.finetune.loop import Begun, factor
-from zokern.finetune.options import FinetuneError
+from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output
 from zokern.finetune.tasks import Task, evaluate
 from zokern.journal import tools
 from zokern.optim import ZerothOrderOptimizer
+
+
+def check(output: Output, options: Options) -> None:
+    """Raises FinetuneError, before anything is loaded, where there is nothing to go on from."""
+    if not options.journal:
+        raise FinetuneError(
+            f"--resume: the run in {output.directory} was made with --no-journal, so there is nothing to go on from; begin "
+            "it again with --force"
+        )
+    if not output.journal.is_file() or output.journal.stat().st_size == 0:
+        again = "with --force" if former.valuable(output.directory) else "without --resume"
+        raise FinetuneError(
+            f"--resume: {output.journal} is missing or empty, so there is nothing to go on from; begin again {again}"
+        )
 
 
 def go_on(
@@ -66,7 +79,7 @@ def go_on(
     return Begun(done, losses)
 
 
-def _evaluated(task: Task, optimizer: ZerothOrderOptimizer, options: Any) -> records.Record:
+def _evaluated(task: Task, optimizer: ZerothOrderOptimizer, options: Options) -> records.Record:
     """The line of the evaluation before the first step, made again."""
     with torch.no_grad():
         accuracy, loss = evaluate(task, "eval", options.eval_batch_size)

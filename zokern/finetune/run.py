@@ -108,7 +108,10 @@ class _Run:
         except KeyboardInterrupt:
             raise Stopped(self._what_is_there("stopped", resume), self.stop.code) from None
         except journal.JournalError as error:
-            raise FinetuneError(self._what_is_there(str(error), resume)) from error
+            if self.output.journaled:
+                raise FinetuneError(self._what_is_there(str(error), resume)) from error
+            self.output.abandon()
+            raise FinetuneError(str(error)) from error
         except FinetuneError:
             self.output.abandon()
             raise
@@ -145,11 +148,8 @@ class _Run:
         if resume:
             found = identity.load(output.directory, given)
         options = self.options = found.options
-        if resume and not options.journal:
-            raise FinetuneError(
-                f"--resume: the run in {output.directory} was made with --no-journal, so there is nothing to go on from; "
-                "begin it again with --force"
-            )
+        if resume:
+            resuming.check(output, options)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
 
