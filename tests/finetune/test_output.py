@@ -250,7 +250,8 @@ def test_a_damaged_file_of_a_run_is_the_runs(tmp_path: Path, said: list[str]) ->
 def test_the_second_process_is_told_of_the_first(tmp_path: Path, said: list[str]) -> None:
     code = (
         "import sys; from pathlib import Path; from zokern.finetune.output import claim\n"
-        "with claim(Path(sys.argv[1]), force=False, resume=False, say=print):\n    print('mine', flush=True); sys.stdin.read()"
+        "with claim(Path(sys.argv[1]), force=False, resume=False, say=print):\n"
+        "    print('mine', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -161,9 +161,9 @@ def test_a_model_takes_the_place_of_a_model(exchange: bool, tmp_path: Path, monk
     with replacing.replacing(target, "directory", "--output", True) as new:
         model(new, "new")
         assert (target / "config.json").read_text() == "old"
-    assert {path.name: path.read_text() for path in target.iterdir()} == {
-        name: "new" for name in ("config.json", "model.safetensors", "tokenizer.json")
-    }
+    assert {path.name: path.read_text() for path in target.iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors", "tokenizer.json"), "new"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -173,8 +173,7 @@ def test_what_fails_leaves_the_old_result(exchange: bool, tmp_path: Path, monkey
         monkeypatch.setattr(replacing.ctypes, "CDLL", lambda *_, **__: None)
     target = model(tmp_path / "out", "old")
     with pytest.raises(KeyError), replacing.replacing(target, "directory", "--output", True) as new:
-        model(new, "new")
-        raise KeyError
+        raise KeyError(model(new, "new"))
     rename = os.rename
 
     def fail(a: Path, b: Path) -> None:
@@ -187,8 +186,7 @@ def test_what_fails_leaves_the_old_result(exchange: bool, tmp_path: Path, monkey
         with pytest.raises(OSError, match="Input/output"), replacing.replacing(target, "directory", "-o", True) as new:
             model(new, "new")
     with pytest.raises(ReplaceError, match=r"thesis\.txt"), replacing.replacing(target, "directory", "-o", True) as new:
-        model(new, "new")
-        (target / "thesis.txt").write_text("written while the block ran")
+        (model(new, "new"), (target / "thesis.txt").write_text("written while the block ran"))
     assert (target / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -18,6 +18,7 @@ from zokern.finetune import locking
 from zokern.finetune.options import FinetuneError
 from zokern.finetune.replacing import MARKER, PREFIX, foreign, remove_model, sweep
 from zokern.journal import JournalError, Reader
+from zokern.journal.format import BROKEN_OFF
 
 NAMES = ("checkpoint", "metrics.jsonl", "curves.png", "run.json", "options.json", "journal.zkj")
 ASIDE = "earlier-run-"
@@ -96,7 +97,7 @@ def valuable(directory: Path) -> bool:
     if not journal.is_file() or journal.stat().st_size == 0:
         return False
     try:
-        return next(iter(Reader(journal).steps()), None) is not None
+        return any(not step.flags & BROKEN_OFF for step in Reader(journal).steps())
     except JournalError:
         return True
 

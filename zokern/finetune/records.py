@@ -12,6 +12,7 @@ from zokern.finetune.options import Options
 
 Record = dict[str, Any]
 _NEEDED = {"train": {"loss", "skipped"}, "eval": {"loss", "accuracy"}}
+_START = b'{"kind": "'
 _ALWAYS = {"kind", "step", "seconds", "forwards", "lr", "eps"}
 
 
@@ -43,6 +44,8 @@ def read(path: Path) -> tuple[list[Record], str | None]:
         found.append(record)
     if rest and (last := _parsed(rest)) is not None:
         found.append(last)
+    elif rest[: len(_START)] != _START[: len(rest)]:
+        return found, f"line {len(lines) + 1} is damaged"
     return found, None
 
 

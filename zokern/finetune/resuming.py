@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable
 
@@ -63,9 +64,10 @@ def go_on(
     last = max(kept, key=lambda record: record["step"])
     forwards = last["forwards"] + (done - last["step"]) * each
     optimizer.set_counters({**optimizer.counters, "forwards": forwards})
-    since = max((record["step"] for record in kept if record["kind"] == "train"), default=0)
     passed = tools.summary(output.journal)
-    losses = [loss for step, loss in zip(passed["steps"], passed["loss"], strict=True) if since <= step < done]
+    losses = dict(zip(passed["steps"], passed["loss"], strict=True))
+    kept = _completed(kept, optimizer, found, losses, dict(zip(passed["steps"], passed["lr"], strict=True)), done)
+    since = max((record["step"] for record in kept if record["kind"] == "train"), default=0)
     output.go_on(kept, identity.file(found))
     say("resumed", f"at step {done} of {options.steps}")
     if found.grown and options.lr_schedule != "constant":
@@ -76,7 +78,38 @@ def go_on(
             f"--steps grows from {old} to {options.steps}: from here on the {options.lr_schedule} schedule is that of "
             f"{options.steps} steps, and lr goes from {was:g} to {now:g}; the steps done keep theirs",
         )
-    return Begun(done, losses)
+    return Begun(done, [losses[step] for step in range(since, done) if step in losses])
+
+
+def _completed(
+    kept: list[records.Record],
+    optimizer: ZerothOrderOptimizer,
+    found: identity.Stored,
+    losses: dict[int, float],
+    rates: dict[int, float],
+    done: int,
+) -> list[records.Record]:
+    """With the lines of training that were lost, or that a full disk kept out, made from the journal. It does not have their
+    projected gradient, which is null there."""
+    options, sign = found.options, -1.0 if optimizer.maximises else 1.0
+    train = {record["step"]: record for record in kept if record["kind"] == "train"}
+    added, last, seconds = [], 0, 0.0
+    for step in range(1, done + 1):
+        if not (step in found.ends or records.planned("train", step, options)):
+            continue
+        if step in train:
+            last, seconds = step, train[step]["seconds"]
+            continue
+        window = torch.tensor([losses.get(i, float("nan")) for i in range(last, step)])
+        finite = window[window.isfinite()]
+        added.append(records.plain({
+            "kind": "train", "step": step, "loss": sign * finite.mean().item() if len(finite) else float("nan"),
+            "skipped": sum(not math.isfinite(losses.get(i, 0.0)) for i in range(step)), "projected_gradient": None,
+            "lr": rates.get(step - 1, float("nan")), "eps": float(optimizer.param_groups[0]["eps"]),
+            "seconds": seconds, "forwards": step * optimizer.forwards() * options.accumulate,
+        }))  # fmt: skip
+        last = step
+    return sorted([*kept, *added], key=lambda record: (record["step"], record["kind"] == "eval"))
 
 
 def _evaluated(task: Task, optimizer: ZerothOrderOptimizer, options: Options) -> records.Record:

@@ -217,6 +217,7 @@ class _Run:
             say("", f"warning: curves.png could not be drawn ({why}); metrics.jsonl has its figures")
         output.complete()
         _print(summary, say)
+        summary.stopped = self.stop.asked
         if self.stop.asked is not None and not result.interrupted:
             say("", f"{self.stop.name} came when the steps were done; the result is complete")
         return summary
