@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,20 +16,25 @@ from typer.main import get_command
 
 from zokern.cli import app
 
+_listening: dict[int, threading.Thread] = {}  # to the children, by process
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
 def fork(run: Callable[[], object], said: Path) -> int:
     """The process that runs a function; what it prints goes to the file `said`. Its exit code is that of the command."""
     sys.stdout.flush()
+    reading, writing = os.pipe()  # a file could be too large for the child
     child = os.fork()
     if child:
+        os.close(writing)
+        _listening[child] = threading.Thread(target=_listen, args=[reading, said])
+        _listening[child].start()
         return child
     code = 99
     try:
-        file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        os.close(writing)
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
         try:
@@ -44,6 +50,11 @@ def fork(run: Callable[[], object], said: Path) -> int:
         os._exit(code)
 
 
+def _listen(reading: int, said: Path) -> None:
+    with os.fdopen(reading, "rb") as pipe:
+        said.write_bytes(pipe.read())
+
+
 def command(*arguments: object) -> Callable[[], object]:
     """`zokern` with these arguments."""
     return lambda: get_command(app).main([str(a) for a in arguments], prog_name="zokern")
@@ -51,7 +62,12 @@ def command(*arguments: object) -> Callable[[], object]:
 
 def ended(child: int) -> int:
     """The exit code; minus the signal's number where one ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return _coded(child, os.waitpid(child, 0)[1])
+
+
+def _coded(child: int, status: int) -> int:
+    _listening.pop(child).join()
+    return os.waitstatus_to_exitcode(status)
 
 
 def killed_after(run: Callable[[], object], said: Path, seconds: float) -> int:
@@ -60,7 +76,7 @@ def killed_after(run: Callable[[], object], said: Path, seconds: float) -> int:
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return _coded(child, status)
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     return ended(child)

@@ -89,8 +89,8 @@ def _completed(
     rates: dict[int, float],
     done: int,
 ) -> list[records.Record]:
-    """With the lines of training that were lost, or that a full disk kept out, made from the journal. It does not have their
-    projected gradient, which is null there."""
+    """With the lines of training that were lost, or that a full disk kept out, made from the journal. It does not have
+    their projected gradient, which is null there."""
     options, sign = found.options, -1.0 if optimizer.maximises else 1.0
     train = {record["step"]: record for record in kept if record["kind"] == "train"}
     added, last, seconds = [], 0, 0.0
