@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,57 @@ def test_a_second_ctrl_c_says_what_there_is(whole: Options, tmp_path: Path, monk
     assert f"writes the rest in seconds: {advice}" in said
     assert command(*advice.split()[1:])[0] == 0
     alike(half.output, whole.output)
+
+
+def test_signals_that_systems_repeat_change_nothing(
+    whole: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, plain = dataclasses.replace(whole, output=tmp_path / "half"), output.Output.save_model
+
+    def save(self: output.Output, *arguments: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+            signal.raise_signal(number)
+        plain(self, *arguments)
+
+    monkeypatch.setattr(output.Output, "save_model", save)
+    code, said = command(*given(half))
+    assert (code, (half.output / "run.json").exists()) == (143, True), said
+    one, two = (tensors(at / "checkpoint") for at in (half.output, whole.output))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_output_that_is_removed_in_mid_run_is_written_again(
+    whole: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, plain, calls = dataclasses.replace(whole, output=tmp_path / "half"), tasks.Task.loss, [0]
+
+    def loss(self: tasks.Task, batch: object) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 9:
+            shutil.rmtree(half.output)
+        return plain(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.Task, "loss", loss)
+        code, said = command(*given(half))
+    assert (code, said.count("warning: "), "is no longer the directory" in said) == (0, 1, True), said
+    alike(half.output, whole.output)
+    code, said = command("replay", half.model, half.output / "journal.zkj", "-o", tmp_path / "again")
+    assert code == 0, said
+    one, two = tensors(half.output / "checkpoint"), tensors(tmp_path / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    resume(half)
+
+
+def test_ctrl_c_in_a_replay_says_what_is_there(whole: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zokern.finetune import rebuild
+
+    line = ["replay", whole.model, whole.output / "journal.zkj", "-o", tmp_path / "new"]
+    with monkeypatch.context() as patch:
+        patch.setattr(rebuild, "replay", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        code, said = command(*line)
+    assert (code, "new is as it was" in said.replace("\n", " ")) == (130, True), said
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from zokern import drawing
 from zokern.bench.cases import BENCHMARKS, is_ours
+from zokern.finetune.replacing import fresh
 
 REMEDY = 'pip install "zokern[bench]"'
 INK = "#444444"
@@ -153,9 +154,9 @@ def save(figure: Any, record: Record, path: Path) -> Path:
     if not record.get("complete", True):
         text += "; the run broke off"
     drawing.plain(figure.supxlabel("", fontsize=7.5, color=INK, x=0.01, ha="left"), text)
-    temporary = path.with_name(path.stem + ".tmp" + path.suffix)
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    with fresh(path.parent) as work:
+        figure.savefig(work / path.name)
+        os.replace(work / path.name, path)
     return path
 
 

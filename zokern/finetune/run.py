@@ -72,7 +72,7 @@ def run(
 ) -> Summary:
     """Fine-tune as `options` say. Raises FinetuneError for what the user can mend.
 
-    Ctrl-C, SIGTERM and SIGHUP end it early, saved; where there is nothing to save, or at the second of them, Stopped is
+    Ctrl-C, SIGTERM and SIGHUP end it early, saved; where there is nothing to save, or at a second Ctrl-C, Stopped is
     raised, a KeyboardInterrupt that says what there is.
 
     resume: the run in options.output, which broke off, goes on with the same bits, and with its own options. given: those

@@ -22,9 +22,9 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Signals as a flag, for as long as a run is to finish what it is at; `asked` is the first that came.
 
-    Before `finishing` is set, and at the second signal, KeyboardInterrupt is raised where the program stands. Off outside
-    the main thread, where Python allows no handlers. SIGTERM and SIGHUP stay as they are where they are ignored, as nohup
-    leaves them.
+    Before `finishing` is set, and at a Ctrl-C that follows another signal, KeyboardInterrupt is raised where the program
+    stands. SIGTERM and SIGHUP may come several times, as systems send them, and do no more than the first. Where they are
+    ignored, as nohup has it, they stay ignored. Off outside the main thread, where Python allows no handlers.
     """
 
     def __init__(self) -> None:
@@ -64,6 +64,8 @@ class Stop:
             raise KeyboardInterrupt
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        first, self.asked = self.asked is None, number if self.asked is None else self.asked
-        if not (first and self.finishing):
+        first = self.asked is None
+        if first:
+            self.asked = number
+        if not self.finishing or (number == signal.SIGINT and not first):
             raise KeyboardInterrupt
