@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.finetune.test_finetune import models_dir, table  # noqa: E402, F401
 from tests.finetune.test_resuming import alike, finished, no_pictures  # noqa: E402, F401
 from tests.finetune.test_stopping import given  # noqa: E402
 from zokern.finetune import Options, former  # noqa: E402
+from zokern.finetune.output import Output  # noqa: E402
 
 COUNT = int(os.environ.get("ZOKERN_FAULTS", "200"))
 KILLED = -9
@@ -57,6 +59,24 @@ def disturbed(finished: Options, tmp_path: Path) -> Disturbed:  # noqa: F811
 def test_killed_at_a_change_of_a_file(number: int, disturbed: Disturbed) -> None:
     assert killed_at(disturbed.run, disturbed.said, disturbed.output, number) == KILLED
     assert disturbed.goes_on() == (number > 12)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(("kind", "step"), [("train", 6), ("eval", 4), ("eval", 8)])
+def test_killed_at_a_line_of_metrics(kind: str, step: int, written: bool, disturbed: Disturbed) -> None:
+    plain = Output.log
+
+    def log(self: Output, record: dict) -> None:
+        last = (record["kind"], record["step"]) == (kind, step)
+        if not last or written:
+            plain(self, record)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "log", log)
+        assert ended(fork(disturbed.run, disturbed.said)) == KILLED
+    assert disturbed.goes_on()
 
 
 @pytest.mark.parametrize("size", [100, 2000, 4200, 8000])
