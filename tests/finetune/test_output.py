@@ -19,7 +19,7 @@ import torch
 import zokern
 from tests.finetune.children import killed_at
 from tests.finetune.test_replacing import contents, model
-from zokern.finetune import FinetuneError, former, locking, output
+from zokern.finetune import FinetuneError, Options, former, locking, output
 from zokern.finetune.output import Output, claim
 from zokern.finetune.replacing import MARKER, PREFIX
 from zokern.journal import tools
@@ -289,6 +289,22 @@ def test_a_place_where_nothing_can_be_is_a_sentence(
     with pytest.raises(FinetuneError, match=r"--output '.*' cannot be used \(.*\); give another directory"):
         run(Path(output), said)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["output", "data", "descriptions"])
+def test_a_path_that_no_file_can_have_is_a_sentence(name: str, tmp_path: Path) -> None:
+    value = str(tmp_path / ("x" * 300)) + ".csv"
+    with pytest.raises(FinetuneError, match=rf"--{name} is '.*', which cannot be .*\(File name too long\)"):
+        Options(**{"output": tmp_path / "out", name: value}).check()
+
+
+def test_a_directory_that_cannot_be_looked_into_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(former, "check", fail)
+    with pytest.raises(FinetuneError, match=r"--output '.*' cannot be used \(.*Permission denied\); give another"):
+        Options(output=tmp_path).check()
 
 
 def test_directories_that_were_made_for_nothing_go_again(tmp_path: Path, said: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -82,8 +83,9 @@ def stored(options: Options) -> dict[str, Any]:
 def normal(name: str, value: Any) -> Any:
     """A value as it is stored and compared."""
     value = str(value) if isinstance(value, Path) else value
-    if name in LOCAL and isinstance(value, str) and Path(value).exists():
-        return str(Path(value).absolute())
+    if name in LOCAL and isinstance(value, str):
+        with contextlib.suppress(OSError):  # longer than a path can be
+            return str(Path(value).absolute()) if Path(value).exists() else value
     return value
 
 

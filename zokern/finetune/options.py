@@ -212,9 +212,10 @@ class Options:
         self.check_each()
         _check_together(self)
         _check_data(self)
-        from zokern.finetune import former  # which needs FinetuneError
+        from zokern.finetune import failures, former  # which need FinetuneError
 
-        former.check(self.output, self.force)
+        with failures.telling(f"--output {str(self.output)!r} cannot be used", "give another directory"):
+            former.check(self.output, self.force)
 
     def check_stored(self) -> None:
         """The part of `check` that a run which goes on needs: all but where its results go."""
@@ -257,6 +258,8 @@ def _check(name: str, kind: Kind, value: Any, default: Any) -> None:
     except (TypeError, ValueError) as error:
         allowed = f"{flag(name)} is {value!r}; allowed: {kind.allowed}" if kind.allowed else str(error)
         raise FinetuneError(allowed) from error
+    except OSError as error:  # a path that the system does not take, or does not let anybody look at
+        raise FinetuneError(f"{flag(name)} is {str(value)!r}, which cannot be used ({error.strerror})") from error
 
 
 def _check_together(options: Options) -> None:
@@ -281,8 +284,13 @@ def _check_together(options: Options) -> None:
 def _check_data(options: Options) -> None:
     for name in ("data", "eval_data"):
         value = getattr(options, name)
-        if value is not None and value.endswith((".csv", ".tsv", ".jsonl", ".json")) and not Path(value).is_file():
-            raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
+        if value is not None and value.endswith((".csv", ".tsv", ".jsonl", ".json")):
+            try:
+                found = Path(value).is_file()
+            except OSError as error:
+                raise FinetuneError(f"{flag(name)} is {value!r}, which cannot be read ({error.strerror})") from error
+            if not found:
+                raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
 
 
 def flag(name: str) -> str:
