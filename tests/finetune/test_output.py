@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import zokern
-from tests.finetune.children import killed_at
+from tests.finetune.children import killed_at, limited
 from tests.finetune.test_replacing import contents, model
 from zokern.finetune import FinetuneError, Options, former, locking, output
 from zokern.finetune.output import Output, claim
@@ -164,6 +164,27 @@ def test_a_run_that_was_killed_in_its_steps_keeps_both(tmp_path: Path, said: lis
     run(at, said, force=True)
     assert (at / "checkpoint" / "config.json").read_text() == "new"
     assert former.asides(at) == []
+
+
+@pytest.mark.parametrize("size", [0, 3, 14, 40, 300, 2000])
+def test_a_full_disk_takes_no_earlier_results(size: int, tmp_path: Path, said: list[str]) -> None:
+    at = write_run(tmp_path / "out")
+    before = contents(at)
+
+    def full() -> None:
+        with claim(at, force=True, resume=False, say=print) as out:
+            try:
+                out.begin({"model": "new", "steps": 2})
+                out.log({**EVAL, "filler": "x" * 5000})
+            except OSError:
+                assert out.abandon()
+                raise
+
+    assert limited(full, tmp_path / "said", size) == 99
+    assert "File too large" in (tmp_path / "said").read_text()
+    with claim(at, force=True, resume=False, say=said.append):
+        pass
+    assert contents(at) == before
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ def put_aside(directory: Path) -> Path | None:
 
 def put_back(place: Path) -> None:
     """Earlier results return to where they were. Nothing of a run may be there but what belongs to them."""
-    (place / MARKER).write_text(_MOVING)
+    with contextlib.suppress(OSError):  # a full disk leaves an empty marker, which says the same
+        (place / MARKER).write_text(_MOVING)
     for name in NAMES:
         if os.path.lexists(place / name) and not os.path.lexists(place.parent / name):
             os.rename(place / name, place.parent / name)

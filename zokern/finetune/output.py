@@ -49,12 +49,16 @@ class Output:
 
     def begin(self, options: dict[str, Any]) -> None:
         """A new run: earlier results go aside, options.json and an empty metrics.jsonl are written."""
-        self._begun = True
         if former.valuable(self.directory):
-            place = former.put_aside(self.directory)
+            try:
+                place = former.put_aside(self.directory)
+            except OSError:
+                former.settle(self.directory, self._say)  # all is back where it was
+                raise
             self._say(f"the results of the earlier run are in {place} until this one is complete")
         else:
             former.remove(self.directory)
+        self._begun = True
         self.save_options(options)
         self._metrics = (self.directory / "metrics.jsonl").open("x", encoding="utf-8")
 
@@ -241,9 +245,15 @@ class Output:
             return True
         if self._resumed or self._moved_away() or former.valuable(self.directory):
             return False
-        former.remove(self.directory)
-        for place in former.asides(self.directory)[-1:]:
-            former.put_back(place)
+        try:
+            former.remove(self.directory)
+            for place in former.asides(self.directory)[-1:]:
+                former.put_back(place)
+        except OSError as error:
+            self._say(
+                f"what was in {self.directory} could not be put back ({error.strerror}); the next start tries again"
+            )
+            return False
         return True
 
     def close(self) -> None:

@@ -124,11 +124,7 @@ class _Run:
 
     def _what_is_there(self, head: str, resume: bool) -> str:
         """What an error or a signal has left, and the command that goes on."""
-        try:
-            nothing = self.output.abandon()
-        except OSError as error:
-            return f"{head}; the files there could not be put in order ({failures.reason(error)})"
-        if nothing or self.optimizer is None:
+        if self.output.abandon() or self.optimizer is None:
             return (
                 f"{head}; the run there is as it was" if resume else f"{head} before the first step; nothing was saved"
             )
