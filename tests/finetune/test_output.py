@@ -166,6 +166,17 @@ def test_a_run_that_was_killed_in_its_steps_keeps_both(tmp_path: Path, said: lis
     assert former.asides(at) == []
 
 
+def test_killed_while_the_earlier_results_go_they_go(tmp_path: Path, said: list[str]) -> None:
+    at = write_run(tmp_path / "out")
+    place = former.put_aside(at)
+    assert place is not None
+    write_run(at, name="new")
+    (place / MARKER).write_text("no longer needed")
+    (place / "checkpoint" / "config.json").unlink()
+    with claim(at, force=True, resume=False, say=said.append):
+        assert not place.exists()
+
+
 @pytest.mark.parametrize("size", [0, 3, 14, 40, 300, 2000])
 def test_a_full_disk_takes_no_earlier_results(size: int, tmp_path: Path, said: list[str]) -> None:
     at = write_run(tmp_path / "out")
