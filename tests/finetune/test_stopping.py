@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -135,7 +136,7 @@ def test_ctrl_c_while_the_result_is_written_lets_it_be_written(
 
 def test_a_second_ctrl_c_says_what_there_is(whole: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """M7: all steps are done and in the journal; what is said is true, and its advice works."""
-    half = dataclasses.replace(whole, output=tmp_path / "half")
+    half = dataclasses.replace(whole, output=tmp_path / "half way")
 
     def twice(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -147,9 +148,9 @@ def test_a_second_ctrl_c_says_what_there_is(whole: Options, tmp_path: Path, monk
     said = said.replace("\n", " ")
     assert code == 130
     assert f"stopped; 8 of 8 steps are in {half.output / 'journal.zkj'}, the model has not been saved" in said
-    advice = f"zokern finetune --resume --output {half.output}"
+    advice = f"zokern finetune --resume --output '{half.output}'"
     assert f"writes the rest in seconds: {advice}" in said
-    assert command(*advice.split()[1:])[0] == 0
+    assert command(*shlex.split(advice)[1:])[0] == 0
     alike(half.output, whole.output)
 
 

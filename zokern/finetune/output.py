@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,7 +120,7 @@ class Output:
     @property
     def again(self) -> str:
         """The command that goes on."""
-        return f"zokern finetune --resume --output {self.directory}"
+        return f"zokern finetune --resume --output {shlex.quote(str(self.directory))}"
 
     # -------------------------------------------------------------------------------------------------------------- writing
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -318,5 +319,5 @@ def _print(summary: Summary, say: Any) -> None:
     path = summary.output.journal
     if path.exists():
         size = path.stat().st_size / 1000
-        again = f"zokern replay {summary.model} {path} -o DIRECTORY"
+        again = f"zokern replay {shlex.quote(summary.model)} {shlex.quote(str(path))} -o DIRECTORY"
         say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {again} makes the model again")
