@@ -177,6 +177,18 @@ def test_a_line_that_was_being_written_is_no_damage(tmp_path: Path) -> None:
     assert lines.read(path) == ([good], "line 2 is damaged")
 
 
+def test_lines_that_an_older_zokern_doubled_are_kept_once() -> None:
+    """The first: the evaluation of the undisturbed run; and none that a run without a break would not have."""
+    options = Options(steps=8, log_every=3, eval_every=4)
+    found = [{"kind": "eval", "step": step, "n": n} for n, step in enumerate([0, 4, 4, 5, 8, 8, 12])]
+    found += [{"kind": "train", "step": step, "n": step} for step in (0, 3, 5, 8, 9)]
+    kept = lines.kept(found, options, 8, [])
+    assert [(record["kind"], record["step"], record["n"]) for record in kept] == [
+        ("eval", 0, 0), ("eval", 4, 1), ("eval", 8, 4), ("train", 3, 3), ("train", 8, 8),
+    ]  # fmt: skip
+    assert [record["step"] for record in lines.kept(found, options, 5, [5])] == [0, 4, 5, 3, 5]
+
+
 # --------------------------------------------------------------------------------------------------------------- identity
 
 
