@@ -303,6 +303,32 @@ def test_the_second_process_is_told_of_the_first(tmp_path: Path, said: list[str]
     assert not (tmp_path / "out" / locking.NAME).exists()
 
 
+def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, removed = fcntl.flock, []
+
+    def flock(*arguments: object) -> None:
+        if not removed:  # the holder before ends between our opening of the file and our lock
+            removed.append((tmp_path / locking.NAME).unlink())
+        plain(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = locking.Lock(tmp_path)
+    assert (tmp_path / locking.NAME).read_text() == str(os.getpid())
+    with pytest.raises(FinetuneError, match="in use"):
+        locking.Lock(tmp_path)
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_taken_up_and_fails_stays(tmp_path: Path, said: list[str]) -> None:
+    at = write_run(tmp_path / "out", steps=0, finished=False)
+    before = contents(at)
+    with claim(at, force=False, resume=True, say=said.append) as out:
+        out.look_back()
+        assert not out.abandon()
+    assert contents(at) == before
+
+
 def test_a_file_system_without_locks_is_told(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
