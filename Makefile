@@ -39,7 +39,7 @@ coverage: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow_machine_code
 
-# Kills, flipped bits, exceptions everywhere, full disks: about half an hour.
+# Kills, flipped bits, exceptions everywhere, full disks: about half an hour. ZOKERN_FAULTS=200: how many kills of a command.
 faults: setup
 	$(BIN)/python -m pytest -m faults
 

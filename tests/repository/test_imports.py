@@ -11,7 +11,7 @@ import zokern
 ROOT = Path(zokern.__file__).parent
 # From the ground up; rooms on one floor do not know each other.
 FLOORS = (
-    ("_checks", "_version", "_moved", "failing", "interrupts"),
+    ("_checks", "_version", "_moved", "drawing", "failing", "interrupts"),
     ("kinds",),
     ("settings",),
     ("contract",),

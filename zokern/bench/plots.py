@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zokern import drawing
 from zokern.bench.cases import BENCHMARKS, is_ours
+from zokern.finetune.replacing import fresh
 
 REMEDY = 'pip install "zokern[bench]"'
 INK = "#444444"
@@ -43,7 +45,7 @@ class PlotError(Exception):
 def require() -> None:
     """Raise PlotError where matplotlib is missing: now, rather than after a long run."""
     try:
-        import matplotlib  # noqa: F401
+        drawing.load()
     except ImportError:
         raise PlotError(f"the plots need matplotlib, which is not installed: {REMEDY}, or use --no-plot") from None
 
@@ -125,11 +127,7 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
 
 
 def figure_of(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: its global state belongs to the caller
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
@@ -155,10 +153,10 @@ def save(figure: Any, record: Record, path: Path) -> Path:
     text = f"{caption(record)}; {record['date'][:10]}, commit {head[:10]}{' with ' + changes if changes else ''}"
     if not record.get("complete", True):
         text += "; the run broke off"
-    figure.supxlabel(text, fontsize=7.5, color=INK, x=0.01, ha="left")
-    temporary = path.with_name(path.stem + ".tmp" + path.suffix)
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    drawing.plain(figure.supxlabel("", fontsize=7.5, color=INK, x=0.01, ha="left"), text)
+    with fresh(path.parent) as work:
+        figure.savefig(work / path.name)
+        os.replace(work / path.name, path)
     return path
 
 

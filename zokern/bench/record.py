@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import torch
 
 from zokern.backends import native
 from zokern.bench import commit as source
+from zokern.finetune.replacing import write_whole
 from zokern.report import versions
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout
@@ -77,7 +77,5 @@ def store(
         "complete": complete,
         "results": results,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
     return path

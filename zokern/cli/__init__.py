@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from zokern import bench as measuring
 from zokern.cli import journals
+from zokern.cli.printing import spell_out
 from zokern.cli.waiting import spin_briefly
 
 LATE = {"finetune": "zokern.cli.tuning", "bench": "zokern.bench.cli"}  # the modules whose `app` these commands are
@@ -22,6 +23,7 @@ class Late(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
+        spell_out()
         if name == "finetune":  # `bench` tells what torch does by itself
             spin_briefly()
         if name in LATE:
@@ -52,8 +54,8 @@ def finetune() -> None:
     """Fine-tune a Hugging Face model on a text-classification data set, with forward passes only.
 
     With no options: a sentence encoder learns to sort docstrings by topic, in about two minutes on two cores, offline.
-    Ctrl-C stops the run and saves what it has. --check looks at model and loss first. Exit codes: 0, 1 for an error or
-    what --check finds wrong, 130 after Ctrl-C.
+    Ctrl-C, SIGTERM and SIGHUP stop the run and save what it has. --check looks at model and loss first. Exit codes: 0, 1
+    for an error or what --check finds wrong, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     raise AssertionError("zokern.cli.tuning is called instead")
 

@@ -31,7 +31,10 @@ def replay(
             help="Compare hashes: the base with what the run started from, the result with what training had.",
         ),
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an earlier model there, when the new one is complete; nothing else."),
+    ] = False,
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda or cuda:N. All give the same bits.")
     ] = "auto",
@@ -46,9 +49,11 @@ def replay(
     from rich.progress import Progress
 
     from zokern._checks import ZokernWarning
+    from zokern.finetune import failures
     from zokern.finetune.rebuild import rebuild
     from zokern.journal import JournalError, tools
 
+    before = _identity(output)
     try:
         steps = tools.summary(journal)["steps"]
         total = until if until is not None else steps[-1] + 1 if steps else None
@@ -60,7 +65,11 @@ def replay(
                 progress=lambda step: display.update(task, completed=step),
             )  # fmt: skip
     except (JournalError, ValueError, OSError, RuntimeError) as error:
-        fail(str(error))
+        fail(failures.reason(error) or str(error))
+    except ImportError as error:
+        fail(f'{error}; install what the command needs with: pip install "zokern[finetune]"')
+    except KeyboardInterrupt:
+        end(f"stopped; {output} is {'as it was' if _identity(output) == before else 'the new model, whole'}", 130)
     for one in noted:
         print(f"note: {one.message}")
     print(f"{done} steps replayed; the model is {output}" + ("" if done.verified else " (not verified)"))
@@ -86,6 +95,15 @@ def show_lines(found: dict[str, Any]) -> list[str]:
     return [printable(line) for line in lines]
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file or directory it is now."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 @app.command()
 def show(
     journal: Annotated[Path, typer.Argument(help="A journal.")],
@@ -104,7 +122,10 @@ def show(
     for line in show_lines(found):
         print(line)
     if plot is not None:
-        tools.plot(found, plot)
+        try:
+            tools.plot(found, plot)
+        except (OSError, ValueError, ImportError) as error:  # ValueError: a kind of picture that there is not
+            fail(f"--plot {str(plot)!r} cannot be drawn ({error})")
         print(f"plot        {plot}")
     if found["wrong"]:
         fail(found["wrong"])

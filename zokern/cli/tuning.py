@@ -69,7 +69,8 @@ def described() -> dict[str, Described]:
     found = {field.name: _describe(field) for field in dataclasses.fields(Options)}
     found["resume"] = Described(
         False, Flag(), "", "Go on with the run in --output, which broke off, from its journal: the same bits as without "
-        "the break. All other options are that run's.", ("--resume",),
+        "the break. All other options are that run's; one that is given has to be the same, but --steps may be more.",
+        ("--resume",),
     )  # fmt: skip
     found["check"] = Described(
         False, Flag(), "", "Before a long run: perturb each tensor alone, on the first batch, and say which ones the loss "
@@ -92,8 +93,9 @@ def _describe(field: dataclasses.Field[Any]) -> Described:
     return Described(field.default, one.kind, field.metadata["panel"], described, one.flags, one.help)
 
 
-def _run(**values: Any) -> None:
+def _run(context: typer.Context, **values: Any) -> None:
     resume, check = values.pop("resume"), values.pop("check")
+    given = {name: value for name, value in values.items() if _is_given(context, name)}
     options = Options(**values)
     try:
         if check:
@@ -102,24 +104,31 @@ def _run(**values: Any) -> None:
             from zokern.finetune.checked import check as checked
 
             raise typer.Exit(0 if checked(options).ok else 1)
-        if resume:
-            options = Options.load(options.output)
-        else:
+        if not resume:
             options.check()
         from zokern.finetune.run import run
 
-        summary = run(options, resume=resume)
+        summary = run(options, resume=resume, given=given)
     except FinetuneError as error:
         fail(str(error))
     except ImportError as error:
         fail(f'{error}; install what the command needs with: pip install "zokern[finetune]"')
-    except KeyboardInterrupt:
-        end("stopped before the first step; nothing was saved", 130)
-    else:
-        if summary.result.interrupted:
-            raise typer.Exit(130)
+    except KeyboardInterrupt as error:
+        end(str(error) or "stopped before the first step; nothing was saved", getattr(error, "code", 130))
+    if summary.code:
+        raise typer.Exit(summary.code)
 
 
-_run.__signature__ = inspect.Signature([one.parameter(name) for name, one in described().items()])  # type: ignore[attr-defined]
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+_run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *(one.parameter(name) for name, one in described().items()),
+    ]
+)
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.command("finetune", help=cli.finetune.__doc__)(_run)

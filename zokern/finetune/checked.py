@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 
 from rich.console import Console
 
 from zokern.checking import Result
 from zokern.checking import check as check_tensors
+from zokern.finetune import models, surroundings
 from zokern.finetune.batches import Order
 from zokern.finetune.options import FinetuneError, Options
-from zokern.finetune.run import load
+from zokern.finetune.run import line, load
 
 
 def check(options: Options, console: Console | None = None) -> Result:
@@ -18,8 +19,14 @@ def check(options: Options, console: Console | None = None) -> Result:
     --output may be anything. Raises FinetuneError for what the user can mend.
     """
     console = console or Console()
-    dataclasses.replace(options, force=True).check()  # an output that is there is no concern
-    loaded = load(options, console)
+    options.check()
+    with surroundings.kept():
+        models.import_transformers()
+        return _check(options, console)
+
+
+def _check(options: Options, console: Console) -> Result:
+    loaded = load(options, functools.partial(line, console))
     task, order = loaded.task, Order(len(loaded.task.sets["train"][1]), options.seed)
     draws = [order.draw(options.batch_size) for _ in range(options.accumulate)]
     batches = [task.batch("train", draw) for draw in draws]

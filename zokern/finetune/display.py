@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -24,6 +26,30 @@ class Status:
     accuracy: float = float("nan")
     memory: int = 0
     skipped: int = 0
+
+
+class Shown:
+    """A stream that a run can lose: where nothing can be written, as after a terminal was closed, the run goes on. What its
+    encoding lacks is spelt out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
 
 class Display:
@@ -59,7 +85,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(self.console, text)
 
     def steps_per_second(self) -> float:
         """Speed over the last updates; 0 before the second one."""
@@ -101,6 +127,11 @@ class Display:
         return Panel(
             Group(*parts), title=self.title, title_align="left", subtitle="Ctrl-C stops and saves", padding=(0, 1)
         )
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it stands."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def percent(share: float) -> str:

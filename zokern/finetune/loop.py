@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zokern import ZokernWarning
 from zokern.finetune.batches import Batch, Order
 from zokern.finetune.clock import Clock, memory
 from zokern.finetune.display import Display, Status
 from zokern.finetune.options import Options
 from zokern.finetune.output import Output
+from zokern.finetune.records import planned
+from zokern.finetune.stopping import Stop
 from zokern.finetune.tasks import Task, evaluate
+from zokern.optim.events import StepEvent
 
 
 @dataclasses.dataclass
@@ -38,37 +36,6 @@ class Result:
     accuracy: tuple[float, float]
     loss: tuple[float, float]
     seconds: dict[str, float]
-
-
-class Interrupt:
-    """SIGINT as a flag, which the closure turns into KeyboardInterrupt: a step is left where its weights are known.
-
-    A second SIGINT acts as usual, for a run that hangs. Off outside the main thread, where Python allows no handlers.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def installed(self) -> Iterator[Interrupt]:
-        """The handler, for the length of a block."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = signal.signal(signal.SIGINT, self._ask)
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def raise_if_asked(self) -> None:
-        """Raise KeyboardInterrupt after a Ctrl-C."""
-        if self.asked:
-            raise KeyboardInterrupt
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def factor(schedule: str, warmup: int, steps: int) -> Callable[[int], float]:
@@ -83,49 +50,82 @@ def factor(schedule: str, warmup: int, steps: int) -> Callable[[int], float]:
     return at
 
 
-def train(task: Task, optimizer: Any, options: Options, output: Output, display: Display, done: int = 0) -> Result:
-    """Run steps `done` to options.steps, or fewer after a Ctrl-C. The weights are clean on return."""
-    return _Training(task, optimizer, options, output, display, done).run()
+@dataclasses.dataclass
+class Begun:
+    """How far a run is. losses: of the steps since the last line of metrics.jsonl, as the optimizer has them."""
+
+    done: int = 0
+    losses: Sequence[float] = ()
+
+
+def train(
+    task: Task,
+    optimizer: Any,
+    options: Options,
+    output: Output,
+    display: Display,
+    stop: Stop,
+    save: Callable[[], None],
+    begun: Begun | None = None,
+) -> Result:
+    """Run the steps that are left up to options.steps, or fewer after a signal. The weights are clean on return.
+
+    save: called after the last step, before the last evaluation.
+    """
+    return _Training(task, optimizer, options, output, display, stop, begun or Begun()).run(save)
 
 
 class _Training:
     """A run of the loop. step: how many are done; evaluating: seconds of that; before, after: held out."""
 
     def __init__(
-        self, task: Task, optimizer: Any, options: Options, output: Output, display: Display, done: int
+        self, task: Task, optimizer: Any, options: Options, output: Output, display: Display, stop: Stop, begun: Begun
     ) -> None:
         self.task, self.optimizer, self.options, self.output, self.display = task, optimizer, options, output, display
-        schedule = factor(options.lr_schedule, options.warmup_steps, options.steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        self.stop, done = stop, begun.done
+        self.schedule = factor(options.lr_schedule, options.warmup_steps, options.steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         self.scheduler.last_epoch, self.scheduler._step_count = done, done + 1
-        for group, base in zip(optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = base * schedule(done)
+        self._rate(done)
         self.order = Order(len(task.sets["train"][1]), options.seed)
         for _ in range(done * options.accumulate):
             self.order.draw(options.batch_size)  # the batches that the run has had
-        self.clock, self.interrupt, self.status = Clock(task.device), Interrupt(), Status()
+        self.clock, self.status = Clock(task.device), Status()
         self.sign = -1.0 if optimizer.maximises else 1.0  # what maximises takes a reward
-        self.recent: list[Tensor] = []
+        self.recent = [self.sign * torch.tensor(loss, device=task.device) for loss in begun.losses]
         self.step, self.resumed, self.interrupted = done, done > 0, False
         self.begun, self.evaluating = time.perf_counter(), 0.0
+        self.failed: Exception | None = None
 
-    def run(self) -> Result:
-        with torch.no_grad(), self.display, self.interrupt.installed(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ZokernWarning)  # of skipped steps: the display has their count
-            self.before = self.after = self._before()
-            self.status.accuracy_before = self.before[0]
-            spent = max((record["seconds"] for record in self.output.records if self.resumed), default=0.0)
+    def _rate(self, step: int) -> None:
+        """The lr of a step, as the scheduler sets it."""
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self.schedule(step)
+
+    def run(self, save: Callable[[], None]) -> Result:
+        with torch.no_grad(), self.display:
+            spent = max((record["seconds"] for record in self.output.records), default=0.0)
+            self.begun = time.perf_counter() - spent
+            self.before = self.after = self._logged(0) or self._assess()
             self.begun, self.evaluating = time.perf_counter() - spent, 0.0
+            self.status.accuracy_before = self.before[0]
+            self._catch_up()
+            self.stop.finishing = True
+            if self.options.journal:
+                self.optimizer.listeners.insert(0, self._told)  # before the journal
             try:
                 while self.step < self.options.steps:
                     self._step()
             except KeyboardInterrupt:
-                self.interrupted = True
-                self.display.note(f"stopped by Ctrl-C after {self.step} steps; saving")
+                self._stopped_in_training()
+            finally:
+                if self.options.journal:
+                    self.optimizer.listeners.remove(self._told)
             trained = time.perf_counter() - self.begun - self.evaluating
+            save()
             try:
-                self.after = self._assess()
-            except KeyboardInterrupt:  # while the last evaluation ran: what has been learnt is saved all the same
+                self.after = self._logged(self.step) or self._assess()
+            except KeyboardInterrupt:  # while the last evaluation ran: what has been learnt is saved
                 self.interrupted = True
                 self.display.note("the last evaluation was skipped; the accuracy is the one before")
             self.display.finish(dataclasses.replace(self.status, step=self.step))
@@ -136,11 +136,31 @@ class _Training:
         accuracy, loss = zip(self.before, self.after, strict=True)
         return Result(self.step, self.interrupted, accuracy, loss, seconds)
 
-    def _before(self) -> tuple[float, float]:
+    def _stopped_in_training(self) -> None:
+        self.interrupted = True
+        if self.step == 0:
+            raise KeyboardInterrupt
+        self.display.note(f"stopped by {self.stop.name} after {self.step} steps; saving")
+
+    def _logged(self, step: int) -> tuple[float, float] | None:
+        """Held-out accuracy and loss after a step, where metrics.jsonl has them."""
         for record in self.output.records:
-            if record["kind"] == "eval":
-                return record["accuracy"], record["loss"]
-        return self._assess()
+            if record["kind"] == "eval" and record["step"] == step:
+                return record["accuracy"], float("nan") if record["loss"] is None else record["loss"]
+        return None
+
+    def _catch_up(self) -> None:
+        """What the run was to do after its last step when it broke off."""
+        if not 0 < self.step < self.options.steps:
+            return
+        held = [record for record in self.output.records if record["kind"] == "eval"]
+        if planned("eval", self.step, self.options) and self._logged(self.step) is None:
+            self._rate(self.step - 1)  # which the line has
+            self.after = self._assess()
+            self._rate(self.step)
+        elif held:
+            self.after = self._logged(held[-1]["step"]) or self.after
+            self.status.accuracy = self.after[0]
 
     def _step(self) -> None:
         options = self.options
@@ -148,23 +168,40 @@ class _Training:
         micro = [self.task.batch("train", draw) for draw in draws]
         with self.clock.measure("step"):
             loss = self.optimizer.step(self._closure, micro)
-        self.recent.append(self.sign * loss.detach())
-        self.step += 1
-        if self.step % options.log_every == 0 or self.step == options.steps:
-            self._report()
+        if self.failed is not None:
+            raise self.failed
+        if not options.journal:
+            self._done(loss.detach())
         if options.eval_every and self.step % options.eval_every == 0 and self.step < options.steps:
             self.after = self._assess()
         self.scheduler.step()
-        self.interrupt.raise_if_asked()
+        self.stop.raise_if_asked()
+
+    def _told(self, event: StepEvent) -> None:
+        """A step's line is written before the journal has the step: a run that goes on never misses one.
+
+        An error waits until the step is over, so that the journal is told of it too.
+        """
+        if event.ok is not None and event.loss is not None:
+            try:
+                self._done(event.loss.detach())
+            except Exception as error:
+                self.failed = error
+
+    def _done(self, loss: Tensor) -> None:
+        self.recent.append(self.sign * loss)
+        self.step += 1
+        if self.step % self.options.log_every == 0 or self.step == self.options.steps:
+            self._report()
 
     def _closure(self, batch: Batch) -> Tensor:
-        self.interrupt.raise_if_asked()
+        self.stop.raise_if_asked()
         with self.clock.measure("forwards"):
             return self.sign * self.task.loss(batch)
 
     def _check(self) -> None:
         if not self.interrupted:
-            self.interrupt.raise_if_asked()
+            self.stop.raise_if_asked()
 
     def _assess(self) -> tuple[float, float]:
         start = time.perf_counter()
@@ -197,5 +234,6 @@ class _Training:
         status.skipped = self.optimizer.skipped_steps
         self.output.log({"kind": "train", "step": self.step, "loss": loss, "skipped": status.skipped,
                          "projected_gradient": status.projected_gradient, **self._progress()})  # fmt: skip
+        self.output.look()
         self.display.update(status)
         self.clock.seconds()

@@ -8,7 +8,6 @@ where the class's own default holds.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -208,7 +207,8 @@ class Options:
     force: bool = option(
         default=False,
         kind=Flag(),
-        help="Replace an earlier run in a directory that is not empty; other files in it stay.",
+        help="Replace an earlier run in a directory that is not empty. Its results stay until the new run is complete; "
+        "other files stay for good.",
         panel=OUTPUT,
         flags=("--force",),
     )
@@ -249,7 +249,17 @@ class Options:
         """Raise FinetuneError naming the option, its value and what is allowed, before anything is loaded."""
         self.check_each()
         _check_together(self)
-        _check_paths(self)
+        _check_data(self)
+        from zokern.finetune import failures, former  # which need FinetuneError
+
+        with failures.telling(f"--output {str(self.output)!r} cannot be used", "give another directory"):
+            former.check(self.output, self.force)
+
+    def check_stored(self) -> None:
+        """The part of `check` that a run which goes on needs: all but where its results go."""
+        self.check_each()
+        _check_together(self)
+        _check_data(self)
 
     def check_each(self) -> None:
         """The part of `check` that looks at one setting at a time."""
@@ -269,14 +279,9 @@ class Options:
     @classmethod
     def load(cls, directory: Path) -> Options:
         """The options of the run in a directory, for it to go on there."""
-        path = Path(directory) / "options.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            options = cls(**values)
-            options.check_each()
-        except (OSError, ValueError, TypeError) as error:
-            raise FinetuneError(f"--resume: {path} cannot be read ({error}); give the --output of a run") from error
-        return dataclasses.replace(options, output=Path(directory))
+        from zokern.finetune import identity  # which needs this class
+
+        return identity.load(directory).options
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -291,6 +296,8 @@ def _check(name: str, kind: Kind, value: Any, default: Any) -> None:
     except (TypeError, ValueError) as error:
         allowed = f"{flag(name)} is {value!r}; allowed: {kind.allowed}" if kind.allowed else str(error)
         raise FinetuneError(allowed) from error
+    except OSError as error:  # a path that the system does not take, or does not let anybody look at
+        raise FinetuneError(f"{flag(name)} is {str(value)!r}, which cannot be used ({error.strerror})") from error
 
 
 def _check_together(options: Options) -> None:
@@ -322,16 +329,16 @@ def _check_together(options: Options) -> None:
         raise FinetuneError("--eval-data needs --data: the embedded docstrings bring their own held-out sentences")
 
 
-def _check_paths(options: Options) -> None:
+def _check_data(options: Options) -> None:
     for name in ("data", "eval_data"):
         value = getattr(options, name)
-        if value is not None and names_a_file(value) and not Path(value).exists():
-            raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
-    if options.output.is_dir() and any(options.output.iterdir()) and not options.force:
-        raise FinetuneError(
-            f"--output {str(options.output)!r} is not empty; give another directory, "
-            "or --force to replace an earlier run there"
-        )
+        if value is not None and names_a_file(value):
+            try:
+                found = Path(value).exists()
+            except OSError as error:
+                raise FinetuneError(f"{flag(name)} is {value!r}, which cannot be read ({error.strerror})") from error
+            if not found:
+                raise FinetuneError(f"{flag(name)} is {value!r}, which is not a file here ({Path.cwd()})")
 
 
 def names_a_file(name: str) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zokern import drawing
 from zokern.finetune.options import REMEDY, FinetuneError
 
 _LOSS, _ACCURACY, _INK = "#3b6ea5", "#c2571a", "#444444"
@@ -15,7 +15,7 @@ _LOSS, _ACCURACY, _INK = "#3b6ea5", "#c2571a", "#444444"
 def require() -> None:
     """Raise FinetuneError now, rather than after the training, where matplotlib is missing."""
     try:
-        import matplotlib  # noqa: F401
+        drawing.load()
     except ImportError:
         raise FinetuneError(f"curves.png needs matplotlib, which is not installed; {REMEDY}") from None
 
@@ -31,15 +31,15 @@ def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
 
 
 def save(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw the records of metrics.jsonl into `path`, by way of a temporary file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: its global state belongs to the caller
-
-    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw the records of metrics.jsonl into `path`."""
+    figure = drawing.figure(figsize=(10, 4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
-    held = [(r["step"], r["loss"], r["accuracy"]) for r in records if r["kind"] == "eval"]
+    held = [
+        (r["step"], float("nan") if r["loss"] is None else r["loss"], r["accuracy"])
+        for r in records
+        if r["kind"] == "eval"
+    ]
     if train:
         steps, losses = zip(*train, strict=True)
         left.plot(steps, losses, color=_LOSS, alpha=0.25, linewidth=1)
@@ -64,7 +64,5 @@ def save(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
         axes.grid(axis="y", color="#e5e5e5")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_INK)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    temporary = path.with_name(path.stem + ".tmp" + path.suffix)
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    drawing.plain(figure.suptitle("", x=0.01, ha="left", fontsize=12), title)
+    figure.savefig(path)

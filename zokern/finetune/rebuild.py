@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zokern.finetune import failures, surroundings
 from zokern.finetune.options import Options
+from zokern.finetune.replacing import refuse, replacing, sweep
 from zokern.journal import JournalError, Reader, replay
 from zokern.journal.replay import Replayed
+
+_OBJECTIVES = ("similarity", "classifier", "prompt")
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def rebuild(
@@ -30,39 +34,60 @@ def rebuild(
     """Writes the tuned model of a journal to `output`, made from `base`; returns the number of steps done.
 
     base: for the journal of a `zokern finetune` run what was its --model; otherwise a .safetensors file whose names are the
-    parameters' names, and `output` is such a file too.
+    parameters' names, and `output` is such a file too. force: replaces an earlier model or .safetensors file at `output`,
+    when the new one is complete; nothing else is ever replaced.
     """
-    if output.exists() and not force:
-        raise JournalError(f"{output} exists; give another name, or --force to replace it")
     about = Reader(path).header.get("about") or {}
-    temporary = output.with_name(output.name + ".tmp")
+    whole = isinstance(about, dict) and "objective" in about
     options = {"until": until, "verify": verify, "backend": backend, "progress": progress}
-    if "objective" in about:
-        from zokern.finetune import models  # transformers, which other journals do not need
-
-        config = models.load_config(base)
-        model, tokenizer = models.load(
-            Options(model=base, seed=about["seed"]),
-            about["objective"],
-            about["labels"],
-            config,
-            getattr(torch, about["dtype"]),
-        )
-        model.to(models.choose_device(device))
+    place = output if output.name else output.absolute()
+    kind, sources = ("directory" if whole else "file"), (Path(base), path)
+    with failures.telling(f"--output {str(output)!r} cannot be written", "make room there, or give another name"):
+        refuse(place, kind, "--output", force, sources)  # type: ignore[arg-type]
+        sweep(place.parent, alone=False)
+    if whole:
+        model, tokenizer = _model(base, path, about, device)
         done = replay(path, model, **options)  # type: ignore[arg-type]
-        shutil.rmtree(temporary, ignore_errors=True)
-        saveable: Any = model
-        saveable.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    else:
-        from safetensors.torch import load_file, save_file
+        with _writing(output), replacing(place, "directory", "--output", force, sources) as new:
+            saveable: Any = model
+            saveable.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+        return done
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
 
-        if not Path(base).is_file():
-            raise JournalError(f"{base} is not a file; this journal needs a .safetensors file with the base weights")
+    if not Path(base).is_file():
+        raise JournalError(f"{base} is not a file; this journal needs a .safetensors file with the base weights")
+    try:
         tensors = load_file(base, device="cpu" if device == "auto" else device)
-        done = replay(path, tensors, **options)  # type: ignore[arg-type]
-        save_file(tensors, temporary)
-    if output.is_dir():
-        shutil.rmtree(output)
-    os.replace(temporary, output)
+    except (OSError, SafetensorError) as error:
+        raise JournalError(f"{base} cannot be read as a .safetensors file ({error})") from error
+    done = replay(path, tensors, **options)  # type: ignore[arg-type]
+    with _writing(output), replacing(place, "file", "--output", force, sources) as new:
+        save_file(tensors, new)
     return done
+
+
+def _writing(output: Path) -> contextlib.AbstractContextManager[None]:
+    return failures.telling(f"--output {str(output)!r} cannot be written", "make room there, or give another name")
+
+
+def _model(base: str, path: Path, about: dict[str, Any], device: str) -> tuple[Any, Any]:
+    """The base model and its tokenizer, as the header says that the run had them. The header may be anybody's."""
+    labels, seed = about.get("labels"), about.get("seed")
+    if (
+        about["objective"] not in _OBJECTIVES
+        or about.get("dtype") not in _DTYPES
+        or not isinstance(labels, list)
+        or not all(isinstance(label, str) for label in labels)
+        or not isinstance(seed, int)
+        or not 0 <= seed < 1 << 63
+    ):
+        raise JournalError(f"{path}: what its header says about the run is damaged; take another copy of it")
+    from zokern.finetune import models  # transformers, which other journals do not need
+
+    with surroundings.kept():
+        config = models.load_config(base)
+        dtype = getattr(torch, about["dtype"])
+        model, tokenizer = models.load(Options(model=base, seed=seed), about["objective"], labels, config, dtype)
+    return model.to(models.choose_device(device)), tokenizer

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import platform
+import shlex
+import signal
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
 
-from zokern import ZokernWarning, journal
+from zokern import journal
 from zokern.finetune import data as texts
-from zokern.finetune import methods, models, plots
+from zokern.finetune import display, failures, identity, methods, models, plots, resuming, surroundings
 from zokern.finetune.checkpoints import longest
 from zokern.finetune.clock import peak_memory
-from zokern.finetune.display import Display, clock, percent
+from zokern.finetune.display import Display, Shown, clock, percent
 from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
-from zokern.finetune.output import Output
+from zokern.finetune.output import Output, claim
 from zokern.finetune.prompts import Prompt
+from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
+from zokern.journal import tools as journal_tools
 from zokern.optim import ZerothOrderOptimizer
 from zokern.report import versions
 
@@ -45,6 +50,14 @@ class Summary:
     skipped: int
     model: str
     output: Output
+    stopped: int | None = None  # the signal that came
+
+    @property
+    def code(self) -> int:
+        """The command's exit code: 128 and the signal's number, 1 where the journal was lost, 0."""
+        if self.stopped is not None or self.result.interrupted:
+            return 128 + (self.stopped or signal.SIGINT)
+        return int(self.output.incomplete)
 
     @property
     def gained(self) -> float:
@@ -52,24 +65,51 @@ class Summary:
         return 100 * (self.result.accuracy[1] - self.result.accuracy[0])
 
 
+def run(
+    options: Options,
+    console: Console | None = None,
+    *,
+    resume: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> Summary:
+    """Fine-tune as `options` say. Raises FinetuneError for what the user can mend.
+
+    Ctrl-C, SIGTERM and SIGHUP end it early, saved; where there is nothing to save, or at a second Ctrl-C, Stopped is
+    raised, a KeyboardInterrupt that says what there is.
+
+    resume: the run in options.output, which broke off, goes on with the same bits, and with its own options. given: those
+    that the user has set besides; they have to be the same, but that steps may be more.
+    """
+    console = console or Console(file=cast(IO[str], Shown(sys.stdout)))
+    if not resume:
+        options.check()
+    with surroundings.kept(), Stop().installed() as stop:
+        models.import_transformers()
+        plots.require()
+        if resume and not options.output.is_dir():
+            raise FinetuneError(
+                f"--resume: {options.output / 'options.json'} cannot be read (there is no such directory); give the "
+                "--output of a run"
+            )
+        say = functools.partial(display.say, console)
+        with claim(options.output, force=options.force, resume=resume, say=say) as output:
+            return _Run(options, console, output, stop).guarded(resume, given)
+
+
 class Loaded(NamedTuple):
-    """What a run has before its first step. about: for the journal. say: prints a line under a name."""
+    """What a run has before its first step. about: for the journal."""
 
     task: Task
     tokenizer: Any
     optimizer: ZerothOrderOptimizer
     data: texts.Data
     about: dict[str, Any]
-    say: Callable[[str, str], None]
 
 
-def load(options: Options, console: Console) -> Loaded:
-    """Model, data and optimizer of a run, and says what was chosen. Nothing is written."""
-    models.import_transformers()
-    plots.require()
+def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
+    """Model, data and optimizer of a run. Nothing is written. say: prints a line under a name: what was chosen."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-
     begun = time.perf_counter()
     device = models.choose_device(options.device)
     config = models.load_config(options.model)
@@ -77,7 +117,8 @@ def load(options: Options, console: Console) -> Loaded:
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
         objective, reason = models.choose_objective(config)
-    data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
+    with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
+        data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
     task, tokenizer = _task(options, objective, data, config, dtype, device)
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
@@ -88,20 +129,20 @@ def load(options: Options, console: Console) -> Loaded:
         raise FinetuneError(str(error)) from error
     about = {"model": options.model, "objective": objective, "labels": data.labels, "dtype": _name(dtype),
              "seed": options.seed}  # fmt: skip
-    tuned = _tuned(task)
-
-    def say(name: str, value: str) -> None:
-        console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
-
     where = f"{_name(dtype)} on {device}"
-    say("model", f"{options.model}: {config.model_type}, {tuned / 1e6:,.1f} million parameters, {where}")
+    say("model", f"{options.model}: {config.model_type}, {_tuned(task) / 1e6:,.1f} million parameters, {where}")
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
     for note in data.notes:
         say("", note)
     say("objective", f"{objective} ({reason})")
     say("method", _method(options, optimizer))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
-    return Loaded(task, tokenizer, optimizer, data, about, say)
+    return Loaded(task, tokenizer, optimizer, data, about)
+
+
+def line(console: Console, name: str, value: str) -> None:
+    """Prints a value under its name."""
+    display.say(console, f"{name:<10}{value}")
 
 
 def _tuned(task: Task) -> int:
@@ -109,31 +150,112 @@ def _tuned(task: Task) -> int:
     return sum(p.numel() for p in task.model.parameters() if p.requires_grad)
 
 
-def run(options: Options, console: Console | None = None, *, resume: bool = False) -> Summary:
-    """Fine-tune as `options` say. Raises FinetuneError for what the user can mend; Ctrl-C ends it early, saved.
+class _Run:
+    """One run in its output directory."""
 
-    resume: options are those that a run which broke off left in its output directory; it goes on with the same bits.
-    """
-    console = console or Console()
-    if not resume:
-        options.check()
-    task, tokenizer, optimizer, data, about, say = load(options, console)
-    display = Display(console, options.steps, f"zokern finetune, {options.method}")
-    with contextlib.ExitStack() as stack:
-        output, done = _open(options, optimizer, about, resume, stack)
+    def __init__(self, options: Options, console: Console, output: Output, stop: Stop) -> None:
+        self.options, self.console, self.output, self.stop = options, console, output, stop
+        self.optimizer: ZerothOrderOptimizer | None = None
+
+    def guarded(self, resume: bool, given: Mapping[str, Any] | None) -> Summary:
+        """The run; what goes wrong is told with what there is."""
+        try:
+            return self._go(resume, given)
+        except KeyboardInterrupt:
+            raise Stopped(self._what_is_there("stopped", resume), self.stop.code) from None
+        except journal.JournalError as error:
+            if self.output.journaled:
+                raise FinetuneError(self._what_is_there(str(error), resume)) from error
+            self.output.abandon()
+            raise FinetuneError(str(error)) from error
+        except FinetuneError:
+            self.output.abandon()
+            raise
+        except Exception as error:
+            if (why := failures.reason(error)) is None:
+                self.output.abandon()
+                raise
+            where = f"--output {str(self.output.directory)!r} cannot be written ({why})"
+            raise FinetuneError(self._what_is_there(where, resume)) from error
+
+    def _what_is_there(self, head: str, resume: bool) -> str:
+        """What an error or a signal has left, and the command that goes on."""
+        if self.output.abandon() or self.optimizer is None:
+            return (
+                f"{head}; the run there is as it was" if resume else f"{head} before the first step; nothing was saved"
+            )
+        saved = f"the model is in {self.output.checkpoint}" if self.output.saved else "the model has not been saved"
+        if not self.output.resumable:
+            return f"{head}; {saved}, and without a journal the run cannot go on"
+        done, steps = _steps_in(self.output.journal), self.options.steps
+        rest = "writes the rest in seconds" if done == steps else "goes on from there"
+        return f"{head}; {done} of {steps} steps are in {self.output.journal}, {saved}; {rest}: {self.output.again}"
+
+    def _say(self, name: str, value: str) -> None:
+        line(self.console, name, value)
+
+    def _go(self, resume: bool, given: Mapping[str, Any] | None) -> Summary:
+        say, output = self._say, self.output
+        found = identity.Stored(self.options, None, [])
         if resume:
-            say("resumed", f"at step {done} of {options.steps}")
-        result = train(task, optimizer, options, output, display, done)
-    output.save_model(task.model, tokenizer)
-    output.close()
-    plots.save(
-        output.curves, output.records, f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
-    )
-    summary = Summary(result, about["objective"], str(task.device), about["dtype"], _tuned(task), peak_memory(task.device),
-                      dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output)  # fmt: skip
-    output.save_json("run.json", _record(options, data, summary))
-    _print(summary, say)
-    return summary
+            found = identity.load(output.directory, given)
+        options = self.options = found.options
+        if resume:
+            resuming.check(output, options)
+        loaded = load(options, say)
+        task, tokenizer, data, optimizer = loaded.task, loaded.tokenizer, loaded.data, loaded.optimizer
+        now = identity.hashes(data, task)
+        if resume and found.hashes is not None:
+            identity.compare(found.hashes, now, options)
+        self.optimizer = optimizer
+        if resume and found.hashes is None:
+            say("", "the data could not be compared with the run's: an older zokern wrote its options.json")
+        found = dataclasses.replace(found, hashes=now)
+
+        shown = Display(self.console, options.steps, f"zokern finetune, {options.method}")
+        with contextlib.ExitStack() as stack:
+            start = None
+            if resume:
+                start = resuming.go_on(task, optimizer, found, output, stack, say)
+            else:
+                output.begin(identity.file(found))
+                if options.journal:
+                    stack.enter_context(journal.write(optimizer, output.journal, about=loaded.about))
+            if options.journal:
+                output.watch_journal()
+
+            def save() -> None:
+                stack.close()  # the journal is complete
+                output.mend()
+                output.save_model(task.model, tokenizer)
+
+            result = train(task, optimizer, options, output, shown, self.stop, save, start)
+        output.mend()
+        about, device = loaded.about, task.device
+        summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
+                          dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
+                          self.stop.asked)  # fmt: skip
+        output.save_json("run.json", _record(options, data, summary))
+        title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
+        try:
+            output.save_curves(lambda path: plots.save(path, output.records, title))
+        except Exception as error:  # a picture loses nothing
+            why = failures.reason(error) or error
+            say("", f"warning: curves.png could not be drawn ({why}); metrics.jsonl has its figures")
+        output.complete()
+        _print(summary, say)
+        summary.stopped = self.stop.asked
+        if self.stop.asked is not None and not result.interrupted:
+            say("", f"{self.stop.name} came when the steps were done; the result is complete")
+        return summary
+
+
+def _steps_in(path: Path) -> int:
+    """How many steps a journal has."""
+    try:
+        return len(journal_tools.summary(path)["steps"])
+    except journal.JournalError:
+        return 0
 
 
 def _method(options: Options, optimizer: ZerothOrderOptimizer) -> str:
@@ -143,26 +265,6 @@ def _method(options: Options, optimizer: ZerothOrderOptimizer) -> str:
     return f"{options.method}, {settings}, {each}"
 
 
-def _open(
-    options: Options, optimizer: Any, about: dict[str, Any], resume: bool, stack: contextlib.ExitStack
-) -> tuple[Output, int]:
-    """The output directory and the journal in it; how many steps are done."""
-    path = options.output / "journal.zkj"
-    try:
-        if resume:
-            with warnings.catch_warnings():  # a record that was cut off is what a killed run leaves
-                warnings.simplefilter("ignore", ZokernWarning)
-                done = stack.enter_context(journal.resume(optimizer, path))
-            return Output(options.output, resumed_at=done), done
-        output = Output(options.output)
-        output.save_json("options.json", options.as_json())
-        if options.journal:
-            stack.enter_context(journal.write(optimizer, path, about=about))
-        return output, 0
-    except journal.JournalError as error:
-        raise FinetuneError(str(error)) from error
-
-
 def _task(
     options: Options, objective: str, data: texts.Data, config: Any, dtype: torch.dtype, device: torch.device
 ) -> tuple[Task, Any]:
@@ -170,10 +272,12 @@ def _task(
     sentences = [data.descriptions.get(label, label) for label in labels]
     words = [label.replace("_", " ") for label in labels]
     if options.descriptions is not None:
-        found = texts.read_map(options.descriptions, "--descriptions", labels)
+        with failures.telling("--descriptions cannot be read", "give a JSON file {label: text}"):
+            found = texts.read_map(options.descriptions, "--descriptions", labels)
         sentences = [found[label] for label in labels]
     if options.verbalizers is not None:
-        found = texts.read_map(options.verbalizers, "--verbalizers", labels)
+        with failures.telling("--verbalizers cannot be read", "give a JSON file {label: word}"):
+            found = texts.read_map(options.verbalizers, "--verbalizers", labels)
         words = [found[label] for label in labels]
     model, tokenizer = models.load(options, objective, labels, config, dtype)
     models.place(model, device)
@@ -248,5 +352,5 @@ def _print(summary: Summary, say: Any) -> None:
     path = summary.output.journal
     if path.exists():
         size = path.stat().st_size / 1000
-        again = f"zokern replay {summary.model} {path} -o DIRECTORY"
+        again = f"zokern replay {shlex.quote(summary.model)} {shlex.quote(str(path))} -o DIRECTORY"
         say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {again} makes the model again")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from zokern import drawing
 from zokern.journal.format import BROKEN_OFF, SKIPPED, JournalError
 from zokern.journal.reader import Reader, Step
 from zokern.optim import METHODS
@@ -66,14 +67,10 @@ def summary(path: Path) -> dict[str, Any]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Loss and learning rate of a journal's steps, as PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    figure = drawing.figure(figsize=(7, 5), layout="constrained")
     loss = np.array(found["loss"], np.float64)
     window = max(len(loss) // 50, 1)
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(3, 1), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot(found["steps"], loss, color="0.8", linewidth=0.8, label="loss of each step")
     if len(loss) > window > 1:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
@@ -84,9 +81,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     below.set_ylabel("lr")
     below.set_xlabel("step")
     title = f"{printable(found['header']['method'])}, {len(loss)} steps, {found['bytes'] / 1000:,.1f} kB"
-    above.set_title(title, parse_math=False)
+    drawing.plain(above.set_title(""), title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _run_of(reader: Reader) -> dict[str, Any]:
