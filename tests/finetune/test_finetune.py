@@ -495,10 +495,10 @@ OWN_SETTINGS: dict[str, dict] = {
     "hizoo": {"num_samples": 2, "smoothing": 1e-5, "curvature_dtype": "bfloat16"},
     "helene": {"num_samples": 2, "beta1": 0.5, "anneal_steps": 7.0, "hessian_interval": 3, "gamma": 2.0, "floor": 0.5,
                "delta": 1e-3},
-    "mezo-gv": {"candidates": 3, "elite": 0.4, "smoothing": 1e-4},
+    "mezo-gv": {"candidates": 3, "elite": 0.4, "smoothing": 1e-4, "keep_best": True},
     "mezo-greedy": {"candidates": 3, "curvature_dtype": "bfloat16", "smoothing": 0.0},
     "fzoo": {"candidates": 3},
-    "es": {"num_directions": 3, "shaping": "ranked", "antithetic": True},
+    "es": {"num_directions": 3, "shaping": "ranked", "antithetic": True, "scale": "paper"},
 }  # fmt: skip
 KEPT_AS = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
 

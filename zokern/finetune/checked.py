@@ -19,7 +19,7 @@ def check(options: Options, console: Console | None = None) -> Result:
     --output may be anything. Raises FinetuneError for what the user can mend.
     """
     console = console or Console()
-    options.check()
+    options.check_stored()
     with surroundings.kept():
         models.import_transformers()
         return _check(options, console)

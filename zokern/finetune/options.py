@@ -256,7 +256,7 @@ class Options:
             former.check(self.output, self.force)
 
     def check_stored(self) -> None:
-        """The part of `check` that a run which goes on needs: all but where its results go."""
+        """The part of `check` that is needed where no new results are written: all but where they go."""
         self.check_each()
         _check_together(self)
         _check_data(self)

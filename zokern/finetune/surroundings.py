@@ -37,6 +37,7 @@ def _keep(stack: contextlib.ExitStack) -> None:
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     stack.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", "a loss was not finite", ZokernWarning)  # the display has their count
+    warnings.filterwarnings("ignore", ".* was removed while it was written", ZokernWarning)  # Output puts it back
     with contextlib.suppress(ImportError):
         import transformers
         from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
