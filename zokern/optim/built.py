@@ -18,6 +18,7 @@ from zokern.optim.events import Listener
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
 from zokern.optim.parameters import Parameters
+from zokern.optim.turn import Turn
 from zokern.settings import REQUIRED, Setting, takes_settings
 from zokern.sweep import Passes
 
@@ -36,6 +37,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         groups, self.module, registry = parameters.parse(values["params"])
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
+        self._turn = Turn(type(self).__name__)
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.listeners: list[Listener] = []
         self.reduce: Reduce | None = None

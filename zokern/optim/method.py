@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zokern.optim import state
 from zokern.optim.drivers import Rounds
+from zokern.optim.ledger import Ledger
 from zokern.optim.numbers import StepNumbers
 from zokern.optim.parameters import Active
 from zokern.optim.update import Estimate, Rates, sgd
@@ -61,6 +62,10 @@ class Method:
         return None
 
     # ----------------------------------------------------------------------------- what it remembers besides states
+
+    def note(self, ok: Tensor, ledger: Ledger) -> None:
+        """Called when all of a step is known but its last pass: remembers the step, through `ledger`, which takes it back
+        if the pass is not made. ok (0-d bool, on the device) says whether the pass does anything."""
 
     def applied(self, ok: Tensor) -> None:
         """Called after the step's last pass; ok (0-d bool, on the device) says whether it did anything."""

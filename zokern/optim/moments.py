@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from zokern.optim.ledger import Ledger
 from zokern.optim.numbers import Rows
 from zokern.optim.update import Estimate, Rates, adam
 from zokern.passes.update import Update, sent
@@ -23,8 +24,8 @@ class Memory(ABC):
     """What an update remembers."""
 
     @abstractmethod
-    def commit(self, ok: Tensor) -> None:
-        """Called after the pass; ok says whether it was done or skipped."""
+    def commit(self, ok: Tensor, ledger: Ledger) -> None:
+        """Called before the pass; ok says whether it is done or skipped. `ledger` takes back what was never done."""
 
     @abstractmethod
     def save(self) -> list[Any]:
@@ -61,10 +62,10 @@ class AdamCounts(Memory):
         n = torch.stack([sent(self.counts[key], rates.lr.device) for key in keys]) + 1.0
         return adam(estimate, rates, betas, delta, n)
 
-    def commit(self, ok: Tensor) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger) -> None:
         for key in self._now:
             self.counts[key] = sent(self.counts[key], ok.device)
-            self.counts[key].add_(ok)  # in place, for a step that is captured in a graph
+            ledger.add(self.counts[key], ok)
 
     def save(self) -> list[Any]:
         return [[key, count.clone()] for key, count in self.counts.items()]
@@ -122,10 +123,13 @@ class AdaMeZOHistory(Memory):
             {"step": 0.0},
         )
 
-    def commit(self, ok: Tensor) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger) -> None:
         assert self._now is not None
         seed, dropped, c = self._now
-        self.entries.appendleft((seed, dropped, torch.where(ok, c, 0.0)))  # a skipped step is a step without gradient
+        entry = seed, dropped, torch.where(ok, c, 0.0)  # a skipped step is a step without gradient
+        before = self.entries
+        ledger.undo(lambda: setattr(self, "entries", before))
+        self.entries = deque([entry, *before][: before.maxlen], before.maxlen)
 
     def save(self) -> list[Any]:
         return [list(entry) for entry in self.entries]

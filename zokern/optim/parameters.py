@@ -51,10 +51,12 @@ class Registry:
         if id(p) not in self.ids:
             if name is not None and name in self._taken:
                 raise ValueError(f"params: two parameters are called {name!r}; give each a name of its own")
-            self.ids[id(p)] = max(self.ids.values(), default=-1) + 1
-            self.names[id(p)] = name or f"parameter {self.ids[id(p)]}"
-            self._taken.add(self.names[id(p)])
+            number = max(self.ids.values(), default=-1) + 1
+            name = name or f"parameter {number}"
             self._keep.append(p)
+            self._taken.add(name)
+            self.names[id(p)] = name
+            self.ids[id(p)] = number  # last: who has one has the rest
 
 
 def parse(params: object) -> tuple[Groups, nn.Module | None, Registry]:

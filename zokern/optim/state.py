@@ -18,9 +18,9 @@ def of(every: Mapping[Tensor, dict[str, Any]], param: Tensor, spec: Spec) -> dic
     if not spec:
         return {}
     own = every[param]
-    for name, (dtype, initial) in spec.items():
-        if name not in own:
-            own[name] = torch.full(param.shape, initial, dtype=dtype, device=param.device)
+    if not spec.keys() <= own.keys():  # all of them or none: some alone could not be saved and loaded again
+        own.update({name: torch.full(param.shape, initial, dtype=dtype, device=param.device)
+                    for name, (dtype, initial) in spec.items() if name not in own})  # fmt: skip
     return {name: own[name] for name in spec}
 
 
