@@ -22,19 +22,13 @@ NUMBERS = sorted(int(number) for number in signal.valid_signals() - {signal.SIGK
 _PLACES = range(len(NUMBERS))
 
 
-def _set(handlers: dict[int, Handler]) -> None:
-    """In one call, between whose parts no other line of Python runs."""
-    list(map(_signal.signal, handlers, handlers.values()))
-
-
 class Waiting:
     """Stands in for a handler: what arrives while signals are held is noted, anything else goes straight on to it. So it
     does no harm where it stays: a closure may have kept it to put it back later."""
 
     __slots__ = ("handler", "interrupts")
-
-    def __init__(self, interrupts: HeldInterrupts, handler: Handler) -> None:
-        self.interrupts, self.handler = interrupts, handler
+    handler: Handler
+    interrupts: HeldInterrupts
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.interrupts.holding:
@@ -48,6 +42,8 @@ class HeldInterrupts:
 
     holding: whether signals wait. It is set by one assignment, before which a signal is let through and after which it
     waits; so who releases holds again by `holding = True` at the beginning of a `finally`, and then calls `hold`.
+
+    Several handlers are set in one call, between whose parts no line of Python runs.
     """
 
     def __init__(self) -> None:
@@ -60,11 +56,10 @@ class HeldInterrupts:
     def __enter__(self) -> HeldInterrupts:
         try:
             if self._main:
-                self._take()
+                self._take(list(map(_signal.getsignal, NUMBERS)))
             self.holding = True
         except BaseException:  # of a handler: nothing is held yet, so nothing can be lost
-            self.over = True
-            self._give_back()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -72,42 +67,43 @@ class HeldInterrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.over = True
-            self._give_back()
+            self.over, put = True, {}
+            for i, waiting in self._taken.items():
+                if _signal.getsignal(NUMBERS[i]) is waiting:
+                    put[NUMBERS[i]] = waiting.handler
+            list(map(_signal.signal, put, put.values()))
         finally:
             self.holding = False
-            self._deliver()
+            if self.received:
+                self._deliver()
 
     def release(self) -> None:
         """From now on signals do what they did before; what was held back is delivered."""
         self.holding = False
-        self._deliver()
+        if self.received:
+            self._deliver()
 
     def hold(self) -> None:
         """From now on signals wait, also those whose handlers the closure has set."""
         self.holding = True
         if self._main:
-            self._take()
+            handlers = list(map(_signal.getsignal, NUMBERS))
+            if handlers != self._seen:
+                self._take(handlers)
 
-    def _take(self) -> None:
-        """A `Waiting` in the place of every handler that has none of ours."""
-        handlers = list(map(_signal.getsignal, NUMBERS))
-        if handlers == self._seen:
-            return
-        taken = {}
+    def _take(self, handlers: list[Any]) -> None:
+        """A `Waiting` in the place of every handler that is none of ours."""
+        put = {}
         for i in itertools.compress(_PLACES, map(callable, handlers)):
             if handlers[i] is not self._taken.get(i):
                 handler = handlers[i]
                 while isinstance(handler, Waiting) and handler.interrupts.over:  # one that stayed
                     handler = handler.handler
-                handlers[i] = taken[i] = Waiting(self, handler)
-        self._taken.update(taken)
-        _set({NUMBERS[i]: waiting for i, waiting in taken.items()})
+                waiting = Waiting()
+                waiting.handler, waiting.interrupts = handler, self
+                handlers[i] = self._taken[i] = put[NUMBERS[i]] = waiting
+        list(map(_signal.signal, put, put.values()))
         self._seen = handlers
-
-    def _give_back(self) -> None:
-        ours = ((NUMBERS[i], waiting) for i, waiting in self._taken.items())
-        _set({number: waiting.handler for number, waiting in ours if _signal.getsignal(number) is waiting})
 
     def _deliver(self) -> None:
         """All that was held back, also where the handler of one raises."""

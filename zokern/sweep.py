@@ -263,7 +263,7 @@ class Passes:
     listener: Listener | None = None
     gate: Tensor | None = None
     done: int = 0
-    _under_way: _UnderWay | None = None
+    under_way: _UnderWay | None = None
 
     def run(
         self,
@@ -283,13 +283,17 @@ class Passes:
             return
         backend, every, reached = self.backend, sweep.operands(spec.rule.states, out), _here.tables
         told = [(spec, numbers)] if out is None else []
-        self._under_way = _UnderWay(
+        self.under_way = _UnderWay(
             reached, reached[0], every, lambda operands, first: launch(operands, spec, numbers, backend, first),
             told, counted, 2 * sweep.numel,
         )  # fmt: skip
         for operands in every:
             self.counters.launches += run(operands, spec, numbers, backend)
-        self._note(self._under_way)
+        self.under_way, self.done = None, self.done + 1
+        if out is None and self.listener is not None:
+            self.listener(spec, numbers)
+        self.counters.passes += counted
+        self.counters.elements_moved += 2 * sweep.numel
 
     def chain(
         self,
@@ -308,28 +312,28 @@ class Passes:
         go = functools.partial(run_chain, stages=stages, rule=rule, enabled=enabled, backend=self.backend)
         every, reached = sweep.operands(rule.states, probes=probes), _here.tables
         elements = 2 * sweep.numel + sum(probe.numel() for probe in probes if probe is not None)
-        self._under_way = _UnderWay(
+        self.under_way = _UnderWay(
             reached, reached[0], every, lambda operands, first: go(operands, first=first),
             stages[:-1] if probes else stages, 1, elements,
         )  # fmt: skip
         for operands in every:
             self.counters.launches += go(operands)
-        self._note(self._under_way)
+        self._note(self.under_way)
 
     @property
     def begun(self) -> int:
         """Passes that were done, with one that has broken off after its first launch."""
-        one = self._under_way
+        one = self.under_way
         return self.done + (one is not None and one.reached[0] != one.before)
 
     def settle(self) -> None:
         """Does what is left of a pass that broke off between two launches; one that broke off before them never was."""
-        one = self._under_way
+        one = self.under_way
         if one is None:
             return
         done = one.reached[0] - one.before
         if done == 0:
-            self._under_way = None
+            self.under_way = None
             return
         for operands in one.operands:
             count = len(operands.tables())
@@ -339,7 +343,7 @@ class Passes:
         self._note(one)
 
     def _note(self, one: _UnderWay) -> None:
-        self._under_way, self.done = None, self.done + 1
+        self.under_way, self.done = None, self.done + 1
         if self.listener is not None:
             for spec, numbers in one.told:
                 self.listener(spec, numbers)

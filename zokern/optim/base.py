@@ -12,6 +12,7 @@ the host never waits. A loss that is not finite makes the step skip itself on th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,7 +77,8 @@ class ZerothOrderOptimizer(Saving, Captured):
         with HeldInterrupts() as interrupts:
             numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
             self._step(losses, numbers, interrupts)
-            self._skips.tell()
+            if self._skips.news:
+                self._skips.tell()
         return self.metrics["loss"]
 
     @torch.no_grad()
@@ -88,22 +90,26 @@ class ZerothOrderOptimizer(Saving, Captured):
             self._skips.tell()
 
     def _step(self, losses: Losses, numbers: StepNumbers, interrupts: HeldInterrupts) -> None:
-        with self._turn("step"):
+        turn = self._turn
+        if not turn.lock.acquire(blocking=False):
+            turn.refuse("step")
+        try:
+            turn.taken = "step", threading.get_ident()
             for listener in self.listeners:
                 if isinstance(listener, Careful):
                     listener.before_step()
             if numbers.device is not None:
                 self._skips.count = sent(self._skips.count, numbers.device)
             self.numbers = numbers
-            try:
-                self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
-                self._evaluate_and_update(losses, Rates(*numbers.rates(self.active.rows)), interrupts)
-            finally:
-                del self.numbers
+            self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            self._evaluate_and_update(losses, Rates(*numbers.rates(self.active.rows)), interrupts)
+        finally:
+            vars(self).pop("numbers", None)
+            turn.lock.release()
 
     def _evaluate_and_update(self, losses: Losses, rates: Rates, interrupts: HeldInterrupts) -> None:
         told: list[tuple[PassSpec, PassNumbers]] = []
-        counters, sweep, ledger = self._passes.counters, self.active.sweep, Ledger(self._passes)
+        counters, sweep, ledger = self._passes.counters, self.active.sweep, Ledger()
         step, costs = counters.steps, vars(counters).copy()
         layout = self._parameters.layout(self) if self.listeners else {}
         lrs = tuple(float(group["lr"]) for group in self.param_groups) if self.listeners else ()
@@ -129,16 +135,17 @@ class ZerothOrderOptimizer(Saving, Captured):
             self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates, ledger)
         finally:
             interrupts.holding = True  # also where a second signal has come between the closure and here
-            done = ledger.settle()
+            done = ledger.returned or ledger.settle(self._passes)
             try:
                 try:
-                    self._passes.settle()
+                    if self._passes.under_way is not None:
+                        self._passes.settle()
                 finally:
                     self._placement.end()
             finally:
                 self._passes.gate = self._passes.listener = None
                 if done:  # whatever was raised since, and whatever those who are told of it raise
-                    counters.steps, self.metrics = step + 1, ledger.metrics
+                    counters.steps, self.metrics = step + 1, dict(ledger.metrics)
                 else:
                     vars(counters).update(costs)
                 if self.listeners:
@@ -160,13 +167,15 @@ class ZerothOrderOptimizer(Saving, Captured):
         )
         ahead = self._ahead() if self.pipelined else None
         self.note(ok, ledger)
-        if self.listeners and type(self).applied is ZerothOrderOptimizer.applied:
+        later = type(self).applied is not ZerothOrderOptimizer.applied
+        if self.listeners and not later:
             ledger.memory = tuple(self.memory())
-        ledger.begin(ok)
+        ledger.before, ledger.ok = self._passes.done, ok
         self._placement.update(update, ok, rounding, ahead)
-        ledger.end()
-        self.metrics = ledger.metrics
-        self.applied(ok)
+        ledger.returned = True
+        if later:
+            self.metrics = dict(ledger.metrics)
+            self.applied(ok)
 
     def _ahead(self) -> placements.Ahead:
         """Every method's first probe of perturbed weights is along direction 0."""

@@ -37,7 +37,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         groups, self.module, registry = parameters.parse(values["params"])
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
-        self._turn = Turn(type(self).__name__)
+        self._turn = Turn()
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.listeners: list[Listener] = []
         self.reduce: Reduce | None = None

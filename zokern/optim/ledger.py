@@ -7,7 +7,7 @@ step is whole or was not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -15,47 +15,34 @@ from zokern.sweep import Passes
 
 
 class Ledger:
-    """Of one step. ok: 0-d bool, whether its update does anything; None until the last pass is about to be launched.
-    metrics: of the step. memory: what a journal needs of it; None where that is known only after the pass.
+    """Of one step. ok: 0-d bool, whether its update does anything; None until the last pass is about to be launched, when
+    `before` passes were done. returned: the last pass was made. metrics: of the step. memory: what a journal needs of it;
+    None where that is known only after the pass.
     """
 
-    def __init__(self, passes: Passes) -> None:
-        self.ok: Tensor | None = None
-        self.metrics: dict[str, Tensor] = {}
-        self.memory: tuple[float, ...] | None = None
-        self._passes = passes
-        self._before = 0  # passes that were begun when the last one was about to be
-        self._returned = False
-        self._undo: list[Callable[[], object]] = []
+    ok: Tensor | None = None
+    before = 0
+    returned = False
+    metrics: Mapping[str, Tensor] = {}
+    memory: tuple[float, ...] | None = None
+    _undo: tuple[Callable[[], object], ...] = ()
 
     def undo(self, take_back: Callable[[], object]) -> None:
         """What takes back a change that is about to be made; called twice, or without the change, it does no harm."""
-        self._undo.append(take_back)
+        self._undo = (*self._undo, take_back)
 
     def add(self, count: Tensor, by: Tensor) -> None:
         """Counts, in place: a captured step goes on working on the same tensor."""
-        self._undo.append(_Added(count.add_(by), by))
+        self._undo = (*self._undo, _Added(count.add_(by), by))
 
-    def begin(self, ok: Tensor) -> None:
-        """All is written down; the last pass comes now."""
-        self._before, self.ok = self._passes.begun, ok
-
-    def end(self) -> None:
-        """The last pass was made."""
-        self._returned = True
-
-    @property
-    def done(self) -> bool:
-        return self.ok is not None and (self._returned or self._passes.begun != self._before)
-
-    def settle(self) -> bool:
+    def settle(self, passes: Passes) -> bool:
         """Whether the step was done; where it was not, what was written down is taken back."""
-        if self.done:
+        if self.ok is not None and (self.returned or passes.begun != self.before):
             return True
         self.ok = None
         while self._undo:
             self._undo[-1]()
-            self._undo.pop()
+            self._undo = self._undo[:-1]
         return False
 
 

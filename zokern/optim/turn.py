@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from types import TracebackType
+from collections.abc import Iterator
+from typing import NoReturn
 
 
 class Turn:
-    """Of one optimizer. `with turn("step"):` is entered by one at a time; any other is refused, and never waits.
+    """Of one optimizer: who has the lock has it alone, and any other is refused, and never waits. taken: what for, and by
+    which thread."""
 
-    Raises:
-        RuntimeError: before anything is changed, where the optimizer is at something else.
-    """
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.taken = "step", 0
 
-    def __init__(self, optimizer: str) -> None:
-        self._optimizer = optimizer
-        self._lock = threading.Lock()
-        self._what, self._who = "", 0
-
-    def __call__(self, what: str) -> Turn:
-        if not self._lock.acquire(blocking=False):
-            if self._who == threading.get_ident():
-                raise RuntimeError(
-                    f"{what} was called inside a {self._what} of the same optimizer; a closure returns a loss instead, and "
-                    "whatever changes the optimizer comes before the step or after it"
-                )
+    def refuse(self, what: str) -> NoReturn:
+        """
+        Raises:
+            RuntimeError: always; nothing has been changed.
+        """
+        at, who = self.taken
+        if who == threading.get_ident():
             raise RuntimeError(
-                f"{what} was called while another thread is in a {self._what} of the same optimizer ({self._optimizer}); "
-                "give each thread an optimizer and weights of its own, or let one wait for the other"
+                f"{what} was called inside a {at} of the same optimizer; a closure returns a loss instead, and whatever "
+                "changes the optimizer comes before the step or after it"
             )
-        self._what, self._who = what, threading.get_ident()
-        return self
+        raise RuntimeError(
+            f"{what} was called while another thread is in a {at} of the same optimizer; give each thread an optimizer and "
+            "weights of its own, or let one wait for the other"
+        )
 
-    def __enter__(self) -> None:
-        """Entered by the call already."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._lock.release()
+    @contextlib.contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        if not self.lock.acquire(blocking=False):
+            self.refuse(what)
+        try:
+            self.taken = what, threading.get_ident()
+            yield
+        finally:
+            self.lock.release()

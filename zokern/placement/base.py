@@ -64,6 +64,7 @@ class Perturbing:
 
     def __init__(self) -> None:
         self.sweep = NOTHING
+        self.left: object = None  # of a step that could not put everything back
         self.before = weakref.ref(NOTHING)  # the last step's
         self.eps = self.still = torch.empty(0)
         self._ones: dict[tuple[int, torch.device], Tensor] = {}  # kept: a captured pass goes on reading them
@@ -78,7 +79,16 @@ class Perturbing:
             if sweep is not None:
                 sweep.forget()
 
+    def try_again(self) -> None:
+        """The step before could not put everything back; it is done now, before anything else."""
+        self.end()
+
+    def end(self) -> None:
+        raise NotImplementedError
+
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
+        if self.left is not None:
+            self.try_again()
         self.sweep, self.eps = sweep, eps
         key = len(eps), eps.device
         if key not in self._ones:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from zokern.contract.rules import RULES
-from zokern.passes.spec import PassNumbers, PassSpec, pass_spec
+from zokern.passes.spec import PassNumbers, pass_spec
 from zokern.passes.update import Seed, Terms, Update, along, packed, perturbation, seed_tensor, sent
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import Passes, Sweep
+from zokern.sweep import Passes
 
 # An update of weights that are perturbed where they are restores them in the same pass: its rule then has an A.
 RESTORING = {"hizoo": "hizoo_restore"}
@@ -28,8 +28,8 @@ class InPlace(Perturbing):
     def __init__(self) -> None:
         super().__init__()
         self.current: dict[Seed, float | Tensor] = {}  # the weights are theta + eps * sum of these, maybe scaled
-        self._heading: tuple[dict[Seed, float | Tensor], int] | None = None  # where a pass goes; passes done before it
-        self._left: list[int] | None = None  # versions of weights that could not be restored
+        # Where a pass goes, noted before it, and how many were done then: wherever it breaks off, the weights are found.
+        self._heading: tuple[Terms, int] | None = None
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         self.passes = passes
@@ -42,23 +42,18 @@ class InPlace(Perturbing):
             if isinstance(change, Tensor) or change != 0.0:
                 delta[seed] = change
         if delta:
-            self._move(dict(terms), self.spec, perturbation(self.eps, delta, self.still, self.passes.gate))
-        self.current = dict(terms)
+            numbers = perturbation(self.eps, delta, self.still, self.passes.gate)
+            torch.clear_autocast_cache()  # of casts of what the weights are still
+            self._heading = terms, self.passes.done
+            self.passes.run(self.sweep, self.spec, numbers)
+        self.current, self._heading = dict(terms), None
         return contextlib.nullcontext()
 
-    def _move(self, terms: dict[Seed, float | Tensor], spec: PassSpec, numbers: PassNumbers) -> None:
-        """The pass that takes the weights to theta + eps * sum of `terms`. That is noted before it: wherever it breaks off,
-        `_settle` knows where they are."""
-        torch.clear_autocast_cache()  # of casts of what the weights are still
-        self._heading = terms, self.passes.done
-        self.passes.run(self.sweep, spec, numbers)
-        self.current, self._heading = terms, None
-
     def _settle(self) -> None:
-        if self._heading is not None:
-            self.passes.settle()
-            terms, before = self._heading
-            self.current, self._heading = self.current if self.passes.done == before else terms, None
+        assert self._heading is not None
+        self.passes.settle()
+        terms, before = self._heading
+        self.current, self._heading = self.current if self.passes.done == before else dict(terms), None
 
     def update(self, update: Update, ok: Tensor, rounding: Rounding, ahead: Ahead | None = None) -> None:
         # The weights are w = theta + sum r z, and decay*theta + sum u z = decay*w + sum (u - decay*r) z. A skipped step
@@ -78,29 +73,31 @@ class InPlace(Perturbing):
         rule = RULES[RESTORING.get(update.rule, update.rule)]
         spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
         numbers = PassNumbers(seed_tensor(every), *packed(rule, coefs, shared), rounding.seeds, self.passes.gate)
-        self._move({}, spec, numbers)
+        torch.clear_autocast_cache()
+        self._heading = {}, self.passes.done
+        self.passes.run(self.sweep, spec, numbers)
+        self.current, self._heading = {}, None
 
     def memory(self) -> list[Tensor]:
         """The copies' memory: none."""
         return []
 
-    def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
-        if self._left is not None:  # the step before could not restore them; who has changed them since, has done it
-            if self._left != self._versions():
-                self.current, self._heading = {}, None
-            self.end()
-        super().begin(sweep, eps, scaled=scaled)
+    def try_again(self) -> None:
+        if self.left != self._versions():  # somebody has loaded others since
+            self.current, self._heading = {}, None
+        self.end()
 
     def end(self) -> None:
         """Restores the weights, wherever they are. Where that fails they are still known to be perturbed: the next step
         tries again, before anything else."""
         try:
-            self._settle()
+            if self._heading is not None:
+                self._settle()
             if self.current:
                 self.present({})
-            self._left = None
+            self.left = None
         except BaseException:
-            self._left = self._versions()
+            self.left = self._versions()
             raise
         self.leave()
 

@@ -149,8 +149,6 @@ class Shadow(Exact):
         sites.refuse_unswappable(self.module, "shadow")
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
-        if self.hooks or self.presented:  # the step before could not put everything back
-            self.end()
         super().begin(sweep, eps, scaled=scaled)
         copy_of = self._lay_out(sweep)
         tree = sites.fingerprint(self.module), self.layout
@@ -194,10 +192,11 @@ class Shadow(Exact):
             self._show(copies=False)
 
     def end(self) -> None:
+        self.left = self  # until all is back
         if self.presented:
             self._show(copies=False)
         self.remove_hooks()
-        self.pairs = []
+        self.pairs, self.left = [], None
         self.leave()
 
     def _show(self, *, copies: bool) -> None:

@@ -177,8 +177,6 @@ class Stream(Exact):
         refuse(self.module)
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
-        if self.hooks or self.units:  # the step before could not put everything back
-            self.end()
         super().begin(sweep, eps, scaled=scaled)
         self.units, hooks, module = self._lay_out(sweep), self.hooks, self.module
         hooks.append(module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(clean=True)))
@@ -250,6 +248,7 @@ class Stream(Exact):
                 unit.show("weights")
 
     def end(self) -> None:
+        self.left = self  # until all is back
         self.terms, self.running = {}, None
         for unit in self.units:
             if unit.shown != "weights":
@@ -257,7 +256,7 @@ class Stream(Exact):
         self.remove_hooks()
         for unit in self.kept:
             unit.sweep = NOTHING  # states are among what it holds, which a load replaces
-        self.units, self.last = [], None
+        self.units, self.last, self.left = [], None, None
         self.leave()
 
     def _before(self, unit: Unit) -> None:
