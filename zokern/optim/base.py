@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zokern import placement as placements
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import drivers
+from zokern.optim import drivers, reach
 from zokern.optim.captured import Captured
 from zokern.optim.events import Careful, StepEvent
 from zokern.optim.ledger import Ledger
@@ -115,6 +115,8 @@ class ZerothOrderOptimizer(Saving, Captured):
         lrs = tuple(float(group["lr"]) for group in self.param_groups) if self.listeners else ()
 
         def evaluate(terms: Terms) -> Tensor:
+            if not reach.UNIT.issuperset(terms.values()):
+                reach.check_probe(terms, rates.eps, sweep.params)
             with self._placement.present(terms):
                 try:
                     interrupts.release()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zokern import placement as placements
 from zokern.directions import Direction
+from zokern.interrupts import HeldInterrupts
 from zokern.optim import parameters, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
@@ -112,9 +113,18 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._skips.load(skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in group["params"]:
-            self._parameters.registry.add(p)
-            parameters.check_parameter(p, f"params: {self._parameters.registry.names[id(p)]}")
-        parameters.check_group(group, len(self.param_groups) - 1)
+        """torch's. Raises what a constructor does for what is in the group, and leaves the optimizer as it was then."""
+        with HeldInterrupts(), self._turn.of("add_param_group"):
+            before, registry = list(self.param_groups), self._parameters.registry
+            known = list(registry.ids)
+            try:
+                super().add_param_group(param_group)
+                group = self.param_groups[-1]
+                for p in group["params"]:
+                    registry.add(p)
+                    parameters.check_parameter(p, f"params: {registry.names[id(p)]}")
+                parameters.check_group(group, len(self.param_groups) - 1)
+            except BaseException:
+                self.param_groups[:] = before
+                registry.keep(known)
+                raise

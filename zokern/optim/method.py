@@ -75,7 +75,11 @@ class Method:
         return []
 
     def load_history(self, history: list[Any]) -> None:
-        """Takes back what `history` gave."""
+        """Takes back what `history` gave; raises ValueError, before anything is changed, for what it cannot have given."""
+        if history:
+            raise ValueError(
+                f"state_dict: history has {len(history)} entries, and {type(self).__name__} remembers nothing"
+            )
 
     def memory(self) -> list[float]:
         """Numbers of the last step that it needs again in later ones, for the journal."""

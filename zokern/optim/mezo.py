@@ -129,8 +129,11 @@ class MeZO(ZerothOrderOptimizer):
         return [] if self._memory is None else self._memory.save()
 
     def load_history(self, history: list[Any]) -> None:
-        if self._memory is not None:
-            self._memory.load(history)
+        if self._memory is None:
+            super().load_history(history)
+        else:
+            blocks = 0 if self.layers is None else len(self.layers.names)
+            self._memory.load(history, len(self.param_groups), blocks)
 
     def memory(self) -> list[float]:
         return [] if self._memory is None else self._memory.numbers()

@@ -56,6 +56,10 @@ class Exact(Perturbing):
         """Whether a closure has put a copy elsewhere, through .data."""
         return self.places != list(map(Tensor.data_ptr, copies))
 
+    def forget(self) -> None:
+        """States were loaded: what was made ready for the next step is of others."""
+        self.ready = {}
+
     def remove_hooks(self) -> None:
         while self.hooks:
             self.hooks[-1].remove()
