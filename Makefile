@@ -11,7 +11,7 @@ BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo test coverage test-slow test-kernels wheel test-wheel lint format bench clean
+.PHONY: setup demo test coverage test-slow faults test-kernels wheel test-wheel lint format bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -38,6 +38,10 @@ coverage: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow_machine_code
+
+# Exceptions at every place of a step, kills, full disks.
+faults: setup
+	$(BIN)/python -m pytest -m faults
 
 # The CUDA and Triton kernels without a GPU, hours on two processors. PTX="--quick", "--arch 90 --seconds 600", --help: other selections.
 test-kernels: setup

@@ -287,11 +287,13 @@ class Passes:
             reached, reached[0], every, lambda operands, first: launch(operands, spec, numbers, backend, first),
             told, counted, 2 * sweep.numel,
         )  # fmt: skip
+        launches = 0
         for operands in every:
-            self.counters.launches += run(operands, spec, numbers, backend)
+            launches += run(operands, spec, numbers, backend)
         self.under_way, self.done = None, self.done + 1
         if out is None and self.listener is not None:
             self.listener(spec, numbers)
+        self.counters.launches += launches
         self.counters.passes += counted
         self.counters.elements_moved += 2 * sweep.numel
 
@@ -316,9 +318,10 @@ class Passes:
             reached, reached[0], every, lambda operands, first: go(operands, first=first),
             stages[:-1] if probes else stages, 1, elements,
         )  # fmt: skip
+        launches = 0
         for operands in every:
-            self.counters.launches += go(operands)
-        self._note(self.under_way)
+            launches += go(operands)
+        self._note(self.under_way, launches)
 
     @property
     def begun(self) -> int:
@@ -335,17 +338,20 @@ class Passes:
         if done == 0:
             self.under_way = None
             return
+        launches = 0
         for operands in one.operands:
             count = len(operands.tables())
+            launches += count
             if done < count:
                 one.launch(operands, done)
             done = max(done - count, 0)
-        self._note(one)
+        self._note(one, launches)
 
-    def _note(self, one: _UnderWay) -> None:
+    def _note(self, one: _UnderWay, launches: int) -> None:
         self.under_way, self.done = None, self.done + 1
         if self.listener is not None:
             for spec, numbers in one.told:
                 self.listener(spec, numbers)
+        self.counters.launches += launches
         self.counters.passes += one.counted
         self.counters.elements_moved += one.elements

@@ -114,7 +114,7 @@ def _check_options(options: Any, ours: Ours) -> None:
     _check(isinstance(options, Mapping), f"state_dict: options is a {type(options).__name__}; it must be a dict")
     saved = ours.completed(options)
     for name, value in ours.options.items():
-        if saved.get(name) != value:
+        if isinstance(saved.get(name), Tensor) or saved.get(name) != value:
             raise ValueError(f"{name} is {saved.get(name)!r} in state_dict and {value!r} here; make them agree")
 
 
@@ -225,7 +225,8 @@ def _check_state(value: Any, what: str, name: str, p: Tensor, dtype: torch.dtype
         raise TypeError(f"state_dict: {what} of {name} is a {type(value).__name__}; it must be a tensor")
     if value.shape != p.shape or value.dtype != dtype:
         raise ValueError(
-            f"state_dict: {what} of {name} is {tuple(value.shape)} {value.dtype}; this optimizer's is {tuple(p.shape)} {dtype}"
+            f"state_dict: {what} of {name} is {tuple(value.shape)} {value.dtype}; this optimizer's is {tuple(p.shape)} "
+            f"{dtype}"
         )
     if value.layout != torch.strided or value.device.type == "meta":
         raise ValueError(

@@ -51,7 +51,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
         )
     if lr is not None and decay is not None and lr * decay > _checks.MAX_FLOAT32:
         raise ValueError(
-            f"lr * weight_decay{where} is {lr * decay:g}; it must be at most {_checks.MAX_FLOAT32:.3g}, as all that a pass reads"
+            f"lr * weight_decay{where} is {lr * decay:g}; it must be at most {_checks.MAX_FLOAT32:.3g}, the largest float32"
         )
 
 

@@ -44,8 +44,8 @@ class Saving(Built):
         """Continues a saved run: step, seed, tensor ids, hyper-parameters. All of it, or, where it raises, nothing.
 
         Raises:
-            TypeError, ValueError: if the state is not zokern's, of another contract, method, options or parameters, or holds
-                what no run leaves; naming the entry.
+            TypeError, ValueError: if the state is not zokern's, of another contract, method, options or parameters, or
+                holds what no run leaves; naming the entry.
             RuntimeError: inside a step.
             JournalError: while a journal is written, for any state but that which the optimizer has.
         """
