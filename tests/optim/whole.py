@@ -78,34 +78,45 @@ def _within(frame: FrameType | None, codes: frozenset[CodeType]) -> bool:
 
 
 class AtLine:
-    """Calls `act` as zokern starts its line number `at`; counts them."""
+    """Calls `act` as zokern starts its line number `at`; counts them. critical: also in CRITICAL and NEVER."""
 
     def __init__(self, at: int, act: Callable[[], None], critical: bool) -> None:
         self.at, self.act, self.critical = at, act, critical
-        self.count, self.where, self._last = 0, "", ("", 0)
+        self.count, self.where = 0, ""
+        self._last: tuple[CodeType, int] | None = None
+        self._recovering: FrameType | None = None
 
-    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+    def _call(self, frame: FrameType, event: str, _: object) -> Any:
         path = frame.f_code.co_filename
-        if not path.startswith(ROOT):
+        if not path.startswith(ROOT) or self._recovering is not None:
             return None
-        here = (path, frame.f_lineno)
-        if event == "line" and here != self._last:
-            self._last = here
-            if self.critical or not self._is_critical(frame):
+        if self.critical:
+            return self._line
+        if frame.f_code in RECOVERY:
+            self._recovering = frame
+            return self._until_it_returns
+        return None if frame.f_code in CRITICAL or path.endswith(NEVER) else self._line
+
+    def _until_it_returns(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "return":
+            self._recovering = None
+        return self._until_it_returns
+
+    def _line(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            here = (frame.f_code, frame.f_lineno)
+            if here != self._last:  # once for a comprehension
+                self._last = here
                 self.count += 1
                 if self.count == self.at:
-                    self.where = f"{Path(path).name}:{frame.f_lineno}"
+                    self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                     sys.settrace(None)
                     self.act()
                     return None
-        return self._trace
-
-    @staticmethod
-    def _is_critical(frame: FrameType) -> bool:
-        return frame.f_code in CRITICAL or frame.f_code.co_filename.endswith(NEVER) or _within(frame.f_back, RECOVERY)
+        return self._line
 
     def __enter__(self) -> AtLine:
-        sys.settrace(self._trace)
+        sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: object) -> None:
