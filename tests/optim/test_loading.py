@@ -70,8 +70,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another counter": (counter("leaps", 3), "leaps"),
     **{f"history {value!r}": (own("history", value), "history")
        for value in ([1], None, "a", [[0]], [["x", torch.tensor(1.0)]], [[0, torch.tensor(1.0, dtype=torch.float64)]],
-                     [[-1, 3]], [[-1, torch.tensor(NAN, dtype=torch.float64)]], [[-1, torch.tensor(-1.0, dtype=torch.float64)]],
-                     [[-1, torch.ones(2, dtype=torch.float64)]])},
+                     [[-1, 3]], [[-1, torch.tensor(NAN, dtype=torch.float64)]],
+                     [[-1, torch.tensor(-1.0, dtype=torch.float64)]], [[-1, torch.ones(2, dtype=torch.float64)]])},
     "ids all 0": (lambda d: own("tensor_ids", [[0] * len(d["zokern"]["tensor_ids"][0])])(d), "same noise"),
     **{f"ids {value!r}": (own("tensor_ids", value), "tensor_ids|groups") for value in (None, [], [[0]], 5)},
     **{f"an id {value!r}": (lambda d, v=value: d["zokern"]["tensor_ids"][0].__setitem__(1, v), r"tensor_ids\[0\]\[1\]")
