@@ -82,7 +82,7 @@ def test_weights_that_become_float16_later() -> None:
 @pytest.mark.parametrize("method", ["mezo", "gv", "es-antithetic", "fzoo"])
 def test_the_largest_eps_that_is_taken_overflows_nowhere(dtype: torch.dtype, method: str) -> None:
     model = small(dtype)
-    opt = build(METHODS[method], model, placement="inplace", eps=float(torch.finfo(dtype).max) / 64, lr=0.0)
+    opt = build(METHODS[method], model, placement="inplace", eps=float(torch.finfo(dtype).max) / 64)
     seen: list[bool] = []
 
     def closure() -> float:
