@@ -58,7 +58,7 @@ def _codes(*functions: Any) -> frozenset[CodeType]:
 
 # What puts everything right after an exception: it relies on torch, and nothing interrupts it, since signals are held.
 RECOVERY = _codes(
-    InPlace.end, Shadow.end, Stream.end, Passes.settle, ledger.Ledger.settle, ledger._Added.__call__,
+    InPlace.end, Shadow.end, Stream.end, Passes.settle, ledger.Ledger.settle, ledger._take_off,
 )  # fmt: skip
 # The lines between a launch and its note, and those that hold and let go: a signal waits there, and nothing else can raise.
 CRITICAL = RECOVERY | _codes(

@@ -8,6 +8,7 @@ step is whole or was not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -25,15 +26,15 @@ class Ledger:
     returned = False
     metrics: Mapping[str, Tensor] = {}
     memory: tuple[float, ...] | None = None
-    _undo: tuple[Callable[[], object], ...] = ()
+    _undo: tuple[tuple[Any, ...], ...] = ()  # functions with their arguments
 
     def undo(self, take_back: Callable[[], object]) -> None:
         """What takes back a change that is about to be made; called twice, or without the change, it does no harm."""
-        self._undo = (*self._undo, take_back)
+        self._undo = (*self._undo, (take_back,))
 
     def add(self, count: Tensor, by: Tensor) -> None:
         """Counts, in place: a captured step goes on working on the same tensor."""
-        self._undo = (*self._undo, _Added(count.add_(by), by))
+        self._undo = (*self._undo, (_take_off, count.add_(by), by))  # nothing comes between the two
 
     def settle(self, passes: Passes) -> bool:
         """Whether the step was done; where it was not, what was written down is taken back."""
@@ -41,14 +42,11 @@ class Ledger:
             return True
         self.ok = None
         while self._undo:
-            self._undo[-1]()
+            take_back, *arguments = self._undo[-1]
+            take_back(*arguments)
             self._undo = self._undo[:-1]
         return False
 
 
-class _Added:
-    def __init__(self, count: Tensor, by: Tensor) -> None:
-        self.count, self.by = count, by
-
-    def __call__(self) -> None:
-        self.count.sub_(self.by.to(self.count.dtype))
+def _take_off(count: Tensor, by: Tensor) -> None:
+    count.sub_(by.to(count.dtype))
