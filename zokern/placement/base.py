@@ -43,7 +43,8 @@ class Placement(Protocol):
     present: inside, forwards see theta + eps d, d = sum_k a_k z(seed_k) with a_k = terms[seed_k]; {} is theta itself.
         Afterwards weights may still be perturbed: only update and end clean them.
     update: the step's last pass. ok, 0-d bool, on the device of the losses: a step that is not ok moves nothing. The gate
-        of the passes is in it already.
+        of the passes is in it already. Once its first launch is made the step counts as done: what can fail comes before.
+    end: may be called again, where it has failed.
     memory: what is kept for copies between steps. name: what a journal says of it.
     """
 
