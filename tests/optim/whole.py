@@ -196,9 +196,6 @@ class World:
     def __init__(self, case: Case, place: str, lr: float | None) -> None:
         self.case, self.place = case, place
         self.exact = not place.startswith("inplace")
-        self.counted: tuple[str, ...] = ("steps", "forwards")
-        if "pipelined" not in place:  # else a step after a load has a pass more
-            self.counted += ("passes", "launches", "elements_moved")
         self.model = small()
         self.opt = build(case, self.model, **PLACES[place])
         if lr is not None:
@@ -239,7 +236,7 @@ class World:
             [p.detach().clone() for p in self.params],
             {
                 "states": own,
-                "counters": {name: n for name, n in self.opt.counters.items() if name in self.counted},
+                "steps": self.opt.counters["steps"],  # the other counters are of work, done for nothing or not
                 "skipped": self.opt.skipped_steps,
                 "history": self.opt.history(),
                 "entries": [m._parameters[n] is p for m, n, p in self.entries],

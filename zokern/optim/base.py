@@ -110,7 +110,7 @@ class ZerothOrderOptimizer(Saving, Captured):
     def _evaluate_and_update(self, losses: Losses, rates: Rates, interrupts: HeldInterrupts) -> None:
         told: list[tuple[PassSpec, PassNumbers]] = []
         counters, sweep, ledger = self._passes.counters, self.active.sweep, Ledger()
-        step, costs = counters.steps, vars(counters).copy()
+        step = counters.steps
         layout = self._parameters.layout(self) if self.listeners else {}
         lrs = tuple(float(group["lr"]) for group in self.param_groups) if self.listeners else ()
 
@@ -148,8 +148,6 @@ class ZerothOrderOptimizer(Saving, Captured):
                 self._passes.gate = self._passes.listener = None
                 if done:  # whatever was raised since, and whatever those who are told of it raise
                     counters.steps, self.metrics = step + 1, dict(ledger.metrics)
-                else:
-                    vars(counters).update(costs)
                 if self.listeners:
                     self._tell(step, told, ledger, layout, lrs)
 
