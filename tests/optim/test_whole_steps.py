@@ -165,6 +165,36 @@ def test_a_handler_that_the_closure_sets_waits_too_and_stays() -> None:
         signal.signal(signal.SIGUSR1, old)
 
 
+def test_a_handler_that_the_closure_has_set_does_not_raise_in_the_pass_that_follows() -> None:
+    model, calls = small(), [0]
+    opt, run, before = zokern.MeZO(model, 0.0, placement="inplace"), backends.cpu.run, weights(model)
+
+    def raising(*_: Any) -> None:
+        raise whole.Stop
+
+    def closure() -> float:
+        calls[0] += 1
+        signal.signal(signal.SIGUSR1, raising)
+        return 1.0
+
+    def interrupted(*args: Any) -> None:
+        run(*args)
+        if calls[0] == 1:
+            signal.raise_signal(signal.SIGUSR1)
+
+    old = signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends.cpu, "run", interrupted)
+            with pytest.raises(whole.Stop):
+                opt.step(closure)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert calls == [1]
+    assert opt._placement.passes.done == 3, "to one side, to the other, where it was delivered, and back"
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(before, weights(model), strict=True))
+
+
 def test_signals_without_a_handler_are_left_alone() -> None:
     before = {n: signal.getsignal(n) for n in signal.valid_signals()}
     for ignored in (signal.SIG_IGN, signal.SIG_DFL):
