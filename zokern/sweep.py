@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -136,6 +137,16 @@ NOTHING = Sweep(())
 # ------------------------------------------------------------------------------------------------------- one launch
 
 
+class _Here(threading.local):
+    """tables: how many this thread's passes have gone over. A launch of one is done or was not."""
+
+    def __init__(self) -> None:
+        self.tables = [0]
+
+
+_here = _Here()
+
+
 def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str = "auto") -> int:
     """One pass, with one row of coefs and shared a group; one launch for each dtype, whose number is returned.
 
@@ -151,13 +162,12 @@ def run(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str =
     # A compiler, a mode and the profiler see a call only if it goes through PyTorch's dispatcher.
     if torch.compiler.is_compiling() or num_modes() > 0 or torch.autograd.profiler._is_profiler_enabled:
         return operators.through_torch(operands, spec, numbers, backend)
-    launches = launch(operands, spec, numbers, backend)
     torch.autograd.graph.increment_version(operands.written)
-    return launches
+    return launch(operands, spec, numbers, backend)
 
 
-def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:
-    """What `run` does, past PyTorch's dispatcher; autograd is not told."""
+def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str, first: int = 0) -> int:
+    """What `run` does, past PyTorch's dispatcher; autograd is not told. first: of the tables that are left."""
     found, wanted = operands.found, os.environ.get(backends.ENVIRONMENT, backend) if backend == "auto" else backend
     _, chosen, tables = found if found is not None and found[0] == wanted else _find(operands, backend, wanted)
     check_numbers(spec, numbers, tables)
@@ -168,8 +178,10 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
             if near is not numbers:
                 numbers.elsewhere[chosen, operands.device] = near
         numbers = near
-    for table in tables:
+    reached = _here.tables
+    for table in tables[first:] if first else tables:
         chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, numbers)
+        reached[0] += 1
     return len(tables)
 
 
@@ -213,6 +225,7 @@ def run_chain(
     *,
     enabled: Tensor | None = None,
     backend: str = "auto",
+    first: int = 0,
 ) -> int:
     """Several passes in place, one after another in registers (passes/spec.py's Chain): memory moves once.
 
@@ -232,10 +245,13 @@ def run_chain(
     _, chosen, tables = found if found is not None and found[0] == wanted else _find(operands, backend, wanted)
     for spec, numbers in stages:
         check_numbers(spec, numbers, tables)
-    for table in tables:
+    if not first:
+        torch.autograd.graph.increment_version(operands.written)
+    reached = _here.tables
+    for table in tables[first:] if first else tables:
         own = [(spec.exact if table.dtype == torch.float32 else spec, numbers) for spec, numbers in stages]
         chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))
-    torch.autograd.graph.increment_version(operands.written)
+        reached[0] += 1
     return len(tables)
 
 
@@ -251,10 +267,24 @@ class Listener(Protocol):
     def __call__(self, spec: PassSpec, numbers: PassNumbers) -> None: ...
 
 
+class _UnderWay(NamedTuple):
+    """A pass that may break off. reached: of the thread that does it, and where it was before. launch: does what is left of
+    one device's tables. told: what a listener is told of it."""
+
+    reached: list[int]
+    before: int
+    operands: Sequence[Operands]
+    launch: Callable[[Operands, int], int]
+    told: Sequence[tuple[PassSpec, PassNumbers]]
+    counted: int
+    elements: int
+
+
 @dataclass
 class Passes:
     """direction: that of all passes. gate: int32 [1] on the device; a zero there makes every pass write
-    nothing. It is kept here for placements, which give it to their passes as `enabled`.
+    nothing. It is kept here for placements, which give it to their passes as `enabled`. done: how many passes were; where
+    one breaks off, `settle` makes sure that it was done or was not.
     """
 
     direction: Direction
@@ -262,6 +292,8 @@ class Passes:
     counters: Counters = field(default_factory=Counters)
     listener: Listener | None = None
     gate: Tensor | None = None
+    done: int = 0
+    under_way: _UnderWay | None = None
 
     def run(
         self,
@@ -277,11 +309,21 @@ class Passes:
         counted False: a piece of a sweep that the caller counts.
         """
         if not sweep.members:
+            self.done += 1
             return
-        for operands in sweep.operands(spec.rule.states, out):
-            self.counters.launches += run(operands, spec, numbers, self.backend)
+        backend, every, reached = self.backend, sweep.operands(spec.rule.states, out), _here.tables
+        told = [(spec, numbers)] if out is None else []
+        self.under_way = _UnderWay(
+            reached, reached[0], every, lambda operands, first: launch(operands, spec, numbers, backend, first),
+            told, counted, 2 * sweep.numel,
+        )  # fmt: skip
+        launches = 0
+        for operands in every:
+            launches += run(operands, spec, numbers, backend)
+        self.under_way, self.done = None, self.done + 1
         if out is None and self.listener is not None:
             self.listener(spec, numbers)
+        self.counters.launches += launches
         self.counters.passes += counted
         self.counters.elements_moved += 2 * sweep.numel
 
@@ -299,10 +341,47 @@ class Passes:
         Each stage's rule is `rule` or the perturbation that goes with it. probes: the last stage, a perturbation, goes
         there instead, also where `enabled` leaves the others out.
         """
-        for operands in sweep.operands(rule.states, probes=probes):
-            self.counters.launches += run_chain(operands, stages, rule, enabled=enabled, backend=self.backend)
-        for spec, numbers in (stages[:-1] if probes else stages) if self.listener is not None else ():
-            self.listener(spec, numbers)  # type: ignore[misc]
-        self.counters.passes += 1
-        self.counters.elements_moved += 2 * sweep.numel
-        self.counters.elements_moved += sum(probe.numel() for probe in probes if probe is not None)
+        go = functools.partial(run_chain, stages=stages, rule=rule, enabled=enabled, backend=self.backend)
+        every, reached = sweep.operands(rule.states, probes=probes), _here.tables
+        elements = 2 * sweep.numel + sum(probe.numel() for probe in probes if probe is not None)
+        self.under_way = _UnderWay(
+            reached, reached[0], every, lambda operands, first: go(operands, first=first),
+            stages[:-1] if probes else stages, 1, elements,
+        )  # fmt: skip
+        launches = 0
+        for operands in every:
+            launches += go(operands)
+        self._note(self.under_way, launches)
+
+    @property
+    def begun(self) -> int:
+        """Passes that were done, with one that has broken off after its first launch."""
+        one = self.under_way
+        return self.done + (one is not None and one.reached[0] != one.before)
+
+    def settle(self) -> None:
+        """Does what is left of a pass that broke off between two launches; one that broke off before them never was."""
+        one = self.under_way
+        if one is None:
+            return
+        done = one.reached[0] - one.before
+        if done == 0:
+            self.under_way = None
+            return
+        launches = 0
+        for operands in one.operands:
+            count = len(operands.tables())
+            launches += count
+            if done < count:
+                one.launch(operands, done)
+            done = max(done - count, 0)
+        self._note(one, launches)
+
+    def _note(self, one: _UnderWay, launches: int) -> None:
+        self.under_way, self.done = None, self.done + 1
+        if self.listener is not None:
+            for spec, numbers in one.told:
+                self.listener(spec, numbers)
+        self.counters.launches += launches
+        self.counters.passes += one.counted
+        self.counters.elements_moved += one.elements

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import zokern
 from tests.launching import launch, launch_chain
@@ -86,6 +88,41 @@ def test_partial_overlap_of_out_and_tensors_is_refused() -> None:
         zokern.add_noise_([pool[:10]], out=[pool[5:15]], tensor_ids=[0], seeds=[1], coefs=[1.0])
     zokern.add_noise_([pool[:10]], out=[pool[10:]], tensor_ids=[0], seeds=[1], coefs=[1.0])
     zokern.add_noise_([pool[:10]], out=[pool[:10]], tensor_ids=[0], seeds=[1], coefs=[1.0])
+
+
+def test_an_overlap_with_a_tensor_that_is_no_neighbour_is_refused() -> None:
+    """Tensor 1 begins between tensor 0 and out 1, which overlap."""
+    pool = torch.zeros(200)
+    tensors, out = [pool[:100], pool[10:20]], [torch.zeros(100), pool[50:60]]
+    with pytest.raises(ValueError, match=r"tensors\[0\] and out\[1\] overlap"):
+        zokern.add_noise_(tensors, out=out, tensor_ids=[0, 1], seeds=[1], coefs=[1.0])
+    assert not pool.any()
+
+
+SPANS = st.lists(
+    st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 9), st.booleans()), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(SPANS)
+def test_overlaps_are_those_of_any_two(spans: list[tuple[int, int, int, bool]]) -> None:
+    """By definition: no two of out share memory, and a tensor and one of out only if they are the same and go together."""
+    pool = torch.zeros(64)
+    pairs = [(range(a, a + n), range(a, a + n) if same else range(b, b + n)) for a, b, n, same in spans]
+    meet = [
+        (i != j and set(out) & set(other_out)) or (set(src) & set(other_out) and (i != j or src != other_out))
+        for i, (src, out) in enumerate(pairs)
+        for j, (_, other_out) in enumerate(pairs)
+    ]
+    tensors, out = ([pool[r.start : r.stop] for r in side] for side in zip(*pairs, strict=True))
+    arguments = {"tensor_ids": list(range(len(pairs))), "seeds": [1], "coefs": [1.0]}
+    if any(meet):
+        with pytest.raises(ValueError, match=r"overlap|share memory"):
+            zokern.add_noise_(tensors, out=out, **arguments)
+        assert not pool.any()
+    else:
+        zokern.add_noise_(tensors, out=out, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ class GraphedStep:
             self._capture()
         self._fill()
         one = self._captured[optimizer.structure()]
-        with HeldInterrupts():
+        with HeldInterrupts(), optimizer.alone("step"):
             one.graph.launch()
-            optimizer.launched_again({name: value.clone() for name, value in one.metrics.items()}, one.cost)
+            optimizer.launched_again(one.metrics, one.cost)
         return optimizer.metrics["loss"]
 
     def _fill(self) -> None:

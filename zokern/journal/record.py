@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -28,17 +29,45 @@ class Recorder:
     frames: list[journal.Frame] = field(default_factory=list)
     known: dict[int, tuple[int, int]] = field(default_factory=dict)  # seed -> step and direction
     broken: int | None = None  # the step whose record could not be written
+    following: int | None = None  # the step that comes next
 
-    def __call__(self, event: StepEvent) -> None:
-        """A step that broke off before any pass leaves no record."""
+    def before_step(self) -> None:
+        """Refuses, before anything is changed, a step whose record could not follow on the last one's."""
         if self.broken is not None:
             raise journal.JournalError(
                 f"the record of step {self.broken} could not be written, so the journal ends before it and cannot go on; "
                 "leave the block that writes it, and start another one"
             )
-        self.broken = event.step
-        self._write(event)
-        self.broken = None
+
+    def before_load(self, same: bool) -> None:
+        """Refuses a load that no record could tell of: what follows would be replayed from other numbers."""
+        if not same:
+            raise journal.JournalError(
+                "load_state_dict was called while a journal is written, which cannot tell of it, and its replay would end "
+                "with other weights: load before the journal is begun, or leave the block that writes it; a run with "
+                "states is taken up from its own journal with zokern.journal.resume"
+            )
+
+    def __call__(self, event: StepEvent) -> None:
+        """A step that broke off before any pass leaves no record."""
+        self.before_step()
+        if self.following not in (None, event.step):  # nobody told of the one between
+            self.broken = self.following
+            self.before_step()
+        self.broken, at, crc = event.step, self.writer.file.tell(), self.writer.crc
+        try:
+            self._write(event)
+        except BaseException:
+            self._cut(at)
+            self.writer.crc = crc
+            raise
+        self.broken, self.following = None, event.step + (event.ok is not None)
+
+    def _cut(self, end: int) -> None:
+        """Takes off what was written of a step, so that the file ends with the last whole one."""
+        with contextlib.suppress(OSError, ValueError):  # a file that cannot be written at all
+            self.writer.file.seek(end)
+            self.writer.file.truncate()
 
     def _write(self, event: StepEvent) -> None:
         done = [(spec, told) for spec, told in event.passes if told.enabled is None or int(told.enabled)]

@@ -12,6 +12,7 @@ the host never waits. A loss that is not finite makes the step skip itself on th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from zokern import placement as placements
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import drivers
+from zokern.optim import drivers, reach
 from zokern.optim.captured import Captured
-from zokern.optim.events import StepEvent
+from zokern.optim.events import Careful, StepEvent
+from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.saving import Saving
@@ -77,45 +79,54 @@ class ZerothOrderOptimizer(Saving, Captured):
         with HeldInterrupts() as interrupts:
             numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
             self._step(losses, numbers, interrupts)
+            if self._skips.news:
+                self._skips.tell()
         return self.metrics["loss"]
 
     @torch.no_grad()
     def step_with(self, numbers: StepNumbers, closure: Closure) -> None:
         """A step with numbers from another source: a device's make it one that waits for nothing and can be captured."""
-        if numbers.device is not None:
-            self._skips.count = sent(self._skips.count, numbers.device)
+        losses = Losses(closure, vectors=self.takes_vector_losses, reduce=self.reduce)
         with HeldInterrupts() as interrupts:
-            losses = Losses(closure, vectors=self.takes_vector_losses, reduce=self.reduce)
             self._step(losses, numbers, interrupts)
+            self._skips.tell()
 
     def _step(self, losses: Losses, numbers: StepNumbers, interrupts: HeldInterrupts) -> None:
-        if "numbers" in vars(self):
-            raise RuntimeError("step was called inside a step of the same optimizer; a closure returns a loss instead")
-        self.numbers = numbers
+        turn = self._turn
+        if not turn.lock.acquire(blocking=False):
+            turn.refuse("step")
         try:
+            turn.taken = "step", threading.get_ident()
+            for listener in self.listeners:
+                if isinstance(listener, Careful):
+                    listener.before_step()
+            if numbers.device is not None:
+                self._skips.count = sent(self._skips.count, numbers.device)
+            self.numbers = numbers
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
             if self._moves.active is not self.active or self._moves.version != self._parameters.version:
                 self._begin_moves()
-            rates = Rates(*numbers.rates(self.active.rows))
-            self._placement.begin(self.active.sweep, rates.eps, scaled=self.scaled)
-            self._evaluate_and_update(losses, rates, interrupts)
+            self._evaluate_and_update(losses, Rates(*numbers.rates(self.active.rows)), interrupts)
         finally:
-            del self.numbers
+            vars(self).pop("numbers", None)
+            turn.lock.release()
 
     def _evaluate_and_update(self, losses: Losses, rates: Rates, interrupts: HeldInterrupts) -> None:
         told: list[tuple[PassSpec, PassNumbers]] = []
-        ok: Tensor | None = None
-        step, sweep = self._passes.counters.steps, self.active.sweep
+        counters, sweep, ledger = self._passes.counters, self.active.sweep, Ledger()
+        step = counters.steps
         layout = self._parameters.layout(self) if self.listeners else {}
-        self._passes.gate = self.numbers.gate
-        self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
+        lrs = tuple(float(group["lr"]) for group in self.param_groups) if self.listeners else ()
 
         def evaluate(terms: Terms) -> Tensor:
+            if not reach.UNIT.issuperset(terms.values()):
+                reach.check_probe(terms, rates.eps, sweep.params)
             with self._placement.present(terms):
                 try:
                     interrupts.release()
-                    return losses.evaluate(self._passes.counters, self.numbers.device)
+                    return losses.evaluate(counters, self.numbers.device)
                 finally:
+                    interrupts.holding = True
                     interrupts.hold()
                     addresses = list(map(Tensor.data_ptr, sweep.params))
                     if addresses != sweep.addresses:  # the closure has moved weights: what was there may be freed
@@ -124,34 +135,53 @@ class ZerothOrderOptimizer(Saving, Captured):
                         self._parameters.look_again()
 
         try:
-            ok = self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates)
+            self._passes.gate = self.numbers.gate
+            self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
+            self._placement.begin(sweep, rates.eps, scaled=self.scaled)
+            self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates, ledger)
         finally:
-            self._placement.end()
-            self._passes.gate = self._passes.listener = None
-            if ok is not None:  # done, whatever those who are told of it raise
-                self._passes.counters.steps += 1
-            if self.listeners:
-                self._tell(step, told, ok, layout)
+            interrupts.holding = True  # also where a second signal has come between the closure and here
+            done = ledger.returned or ledger.settle(self._passes)
+            try:
+                try:
+                    if self._passes.under_way is not None:
+                        self._passes.settle()
+                finally:
+                    self._placement.end()
+            finally:
+                self._passes.gate = self._passes.listener = None
+                if done:  # whatever was raised since, and whatever those who are told of it raise
+                    counters.steps, self.metrics = step + 1, dict(ledger.metrics)
+                if self.listeners:
+                    self._tell(step, told, ledger, layout, lrs)
 
-    def _apply(self, estimate: Estimate, losses: Losses, rates: Rates) -> Tensor:
-        """The step's last pass; returns whether it did anything."""
+    def _apply(self, estimate: Estimate, losses: Losses, rates: Rates, ledger: Ledger) -> None:
+        """The step's last pass, and before it everything that has to agree with it."""
         every, ok = losses.finite()
         numbers = self.numbers
-        self.metrics = {
+        ledger.metrics = {
             "loss": every.mean().to(torch.float32),
             "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
             **(losses.metrics() if losses.named else {}),
         }
         rates = rates.on(every.device)
         update = self.update(estimate, rates)
-        ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate)
-        self._moves.note(update, rates.lr, ok, numbers.gate, self.advice)
+        ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate, ledger)
+        self._moves.note(update, rates.lr, ok, numbers.gate, self.advice, ledger)
         rounding = placements.Rounding(  # of 16-bit weights; sweep.launch leaves float32 as it is
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()
         )
-        self._placement.update(update, ok, rounding, self._ahead() if self.pipelined else None)
-        self.applied(ok)
-        return ok
+        ahead = self._ahead() if self.pipelined else None
+        self.note(ok, ledger)
+        later = type(self).applied is not ZerothOrderOptimizer.applied
+        if self.listeners and not later:
+            ledger.memory = tuple(self.memory())
+        ledger.before, ledger.ok = self._passes.done, ok
+        self._placement.update(update, ok, rounding, ahead)
+        ledger.returned = True
+        if later:
+            self.metrics = dict(ledger.metrics)
+            self.applied(ok)
 
     def _ahead(self) -> placements.Ahead:
         """Every method's first probe of perturbed weights is along direction 0."""
@@ -161,17 +191,24 @@ class ZerothOrderOptimizer(Saving, Captured):
         return placements.Ahead(active.sweep, {seed: 1.0})
 
     def _tell(
-        self, step: int, told: list[tuple[PassSpec, PassNumbers]], ok: Tensor | None, layout: Mapping[str, Any]
+        self,
+        step: int,
+        told: list[tuple[PassSpec, PassNumbers]],
+        ledger: Ledger,
+        layout: Mapping[str, Any],
+        lrs: tuple[float, ...],
     ) -> None:
-        event = StepEvent(
-            step,
-            ok,
-            tuple(told),
-            self.numbers.drawn,
-            None if ok is None else self.metrics["loss"],
-            tuple(float(group["lr"]) for group in self.param_groups),
-            () if ok is None else tuple(self.memory()),
-            layout,
-        )
-        for listener in self.listeners:
-            listener(event)
+        """Every listener is told, also where one of them raises."""
+        memory: tuple[float, ...] = ()
+        if ledger.ok is not None:
+            memory = tuple(self.memory()) if ledger.memory is None else ledger.memory
+        loss = None if ledger.ok is None else ledger.metrics["loss"]
+        event = StepEvent(step, ledger.ok, tuple(told), self.numbers.drawn, loss, lrs, memory, layout)
+        raised: BaseException | None = None
+        for listener in tuple(self.listeners):
+            try:
+                listener(event)
+            except BaseException as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zokern import placement as placements
 from zokern.directions import Direction
+from zokern.interrupts import HeldInterrupts
 from zokern.optim import parameters, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
@@ -19,6 +20,7 @@ from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
 from zokern.optim.moves import Moves
 from zokern.optim.parameters import Parameters
+from zokern.optim.turn import Turn
 from zokern.settings import REQUIRED, Setting, takes_settings
 from zokern.sweep import Passes
 
@@ -37,6 +39,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         groups, self.module, registry = parameters.parse(values["params"])
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
+        self._turn = Turn()
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.listeners: list[Listener] = []
         self.reduce: Reduce | None = None
@@ -124,9 +127,18 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._skips.load(skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in group["params"]:
-            self._parameters.registry.add(p)
-            parameters.check_parameter(p, f"params: {self._parameters.registry.names[id(p)]}")
-        parameters.check_group(group, len(self.param_groups) - 1)
+        """torch's. Raises what a constructor does for what is in the group, and leaves the optimizer as it was then."""
+        with HeldInterrupts(), self._turn.of("add_param_group"):
+            before, registry = list(self.param_groups), self._parameters.registry
+            known = list(registry.ids)
+            try:
+                super().add_param_group(param_group)
+                group = self.param_groups[-1]
+                for p in group["params"]:
+                    registry.add(p)
+                    parameters.check_parameter(p, f"params: {registry.names[id(p)]}")
+                parameters.check_group(group, len(self.param_groups) - 1)
+            except BaseException:
+                self.param_groups[:] = before
+                registry.keep(known)
+                raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from torch import Tensor
 
 from zokern.optim.built import Built
@@ -12,6 +14,10 @@ class Captured(Built):
     def rows_changed(self) -> None:
         """What rows of numbers go by, `row_key`, is no longer the same."""
         self._parameters.forget()
+
+    def alone(self, what: str) -> AbstractContextManager[None]:
+        """Inside, nobody else steps or changes this optimizer: it is refused."""
+        return self._turn.of(what)
 
     def check_groups(self) -> None:
         """The groups' numbers, which users and schedulers change."""
@@ -42,11 +48,12 @@ class Captured(Built):
         self._passes.counters = Counters(**counters)
 
     def launched_again(self, metrics: dict[str, Tensor], cost: dict[str, int]) -> None:
-        """A captured step has been launched: takes note of it as `step` would have."""
-        self._skips.warn()
-        self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
-        self.metrics = metrics
+        """A captured step has been launched: takes note of it as `step` would have, counting first. metrics: what the
+        launch fills, which the next one overwrites."""
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
+        self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
+        self.metrics = {name: value.clone() for name, value in metrics.items()}
+        self._skips.warn()
         self._skips.look()
         self._moves.tell(self.advice)
         self._moves.look()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,3 +32,16 @@ class StepEvent:
 
 
 Listener = Callable[[StepEvent], None]
+
+
+@runtime_checkable
+class Careful(Protocol):
+    """A listener that may refuse what it could not go on after: what it raises, is raised before anything is changed."""
+
+    def __call__(self, event: StepEvent) -> None: ...
+
+    def before_step(self) -> None:
+        """A step is about to begin."""
+
+    def before_load(self, same: bool) -> None:
+        """A state_dict is about to be loaded; same: it is what the optimizer has."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern._checks import ZokernWarning
+from zokern.optim.ledger import Ledger
 from zokern.passes.update import sent
 from zokern.sweep import Counters
 
@@ -206,27 +207,37 @@ class Skips:
     def __init__(self) -> None:
         self.count = torch.zeros((), dtype=torch.int64)
         self.seen: tuple[Tensor, torch.cuda.Event] | None = None  # on its way to the host
+        self.news = False  # the last step may have been skipped
         self._warned = False
 
     def load(self, count: int) -> None:
         self.count = torch.tensor(count, dtype=torch.int64)
         self._warned = self._warned or count > 0
 
-    def note(self, ok: Tensor, gate: Tensor | None) -> Tensor:
+    def note(self, ok: Tensor, gate: Tensor | None, ledger: Ledger) -> Tensor:
         """A step that is ok or not; returns whether its passes do anything, which the gate of a captured step says too."""
         if gate is not None:
             opened = gate.reshape(()).to(torch.bool)
-            self.count.add_(~ok & opened)
+            ledger.add(self.count, ~ok & opened)
             return ok & opened
         if ok.device.type == "cpu" and self.count.device.type == "cpu":
             if not ok:
-                self.count += 1
-                self.warn()
+                ledger.add(self.count, ~ok)
+                self.news = True
         else:
             self.count = sent(self.count, ok.device)
-            self.count.add_(~ok)
-            self.look()
+            ledger.add(self.count, ~ok)
+            self.news = True
         return ok
+
+    def tell(self) -> None:
+        """What there is to be told after a step, which is done then, also where a warning is an error."""
+        if self.news:
+            self.news = False
+            if self.count.device.type == "cpu":
+                self.warn()
+            else:
+                self.look()
 
     def look(self) -> None:
         """Starts a copy of the count to the host, to be looked at in a later step without waiting."""

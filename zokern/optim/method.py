@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zokern.optim import state
 from zokern.optim.drivers import Rounds
+from zokern.optim.ledger import Ledger
 from zokern.optim.numbers import StepNumbers
 from zokern.optim.parameters import Active
 from zokern.optim.update import Estimate, Rates, sgd
@@ -66,6 +67,10 @@ class Method:
 
     # ----------------------------------------------------------------------------- what it remembers besides states
 
+    def note(self, ok: Tensor, ledger: Ledger) -> None:
+        """Called when all of a step is known but its last pass: remembers the step, through `ledger`, which takes it back
+        if the pass is not made. ok (0-d bool, on the device) says whether the pass does anything."""
+
     def applied(self, ok: Tensor) -> None:
         """Called after the step's last pass; ok (0-d bool, on the device) says whether it did anything."""
 
@@ -74,7 +79,11 @@ class Method:
         return []
 
     def load_history(self, history: list[Any]) -> None:
-        """Takes back what `history` gave."""
+        """Takes back what `history` gave; raises ValueError, before anything is changed, for what it cannot have given."""
+        if history:
+            raise ValueError(
+                f"state_dict: history has {len(history)} entries, and {type(self).__name__} remembers nothing"
+            )
 
     def memory(self) -> list[float]:
         """Numbers of the last step that it needs again in later ones, for the journal."""

@@ -19,6 +19,7 @@ from zokern.optim import moments, state, update
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.common import NUM_SAMPLES, SCALES
 from zokern.optim.drivers import Rounds
+from zokern.optim.ledger import Ledger
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Update
 from zokern.settings import setting
@@ -134,16 +135,19 @@ class MeZO(ZerothOrderOptimizer):
             return update.momentum(estimate, rates, self.betas[0])
         return update.sign(estimate, rates) if self.rule == "sign" else update.sgd(estimate, rates)
 
-    def applied(self, ok: Tensor) -> None:
+    def note(self, ok: Tensor, ledger: Ledger) -> None:
         if self._memory is not None:
-            self._memory.commit(ok)
+            self._memory.commit(ok, ledger)
 
     def history(self) -> list[Any]:
         return [] if self._memory is None else self._memory.save()
 
     def load_history(self, history: list[Any]) -> None:
-        if self._memory is not None:
-            self._memory.load(history)
+        if self._memory is None:
+            super().load_history(history)
+        else:
+            blocks = 0 if self.layers is None else len(self.layers.names)
+            self._memory.load(history, len(self.param_groups), blocks)
 
     def memory(self) -> list[float]:
         return [] if self._memory is None else self._memory.numbers()

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from zokern import _checks
+from zokern.optim.ledger import Ledger
 from zokern.optim.numbers import Rows
 from zokern.optim.update import Estimate, Rates, adam
 from zokern.passes.update import Update, sent
@@ -23,16 +25,20 @@ class Memory(ABC):
     """What an update remembers."""
 
     @abstractmethod
-    def commit(self, ok: Tensor) -> None:
-        """Called after the pass; ok says whether it was done or skipped."""
+    def commit(self, ok: Tensor, ledger: Ledger) -> None:
+        """Called before the pass; ok says whether it is done or skipped. `ledger` takes back what was never done."""
 
     @abstractmethod
     def save(self) -> list[Any]:
         """All of it, as plain values and tensors."""
 
     @abstractmethod
-    def load(self, history: list[Any]) -> None:
-        """Takes back what `save` gave."""
+    def load(self, history: list[Any], groups: int, blocks: int) -> None:
+        """Takes back what `save` gave, of a run with as many parameter groups and blocks.
+
+        Raises:
+            TypeError, ValueError: before anything is changed, for what it cannot have given.
+        """
 
     def numbers(self) -> list[float]:
         """Of the last step, for a journal: those that a replay cannot know."""
@@ -61,10 +67,10 @@ class AdamCounts(Memory):
         n = torch.stack([sent(self.counts[key], rates.lr.device) for key in keys]) + 1.0
         return adam(estimate, rates, betas, delta, n)
 
-    def commit(self, ok: Tensor) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger) -> None:
         for key in self._now:
             self.counts[key] = sent(self.counts[key], ok.device)
-            self.counts[key].add_(ok)  # in place, for a step that is captured in a graph
+            ledger.add(self.counts[key], ok)
 
     def save(self) -> list[Any]:
         return [[key, count.clone()] for key, count in self.counts.items()]
@@ -77,8 +83,17 @@ class AdamCounts(Memory):
                 key = -1 if block is None else block
                 self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64)) + ok
 
-    def load(self, history: list[Any]) -> None:
-        self.counts = {key: count.clone() for key, count in history}
+    def load(self, history: list[Any], groups: int, blocks: int) -> None:
+        counts: dict[int, Tensor] = {}
+        for i, (key, count) in enumerate(_entries(history, 2)):
+            name = f"state_dict: history[{i}]"
+            _checks.check_integer(key, f"{name}: block", -1, blocks - 1)
+            if not (
+                isinstance(count, Tensor) and count.shape == () and count.dtype == torch.float64 and 0 <= count < 2**63
+            ):
+                raise ValueError(f"{name} has {count!r}; it must be how many updates there were, a float64 tensor")
+            counts[key] = count.clone()
+        self.counts = counts
 
 
 class AdaMeZOHistory(Memory):
@@ -128,10 +143,13 @@ class AdaMeZOHistory(Memory):
             {"step": 0.0},
         )
 
-    def commit(self, ok: Tensor) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger) -> None:
         assert self._now is not None
         seed, dropped, c = self._now
-        self.entries.appendleft((seed, dropped, torch.where(ok, c, 0.0)))  # a skipped step is a step without gradient
+        entry = seed, dropped, torch.where(ok, c, 0.0)  # a skipped step is a step without gradient
+        before = self.entries
+        ledger.undo(lambda: setattr(self, "entries", before))
+        self.entries = deque([entry, *before][: before.maxlen], before.maxlen)
 
     def save(self) -> list[Any]:
         return [list(entry) for entry in self.entries]
@@ -144,6 +162,27 @@ class AdaMeZOHistory(Memory):
     ) -> None:
         self.entries.appendleft((seed, sorted(dropped), torch.tensor(numbers, dtype=torch.float64)))
 
-    def load(self, history: list[Any]) -> None:
-        self.entries.clear()
-        self.entries.extend((seed, dropped, c) for seed, dropped, c in history)
+    def load(self, history: list[Any], groups: int, blocks: int) -> None:
+        entries = []
+        for i, (seed, dropped, c) in enumerate(_entries(history, 3)):
+            name = f"state_dict: history[{i}]"
+            _checks.check_seed(seed, f"{name}: seed")
+            if not isinstance(dropped, (list, tuple)):
+                raise TypeError(f"{name}: dropped blocks are a {type(dropped).__name__}; they must be a list")
+            for block in dropped:
+                _checks.check_integer(block, f"{name}: dropped block", 0, blocks - 1)
+            if not (isinstance(c, Tensor) and c.shape == (groups,) and c.dtype == torch.float64 and c.isfinite().all()):
+                raise ValueError(
+                    f"{name} has {c!r}; it must be a finite float64 tensor with a number for each of {groups} groups"
+                )
+            entries.append((seed, list(dropped), c.clone()))
+        if len(entries) > cast(int, self.entries.maxlen):
+            raise ValueError(f"state_dict: history has {len(entries)} steps, and horizon is {self.entries.maxlen}")
+        self.entries = deque(entries, self.entries.maxlen)
+
+
+def _entries(history: list[Any], size: int) -> list[Any]:
+    for i, entry in enumerate(history):
+        if not isinstance(entry, (list, tuple)) or len(entry) != size:
+            raise ValueError(f"state_dict: history[{i}] is {entry!r}; it must be a list of {size}")
+    return history

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zokern._checks import ZokernWarning
+from zokern.optim.ledger import Ledger
 from zokern.optim.parameters import Active
 from zokern.passes.update import Update, sent
 
@@ -142,7 +143,9 @@ class Moves:
             self._shares = torch.tensor(self._parts, dtype=torch.float64) if len(sizes) > 1 else None
             self.active = active
 
-    def note(self, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Callable[[], str]) -> None:
+    def note(
+        self, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Callable[[], str], ledger: Ledger
+    ) -> None:
         """An update that is about to be done, where it is ok.
 
         Raises:
@@ -163,7 +166,7 @@ class Moves:
                 for part, row, d in zip(self._parts, moves.tolist(), decay.tolist(), strict=True):
                     ratio += part * (math.hypot(*row) ** 2 / self._square + (1.0 - d) ** 2)
                 if LIMIT**2 < ratio < math.inf:
-                    self._note_on_host(ratio, advice)
+                    self._note_on_host(ratio, advice, ledger)
             return
         rows = sent(ADDED[update.rule](update, lr), device) / sent(self.square, device)
         rows = rows + sent((1.0 - decay).square(), device)
@@ -173,13 +176,15 @@ class Moves:
         total = rows.sum()
         total = torch.where(sent(ok, device) & (total < math.inf), total, 0.0)
         self.seen = sent(self.seen, device)
-        self.seen[0].add_(total > LIMIT**2)
+        ledger.add(self.seen[0], total > LIMIT**2)
         torch.maximum(self.seen[1], total, out=self.seen[1])
         if gate is None:
             self.look()
 
-    def _note_on_host(self, ratio: float, advice: Callable[[], str]) -> None:
-        count, worst = self.seen.tolist()
+    def _note_on_host(self, ratio: float, advice: Callable[[], str], ledger: Ledger) -> None:
+        before = self.seen
+        count, worst = before.tolist()
+        ledger.undo(lambda: setattr(self, "seen", before))
         self.seen = torch.tensor([count + 1.0, max(worst, ratio)], dtype=torch.float64)
         self.tell(advice)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zokern import _checks
 from zokern.kinds import Number
 from zokern.layers import RandomBlocks
-from zokern.optim import state
+from zokern.optim import reach, state
 from zokern.optim.numbers import NUMBERS, Rows
 from zokern.sweep import Member, Sweep
 
@@ -32,7 +32,8 @@ class Rate(Number):
         return value
 
 
-RATES = {"lr": Rate(0.0), "eps": Rate(0.0, open_low=True), "weight_decay": Rate(0.0)}
+MOST = _checks.MAX_FLOAT32  # passes read float32
+RATES = {"lr": Rate(0.0, MOST), "eps": Rate(0.0, MOST, open_low=True), "weight_decay": Rate(0.0, MOST)}
 
 
 class Registry:
@@ -51,10 +52,19 @@ class Registry:
         if id(p) not in self.ids:
             if name is not None and name in self._taken:
                 raise ValueError(f"params: two parameters are called {name!r}; give each a name of its own")
-            self.ids[id(p)] = max(self.ids.values(), default=-1) + 1
-            self.names[id(p)] = name or f"parameter {self.ids[id(p)]}"
-            self._taken.add(self.names[id(p)])
+            number = max(self.ids.values(), default=-1) + 1
+            name = name or f"parameter {number}"
             self._keep.append(p)
+            self._taken.add(name)
+            self.names[id(p)] = name
+            self.ids[id(p)] = number  # last: who has one has the rest
+
+    def keep(self, known: Iterable[int]) -> None:
+        """Forgets all but those parameters, by their id()."""
+        for one in self.ids.keys() - set(known):
+            self._taken.discard(self.names.pop(one))
+            del self.ids[one]
+        self._keep = [p for p in self._keep if id(p) in self.ids]
 
 
 def parse(params: object) -> tuple[Groups, nn.Module | None, Registry]:
@@ -102,6 +112,8 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
     for key, kind in RATES.items():
         if key in group:
             kind.check(group[key], key + where)
+    if RATES.keys() <= group.keys():
+        reach.check_group(group, where)
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,7 @@ class Owner(Protocol):
     param_groups: Groups
     state: Any
     layers: RandomBlocks | None
+    pipelined: bool
 
     def row_key(self, param: Tensor) -> Hashable:
         """Parameters of one group whose keys differ get rows of numbers of their own."""
@@ -167,8 +180,9 @@ class Parameters:
         seen = self._look(owner)
         changed = seen != self._seen
         if changed:
-            self._layout = None
+            self._layout, self._checked = None, []
             self.version += 1
+            self.check_groups(owner, owner.pipelined)  # what eps may be depends on the weights' type
         if changed or self._active is None or self._active.dropped != dropped:
             members, rows = self._members(owner, dropped)
             self._active = Active(Sweep(members), rows, dropped)

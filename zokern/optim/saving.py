@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from zokern.optim import state
+from zokern.interrupts import HeldInterrupts
+from zokern.optim import loading, state
 from zokern.optim.built import Built
+from zokern.optim.events import Careful
 from zokern.optim.parameters import Active
-from zokern.sweep import NOTHING, Counters
+from zokern.placement.shadow import Exact
+from zokern.sweep import NOTHING
 
 
 class Saving(Built):
@@ -32,28 +36,65 @@ class Saving(Built):
             "skipped": self.skipped_steps,
             "options": dict(self.options),
             "history": self.history(),
+            "states": [[bool(self.state.get(p)) for p in group["params"]] for group in self.param_groups],
         }
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues a saved run: step, seed, tensor ids, hyper-parameters.
+        """Continues a saved run: step, seed, tensor ids, hyper-parameters. All of it, or, where it raises, nothing.
 
         Raises:
-            ValueError: if the state is not zokern's, or of another contract, method, options or parameters.
+            TypeError, ValueError: if the state is not zokern's, of another contract, method, options or parameters, or
+                holds what no run leaves; naming the entry.
+            RuntimeError: inside a step.
+            JournalError: while a journal is written, for any state but that which the optimizer has.
         """
-        if "numbers" in vars(self):
-            raise RuntimeError("load_state_dict was called inside a step; load before it or after it")
-        saved = dict(state_dict)
-        own = saved.pop("zokern", None)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        with HeldInterrupts(), self._turn.of("load_state_dict"):
+            saved = loading.read(state_dict, self._ours())
+            for listener in self.listeners:
+                if isinstance(listener, Careful):
+                    listener.before_load(self._is_at(saved))
+            self._load(state_dict, saved)
+            if isinstance(self._placement, Exact):
+                self._placement.forget()
+
+    def _ours(self) -> loading.Ours:
         names = self._parameters.names(self)
-        state.check(own, type(self).__name__, self.options, names, self.module is not None, self.completed)
-        kept = state.check_tensors(saved, self.param_groups, self._parameters.spec)
-        super().load_state_dict(saved)
-        for p, values in kept.items():
-            self.state[p] = values  # as they were saved: torch has cast them to the parameter's dtype
-        self._parameters.take_ids(self, own["tensor_ids"])
-        self.active = Active(NOTHING, [], frozenset())  # it holds states
-        self.seed = own["seed"]
-        self._passes.counters = Counters(**own["counters"])
-        self._skips.load(own["skipped"])
-        self.load_history(own["history"])
+        return loading.Ours(
+            type(self).__name__, self.options, names, self.module is not None, self.param_groups, self._parameters.spec,
+            self.pipelined, self.layers is None, self.completed,
+        )  # fmt: skip
+
+    def _is_at(self, saved: loading.Saved) -> bool:
+        """Whether the next step would be the same with what was saved."""
+        here = self.seed, self._passes.counters.steps, self._parameters.ids(self), self.history()
+        there = saved.seed, saved.counters.steps, saved.tensor_ids, saved.history
+        every = [p for group in self.param_groups for p in group["params"]]
+        return loading.same(here, there) and all(
+            loading.same(self.state.get(p, {}), saved.states.get(p, {})) for p in every
+        )
+
+    def _load(self, state_dict: Mapping[str, Any], saved: loading.Saved) -> None:
+        kept = {
+            name: value for name, value in vars(self).items() if name in ("state", "param_groups", "seed", "active")
+        }
+        ids, counters, history = self._parameters.ids(self), self._passes.counters, self.history()
+        skips = vars(self._skips).copy()
+        try:
+            super().load_state_dict({name: value for name, value in state_dict.items() if name != "zokern"})
+            for p, values in saved.states.items():
+                self.state[p] = values  # as they were saved: torch has cast them to the parameter's dtype
+            self.load_history(saved.history)
+            self._parameters.take_ids(self, saved.tensor_ids)
+            self.active = Active(NOTHING, [], frozenset())  # it holds states
+            self.seed, self._passes.counters = saved.seed, saved.counters
+            self._skips.load(saved.skipped)
+        except BaseException:
+            vars(self).update(kept)
+            self.load_history(history)
+            self._parameters.take_ids(self, ids)
+            self._passes.counters = counters
+            vars(self._skips).update(skips)
+            raise

@@ -114,11 +114,17 @@ def _check_pairs(
             [(s.data_ptr(), s.data_ptr() + s.nbytes, i, "tensors") for i, s in enumerate(src)]
             + [(begin, end, i, "out") for begin, end, i in written]
         )
-        for (begin, end, i, what), (begin2, end2, j, what2) in itertools.pairwise(spans):
-            if begin2 < end and what != what2 and (begin, end, i) != (begin2, end2, j):
+        # Which of each kind reaches furthest: what begins before its end overlaps with it, neighbours or not.
+        furthest = {"tensors": (0, 0, -1), "out": (0, 0, -1)}
+        for begin, end, i, what in spans:
+            other = "out" if what == "tensors" else "tensors"
+            begin2, end2, j = furthest[other]
+            if begin < end2 and (begin, end, i) != (begin2, end2, j):
                 raise ValueError(
-                    f"{what}[{i}] and {what2}[{j}] overlap; out must be apart from tensors, or the same memory"
+                    f"{other}[{j}] and {what}[{i}] overlap; out must be apart from tensors, or the same memory"
                 )
+            if end > furthest[what][1]:
+                furthest[what] = begin, end, i
 
 
 def _check_stride(stride: object, t: Tensor, i: int) -> int:

@@ -48,12 +48,12 @@ def through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, back
         numbers.rounding_seed, numbers.enabled, spec.rule.name, spec.direction.name, spec.rounding, spec.square_of_sum,
         spec.keep_second, backend, 0, operands.strides,
     )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(operands.written)
     if operands.dst is None:
         torch.ops.zokern.pass_(operands.src, *rest)
     else:
         torch.ops.zokern.pass_out(operands.src, operands.dst, *rest)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(operands.written)
     return len({t.dtype for t in operands.src})
 
 

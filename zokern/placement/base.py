@@ -43,7 +43,8 @@ class Placement(Protocol):
     present: inside, forwards see theta + eps d, d = sum_k a_k z(seed_k) with a_k = terms[seed_k]; {} is theta itself.
         Afterwards weights may still be perturbed: only update and end clean them.
     update: the step's last pass. ok, 0-d bool, on the device of the losses: a step that is not ok moves nothing. The gate
-        of the passes is in it already.
+        of the passes is in it already. Once its first launch is made the step counts as done: what can fail comes before.
+    end: may be called again, where it has failed.
     memory: what is kept for copies between steps. name: what a journal says of it.
     """
 
@@ -64,6 +65,7 @@ class Perturbing:
 
     def __init__(self) -> None:
         self.sweep = NOTHING
+        self.left: object = None  # of a step that could not put everything back
         self.before = weakref.ref(NOTHING)  # the last step's
         self.eps = self.still = torch.empty(0)
         self._ones: dict[tuple[int, torch.device], Tensor] = {}  # kept: a captured pass goes on reading them
@@ -78,7 +80,16 @@ class Perturbing:
             if sweep is not None:
                 sweep.forget()
 
+    def try_again(self) -> None:
+        """The step before could not put everything back; it is done now, before anything else."""
+        self.end()
+
+    def end(self) -> None:
+        raise NotImplementedError
+
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
+        if self.left is not None:
+            self.try_again()
         self.sweep, self.eps = sweep, eps
         key = len(eps), eps.device
         if key not in self._ones:

@@ -28,6 +28,8 @@ class InPlace(Perturbing):
     def __init__(self) -> None:
         super().__init__()
         self.current: dict[Seed, float | Tensor] = {}  # the weights are theta + eps * sum of these, maybe scaled
+        # Where a pass goes, noted before it, and how many were done then: wherever it breaks off, the weights are found.
+        self._heading: tuple[Terms, int] | None = None
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         self.passes = passes
@@ -41,10 +43,17 @@ class InPlace(Perturbing):
                 delta[seed] = change
         if delta:
             numbers = perturbation(self.eps, delta, self.still, self.passes.gate)
+            torch.clear_autocast_cache()  # of casts of what the weights are still
+            self._heading = terms, self.passes.done
             self.passes.run(self.sweep, self.spec, numbers)
-            torch.clear_autocast_cache()  # of casts of what the weights were before
-        self.current = dict(terms)
+        self.current, self._heading = dict(terms), None
         return contextlib.nullcontext()
+
+    def _settle(self) -> None:
+        assert self._heading is not None
+        self.passes.settle()
+        terms, before = self._heading
+        self.current, self._heading = self.current if self.passes.done == before else dict(terms), None
 
     def update(self, update: Update, ok: Tensor, rounding: Rounding, ahead: Ahead | None = None) -> None:
         # The weights are w = theta + sum r z, and decay*theta + sum u z = decay*w + sum (u - decay*r) z. A skipped step
@@ -64,18 +73,33 @@ class InPlace(Perturbing):
         rule = RULES[RESTORING.get(update.rule, update.rule)]
         spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
         numbers = PassNumbers(seed_tensor(every), *packed(rule, coefs, shared), rounding.seeds, self.passes.gate)
-        self.passes.run(self.sweep, spec, numbers)
         torch.clear_autocast_cache()
-        self.current = {}
+        self._heading = {}, self.passes.done
+        self.passes.run(self.sweep, spec, numbers)
+        self.current, self._heading = {}, None
 
     def memory(self) -> list[Tensor]:
         """The copies' memory: none."""
         return []
 
+    def try_again(self) -> None:
+        if self.left != self._versions():  # somebody has loaded others since
+            self.current, self._heading = {}, None
+        self.end()
+
     def end(self) -> None:
+        """Restores the weights, wherever they are. Where that fails they are still known to be perturbed: the next step
+        tries again, before anything else."""
         try:
+            if self._heading is not None:
+                self._settle()
             if self.current:
                 self.present({})
-        finally:  # where this pass fails, nobody knows where the weights are
-            self.current = {}
-            self.leave()
+            self.left = None
+        except BaseException:
+            self.left = self._versions()
+            raise
+        self.leave()
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.sweep.params if not p.is_inference()]

@@ -50,10 +50,20 @@ class Exact(Perturbing):
         self.probes: list[Tensor | None] = []  # of the last update
         self.places: list[int] = []  # addresses of all copies
         self.latest: tuple[Terms, Tensor, PassNumbers | None] = {}, self.eps, None  # of the last perturbation
+        self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
     def moved(self, copies: Iterable[Tensor]) -> bool:
         """Whether a closure has put a copy elsewhere, through .data."""
         return self.places != list(map(Tensor.data_ptr, copies))
+
+    def forget(self) -> None:
+        """States were loaded: what was made ready for the next step is of others."""
+        self.ready = {}
+
+    def remove_hooks(self) -> None:
+        while self.hooks:
+            self.hooks[-1].remove()
+            self.hooks.pop()
 
     def check_saved(self) -> None:
         if self.saving:
@@ -73,8 +83,8 @@ class Exact(Perturbing):
                 (m, t) for m, t in zip(sweep, out, strict=True) if self.ready.pop(id(m.param), None) != wanted(m, t)
             ]
             sweep, out = Sweep([m for m, _ in pairs]), [t for _, t in pairs]
+        torch.clear_autocast_cache()  # of casts of what the copies hold still
         self.passes.run(sweep, self.spec, numbers, out=out, counted=counted)
-        torch.clear_autocast_cache()  # of casts of what the copies held before
 
     def _numbers(self, terms: Terms) -> PassNumbers:
         return perturbation(self.eps, terms, self.still, self.passes.gate)
@@ -103,20 +113,22 @@ class Exact(Perturbing):
         enabled = ok.reshape(1).to(torch.int32)
         spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
         given = PassNumbers(seed_tensor(update.seeds), *numbers, rounding.seeds, enabled)
+        self.ready = {}
+        torch.clear_autocast_cache()
         if ahead is None or len(update.seeds) + len(ahead.terms) > MAX_CHAIN_SEEDS:
             self.passes.run(self.sweep, spec, given)
         else:
             self._update_and_perturb(spec, given, ahead)
-        torch.clear_autocast_cache()
 
     def _update_and_perturb(self, spec: PassSpec, numbers: PassNumbers, ahead: Ahead) -> None:
         copies = self.arrange(ahead.sweep)
         probes = [copies.get(id(m.param)) for m in self.sweep]
         if len(probes) == len(self.probes) and all(a is b for a, b in zip(probes, self.probes, strict=True)):
             probes = self.probes  # the same list, so that its addresses are known
-        self.probes, self.ready = probes, {}
+        self.probes = probes
         stages = [(spec, numbers), (self.spec, self._numbers(ahead.terms))]
         self.passes.chain(self.sweep, stages, spec.rule, probes=probes, enabled=numbers.enabled)
+        # Should this fail, the step is done all the same, and the next one writes its copies itself.
         made = self._ready(ahead.terms)
         self.ready = {
             id(m.param): made(m, probe) for m, probe in zip(self.sweep, probes, strict=True) if probe is not None
@@ -135,7 +147,6 @@ class Shadow(Exact):
         self.sites: list[sites.Site] = []  # in that tree
         self.pairs: list[tuple[sites.Site, nn.Parameter]] = []  # each with its copy
         self.presented = False
-        self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         self.module, self.passes = sites.needed(module, "shadow"), passes
@@ -148,15 +159,15 @@ class Shadow(Exact):
         if tree != self.tree:
             self.sites, self.tree = sites.find(self.module, sweep, "shadow"), tree
         self.pairs = [(site, copy_of[id(site.param)]) for site in self.sites]
-        self.hooks = [
-            self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(copies=False)),
-            self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)),
-        ]
+        hooks, module = self.hooks, self.module
+        hooks.append(module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(copies=False)))
+        hooks.append(module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)))
 
     def _lay_out(self, members: Sweep) -> dict[int, nn.Parameter]:
         """Each member's copy, by the parameter's id."""
         if self.moved(self.copies) or members.layout != self.layout:
             self.copies, self.ready, self.probes = [], {}, []  # views of the pools, which may be replaced
+            self.layout = None
             self.let_go()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
@@ -185,12 +196,15 @@ class Shadow(Exact):
             self._show(copies=False)
 
     def end(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.pairs, self.hooks = [], []
+        self.left = self  # until all is back
+        if self.presented:
+            self._show(copies=False)
+        self.remove_hooks()
+        self.pairs, self.left = [], None
         self.leave()
 
     def _show(self, *, copies: bool) -> None:
+        self.presented = self.presented or copies  # some of them at least, should this break off
         self._enter(copies)
         self.presented = copies
 

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from zokern.layers import find_blocks
 from zokern.passes.update import Terms
@@ -100,6 +99,7 @@ class Unit:
             site.show(site.param if what == "weights" else copy if what == "copies" else outside)
 
     def show(self, what: str) -> None:
+        self.shown = self.shown if what == "weights" else what  # not the weights any more, should this break off
         self.enter(what)
         self.shown = what
 
@@ -171,7 +171,6 @@ class Stream(Exact):
         self.running: Unit | None = None
         self.last: Unit | None = None  # whose weights the scratch holds
         self.users: list[int] = []  # of each block pool: how many tensors look at it
-        self.hooks: list[RemovableHandle] = []  # only during a step: a module that keeps them cannot be pickled
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         self.module, self.passes = sites.needed(module, "stream"), passes
@@ -179,18 +178,14 @@ class Stream(Exact):
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
         super().begin(sweep, eps, scaled=scaled)
-        self.units = self._lay_out(sweep)
-        self.hooks = [
-            self.module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(clean=True)),
-            self.module.register_state_dict_post_hook(lambda *_: self._around_state_dict(clean=False)),
-        ]
+        self.units, hooks, module = self._lay_out(sweep), self.hooks, self.module
+        hooks.append(module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(clean=True)))
+        hooks.append(module.register_state_dict_post_hook(lambda *_: self._around_state_dict(clean=False)))
         for unit in self.units[1:]:
             assert unit.module is not None
             # First and last of the block's hooks, so that those of the user see what the forward sees.
-            self.hooks += [
-                unit.module.register_forward_pre_hook(lambda *_, u=unit: self._before(u), prepend=True),
-                unit.module.register_forward_hook(lambda *_, u=unit: self._after(u), always_call=True),
-            ]
+            hooks.append(unit.module.register_forward_pre_hook(lambda *_, u=unit: self._before(u), prepend=True))
+            hooks.append(unit.module.register_forward_hook(lambda *_, u=unit: self._after(u), always_call=True))
 
     def _lay_out(self, members: Sweep) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
@@ -253,11 +248,15 @@ class Stream(Exact):
                 unit.show("weights")
 
     def end(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        self.left = self  # until all is back
+        self.terms, self.running = {}, None
+        for unit in self.units:
+            if unit.shown != "weights":
+                unit.show("weights")
+        self.remove_hooks()
         for unit in self.kept:
             unit.sweep = NOTHING  # states are among what it holds, which a load replaces
-        self.units, self.hooks, self.last = [], [], None
+        self.units, self.last, self.left = [], None, None
         self.leave()
 
     def _before(self, unit: Unit) -> None:
