@@ -17,6 +17,7 @@ from tests.methods import CASES, METHODS, Case, given, scripted
 from tests.models import small
 from zokern.contract.rules import RULES
 from zokern.optim import ENTRIES, moves
+from zokern.optim.ledger import Ledger
 from zokern.optim.moves import Moves, mean_square
 from zokern.optim.update import Update
 
@@ -161,10 +162,14 @@ def test_counted_on_a_device_as_on_the_host(case: Case, monkeypatch: pytest.Monk
     both: list[tuple[float, float]] = []
     here = Moves.note
 
-    def note(self: Moves, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Any) -> None:
-        here(self, update, lr, ok, gate, advice)
+    def note(
+        self: Moves, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Any, ledger: Any
+    ) -> None:
+        here(self, update, lr, ok, gate, advice, ledger)
         other.square, other._shares = self.square, self._shares
-        here(other, update, lr, ok & bool(opt.counters["steps"] != 1), torch.ones(1, dtype=torch.int32), advice)
+        here(
+            other, update, lr, ok & bool(opt.counters["steps"] != 1), torch.ones(1, dtype=torch.int32), advice, Ledger()
+        )
         both.append((float(self.seen[0]), float(other.seen[0])))
 
     monkeypatch.setattr(Moves, "note", note)

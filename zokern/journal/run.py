@@ -142,6 +142,15 @@ def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
         raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
     reader = check(path, params)
     check_marks(reader)
+    history = optimizer.history()
+    try:
+        for step in Reader(path).steps():
+            if not step.flags & BROKEN_OFF:
+                optimizer.remember(step.number, memory_of(step), set(), not step.flags & SKIPPED)
+    except (ValueError, IndexError, TypeError) as error:
+        raise JournalError(f"{path}: what {wanted['method']} remembers of its steps does not fit: {error}") from error
+    finally:
+        optimizer.load_history(history)
     return reader
 
 

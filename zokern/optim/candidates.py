@@ -18,6 +18,7 @@ from zokern.kinds import SHARE, Flag, Integer, Number
 from zokern.optim import curvature, state
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds
+from zokern.optim.ledger import Ledger
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Terms, Update, seed_tensor, sent
 from zokern.settings import setting
@@ -91,8 +92,9 @@ class MeZOGV(_Candidates):
 
     def settle(self) -> None:
         super().settle()
-        self._best: Seed | None = None  # where the last step's best direction was drawn: step << 16 | number
-        self._best_seed: Seed = 0
+        # Where the last step's best direction was drawn, step << 16 | number; with its seed, where that is known.
+        self._best: Seed | None = None
+        self._best_seed: Seed | None = None
         self._now: tuple[Seed, Seed] | None = None
         self.num_top = int(self.elite * self.candidates)
         if not 1 <= self.num_top < self.candidates:
@@ -107,6 +109,9 @@ class MeZOGV(_Candidates):
     def candidate_seeds(self) -> list[Seed]:
         seeds = super().candidate_seeds()
         if self._best is not None:
+            if self._best_seed is None:
+                drawn = int(self._best)
+                self._best_seed = derive_seed(self.seed, drawn >> 16, drawn & 0xFFFF)
             seeds[-1] = self._best_seed
         return seeds
 
@@ -127,34 +132,44 @@ class MeZOGV(_Candidates):
         return Estimate(gradient, c, {seed: root * weight for seed, weight in v.items()}, square_of_sum=True)
 
     def _note_best(self, seeds: list[Seed], best: Tensor) -> None:
-        """Of this step; `applied` makes it the last one's. Of losses on a device, only that knows which it is."""
+        """Of this step; `note` makes it the last one's. Of losses on a device, only that knows which it is."""
         drawn: list[Seed] = [self._passes.counters.steps << 16 | j for j in range(len(seeds))]
         if self._best is not None:
             drawn[-1] = self._best
         self._now = _picked(drawn, best), _picked(seeds, best)
 
-    def applied(self, ok: Tensor) -> None:
-        super().applied(ok)
+    def note(self, ok: Tensor, ledger: Ledger) -> None:
+        super().note(ok, ledger)
         if self._now is not None:
-            (self._best, self._best_seed), self._now = self._now, None
+            before = self._best, self._best_seed
+            ledger.undo(lambda: self._take(*before))
+            self._take(*self._now)
+            self._now = None
+
+    def _take(self, drawn: Seed | None, seed: Seed | None) -> None:
+        self._best, self._best_seed = drawn, seed
 
     def history(self) -> list[Any]:
         return [] if self._best is None else [int(self._best)]
 
     def load_history(self, history: list[Any]) -> None:
-        self._best = self._now = None
-        if history:
-            self._recall(history[0])
+        if not self.keep_best:
+            super().load_history(history)
+            return
+        if len(history) > 1 or any(
+            isinstance(d, bool) or not isinstance(d, int) or not 0 <= d < 1 << 62 for d in history
+        ):
+            raise ValueError(f"state_dict: history is {history!r}; keep_best remembers one direction, a number")
+        self._take(history[0] if history else None, None)
 
     def memory(self) -> list[float]:
         return [] if self._best is None else [float(self._best)]
 
     def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
         if memory:
-            self._recall(int(memory[0]))
-
-    def _recall(self, drawn: int) -> None:
-        self._best, self._best_seed = drawn, derive_seed(self.seed, drawn >> 16, drawn & 0xFFFF)
+            if not 0 <= memory[0] < 1 << 53 or memory[0] != int(memory[0]):
+                raise ValueError(f"step {step} remembers the direction {memory[0]!r}, which is none")
+            self._take(int(memory[0]), None)
 
     def why_not_graphed(self) -> str | None:
         if self.keep_best:
