@@ -323,8 +323,8 @@ ROUNDS = {
     "greedy": ("MeZOGreedy", {"candidates": 3}, [3, 1]),
     "greedy-curved": ("MeZOGreedy", {"candidates": 3, "smoothing": 1e-2}, [4, 1]),
     "fzoo": ("FZOO", {"candidates": 3}, [4]),
-    "es": ("ES", {"num_directions": 4}, [4]),
-    "es-antithetic": ("ES", {"num_directions": 3, "antithetic": True}, [6]),
+    "es": ("ES", {"num_directions": 4, "maximize": True}, [4]),
+    "es-antithetic": ("ES", {"num_directions": 3, "antithetic": True, "maximize": True}, [6]),
 }
 EACH = pytest.mark.parametrize(("cls", "options", "sizes"), ROUNDS.values(), ids=list(ROUNDS))
 

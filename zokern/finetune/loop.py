@@ -104,7 +104,7 @@ class _Training:
         for _ in range(done * options.accumulate):
             self.order.draw(options.batch_size)  # the batches that the run has had
         self.clock, self.interrupt, self.status = Clock(task.device), Interrupt(), Status()
-        self.sign = -1.0 if optimizer.maximises else 1.0  # what maximises takes a reward
+        self.sign = -1.0 if optimizer.maximize else 1.0
         self.recent: list[Tensor] = []
         self.step, self.resumed, self.interrupted = done, done > 0, False
         self.begun, self.evaluating = time.perf_counter(), 0.0

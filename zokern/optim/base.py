@@ -23,12 +23,13 @@ from zokern.interrupts import HeldInterrupts
 from zokern.optim import drivers
 from zokern.optim.captured import Captured
 from zokern.optim.events import StepEvent
+from zokern.optim.guards import primed
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.saving import Saving
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
-from zokern.passes.update import Terms, sent
+from zokern.passes.update import CPU, Terms, sent
 
 
 class ZerothOrderOptimizer(Saving, Captured):
@@ -40,7 +41,7 @@ class ZerothOrderOptimizer(Saving, Captured):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        closure: Closure,
+        closure: Closure | None = None,
         batches: Iterable[Any] | None = None,
         *,
         batch_weights: Iterable[float] | None = None,
@@ -51,7 +52,9 @@ class ZerothOrderOptimizer(Saving, Captured):
 
         Args:
             closure: returns the scalar loss of the current batch, or a dict of losses by name; it is called several times
-                under torch.no_grad() and must compute the same function each time (no dropout, same batch).
+                under torch.no_grad() and must compute the same function each time (same batch; dropout: see
+                paired_randomness). Without one nothing is done where torch's checkpoint functions call, with lr 0 and
+                gradients of zeros that they have made themselves; everywhere else that is an error.
             batches: gradient accumulation. If given, each evaluation calls closure(batch) for every entry under the same
                 perturbation and takes the mean, so a perturbation is made once however many micro-batches there are.
             batch_weights: of each entry, >= 0, for example its number of tokens; None means equal ones.
@@ -65,9 +68,11 @@ class ZerothOrderOptimizer(Saving, Captured):
             TypeError: if closure is missing or does not return one number. Whatever is raised, also from inside the
                 closure, KeyboardInterrupt included, the weights are clean afterwards.
         """
+        if closure is None and primed(self):
+            return torch.zeros((), device=CPU)
         losses = Losses(
             closure, batches, batch_weights, reduction, loss_weights,
-            vectors=self.takes_vector_losses, reduce=self.reduce,
+            vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
         )  # fmt: skip
         if self._skips.seen is not None:
             self._skips.warn()
@@ -75,6 +80,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         with HeldInterrupts() as interrupts:
             numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
             self._step(losses, numbers, interrupts)
+        self._guards.tell(self)
         return self.metrics["loss"]
 
     @torch.no_grad()
@@ -82,8 +88,11 @@ class ZerothOrderOptimizer(Saving, Captured):
         """A step with numbers from another source: a device's make it one that waits for nothing and can be captured."""
         if numbers.device is not None:
             self._skips.count = sent(self._skips.count, numbers.device)
+            self._guards.flats.on(numbers.device)
         with HeldInterrupts() as interrupts:
-            losses = Losses(closure, vectors=self.takes_vector_losses, reduce=self.reduce)
+            losses = Losses(
+                closure, vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize
+            )  # fmt: skip
             self._step(losses, numbers, interrupts)
 
     def _step(self, losses: Losses, numbers: StepNumbers, interrupts: HeldInterrupts) -> None:
@@ -91,10 +100,19 @@ class ZerothOrderOptimizer(Saving, Captured):
             raise RuntimeError("step was called inside a step of the same optimizer; a closure returns a loss instead")
         self.numbers = numbers
         try:
+            self._guards.look(self)
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            self._guards.begin(self, losses)
             rates = Rates(*numbers.rates(self.active.rows))
-            self._placement.begin(self.active.sweep, rates.eps, scaled=self.scaled)
-            self._evaluate_and_update(losses, rates, interrupts)
+            try:
+                self._placement.begin(self.active.sweep, rates.eps, scaled=self.scaled)
+                self._evaluate_and_update(losses, rates, interrupts)
+            except placements.Refused as refusal:
+                self._guards.give_way(self, refusal)  # or raises it
+                losses.forget()
+                self._guards.begin(self, losses)
+                self._placement.begin(self.active.sweep, rates.eps, scaled=self.scaled)
+                self._evaluate_and_update(losses, rates, interrupts)
         finally:
             del self.numbers
 
@@ -109,10 +127,12 @@ class ZerothOrderOptimizer(Saving, Captured):
         def evaluate(terms: Terms) -> Tensor:
             with self._placement.present(terms):
                 try:
+                    self._guards.sample(self)
                     interrupts.release()
                     return losses.evaluate(self._passes.counters, self.numbers.device)
                 finally:
                     interrupts.hold()
+                    self._guards.probed()
                     addresses = list(map(Tensor.data_ptr, sweep.params))
                     if addresses != sweep.addresses:  # the closure has moved weights: what was there may be freed
                         sweep.addresses = addresses
@@ -123,6 +143,7 @@ class ZerothOrderOptimizer(Saving, Captured):
             ok = self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates)
         finally:
             self._placement.end()
+            self._guards.end(self, ok is not None)
             self._passes.gate = self._passes.listener = None
             if ok is not None:  # done, whatever those who are told of it raise
                 self._passes.counters.steps += 1
@@ -131,8 +152,8 @@ class ZerothOrderOptimizer(Saving, Captured):
 
     def _apply(self, estimate: Estimate, losses: Losses, rates: Rates) -> Tensor:
         """The step's last pass; returns whether it did anything."""
-        every, ok = losses.finite()
         numbers = self.numbers
+        every, ok = losses.finite(captured=numbers.gate is not None)
         self.metrics = {
             "loss": every.mean().to(torch.float32),
             "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
@@ -145,6 +166,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         )
         self._placement.update(update, ok, rounding, self._ahead() if self.pipelined else None)
         self.applied(ok)
+        self._guards.note(losses, every, numbers.gate)
         return ok
 
     def _ahead(self) -> placements.Ahead:

@@ -25,12 +25,17 @@ class Captured(Built):
             return "pipelined=True fills a step's first copies in the step before"
         if self.listeners:
             return "a journal is written, which needs each step's numbers on the host"
+        if self._guards.pairs(self.paired_randomness):
+            return (
+                "a module is in training mode and draws, or paired_randomness=True: a graph's forwards cannot start from the "
+                "same generator states; call model.eval(), or give paired_randomness=False"
+            )
         return super().why_not_graphed()
 
     def captured_tensors(self) -> list[Tensor]:
         """What a captured step works on beside the parameters."""
         states = [t for kept in self.state.values() for t in kept.values() if isinstance(t, Tensor)]
-        return [self._skips.count, *states, *self._placement.memory(), *super().captured_tensors()]
+        return [self._skips.count, *states, *self._placement.memory(), *self._guards.memory(), *super().captured_tensors()]
 
     def set_counters(self, counters: dict[str, int]) -> None:
         self._passes.counters = Counters(**counters)
@@ -42,3 +47,4 @@ class Captured(Built):
         self.metrics = metrics
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._skips.look()
+        self._guards.tell(self)

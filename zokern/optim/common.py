@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import InitVar
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zokern import _checks, backends, directions
 from zokern import placement as placements
 from zokern.contract.streams import ROUNDINGS
 from zokern.kinds import Choice, Flag, Instance, Integer, Kind
 from zokern.layers import RandomBlocks
+from zokern.optim import pairing
 from zokern.optim.parameters import RATES
 from zokern.settings import Settings, setting
 
@@ -32,6 +33,14 @@ class Common(Settings):
         "what torch's optimizers take: tensors, (name, tensor) pairs, or groups with their own lr, eps, "
         "weight_decay.",
         kw_only=False, kept=False, flags=None,
+    )  # fmt: skip
+    wanted_module: InitVar[nn.Module | None] = setting(
+        default=None,
+        kind=Instance(nn.Module),
+        alias="module",
+        help="With groups or named parameters: the nn.Module that they belong to, so that they have its names and ids, and "
+        "every placement and `layers` work. Only what is listed is trained.",
+        kept=False, flags=None,
     )  # fmt: skip
     lr: InitVar[float | Tensor] = setting(
         kind=RATES["lr"],
@@ -84,6 +93,20 @@ class Common(Settings):
         "change weights by operations that autograd sees (not through .data), or the copy would be of what they"
         " were.",
         flags=("--pipelined",),
+    )
+    maximize: bool | None = setting(
+        default=False,
+        kind=Flag(),
+        help="Climb instead of descend, as in torch.optim: the closure returns a reward. metrics['loss'] is what it returns.",
+        flags=None,
+    )
+    paired_randomness: bool | str = setting(
+        default="auto",
+        kind=Choice(pairing.WANTED, pairing.read),
+        help="Whether all forwards of a step draw the same numbers from torch's generators: the i-th micro-batch of each "
+        "starts from the same states. auto does so while a module of the model is in training mode with active dropout; "
+        "True also pairs sampled rewards.",
+        flags=None,
     )
     layers: RandomBlocks | None = setting(
         default=None,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zokern.optim.numbers import Rows
 from zokern.optim.update import Estimate, Rates, adam
-from zokern.passes.update import Update, sent
+from zokern.passes.update import CPU, Update, sent
 
 
 class Memory(ABC):
@@ -75,7 +75,7 @@ class AdamCounts(Memory):
         for block in blocks:
             if block not in dropped:
                 key = -1 if block is None else block
-                self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64)) + ok
+                self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64, device=CPU)) + ok
 
     def load(self, history: list[Any]) -> None:
         self.counts = {key: count.clone() for key, count in history}
@@ -108,7 +108,9 @@ class AdaMeZOHistory(Memory):
         self._now = (seed, sorted(dropped), estimate.projected / sent(eps, device))
         steps = [self._now, *list(self.entries)[: cast(int, self.entries.maxlen) - 1]]
         seen = torch.tensor(
-            [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows], dtype=torch.float64
+            [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows],
+            dtype=torch.float64,
+            device=CPU,
         )
         c = torch.stack([sent(torch.stack([c[g] for g, _ in rows]), device) for _, _, c in steps], dim=1)
         c = c * sent(seen, device)
@@ -136,7 +138,7 @@ class AdaMeZOHistory(Memory):
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
     ) -> None:
-        self.entries.appendleft((seed, sorted(dropped), torch.tensor(numbers, dtype=torch.float64)))
+        self.entries.appendleft((seed, sorted(dropped), torch.tensor(numbers, dtype=torch.float64, device=CPU)))
 
     def load(self, history: list[Any]) -> None:
         self.entries.clear()

@@ -6,6 +6,7 @@ from typing import Any
 
 from zokern.optim import state
 from zokern.optim.built import Built
+from zokern.optim.flat import Flats
 from zokern.optim.parameters import Active
 from zokern.sweep import NOTHING, Counters
 
@@ -30,6 +31,7 @@ class Saving(Built):
             "names": self._parameters.names(self),
             "counters": self.counters,
             "skipped": self.skipped_steps,
+            "flat": self.flat_steps,
             "options": dict(self.options),
             "history": self.history(),
         }
@@ -56,4 +58,5 @@ class Saving(Built):
         self.seed = own["seed"]
         self._passes.counters = Counters(**own["counters"])
         self._skips.load(own["skipped"])
+        self._guards.flats = Flats(own.get("flat", 0))
         self.load_history(own["history"])

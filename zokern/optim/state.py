@@ -24,6 +24,11 @@ def of(every: Mapping[Tensor, dict[str, Any]], param: Tensor, spec: Spec) -> dic
     return {name: own[name] for name in spec}
 
 
+def unwrapped(name: str) -> str:
+    """A parameter's name without what torch.compile's and DDP's wrappers put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
 def check(
     own: dict[str, Any] | None,
     method: str,
@@ -54,7 +59,7 @@ def check(
         )
     if own["module"] and has_module:
         for theirs, ours in zip(chain(*own["names"]), chain(*names), strict=True):
-            if theirs != ours:
+            if theirs != ours and unwrapped(theirs) != unwrapped(ours):
                 raise ValueError(f"state_dict has parameter {theirs!r} where this module has {ours!r}")
 
 
