@@ -117,9 +117,11 @@ def do(case: Case, path: Path, saved: bytes | None = None) -> dict[str, Any]:
 
 
 def content(path: Path) -> Iterator[object]:
-    """All that a journal holds but for the version that wrote it, numbers as bits."""
+    """All that a journal holds but for the version that wrote it, numbers as bits. Options that came later have the values
+    that journals without them mean."""
     reader = journal.Reader(path)
-    yield {key: value for key, value in reader.header.items() if key != "zokern"}
+    header = {key: value for key, value in reader.header.items() if key != "zokern"}
+    yield {**header, "options": {"maximize": header["method"] == "ES", **header["options"]}}
     for step in reader.steps():
         yield step.number, step.flags, step.layout, step.signature, step.frame.tobytes()
     yield reader.marks, reader.torn
