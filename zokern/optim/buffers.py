@@ -6,10 +6,11 @@ are clean:
 
     with torch.no_grad(): model(batch)      # in training mode
 
-Which buffers change is seen by their versions, which torch counts. In the first step, and in the first after a module
-changed its mode, all that could are copied; from then on those that were seen changing. Floating-point buffers of a
-state_dict and counters of one number could; integer tables, quantised weights and buffers that are not saved, as caches
-are, never.
+Which buffers change is seen by their versions, which torch counts; but not where batch_norm and instance_norm write
+running statistics, so those of such modules in training mode are taken to change, and so are all buffers of a module of
+which one does. In the first step, and in the first after a module changed its mode, all that could are copied; from then
+on those that were seen changing. Floating-point buffers of a state_dict and counters of one number could; integer tables,
+quantised weights and buffers that are not saved, as caches are, never.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Buffers:
         self.tensors: list[Tensor] = []
         self.moving: list[int] | None = None
         self.copies: dict[int, Tensor] = {}
+        self._unseen: set[int] = set()  # written past the versions
         self._modes: list[bool] = []
         self._versions: list[int] = []
         self._seen: set[int] = set()
@@ -58,6 +60,10 @@ class Buffers:
             self.tensors = [t for t in now if t is not None]
             self._modes = [owner.training for owner, _ in self.places]
             self.moving, self.copies = None, {}
+            self._unseen = {
+                i for i, (owner, name) in enumerate(self.places)
+                if isinstance(owner, nn.modules.batchnorm._NormBase) and owner.training and name.startswith("running_")
+            }  # fmt: skip
         wanted = range(len(self.tensors)) if self.moving is None else self.moving
         if wanted:
             for i in wanted:
@@ -73,11 +79,13 @@ class Buffers:
             if owner._buffers.get(name) is not t:  # the forward has put another one there
                 owner._buffers[name] = t
         versions = [t._version for t in self.tensors]
-        if versions == self._versions:
+        if versions == self._versions and not self._unseen:
             return
-        changed = [i for i, (old, new) in enumerate(zip(self._versions, versions, strict=True)) if old != new]
-        self._seen.update(changed)
-        known = [i for i in changed if i in self.copies]
+        changed = {i for i, (old, new) in enumerate(zip(self._versions, versions, strict=True)) if old != new}
+        owners = {id(self.places[i][0]) for i in changed}
+        changed |= self._unseen | {i for i, (owner, _) in enumerate(self.places) if id(owner) in owners}
+        self._seen |= changed
+        known = sorted(changed & self.copies.keys())
         if known:
             torch._foreach_copy_([self.tensors[i] for i in known], [self.copies[i] for i in known])
         self._versions = [t._version for t in self.tensors]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zokern import placement as placements
 from zokern.directions import Direction
-from zokern.optim import parameters, state
+from zokern.optim import causes, parameters, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
 from zokern.optim.guards import Guards
@@ -56,6 +56,8 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._placement = placements.make(
             values["placement"], self.module, sixteen_bit, self._passes, pipelined=self.pipelined
         )
+        if self.module is not None:
+            causes.announce_quantised(self.module)
         all_of_it = isinstance(values["params"], torch.nn.Module)
         self._guards = Guards(self.module, values["placement"], sixteen_bit, all_of_it=all_of_it)
 

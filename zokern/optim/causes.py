@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+_announced: set[type] = set()
 BACKWARD = (
     "the closure runs backward, or returns a loss with a graph: zokern needs losses alone, and each step pays for gradients "
     "that nobody uses. Leave out backward() and enable_grad(). A trainer that runs them around its closure, as Lightning's "
@@ -129,8 +131,16 @@ def _spacing(owner: Any) -> str:
     return ""
 
 
+def announce_quantised(module: nn.Module) -> None:
+    """Says once of a kind of module with quantised parameters, which are left out, how much of it is trained."""
+    told = quantised(module)
+    if told and type(module) not in _announced:
+        _announced.add(type(module))
+        print(f"zokern: {told}", file=sys.stderr)
+
+
 def quantised(module: nn.Module) -> str:
-    """Of a module with quantised parameters, which are left out: how much of it is trained; "" where there are none."""
+    """How much of a module is trained that has quantised parameters; "" where it has none."""
     left_out = [name for name, p in module.named_parameters() if not p.requires_grad and _is_quantised(p)]
     if not left_out:
         return ""
