@@ -27,7 +27,9 @@ def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:
         if seeds.device.type == "cpu" and not torch.compiler.is_compiling() and bool((seeds < 0).any()):
             raise ValueError(f"seeds has a negative value; seeds are in [0, {_checks.MAX_SEED}]")
         return seeds
-    return torch.tensor([_checks.check_seed(s, f"seeds[{k}]") for k, s in enumerate(seeds)], dtype=torch.int64, device="cpu")
+    return torch.tensor(
+        [_checks.check_seed(s, f"seeds[{k}]") for k, s in enumerate(seeds)], dtype=torch.int64, device="cpu"
+    )
 
 
 def _coef_tensor(coefs: Sequence[float] | Tensor) -> Tensor:
@@ -160,5 +162,7 @@ def _numbers(seeds: Tensor, coefs: Tensor, decay: Tensor, rounding: str, roundin
         )
     rounding_tensor = None
     if rounding_seed is not None:
-        rounding_tensor = torch.tensor([_checks.check_seed(rounding_seed, "rounding_seed"), 0], dtype=torch.int64, device="cpu")
+        rounding_tensor = torch.tensor(
+            [_checks.check_seed(rounding_seed, "rounding_seed"), 0], dtype=torch.int64, device="cpu"
+        )
     return PassNumbers(seeds, coefs.reshape(1, 1, -1), decay.reshape(1, 1), rounding_tensor)

@@ -259,10 +259,14 @@ def flat_message(opt: Any, closure: Any) -> str:
 def test_the_causes_that_are_seen_come_first():
     model = small()
     assert flat_message(mezo(model), lambda: 3).startswith("(1) the loss is a step function")
-    assert flat_message(mezo(model), lambda: torch.tensor(2.5, dtype=torch.bfloat16)).startswith("(1) the loss arrives in bfl")
+    assert flat_message(mezo(model), lambda: torch.tensor(2.5, dtype=torch.bfloat16)).startswith(
+        "(1) the loss arrives in bfl"
+    )
     half = seeded(lambda: linear(8, 16, 4), torch.bfloat16)
     closure = lambda: half(X.bfloat16()).double().square().mean()  # noqa: E731
-    assert flat_message(mezo(half, eps=1e-7), closure).startswith("(1) eps 1e-07 is below the spacing of 0.weight's bfloat16")
+    assert flat_message(mezo(half, eps=1e-7), closure).startswith(
+        "(1) eps 1e-07 is below the spacing of 0.weight's bfloat16"
+    )
     mezo(half, eps=1e-2).step(closure)
     compiled = small()
     compiled.compile(backend="eager")

@@ -143,7 +143,9 @@ CASES = {
         {A: 0.0, B: 1 / 3, C: 2 / 3},
         1.0,
     ),
-    "es": Case("es", {"num_directions": 2, "maximize": False}, [([{A: 1.0}, {B: 1.0}], [1.0, 3.0])], {A: -0.5, B: 0.5}, 0.0),
+    "es": Case(
+        "es", {"num_directions": 2, "maximize": False}, [([{A: 1.0}, {B: 1.0}], [1.0, 3.0])], {A: -0.5, B: 0.5}, 0.0
+    ),
     "es-antithetic": Case(
         "es",
         {"num_directions": 2, "antithetic": True, "shaping": "ranked", "maximize": False},

@@ -132,7 +132,9 @@ class Player:
                 one.get("keep_second", False),
             )
             told = torch.tensor(rounding, dtype=torch.int64, device="cpu") if one.get("rounded") else None
-            self._wait(members, (spec, PassNumbers(torch.tensor(seeds, dtype=torch.int64, device="cpu"), coefs, shared, told)))
+            self._wait(
+                members, (spec, PassNumbers(torch.tensor(seeds, dtype=torch.int64, device="cpu"), coefs, shared, told))
+            )
 
 
 def _rule_of(rules: set[Rule]) -> Rule | None:

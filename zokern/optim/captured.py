@@ -35,7 +35,13 @@ class Captured(Built):
     def captured_tensors(self) -> list[Tensor]:
         """What a captured step works on beside the parameters."""
         states = [t for kept in self.state.values() for t in kept.values() if isinstance(t, Tensor)]
-        return [self._skips.count, *states, *self._placement.memory(), *self._guards.memory(), *super().captured_tensors()]
+        return [
+            self._skips.count,
+            *states,
+            *self._placement.memory(),
+            *self._guards.memory(),
+            *super().captured_tensors(),
+        ]
 
     def set_counters(self, counters: dict[str, int]) -> None:
         self._passes.counters = Counters(**counters)

@@ -98,7 +98,9 @@ def flat(owner: Any, count: int, loss_dtype: torch.dtype | None, whole: bool) ->
         )
     else:
         causes.append("the closure runs a copy or an engine with weights of its own; run what the optimizer was given")
-    causes.append("the loss does not depend on the trained parameters (computed outside the closure, or from frozen parts)")
+    causes.append(
+        "the loss does not depend on the trained parameters (computed outside the closure, or from frozen parts)"
+    )
     listed = "; ".join(f"({i}) {cause}" for i, cause in enumerate(causes, 1))
     return (
         f"the losses of {count} steps were equal to the last bit, five or more of them in a row: the loss does not react to the "

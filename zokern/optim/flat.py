@@ -14,7 +14,9 @@ from torch import Tensor
 from zokern.passes.update import CPU, sent
 
 IN_A_ROW = 5  # steps, after which it is told
-COUNT, STREAK, LONGEST, WHOLE = range(4)  # of flat steps; now, and at most, in a row; with losses that are whole numbers
+COUNT, STREAK, LONGEST, WHOLE = range(
+    4
+)  # of flat steps; now, and at most, in a row; with losses that are whole numbers
 
 
 class Flats:

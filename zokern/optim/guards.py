@@ -22,6 +22,7 @@ from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, WHOLE, Flats
 from zokern.optim.losses import Losses
 from zokern.optim.watching import Watch
 
+
 class Guards:
     """Of one optimizer, which is asked for each time and not held.
 

@@ -28,7 +28,19 @@ from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 from zokern.sweep import Passes
 
-__all__ = ["PLACEMENTS", "Ahead", "InPlace", "Placement", "Refused", "Rounding", "Shadow", "Stream", "choose", "make", "read"]
+__all__ = [
+    "PLACEMENTS",
+    "Ahead",
+    "InPlace",
+    "Placement",
+    "Refused",
+    "Rounding",
+    "Shadow",
+    "Stream",
+    "choose",
+    "make",
+    "read",
+]
 
 MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (InPlace, Shadow, Stream)}
 PLACEMENTS = ("auto", *MADE)

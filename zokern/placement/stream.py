@@ -348,7 +348,8 @@ def _opaque(hook: Callable[..., None]) -> Callable[..., None]:
     if "torch._dynamo" not in sys.modules:
         return hook
     made: Callable[..., None] = torch.compiler.disable(
-        hook, reason="placement='stream' changes weights between blocks; without fullgraph it runs, and shadow runs with it"
+        hook,
+        reason="placement='stream' changes weights between blocks; without fullgraph it runs, and shadow runs with it",
     )
     return made
 
