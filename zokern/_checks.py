@@ -52,6 +52,8 @@ def check_number(
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, int | float):
+        value = float(value)
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be finite")
     if value < low or value > high or (open_low and value == low) or (open_high and value == high):

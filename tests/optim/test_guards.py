@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,11 @@ def apart() -> Any:
     return lambda *_: 1.0 + 0.25 * (next(values) % 7)
 
 
+def several(times: int, do: Callable[[], object]) -> None:
+    for _ in range(times):
+        do()
+
+
 def mezo(params: Any, lr: float = 1e-2, **options: Any) -> zokern.MeZO:
     return zokern.MeZO(params, lr, **options)
 
@@ -43,7 +49,7 @@ def test_a_step_of_a_frozen_module_is_an_error(placement):
     opt.step(model)
     model.requires_grad_(False)
     before = weights(model)
-    with pytest.raises(RuntimeError, match="would train nothing: none of its .* requires_grad=True"):
+    with pytest.raises(RuntimeError, match=r"would train nothing: none of its .* requires_grad=True"):
         opt.step(model)
     assert equal(weights(model), before)
     assert opt.counters["steps"] == 1
@@ -209,8 +215,7 @@ def test_five_flat_steps_in_a_row_are_told_once(name):
     for _ in range(4):
         opt.step(lambda: 1.25)
     with pytest.warns(zokern.ZokernWarning, match="equal to the last bit") as told:
-        opt.step(lambda: 1.25)
-        opt.step(lambda: 1.25)
+        several(2, lambda: opt.step(lambda: 1.25))
     assert len(told) == 1
     assert opt.flat_steps == 10
     assert "step function" not in str(told[0].message)
@@ -232,8 +237,7 @@ def test_flat_rewards_are_counted_only(name):
 def test_losses_that_are_not_finite_are_not_flat():
     opt = mezo(small())
     with pytest.warns(zokern.ZokernWarning, match="not finite"):
-        for _ in range(6):
-            opt.step(lambda: math.nan)
+        several(6, lambda: opt.step(lambda: math.nan))
     assert (opt.flat_steps, opt.skipped_steps) == (0, 6)
 
 
@@ -250,8 +254,7 @@ def test_flat_steps_are_saved():
 
 def flat_message(opt: Any, closure: Any) -> str:
     with pytest.warns(zokern.ZokernWarning) as told:
-        for _ in range(5):
-            opt.step(closure)
+        several(5, lambda: opt.step(closure))
     (message,) = [str(w.message) for w in told if "last bit" in str(w.message)]
     return message.split("Likely causes: ")[1]
 
@@ -316,8 +319,7 @@ def test_a_16_bit_loss_is_told_once_and_the_remedy_is_quiet(dtype):
     labels = torch.arange(5) % 4
     opt = mezo(model)
     with pytest.warns(zokern.ZokernWarning, match="returns its loss in") as told:
-        for _ in range(3):
-            opt.step(lambda: nn.functional.cross_entropy(model(X.bfloat16()), labels).to(dtype))
+        several(3, lambda: opt.step(lambda: nn.functional.cross_entropy(model(X.bfloat16()), labels).to(dtype)))
     assert len(told) == 1
     quiet = mezo(model)
     quiet.step(lambda: nn.functional.cross_entropy(model(X.bfloat16()).float(), labels))
@@ -553,8 +555,7 @@ def test_a_closure_that_runs_backward_is_told_once(placement):
         return loss.detach() if detach else loss
 
     with pytest.warns(zokern.ZokernWarning, match="runs backward") as told:
-        for _ in range(3):
-            opt.step(lambda: closure(True))
+        several(3, lambda: opt.step(lambda: closure(True)))
     assert len(told) == 1
     with pytest.warns(zokern.ZokernWarning, match="runs backward"):
         mezo(model, placement=placement).step(lambda: closure(False))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import copy
 import io
+import itertools
 import pickle
 import signal
 import sys

@@ -27,7 +27,8 @@ class Captured(Built):
             return "a journal is written, which needs each step's numbers on the host"
         if self._guards.pairs(self.paired_randomness):
             return (
-                "a module is in training mode and draws, or paired_randomness=True: a graph's forwards cannot start from the "
+                "a module is in training mode and draws, or paired_randomness=True: a graph's forwards cannot start "
+                "from the "
                 "same generator states; call model.eval(), or give paired_randomness=False"
             )
         return super().why_not_graphed()

@@ -97,7 +97,7 @@ class Common(Settings):
     maximize: bool | None = setting(
         default=False,
         kind=Flag(),
-        help="Climb instead of descend, as in torch.optim: the closure returns a reward. metrics['loss'] is what it returns.",
+        help="Climb, as in torch.optim: the closure returns a reward. metrics['loss'] is what it returns.",
         flags=None,
     )
     paired_randomness: bool | str = setting(

@@ -24,7 +24,7 @@ SHAPINGS = ("standardised", "ranked")
 
 
 class ES(ZerothOrderOptimizer):
-    """For rewards: with maximize=True the closure returns one number, higher is better, that needs no derivative of any kind.
+    """For rewards: with maximize=True the closure returns one number, higher is better, of whatever kind.
 
     Without `maximize` it climbs too, and warns: in a later version the default will be to descend, as everywhere else.
     N forwards and N + 1 passes (antithetic 2N and 2N + 1); all N directions go into one update pass. Shaped rewards have no
@@ -54,7 +54,8 @@ class ES(ZerothOrderOptimizer):
         if self.maximize is None:
             self.maximize = True
             warnings.warn(
-                "ES maximizes what the closure returns, and the other methods minimize: pass maximize=True for a reward, or "
+                "ES maximizes what the closure returns, and the other methods minimize: pass maximize=True for a "
+                "reward, or "
                 "maximize=False for a loss. In a later version, ES without it will minimize too",
                 ZokernWarning,
                 stacklevel=4,

@@ -51,9 +51,9 @@ class Flats:
         if values is not None and gate is None and self.there is None:
             first = values[0]
             if values.count(first) == len(values) and math.isfinite(first):
-                streak = self.numbers[STREAK] + 1
                 self.numbers[COUNT] += 1
-                self.numbers[STREAK], self.numbers[LONGEST] = streak, max(streak, self.numbers[LONGEST])
+                self.numbers[STREAK] += 1
+                self.numbers[LONGEST] = max(self.numbers[STREAK], self.numbers[LONGEST])
                 self.numbers[WHOLE] += first.is_integer()
             else:
                 self.numbers[STREAK] = 0
@@ -61,12 +61,11 @@ class Flats:
         there = self.on(losses.device)
         flat = (losses == losses[0]).all() & torch.isfinite(losses[0])
         counted = torch.ones_like(flat) if gate is None else gate.reshape(()).to(torch.bool)
-        whole = flat & (losses[0] == losses[0].round())
-        there[COUNT].add_(flat & counted)
-        there[WHOLE].add_(whole & counted)
-        streak = there[STREAK]
+        count, streak, longest, whole = there.unbind()
+        count.add_(flat & counted)
+        whole.add_(flat & counted & (losses[0] == losses[0].round()))
         streak.copy_(torch.where(counted, (streak + 1) * flat, streak))  # in place, for a step captured in a graph
-        there[LONGEST].copy_(torch.maximum(there[LONGEST], streak))
+        longest.copy_(torch.maximum(longest, streak))
 
     def look(self) -> None:
         """Starts a copy of the counts to the host."""

@@ -73,7 +73,8 @@ class Guards:
         if owner.listeners and made.name != owner._placement.name and "inplace" in (made.name, owner._placement.name):
             raise RuntimeError(
                 f"the weights' types have changed while a journal is written, and with them the placement, from "
-                f"{owner._placement.name!r} to {made.name!r}; end the journal first, and convert the weights before a new one"
+                f"{owner._placement.name!r} to {made.name!r}; end the journal first, and convert the weights before a "
+                "new one"
             )
         owner._placement = made
 
@@ -167,7 +168,8 @@ class Guards:
 
 def _shown(owner: Any) -> Sequence[Tensor]:
     """The active parameters as a closure sees them."""
-    return getattr(owner._placement, "copies", None) or owner.active.sweep.params
+    copies: Sequence[Tensor] = getattr(owner._placement, "copies", ())
+    return copies or owner.active.sweep.params  # type: ignore[no-any-return]
 
 
 def _sixteen_bit(groups: Iterable[dict[str, Any]]) -> bool:

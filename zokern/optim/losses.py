@@ -41,7 +41,7 @@ def _listed(given: Any, name: str) -> list[Any]:
     if isinstance(given, Tensor | Mapping) or (name == "batches" and isinstance(given, np.ndarray | str)):
         raise TypeError(
             f"{name} is one {type(given).__name__}, and would be taken apart into its entries; give a list, for example "
-            + (f"[x] for one batch or x.split(8) for several" if name == "batches" else "x.tolist()")
+            + ("[x] for one batch or x.split(8) for several" if name == "batches" else "x.tolist()")
         )
     try:
         return list(given)
@@ -73,7 +73,7 @@ class Losses:
 
     def __init__(
         self,
-        closure: Closure,
+        closure: Closure | None,
         batches: Iterable[Any] | None = None,
         batch_weights: Iterable[float] | None = None,
         reduction: str = "mean",
@@ -81,9 +81,9 @@ class Losses:
         *,
         vectors: bool = False,
         reduce: Reduce | None = None,
-        maximize: bool = False,
+        maximize: bool | None = False,
     ) -> None:
-        if not callable(closure):
+        if closure is None or not callable(closure):
             raise TypeError(causes.NO_CLOSURE)
         self.closure, self.vectors, self.reduce, self.maximize = closure, vectors, reduce, maximize
         self.values: list[float] | None = None  # all of them, where they are on the host

@@ -53,7 +53,8 @@ def announce(module: nn.Module) -> None:
     if "paired" not in _announced:
         _announced.add("paired")
         print(
-            f"zokern: a {type(module).__name__} is in training mode and draws, so all forwards of a step start from the same "
+            f"zokern: a {type(module).__name__} is in training mode and draws, so all forwards of a step start from "
+            "the same "
             "generator states (paired_randomness='auto'); model.eval() does without, paired_randomness=False draws anew",
             file=sys.stderr,
         )

@@ -101,7 +101,8 @@ def parse(params: object, shown: nn.Module | None = None) -> tuple[Groups, nn.Mo
                 )
             if shown is not None and id(p) not in registry.ids:
                 raise ValueError(
-                    f"params: group {g} has a {'tensor' if name is None else repr(name)} of shape {tuple(p.shape)} that is no "
+                    f"params: group {g} has a {'tensor' if name is None else repr(name)} of shape {tuple(p.shape)} "
+                    "that is no "
                     f"parameter of module, a {type(shown).__name__}; leave module= out, or give the module that has it"
                 )
             registry.add(p, name)

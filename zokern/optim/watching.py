@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from zokern.layers import RandomBlocks
 from zokern.optim import parameters

@@ -8,7 +8,8 @@ stream: as shadow, but one block at a time, written just before the block runs: 
     what lies outside the blocks.
 auto: for float32 weights inplace. Where any has 16 bits: stream if the module's blocks are found and it can serve it,
     else shadow; inplace for parameters without a module. What was chosen for 16-bit weights is printed once. It is chosen
-    anew when the weights' types change, and where stream refuses a closure that shadow serves, the step goes on with shadow.
+    anew when the weights' types change, and where stream refuses a closure that
+    shadow serves, the step goes on with shadow.
 
 A method with a curvature h asks for `scaled` directions: theta + eps d / sqrt(h).
 """

@@ -251,7 +251,8 @@ class Stream(Exact):
             idle = [unit.name for unit in blocks if unit.calls == 0]
             if idle and len(idle) == len(blocks):
                 raise NotSeen(
-                    "the closure called no block of the module that the optimizer was given, so it runs something else: a copy, "
+                    "the closure called no block of the module that the optimizer was given, so it runs something "
+                    "else: a copy, "
                     "a trace, an export, an engine. Call the module itself; where the other one shares its memory, "
                     "placement='inplace' reaches it"
                 )
@@ -287,8 +288,10 @@ class Stream(Exact):
         for site, _, outside in unit.pairs:
             if site.owner._parameters.get(site.name) is not outside:
                 raise NotSeen(
-                    f"{outside.parameter} was replaced inside the closure, as functional_call does, so placement='stream' cannot "
-                    "show its perturbed copy. Call the module itself; or, with placement='shadow', take the parameters that "
+                    f"{outside.parameter} was replaced inside the closure, as functional_call does, so "
+                    "placement='stream' cannot "
+                    "show its perturbed copy. Call the module itself; or, with placement='shadow', take the "
+                    "parameters that "
                     "functional_call gets inside the closure; or, with placement='inplace', give it those of the module"
                 )
         self._refuse_views()
@@ -324,7 +327,8 @@ class Stream(Exact):
                     f"a view of the perturbed weights of {self.last.name} is still held after its forward, and "
                     "placement='stream' overwrites them now; "
                     + (
-                        "torch._inductor.config.freezing makes constants of weights, which no placement can reach: switch it off"
+                        "torch._inductor.config.freezing makes constants of weights, which no placement can reach: "
+                        "switch it off"
                         if freezing
                         else "use placement='shadow' for this model, or clone it"
                     )
