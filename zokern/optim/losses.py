@@ -38,10 +38,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def _listed(given: Any, name: str) -> list[Any]:
     """The entries of an argument, which may come from a generator."""
-    if isinstance(given, Tensor | Mapping) or (name == "batches" and isinstance(given, np.ndarray | str)):
+    if name == "batches" and isinstance(given, Tensor | Mapping | np.ndarray | str):
         raise TypeError(
-            f"{name} is one {type(given).__name__}, and would be taken apart into its entries; give a list, for example "
-            + ("[x] for one batch or x.split(8) for several" if name == "batches" else "x.tolist()")
+            f"batches is one {type(given).__name__}, and would be taken apart into its entries; give a list, for example [x] "
+            "for one batch or x.split(8) for several"
         )
     try:
         return list(given)
