@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from zokern import _checks, backends, directions
 from zokern import placement as placements
 from zokern.contract.streams import ROUNDINGS
-from zokern.kinds import Choice, Flag, Instance, Integer, Kind
+from zokern.kinds import Choice, Flag, FlagOr, Instance, Integer, Kind
 from zokern.layers import RandomBlocks
-from zokern.optim import pairing
 from zokern.optim.parameters import RATES
 from zokern.settings import Settings, setting
 
@@ -33,14 +32,6 @@ class Common(Settings):
         "what torch's optimizers take: tensors, (name, tensor) pairs, or groups with their own lr, eps, "
         "weight_decay.",
         kw_only=False, kept=False, flags=None,
-    )  # fmt: skip
-    wanted_module: InitVar[nn.Module | None] = setting(
-        default=None,
-        kind=Instance(nn.Module),
-        alias="module",
-        help="With groups or named parameters: the nn.Module that they belong to, so that they have its names and ids, and "
-        "every placement and `layers` work. Only what is listed is trained.",
-        kept=False, flags=None,
     )  # fmt: skip
     lr: InitVar[float | Tensor] = setting(
         kind=RATES["lr"],
@@ -102,7 +93,7 @@ class Common(Settings):
     )
     paired_randomness: bool | str = setting(
         default="auto",
-        kind=Choice(pairing.WANTED, pairing.read),
+        kind=FlagOr("auto"),
         help="Whether all forwards of a step draw the same numbers from torch's generators: the i-th micro-batch of each "
         "starts from the same states. auto does so while a module of the model is in training mode with active dropout; "
         "True also pairs sampled rewards.",
@@ -121,3 +112,11 @@ class Common(Settings):
         help="What runs the passes over the weights.",
         kept=False,
     )
+    wanted_module: InitVar[nn.Module | None] = setting(
+        default=None,
+        kind=Instance(nn.Module),
+        alias="module",
+        help="With groups or named parameters: the nn.Module that they belong to, so that they have its names and ids, and "
+        "every placement and `layers` work. Only what is listed is trained.",
+        kept=False, flags=None,
+    )  # fmt: skip

@@ -40,8 +40,8 @@ def _listed(given: Any, name: str) -> list[Any]:
     """The entries of an argument, which may come from a generator."""
     if name == "batches" and isinstance(given, Tensor | Mapping | np.ndarray | str):
         raise TypeError(
-            f"batches is one {type(given).__name__}, and would be taken apart into its entries; give a list, for example [x] "
-            "for one batch or x.split(8) for several"
+            f"batches is one {type(given).__name__}, and would be taken apart into its entries; give a list, "
+            "for example [x] for one batch or x.split(8) for several"
         )
     try:
         return list(given)

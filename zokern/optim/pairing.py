@@ -15,19 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-WANTED = ("auto", "True", "False")
 _announced: set[str] = set()
-
-
-def read(value: object, name: str) -> bool | str:
-    """ "auto", True or False.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if value == "auto" or isinstance(value, bool):
-        return value  # type: ignore[return-value]
-    raise ValueError(f"{name} is {value!r}; it must be 'auto', True or False")
 
 
 def may_draw(module: nn.Module) -> bool:
