@@ -21,6 +21,7 @@ from zokern import backends, sweep
 from zokern.graphs.live import DeviceNumbers
 from zokern.optim import parameters
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.flat import Flats
 from zokern.optim.losses import Skips
 from zokern.passes.operands import Operands
 
@@ -92,6 +93,7 @@ def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tu
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)  # what the copies are made from
     # The count of skipped steps comes to the host by a CUDA event, in its own time.
     monkeypatch.setattr(Skips, "look", lambda self: None)
+    monkeypatch.setattr(Flats, "look", lambda self: None)
     return model, case.cls(model, 1e-3, placement=placement, **case.settings)
 
 
