@@ -80,7 +80,8 @@ class ZerothOrderOptimizer(Saving, Captured):
         with HeldInterrupts() as interrupts:
             numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
             self._step(losses, numbers, interrupts)
-        self._guards.tell(self)
+        if self._guards.due:
+            self._guards.tell(self)
         return self.metrics["loss"]
 
     @torch.no_grad()
@@ -100,7 +101,9 @@ class ZerothOrderOptimizer(Saving, Captured):
             raise RuntimeError("step was called inside a step of the same optimizer; a closure returns a loss instead")
         self.numbers = numbers
         try:
-            self._guards.look(self)
+            watch = self._guards.watch
+            if watch is not None and watch.changed():
+                watch.take_in(self)
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
             self._guards.begin(self, losses)
             rates = Rates(*numbers.rates(self.active.rows))
@@ -127,12 +130,12 @@ class ZerothOrderOptimizer(Saving, Captured):
         def evaluate(terms: Terms) -> Tensor:
             with self._placement.present(terms):
                 try:
-                    self._guards.sample(self)
                     interrupts.release()
                     return losses.evaluate(self._passes.counters, self.numbers.device)
                 finally:
                     interrupts.hold()
-                    self._guards.probed()
+                    if self._guards.busy:
+                        self._guards.probed()
                     addresses = list(map(Tensor.data_ptr, sweep.params))
                     if addresses != sweep.addresses:  # the closure has moved weights: what was there may be freed
                         sweep.addresses = addresses
@@ -143,7 +146,8 @@ class ZerothOrderOptimizer(Saving, Captured):
             ok = self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates)
         finally:
             self._placement.end()
-            self._guards.end(self, ok is not None)
+            if self._guards.busy:
+                self._guards.end(self, ok is not None)
             self._passes.gate = self._passes.listener = None
             if ok is not None:  # done, whatever those who are told of it raise
                 self._passes.counters.steps += 1
@@ -166,7 +170,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         )
         self._placement.update(update, ok, rounding, self._ahead() if self.pipelined else None)
         self.applied(ok)
-        self._guards.note(losses, every, numbers.gate)
+        self._guards.note(self, losses, every, numbers.gate)
         return ok
 
     def _ahead(self) -> placements.Ahead:

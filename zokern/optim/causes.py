@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -172,11 +171,6 @@ def _is_quantised(p: Tensor) -> bool:
     return wrapped or (not p.is_floating_point() and not p.is_complex()) or kind in ("Params4bit", "Int8Params")
 
 
-def without_gradients(closure: Callable[..., Any], arguments: Iterable[Any]) -> Any:
-    """What a closure returns; the errors that backward() ends with in it say what to leave out."""
-    try:
-        return closure(*arguments)
-    except RuntimeError as error:
-        if "does not require grad" in str(error) or "modified by an inplace operation" in str(error):
-            raise RuntimeError(LEAVE_OUT) from error
-        raise
+def is_of_backward(error: RuntimeError) -> bool:
+    """Whether a closure's error is what its backward() ends with in a step."""
+    return "does not require grad" in str(error) or "modified by an inplace operation" in str(error)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zokern import placement as placements
 from zokern._checks import ZokernWarning
 from zokern.optim import causes, pairing, state
-from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, WHOLE, Flats
+from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, STREAK, WHOLE, Flats
 from zokern.optim.losses import Losses
 from zokern.optim.watching import Watch
 
@@ -36,17 +36,14 @@ class Guards:
         self.wanted, self.sixteen_bit, self.refused = wanted, sixteen_bit, False
         self._active: weakref.ref[Any] | None = None  # for which the placement was looked at
         self._draws: pairing.Draws | None = None
-        self._sampled: list[tuple[Tensor, Tensor | None]] = []  # parameters as the closure sees them, and their .grad
+        self._grads: tuple[Tensor | None, Tensor | None] = None, None  # of the first and the last, before the forwards
+        self.busy = False  # there is something to do after a forward
+        self.due = False  # there may be something to tell
         self._pending: dict[str, str] = {}  # warnings for when the step is over, by subject
         self._told: set[str] = set()
         self._half: torch.dtype | None = None  # of the losses, where one had 16 bits
 
     # ----------------------------------------------------------------------------------------------- before the forwards
-
-    def look(self, owner: Any) -> None:
-        """The module, before the step asks for its active parameters."""
-        if self.watch is not None:
-            self.watch.look(owner)
 
     def begin(self, owner: Any, losses: Losses) -> None:
         """The step's members are known. Refuses to train nothing; decides the placement; prepares the forwards."""
@@ -55,11 +52,17 @@ class Guards:
         if self.wanted == "auto" and (self._active is None or self._active() is not owner.active):
             self.decide(owner)
             self._active = weakref.ref(owner.active)
+        watch, params = self.watch, owner.active.sweep.params
+        self._grads = params[0].grad, params[-1].grad
         self._draws = losses.draws = None
-        if self.pairs(owner.paired_randomness):
-            self._draws = losses.draws = pairing.Draws({p.device for p in owner.active.sweep.params})
-        if self.watch is not None:
-            self.watch.buffers.begin()
+        if owner.paired_randomness is True or (
+            watch is not None and watch.random and self.pairs(owner.paired_randomness)
+        ):
+            self._draws = losses.draws = pairing.Draws({p.device for p in params})
+        buffers = watch is not None and bool(watch.buffers.places)
+        if watch is not None and buffers:
+            watch.buffers.begin()
+        self.busy = buffers or self._draws is not None or "backward" in self._told
 
     def decide(self, owner: Any) -> None:
         """What "auto" is for the weights' types as they are now."""
@@ -102,34 +105,36 @@ class Guards:
 
     # ------------------------------------------------------------------------------------------------- around a forward
 
-    def sample(self, owner: Any) -> None:
-        """Before a closure runs: of the parameters that it sees, two are looked at for a .grad that it makes."""
-        if "backward" not in self._told:
-            shown = _shown(owner)
-            self._sampled = [(p, p.grad) for p in (shown[0], shown[-1])]
-
     def probed(self) -> None:
         """A probe's closure has returned, or raised."""
         if self._draws is not None:
             self._draws.probed()
         if self.watch is not None and self.watch.buffers.tensors:
             self.watch.buffers.put_back()
-        for p, grad in self._sampled:
-            if p.grad is not grad and p.grad is not None:
-                self._warn("backward", causes.BACKWARD)
-        self._sampled = []
 
     # ------------------------------------------------------------------------------------------------ after the forwards
 
-    def note(self, losses: Losses, every: Tensor, gate: Tensor | None) -> None:
+    def note(self, owner: Any, losses: Losses, every: Tensor, gate: Tensor | None) -> None:
         """The step's losses, [P]."""
-        self.flats.note(every, losses.values, gate)
+        flats, values = self.flats, losses.values
+        if values is None or gate is not None or flats.there is not None or values[0] == values[-1]:
+            flats.note(every, values, gate)
+            self.due = True
+        else:  # the usual step on the host
+            flats.numbers[STREAK] = 0
         if losses.half is not None:
             self._half = losses.half
             if "half" not in self._told:
                 self._warn("half", causes.half(losses.half))
-        if losses.graph and "backward" not in self._told:
-            self._warn("backward", causes.BACKWARD)
+        if "backward" not in self._told:
+            params = owner.active.sweep.params
+            copies: Sequence[Tensor] = getattr(owner._placement, "copies", ())
+            first, last = (params[0].grad, params[-1].grad)
+            grown = (first is not None and first is not self._grads[0]) or (
+                last is not None and last is not self._grads[1]
+            )
+            if losses.graph or grown or (copies and (copies[0].grad is not None or copies[-1].grad is not None)):
+                self._warn("backward", causes.BACKWARD)
 
     def end(self, owner: Any, done: bool) -> None:
         """The step is over. done: its last pass was made."""
@@ -144,6 +149,7 @@ class Guards:
 
     def tell(self, owner: Any) -> None:
         """Raises the warnings that are due, each once."""
+        self.due = self.flats.there is not None and "flat" not in self._told
         if "flat" not in self._told:
             counts = self.flats.known()
             if counts is not None and counts[LONGEST] >= IN_A_ROW:
@@ -159,17 +165,12 @@ class Guards:
     def _warn(self, subject: str, message: str) -> None:
         self._told.add(subject)
         self._pending[subject] = message
+        self.due = True
 
     def memory(self) -> list[Tensor]:
         """What it keeps on the devices between steps."""
         kept = [] if self.watch is None else self.watch.buffers.memory()
         return kept if self.flats.there is None else [self.flats.there, *kept]
-
-
-def _shown(owner: Any) -> Sequence[Tensor]:
-    """The active parameters as a closure sees them."""
-    copies: Sequence[Tensor] = getattr(owner._placement, "copies", ())
-    return copies or owner.active.sweep.params  # type: ignore[no-any-return]
 
 
 def _sixteen_bit(groups: Iterable[dict[str, Any]]) -> bool:

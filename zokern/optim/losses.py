@@ -113,7 +113,12 @@ class Losses:
         for i, arguments in enumerate([()] if self.batches is None else zip(self.batches, strict=True)):
             if self.draws is not None:
                 self.draws.start(i)
-            returned = causes.without_gradients(self.closure, arguments)
+            try:
+                returned = self.closure(*arguments)
+            except RuntimeError as error:
+                if causes.is_of_backward(error):
+                    raise RuntimeError(causes.LEAVE_OUT) from error
+                raise
             counters.forwards += 1
             if isinstance(returned, Mapping):
                 by_name.append({name: self._number(loss, device, name) for name, loss in returned.items()})

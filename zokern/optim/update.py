@@ -52,8 +52,10 @@ def gradient(estimate: Estimate, eps: Tensor) -> Tensor:
 
 def stacked(terms: Terms) -> Tensor:
     """The values of terms, [K]."""
-    values = [v if isinstance(v, Tensor) else torch.tensor(v, device=CPU) for v in terms.values()]
-    return torch.stack(values)
+    values = list(terms.values())
+    if set(map(type, values)) != {Tensor}:
+        values = [v if isinstance(v, Tensor) else torch.tensor(v, device=CPU) for v in values]
+    return torch.stack(values)  # type: ignore[arg-type]
 
 
 def sgd(estimate: Estimate, rates: Rates) -> Update:

@@ -6,7 +6,6 @@ that is trained and that the module no longer has is an error. With groups of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import chain
 from typing import Any, Protocol
 
@@ -40,7 +39,7 @@ class Watch:
     def _remember(self) -> None:
         modules = list(self.module.modules())
         # Entries are compared by what they are, and held, so that an id stands for one object.
-        self._places: list[Mapping[str, Any]] = [d for m in modules for d in (m._parameters, m._modules)]
+        self._places: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._modules)]
         self._held = list(chain.from_iterable(d.values() for d in self._places))
         self._ids = list(map(id, self._held))
         named = dict(self.module.named_parameters())
@@ -51,18 +50,16 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether a module or a parameter was put in, taken out or replaced anywhere, or one unfrozen."""
-        if self._ids != list(map(id, chain.from_iterable(d.values() for d in self._places))):
+        if self._ids != list(map(id, chain.from_iterable(map(dict.values, self._places)))):
             return True
-        return any(p.requires_grad for p in self._frozen)
+        return bool(self._frozen) and any(p.requires_grad for p in self._frozen)
 
-    def look(self, owner: Owner) -> None:
-        """Takes in what changed.
+    def take_in(self, owner: Owner) -> None:
+        """Takes in what changed, where `changed` says so.
 
         Raises:
             RuntimeError: naming a parameter that is trained and that the module has no more.
         """
-        if not self.changed():
-            return
         before, held = self.known, self._held  # until the end: ids of what was freed could come again
         named = dict(self.module.named_parameters())
         now = {id(p): name for name, p in named.items()}
