@@ -44,7 +44,8 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: value() if callable(value) else value for name, value in self.options.items()}
+        given = {name: value() if callable(value) else value for name, value in self.options.items()}
+        return {"maximize": True, **given} if self.climbs else given
 
     @property
     def climbs(self) -> bool:

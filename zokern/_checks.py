@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +22,9 @@ class ZokernWarning(UserWarning):
 
 
 def check_integer(value: object, name: str, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    value = int(value)  # NumPy's too
     if value < low or (high is not None and value > high):
         raise ValueError(
             f"{name} is {value}; it must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}"
@@ -45,8 +48,12 @@ def check_number(
     """A finite real number in [low, high], without the ends that are open."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, int | float):
+        value = float(value)
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be finite")
     if value < low or value > high or (open_low and value == low) or (open_high and value == high):
@@ -56,6 +63,8 @@ def check_number(
 
 
 def check_flag(value: object, name: str) -> bool:
+    if isinstance(value, np.bool_):
+        value = bool(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value

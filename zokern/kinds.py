@@ -99,6 +99,22 @@ class Flag(Kind):
 
 
 @dataclass(frozen=True)
+class FlagOr(Flag):
+    """True, False, or a name."""
+
+    name: str
+
+    def check(self, value: Any, name: str) -> bool | str:  # type: ignore[override]
+        if not isinstance(value, bool) and value != self.name:
+            raise ValueError(f"{name} is {value!r}; it must be {self.name!r}, True or False")
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def allowed(self) -> str:
+        return f"{self.name}, True or False"
+
+
+@dataclass(frozen=True)
 class Choice(Kind):
     """One of some names. reader: takes what else there is beside names, objects for example, and refuses the rest."""
 

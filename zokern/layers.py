@@ -94,6 +94,23 @@ class RandomBlocks:
         self.names = [name for name, _ in found]
         self._block_of = {id(p): i for i, (_, block) in enumerate(found) for p in block.parameters()}
 
+    def bind_again(self, module: nn.Module) -> None:
+        """Its parameters have changed: the blocks have to be those that they were.
+
+        Raises:
+            RuntimeError: for other blocks.
+        """
+        fresh = RandomBlocks(self.num_dropped, self.blocks)
+        try:
+            fresh.bind(module)
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(f"the module has changed: {error}; make a new optimizer") from error
+        if fresh.names != self.names:
+            raise RuntimeError(
+                f"the module's blocks were {self.names} and are {fresh.names}; make a new optimizer after changing them"
+            )
+        self._block_of = fresh._block_of
+
     def dropped(self, run_seed: int, step: int) -> set[int]:
         """The numbers of the blocks that `step` leaves out."""
         return draw(run_seed, step, self.num_dropped, len(self.names))

@@ -27,7 +27,9 @@ def _seed_tensor(seeds: Sequence[int] | Tensor) -> Tensor:
         if seeds.device.type == "cpu" and not torch.compiler.is_compiling() and bool((seeds < 0).any()):
             raise ValueError(f"seeds has a negative value; seeds are in [0, {_checks.MAX_SEED}]")
         return seeds
-    return torch.tensor([_checks.check_seed(s, f"seeds[{k}]") for k, s in enumerate(seeds)], dtype=torch.int64)
+    return torch.tensor(
+        [_checks.check_seed(s, f"seeds[{k}]") for k, s in enumerate(seeds)], dtype=torch.int64, device="cpu"
+    )
 
 
 def _coef_tensor(coefs: Sequence[float] | Tensor) -> Tensor:
@@ -43,6 +45,7 @@ def _coef_tensor(coefs: Sequence[float] | Tensor) -> Tensor:
             for k, c in enumerate(coefs)
         ],
         dtype=torch.float32,
+        device="cpu",
     )
 
 
@@ -135,7 +138,7 @@ def _operands(
 def _decay_tensor(decay: float | Tensor) -> Tensor:
     if not isinstance(decay, Tensor):
         value = _checks.check_number(decay, "decay", -_checks.MAX_FLOAT32, _checks.MAX_FLOAT32)
-        return torch.tensor([value], dtype=torch.float32)
+        return torch.tensor([value], dtype=torch.float32, device="cpu")
     if decay.dtype != torch.float32 or decay.numel() != 1:
         raise TypeError(f"decay must be a number or a float32 tensor with one element, got {_checks.describe(decay)}")
     return decay.reshape(1)
@@ -159,5 +162,7 @@ def _numbers(seeds: Tensor, coefs: Tensor, decay: Tensor, rounding: str, roundin
         )
     rounding_tensor = None
     if rounding_seed is not None:
-        rounding_tensor = torch.tensor([_checks.check_seed(rounding_seed, "rounding_seed"), 0], dtype=torch.int64)
+        rounding_tensor = torch.tensor(
+            [_checks.check_seed(rounding_seed, "rounding_seed"), 0], dtype=torch.int64, device="cpu"
+        )
     return PassNumbers(seeds, coefs.reshape(1, 1, -1), decay.reshape(1, 1), rounding_tensor)

@@ -86,7 +86,9 @@ METHODS: dict[str, Method] = {
     "mezo-gv": Method("MeZO-GV", zokern.MeZOGV, 6),
     "mezo-greedy": Method("MeZO-Greedy", zokern.MeZOGreedy, 5),
     "fzoo": Method("FZOO", zokern.FZOO, 9),
-    "es": Method("ES, N=8 antithetic", zokern.ES, 16, {"num_directions": 8, "antithetic": True}, sign=-1.0),
+    "es": Method(
+        "ES, N=8 antithetic", zokern.ES, 16, {"num_directions": 8, "antithetic": True, "maximize": True}, sign=-1.0
+    ),
     "mezo-momentum": Method("MeZO, momentum", zokern.MeZO, 2, {"update": "momentum"}),
     "mezo-adam": Method("MeZO, Adam", zokern.MeZO, 2, {"update": "adam"}),
     "mezo-adamezo": Method("MeZO, AdaMeZO", zokern.MeZO, 2, {"update": "adamezo"}),

@@ -284,8 +284,8 @@ def test_a_result_that_is_not_training_s_is_noticed(tmp_path):
         ("HiZOO", 33, {"placement": "shadow", "dtype": torch.bfloat16}, 2),
         ("HiZOO", 10, {"placement": "inplace", "dtype": torch.bfloat16, "curvature_dtype": torch.bfloat16}, 1),
         ("HELENE", 20, {"placement": "inplace", "hessian_interval": 3}, math.ceil(20 * 3 / MAX_STAGES)),
-        ("ES", 4, {"placement": "shadow", "num_directions": 60}, 2),
-        ("ES", 3, {"placement": "shadow", "num_directions": 100, "dtype": torch.bfloat16}, 3),
+        ("ES", 4, {"placement": "shadow", "maximize": True, "num_directions": 60}, 2),
+        ("ES", 3, {"placement": "shadow", "maximize": True, "num_directions": 100, "dtype": torch.bfloat16}, 3),
     ],
 )
 def test_many_steps_are_one_pass(tmp_path, case, steps, options, passes):

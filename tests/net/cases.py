@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "greedy": (zokern.MeZOGreedy, {"candidates": 3}),
     "greedy-curvature": (zokern.MeZOGreedy, {"candidates": 3, "smoothing": 0.1}),
     "fzoo": (zokern.FZOO, {"candidates": 3}),
-    "es": (zokern.ES, {"num_directions": 4}),
+    "es": (zokern.ES, {"num_directions": 4, "maximize": True}),
     "es-antithetic": (zokern.ES, {"num_directions": 3, "antithetic": True, "shaping": "ranked"}),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -119,9 +119,7 @@ def do(case: Case, path: Path, saved: bytes | None = None) -> dict[str, Any]:
 def content(path: Path) -> Iterator[object]:
     """All that a journal says of a run, numbers as bits: not who wrote it in which format, and where it was taken up."""
     reader = journal.Reader(path)
-    own = getattr(zokern, reader.header["method"]).own_settings()
-    later = {name: one.stored(one.default) for name, one in own.items()}  # of a journal of before a setting was there
-    header = {**reader.header, "options": {**later, **reader.header["options"]}}
+    header = {**reader.header, "options": getattr(zokern, reader.header["method"]).completed(reader.header["options"])}
     yield {key: value for key, value in header.items() if key not in ("zokern", "features")}
     for step in reader.steps():
         yield step.number, step.flags, step.layout, step.signature, step.frame.tobytes()

@@ -78,8 +78,9 @@ def test_es_with_equal_rewards_only_decays(shaping, antithetic, value):
     model = small()
     before = weights(model)
     opt = zokern.ES(
-        model, 0.1, eps=EPS, seed=SEED, num_directions=3, shaping=shaping, antithetic=antithetic, placement="shadow"
-    )
+        model, 0.1, eps=EPS, seed=SEED, maximize=True,
+        num_directions=3, shaping=shaping, antithetic=antithetic, placement="shadow",
+    )  # fmt: skip
     opt.step(lambda: value)
     assert equal(weights(model), before)
     opt.param_groups[0]["weight_decay"] = 2.5
@@ -101,8 +102,9 @@ def test_es_ranks_with_ties(antithetic, rewards, shaped):
     n = len(shaped)
     model = nn.ParameterList([filled(60)])
     opt = zokern.ES(
-        model, 0.01, eps=EPS, seed=SEED, num_directions=n, shaping="ranked", antithetic=antithetic, placement="shadow"
-    )
+        model, 0.01, eps=EPS, seed=SEED, maximize=True,
+        num_directions=n, shaping="ranked", antithetic=antithetic, placement="shadow",
+    )  # fmt: skip
     opt.step(scripted(rewards))
     z = [reference.noise(60, reference.derive_seed(SEED, 0, k), 0).astype(np.float64) for k in range(n)]
     scale = 0.01 / (2 * n * EPS) if antithetic else 0.01 / (n * EPS)

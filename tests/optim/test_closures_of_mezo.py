@@ -68,6 +68,7 @@ def test_step_returns_the_mean_loss_and_metrics():
     assert opt.skipped_steps == 0
 
 
+@pytest.mark.filterwarnings("ignore:the closure returns its loss in")
 @pytest.mark.parametrize("kind", [float, int, torch.float16, torch.bfloat16, torch.float32, torch.float64, "[1]"])
 def test_closure_may_return_any_number(kind):
     values = [3, 1]

@@ -21,6 +21,7 @@ from zokern import backends, sweep
 from zokern.graphs.live import DeviceNumbers
 from zokern.optim import parameters
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.flat import Flats
 from zokern.optim.losses import Skips
 from zokern.optim.moves import Moves
 from zokern.passes.operands import Operands
@@ -94,6 +95,7 @@ def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tu
     # The count of skipped steps comes to the host by a CUDA event, in its own time.
     monkeypatch.setattr(Skips, "look", lambda self: None)
     monkeypatch.setattr(Moves, "look", lambda self: None)  # the count of large steps likewise
+    monkeypatch.setattr(Flats, "look", lambda self: None)
     return model, case.cls(model, 1e-3, placement=placement, **case.settings)
 
 

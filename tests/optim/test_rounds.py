@@ -143,13 +143,15 @@ CASES = {
         {A: 0.0, B: 1 / 3, C: 2 / 3},
         1.0,
     ),
-    "es": Case("es", {"num_directions": 2}, [([{A: 1.0}, {B: 1.0}], [1.0, 3.0])], {A: 0.5, B: -0.5}, 0.0),
+    "es": Case(
+        "es", {"num_directions": 2, "maximize": False}, [([{A: 1.0}, {B: 1.0}], [1.0, 3.0])], {A: -0.5, B: 0.5}, 0.0
+    ),
     "es-antithetic": Case(
         "es",
-        {"num_directions": 2, "antithetic": True, "shaping": "ranked"},
-        [([*BOTH, {B: 1.0}, {B: -1.0}], [1.0, 3.0, 2.0, 4.0])],  # -1/2, 1/6, -1/6, 1/2
-        {A: 1 / 6, B: 1 / 6},
-        1 / 3,
+        {"num_directions": 2, "antithetic": True, "shaping": "ranked", "maximize": False},
+        [([*BOTH, {B: 1.0}, {B: -1.0}], [1.0, 3.0, 2.0, 4.0])],  # rewards are minus these: 1/2, -1/6, 1/6, -1/2
+        {A: -1 / 6, B: -1 / 6},
+        -1 / 3,
     ),
 }
 EACH = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))

@@ -226,7 +226,8 @@ OBJECTS = [(zokern.Normal(), "normal"), (zokern.Rademacher(), "rademacher")]
 
 def of(distribution: object, cls: str, path: Path) -> tuple[Any, Any]:
     model = small()
-    opt = getattr(zokern, cls)(model, 1e-2, distribution=distribution, eps=0.05, seed=3)
+    climbs = {"maximize": True} if cls == "ES" else {}
+    opt = getattr(zokern, cls)(model, 1e-2, distribution=distribution, eps=0.05, seed=3, **climbs)
     with journal.write(opt, path, force=True):
         for step in range(2):
             opt.step(lambda step=step: model(tokens(step)))
@@ -244,7 +245,7 @@ def test_a_direction_is_what_its_name_is(direction: Any, name: str, cls: str, tm
     assert opt.options["distribution"] == name
     assert journal.Reader(tmp_path / "object.zkj").header["distribution"] == name
     assert (tmp_path / "object.zkj").read_bytes() == (tmp_path / "name.zkj").read_bytes()
-    getattr(zokern, cls)(small(), 1e-2, distribution=name).load_state_dict(opt.state_dict())
+    getattr(zokern, cls)(small(), 1e-2, distribution=name, maximize=opt.maximize).load_state_dict(opt.state_dict())
     elsewhere = next(n for _, n in OBJECTS if n != name)
     assert not same(weights(model), weights(of(elsewhere, cls, tmp_path / "other.zkj")[0]))
 

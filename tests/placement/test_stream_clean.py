@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import signal
 import sys
@@ -250,9 +251,11 @@ def test_100_steps_with_lr_zero_change_no_bit(dtype):
     state = State(model)
     opt = zokern.MeZO(model, 0.0, placement="stream", weight_decay=0.1)
 
+    values = itertools.count()
+
     def closure() -> float:
         model()
-        return 1.0
+        return 1.0 + next(values) % 3
 
     for _ in range(100):
         opt.step(closure)

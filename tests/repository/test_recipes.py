@@ -92,9 +92,9 @@ assert methods.settings(Options(method="es", tempered=0.5))["tempered"] == 0.5
 opt = weights(zokern.ES, num_directions=2)[1]
 saved = opt.state_dict()
 del saved["zokern"]["options"]["tempered"]                  # as a version without it saved it
-zokern.ES(nn.Linear(4, 2), 1e-2, num_directions=2).load_state_dict(saved)
+zokern.ES(nn.Linear(4, 2), 1e-2, num_directions=2, maximize=True).load_state_dict(saved)
 try:
-    zokern.ES(nn.Linear(4, 2), 1e-2, num_directions=2, tempered=0.5).load_state_dict(saved)
+    zokern.ES(nn.Linear(4, 2), 1e-2, num_directions=2, maximize=True, tempered=0.5).load_state_dict(saved)
 except ValueError as error:
     assert "tempered is 1.0 in state_dict and 0.5 here" in str(error), error
 else:

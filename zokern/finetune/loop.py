@@ -91,7 +91,7 @@ class _Training:
         for _ in range(done * options.accumulate):
             self.order.draw(options.batch_size)  # the batches that the run has had
         self.clock, self.status = Clock(task.device), Status()
-        self.sign = -1.0 if optimizer.maximises else 1.0  # what maximises takes a reward
+        self.sign = -1.0 if optimizer.maximize else 1.0
         self.recent = [self.sign * torch.tensor(loss, device=task.device) for loss in begun.losses]
         self.step, self.resumed, self.interrupted = done, done > 0, False
         self.begun, self.evaluating = time.perf_counter(), 0.0

@@ -39,4 +39,5 @@ def build(model: nn.Module, options: Options) -> ZerothOrderOptimizer:
             dropped = len(find_blocks(model)) * 3 // 4
     if dropped is not None:
         values["layers"] = RandomBlocks(dropped)
-    return cls(model, **values)
+    # As runs of an earlier version are stored: ES climbed, on minus the loss (loop.py).
+    return cls(model, maximize=cls.takes_rewards, **values)

@@ -91,7 +91,7 @@ def _completed(
 ) -> list[records.Record]:
     """With the lines of training that were lost, or that a full disk kept out, made from the journal. It does not have
     their projected gradient, which is null there."""
-    options, sign = found.options, -1.0 if optimizer.maximises else 1.0
+    options, sign = found.options, -1.0 if optimizer.maximize else 1.0
     train = {record["step"]: record for record in kept if record["kind"] == "train"}
     added, last, seconds = [], 0, 0.0
     for step in range(1, done + 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seeds
 from zokern.optim.numbers import HYPER, Rows
-from zokern.passes.update import sent
+from zokern.passes.update import CPU, sent
 
 
 class DeviceNumbers:
@@ -47,7 +47,7 @@ class DeviceNumbers:
         at = self._streams.setdefault(k, len(self._streams))
         if at >= len(self._seeds):  # while the step is tried: a captured one knows its streams
             missing = list(self._streams)[len(self._seeds) :]
-            numbers = sent(torch.tensor(missing, dtype=torch.int64), self.device)
+            numbers = sent(torch.tensor(missing, dtype=torch.int64, device=CPU), self.device)
             self._seeds = [*self._seeds, *derive_seeds(self.run_seed, self.step, numbers).unbind()]
         return self._seeds[at]
 
@@ -67,7 +67,7 @@ class DeviceNumbers:
         values = [group[name] for name in HYPER for group in groups] + list(scheduled)
         host = [0.0 if isinstance(v, Tensor) and v.device.type != "cpu" else float(v) for v in values]
         if host != self._filled:
-            self.values.copy_(torch.tensor(host, dtype=torch.float64), non_blocking=True)
+            self.values.copy_(torch.tensor(host, dtype=torch.float64, device=CPU), non_blocking=True)
             self._filled = host
         for i, value in enumerate(values):
             if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -81,5 +81,5 @@ class DeviceNumbers:
     def begin(self) -> None:
         """Derives the seeds of all streams that have been asked for so far; a part of the step."""
         if len(self._streams) != len(self._stream_numbers):
-            self._stream_numbers = sent(torch.tensor(list(self._streams), dtype=torch.int64), self.device)
+            self._stream_numbers = sent(torch.tensor(list(self._streams), dtype=torch.int64, device=CPU), self.device)
         self._seeds = derive_seeds(self.run_seed, self.step, self._stream_numbers).unbind()

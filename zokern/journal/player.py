@@ -142,8 +142,9 @@ class Player:
                 one.get("square_of_sum", False),
                 one.get("keep_second", False),
             )
-            told = torch.tensor(rounding, dtype=torch.int64) if one.get("rounded") else None
-            self._wait(members, (spec, PassNumbers(torch.tensor(seeds, dtype=torch.int64), coefs, shared, told)))
+            told = torch.tensor(rounding, dtype=torch.int64, device="cpu") if one.get("rounded") else None
+            seeds_of = torch.tensor(seeds, dtype=torch.int64, device="cpu")
+            self._wait(members, (spec, PassNumbers(seeds_of, coefs, shared, told)))
 
 
 def _rule_of(rules: set[Rule]) -> Rule | None:

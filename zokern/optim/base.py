@@ -24,13 +24,14 @@ from zokern.interrupts import HeldInterrupts
 from zokern.optim import drivers, reach
 from zokern.optim.captured import Captured
 from zokern.optim.events import Careful, StepEvent
+from zokern.optim.guards import primed
 from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.saving import Saving
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
-from zokern.passes.update import Terms, sent
+from zokern.passes.update import CPU, Terms, sent
 
 
 class ZerothOrderOptimizer(Saving, Captured):
@@ -42,7 +43,7 @@ class ZerothOrderOptimizer(Saving, Captured):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        closure: Closure,
+        closure: Closure | None = None,
         batches: Iterable[Any] | None = None,
         *,
         batch_weights: Iterable[float] | None = None,
@@ -53,7 +54,9 @@ class ZerothOrderOptimizer(Saving, Captured):
 
         Args:
             closure: returns the scalar loss of the current batch, or a dict of losses by name; it is called several times
-                under torch.no_grad() and must compute the same function each time (no dropout, same batch).
+                under torch.no_grad() and must compute the same function each time (same batch; dropout: see
+                paired_randomness). Without one nothing is done where torch's checkpoint functions call, with lr 0 and
+                gradients of zeros that they have made themselves; everywhere else that is an error.
             batches: gradient accumulation. If given, each evaluation calls closure(batch) for every entry under the same
                 perturbation and takes the mean, so a perturbation is made once however many micro-batches there are.
             batch_weights: of each entry, >= 0, for example its number of tokens; None means equal ones.
@@ -67,9 +70,11 @@ class ZerothOrderOptimizer(Saving, Captured):
             TypeError: if closure is missing or does not return one number. Whatever is raised, also from inside the
                 closure, KeyboardInterrupt included, the weights are clean afterwards.
         """
+        if closure is None and primed(self):
+            return torch.zeros((), device=CPU)
         losses = Losses(
             closure, batches, batch_weights, reduction, loss_weights,
-            vectors=self.takes_vector_losses, reduce=self.reduce,
+            vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
         )  # fmt: skip
         if self._skips.seen is not None:
             self._skips.warn()
@@ -81,12 +86,14 @@ class ZerothOrderOptimizer(Saving, Captured):
             self._step(losses, numbers, interrupts)
             if self._skips.news:
                 self._skips.tell()
+        if self._guards.due:
+            self._guards.tell(self)
         return self.metrics["loss"]
 
     @torch.no_grad()
     def step_with(self, numbers: StepNumbers, closure: Closure) -> None:
         """A step with numbers from another source: a device's make it one that waits for nothing and can be captured."""
-        losses = Losses(closure, vectors=self.takes_vector_losses, reduce=self.reduce)
+        losses = Losses(closure, vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize)
         with HeldInterrupts() as interrupts:
             self._step(losses, numbers, interrupts)
             self._skips.tell()
@@ -102,11 +109,23 @@ class ZerothOrderOptimizer(Saving, Captured):
                     listener.before_step()
             if numbers.device is not None:
                 self._skips.count = sent(self._skips.count, numbers.device)
+                self._guards.flats.on(numbers.device)
             self.numbers = numbers
+            watch = self._guards.watch
+            if watch is not None and watch.changed():
+                watch.take_in(self)
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            self._guards.begin(self, losses)
             if self._moves.active is not self.active or self._moves.version != self._parameters.version:
                 self._begin_moves()
-            self._evaluate_and_update(losses, Rates(*numbers.rates(self.active.rows)), interrupts)
+            rates = Rates(*numbers.rates(self.active.rows))
+            try:
+                self._evaluate_and_update(losses, rates, interrupts)
+            except placements.Refused as refusal:
+                self._guards.give_way(self, refusal)  # or raises it
+                losses.forget()
+                self._guards.begin(self, losses)
+                self._evaluate_and_update(losses, rates, interrupts)
         finally:
             vars(self).pop("numbers", None)
             turn.lock.release()
@@ -128,6 +147,8 @@ class ZerothOrderOptimizer(Saving, Captured):
                 finally:
                     interrupts.holding = True
                     interrupts.hold()
+                    if self._guards.busy:
+                        self._guards.probed()
                     addresses = list(map(Tensor.data_ptr, sweep.params))
                     if addresses != sweep.addresses:  # the closure has moved weights: what was there may be freed
                         sweep.addresses = addresses
@@ -149,16 +170,20 @@ class ZerothOrderOptimizer(Saving, Captured):
                 finally:
                     self._placement.end()
             finally:
-                self._passes.gate = self._passes.listener = None
-                if done:  # whatever was raised since, and whatever those who are told of it raise
-                    counters.steps, self.metrics = step + 1, dict(ledger.metrics)
-                if self.listeners:
-                    self._tell(step, told, ledger, layout, lrs)
+                try:
+                    if self._guards.busy:
+                        self._guards.end(self, done)
+                finally:
+                    self._passes.gate = self._passes.listener = None
+                    if done:  # whatever was raised since, and whatever those who are told of it raise
+                        counters.steps, self.metrics = step + 1, dict(ledger.metrics)
+                    if self.listeners:
+                        self._tell(step, told, ledger, layout, lrs)
 
     def _apply(self, estimate: Estimate, losses: Losses, rates: Rates, ledger: Ledger) -> None:
         """The step's last pass, and before it everything that has to agree with it."""
-        every, ok = losses.finite()
         numbers = self.numbers
+        every, ok = losses.finite(captured=numbers.gate is not None)
         ledger.metrics = {
             "loss": every.mean().to(torch.float32),
             "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
@@ -172,6 +197,7 @@ class ZerothOrderOptimizer(Saving, Captured):
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()
         )
         ahead = self._ahead() if self.pipelined else None
+        self._guards.note(self, losses, every, numbers.gate, ledger)
         self.note(ok, ledger)
         later = type(self).applied is not ZerothOrderOptimizer.applied
         if self.listeners and not later:

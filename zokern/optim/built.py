@@ -13,9 +13,10 @@ from torch import Tensor
 from zokern import placement as placements
 from zokern.directions import Direction
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import parameters, state
+from zokern.optim import causes, parameters, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
+from zokern.optim.guards import Guards
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
 from zokern.optim.moves import Moves
@@ -36,7 +37,7 @@ class Built(Common, Method, torch.optim.Optimizer):
     def __init__(self, *args: Any, **named: Any) -> None:
         values = self.take(args, named)
         direction: Direction = values["distribution"]
-        groups, self.module, registry = parameters.parse(values["params"])
+        groups, self.module, registry = parameters.parse(values["params"], values["module"])
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
         self._turn = Turn()
@@ -49,7 +50,9 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._moves = Moves()
         rates = {name: values[name] for name in parameters.RATES}
         torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), rates)
+        parameters.refuse_frozen(self.param_groups)
         self.settle()
+        self.options["maximize"] = self.maximize
         self.options["layers"] = None
         if self.layers is not None:
             self.layers.bind(self.module)
@@ -58,6 +61,10 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._placement = placements.make(
             values["placement"], self.module, sixteen_bit, self._passes, pipelined=self.pipelined
         )
+        if self.module is not None:
+            causes.announce_quantised(self.module)
+        all_of_it = isinstance(values["params"], torch.nn.Module)
+        self._guards = Guards(self.module, values["placement"], sixteen_bit, all_of_it=all_of_it)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -76,8 +83,16 @@ class Built(Common, Method, torch.optim.Optimizer):
         return int(self._moves.seen[0])
 
     @property
+    def flat_steps(self) -> int:
+        """Steps whose losses were all finite and equal to the last bit, which say nothing of the weights. Waits for the
+        device."""
+        return self._guards.flats.count
+
+    @property
     def placement(self) -> str:
-        """The name of the placement in use: what "auto" has become."""
+        """The name of the placement in use: what "auto" is for the weights as they are now."""
+        if self._guards.wanted == "auto" and "numbers" not in vars(self):
+            self._guards.decide(self)
         return self._placement.name
 
     @property
@@ -102,6 +117,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         return {
             **options,
             **{name: one.stored(one.default) for name, one in new.items() if one.default is not REQUIRED},
+            "maximize": options.get("maximize", cls.takes_rewards),
         }
 
     def weights(self) -> dict[str, Tensor]:

@@ -31,6 +31,12 @@ class Captured(Built):
             return "pipelined=True fills a step's first copies in the step before"
         if self.listeners:
             return "a journal is written, which needs each step's numbers on the host"
+        if self._guards.pairs(self.paired_randomness):
+            return (
+                "a module is in training mode and draws, or paired_randomness=True: a graph's forwards cannot start "
+                "from the "
+                "same generator states; call model.eval(), or give paired_randomness=False"
+            )
         return super().why_not_graphed()
 
     def captured_tensors(self) -> list[Tensor]:
@@ -41,6 +47,7 @@ class Captured(Built):
             *self._moves.tensors(),
             *states,
             *self._placement.memory(),
+            *self._guards.memory(),
             *super().captured_tensors(),
         ]
 
@@ -57,3 +64,4 @@ class Captured(Built):
         self._skips.look()
         self._moves.tell(self.advice)
         self._moves.look()
+        self._guards.tell(self)

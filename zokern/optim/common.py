@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import InitVar
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zokern import _checks, backends, directions
 from zokern import placement as placements
 from zokern.contract.streams import ROUNDINGS
-from zokern.kinds import Choice, Flag, Instance, Integer, Kind
+from zokern.kinds import Choice, Flag, FlagOr, Instance, Integer, Kind
 from zokern.layers import RandomBlocks
 from zokern.optim.parameters import RATES
 from zokern.settings import Settings, setting
@@ -90,6 +90,20 @@ class Common(Settings):
         " were.",
         flags=("--pipelined",),
     )
+    maximize: bool | None = setting(
+        default=False,
+        kind=Flag(),
+        help="Climb, as in torch.optim: the closure returns a reward. metrics['loss'] is what it returns.",
+        flags=None,
+    )
+    paired_randomness: bool | str = setting(
+        default="auto",
+        kind=FlagOr("auto"),
+        help="Whether all forwards of a step draw the same numbers from torch's generators: the i-th micro-batch of each "
+        "starts from the same states. auto does so while a module of the model is in training mode with active dropout; "
+        "True also pairs sampled rewards.",
+        flags=None,
+    )
     layers: RandomBlocks | None = setting(
         default=None,
         kind=Instance(RandomBlocks),
@@ -103,3 +117,11 @@ class Common(Settings):
         help="What runs the passes over the weights.",
         kept=False,
     )
+    wanted_module: InitVar[nn.Module | None] = setting(
+        default=None,
+        kind=Instance(nn.Module),
+        alias="module",
+        help="With groups or named parameters: the nn.Module that they belong to, so that they have its names and ids, and "
+        "every placement and `layers` work. Only what is listed is trained.",
+        kept=False, flags=None,
+    )  # fmt: skip

@@ -8,28 +8,33 @@ es-fine-tuning-paper, es_at_scale/utils/, d1e3d76)
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from zokern._checks import ZokernWarning
 from zokern.kinds import Choice, Flag, Integer
 from zokern.optim.base import ZerothOrderOptimizer
-from zokern.optim.common import RELEASED_LR, SCALES
+from zokern.optim.common import RELEASED_LR, SCALES, Common
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate, Rates, unscaled
 from zokern.passes.update import Seed, Update
-from zokern.settings import setting
+from zokern.settings import again, setting
 
 SHAPINGS = ("standardised", "ranked")
 
 
 class ES(ZerothOrderOptimizer):
-    """Maximises a reward: the closure returns one number, higher is better, and needs no derivative of any kind.
+    """For rewards: with maximize=True the closure returns one number, higher is better, of whatever kind.
 
+    Without `maximize` it climbs too, and warns: in a later version the default will be to descend, as everywhere else.
     N forwards and N + 1 passes (antithetic 2N and 2N + 1); all N directions go into one update pass. Shaped rewards have no
     scale, so lr does not depend on the reward's. `metrics["loss"]` is the mean reward.
     """
 
-    maximises = True
+    takes_rewards = True
+    maximize: bool | None = again(Common, "maximize", default=None)
     num_directions: int = setting(
         default=30, kind=Integer(2, 1 << 16), help="Directions a step, N. Published: about 30."
     )
@@ -54,6 +59,16 @@ class ES(ZerothOrderOptimizer):
         "to the rewards' std. The same step takes lr = alpha sigma, alpha and sigma (here eps) the released code's.",
     )
 
+    def settle(self) -> None:
+        if self.maximize is None:
+            self.maximize = True
+            warnings.warn(
+                "ES maximizes what the closure returns, and the other methods minimize: pass maximize=True for a reward, "
+                "or maximize=False for a loss. In a later version, ES without it will minimize too",
+                ZokernWarning,
+                stacklevel=4,
+            )
+
     def forwards(self) -> int:
         return self.num_directions * (1 + self.antithetic)
 
@@ -61,7 +76,7 @@ class ES(ZerothOrderOptimizer):
         seeds = [self.numbers.seed(n) for n in range(self.num_directions)]
         signs = (1.0, -1.0) if self.antithetic else (1.0,)
         each = yield [{seed: sign} for seed in seeds for sign in signs]
-        rewards = torch.stack(each).reshape(len(seeds), len(signs))
+        rewards = -torch.stack(each).reshape(len(seeds), len(signs))
         shaped = _shape(rewards.flatten(), self.shaping, 1e-8 if self.scale == "released" else 0.0)
         shaped = shaped.reshape(rewards.shape)
         ascent = (shaped[:, 0] - shaped[:, 1]) / 2 if self.antithetic else shaped[:, 0]

@@ -21,7 +21,7 @@ from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.common import NUM_SAMPLES
 from zokern.optim.drivers import Rounds
 from zokern.optim.update import Estimate, Rates, gradient, stacked
-from zokern.passes.update import Seed, Update, sent
+from zokern.passes.update import CPU, Seed, Update, sent
 from zokern.settings import setting
 
 
@@ -175,7 +175,7 @@ class HELENE(ZerothOrderOptimizer):
         constants = {"beta1": b1, "beta2": b2 if with_h else 1.0, "gamma": self.gamma, "delta": self.delta}
         key = tuple(cast(float, key) for _, key in self.active.rows), rates.lr.device
         if self._floors is None or self._floors[0] != key:
-            self._floors = key, sent(torch.tensor(key[0], dtype=torch.float64), rates.lr.device)
+            self._floors = key, sent(torch.tensor(key[0], dtype=torch.float64, device=CPU), rates.lr.device)
         return Update(
             list(estimate.gradient),
             {"G": alpha * gradient(estimate, rates.eps), "V": (1.0 - b2) * squares if with_h else 0.0 * squares},

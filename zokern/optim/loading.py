@@ -49,6 +49,7 @@ class Saved:
     tensor_ids: list[list[int]]
     counters: Counters
     skipped: int
+    flat: int
     history: list[Any]
     states: dict[Tensor, dict[str, Any]]
 
@@ -80,6 +81,7 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
         ids,
         _counters(own["counters"]),
         _checks.check_integer(own["skipped"], "state_dict: skipped", 0, _checks.MAX_SEED),
+        _checks.check_integer(own.get("flat", 0), "state_dict: flat", 0, _checks.MAX_SEED),
         _listed(own["history"], "history"),
         _states(given, own, ours),
     )
@@ -140,7 +142,8 @@ def _check_names(own: Mapping[str, Any], ours: Ours) -> None:
     )
     if own["module"] and ours.has_module:
         for theirs, mine in zip(chain(*names), chain(*ours.names), strict=True):
-            _check(theirs == mine, f"state_dict has parameter {theirs!r} where this module has {mine!r}")
+            same_name = isinstance(theirs, str) and state.unwrapped(theirs) == state.unwrapped(mine)
+            _check(same_name, f"state_dict has parameter {theirs!r} where this module has {mine!r}")
 
 
 def _check_groups(given: Mapping[str, Any], ours: Ours) -> None:

@@ -18,23 +18,32 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zokern import _checks
 from zokern._checks import ZokernWarning
+from zokern.optim import causes
 from zokern.optim.ledger import Ledger
-from zokern.passes.update import sent
+from zokern.optim.pairing import Draws
+from zokern.passes.update import CPU, sent
 from zokern.sweep import Counters
 
 Closure = Callable[..., Any]
 # Losses of a round's probes on this process -> as many, with which all processes go on.
 Reduce = Callable[[list[Tensor]], list[Tensor]]
 REDUCTIONS = ("mean", "sum")
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def _listed(given: Any, name: str) -> list[Any]:
     """The entries of an argument, which may come from a generator."""
+    if name == "batches" and isinstance(given, Tensor | Mapping | np.ndarray | str):
+        raise TypeError(
+            f"batches is one {type(given).__name__}, and would be taken apart into its entries; give a list, "
+            "for example [x] for one batch or x.split(8) for several"
+        )
     try:
         return list(given)
     except TypeError as error:
@@ -65,7 +74,7 @@ class Losses:
 
     def __init__(
         self,
-        closure: Closure,
+        closure: Closure | None,
         batches: Iterable[Any] | None = None,
         batch_weights: Iterable[float] | None = None,
         reduction: str = "mean",
@@ -73,12 +82,15 @@ class Losses:
         *,
         vectors: bool = False,
         reduce: Reduce | None = None,
+        maximize: bool | None = False,
     ) -> None:
-        if not callable(closure):
-            raise TypeError(
-                "step needs a closure that returns the loss, for example opt.step(lambda: model(x, y).loss)"
-            )
-        self.closure, self.vectors, self.reduce = closure, vectors, reduce
+        if closure is None or not callable(closure):
+            raise TypeError(causes.NO_CLOSURE)
+        self.closure, self.vectors, self.reduce, self.maximize = closure, vectors, reduce, maximize
+        self.values: list[float] | None = None  # all of them, where they are on the host
+        self.draws: Draws | None = None
+        self.half: torch.dtype | None = None  # of a loss with 16 bits
+        self.graph = False  # a loss came with one
         self.batches = None if batches is None else _listed(batches, "batches")
         if self.batches is not None and not self.batches:
             raise ValueError("batches is empty; leave the step out, or give what the closure is to be called with")
@@ -99,8 +111,15 @@ class Losses:
     def evaluate(self, counters: Counters, device: torch.device | None = None) -> Tensor:
         """The loss of the weights that the closure sees now. device: where it has to be; None for anywhere."""
         losses, by_name = [], []
-        for arguments in [()] if self.batches is None else zip(self.batches, strict=True):
-            returned = self.closure(*arguments)
+        for i, arguments in enumerate([()] if self.batches is None else zip(self.batches, strict=True)):
+            if self.draws is not None:
+                self.draws.start(i)
+            try:
+                returned = self.closure(*arguments)
+            except RuntimeError as error:
+                if causes.is_of_backward(error):
+                    raise RuntimeError(causes.LEAVE_OUT) from error
+                raise
             counters.forwards += 1
             if isinstance(returned, Mapping):
                 by_name.append({name: self._number(loss, device, name) for name, loss in returned.items()})
@@ -112,19 +131,26 @@ class Losses:
         return losses[0] if self.batches is None else self._together(losses)
 
     def gather(self, losses: list[Tensor]) -> list[Tensor]:
-        """A round's losses, as all processes have them."""
+        """A round's losses, as all processes have them; minus these where the step is to maximize."""
         if self.reduce is not None:
             count, losses = len(losses), self.reduce(losses)
             if not isinstance(losses, list) or len(losses) != count or not all(isinstance(x, Tensor) for x in losses):
                 raise TypeError(f"reduce must return a list of {count} tensors, as many losses as it was given")
         for loss in losses:
             self.each.append(loss.mean() if loss.dim() else loss)
-        return losses
+        return [-loss for loss in losses] if self.maximize else losses
 
-    def finite(self) -> tuple[Tensor, Tensor]:
-        """All losses so far [P], and whether every one of them is finite, 0-d."""
-        every = torch.stack(self.each) if self.each else torch.empty(0, dtype=torch.float64)
-        return every, torch.isfinite(every).all()
+    def forget(self) -> None:
+        """The step begins anew."""
+        self.each, self.named = [], {}
+
+    def finite(self, *, captured: bool = False) -> tuple[Tensor, Tensor]:
+        """All losses so far [P], and whether every one of them is finite, 0-d. captured: nobody may read a value."""
+        every = torch.stack(self.each) if self.each else torch.empty(0, dtype=torch.float64, device=CPU)
+        if captured or every.device.type != "cpu":
+            return every, torch.isfinite(every).all()
+        self.values = every.tolist()
+        return every, torch.tensor(all(map(math.isfinite, self.values)), device=CPU)
 
     def metrics(self) -> dict[str, Tensor]:
         """The mean over the step's probes of each named loss, as "loss/NAME"."""
@@ -182,12 +208,19 @@ class Losses:
         which = "the loss" if name is None else f"the loss {name!r}"
         if device is not None and (not isinstance(loss, Tensor) or loss.device != device):
             raise TypeError(f"closure must return {which} as a tensor on {device} to be captured")
-        if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
-            return torch.tensor(float(loss), dtype=torch.float64)
         if not isinstance(loss, Tensor):
+            if isinstance(loss, np.ndarray | np.generic) and loss.size == 1:
+                self.half = torch.float16 if loss.dtype == np.float16 else self.half
+                loss = loss.item()
+            if type(loss) is float or isinstance(loss, numbers.Real):
+                return torch.tensor(float(loss), dtype=torch.float64, device=CPU)
             raise TypeError(f"closure must return {which} as a scalar tensor, got {type(loss).__name__}")
         if loss.dtype.is_complex:
             raise TypeError(f"closure must return {which} as a real number, got a tensor of {loss.dtype}")
+        if loss.dtype in HALVES:
+            self.half = loss.dtype
+        if loss.grad_fn is not None:
+            self.graph = True
         if self.vectors and loss.dim() == 1 and loss.numel() > 0:
             return loss.detach().to(torch.float64)
         if loss.numel() != 1:
@@ -205,13 +238,13 @@ class Skips:
     """
 
     def __init__(self) -> None:
-        self.count = torch.zeros((), dtype=torch.int64)
+        self.count = torch.zeros((), dtype=torch.int64, device=CPU)
         self.seen: tuple[Tensor, torch.cuda.Event] | None = None  # on its way to the host
         self.news = False  # the last step may have been skipped
         self._warned = False
 
     def load(self, count: int) -> None:
-        self.count = torch.tensor(count, dtype=torch.int64)
+        self.count = torch.tensor(count, dtype=torch.int64, device=CPU)
         self._warned = self._warned or count > 0
 
     def note(self, ok: Tensor, gate: Tensor | None, ledger: Ledger) -> Tensor:
@@ -242,7 +275,7 @@ class Skips:
     def look(self) -> None:
         """Starts a copy of the count to the host, to be looked at in a later step without waiting."""
         if self.count.device.type != "cpu" and self.seen is None and not self._warned:
-            host = torch.empty((), dtype=torch.int64, pin_memory=True)
+            host = torch.empty((), dtype=torch.int64, device=CPU, pin_memory=True)
             host.copy_(self.count, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.count.device))

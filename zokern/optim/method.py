@@ -18,14 +18,15 @@ from zokern.passes.update import Update
 
 
 class Method:
-    """takes_vector_losses: a closure may return the loss of each example. maximises: it returns a reward. scaled:
+    """takes_vector_losses: a closure may return the loss of each example. takes_rewards: it usually
+    returns a reward or a metric, whose values may well be equal, and a run stored without `maximize` maximized. scaled:
     directions are divided by the root of the state "h".
 
     During a step, `active` is what it moves and `numbers` where its numbers come from.
     """
 
     takes_vector_losses = False
-    maximises = False
+    takes_rewards = False
     scaled = False
     active: Active
     numbers: StepNumbers

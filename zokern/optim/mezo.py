@@ -21,7 +21,7 @@ from zokern.optim.common import NUM_SAMPLES, SCALES
 from zokern.optim.drivers import Rounds
 from zokern.optim.ledger import Ledger
 from zokern.optim.update import Estimate, Rates
-from zokern.passes.update import Seed, Update
+from zokern.passes.update import CPU, Seed, Update
 from zokern.settings import setting
 
 UPDATES = ("sgd", "momentum", "adam", "adamezo", "sign")
@@ -126,7 +126,7 @@ class MeZO(ZerothOrderOptimizer):
         if isinstance(self._memory, moments.AdamCounts):
             return self._memory.update(estimate, rates, self.active.rows, self.betas, self.delta)
         if isinstance(self._memory, moments.AdaMeZOHistory):
-            eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64)
+            eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64, device=CPU)
             rows, dropped = self.active.rows, set(self.active.dropped)
             adaptive = self._memory.update(estimate, rates, rows, self.betas, self.delta, dropped, eps)
             plain = self.scale == "released" and (self.horizon == 1 or self._passes.counters.steps <= self.horizon)

@@ -18,7 +18,7 @@ from zokern import _checks
 from zokern.optim.ledger import Ledger
 from zokern.optim.numbers import Rows
 from zokern.optim.update import Estimate, Rates, adam
-from zokern.passes.update import Update, sent
+from zokern.passes.update import CPU, Update, sent
 
 
 class Memory(ABC):
@@ -81,7 +81,7 @@ class AdamCounts(Memory):
         for block in blocks:
             if block not in dropped:
                 key = -1 if block is None else block
-                self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64)) + ok
+                self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64, device=CPU)) + ok
 
     def load(self, history: list[Any], groups: int, blocks: int) -> None:
         counts: dict[int, Tensor] = {}
@@ -127,7 +127,9 @@ class AdaMeZOHistory(Memory):
         self._now = (seed, sorted(dropped), estimate.projected / sent(eps, device))
         steps = [self._now, *list(self.entries)[: cast(int, self.entries.maxlen) - 1]]
         seen = torch.tensor(
-            [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows], dtype=torch.float64
+            [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows],
+            dtype=torch.float64,
+            device=CPU,
         )
         known = [torch.cat([c, c.new_zeros(len(eps) - len(c))]) for _, _, c in steps]  # a group may have come later
         c = torch.stack([sent(torch.stack([c[g] for g, _ in rows]), device) for c in known], dim=1)
@@ -160,7 +162,7 @@ class AdaMeZOHistory(Memory):
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
     ) -> None:
-        self.entries.appendleft((seed, sorted(dropped), torch.tensor(numbers, dtype=torch.float64)))
+        self.entries.appendleft((seed, sorted(dropped), torch.tensor(numbers, dtype=torch.float64, device=CPU)))
 
     def load(self, history: list[Any], groups: int, blocks: int) -> None:
         entries = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_step, derive_stream
-from zokern.passes.update import Seed, sent
+from zokern.passes.update import CPU, Seed, sent
 
 Rows = Sequence[tuple[int, Hashable]]  # the parameter group, and what tells rows of one group apart
 HYPER = ("lr", "eps", "weight_decay")
@@ -69,7 +69,7 @@ class HostNumbers:
         if not NUMBERS.issuperset(map(type, given)):
             lr, eps, decay = (_together(given[i * len(rows) : (i + 1) * len(rows)]) for i in range(len(HYPER)))
         else:
-            lr, eps, decay = torch.tensor(given, dtype=torch.float64).view(len(HYPER), len(rows)).unbind()
+            lr, eps, decay = torch.tensor(given, dtype=torch.float64, device=CPU).view(len(HYPER), len(rows)).unbind()
         return lr, eps, decay
 
     def first_eps(self) -> float | Tensor:
@@ -83,7 +83,7 @@ class HostNumbers:
 
     def rounding_seeds(self) -> Tensor:
         weights, state = derive_stream(self._at_step, ROUNDING_STREAM), derive_stream(self._at_step, STATE_STREAM)
-        return torch.tensor([weights, state], dtype=torch.int64)
+        return torch.tensor([weights, state], dtype=torch.int64, device=CPU)
 
     def scheduled(self, i: int) -> float | Tensor:
         return self._schedule(self._step)[i]
@@ -91,6 +91,11 @@ class HostNumbers:
 
 def _together(values: Sequence[float | Tensor]) -> Tensor:
     """[R], on the host or on the device of the first value that is on one."""
-    made = [torch.as_tensor(value, dtype=torch.float64).reshape(()) for value in values]
+    made = [
+        value.to(torch.float64).reshape(())
+        if isinstance(value, Tensor)
+        else torch.tensor(float(value), dtype=torch.float64, device=CPU)
+        for value in values
+    ]
     device = next((v.device for v in made if v.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([sent(v, device) for v in made]) if made else torch.empty(0)
+    return torch.stack([sent(v, device) for v in made]) if made else torch.empty(0, device=CPU)

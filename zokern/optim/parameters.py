@@ -66,10 +66,23 @@ class Registry:
             del self.ids[one]
         self._keep = [p for p in self._keep if id(p) in self.ids]
 
+    def adopt(self, p: Tensor, name: str) -> None:
+        """As `add`, for a parameter that has come to have this name in the module: one that had it gives it away."""
+        if id(p) not in self.ids and name in self._taken:
+            for other, own in self.names.items():
+                if own == name:
+                    self.names[other] = f"{name} (replaced, tensor id {self.ids[other]})"
+                    self._taken.add(self.names[other])
+            self._taken.discard(name)
+        self.add(p, name)
 
-def parse(params: object) -> tuple[Groups, nn.Module | None, Registry]:
-    """Groups for torch.optim.Optimizer from a module, or from what torch's optimizers take."""
+
+def parse(params: object, shown: nn.Module | None = None) -> tuple[Groups, nn.Module | None, Registry]:
+    """Groups for torch.optim.Optimizer from a module, or from what torch's optimizers take. shown: the module whose
+    parameters those are, which then have its names and ids."""
     if isinstance(params, nn.Module):
+        if shown is not None and shown is not params:
+            raise ValueError("params and module are two modules; give one, or groups of the parameters of `module`")
         registry = Registry(params)
         trainable = [p for p in params.parameters() if p.requires_grad]
         if not trainable:
@@ -84,7 +97,7 @@ def parse(params: object) -> tuple[Groups, nn.Module | None, Registry]:
     given = list(params)
     if not given:
         raise ValueError("params is empty: there is nothing to optimise")
-    registry = Registry(None)
+    registry = Registry(shown)
     groups: Groups = [dict(g) for g in given] if isinstance(given[0], dict) else [{"params": given}]
     for g, group in enumerate(groups):
         if "params" not in group:
@@ -96,13 +109,34 @@ def parse(params: object) -> tuple[Groups, nn.Module | None, Registry]:
                 raise TypeError(
                     f"params: group {g} has a {type(p).__name__}; tensors or (name, tensor) pairs are needed"
                 )
+            if shown is not None and id(p) not in registry.ids:
+                raise ValueError(
+                    f"params: group {g} has a {'tensor' if name is None else repr(name)} of shape {tuple(p.shape)} "
+                    "that is no "
+                    f"parameter of module, a {type(shown).__name__}; leave module= out, or give the module that has it"
+                )
             registry.add(p, name)
         group["params"] = [p for _, p in named]
-    return groups, None, registry
+    return groups, shown, registry
+
+
+def refuse_frozen(groups: Groups) -> None:
+    """Groups with nothing to train."""
+    every = [p for group in groups for p in group["params"]]
+    if not any(p.requires_grad for p in every):
+        raise ValueError(
+            f"params: none of the {len(every)} tensors has requires_grad=True, so nothing would be trained; call "
+            "requires_grad_() on what is to be"
+        )
 
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Zero-size parameters are allowed here (they are skipped); everything else as for a pass."""
+    if type(p).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor (FSDP2, tensor parallel), and zokern's optimizers do not take those yet: keep the whole "
+            "model on each rank"
+        )
     if p.numel() or p.dtype not in _checks.DTYPES or p.device.type == "meta":
         _checks.check_tensor(p, name)
 
@@ -218,6 +252,8 @@ class Parameters:
         for g, p in self.trainable(owner):
             if owner.layers is not None and not owner.layers.is_active(p, dropped):
                 continue
+            if type(p) is not nn.Parameter:  # put into a group by somebody else
+                check_parameter(p, f"params: {self.registry.names[id(p)]}")
             row = rows.setdefault((g, owner.row_key(p)), len(rows))
             kept = state.of(owner.state, p, self.spec)
             members.append(Member(p, self.registry.ids[id(p)], row, self.registry.names[id(p)], kept))

@@ -9,6 +9,7 @@ from zokern.interrupts import HeldInterrupts
 from zokern.optim import loading, state
 from zokern.optim.built import Built
 from zokern.optim.events import Careful
+from zokern.optim.flat import Flats
 from zokern.optim.parameters import Active
 from zokern.placement.shadow import Exact
 from zokern.sweep import NOTHING
@@ -34,6 +35,7 @@ class Saving(Built):
             "names": self._parameters.names(self),
             "counters": self.counters,
             "skipped": self.skipped_steps,
+            "flat": self.flat_steps,
             "options": dict(self.options),
             "history": self.history(),
             "states": [[bool(self.state.get(p)) for p in group["params"]] for group in self.param_groups],
@@ -81,7 +83,7 @@ class Saving(Built):
             name: value for name, value in vars(self).items() if name in ("state", "param_groups", "seed", "active")
         }
         ids, counters, history = self._parameters.ids(self), self._passes.counters, self.history()
-        skips = vars(self._skips).copy()
+        skips, flats = vars(self._skips).copy(), self._guards.flats
         try:
             super().load_state_dict({name: value for name, value in state_dict.items() if name != "zokern"})
             for p, values in saved.states.items():
@@ -91,10 +93,12 @@ class Saving(Built):
             self.active = Active(NOTHING, [], frozenset())  # it holds states
             self.seed, self._passes.counters = saved.seed, saved.counters
             self._skips.load(saved.skipped)
+            self._guards.flats = Flats(saved.flat)
         except BaseException:
             vars(self).update(kept)
             self.load_history(history)
             self._parameters.take_ids(self, ids)
             self._passes.counters = counters
             vars(self._skips).update(skips)
+            self._guards.flats = flats
             raise

@@ -21,3 +21,8 @@ def of(every: Mapping[Tensor, dict[str, Any]], param: Tensor, spec: Spec) -> dic
         own.update({name: torch.full(param.shape, initial, dtype=dtype, device=param.device)
                     for name, (dtype, initial) in spec.items() if name not in own})  # fmt: skip
     return {name: own[name] for name in spec}
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what torch.compile's and DDP's wrappers put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zokern.passes.update import Terms, Update, sent
+from zokern.passes.update import CPU, Terms, Update, sent
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def gradient(estimate: Estimate, eps: Tensor) -> Tensor:
 
 def stacked(terms: Terms) -> Tensor:
     """The values of terms, [K]."""
-    return torch.stack(list(map(torch.as_tensor, terms.values())))
+    values = list(terms.values())
+    if set(map(type, values)) != {Tensor}:
+        values = [v if isinstance(v, Tensor) else torch.tensor(v, device=CPU) for v in values]
+    return torch.stack(values)  # type: ignore[arg-type]
 
 
 def sgd(estimate: Estimate, rates: Rates) -> Update:

@@ -14,6 +14,7 @@ from torch import Tensor
 from zokern.contract.rules import Rule
 from zokern.passes.spec import PassNumbers
 
+CPU = torch.device("cpu")  # for what the host reads: torch.set_default_device is of the user's tensors
 # A direction's seed: known to the host, or (a 0-d int64 tensor) to the device alone. Tensors are told apart by identity.
 Seed = int | Tensor
 # Multiples of eps by seed, each a number or a 0-d float64 tensor: one probe is at theta + eps sum_k a_k z(seed_k).
@@ -53,7 +54,7 @@ def seed_tensor(seeds: Sequence[Seed]) -> Tensor:
             device = seed.device
             break
     else:
-        return torch.tensor(seeds, dtype=torch.int64)
+        return torch.tensor(seeds, dtype=torch.int64, device=CPU)
     # Numbers are filled in, not made a tensor of: a copy from the host to a device could not be captured in a graph.
     return torch.stack(
         [s if isinstance(s, Tensor) else torch.full((), s, dtype=torch.int64, device=device) for s in seeds]

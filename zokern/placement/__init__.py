@@ -7,7 +7,9 @@ shadow: in a copy of the active parameters, which the module sees while the clos
 stream: as shadow, but one block at a time, written just before the block runs: the memory of the largest block and of
     what lies outside the blocks.
 auto: for float32 weights inplace. Where any has 16 bits: stream if the module's blocks are found and it can serve it,
-    else shadow; inplace for parameters without a module. What was chosen for 16-bit weights is printed once.
+    else shadow; inplace for parameters without a module. What was chosen for 16-bit weights is printed once. It is chosen
+    anew when the weights' types change, and where stream refuses a closure that
+    shadow serves, the step goes on with shadow.
 
 A method with a curvature h asks for `scaled` directions: theta + eps d / sqrt(h).
 """
@@ -21,13 +23,25 @@ from torch import nn
 
 from zokern import _checks
 from zokern.placement import stream
-from zokern.placement.base import Ahead, Placement, Rounding
+from zokern.placement.base import Ahead, Placement, Refused, Rounding
 from zokern.placement.inplace import InPlace
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 from zokern.sweep import Passes
 
-__all__ = ["PLACEMENTS", "Ahead", "InPlace", "Placement", "Rounding", "Shadow", "Stream", "choose", "make", "read"]
+__all__ = [
+    "PLACEMENTS",
+    "Ahead",
+    "InPlace",
+    "Placement",
+    "Refused",
+    "Rounding",
+    "Shadow",
+    "Stream",
+    "choose",
+    "make",
+    "read",
+]
 
 MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (InPlace, Shadow, Stream)}
 PLACEMENTS = ("auto", *MADE)

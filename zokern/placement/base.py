@@ -12,8 +12,28 @@ from torch import Tensor, nn
 
 from zokern.contract.rules import RULES
 from zokern.passes.spec import PassSpec, pass_spec
-from zokern.passes.update import Terms, Update
+from zokern.passes.update import CPU, Terms, Update
 from zokern.sweep import NOTHING, Passes, Sweep
+
+
+class Refused(Exception):
+    """A placement cannot serve a module or a closure. shadow_serves: with placement="shadow" it would be served."""
+
+    shadow_serves = True
+
+
+class RefusedCall(Refused, RuntimeError):
+    """What the closure does."""
+
+
+class RefusedModule(Refused, ValueError):
+    """What the module is."""
+
+
+class NotSeen(RefusedCall):
+    """What runs does not look at the module's own parameters, so that no copy of them would be seen."""
+
+    shadow_serves = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ class Perturbing:
         self.sweep = NOTHING
         self.left: object = None  # of a step that could not put everything back
         self.before = weakref.ref(NOTHING)  # the last step's
-        self.eps = self.still = torch.empty(0)
+        self.eps = self.still = torch.empty(0, device=CPU)
         self._ones: dict[tuple[int, torch.device], Tensor] = {}  # kept: a captured pass goes on reading them
         self.spec = PassSpec()
 

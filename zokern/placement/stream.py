@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from zokern.layers import find_blocks
 from zokern.passes.update import Terms
 from zokern.placement import sites
+from zokern.placement.base import NotSeen, RefusedCall, RefusedModule
 from zokern.placement.shadow import Exact
 from zokern.sweep import NOTHING, Member, Passes, Sweep
 
@@ -58,7 +60,7 @@ class OutsideItsBlock(nn.Parameter):
 
 def _refuse(*names: str) -> NoReturn:
     listed = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
-    raise RuntimeError(
+    raise RefusedCall(
         f"{listed or 'a parameter'} was used outside its block's forward, where placement='stream' has no perturbed copy "
         "of it; use placement='shadow' for this model"
     )
@@ -184,8 +186,9 @@ class Stream(Exact):
         for unit in self.units[1:]:
             assert unit.module is not None
             # First and last of the block's hooks, so that those of the user see what the forward sees.
-            hooks.append(unit.module.register_forward_pre_hook(lambda *_, u=unit: self._before(u), prepend=True))
-            hooks.append(unit.module.register_forward_hook(lambda *_, u=unit: self._after(u), always_call=True))
+            before, after = _opaque(lambda *_, u=unit: self._before(u)), _opaque(lambda *_, u=unit: self._after(u))
+            hooks.append(unit.module.register_forward_pre_hook(before, prepend=True))
+            hooks.append(unit.module.register_forward_hook(after, always_call=True))
 
     def _lay_out(self, members: Sweep) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
@@ -217,6 +220,11 @@ class Stream(Exact):
         units = self._lay_out(sweep)
         return {id(m.param): copy for unit in units[:2] for m, copy in zip(unit.sweep, unit.copies, strict=True)}
 
+    @property
+    def copies(self) -> list[nn.Parameter]:
+        """All of them, as a closure sees them."""
+        return [copy for unit in self.kept for copy in unit.copies]
+
     def memory(self) -> list[Tensor]:
         return [*self.outside_pools.values(), *self.block_pools.values()]
 
@@ -237,8 +245,15 @@ class Stream(Exact):
             yield
             self.check_saved()
             idle = [unit.name for unit in blocks if unit.calls == 0]
+            if idle and len(idle) == len(blocks):
+                raise NotSeen(
+                    "the closure called no block of the module that the optimizer was given, so it runs something "
+                    "else: a copy, "
+                    "a trace, an export, an engine. Call the module itself; where the other one shares its memory, "
+                    "placement='inplace' reaches it"
+                )
             if idle:
-                raise RuntimeError(
+                raise RefusedCall(
                     f"the closure did not call {', '.join(idle[:4])}{' ...' if len(idle) > 4 else ''}, whose perturbed "
                     "weights were therefore not seen; use placement='shadow' for this model"
                 )
@@ -263,18 +278,21 @@ class Stream(Exact):
         if not self.terms:
             return
         if torch.compiler.is_compiling():
-            raise RuntimeError("placement='stream' cannot run under torch.compile; use placement='shadow'")
+            raise RefusedCall("placement='stream' cannot run under torch.compile; use placement='shadow'")
         self.check_saved()
         if self.running is not None:
-            raise RuntimeError(
+            raise RefusedCall(
                 f"{unit.name} was called while {self.running.name} runs, and placement='stream' has room for one block; "
                 "use placement='shadow' for this model"
             )
         for site, _, outside in unit.pairs:
             if site.owner._parameters.get(site.name) is not outside:
-                raise RuntimeError(
-                    f"{outside.parameter} was replaced inside the closure, so placement='stream' cannot show its perturbed "
-                    "copy; use placement='shadow' for this model"
+                raise NotSeen(
+                    f"{outside.parameter} was replaced inside the closure, as functional_call does, so "
+                    "placement='stream' cannot "
+                    "show its perturbed copy. Call the module itself; or, with placement='shadow', take the "
+                    "parameters that "
+                    "functional_call gets inside the closure; or, with placement='inplace', give it those of the module"
                 )
         self._refuse_views()
         self.last = unit
@@ -303,9 +321,17 @@ class Stream(Exact):
             gc.collect()  # it may be one that nobody can reach
             now = self._count_users()
             if any(n > own for n, own in zip(now, self.users, strict=True)):
-                raise RuntimeError(
+                freezing = _freezing()
+                refused = NotSeen if freezing else RefusedCall
+                raise refused(
                     f"a view of the perturbed weights of {self.last.name} is still held after its forward, and "
-                    "placement='stream' overwrites them now; use placement='shadow' for this model, or clone it"
+                    "placement='stream' overwrites them now; "
+                    + (
+                        "torch._inductor.config.freezing makes constants of weights, which no placement can reach: "
+                        "switch it off"
+                        if freezing
+                        else "use placement='shadow' for this model, or clone it"
+                    )
                 )
 
     def _around_state_dict(self, *, clean: bool) -> None:
@@ -315,11 +341,28 @@ class Stream(Exact):
             unit.enter("weights" if clean else unit.shown)
 
 
+def _freezing() -> bool:
+    """Whether torch's compiler, if it has been used, makes constants of weights."""
+    inductor = sys.modules.get("torch._inductor.config")
+    return inductor is not None and bool(inductor.freezing)
+
+
+def _opaque(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that torch's compiler, if it has been used, does not look into."""
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    made: Callable[..., None] = torch.compiler.disable(
+        hook,
+        reason="placement='stream' changes weights between blocks; without fullgraph it runs, and shadow runs with it",
+    )
+    return made
+
+
 def refuse(module: nn.Module) -> None:
     """Modules that stream cannot serve, with the remedy."""
     sites.refuse_unswappable(module, "stream")
     if not find_blocks(module):
-        raise ValueError(
+        raise RefusedModule(
             f"placement='stream' works block by block, and {type(module).__name__} has no nn.ModuleList of equal blocks; "
             "use placement='shadow'"
         )
@@ -329,7 +372,7 @@ def refuse(module: nn.Module) -> None:
 def refuse_compiled(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if type(child).__name__ == "OptimizedModule" or getattr(child, "_compiled_call_impl", None) is not None:
-            raise ValueError(
+            raise RefusedModule(
                 f"placement='stream' works through hooks, which {name or 'the module'}, compiled by torch.compile, does "
                 "not run; use placement='shadow', or give the module that is not compiled"
             )

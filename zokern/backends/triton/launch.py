@@ -139,7 +139,7 @@ def run_chain(table: Table, chain: Chain) -> None:
         return
     device = table.tensors.device
     there, parcel = chain_on_device(chain, device, room=len(chain.stages) * STAGE_COLUMNS * 8)
-    stages = parcel.send(torch.tensor(stage_rows(there), dtype=torch.int64))
+    stages = parcel.send(torch.tensor(stage_rows(there), dtype=torch.int64, device="cpu"))
     with _launch_context(device):
         chain_kernel[(table.chunks.shape[0],)](
             table.tensors,

@@ -1,0 +1,101 @@
+"""Buffers that forwards change, as a BatchNorm's running statistics, are put back after each probe.
+
+A probe's forward sees perturbed weights, and what it leaves in a buffer is of those; in a skipped step it may be NaN. So
+a step leaves all buffers as they were. Who wants running statistics to follow runs a forward between steps, whose weights
+are clean:
+
+    with torch.no_grad(): model(batch)      # in training mode
+
+Which buffers change is seen by their versions, which torch counts; but not where batch_norm and instance_norm write
+running statistics, so those of such modules in training mode are taken to change, and so are all buffers of a module of
+which one does. In the first step, and in the first after a module changed its mode, all that could are copied; from then
+on those that were seen changing. Floating-point buffers of a state_dict and counters of one number could; integer tables,
+quantised weights and buffers that are not saved, as caches are, never.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def candidates(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Those that could change: owner and name, each tensor once."""
+    found, seen = [], set()
+    for owner in module.modules():
+        for name, t in owner._buffers.items():
+            if t is None or name in owner._non_persistent_buffers_set or id(t) in seen or type(t) is not Tensor:
+                continue
+            if t.is_inference() or t.device.type == "meta" or t.layout != torch.strided:
+                continue
+            if t.dtype in DTYPES or t.numel() == 1:
+                seen.add(id(t))
+                found.append((owner, name))
+    return found
+
+
+class Buffers:
+    """moving: numbers of those that were seen changing, None while that is not known. copies: of what they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.places = candidates(module)
+        self.tensors: list[Tensor] = []
+        self.moving: list[int] | None = None
+        self.copies: dict[int, Tensor] = {}
+        self._unseen: set[int] = set()  # written past the versions
+        self._modes: list[bool] = []
+        self._versions: list[int] = []
+        self._seen: set[int] = set()
+
+    def begin(self) -> None:
+        """A step starts: takes copies."""
+        if not self.places:
+            return
+        now = [owner._buffers.get(name) for owner, name in self.places]
+        modes = [owner.training for owner, _ in self.places]
+        if modes != self._modes or list(map(id, now)) != list(map(id, self.tensors)):
+            self.places = [place for place, t in zip(self.places, now, strict=True) if t is not None]
+            self.tensors = [t for t in now if t is not None]
+            self._modes = [owner.training for owner, _ in self.places]
+            self.moving, self.copies = None, {}
+            self._unseen = {
+                i for i, (owner, name) in enumerate(self.places)
+                if isinstance(owner, nn.modules.batchnorm._NormBase) and owner.training and name.startswith("running_")
+            }  # fmt: skip
+        wanted = range(len(self.tensors)) if self.moving is None else self.moving
+        if wanted:
+            for i in wanted:
+                if i not in self.copies:
+                    self.copies[i] = torch.empty_like(self.tensors[i])
+            torch._foreach_copy_([self.copies[i] for i in wanted], [self.tensors[i] for i in wanted])
+        self._versions = [t._version for t in self.tensors]
+        self._seen = set()
+
+    def put_back(self) -> None:
+        """A probe has ended."""
+        for (owner, name), t in zip(self.places, self.tensors, strict=True):
+            if owner._buffers.get(name) is not t:  # the forward has put another one there
+                owner._buffers[name] = t
+        versions = [t._version for t in self.tensors]
+        if versions == self._versions and not self._unseen:
+            return
+        changed = {i for i, (old, new) in enumerate(zip(self._versions, versions, strict=True)) if old != new}
+        owners = {id(self.places[i][0]) for i in changed}
+        changed |= self._unseen | {i for i, (owner, _) in enumerate(self.places) if id(owner) in owners}
+        self._seen |= changed
+        known = sorted(changed & self.copies.keys())
+        if known:
+            torch._foreach_copy_([self.tensors[i] for i in known], [self.copies[i] for i in known])
+        self._versions = [t._version for t in self.tensors]
+
+    def end(self, done: bool) -> None:
+        """The step has: from now on, what was seen changing is what is copied. done: all of its forwards have run."""
+        if done and (self.moving is None or self._seen.difference(self.moving)):
+            self.moving = sorted(self._seen.union(self.moving or ()))
+            self.copies = {i: copy for i, copy in self.copies.items() if i in self.moving}
+
+    def memory(self) -> list[Tensor]:
+        """The copies that it keeps between steps."""
+        return list(self.copies.values())

@@ -1,0 +1,85 @@
+"""Paired randomness: dropout and sampling that are the same in all forwards of a step.
+
+An estimate compares losses. Where each forward draws its own dropout masks, what it compares is mostly the masks: the
+i-th micro-batch of every probe therefore starts from the generators' states of the i-th micro-batch of the first probe.
+The user's stream goes on once: after the step, the generators are where the first probe left them.
+
+torch's generators are paired, of the host and of the devices that the parameters are on; not Python's, NumPy's or others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_announced: set[str] = set()
+
+
+def may_draw(module: nn.Module) -> bool:
+    """Whether it may draw in training mode: a kind of dropout, or a module that calls one with a share of its own."""
+    if isinstance(module, nn.modules.dropout._DropoutNd | nn.RReLU):
+        return True
+    return any("drop" in name and isinstance(share, float) for name, share in vars(module).items())
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether it does so now."""
+    if not module.training:
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0.0
+    if isinstance(module, nn.RReLU):
+        return module.lower < module.upper
+    return any("drop" in name and isinstance(share, float) and share > 0.0 for name, share in vars(module).items())
+
+
+def announce(module: nn.Module) -> None:
+    """Says it once."""
+    if "paired" not in _announced:
+        _announced.add("paired")
+        print(
+            f"zokern: a {type(module).__name__} is in training mode and draws, so all forwards of a step start from "
+            "the same "
+            "generator states (paired_randomness='auto'); model.eval() does without, paired_randomness=False draws anew",
+            file=sys.stderr,
+        )
+
+
+class Draws:
+    """Of one step: the generators' states at the start of each micro-batch of the first probe, and after it."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._generators = [torch.default_generator]
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.init()
+                self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._starts: list[list[Tensor]] = []
+        self._after: list[Tensor] | None = None
+
+    def start(self, i: int) -> None:
+        """Of the i-th micro-batch of a probe."""
+        if self._after is None:
+            self._starts.append(self._now())
+        else:
+            self._go(self._starts[i])
+
+    def probed(self) -> None:
+        """A probe has ended."""
+        if self._after is None:
+            self._after = self._now()
+
+    def end(self) -> None:
+        """The step has: the user's stream goes on."""
+        if self._after is not None:
+            self._go(self._after)
+
+    def _now(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+    def _go(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,92 @@
+"""A module is looked at in each step: what changed in it is taken in, or refused by name.
+
+Frozen layers that are unfrozen and new parameters are trained from then on, as parameters() groups do it; a parameter
+that is trained and that the module no longer has is an error. With groups of the user's, only what they list is trained.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, Protocol
+
+from torch import nn
+
+from zokern.layers import RandomBlocks
+from zokern.optim import parameters
+from zokern.optim.buffers import Buffers
+from zokern.optim.pairing import may_draw
+
+
+class Owner(Protocol):
+    """The optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    layers: RandomBlocks | None
+    _parameters: parameters.Parameters
+
+
+class Watch:
+    """Of one module. all_of_it: the optimizer was given the module, and not groups of its parameters.
+
+    random: the submodules that may draw. buffers: what forwards may change besides.
+    """
+
+    def __init__(self, module: nn.Module, *, all_of_it: bool) -> None:
+        self.module, self.all_of_it = module, all_of_it
+        self.known: dict[int, str] = {}
+        self._remember()
+
+    def _remember(self) -> None:
+        modules = list(self.module.modules())
+        # Entries are compared by what they are, and held, so that an id stands for one object.
+        self._places: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._modules)]
+        self._held = list(chain.from_iterable(d.values() for d in self._places))
+        self._ids = list(map(id, self._held))
+        named = dict(self.module.named_parameters())
+        self.known = {id(p): name for name, p in named.items()}
+        self._frozen = [p for p in named.values() if not p.requires_grad]
+        self.random = [m for m in modules if may_draw(m)]
+        self.buffers = Buffers(self.module)
+
+    def changed(self) -> bool:
+        """Whether a module or a parameter was put in, taken out or replaced anywhere, or one unfrozen."""
+        if self._ids != list(map(id, chain.from_iterable(map(dict.values, self._places)))):
+            return True
+        return bool(self._frozen) and any(p.requires_grad for p in self._frozen)
+
+    def take_in(self, owner: Owner) -> None:
+        """Takes in what changed, where `changed` says so.
+
+        Raises:
+            RuntimeError: naming a parameter that is trained and that the module has no more.
+        """
+        before, held = self.known, self._held  # until the end: ids of what was freed could come again
+        named = dict(self.module.named_parameters())
+        now = {id(p): name for name, p in named.items()}
+        own = [p for group in owner.param_groups for p in group["params"]]
+        for p in own:
+            if p.requires_grad and id(p) in before and id(p) not in now:
+                name = before[id(p)]
+                what = "another tensor has its name" if name in named else "nothing has its name"
+                raise RuntimeError(
+                    f"parameter {name} is not in the module any more ({what}), and this optimizer trains it; make a new "
+                    "optimizer after changing the module"
+                )
+        grouped = set(map(id, own))
+        was_frozen = set(map(id, self._frozen))
+        new = [
+            (name, p)
+            for name, p in named.items()
+            if p.requires_grad and id(p) not in grouped and (id(p) not in before or id(p) in was_frozen)
+        ]
+        if self.all_of_it and new:
+            for name, p in new:
+                parameters.check_parameter(p, f"params: {name}")
+            for name, p in new:
+                owner._parameters.registry.adopt(p, name)
+                owner.param_groups[0]["params"].append(p)
+        if owner.layers is not None:
+            owner.layers.bind_again(self.module)
+        owner._parameters.forget()
+        self._remember()
+        del held
