@@ -176,7 +176,7 @@ def test_forwards_and_passes_are_counted(case, placement):
 )
 def test_default_options_cost_what_the_table_says(cls, forwards, passes):
     """The default numbers of samples, candidates and directions, which most cases above shorten."""
-    opt = getattr(zokern, cls)(small(), 1e-3)
+    opt = getattr(zokern, cls)(small(), 1e-3, maximize=cls == "ES")
     values = itertools.count(1)
     opt.step(lambda: 1.0 + 1e-3 * next(values))
     assert (opt.counters["forwards"], opt.counters["passes"]) == (forwards, passes)

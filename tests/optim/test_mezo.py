@@ -208,6 +208,7 @@ def test_auto_rounding_and_placement():
         assert same_bits(*results)
 
 
+@pytest.mark.filterwarnings("ignore:the losses of 5 steps")
 def test_stochastic_rounding_lets_small_updates_through():
     """Updates of a hundredth of a bf16 ulp: lost to nearest, right in the mean when rounded stochastically."""
     moved = {}

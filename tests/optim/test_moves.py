@@ -212,7 +212,7 @@ DEFAULTS: list[tuple[str, dict[str, Any], float]] = [
 def test_no_default_goes_too_far(name: str, options: dict[str, Any], lr: float) -> None:
     """With lr that `zokern finetune` takes."""
     model = wide()
-    loss, opt = loss_of(model), ENTRIES[name].cls(model, lr, **options)
+    loss, opt = loss_of(model), ENTRIES[name].cls(model, lr, maximize=name == "es", **options)
     for _ in range(20):
         opt.step(loss if name != "es" else lambda: -loss())
     assert opt.large_steps == 0
@@ -228,12 +228,12 @@ RELEASED = {  # the released code's lr given to the paper's formula
 def test_a_released_lr_without_its_scale_is_told_in_the_first_step_and_the_remedy_helps(name: str) -> None:
     cls, options, sign = RELEASED[name]
     model = wide()
-    loss, opt = loss_of(model), cls(model, **options)
+    loss, opt = loss_of(model), cls(model, maximize=sign < 0, **options)
     with pytest.warns(
         zokern.ZokernWarning, match='lower lr; if lr is that of the released code.*give scale="released"'
     ):
         opt.step(lambda: sign * loss())
-    opt = cls(model := wide(), **options, scale="released")
+    opt = cls(model := wide(), **options, maximize=sign < 0, scale="released")
     loss = loss_of(model)
     for _ in range(10):
         opt.step(lambda: sign * loss())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def noise_of(theta: Theta, step: int, distribution: str) -> Noise:
 def run(recipe: Recipe, arguments: dict[str, Any], steps: int, first: int = 0) -> tuple[Theta, Theta, Theta]:
     """Ours, theirs, and where step `first` began. The steps before it are theirs, and ours only measures."""
     model, loss = bowl(reward=recipe.cls == "ES")
-    opt = getattr(zokern, recipe.cls)(model, placement="shadow", seed=SEED, **arguments)
+    opt = getattr(zokern, recipe.cls)(model, placement="shadow", seed=SEED, maximize=recipe.cls == "ES", **arguments)
     distribution = opt.options["distribution"]
     step = Code(dict(recipe.code)).step_of(recipe)
     theta = start = oracles.theta_of(model)
@@ -186,7 +187,7 @@ def test_a_row_names_a_file_and_a_commit(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(("cls", "options"), [("FZOO", {}), ("ES", {}), ("MeZO", {"update": "adamezo"})])
 def test_a_state_of_before_is_the_papers(cls: str, options: dict[str, Any]) -> None:
-    make = getattr(zokern, cls)
+    make = partial(getattr(zokern, cls), maximize=cls == "ES")
     saved = make(bowl(False)[0], 1e-3, **options).state_dict()
     del saved["zokern"]["options"]["scale"]
     make(bowl(False)[0], 1e-3, **options).load_state_dict(saved)

@@ -45,13 +45,13 @@ def of_two_tensors() -> list[str]:
 def test_a_step_is_short() -> None:
     called = of_two_tensors()
     moves = sum(a != b for a, b in itertools.pairwise(called))
-    assert 0 < len(called) <= 95
-    assert len(set(called)) <= 19
-    assert moves <= 62
+    assert 0 < len(called) <= 97
+    assert len(set(called)) <= 18
+    assert moves <= 58
 
 
 def test_what_it_costs_does_not_grow_with_the_tensors() -> None:
     """With sixty tensors the calls are those with two."""
     losses = itertools.count()
     many = nn.ParameterList(nn.Parameter(torch.ones(8)) for _ in range(60))
-    assert len(path_of_a_step(many, lambda: torch.tensor(float(next(losses))))) == len(of_two_tensors())
+    assert len(path_of_a_step(many, lambda: torch.tensor(1e-6 * next(losses)))) == len(of_two_tensors())

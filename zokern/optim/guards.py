@@ -118,7 +118,7 @@ class Guards:
     def note(self, owner: Any, losses: Losses, every: Tensor, gate: Tensor | None, ledger: Ledger) -> None:
         """The step's losses, [P], before its last pass."""
         flats, values = self.flats, losses.values
-        if values is None or gate is not None or flats.there is not None or values[0] == values[-1]:
+        if not values or gate is not None or flats.there is not None or values[0] == values[-1]:
             flats.note(every, values, gate, ledger)
             self.due = True
         elif flats.numbers[STREAK]:  # the usual step on the host
