@@ -12,6 +12,7 @@ closure never called is an error for the same reason, and so is a view of a bloc
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,7 +187,7 @@ class Stream(Exact):
         for unit in self.units[1:]:
             assert unit.module is not None
             # First and last of the block's hooks, so that those of the user see what the forward sees.
-            before, after = _opaque(lambda *_, u=unit: self._before(u)), _opaque(lambda *_, u=unit: self._after(u))
+            before, after = _opaque(self._before, unit), _opaque(self._after, unit)
             hooks.append(unit.module.register_forward_pre_hook(before, prepend=True))
             hooks.append(unit.module.register_forward_hook(after, always_call=True))
 
@@ -347,12 +348,24 @@ def _freezing() -> bool:
     return inductor is not None and bool(inductor.freezing)
 
 
-def _opaque(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook that torch's compiler, if it has been used, does not look into."""
-    if "torch._dynamo" not in sys.modules:
-        return hook
-    made: Callable[..., None] = torch.compiler.disable(
-        hook,
+def _opaque(hook: Callable[[Unit], None], unit: Unit) -> Callable[..., None]:
+    """A module's hook that torch's compiler does not look into."""
+
+    behind = _behind_the_compiler()
+
+    def call(*_: object) -> None:
+        if torch.compiler.is_compiling():
+            behind(hook, unit)
+        else:
+            hook(unit)
+
+    return call
+
+
+@functools.cache
+def _behind_the_compiler() -> Callable[[Callable[[Unit], None], Unit], None]:
+    made: Callable[[Callable[[Unit], None], Unit], None] = torch.compiler.disable(
+        lambda hook, unit: hook(unit),
         reason="placement='stream' changes weights between blocks; without fullgraph it runs, and shadow runs with it",
     )
     return made
