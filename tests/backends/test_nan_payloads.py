@@ -16,6 +16,7 @@ N = 512  # two tiles of the widest kernel
 FULL = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:the losses of 5 steps")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_full_payload_anywhere(instruction_set: str, dtype: torch.dtype) -> None:
     p = nn.Parameter(torch.ones(N).to(dtype))

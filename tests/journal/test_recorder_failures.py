@@ -21,11 +21,11 @@ from zokern import journal, sweep
 CASE = METHODS["mezo"]
 
 
-def limited(file: Any, room: int) -> None:
+def limited(path: Path, room: int) -> None:
     """The file takes `room` bytes more and then none, as a full disk does: RLIMIT_FSIZE."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(file.name).stat().st_size + room, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
 
 
 def lifted() -> None:
@@ -42,8 +42,7 @@ def test_a_full_disk(tmp_path: Path, room: int) -> None:
     with journal.write(opt, path):
         opt.step(scripted(given(CASE, 0)))
         good, after = path.stat().st_size, weights(model)
-        recorder = opt.listeners[0]
-        limited(recorder.writer.file, room)
+        limited(path, room)
         try:
             with pytest.raises(OSError) as error:
                 opt.step(scripted(given(CASE, 1)))
@@ -59,7 +58,7 @@ def test_a_full_disk(tmp_path: Path, room: int) -> None:
             assert equal(weights(model), done)
             assert opt.counters["steps"] == 2
     assert path.stat().st_size == good, "nothing that waited in a buffer was added"
-    assert journal.replay(path, base) == 1
+    assert journal.replay(path, base, verify=False) == 1
     assert equal(weights(base), after)
     # The remedy: leave the block, and start another one.
     base = copy.deepcopy(model)
@@ -95,7 +94,7 @@ def test_an_event_that_could_not_be_made_is_missed(tmp_path: Path) -> None:
         opt.failing = False
         with pytest.raises(journal.JournalError, match="record of step 1 could not be written"):
             opt.step(lambda: model.weight.sum())
-    assert journal.replay(tmp_path / "run.zkj", base) == 1
+    assert journal.replay(tmp_path / "run.zkj", base, verify=False) == 1
     assert equal(weights(base), after)
 
 

@@ -116,7 +116,7 @@ class ZerothOrderOptimizer(Saving, Captured):
                 watch.take_in(self)
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
             self._guards.begin(self, losses)
-            if self._moves.active is not self.active or self._moves.version != self._parameters.version:
+            if self._moves.active() is not self.active or self._moves.version != self._parameters.version:
                 self._begin_moves()
             rates = Rates(*numbers.rates(self.active.rows))
             try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Moves:
         self.coming: tuple[Tensor, torch.cuda.Event] | None = None  # `seen` on its way to the host
         self.square: Tensor | None = None  # mean_square of the trained weights
         self.version = -1  # of the parameters that it is of
-        self.active: Active | None = None
+        self.active: Callable[[], Active | None] = lambda: None  # held weakly: it holds states
         self._square = 0.0  # `square`, where the host has it
         self._parts: list[float] = []  # of the rows of `active` in its elements
         self._shares: Tensor | None = None  # the same, on the device; None for one row
@@ -134,14 +135,14 @@ class Moves:
                 self.square.copy_(square)  # where it is: a captured step may read it
             self._square = self.square.item() if self.square.device.type == "cpu" else 0.0
             self.version = version
-        if active is not self.active:
+        if active is not self.active():
             sizes = [0] * len(active.rows)
             for member in active.sweep:
                 sizes[member.row] += member.param.numel()
             total = max(1, sum(sizes))
             self._parts = [size / total for size in sizes]
             self._shares = torch.tensor(self._parts, dtype=torch.float64) if len(sizes) > 1 else None
-            self.active = active
+            self.active = weakref.ref(active)
 
     def note(
         self, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Callable[[], str], ledger: Ledger
