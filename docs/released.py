@@ -42,7 +42,7 @@ def fzoo(lr: float, eps: float, n: int) -> dict[str, Any]:
 
 def es(sigma: float, alpha: float, n: int) -> dict[str, Any]:
     """No 1/sigma: alpha / N = ours / (N sigma)."""
-    common = {"eps": sigma, "num_directions": n}
+    common = {"maximize": True, "eps": sigma, "num_directions": n}
     return {
         "code": {"sigma": sigma, "alpha": alpha, "population_size": n},
         "ours": {"lr": alpha * sigma, **common},

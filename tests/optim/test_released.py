@@ -139,7 +139,7 @@ def noise_of(theta: Theta, step: int, distribution: str) -> Noise:
 def run(recipe: Recipe, arguments: dict[str, Any], steps: int, first: int = 0) -> tuple[Theta, Theta, Theta]:
     """Ours, theirs, and where step `first` began. The steps before it are theirs, and ours only measures."""
     model, loss = bowl(reward=recipe.cls == "ES")
-    opt = getattr(zokern, recipe.cls)(model, placement="shadow", seed=SEED, maximize=recipe.cls == "ES", **arguments)
+    opt = getattr(zokern, recipe.cls)(model, placement="shadow", seed=SEED, **arguments)
     distribution = opt.options["distribution"]
     step = Code(dict(recipe.code)).step_of(recipe)
     theta = start = oracles.theta_of(model)
