@@ -84,7 +84,17 @@ def signature_of(rule: str, rows: int, numbers: int, groups: int = 1) -> dict[st
     return {"passes": [one], "memory": 0, "groups": groups, "numbers": numbers}
 
 
+def with_pass(**changes: Any) -> dict[str, Any]:
+    """The signature of one plain pass, with these entries in the pass."""
+    signature = signature_of("axpy", 1, 4)
+    signature["passes"][0].update(changes)
+    return signature
+
+
 W = ("w", [4097], 0)
+PLAIN = signature_of("axpy", 1, 4)
+SAME_ID = {"params": [[0, name, [3], "float32", 0, None, None] for name in ("w", "u")], "layers": None}
+LAST_BLOCK = {"params": [[0, "w", [4097], "float32", 0, None, 2]], "layers": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +114,13 @@ W = ("w", [4097], 0)
         ({}, layout_of(("w", ["4097"], 0)), signature_of("axpy", 1, 4), "a size is no whole number"),
         ({}, layout_of(W), signature_of("axpy", 1, 5), "numbers is 5, and its passes have 4"),
         ({}, layout_of(W), signature_of("axpy", 1 << 40, 4), "rows is no whole number"),
+        ({}, SAME_ID, PLAIN, "one tensor id"),
+        ({}, LAST_BLOCK, PLAIN, "block is no whole number from 0 to 1"),
+        ({}, layout_of(W), with_pass(stochastic=True), "stochastic without a seed"),
+        ({}, layout_of(W), with_pass(rows=True), "rows is no whole number"),
+        ({}, layout_of(W), with_pass(seeds=[[6, 0]]), "a direction from before the run"),
+        ({}, layout_of(W), with_pass(keep_second=True), "axpy knows no such flag"),
+        ({}, layout_of(W), with_pass(colour=1), "'colour', which this zokern does not know"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_a_pass(

@@ -21,6 +21,7 @@ from tests.net.cases import every
 from tests.net.runs import optimizer_of, steps
 from zokern import journal
 from zokern.journal import format as journal_format
+from zokern.journal import reader as journal_reader
 from zokern.journal.search import good_record
 
 
@@ -206,19 +207,78 @@ def test_resume_looks_at_the_hash(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_hash_of_another_number_of_steps_is_refused(tmp_path):
+@pytest.mark.parametrize("said", [0, 3])
+def test_a_hash_of_another_number_of_steps_is_refused(said, tmp_path):
     """The optimizer's counter was set inside the journal: its noise is of other steps than the journal says."""
     model, path = toy(), tmp_path / "run.zkj"
     base, optimizer = copy.deepcopy(model), zokern.MeZO(model, 1e-2)
     with journal.write(optimizer, path):
         optimizer.step(model)
-        optimizer._passes.counters.steps = 3  # what load_state_dict did before it was refused there
+        optimizer._passes.counters.steps = said  # what load_state_dict did before it was refused there
     before = weights(base)
-    with pytest.raises(journal.JournalError, match=r"after 3 steps, where it has 1.*load_state_dict"):
+    with pytest.raises(journal.JournalError, match=rf"after {said} steps, where it has 1.*load_state_dict"):
         journal.replay(path, base)
+    assert state_of(path) == "unverified"
     with pytest.raises(journal.JournalError, match="where it has 1"), journal.resume(zokern.MeZO(base, 1e-2), path):
         pass
     assert same(weights(base), before)
+
+
+def test_a_step_after_a_hash_is_not_verified_by_it(tmp_path):
+    """A run that was taken up and killed: the hash in its journal is of the steps before."""
+    path, base, _ = written(tmp_path, 2)
+    model = copy.deepcopy(base)
+    optimizer = zokern.MeZO(model, 1e-2)
+    with journal.resume(optimizer, path):
+        optimizer.step(model)
+        killed = path.read_bytes()
+    path.write_bytes(killed)
+    assert state_of(path) == "unverified"
+    with pytest.raises(journal.JournalError, match="no hash of the weights after step 3"):
+        journal.replay(path, base)
+
+
+def test_a_step_that_broke_off_before_the_hash(tmp_path):
+    """A replay does its passes, and is verified; a run that is taken up leaves them out, as its weights are new."""
+    model, path = toy(torch.float16), tmp_path / "run.zkj"
+    base, optimizer = copy.deepcopy(model), zokern.MeZO(model, 1e-2, placement="inplace")
+    with journal.write(optimizer, path):
+        optimizer.step(model)
+        clean = weights(model)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(interrupted)
+    assert not same(weights(model), clean)  # restored to the rounding of 16 bits
+    assert journal.replay(path, again := copy.deepcopy(base)).verified
+    assert same(weights(again), weights(model))
+    with pytest.warns(zokern.ZokernWarning, match="not verified"):
+        assert not journal.replay(path, again := copy.deepcopy(base), until=1).verified
+    assert same(weights(again), clean)
+    with journal.resume(zokern.MeZO(again := copy.deepcopy(base), 1e-2, placement="inplace"), path) as done:
+        assert done == 1
+        assert same(weights(again), clean)
+    assert (tmp_path / "run.zkj.cut").exists()
+
+
+def interrupted() -> torch.Tensor:
+    raise KeyboardInterrupt
+
+
+def test_a_checksum_alone_that_is_changed_is_damage(tmp_path):
+    """Also the last step's, with only the hash behind it."""
+    path, _, _ = written(tmp_path, 3)
+    data, reader = bytearray(path.read_bytes()), journal.Reader(path)
+    for _ in reader.steps():
+        end = reader.end
+    data[end - 1] ^= 1
+    path.write_bytes(data)
+    assert state_of(path) == "damaged"
+
+
+def test_all_signatures_together_are_bounded(tmp_path, monkeypatch):
+    path, _, _ = written(tmp_path, 1)
+    monkeypatch.setattr(journal_reader, "MAX_NUMBERS", 3)
+    with pytest.raises(journal.JournalError, match="more than 3 numbers"):
+        list(journal.Reader(path).steps())
 
 
 @pytest.mark.parametrize("update", ["sgd", "adam", "adamezo"])
