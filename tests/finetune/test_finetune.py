@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from typer.main import get_command  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from tests.finetune.calling import at_call  # noqa: E402
 from zokern.cli import app, tuning  # noqa: E402
 from zokern.finetune import FinetuneError, Options, data, docstrings, finetune, loop, methods, plots, takers, tasks  # noqa: E402
 from zokern.finetune import models as finding  # noqa: E402
@@ -558,18 +559,11 @@ def test_accumulation_averages_micro_batches(options: Options, tmp_path: Path) -
 def test_ctrl_c_inside_a_forward_leaves_the_weights_of_the_last_step(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, plain = [0], tasks.Task.loss
-
-    def loss(self: tasks.Task, batch: object) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 7:  # the first forward of the fourth step
-            signal.raise_signal(signal.SIGINT)
-        return plain(self, batch)
-
     before = signal.getsignal(signal.SIGINT)  # a shell may have started this suite with it ignored
     options.lr_schedule, options.placement = "constant", "shadow"
     finetune(dataclasses.replace(options, steps=3, output=tmp_path / "three"))
-    monkeypatch.setattr(tasks.Task, "loss", loss)
+    # In the first forward of the fourth step.
+    at_call((tasks.Task, "loss"), 7, lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
     summary = finetune(dataclasses.replace(options, output=tmp_path / "stopped"))
     assert summary.result.interrupted
     assert summary.result.steps == 3

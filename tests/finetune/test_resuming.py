@@ -15,6 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+from tests.finetune.calling import at_call  # noqa: E402
 from tests.finetune.test_finetune import command, models_dir, options, records, table, tensors  # noqa: E402, F401
 from zokern.finetune import FinetuneError, Options, finetune, identity, plots, tasks  # noqa: E402
 from zokern.finetune import records as lines  # noqa: E402
@@ -37,16 +38,12 @@ def alike(a: Path, b: Path, but: Sequence[str] = ("seconds",)) -> None:
 
 def broken(options: Options, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that breaks off in the forward after so many steps."""
-    calls, plain = [0], tasks.Task.loss
 
-    def loss(self: tasks.Task, batch: object) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 2 * steps * options.accumulate + 2:
-            raise MemoryError("in a forward")
-        return plain(self, batch)
+    def out_of_memory() -> None:
+        raise MemoryError("in a forward")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.Task, "loss", loss)
+        at_call((tasks.Task, "loss"), 2 * steps * options.accumulate + 2, out_of_memory, patch)
         with pytest.raises(MemoryError):
             finetune(options)
 
@@ -116,16 +113,9 @@ def test_the_line_of_a_stop_is_not_one_of_the_run(
     """After Ctrl-C at step 5 there is an evaluation at step 5; the run that goes on has none there."""
     import signal
 
-    half, plain, calls = dataclasses.replace(whole, output=tmp_path / "half"), tasks.Task.loss, [0]
-
-    def loss(self: tasks.Task, batch: object) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 11:
-            signal.raise_signal(signal.SIGINT)
-        return plain(self, batch)
-
+    half = dataclasses.replace(whole, output=tmp_path / "half")
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.Task, "loss", loss)
+        at_call((tasks.Task, "loss"), 11, lambda: signal.raise_signal(signal.SIGINT), patch)
         assert finetune(half).result.steps == 5
     assert records(half.output)[-1]["step"] == 5
     resume(half)

@@ -25,6 +25,7 @@ pytest.importorskip("datasets")
 
 from typer.testing import CliRunner  # noqa: E402
 
+from tests.finetune.calling import at_call  # noqa: E402
 from tests.finetune.test_finetune import command, models_dir, options, records, table, tensors  # noqa: E402, F401
 from tests.finetune.test_resuming import alike, finished, no_pictures, resume, whole  # noqa: E402, F401
 from zokern import ZokernWarning, drawing  # noqa: E402
@@ -55,16 +56,7 @@ def given(options: Options) -> list[str]:
 
 def signalled(where: tuple[object, str], at: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal arrives in the at-th call of a function."""
-    owner, name = where
-    plain, calls = getattr(owner, name), [0]
-
-    def call(*arguments: object, **named: object) -> object:
-        calls[0] += 1
-        if calls[0] == at:
-            signal.raise_signal(number)
-        return plain(*arguments, **named)
-
-    monkeypatch.setattr(owner, name, call)
+    at_call(where, at, lambda: signal.raise_signal(number), monkeypatch)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -175,16 +167,9 @@ def test_signals_that_systems_repeat_change_nothing(
 def test_an_output_that_is_removed_in_mid_run_is_written_again(
     whole: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half, plain, calls = dataclasses.replace(whole, output=tmp_path / "half"), tasks.Task.loss, [0]
-
-    def loss(self: tasks.Task, batch: object) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] == 9:
-            shutil.rmtree(half.output)
-        return plain(self, batch)
-
+    half = dataclasses.replace(whole, output=tmp_path / "half")
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.Task, "loss", loss)
+        at_call((tasks.Task, "loss"), 9, lambda: shutil.rmtree(half.output), patch)
         code, said = command(*given(half))
     assert (code, said.count("warning: "), "is no longer the directory" in said) == (0, 1, True), said
     alike(half.output, whole.output)
