@@ -27,7 +27,8 @@ from zokern.optim import state
 from zokern.optim.base import ZerothOrderOptimizer
 
 
-def _header(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
+def _run_of(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
+    """What a header says of a run, but for the weights that it started from."""
     return {
         "zokern": __version__,
         "features": [],
@@ -42,7 +43,6 @@ def _header(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
             name: [str(dtype).removeprefix("torch."), value] for name, (dtype, value) in optimizer.state_spec.items()
         },
         "groups": [{k: float(group[k]) for k in ("lr", "eps", "weight_decay")} for group in optimizer.param_groups],
-        "base": hash_of(optimizer.weights().items()),
     }
 
 
@@ -74,7 +74,8 @@ def write(
             "journal before the first step, or take the run up from its own journal with resume"
         )
     with made(path, force) as file:
-        writer = journal.start(file, {**_header(optimizer), "about": about or {}}, sync=sync)
+        header = {**_run_of(optimizer), "base": hash_of(optimizer.weights().items()), "about": about or {}}
+        writer = journal.start(file, header, sync=sync)
         recorder = Recorder(writer, optimizer.seed, optimizer.layout())
         writer.append_json(journal.LAYOUT, recorder.layout)
         with _recording(optimizer, recorder, path):
@@ -130,7 +131,7 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
 
 def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
     """The journal's reader, at the end. Raises JournalError if it is not of a run of this optimizer."""
-    reader, wanted = Reader(path), _header(optimizer)
+    reader, wanted = Reader(path), _run_of(optimizer)
     header = {**reader.header, "options": optimizer.completed(reader.header["options"])}
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "states"):
         if header.get(name) != wanted[name]:

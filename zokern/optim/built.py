@@ -16,7 +16,7 @@ from zokern.interrupts import HeldInterrupts
 from zokern.optim import causes, parameters, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
-from zokern.optim.guards import Guards
+from zokern.optim.guards import Guards, has_sixteen_bit
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
 from zokern.optim.moves import Moves
@@ -57,7 +57,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         if self.layers is not None:
             self.layers.bind(self.module)
             self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
-        sixteen_bit = any(p.element_size() == 2 for group in self.param_groups for p in group["params"])
+        sixteen_bit = has_sixteen_bit(self.param_groups)
         self._placement = placements.make(
             values["placement"], self.module, sixteen_bit, self._passes, pipelined=self.pipelined
         )

@@ -27,14 +27,13 @@ from zokern.optim.watching import Watch
 class Guards:
     """Of one optimizer, which is asked for each time and not held.
 
-    wanted: the placement as it was given; `sixteen_bit` and `stays` are what "auto" went by: the weights' types, and
-    whether stream has refused a closure of this module.
+    wanted: the placement as it was given; `sixteen_bit`, whether any weight has 16 bits, is what "auto" went by.
     """
 
     def __init__(self, module: nn.Module | None, wanted: object, sixteen_bit: bool, *, all_of_it: bool) -> None:
         self.watch = None if module is None else Watch(module, all_of_it=all_of_it)
         self.flats = Flats()
-        self.wanted, self.sixteen_bit, self.refused = wanted, sixteen_bit, False
+        self.wanted, self.sixteen_bit = wanted, sixteen_bit
         self._active: weakref.ref[Any] | None = None  # for which the placement was looked at
         self._draws: pairing.Draws | None = None
         self._grads: tuple[Tensor | None, Tensor | None] = None, None  # of the first and the last, before the forwards
@@ -67,7 +66,7 @@ class Guards:
 
     def decide(self, owner: Any) -> None:
         """What "auto" is for the weights' types as they are now."""
-        sixteen_bit = _sixteen_bit(owner.param_groups)
+        sixteen_bit = has_sixteen_bit(owner.param_groups)
         if sixteen_bit != self.sixteen_bit:
             self._replace(owner, "auto", sixteen_bit)
             self.sixteen_bit = sixteen_bit
@@ -91,7 +90,6 @@ class Guards:
         if self.wanted != "auto" or owner._placement.name != "stream" or not refusal.shadow_serves:
             raise refusal
         self._replace(owner, "shadow", self.sixteen_bit)
-        self.refused = True
         print(f"zokern: placement='auto' goes on with 'shadow' ({refusal})", file=sys.stderr)
 
     def pairs(self, wanted: bool | str) -> bool:
@@ -174,7 +172,7 @@ class Guards:
         return kept if self.flats.there is None else [self.flats.there, *kept]
 
 
-def _sixteen_bit(groups: Iterable[dict[str, Any]]) -> bool:
+def has_sixteen_bit(groups: Iterable[dict[str, Any]]) -> bool:
     return any(p.element_size() == 2 for group in groups for p in group["params"])
 
 
