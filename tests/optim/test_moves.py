@@ -218,6 +218,22 @@ def test_no_default_goes_too_far(name: str, options: dict[str, Any], lr: float) 
     assert opt.large_steps == 0
 
 
+def test_a_default_device_of_the_user_s_changes_nothing() -> None:
+    """With several rows, where the step is counted and told."""
+    model = wide()
+    groups = [{"params": [p]} for p in model.parameters()]
+    loss = loss_of(model)
+    values = [float(loss()) + 0.1 * i for i in range(2)]
+    torch.set_default_device("meta")
+    try:
+        opt = zokern.MeZO(groups, 1e6)
+        with pytest.warns(zokern.ZokernWarning, match="a step moves the trained weights"):
+            opt.step(lambda: values.pop())
+    finally:
+        torch.set_default_device(None)
+    assert opt.large_steps == 1
+
+
 RELEASED = {  # the released code's lr given to the paper's formula
     "fzoo": (zokern.FZOO, {"lr": 5e-5, "eps": 1e-4, "candidates": 8}, 1.0),
     "es": (zokern.ES, {"lr": 5e-4, "eps": 1e-3, "num_directions": 30}, -1.0),

@@ -60,7 +60,7 @@ def _probes(optimizer: ZerothOrderOptimizer) -> list[Terms]:
 
     def note(terms: Terms) -> Tensor:
         probes.append(dict(terms))
-        return torch.tensor(float(len(probes)), dtype=torch.float64)
+        return torch.tensor(float(len(probes)), dtype=torch.float64, device="cpu")
 
     step = optimizer.counters["steps"]
     optimizer.numbers = HostNumbers(optimizer.param_groups, optimizer.seed, step, optimizer.schedule)

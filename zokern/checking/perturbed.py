@@ -73,7 +73,7 @@ class Perturbed:
         sweep = Sweep([Member(one.tensor, one.tensor_id, 0, one.names[0])])
         with _uncounted(self.placement):
             try:
-                self.placement.begin(sweep, torch.tensor([size], dtype=torch.float64), scaled=False)
+                self.placement.begin(sweep, torch.tensor([size], dtype=torch.float64, device="cpu"), scaled=False)
                 with self.placement.present({self.seed: 1.0}):
                     yield
             finally:

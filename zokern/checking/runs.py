@@ -67,7 +67,9 @@ class Runs:
                 self.held = [dtype for dtype in self.held if bool((loss.to(dtype) == loss).all())]
             elif isinstance(loss, numbers.Real):  # NumPy's too
                 number = float(loss)
-                self.held = [dtype for dtype in self.held if float(torch.tensor(number, dtype=dtype)) == number]
+                self.held = [
+                    dtype for dtype in self.held if float(torch.tensor(number, dtype=dtype, device="cpu")) == number
+                ]
         return returned
 
     def __call__(self, *, rewind: bool = True) -> Tensor:

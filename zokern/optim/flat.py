@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.passes.update import CPU, sent
 
@@ -26,7 +27,7 @@ class Flats:
     def __init__(self, count: int = 0) -> None:
         self.numbers = [count, 0, 0, 0]
         self.there: Tensor | None = None
-        self._seen: tuple[Tensor, torch.cuda.Event] | None = None  # on its way to the host
+        self._seen: Arriving | None = None  # the counts
 
     @property
     def count(self) -> int:
@@ -74,19 +75,14 @@ class Flats:
     def look(self) -> None:
         """Starts a copy of the counts to the host."""
         if self.there is not None and self.there.device.type != "cpu" and self._seen is None:
-            host = torch.empty(4, dtype=torch.int64, device=CPU, pin_memory=True)
-            host.copy_(self.there, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.there.device))
-            self._seen = (host, event)
+            self._seen = Arriving(self.there)
 
     def known(self) -> list[int] | None:
         """The counts as far as the host knows them without waiting; None where it does not."""
         if self.there is None or self.there.device.type == "cpu":
             return self.now()
         self.look()
-        if self._seen is None or not self._seen[1].query():
-            return None
-        numbers: list[int] = self._seen[0].tolist()
-        self._seen = None
+        numbers: list[int] | None = None if self._seen is None else self._seen.values()
+        if numbers is not None:
+            self._seen = None
         return numbers

@@ -25,6 +25,7 @@ from torch import Tensor
 from zokern import _checks
 from zokern._checks import ZokernWarning
 from zokern.optim import causes
+from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.optim.pairing import Draws
 from zokern.passes.update import CPU, sent
@@ -239,7 +240,7 @@ class Skips:
 
     def __init__(self) -> None:
         self.count = torch.zeros((), dtype=torch.int64, device=CPU)
-        self.seen: tuple[Tensor, torch.cuda.Event] | None = None  # on its way to the host
+        self.seen: Arriving | None = None  # the count
         self.news = False  # the last step may have been skipped
         self._warned = False
 
@@ -275,11 +276,7 @@ class Skips:
     def look(self) -> None:
         """Starts a copy of the count to the host, to be looked at in a later step without waiting."""
         if self.count.device.type != "cpu" and self.seen is None and not self._warned:
-            host = torch.empty((), dtype=torch.int64, device=CPU, pin_memory=True)
-            host.copy_(self.count, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.count.device))
-            self.seen = (host, event)
+            self.seen = Arriving(self.count)
 
     def warn(self) -> None:
         """Once, if the host knows of a step that was skipped."""
@@ -288,10 +285,8 @@ class Skips:
             return
         if self.count.device.type == "cpu":
             count = int(self.count)
-        elif self.seen is not None:
-            host, event = self.seen
-            if event.query():
-                count, self.seen = int(host), None
+        elif self.seen is not None and (come := self.seen.values()) is not None:
+            count, self.seen = come, None
         if count:
             self._warned = True
             warnings.warn(

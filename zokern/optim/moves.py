@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from zokern._checks import ZokernWarning
+from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.optim.parameters import Active
-from zokern.passes.update import Update, sent
+from zokern.passes.update import CPU, Update, sent
 
 LIMIT = 0.25  # of rms
 CHUNK = 1 << 22  # elements that are squared at once
@@ -110,8 +111,8 @@ class Moves:
     """
 
     def __init__(self) -> None:
-        self.seen = torch.zeros(2, dtype=torch.float64)
-        self.coming: tuple[Tensor, torch.cuda.Event] | None = None  # `seen` on its way to the host
+        self.seen = torch.zeros(2, dtype=torch.float64, device=CPU)
+        self.coming: Arriving | None = None  # `seen`
         self.square: Tensor | None = None  # mean_square of the trained weights
         self.version = -1  # of the parameters that it is of
         self.active: Callable[[], Active | None] = lambda: None  # held weakly: it holds states
@@ -141,7 +142,7 @@ class Moves:
                 sizes[member.row] += member.param.numel()
             total = max(1, sum(sizes))
             self._parts = [size / total for size in sizes]
-            self._shares = torch.tensor(self._parts, dtype=torch.float64) if len(sizes) > 1 else None
+            self._shares = torch.tensor(self._parts, dtype=torch.float64, device=CPU) if len(sizes) > 1 else None
             self.active = weakref.ref(active)
 
     def note(
@@ -186,18 +187,14 @@ class Moves:
         before = self.seen
         count, worst = before.tolist()
         ledger.undo(lambda: setattr(self, "seen", before))
-        self.seen = torch.tensor([count + 1.0, max(worst, ratio)], dtype=torch.float64)
+        self.seen = torch.tensor([count + 1.0, max(worst, ratio)], dtype=torch.float64, device=CPU)
         self.tell(advice)
 
     def look(self) -> None:
         """Starts a copy of `seen` to the host now and then, to be looked at in a later step without waiting."""
         self._steps += 1
         if self.seen.device.type != "cpu" and self.coming is None and not self._warned and self._steps % 16 == 1:
-            host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            host.copy_(self.seen, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.seen.device))
-            self.coming = host, event
+            self.coming = Arriving(self.seen)
 
     def tell(self, advice: Callable[[], str]) -> None:
         """Warns once, if the host knows of a step that went too far."""
@@ -206,8 +203,8 @@ class Moves:
         count, square = 0.0, 0.0
         if self.seen.device.type == "cpu":
             count, square = self.seen.tolist()
-        elif self.coming is not None and self.coming[1].query():
-            (count, square), self.coming = self.coming[0].tolist(), None
+        elif self.coming is not None and (come := self.coming.values()) is not None:
+            (count, square), self.coming = come, None
         if count:
             self._warned = True
             warnings.warn(
