@@ -158,7 +158,8 @@ class Bench:
         task, steps = self._shown(method), forwards // method.forwards
         task.reset()
         task.watch_memory()
-        optimizer = method.build(task.model, lr=lr, eps=EPS, seed=seed, **method.settings)
+        where = {"placement": "shadow"} if self.options.compiled and method.build is not _lora else {}
+        optimizer = method.build(task.model, lr=lr, eps=EPS, seed=seed, **method.settings, **where)
         batches = task.batches(BATCH, seed)
         step = self._stepper(method, task, optimizer, next(batches))
         at = {round(i * steps / looks) for i in range(1, looks + 1)} if looks else {steps}
@@ -223,9 +224,10 @@ def main() -> int:
         model=(str, "a folder that save_pretrained wrote, or a .gguf file"),
         texts=("~/.cache/zokern/movieReviewSnippets_GroundTruth.txt", "where the sentences are kept"),
         methods=(list(METHODS), f"of {', '.join(METHODS)} (default: all)"),
-        budget=(40_000, "forwards of a run"),
-        trial=(8_000, "forwards of a run that chooses lr"),
+        budget=(20_000, "forwards of a run"),
+        trial=(3_000, "forwards of a run that chooses lr"),
         seconds=(0, "end after so many; 0: when all is done"),
+        compiled=(False, "the forward of training batches by torch.compile, and placement shadow, which it needs"),
         device=study.DEVICES,
     )
     options = parser.parse_args()
@@ -240,9 +242,10 @@ def main() -> int:
     settings = {
         "parameters": sum(p.numel() for p in task.model.parameters()), "dtype": str(dtype).removeprefix("torch."),
         "batch_size": BATCH, "tokens": LONGEST, "eps": EPS, "budget": options.budget, "trial": options.trial,
-        "template": reviews.TEMPLATE, "words": list(reviews.WORDS), "sizes": reviews.SIZES,
+        "compiled": options.compiled, "template": reviews.TEMPLATE, "words": list(reviews.WORDS), "sizes": reviews.SIZES,
     }  # fmt: skip
     results = _former(path, settings, device)
+    task.follow(task.model, compiled=options.compiled)
     if "start" not in results:
         results["start"] = {name: task.evaluate(name) for name in ("validation", "test")}
         results["inference"] = task.inference(BATCH)

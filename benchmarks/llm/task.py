@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +64,11 @@ class Sentiment:
         self._used = 0
         self.follow(model)
 
-    def follow(self, model: nn.Module) -> None:
-        """Another model from now on, with its weights as the starting ones."""
+    def follow(self, model: nn.Module, *, compiled: bool = False) -> None:
+        """Another model from now on, with its weights as the starting ones. compiled: in training batches, whose shape is
+        always the same."""
         self.model = model
+        self._trained: Any = torch.compile(model) if compiled else model
         self._start = [p.detach().clone() for p in model.parameters()]
 
     @torch.no_grad()
@@ -107,9 +110,9 @@ class Sentiment:
         while True:
             yield self.take("train", order.draw(size))
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch, model: Any = None) -> Tensor:
         """(texts, 2), in float32: of the two words after the prompt."""
-        out = self.model(
+        out = (self.model if model is None else model)(
             input_ids=batch["ids"], attention_mask=batch["mask"], position_ids=batch["positions"], logits_to_keep=1,
             use_cache=False,
         )  # fmt: skip
@@ -118,7 +121,7 @@ class Sentiment:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross entropy, a scalar."""
-        return F.cross_entropy(self.logits(batch), batch["targets"])
+        return F.cross_entropy(self.logits(batch, self._trained), batch["targets"])
 
     @torch.no_grad()
     def evaluate(self, name: str, size: int = 250) -> dict[str, float]:

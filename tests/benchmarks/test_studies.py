@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import study
 from benchmarks.drift import run as drift
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(path.parent.name for path in (ROOT / "benchmarks").glob("*/run.py"))
 
 
