@@ -20,6 +20,7 @@ import benchmarks.convergence.page
 import benchmarks.drift.run
 import benchmarks.kernels.page
 import benchmarks.layers.run
+import benchmarks.llm.page
 import benchmarks.machine_code.page
 import benchmarks.replay.run
 import benchmarks.rounding.page
@@ -50,7 +51,8 @@ def demo_lines() -> str:
 
 SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.layers.run, benchmarks.replay.run, benchmarks.drift.run,
-    benchmarks.rounding.page, benchmarks.convergence.page, benchmarks.machine_code.page, docs.from_code,
+    benchmarks.rounding.page, benchmarks.convergence.page, benchmarks.llm.page, benchmarks.machine_code.page,
+    docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
 for subject in SUBJECTS:

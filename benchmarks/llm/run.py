@@ -75,7 +75,9 @@ METHODS = {
     "fzoo": Method("FZOO", zokern.FZOO, 9, (3e-7, 1e-6, 3e-6, 1e-5)),
     "hizoo": Method("HiZOO", zokern.HiZOO, 3, (1e-6, 3e-6, 1e-5, 3e-5)),
     "lezo": Method("LeZO", _lezo, 2, (3e-6, 1e-5, 3e-5, 1e-4), 1, {"share": 0.75}, captured=False),
-    "lora-adam": Method("LoRA, Adam (backpropagation)", _lora, BACKPROPAGATION, (1e-4, 3e-4, 1e-3), captured=False, share=0.2),
+    "lora-adam": Method(
+        "LoRA, Adam (backpropagation)", _lora, BACKPROPAGATION, (1e-4, 3e-4, 1e-3), captured=False, share=0.2
+    ),
 }  # fmt: skip
 
 
@@ -155,7 +157,8 @@ class Bench:
         return self.lora
 
     def _train(self, method: Method, lr: float, seed: int, forwards: int, looks: int) -> Settings:
-        """From the starting weights. cut: it ended early, for the lack of time. bytes: beyond the weights, at the peak."""
+        """From the starting weights. cut: it ended early, for the lack of time. bytes: of the steps beyond the weights, at
+        the peak."""
         task, steps = self._shown(method), int(forwards * method.share) // method.forwards
         task.reset()
         task.watch_memory()
@@ -165,7 +168,8 @@ class Bench:
         step = self._stepper(method, task, optimizer, next(batches))
         at = {round(i * steps / looks) for i in range(1, looks + 1)} if looks else {steps}
         curve = [{"step": 0, **task.evaluate("test")}] if looks else []
-        seconds, done, cut, start = 0.0, 0, False, self._now()
+        task.forget_peak()  # of the evaluation
+        seconds, done, cut, peak, start = 0.0, 0, False, 0, self._now()
         while done < steps and not cut:
             step(next(batches))
             done += 1
@@ -174,11 +178,13 @@ class Bench:
                 cut = self.left() < 0
             if done in at or cut:
                 seconds += self._now() - start
+                peak = max(peak, task.memory() or 0)
                 if looks:
                     curve.append({"step": done, **task.evaluate("test")})
+                task.forget_peak()
                 start = self._now()
         return {"seed": seed, "steps": done, "cut": cut, "seconds_per_step": seconds / done,
-                "bytes": task.memory(), "curve": curve}  # fmt: skip
+                "bytes": peak or None, "curve": curve}  # fmt: skip
 
     def _now(self) -> float:
         if self.task.device.type == "cuda":

@@ -1,0 +1,85 @@
+"""Writes the tables and the picture of docs/llm.md from benchmarks/results/llm-cuda.json."""
+
+from __future__ import annotations
+
+import functools
+from statistics import mean
+from typing import Any
+
+from benchmarks.convergence.page import COLOURS
+from benchmarks.llm.run import METHODS
+from benchmarks.parts import Record, load, made_on, panels, plain, save, table
+
+SHARES = (1 / 12, 1 / 4, 1 / 2, 1)  # of the budget, at which the table looks
+
+
+@functools.cache
+def stored() -> dict[str, Any]:
+    return load("llm-cuda.json")
+
+
+def finished() -> dict[str, Record]:
+    """The methods with a run."""
+    found = {name: part for name, part in stored()["results"].items() if name in METHODS and part["runs"]}
+    return dict(sorted(found.items(), key=lambda item: -_at(item[1], 1)))
+
+
+def _at(method: Record, share: float) -> float:
+    """Mean accuracy of the seeds after a share of the budget, at the look that is nearest."""
+    looks = [min(run["curve"], key=lambda point: abs(point["step"] - share * run["steps"])) for run in method["runs"]]
+    return float(mean(look["accuracy"] for look in looks))
+
+
+def runs() -> str:
+    """A line for each method."""
+    budget = stored()["settings"]["budget"]
+    head = ["method", "lr", *(f"{budget * share:,.0f}" for share in SHARES), "seeds", "ms a step", "seconds in all"]
+    rows = []
+    for method in finished().values():
+        step = mean(run["seconds_per_step"] for run in method["runs"])
+        steps = method["runs"][0]["steps"]
+        shown = [f"{100 * _at(method, share):.1f}" for share in SHARES]
+        seeds = str(len(method["runs"]))
+        rows.append([method["label"], f"{method['lr']:g}", *shown, seeds, f"{1e3 * step:.2f}", f"{steps * step:.0f}"])
+    start = f"{100 * stored()['results']['start']['test']['accuracy']:.1f}"
+    rows.append(["before tuning", "", *[start] * len(SHARES), "", "", ""])
+    return table(head, rows, tight=True)
+
+
+def grids() -> str:
+    """The validation loss of each lr that was tried."""
+    lines = []
+    for method in finished().values():
+        tried = ", ".join(
+            f"{p['lr']:g}: {p['loss']:.3f}" if p["loss"] else f"{p['lr']:g}: none" for p in method["grid"]
+        )
+        lines.append(f"- {method['label']}: {tried}")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    where, missing = stored(), [part.label for name, part in METHODS.items() if name not in finished()]
+    told = f" The time ended before these: {'; '.join(missing)}." if missing else ""
+    return f"{made_on(where)}.{told}"
+
+
+def draw() -> None:
+    """Accuracy against forwards and against seconds, each seed a line."""
+    figure, (left, right) = panels(2, 11, 4.2)
+    for name, method in finished().items():
+        for run in method["runs"]:
+            y = [100 * point["accuracy"] for point in run["curve"]]
+            steps = [point["step"] for point in run["curve"]]
+            label = method["label"] if run is method["runs"][0] else None
+            for axes, unit in ((left, method["forwards_per_step"]), (right, run["seconds_per_step"])):
+                axes.plot([unit * step for step in steps], y, color=COLOURS[name], label=label, linewidth=1.4)
+    left.set_xlabel("forwards")
+    right.set_xlabel("seconds of training on the GPU")
+    left.set_ylabel("accuracy on 1,000 held-out sentences, %")
+    for axes in (left, right):
+        plain(axes)
+    right.legend(frameon=False, fontsize=8, loc="lower left")
+    save(figure, "llm-cuda", metadata={"Software": None})
+
+
+PAGES = {"docs/llm.md": {"runs": runs, "grids": grids, "machine": machine}}
