@@ -86,9 +86,8 @@ class Budget:
             held = {"held_bytes": torch.cuda.max_memory_reserved(self.device) - before} if on_gpu else {}
         finally:
             gc.collect()  # optimizers are parts of cycles
-        raise DoesNotFit(
-            computed_bytes=computed, free_bytes=free, **held
-        )  # here, where the frames of the call are gone
+        # Here, where the frames of the call are gone, and their memory with them.
+        raise DoesNotFit(computed_bytes=computed, free_bytes=free, **held)
 
     def save(self, name: str, settings: Mapping[str, Any], results: Any, path: Path, *, last: bool = False) -> None:
         """The run's JSON so far, "complete" when it is the `last`; before that, not within five seconds of the one before:

@@ -132,6 +132,9 @@ def _memory(result: Mapping[str, Any]) -> str:
     """Of a case that does not fit. Older files have what was computed of a case that was tried as "needed_bytes", too."""
     free, computed = result["free_bytes"], result.get("computed_bytes", result.get("needed_bytes"))
     if "computed_bytes" not in result and computed > free:
-        return f"needs {computed / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
+        texts = ([f"{number / 1e9:.{digits}f} GB" for number in (computed, free)] for digits in range(1, 10))
+        needs, has = next(pair for pair in texts if pair[0] != pair[1])  # to a byte, if that is all that is lacking
+        return f"needs {needs}, {has} free"
+    told = f"tried, and needs more than the {free / 1e9:.1f} GB that were free: its tensors take {computed / 1e9:.1f} GB"
     held = f", and torch held {result['held_bytes'] / 1e9:.1f} GB when it got no more" if "held_bytes" in result else ""
-    return f"tried, and needs more than the {free / 1e9:.1f} GB that were free: its tensors take {computed / 1e9:.1f} GB{held}"
+    return told + held
