@@ -135,6 +135,8 @@ def _memory(result: Mapping[str, Any]) -> str:
         texts = ([f"{number / 1e9:.{digits}f} GB" for number in (computed, free)] for digits in range(1, 10))
         needs, has = next(pair for pair in texts if pair[0] != pair[1])  # to a byte, if that is all that is lacking
         return f"needs {needs}, {has} free"
-    told = f"tried, and needs more than the {free / 1e9:.1f} GB that were free: its tensors take {computed / 1e9:.1f} GB"
+    told = (
+        f"tried, and needs more than the {free / 1e9:.1f} GB that were free: its tensors take {computed / 1e9:.1f} GB"
+    )
     held = f", and torch held {result['held_bytes'] / 1e9:.1f} GB when it got no more" if "held_bytes" in result else ""
     return told + held
