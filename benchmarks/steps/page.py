@@ -29,8 +29,8 @@ def rounds_told(results: Mapping[str, Any], wanted: int) -> str:
             fewer.setdefault(result["step"]["rounds"], []).append(name)
     if not fewer:
         return ""
-    told = [f"{count} for {len(cases)}{f' ({cases[0]})' if len(cases) == 1 else ''}" for count, cases in fewer.items()]
-    return f" The time sufficed for fewer rounds of some cases: {', '.join(told)}."
+    told = [f"{count} of {cases[0] if len(cases) == 1 else f'{len(cases)} cases'}" for count, cases in fewer.items()]
+    return f" The time sufficed for no more rounds than {', '.join(told)}."
 
 
 def waiting_part() -> str:

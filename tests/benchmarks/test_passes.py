@@ -54,4 +54,4 @@ def test_rounds_that_the_time_did_not_suffice_for_are_told() -> None:
 
     assert page.rounds_told({"a": result(3), "b": {"status": "left out"}}, 3) == ""
     told = page.rounds_told({"a": result(3), "b": result(2), "c": result(2), "d": result(1)}, 3)
-    assert told == " The time sufficed for fewer rounds of some cases: 2 for 2, 1 for 1 (d)."
+    assert told == " The time sufficed for no more rounds than 2 of 2 cases, 1 of d."
