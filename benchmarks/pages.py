@@ -18,6 +18,7 @@ from pathlib import Path
 
 import benchmarks.convergence.page
 import benchmarks.drift.run
+import benchmarks.gpu.page
 import benchmarks.kernels.page
 import benchmarks.layers.run
 import benchmarks.llm.page
@@ -25,6 +26,7 @@ import benchmarks.machine_code.page
 import benchmarks.replay.run
 import benchmarks.rounding.page
 import benchmarks.steps.page
+import benchmarks.steps.passes
 import docs.from_code
 from benchmarks.parts import RESULTS, load, write
 
@@ -50,9 +52,9 @@ def demo_lines() -> str:
 
 
 SUBJECTS = (
-    benchmarks.kernels.page, benchmarks.steps.page, benchmarks.layers.run, benchmarks.replay.run, benchmarks.drift.run,
-    benchmarks.rounding.page, benchmarks.convergence.page, benchmarks.llm.page, benchmarks.machine_code.page,
-    docs.from_code,
+    benchmarks.kernels.page, benchmarks.steps.page, benchmarks.steps.passes, benchmarks.gpu.page, benchmarks.layers.run,
+    benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
+    benchmarks.llm.page, benchmarks.machine_code.page, docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
 for subject in SUBJECTS:

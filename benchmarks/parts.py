@@ -6,8 +6,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from zokern.bench import model
 from zokern.bench.plots import INK
 from zokern.bench.record import RESULTS
 
@@ -16,12 +18,31 @@ IMAGES = ROOT / "docs" / "images"
 Record = Mapping[str, Any]
 Pages = Mapping[str, Mapping[str, Callable[[], str]]]  # {page, from the root: {marker: what lies between}}
 WHOLE = ""  # a marker's name, for a file that is made from its first line to its last
+EARLIER = ("h200",)  # folders of RESULTS with the runs of a GPU that was measured before
 
 
 def load(name: str) -> dict[str, Any]:
     """A stored run, by the name of its file."""
     run: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return run
+
+
+def gpus() -> dict[str, Path]:
+    """{name of a GPU: the folder of its runs}, that of RESULTS itself first."""
+    found: dict[str, Path] = {}
+    for folder in (RESULTS, *(RESULTS / name for name in EARLIER)):
+        for path in sorted(folder.glob("kernels-*-cuda.json")):
+            found.setdefault(short_gpu(json.loads(path.read_text())), folder)
+    return found
+
+
+def short_gpu(run: Record) -> str:
+    """ "H100" of a run on an NVIDIA H100 80GB HBM3; the whole name of a GPU that zokern/bench/model.py does not know."""
+    name: str = run["machine"]["gpu"]
+    try:
+        return model.short_name(name)
+    except ValueError:
+        return name
 
 
 def fill(page: str, text: str, parts: Mapping[str, str]) -> str:

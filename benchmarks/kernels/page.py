@@ -16,14 +16,10 @@ HEADLINES = ("axpy, K = 1", "axpy, K = 4", "axpy, K = 16", "axpy, Rademacher", "
              "HiZOO update, h float32", "HELENE update")  # fmt: skip
 
 
-def paths_of(name: str, device: str) -> list[Path]:
-    """The stored runs of a benchmark: kernels-NAME-DEVICE.json, and others for what was run again (-float32)."""
-    return sorted(RESULTS.glob(f"kernels-{name}-{device}*.json"), key=lambda path: path.stem)
-
-
-def paths(device: str) -> list[Path]:
-    """The stored runs of one kind of device, in the order of `zokern bench list`."""
-    return [path for name in BENCHMARKS for path in paths_of(name, device)]
+def paths(device: str) -> dict[str, Path]:
+    """The stored runs of one kind of device, by benchmark, in the order of `zokern bench list`."""
+    found = {name: RESULTS / f"kernels-{name}-{device}.json" for name in BENCHMARKS}
+    return {name: path for name, path in found.items() if path.exists()}
 
 
 def _results(found: Iterable[Record]) -> dict[str, dict[str, Any]]:
@@ -60,11 +56,19 @@ def _each(found: Iterable[Record]) -> Iterator[Record]:
     return (result for record in found for result in record["results"].values())
 
 
+def _told(result: Record, on_gpu: bool) -> Iterator[Record]:
+    """The ways whose times a page tells of: ours, the copy's, those of the peers in its tables."""
+    peers = {peer for _, way in _ours(result) for peer in over_peers(result, way, on_gpu)}
+    return (way for label, way in result["ways"].items() if is_ours(label) or label == "copy" or label in peers)
+
+
 def _run_of(record: Record) -> str:
     settings = record["settings"]
     text = f"{plots.caption(record)}; {settings['elements']:,} weights, medians of {settings['rounds']} rounds"
     text += ("" if record["complete"] else "; the run broke off") + "."
-    worst = max(way["max"] / way["min"] for result in _each([record]) for way in result["ways"].values())
+    worst = max(
+        way["max"] / way["min"] for result in _each([record]) for way in _told(result, "gpu" in record["machine"])
+    )
     if worst > QUIET:
         text += f" **The machine was not quiet:** times of one way differ by up to {worst:.1f} x; run it again."
     return text
@@ -80,7 +84,7 @@ def _compiled(device: str) -> dict[str, float]:
 def kernel_headlines() -> str:
     """README's table of passes: on a GPU where one was measured, else on a CPU."""
     device = "cuda" if paths("cuda") else "cpu"
-    found, compiled = [plots.load(path) for path in paths(device)], _compiled(device)
+    found, compiled = [plots.load(path) for path in paths(device).values()], _compiled(device)
     peers = [*dict.fromkeys([*_peers(found), *(["compiled"] if compiled else [])])]
     results = _results(found)
     dtypes = [d for d in ("bfloat16", "float32") if any(title.endswith(f", {d}") for title in results)]
@@ -95,7 +99,7 @@ def kernel_headlines() -> str:
         return f"{way['ns_per_element']:.2g} ns, {way['share_of_copy']:.0%}, {faster}"
 
     rows = [[label, *(cell(f"{label}, {dtype}") for dtype in dtypes)] for label in HEADLINES]
-    runs = "" if device == "cpu" else " bfloat16, float32 and `compiled` are three runs."
+    runs = " `compiled` is a run of its own." if compiled else ""
     return (
         f"{_run_of(found[0])}{runs} For each pass: ns per element, the share of the bandwidth of a copy, then how many "
         f"times faster than {' / '.join(f'`{peer}`' for peer in peers)}.\n\n{table(['pass', *dtypes], rows, tight=True)}"
@@ -126,11 +130,9 @@ def kernel_tables(device: str) -> str:
     if not paths(device):
         return f"**Not yet run on a {device.upper().replace('CUDA', 'GPU')}.**"
     parts = [f"![Roofline of the passes](images/kernels-roofline-{device}.png)"]
-    for name, benchmark in BENCHMARKS.items():
-        for number, path in enumerate(paths_of(name, device)):
-            record = plots.load(path)
-            head = f"### {name}\n\n{benchmark.about}. " if number == 0 else "A run of its own: "
-            parts.append(f"{head}{_run_of(record)}\n\n{_table(record, path)}")
+    for name, path in paths(device).items():
+        record = plots.load(path)
+        parts.append(f"### {name}\n\n{BENCHMARKS[name].about}. {_run_of(record)}\n\n{_table(record, path)}")
     return "\n\n".join(parts)
 
 
@@ -144,8 +146,8 @@ def kernels_gpu() -> str:
 
 def draw() -> None:
     for device in ("cpu", "cuda"):
-        if paths(device):
-            plots.draw(paths(device), IMAGES)
+        if found := paths(device):
+            plots.draw(list(found.values()), IMAGES)
 
 
 PAGES = {

@@ -8,17 +8,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts import RESULTS, WHOLE, load, table
-from zokern.bench import model
+from benchmarks.parts import WHOLE, gpus, load, signed, table
+from zokern.bench import model, prediction
+from zokern.bench.cases import Case
 from zokern.contract.rules import RULES
 
 from .rows import STORED, Row, find
 
 DEVICES = ("H100", "H200", "B200")  # of the page; the CSV has all that the model knows
+NEAR = 0.1  # a share that is measured so near to its prediction is called right
 SWEPT = 8  # passes in one sweep, for the gain of a chain
 
 # What people run: rule, dtype, distribution, rounding. Perturbations round to nearest, updates of 16-bit weights do not.
@@ -47,10 +50,10 @@ def of_pass(rows: Sequence[Row], backend: str, arch: int, wanted: Sequence[str])
                 distribution=distribution, rounding=rounding, seeds="one" if backend == "cuda" else "any")  # fmt: skip
 
 
-def measured(row: Row, results: Path = RESULTS) -> list[str]:
-    """Shares of the copy bandwidth in stored kernel benchmarks of this kernel, with the GPU's name."""
+def measured(row: Row, folder: Path) -> str:
+    """The share of the copy bandwidth in a folder's stored kernel benchmarks of this kernel."""
     out = []
-    for path in sorted(results.glob("kernels-*-cuda*.json")):
+    for path in sorted(folder.glob("kernels-*-cuda*.json")):
         run = json.loads(path.read_text())
         for result in run["results"].values():
             case, way = result["case"], result["ways"].get(f"zokern {row['backend']}")
@@ -58,8 +61,51 @@ def measured(row: Row, results: Path = RESULTS) -> list[str]:
             state = not RULES[row["rule"]].states or case["state_dtype"] == row["state"]
             alone = case["seeds"] == 1 and case["stages"] == 1 and (row["backend"] == "triton" or row["seeds"] == "one")
             if way and same and state and alone and not case["left_out"]:
-                out.append(f"{way['share_of_copy']:.0%} ({run['machine']['gpu']})")
-    return [*dict.fromkeys(out)]
+                out.append(f"{way['share_of_copy']:.0%}")
+    return ", ".join(dict.fromkeys(out)) or "not yet run"
+
+
+def held_part() -> str:
+    """How near the model came to what each GPU did, backend by backend: single passes, chains and all numbers of seeds."""
+    rows, lines = load(STORED.name)["kernels"], []
+    for gpu, folder in gpus().items():
+        for backend, title in (("cuda", "CUDA"), ("triton", "Triton")):
+            off = distances(rows, gpu, folder, backend)
+            if not off:
+                continue
+            far, worst = [case for case in off if abs(off[case]) > NEAR], max(off, key=lambda case: abs(off[case]))
+            told = f"{len(off) - len(far)} of {len(off)} within {NEAR:.0%}, the mean {_mean(off):.1%} off"
+            told += f", the farthest {signed(100 * off[worst], 1)}% ({worst})"
+            lines.append(f"- {gpu}, {title}: {told}." + (f" Beyond: {'; '.join(far)}." if far else ""))
+    return "\n".join(lines)
+
+
+def copies_line() -> str:
+    """The bandwidth that copies reached beside the kernels."""
+    told = []
+    for gpu, folder in gpus().items():
+        runs = [json.loads(path.read_text()) for path in sorted(folder.glob("kernels-*-cuda*.json"))]
+        speeds = [result["ways"]["copy"]["gb_per_s"] / 1e3 for run in runs for result in run["results"].values()]
+        told.append(f"{min(speeds):.2f} to {max(speeds):.2f} on the {gpu}")
+    return f"Measured: {', '.join(told)}."
+
+
+def _mean(off: Mapping[str, float]) -> float:
+    return sum(map(abs, off.values())) / len(off)
+
+
+def distances(rows: Sequence[Row], gpu: str, folder: Path, backend: str) -> dict[str, float]:
+    """{case: measured over predicted share of the copy bandwidth, less 1}, of all stored cases that are predicted."""
+    basis, known, off = prediction.Basis(gpu, rows, {}), {field.name for field in fields(Case)}, {}
+    if gpu not in model.DEVICES:
+        return {}
+    for path in sorted(folder.glob("kernels-*-cuda*.json")):
+        for title, result in json.loads(path.read_text())["results"].items():
+            case = Case(**{name: value for name, value in result["case"].items() if name in known})
+            predicted = prediction.of(case, backend, basis).get("predicted_share")
+            if predicted is not None:
+                off[title] = result["ways"][f"zokern {backend}"]["share_of_copy"] / predicted - 1
+    return off
 
 
 def told(rows: Sequence[Row], backend: str, wanted: Sequence[str], device: str) -> str:
@@ -75,15 +121,15 @@ def cuda_table(rows: Sequence[Row]) -> str:
     lines = []
     for title, wanted in PASSES.items():
         rule, dtype, distribution, rounding = wanted
-        h200 = of_pass(rows, "cuda", 90, wanted)
+        sm_90 = of_pass(rows, "cuda", 90, wanted)
         several = find(rows, backend="cuda", kernel="pass", arch=90, rule=rule, dtype=dtype, state="float32", seeds="any",
                        distribution=(distribution, "any"), rounding=(rounding, "any"))  # fmt: skip
-        assert h200 is not None, title
+        assert sm_90 is not None, title
         assert several is not None, title
         cells = [told(rows, "cuda", wanted, device) for device in DEVICES]
         further = f"{several['slots_per_extra_seed']:.0f}"
-        lines.append([title, *cells, further, ", ".join(measured(h200)) or "not yet run"])
-    return table(["pass", *DEVICES, "each further seed", "measured"], lines)
+        lines.append([title, *cells, further, *(measured(sm_90, folder) for folder in gpus().values())])
+    return table(["pass", *DEVICES, "each further seed", *(f"measured, {gpu}" for gpu in gpus())], lines)
 
 
 def other_table(rows: Sequence[Row]) -> str:
@@ -92,9 +138,9 @@ def other_table(rows: Sequence[Row]) -> str:
         triton, gains = of_pass(rows, "triton", 90, wanted), "-"
         if wanted[3] == "stochastic" or wanted[1] == "float32":  # an update
             gains = ", ".join(f"{gain(rows, _chain(rows, wanted, d), d):.1f}" for d in DEVICES)
-        seen = "-" if triton is None else ", ".join(measured(triton)) or "not yet run"
-        lines.append([title, *(told(rows, "triton", wanted, device) for device in DEVICES), seen, gains])
-    head = ["pass", *(f"Triton, {device}" for device in DEVICES), "Triton, measured"]
+        seen = ["-" if triton is None else measured(triton, folder) for folder in gpus().values()]
+        lines.append([title, *(told(rows, "triton", wanted, device) for device in DEVICES), *seen, gains])
+    head = ["pass", *(f"Triton, {device}" for device in DEVICES), *(f"measured, {gpu}" for gpu in gpus())]
     return table([*head, f"{SWEPT} in one sweep: {', '.join(DEVICES)}"], lines)
 
 
@@ -164,8 +210,8 @@ def _of_stored(make: Callable[[Any], str], key: str = "kernels") -> Callable[[],
 
 PAGES = {
     "docs/machine_code.md": {
-        "compilers": _of_stored(compilers_line, "compilers"), "cuda": _of_stored(cuda_table),
-        "other": _of_stored(other_table), "counters": counters_table,
+        "compilers": _of_stored(compilers_line, "compilers"), "held": held_part, "copies": copies_line,
+        "cuda": _of_stored(cuda_table), "other": _of_stored(other_table), "counters": counters_table,
     },
     "benchmarks/results/machine_code.csv": {WHOLE: _of_stored(table_of_all)},
 }  # fmt: skip

@@ -629,6 +629,28 @@ def test_pages_say_what_is_stored(run: tuple[Path, dict[str, Any]], monkeypatch:
     way["max"] = way["min"]
 
 
+def test_a_page_warns_of_ways_that_it_tells_of() -> None:
+    """On a GPU, peers whose ratios are left out may wait for Python: that is no noise of the machine."""
+    module: Any = importlib.import_module("benchmarks.kernels.page")
+
+    def warned(label: str, seeds: int, machine: dict[str, Any]) -> bool:
+        quiet, noisy = {"min": 1.0, "max": 1.1}, {"min": 1.0, "max": 4.0}
+        over = {"speedup_over": {"copy": 1.0, "published": 2.0, "foreach": 3.0}}
+        ways = {"zokern x": {**quiet, **over}, "copy": quiet, "published": quiet, "foreach": quiet}
+        ways[label] = {**ways[label], **noisy}
+        case = {"rule": "axpy", "distribution": "normal", "seeds": seeds, "stages": 1}
+        about = {"settings": {"elements": 1, "rounds": 2}, "complete": True, "machine": machine}
+        return "not quiet" in module._run_of({**about, "results": {"case": {"case": case, "ways": ways}}})
+
+    gpu = {"gpu": "a GPU", "driver": "1", "cuda": "1", "torch": "1"}
+    cpu = {"processor": "a CPU", "threads": 1, "torch": "1"}
+    assert not warned("published", 4, gpu)
+    assert warned("published", 1, gpu)
+    assert warned("foreach", 4, gpu)
+    assert warned("published", 4, cpu)
+    assert all(warned(label, 4, machine) for label in ("zokern x", "copy") for machine in (gpu, cpu))
+
+
 def test_ratios_to_peers_that_outrun_a_gpus_queue_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """What two runs of one commit agreed on stays; on a CPU everything does."""
     module: Any = importlib.import_module("benchmarks.kernels.page")

@@ -13,15 +13,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from zokern.bench.record import store
 
+T = TypeVar("T")
 SAVE_EVERY = 5.0  # seconds
 MEASURED = "zokern: measured"  # marks the call among the profiler's events
+
+
+class DoesNotFit(Exception):
+    """facts: what is recorded of the case, "status" and bytes. "needed_bytes" is more than "free_bytes", known beforehand;
+    "computed_bytes" stands for it where the case was tried, needed more than was free, and nobody knows how much more:
+    "held_bytes" is what the allocator held for it at most."""
+
+    def __init__(self, **bytes_: int) -> None:
+        super().__init__("does not fit")
+        self.facts: dict[str, Any] = {"status": "does not fit", **bytes_}
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,34 @@ class Budget:
         free = free_bytes(self.device)
         return free if self.memory_limit is None else min(free, self.memory_limit)
 
-    def unfit(self, needed: int) -> dict[str, Any]:
-        """What is recorded of a case that needs more than there is."""
-        return {"status": "does not fit", "needed_bytes": needed, "free_bytes": self.free}
+    def require(self, needed: int) -> None:
+        """Raises DoesNotFit where `needed` bytes, known beforehand, are more than can be had now."""
+        free = self.free
+        if needed > free:
+            raise DoesNotFit(needed_bytes=needed, free_bytes=free)
+
+    def attempt(self, call: Callable[[], T], computed: int) -> T:
+        """What call() returns. computed: bytes that its tensors take, as far as they are known beforehand.
+
+        An allocator takes more than they do: what it keeps in pieces that nothing fits into, and for a CUDA graph in a pool
+        of its own. So a call can fail for which the computed bytes were free. All that is known then is that it needs more
+        than was free.
+
+        Raises:
+            DoesNotFit: where the device's memory did not suffice.
+        """
+        free, on_gpu = self.free, self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            held = {"held_bytes": torch.cuda.max_memory_reserved(self.device) - before} if on_gpu else {}
+        finally:
+            gc.collect()  # optimizers are parts of cycles
+        # Here, where the frames of the call are gone, and their memory with them.
+        raise DoesNotFit(computed_bytes=computed, free_bytes=free, **held)
 
     def save(self, name: str, settings: Mapping[str, Any], results: Any, path: Path, *, last: bool = False) -> None:
         """The run's JSON so far, "complete" when it is the `last`; before that, not within five seconds of the one before:

@@ -27,7 +27,7 @@ from zokern.bench.timing import spread
 
 STD = 0.02
 KEPT = ("parameters", "tensors", "dtype", "weights_bytes", "method", "status", "extra_bytes", "state_bytes",
-        "passes_per_step", "needed_bytes", "free_bytes")  # fmt: skip
+        "passes_per_step", "needed_bytes", "computed_bytes", "held_bytes", "free_bytes")  # fmt: skip
 
 
 @dataclass(frozen=True)

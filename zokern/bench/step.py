@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zokern._checks import ZokernWarning
 from zokern.bench import models, split
-from zokern.bench.budget import Budget, peak_bytes
+from zokern.bench.budget import Budget, DoesNotFit, peak_bytes
 from zokern.bench.step_cases import Case, Limits, Settings, make, needed_bytes, optimizer_of, plan, smaller, state_bytes
 
 
@@ -44,7 +44,7 @@ class Entry:
 class Turns:
     """Cases that take turns, round after round, within limits of time and memory; `results` grow while it goes on.
 
-    A result's "status" is "timed", "does not fit" (with "needed_bytes" and "free_bytes"), "left out" (the time limit) or
+    A result's "status" is "timed", "does not fit" (with the bytes of budget.DoesNotFit), "left out" (the time limit) or
     "not captured" (with "why").
     A case that was timed for fewer rounds than wanted says so by step.rounds.
     """
@@ -90,19 +90,12 @@ class Turns:
 
     def _fits(self, cases: Iterable[Case], needed: int) -> bool:
         """Whether `needed` bytes can be had; where not, the results of `cases` say so."""
-        fits = needed <= self.budget.free
-        if not fits:
-            self._put(cases, **self.budget.unfit(needed))
-        return fits
-
-    def _attempt(self, call: Callable[[], int | None]) -> int | None:
-        """What call() returns, or None if the device's memory did not suffice."""
         try:
-            return call()
-        except torch.OutOfMemoryError:
-            return None
-        finally:
-            gc.collect()  # optimizers are parts of cycles
+            self.budget.require(needed)
+        except DoesNotFit as error:
+            self._put(cases, **error.facts)
+            return False
+        return True
 
     def _take_turns(self, running: list[Entry]) -> None:
         for number in range(self.settings.rounds + 1):
@@ -112,30 +105,31 @@ class Turns:
                     return
                 self.tick(f"{entry.case.name}, round {number} of {self.settings.rounds}")
                 try:
-                    done = self._attempt(functools.partial(self._visit, entry))
+                    self.budget.attempt(functools.partial(self._visit, entry), entry.needed)
                 except split.NotCaptured as error:
                     running.remove(entry)
                     self._put([entry.case], status="not captured", why=str(error))
-                else:
-                    if done is None:
-                        running.remove(entry)
-                        self._put([entry.case], **self.budget.unfit(entry.needed))
-                        instead = self._instead(entry)
-                        turn += instead
-                        running += instead
+                except DoesNotFit as error:
+                    running.remove(entry)
+                    self._put([entry.case], **error.facts)
+                    instead = self._instead(entry)
+                    turn += instead
+                    running += instead
                 self._save()
 
     def _instead(self, entry: Entry) -> list[Entry]:
         """What takes the place of a case that did not fit."""
         return []
 
-    def _visit(self, entry: Entry) -> int | None:
-        """None where it does not fit."""
+    def _visit(self, entry: Entry) -> None:
+        """Raises DoesNotFit where it needs more than there is."""
         if "extra_bytes" in self.results[entry.case.name]:
-            return self._time(entry)
-        return self._weigh(entry) if entry.needed <= self.budget.free else None
+            self._time(entry)
+        else:
+            self.budget.require(entry.needed)
+            self._weigh(entry)
 
-    def _weigh(self, entry: Entry) -> int:
+    def _weigh(self, entry: Entry) -> None:
         """The memory of the first step beyond that of a forward."""
 
         def first_step() -> None:
@@ -154,10 +148,8 @@ class Turns:
             extra_share=extra / self.about[entry.case.model]["weights_bytes"],
             state_bytes=kept[0],
         )
-        return extra
 
-    def _time(self, entry: Entry) -> int:
-        """Returns how many rounds there were."""
+    def _time(self, entry: Entry) -> None:
         stepper, result = make(entry.case, entry.model), self.results[entry.case.name]
         for _ in range(split.Graphed.WARM_UP if isinstance(stepper, split.Graphed) else 1):
             stepper.step(entry.closure)
@@ -170,7 +162,6 @@ class Turns:
             )
         rounds = [*result.get("each", ()), seconds]
         result |= {"status": "timed", **split.summary(rounds), **split.counted(stepper, before), "each": rounds}
-        return len(rounds)
 
 
 class Run(Turns):
@@ -209,9 +200,10 @@ class Run(Turns):
                 self._group(group, model, models.closure(name, model, rows, length, self.device), logits)
 
     def _group(self, group: list[Case], model: nn.Module, closure: Callable[[], Tensor], logits: int) -> None:
-        forward = self._attempt(lambda: self._forward(closure))
-        if forward is None:
-            self._put(group, **self.budget.unfit(logits))
+        try:
+            forward = self.budget.attempt(lambda: self._forward(closure), logits)
+        except DoesNotFit as error:
+            self._put(group, **error.facts)
         else:
             self._take_turns([Entry(case, model, closure, forward) for case in group])
 

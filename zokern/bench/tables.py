@@ -124,5 +124,19 @@ def scaling_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _reason(result: Mapping[str, Any]) -> str:
     if result["status"] == "does not fit":
-        return f"does not fit: needs {result['needed_bytes'] / 1e9:.1f} GB, {result['free_bytes'] / 1e9:.1f} GB free"
+        return f"does not fit: {_memory(result)}"
     return f"not captured: {result['why']}" if result["status"] == "not captured" else "left out: the time was up"
+
+
+def _memory(result: Mapping[str, Any]) -> str:
+    """Of a case that does not fit. Older files have what was computed of a case that was tried as "needed_bytes", too."""
+    free, computed = result["free_bytes"], result.get("computed_bytes", result.get("needed_bytes"))
+    if "computed_bytes" not in result and computed > free:
+        texts = ([f"{number / 1e9:.{digits}f} GB" for number in (computed, free)] for digits in range(1, 10))
+        needs, has = next(pair for pair in texts if pair[0] != pair[1])  # to a byte, if that is all that is lacking
+        return f"needs {needs}, {has} free"
+    told = (
+        f"tried, and needs more than the {free / 1e9:.1f} GB that were free: its tensors take {computed / 1e9:.1f} GB"
+    )
+    held = f", and torch held {result['held_bytes'] / 1e9:.1f} GB when it got no more" if "held_bytes" in result else ""
+    return told + held
