@@ -60,6 +60,9 @@ def store_some(folder: Path, gpu: str = "a GPU", share: float = 0.91) -> None:
     store(folder / "compiled" / "kernels-axpy-cuda.json", {targets.AXPY.title: {"ways": beside}}, gpu)
     smaller = {"opt-1.3b 16x256 mezo inplace": {**rest, "step": {"median": 1.0}, "passes": 0.5}}
     store(folder / "step-cuda-opt-1.3b.json", smaller, gpu)
+    short = {"opt-13b 16x40 mezo published": {"status": "timed", "peer": True, "step": {"median": 5.5}, "passes": 4.0},
+             "opt-13b 16x40 mezo inplace": {**rest, "step": {"median": 2.0}, "passes": 0.9}}  # fmt: skip
+    store(folder / "step-cuda-opt-13b-16x40.json", short, gpu)
     store(folder / "step-cuda-opt-13b.json", {
         "opt-13b 16x256 mezo published": {"status": "timed", "peer": True, "step": {"median": 6.0}, "passes": 2.0},
         "opt-13b 16x256 mezo stream": {**rest, "step": {"median": 4.0}, "passes": 0.4},
@@ -78,7 +81,7 @@ def test_measured_figures_are_those_of_the_files(tmp_path: Path) -> None:
     found = targets.figures(tmp_path)
     assert [target.told(figure) for target, figure in zip(targets.TARGETS, found, strict=True)] == [
         "91.0%", "not in the run", "not yet run", "not yet run", "**+5.0%**", "8.2 x", "1.8 x", "**10.0%**", "1.50 x",
-        "2.25 x with h in bfloat16", "5.0%",
+        "2.25 x with h in bfloat16", "2.75 x", "5.0%",
     ]  # fmt: skip
 
 
@@ -91,7 +94,7 @@ def test_each_gpu_has_its_own_columns_and_what_misses_is_bold(tmp_path: Path, mo
     head, _, first, *_, last = targets.table_of_targets().splitlines()
     assert head == "| target | wanted | predicted, H100 | measured, H100 | predicted, H200 | measured, H200 |"
     assert [cell.strip() for cell in first.split("|")][4:7:2] == ["**90.0%**", "90.0%"]
-    assert last.startswith("Met are 5 of 11 on the H100, 6 of 11 on the H200;")
+    assert last.startswith("Met are 6 of 12 on the H100, 7 of 12 on the H200;")
 
 
 def test_a_target_is_met_at_its_edge() -> None:
@@ -99,6 +102,9 @@ def test_a_target_is_met_at_its_edge() -> None:
         beyond = 1e-6 if target.at_most else -1e-6
         assert target.met(targets.Figure(target.wanted))
         assert not target.met(targets.Figure(target.wanted + beyond))
+
+
+LATER = ("llm-cuda.json", "step-cuda-opt-13b-16x40.json")  # runs of their own; their pages have each one's commit
 
 
 def test_the_stored_runs_are_of_the_cards_that_the_page_names() -> None:
@@ -109,5 +115,5 @@ def test_the_stored_runs_are_of_the_cards_that_the_page_names() -> None:
             run = json.loads(path.read_text())
             if path.name != "counters-cuda.json":  # the H200's, and the page says so
                 assert parts.short_gpu(run) == gpu, path
-                commits |= {run["commit"]} if folder == parts.RESULTS else set()
+                commits |= {run["commit"]} if folder == parts.RESULTS and path.name not in LATER else set()
     assert len(commits) == 1
