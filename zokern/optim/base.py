@@ -191,7 +191,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         }
         rates = rates.on(every.device)
         update = self.update(estimate, rates)
-        ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate, ledger)
+        ok = self._skips.note(losses.sound(update, ok), numbers.gate, ledger)
         self._moves.note(update, rates.lr, ok, numbers.gate, self.advice, ledger)
         rounding = placements.Rounding(  # of 16-bit weights; sweep.launch leaves float32 as it is
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()

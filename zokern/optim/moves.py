@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,56 +30,90 @@ CHUNK = 1 << 22  # elements that are squared at once
 OUTSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))  # whose lines no warning points at
 
 
-def _axpy(update: Update, lr: Tensor) -> Tensor:
+class OnDevice:
+    """What a rule works with: an update's shared numbers by name, and what its directions add up to; [R] each."""
+
+    def __init__(self, update: Update, lr: Tensor) -> None:
+        self.update, self.lr = update, cast(Any, lr)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.update.shared[name]
+
+    @property
+    def squares(self) -> Any:
+        """The mean square of sum_k c_k z_k, c being A or G."""
+        coefs = self.update.coefs
+        return coefs["A" if "A" in coefs else "G"].square().sum(dim=1)
+
+    @property
+    def curvature(self) -> Any:
+        """The mean of sum_k V_k z_k^2."""
+        coefs = self.update.coefs["V"]
+        return (coefs.square() if self.update.square_of_sum else coefs).sum(dim=1)
+
+    def largest(self, a: Any, b: Any) -> Any:
+        return torch.maximum(a, b)
+
+
+class OnHost(OnDevice):
+    """The same of one row, as numbers of Python's."""
+
+    def __init__(self, update: Update, lr: float, row: int) -> None:
+        self.update, self.plain, self.lr, self.row = update, update.plain, lr, row
+
+    def __getitem__(self, name: str) -> Any:
+        return self.plain[name][self.row]
+
+    @property
+    def squares(self) -> Any:
+        return math.hypot(*self["A" if "A" in self.plain else "G"]) ** 2
+
+    @property
+    def curvature(self) -> Any:
+        return math.hypot(*self["V"]) ** 2 if self.update.square_of_sum else sum(self["V"])
+
+    def largest(self, a: Any, b: Any) -> Any:
+        return max(a, b)
+
+
+def _axpy(of: OnDevice) -> Any:
     """A z."""
-    return update.coefs["A"].square().sum(dim=1)
+    return of.squares
 
 
-def _hizoo(update: Update, lr: Tensor) -> Tensor:
+def _hizoo(of: OnDevice) -> Any:
     """G z / sqrt(h'), for the mean h' where h is 1, as at its start."""
-    return _squares(update) / (1.0 - update.shared["smoothing"] + _curvature(update))
+    return of.squares / (1.0 - of["smoothing"] + of.curvature)
 
 
-def _momentum(update: Update, lr: Tensor) -> Tensor:
+def _momentum(of: OnDevice) -> Any:
     """step m' of a run whose steps all measure as much as this one."""
-    return (update.shared["step"].square() * _squares(update)) / (1.0 - update.shared["beta"].square())
+    return of["step"] ** 2 * of.squares / (1.0 - of["beta"] ** 2)
 
 
-def _helene(update: Update, lr: Tensor) -> Tensor:
+def _helene(of: OnDevice) -> Any:
     """As momentum, over an h' that is at least what this step adds to it."""
-    shared = update.shared
-    divisor = shared["gamma"] * torch.maximum(_curvature(update), shared["floor"]) + shared["delta"]
-    return shared["step"].square() * _squares(update) / ((1.0 - shared["beta1"].square()) * divisor.square())
+    divisor = of["gamma"] * of.largest(of.curvature, of["floor"]) + of["delta"]
+    return of["step"] ** 2 * of.squares / ((1.0 - of["beta1"] ** 2) * divisor**2)
 
 
-def _adam(update: Update, lr: Tensor) -> Tensor:
+def _adam(of: OnDevice) -> Any:
     """lr m^ / sqrt(v^), which is about lr where all steps measure the same, and less else."""
-    return lr.square()
+    return of.lr**2
 
 
-def _adamezo(update: Update, lr: Tensor) -> Tensor:
+def _adamezo(of: OnDevice) -> Any:
     """step G z / sqrt(V z^2 + delta), for the mean V z^2."""
-    return update.shared["step"].square() * _squares(update) / (_curvature(update) + update.shared["delta"])
+    return of["step"] ** 2 * of.squares / (of.curvature + of["delta"])
 
 
-def _sign(update: Update, lr: Tensor) -> Tensor:
+def _sign(of: OnDevice) -> Any:
     """step."""
-    return update.shared["step"].square()
+    return of["step"] ** 2
 
 
-def _squares(update: Update) -> Tensor:
-    """The mean square of sum_k G_k z_k."""
-    return update.coefs["G"].square().sum(dim=1)
-
-
-def _curvature(update: Update) -> Tensor:
-    """The mean of sum_k V_k z_k^2."""
-    coefs = update.coefs["V"]
-    return (coefs.square() if update.square_of_sum else coefs).sum(dim=1)
-
-
-# The mean square [R] of what a rule adds to a weight: of every rule that an update may have.
-ADDED: dict[str, Callable[[Update, Tensor], Tensor]] = {
+# The mean square of what a rule adds to a weight: of every rule that an update may have.
+ADDED: dict[str, Callable[[OnDevice], Any]] = {
     "axpy": _axpy,
     "hizoo": _hizoo,
     "helene": _helene,
@@ -158,20 +192,15 @@ class Moves:
             raise ValueError(
                 f"the rule {update.rule!r} has no place in zokern/optim/moves.py; add how far it moves a weight"
             )
-        decay = update.shared["decay"]
         device = ok.device if ok.device.type != "cpu" else self.square.device
         if device.type == "cpu" and gate is None:
             if ok and self._square:  # weights that are all 0 have no size
-                plain = update.rule == "axpy"  # as ADDED has it, with fewer calls of torch
-                moves = update.coefs["A"] if plain else ADDED[update.rule](update, lr).sqrt()[:, None]
-                ratio = 0.0
-                for part, row, d in zip(self._parts, moves.tolist(), decay.tolist(), strict=True):
-                    ratio += part * (math.hypot(*row) ** 2 / self._square + (1.0 - d) ** 2)
+                ratio = self._ratio(update, lr.tolist())
                 if LIMIT**2 < ratio < math.inf:
                     self._note_on_host(ratio, advice, ledger)
             return
-        rows = sent(ADDED[update.rule](update, lr), device) / sent(self.square, device)
-        rows = rows + sent((1.0 - decay).square(), device)
+        rows = sent(ADDED[update.rule](OnDevice(update, lr)), device) / sent(self.square, device)
+        rows = rows + sent((1.0 - update.shared["decay"]).square(), device)
         if self._shares is not None:
             self._shares = sent(self._shares, device)
             rows = rows * self._shares
@@ -182,6 +211,17 @@ class Moves:
         torch.maximum(self.seen[1], total, out=self.seen[1])
         if gate is None:
             self.look()
+
+    def _ratio(self, update: Update, lrs: list[float]) -> float:
+        """Its square, on the host: what `note` has of tensors, with a call of torch less for each term."""
+        rule, decays, ratio = ADDED[update.rule], update.plain["decay"], 0.0
+        try:
+            for row, part in enumerate(self._parts):
+                added = rule(OnHost(update, lrs[row], row))
+                ratio += part * (added / self._square + (1.0 - decays[row]) ** 2)
+        except ZeroDivisionError:  # of tensors: inf, or nan
+            return math.inf
+        return ratio
 
     def _note_on_host(self, ratio: float, advice: Callable[[], str], ledger: Ledger) -> None:
         before = self.seen
