@@ -192,24 +192,20 @@ def check_numbers(spec: PassSpec, numbers: PassNumbers, tables: Sequence[Table])
         ValueError: for coefs and scalars without a row for each row of the tables, for states that the rule does not keep.
     """
     rule, rows = spec.rule, numbers.shared.shape[0]
-    if numbers.checked is not rule:
-        _check_sizes(rule, numbers, rows)
+    if numbers.checked is not rule:  # once for all pieces of a sweep
+        fits = numbers.coefs.shape == (rows, len(rule.coefs), numbers.seeds.shape[0])
+        if not fits or numbers.shared.shape != (rows, len(rule.scalars)):
+            raise ValueError(
+                f"a pass of {rule.name} with {numbers.seeds.shape[0]} seeds has coefs {tuple(numbers.coefs.shape)} and "
+                f"scalars {tuple(numbers.shared.shape)}; it needs [rows, {len(rule.coefs)}, seeds] and "
+                f"[rows, {len(rule.scalars)}]"
+            )
+        vars(numbers)["checked"] = rule
     for table in tables:
         if rows < table.groups:
             raise ValueError(f"a pass has numbers for {rows} rows, and its tensors are of {table.groups}")
         if rule.states and table.state_dtype is not torch.float32:
             _check_halves(rule, table.state_dtype)
-
-
-def _check_sizes(rule: Rule, numbers: PassNumbers, rows: int) -> None:
-    """Once for many pieces of a sweep."""
-    fits = numbers.coefs.shape == (rows, len(rule.coefs), numbers.seeds.shape[0])
-    if not fits or numbers.shared.shape != (rows, len(rule.scalars)):
-        raise ValueError(
-            f"a pass of {rule.name} with {numbers.seeds.shape[0]} seeds has coefs {tuple(numbers.coefs.shape)} and scalars "
-            f"{tuple(numbers.shared.shape)}; it needs [rows, {len(rule.coefs)}, seeds] and [rows, {len(rule.scalars)}]"
-        )
-    vars(numbers)["checked"] = rule
 
 
 def _check_halves(rule: Rule, dtype: torch.dtype) -> None:

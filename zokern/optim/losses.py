@@ -28,7 +28,7 @@ from zokern.optim import causes
 from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.optim.pairing import Draws
-from zokern.passes.update import CPU, Update, sent
+from zokern.passes.update import CPU, sent
 from zokern.sweep import Counters
 
 Closure = Callable[..., Any]
@@ -152,12 +152,6 @@ class Losses:
             return every, torch.isfinite(every).all()
         self.values = every.tolist()
         return every, torch.tensor(all(map(math.isfinite, self.values)), device=CPU)
-
-    def sound(self, update: Update, ok: Tensor) -> Tensor:
-        """ok, and whether the update's numbers are finite too, as its pass reads them."""
-        if self.values is None:
-            return ok & torch.isfinite(update.values()).all()
-        return ok if update.fits() else torch.zeros_like(ok)
 
     def metrics(self) -> dict[str, Tensor]:
         """The mean over the step's probes of each named loss, as "loss/NAME"."""

@@ -12,9 +12,9 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,94 +26,55 @@ from zokern.optim.parameters import Active
 from zokern.passes.update import CPU, Update, sent
 
 LIMIT = 0.25  # of rms
+FEW = 16  # rows, from which on torch is faster than Python
 CHUNK = 1 << 22  # elements that are squared at once
 OUTSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))  # whose lines no warning points at
 
 
-class OnDevice:
-    """What a rule works with: an update's shared numbers by name, and what its directions add up to; [R] each."""
-
-    def __init__(self, update: Update, lr: Tensor) -> None:
-        self.update, self.lr = update, cast(Any, lr)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.update.shared[name]
-
-    @property
-    def squares(self) -> Any:
-        """The mean square of sum_k c_k z_k, c being A or G."""
-        coefs = self.update.coefs
-        return coefs["A" if "A" in coefs else "G"].square().sum(dim=1)
-
-    @property
-    def curvature(self) -> Any:
-        """The mean of sum_k V_k z_k^2."""
-        coefs = self.update.coefs["V"]
-        return (coefs.square() if self.update.square_of_sum else coefs).sum(dim=1)
-
-    def largest(self, a: Any, b: Any) -> Any:
-        return torch.maximum(a, b)
+Numbers = Mapping[str, Any]
 
 
-class OnHost(OnDevice):
-    """The same of one row, as numbers of Python's."""
-
-    def __init__(self, update: Update, lr: float, row: int) -> None:
-        self.update, self.plain, self.lr, self.row = update, update.plain, lr, row
-
-    def __getitem__(self, name: str) -> Any:
-        return self.plain[name][self.row]
-
-    @property
-    def squares(self) -> Any:
-        return math.hypot(*self["A" if "A" in self.plain else "G"]) ** 2
-
-    @property
-    def curvature(self) -> Any:
-        return math.hypot(*self["V"]) ** 2 if self.update.square_of_sum else sum(self["V"])
-
-    def largest(self, a: Any, b: Any) -> Any:
-        return max(a, b)
-
-
-def _axpy(of: OnDevice) -> Any:
+def _axpy(squares: Any, curvature: Any, of: Numbers) -> Any:
     """A z."""
-    return of.squares
+    return squares
 
 
-def _hizoo(of: OnDevice) -> Any:
+def _hizoo(squares: Any, curvature: Any, of: Numbers) -> Any:
     """G z / sqrt(h'), for the mean h' where h is 1, as at its start."""
-    return of.squares / (1.0 - of["smoothing"] + of.curvature)
+    return squares / (1.0 - of["smoothing"] + curvature)
 
 
-def _momentum(of: OnDevice) -> Any:
+def _momentum(squares: Any, curvature: Any, of: Numbers) -> Any:
     """step m' of a run whose steps all measure as much as this one."""
-    return of["step"] ** 2 * of.squares / (1.0 - of["beta"] ** 2)
+    return of["step"] ** 2 * squares / (1.0 - of["beta"] ** 2)
 
 
-def _helene(of: OnDevice) -> Any:
+def _helene(squares: Any, curvature: Any, of: Numbers) -> Any:
     """As momentum, over an h' that is at least what this step adds to it."""
-    divisor = of["gamma"] * of.largest(of.curvature, of["floor"]) + of["delta"]
-    return of["step"] ** 2 * of.squares / ((1.0 - of["beta1"] ** 2) * divisor**2)
+    largest: Any = torch.maximum if isinstance(curvature, Tensor) else max
+    divisor = of["gamma"] * largest(curvature, of["floor"]) + of["delta"]
+    return of["step"] ** 2 * squares / ((1.0 - of["beta1"] ** 2) * divisor**2)
 
 
-def _adam(of: OnDevice) -> Any:
+def _adam(squares: Any, curvature: Any, of: Numbers) -> Any:
     """lr m^ / sqrt(v^), which is about lr where all steps measure the same, and less else."""
-    return of.lr**2
+    return of["lr"] ** 2
 
 
-def _adamezo(of: OnDevice) -> Any:
+def _adamezo(squares: Any, curvature: Any, of: Numbers) -> Any:
     """step G z / sqrt(V z^2 + delta), for the mean V z^2."""
-    return of["step"] ** 2 * of.squares / (of.curvature + of["delta"])
+    return of["step"] ** 2 * squares / (curvature + of["delta"])
 
 
-def _sign(of: OnDevice) -> Any:
+def _sign(squares: Any, curvature: Any, of: Numbers) -> Any:
     """step."""
     return of["step"] ** 2
 
 
-# The mean square of what a rule adds to a weight: of every rule that an update may have.
-ADDED: dict[str, Callable[[OnDevice], Any]] = {
+# The mean square of what a rule adds to a weight: of every rule that an update may have. Of one row, in numbers of
+# Python's, or of all in tensors [R]. squares: the mean square of sum_k c_k z_k, c being A or G; curvature: the mean of
+# sum_k V_k z_k^2; of: the shared numbers by name, and lr.
+ADDED: dict[str, Callable[[Any, Any, Numbers], Any]] = {
     "axpy": _axpy,
     "hizoo": _hizoo,
     "helene": _helene,
@@ -122,6 +83,17 @@ ADDED: dict[str, Callable[[OnDevice], Any]] = {
     "adamezo": _adamezo,
     "sign": _sign,
 }
+ALONE = ("adam", "sign")  # whose steps do not depend on the coefficients
+
+
+def added(update: Update, lr: Tensor) -> Tensor:
+    """That mean square [R], by torch."""
+    squares = None if update.rule in ALONE else update.coefs["A" if "A" in update.coefs else "G"].square().sum(dim=1)
+    curvature = update.coefs.get("V")
+    if curvature is not None:
+        curvature = (curvature.square() if update.square_of_sum else curvature).sum(dim=1)
+    mean: Tensor = ADDED[update.rule](squares, curvature, {"lr": lr, **update.shared})
+    return mean
 
 
 def mean_square(params: Iterable[Tensor]) -> Tensor:
@@ -195,16 +167,12 @@ class Moves:
         device = ok.device if ok.device.type != "cpu" else self.square.device
         if device.type == "cpu" and gate is None:
             if ok and self._square:  # weights that are all 0 have no size
-                ratio = self._ratio(update, lr.tolist())
+                few = len(self._parts) <= FEW
+                ratio = self._ratio(update, lr) if few else float(self._by_torch(update, lr, device))
                 if LIMIT**2 < ratio < math.inf:
                     self._note_on_host(ratio, advice, ledger)
             return
-        rows = sent(ADDED[update.rule](OnDevice(update, lr)), device) / sent(self.square, device)
-        rows = rows + sent((1.0 - update.shared["decay"]).square(), device)
-        if self._shares is not None:
-            self._shares = sent(self._shares, device)
-            rows = rows * self._shares
-        total = rows.sum()
+        total = self._by_torch(update, lr, device)
         total = torch.where(sent(ok, device) & (total < math.inf), total, 0.0)
         self.seen = sent(self.seen, device)
         ledger.add(self.seen[0], total > LIMIT**2)
@@ -212,13 +180,27 @@ class Moves:
         if gate is None:
             self.look()
 
-    def _ratio(self, update: Update, lrs: list[float]) -> float:
-        """Its square, on the host: what `note` has of tensors, with a call of torch less for each term."""
-        rule, decays, ratio = ADDED[update.rule], update.plain["decay"], 0.0
+    def _by_torch(self, update: Update, lr: Tensor, device: torch.device) -> Tensor:
+        """The square of how far the update goes, in units of the rms, 0-d."""
+        assert self.square is not None
+        rows = sent(added(update, lr), device) / sent(self.square, device)
+        rows = rows + sent((1.0 - update.shared["decay"]).square(), device)
+        if self._shares is not None:
+            self._shares = sent(self._shares, device)
+            rows = rows * self._shares
+        return rows.sum()
+
+    def _ratio(self, update: Update, lr: Tensor) -> float:
+        """The same in numbers of Python's, which for a few rows take a tenth of the time."""
+        plain, rule, ratio = update.plain, ADDED[update.rule], 0.0
+        names, columns = ("lr", *update.shared), zip(lr.tolist(), *map(plain.__getitem__, update.shared), strict=True)
+        rows = plain["A" if "A" in plain else "G"], plain.get("V", [()] * len(self._parts)), columns
         try:
-            for row, part in enumerate(self._parts):
-                added = rule(OnHost(update, lrs[row], row))
-                ratio += part * (added / self._square + (1.0 - decays[row]) ** 2)
+            for part, first, second, column in zip(self._parts, *rows, strict=True):
+                of = dict(zip(names, column, strict=True))
+                curvature = math.hypot(*second) ** 2 if update.square_of_sum else sum(second)
+                moved = rule(math.hypot(*first) ** 2, curvature, of) / self._square
+                ratio += part * (moved + (1.0 - of["decay"]) ** 2)
         except ZeroDivisionError:  # of tensors: inf, or nan
             return math.inf
         return ratio

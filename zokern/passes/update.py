@@ -49,12 +49,14 @@ class Update:
     @functools.cached_property
     def plain(self) -> dict[str, Any]:
         """Its numbers where the host has them: by name R lists of K, or R numbers. A look at these is no call of torch."""
-        return {name: t.tolist() for name, t in chain(self.coefs.items(), self.shared.items())}
+        every = {**self.coefs, **self.shared}
+        return dict(zip(every, map(Tensor.tolist, every.values()), strict=True))
 
     def fits(self) -> bool:
         """Whether all of `plain` is finite as the pass reads it."""
-        every = [x for name in self.coefs for row in self.plain[name] for x in row]
-        every += chain.from_iterable(map(self.plain.__getitem__, self.shared))
+        of = self.plain.__getitem__
+        every = list(chain.from_iterable(chain.from_iterable(map(of, self.coefs))))
+        every += chain.from_iterable(map(of, self.shared))
         return all(map(math.isfinite, every)) and max(every) < BEYOND and min(every) > -BEYOND
 
 
