@@ -353,7 +353,7 @@ class Passes:
             reached, reached[0], every, lambda operands, first: go(operands, first=first),
             stages[:-1] if probes else stages, 1, elements,
         )  # fmt: skip
-        self.under_way, launches = None, 0
+        launches = 0
         try:
             for operands in every:
                 launches += go(operands)

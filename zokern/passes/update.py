@@ -65,6 +65,11 @@ def sent(t: Tensor, device: torch.device) -> Tensor:
     return t if t.device == device else t.to(device, non_blocking=device.type != "cpu")
 
 
+def is_known(ok: Tensor, gate: Tensor | None) -> bool:
+    """Whether the host knows that a step is ok: not where a captured one may turn out otherwise."""
+    return ok.is_cpu and gate is None and bool(ok)
+
+
 def seed_tensor(seeds: Sequence[Seed]) -> Tensor:
     """int64 [K]: on the host where it knows them all, else on the device of those that it does not know."""
     for seed in seeds:

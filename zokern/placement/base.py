@@ -100,10 +100,6 @@ class Perturbing:
             if sweep is not None:
                 sweep.forget()
 
-    def is_known(self, ok: Tensor) -> bool:
-        """Whether the host knows that a step is ok: not where a captured one may turn out otherwise."""
-        return ok.is_cpu and self.passes.gate is None and bool(ok)
-
     def try_again(self) -> None:
         """The step before could not put everything back; it is done now, before anything else."""
         self.end()

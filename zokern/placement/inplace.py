@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, pass_spec
-from zokern.passes.update import Seed, Terms, Update, along, packed, perturbation, seed_tensor, sent
+from zokern.passes.update import Seed, Terms, Update, along, is_known, packed, perturbation, seed_tensor, sent
 from zokern.placement.base import Ahead, Perturbing, Rounding
 from zokern.sweep import Passes
 
@@ -60,7 +60,7 @@ class InPlace(Perturbing):
         # is the same pass with u = 0, decay = 1 and states left alone, which only restores.
         every = list(dict.fromkeys([*update.seeds, *self.current]))
         shared, coefs, more = dict(update.shared), dict(update.coefs), len(every) - len(update.seeds)
-        if not self.is_known(ok):
+        if not is_known(ok, self.passes.gate):
             for name, value in {"decay": 1.0, **update.idle}.items():
                 shared[name] = torch.where(ok, shared[name], value)
             for name in coefs:
