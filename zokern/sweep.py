@@ -192,12 +192,15 @@ def check_numbers(spec: PassSpec, numbers: PassNumbers, tables: Sequence[Table])
         ValueError: for coefs and scalars without a row for each row of the tables, for states that the rule does not keep.
     """
     rule, rows = spec.rule, numbers.shared.shape[0]
-    fits = numbers.coefs.shape == (rows, len(rule.coefs), numbers.seeds.shape[0])
-    if not fits or numbers.shared.shape != (rows, len(rule.scalars)):
-        raise ValueError(
-            f"a pass of {rule.name} with {numbers.seeds.shape[0]} seeds has coefs {tuple(numbers.coefs.shape)} and scalars "
-            f"{tuple(numbers.shared.shape)}; it needs [rows, {len(rule.coefs)}, seeds] and [rows, {len(rule.scalars)}]"
-        )
+    if numbers.checked is not rule:  # once for all pieces of a sweep
+        fits = numbers.coefs.shape == (rows, len(rule.coefs), numbers.seeds.shape[0])
+        if not fits or numbers.shared.shape != (rows, len(rule.scalars)):
+            raise ValueError(
+                f"a pass of {rule.name} with {numbers.seeds.shape[0]} seeds has coefs {tuple(numbers.coefs.shape)} and "
+                f"scalars {tuple(numbers.shared.shape)}; it needs [rows, {len(rule.coefs)}, seeds] and "
+                f"[rows, {len(rule.scalars)}]"
+            )
+        vars(numbers)["checked"] = rule
     for table in tables:
         if rows < table.groups:
             raise ValueError(f"a pass has numbers for {rows} rows, and its tensors are of {table.groups}")
@@ -312,15 +315,17 @@ class Passes:
             self.done += 1
             return
         backend, every, reached = self.backend, sweep.operands(spec.rule.states, out), _here.tables
-        told = [(spec, numbers)] if out is None else []
-        self.under_way = _UnderWay(
-            reached, reached[0], every, lambda operands, first: launch(operands, spec, numbers, backend, first),
-            told, counted, 2 * sweep.numel,
-        )  # fmt: skip
-        launches = 0
-        for operands in every:
-            launches += run(operands, spec, numbers, backend)
-        self.under_way, self.done = None, self.done + 1
+        self.under_way, launches, before = None, 0, reached[0]
+        try:
+            for operands in every:
+                launches += run(operands, spec, numbers, backend)
+            self.done += 1
+        except BaseException:
+            self.under_way = _UnderWay(
+                reached, before, every, lambda operands, first: launch(operands, spec, numbers, backend, first),
+                [(spec, numbers)] if out is None else [], counted, 2 * sweep.numel,
+            )  # fmt: skip
+            raise
         if out is None and self.listener is not None:
             self.listener(spec, numbers)
         self.counters.launches += launches
@@ -344,14 +349,18 @@ class Passes:
         go = functools.partial(run_chain, stages=stages, rule=rule, enabled=enabled, backend=self.backend)
         every, reached = sweep.operands(rule.states, probes=probes), _here.tables
         elements = 2 * sweep.numel + sum(probe.numel() for probe in probes if probe is not None)
-        self.under_way = _UnderWay(
+        one = _UnderWay(
             reached, reached[0], every, lambda operands, first: go(operands, first=first),
             stages[:-1] if probes else stages, 1, elements,
         )  # fmt: skip
         launches = 0
-        for operands in every:
-            launches += go(operands)
-        self._note(self.under_way, launches)
+        try:
+            for operands in every:
+                launches += go(operands)
+        except BaseException:
+            self.under_way = one
+            raise
+        self._note(one, launches)
 
     @property
     def begun(self) -> int:

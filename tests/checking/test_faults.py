@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import zokern
 from tests import models
@@ -233,6 +234,47 @@ def test_dropout_is_named_and_tensors_are_judged_all_the_same() -> None:
     assert {row.name for row in result.without_effect} == {"unused.weight", "unused.bias"}
     model.eval()
     assert zokern.check(model, loss(model, inputs())).ok
+
+
+class Named(nn.Dropout):
+    """By its name, as some models have their own."""
+
+
+class ShareDropout(nn.Module):
+    """Neither torch's nor with a share whose name says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, self.training)
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        (lambda: Named(0.5), "layer (Named)"),
+        (ShareDropout, "layer"),
+        (lambda: nn.RReLU(), "layer (RReLU)"),
+        (lambda: nn.MultiheadAttention(8, 2, dropout=0.5), "layer (MultiheadAttention)"),
+    ],
+)
+def test_what_draws_is_named_with_its_kind(made: Callable[[], nn.Module], named: str) -> None:
+    """Also attention with a share of its own, which is no dropout by name. What is switched off is not."""
+    model = nn.ModuleDict({"first": nn.Linear(16, 8), "off": nn.Dropout(0.0), "layer": made(), "last": nn.Linear(8, 4)})
+    x = inputs()
+
+    def closure() -> Tensor:
+        h, layer = model["first"](x), model["layer"]
+        h = layer(h, h, h)[0] if isinstance(layer, nn.MultiheadAttention) else layer(h)
+        return model["last"](h).square().mean()
+
+    result = zokern.check(model, closure)
+    assert not result.same_twice
+    assert f"active dropout in {named}; call model.eval()" in texts(result)
+    model.eval()
+    assert zokern.check(model, closure).same_twice
 
 
 def test_noise_that_cannot_be_paired() -> None:

@@ -182,6 +182,67 @@ def test_counted_on_a_device_as_on_the_host(case: Case, monkeypatch: pytest.Monk
         assert torch.allclose(other.seen, opt._moves.seen, rtol=1e-9)
 
 
+def an_update(rule: str, rows: int, num_seeds: int, seed: int, square_of_sum: bool = False) -> tuple[Update, Tensor]:
+    """With numbers of any size, which are those of no method; and lr."""
+    g = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=g, dtype=torch.float64) * 10.0 ** float(
+            torch.randint(-6, 3, (1,), generator=g)
+        )
+
+    coefs = {name: some(rows, num_seeds) - 0.01 for name in RULES[rule].coefs if name != "A" or rule == "axpy"}
+    shared = {name: some(rows) for name in RULES[rule].scalars}
+    shared |= {name: some(rows).clamp(max=0.99) for name in shared if name.startswith(("decay", "beta", "smoothing"))}
+    return Update(list(range(num_seeds)), coefs, shared, rule, square_of_sum=square_of_sum), some(rows)
+
+
+def moves_of(rows: int) -> Moves:
+    made = Moves()
+    made._parts = [(r + 1) / sum(range(1, rows + 1)) for r in range(rows)]
+    made._shares = torch.tensor(made._parts, dtype=torch.float64) if rows > 1 else None
+    made.square, made._square = torch.tensor(0.37, dtype=torch.float64), 0.37
+    return made
+
+
+@pytest.mark.parametrize("rule", moves.ADDED)
+def test_pythons_numbers_say_what_torch_says(rule: str) -> None:
+    for rows, num_seeds, squared in ((1, 1, False), (1, 5, True), (3, 1, False), (moves.FEW, 4, True)):
+        for seed in range(8):
+            update, lr = an_update(rule, rows, num_seeds, seed, squared and rule == "hizoo")
+            own = moves_of(rows)
+            said = float(own._by_torch(update, lr, torch.device("cpu")))
+            assert own._ratio(update, lr) == pytest.approx(said, rel=1e-12)
+
+
+def test_a_division_by_0_goes_infinitely_far_as_torch_says() -> None:
+    """As an update of somebody else's may have it: no curvature, and nothing left of what it was."""
+    update, lr = an_update("hizoo", 1, 1, 0)
+    update = dataclasses.replace(
+        update, coefs={**update.coefs, "V": torch.zeros(1, 1)}, shared={**update.shared, "smoothing": torch.ones(1)}
+    )
+    own = moves_of(1)
+    assert own._ratio(update, lr) == float(own._by_torch(update, lr, torch.device("cpu"))) == math.inf
+
+
+@pytest.mark.parametrize("rows", [1, 2, moves.FEW, moves.FEW + 1])
+def test_the_steps_that_are_large_are_known_to_the_last_bits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Python's numbers and, for many rows, by torch's: counted from LIMIT on and not before."""
+    torch.manual_seed(3)
+    params = [nn.Parameter(torch.randn(4)) for _ in range(rows)]
+    opt = zokern.MeZO([{"params": [p]} for p in params], 0.0, eps=0.5)
+    size = float(mean_square(params).sqrt())
+    large = []
+    for factor in (0.1, 1 - 1e-9, 1 + 1e-9, 0.5, 3.0, 1 - 1e-9):
+        for group in opt.param_groups:
+            group["lr"] = factor * moves.LIMIT * size
+        opt.step(scripted([1.5, 0.5]))  # c = 1
+        large.append(opt.large_steps)
+        opt._moves.version = -1  # the size is that of the weights now
+        size = float(mean_square(params).sqrt())
+    assert large == [0, 0, 1, 1, 2, 2]
+
+
 def test_every_rule_of_an_update_is_measured() -> None:
     probes = {"scaled_axpy", "hizoo_restore"}
     assert set(moves.ADDED) == set(RULES) - probes

@@ -16,8 +16,12 @@ from tests.methods import METHODS, build, equal, given, scripted, weights
 from tests.models import Mixed, small
 from tests.optim import whole
 from zokern import backends, sweep
+from zokern.contract.rules import RULES
+from zokern.directions import DIRECTIONS
 from zokern.interrupts import HeldInterrupts, Waiting
 from zokern.passes import operators
+from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.sweep import Member, Passes, Sweep
 
 SAMPLE = [
     ("mezo", "inplace", None), ("mezo-adam", "inplace", 0.0), ("mezo-adamezo", "shadow", None),
@@ -258,6 +262,42 @@ def test_a_pass_that_breaks_off_between_two_launches_is_finished(n: int, monkeyp
         assert opt.counters["steps"] == 0
         for a, b in zip(before, weights(model), strict=True):
             assert torch.allclose(a.float(), b.float(), atol=1e-6 if a.dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_what_broke_off_is_forgotten_by_the_next_pass(chained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights were loaded since: nobody finishes a pass over others."""
+    passes = Passes(DIRECTIONS["normal"], "cpu")
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4).bfloat16())]
+    swept = Sweep([Member(p, i, 0, "p") for i, p in enumerate(params)])
+    numbers = PassNumbers(torch.tensor([1]), torch.zeros(1, 1, 1), torch.full((1, 1), 2.0), torch.tensor([3, 4]))
+    stages = [(PassSpec(), numbers)]
+
+    def double() -> None:
+        passes.chain(swept, stages, RULES["axpy"]) if chained else passes.run(swept, PassSpec(), numbers)
+
+    double()
+    name = "run_chain" if chained else "run"
+    run, calls = getattr(backends.cpu, name), [0]
+
+    def failing(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise Broken
+        run(*args)
+
+    monkeypatch.setattr(backends.cpu, name, failing)
+    with pytest.raises(Broken):
+        double()
+    assert passes.under_way is not None
+    assert passes.begun == passes.done + 1 == 2
+    with torch.no_grad():
+        for p in params:
+            p.fill_(5.0)
+    double()
+    assert passes.begun == passes.done == 2
+    passes.settle()
+    assert all(torch.equal(p, torch.full_like(p, 10.0)) for p in params)
 
 
 @pytest.mark.parametrize("place", ["inplace", "shadow"])

@@ -33,6 +33,17 @@ def test_a_compiled_module_is_refused(how):
     assert isinstance(zokern.MeZO(how(toy(torch.bfloat16)), 1e-3)._placement, Shadow)
 
 
+@pytest.mark.parametrize("method", [zokern.MeZO, zokern.HiZOO])
+def test_an_export_inside_the_closure_is_refused(method):
+    """It runs the module, with its hooks, while a compiler looks on."""
+    model = toy()
+    state, opt = State(model), method(model, 1e-3, placement="stream")
+    with pytest.raises(RuntimeError, match=r"cannot run under torch\.compile; use placement='shadow'"):
+        opt.step(lambda: torch.export.export(model, ()).module()())
+    state.clean()
+    assert torch.isfinite(opt.step(model))
+
+
 def test_a_module_compiled_after_the_optimizer_was_made_is_refused():
     model = toy()
     opt = zokern.MeZO(model, 1e-3, placement="stream")

@@ -23,13 +23,14 @@ def unavailable_reason(device: torch.device) -> str | None:
     return native.import_error
 
 
-def instruction_set() -> str:
-    """The best that this processor has, or the one that the environment forces."""
-    available: list[str] = native.extension.cpu_instruction_sets()
-    forced = os.environ.get(ENVIRONMENT, available[0])
-    if forced not in available:
-        raise ValueError(f"{ENVIRONMENT} is {forced!r}; this build and processor have {', '.join(available)}")
-    return forced
+AVAILABLE: list[str] = [] if native.extension is None else native.extension.cpu_instruction_sets()  # the best one first
+
+
+def forced(instructions: str) -> str:
+    """Those that the environment names."""
+    if instructions not in AVAILABLE:
+        raise ValueError(f"{ENVIRONMENT} is {instructions!r}; this build and processor have {', '.join(AVAILABLE)}")
+    return instructions
 
 
 near = None  # `run` reads numbers of the host, and brings others there
@@ -40,23 +41,24 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     known = numbers.seeds.is_cpu and numbers.coefs.is_cpu and numbers.shared.is_cpu
     if not (known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu)):
         numbers = on_host(numbers)
-    instructions = instruction_set()
+    named = os.environ.get(ENVIRONMENT)
     native.extension.cpu_run(
         native.make_pass(table, spec, numbers),
         rule=spec.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         threads=torch.get_num_threads(),
-        instruction_set=instructions,
+        instruction_set=AVAILABLE[0] if named is None else forced(named),
     )
 
 
 def run_chain(table: Table, chain: Chain) -> None:
+    named = os.environ.get(ENVIRONMENT)
     native.extension.cpu_run_chain(
         native.make_chain(table, chain_on_host(chain)),
         rule=chain.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
         threads=torch.get_num_threads(),
-        instruction_set=instruction_set(),
+        instruction_set=AVAILABLE[0] if named is None else forced(named),
     )

@@ -69,11 +69,11 @@ def make_pass(table: Table, spec: PassSpec, numbers: PassNumbers) -> Any:
         spec.flags,
         seeds.data_ptr(),
         seeds.numel(),
-        seeds.device.type == "cpu",
+        seeds.is_cpu,
         numbers.coefs.data_ptr(),
         numbers.shared.data_ptr(),
         0 if rounding is None else rounding.data_ptr(),
-        rounding is None or rounding.device.type == "cpu",
+        rounding is None or rounding.is_cpu,
         0 if enabled is None else enabled.data_ptr(),
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 from zokern.checking.result import NO_EFFECT, Finding, Row
 from zokern.checking.runs import Reacting, Runs
 from zokern.checking.subject import listed
+from zokern.optim.pairing import draws
 
 # Share of a dtype's elements that eps z has to change. Where the rest is rounded away, what is left of normal noise and
 # the noise that an update follows have a correlation of 0.97 at 0.7, 0.65 at 0.1 and 0.29 at 0.01.
@@ -70,11 +71,15 @@ def _twice(reacting: Reacting, runs: Runs, module: nn.Module | None) -> str:
 
 
 def active_dropout(module: nn.Module | None) -> list[str]:
-    return [
-        name or "the model"
-        for name, child in (() if module is None else module.named_modules())
-        if child.training and "dropout" in type(child).__name__.lower() and getattr(child, "p", 0.0) > 0.0
-    ]
+    """Names of the modules that draw in training mode, with their kind where that does not say so: attention with a share
+    of its own, RReLU."""
+    found = []
+    for name, child in () if module is None else module.named_modules():
+        kind = type(child).__name__
+        called = "dropout" in kind.lower()
+        if draws(child) or (called and child.training and getattr(child, "p", 0.0) > 0.0):
+            found.append((name or "the model") + ("" if called else f" ({kind})"))
+    return found
 
 
 def of_tensors(rows: list[Row], flat: bool, reacting: Reacting, runs: Runs) -> list[Finding]:

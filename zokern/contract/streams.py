@@ -17,6 +17,8 @@ Steele et al. 2014.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 ROUNDING_STREAM = 1 << 32
@@ -40,9 +42,14 @@ def splitmix64(state: int, n: int) -> int:
     return x ^ (x >> LAST_SHIFT)
 
 
+@functools.lru_cache(maxsize=64)
+def _of_run(run_seed: int) -> int:
+    return splitmix64(run_seed, 1)
+
+
 def derive_step(run_seed: int, step: int) -> int:
     """What all seeds of a step come from."""
-    return splitmix64(splitmix64(run_seed, 1), step + 1)
+    return splitmix64(_of_run(run_seed), step + 1)
 
 
 def derive_stream(at_step: int, stream: int) -> int:

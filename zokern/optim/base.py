@@ -191,7 +191,11 @@ class ZerothOrderOptimizer(Saving, Captured):
         }
         rates = rates.on(every.device)
         update = self.update(estimate, rates)
-        ok = self._skips.note(ok & torch.isfinite(update.values()).all(), numbers.gate, ledger)
+        if losses.values is None:
+            ok = ok & torch.isfinite(update.values()).all()
+        elif not update.fits():
+            ok = torch.zeros_like(ok)
+        ok = self._skips.note(ok, numbers.gate, ledger)
         self._moves.note(update, rates.lr, ok, numbers.gate, self.advice, ledger)
         rounding = placements.Rounding(  # of 16-bit weights; sweep.launch leaves float32 as it is
             "nearest" if self.rounding == "nearest" else "stochastic", numbers.rounding_seeds()

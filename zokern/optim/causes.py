@@ -12,9 +12,9 @@ from torch import Tensor, nn
 _announced: set[type] = set()
 BACKWARD = (
     "the closure runs backward, or returns a loss with a graph: zokern needs losses alone, and each step pays for "
-    "gradients "
-    "that nobody uses. Leave out backward() and enable_grad(). A trainer that runs them around its closure, as Lightning's "
-    "automatic optimization does, has to be told: self.automatic_optimization = False, and opt.step(closure) by hand"
+    "gradients that nobody uses. Leave out backward() and enable_grad(). A trainer that runs them around its closure, as "
+    "Lightning's automatic optimization does, has to be told: self.automatic_optimization = False, and opt.step(closure) "
+    "by hand"
 )
 LEAVE_OUT = (
     "the closure calls backward(), and a step of zokern runs it without gradients: leave out backward() and zero_grad(), "
@@ -25,8 +25,7 @@ NO_CLOSURE = (
     "loss.backward() and then step() does first-order work; in transformers' Trainer, override training_step to call "
     "self.optimizer.optimizer.step(closure), and make step() without a closure do nothing; with accelerate, call "
     "opt.step(closure) in place of accelerator.backward(loss); in Lightning, set self.automatic_optimization = False "
-    "and call "
-    "self.optimizers().step(closure)"
+    "and call self.optimizers().step(closure)"
 )
 
 
@@ -35,9 +34,8 @@ def half(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     step = torch.finfo(dtype).eps
     return (
-        f"the closure returns its loss in {name}, whose neighbouring numbers at 1 are {step:g} apart: most "
-        "differences between "
-        "two probes are rounded away. Take the loss of float32 outputs, for example "
+        f"the closure returns its loss in {name}, whose neighbouring numbers at 1 are {step:g} apart: most differences "
+        "between two probes are rounded away. Take the loss of float32 outputs, for example "
         "cross_entropy(logits.float(), labels), or run the forward under autocast; loss.float() comes too late"
     )
 
@@ -48,9 +46,8 @@ def refuse_idle(owner: Any) -> NoReturn:
     trainable = [p for p in params if p.requires_grad and p.numel()]
     if trainable and owner.layers is not None:
         raise RuntimeError(
-            f"this step would train nothing: all {len(trainable)} trainable parameters lie in blocks that layers "
-            "leaves out "
-            f"({owner.layers.num_dropped} of {len(owner.layers.names)}); leave out fewer, or train something outside "
+            f"this step would train nothing: all {len(trainable)} trainable parameters lie in blocks that layers leaves "
+            f"out ({owner.layers.num_dropped} of {len(owner.layers.names)}); leave out fewer, or train something outside "
             "the blocks"
         )
     why = f"none of its {len(params)} parameters has requires_grad=True" if params else "it has no parameters"
@@ -85,9 +82,8 @@ def flat(owner: Any, count: int, loss_dtype: torch.dtype | None, whole: bool) ->
         causes.append(found)
     if loss_dtype is not None:
         causes.append(
-            f"the loss arrives in {str(loss_dtype).removeprefix('torch.')}, which rounds small differences away; take "
-            "it of "
-            "float32 outputs"
+            f"the loss arrives in {str(loss_dtype).removeprefix('torch.')}, which rounds small differences away; take it "
+            "of float32 outputs"
         )
     spacing = _spacing(owner)
     if spacing:
@@ -98,10 +94,8 @@ def flat(owner: Any, count: int, loss_dtype: torch.dtype | None, whole: bool) ->
     if place in ("shadow", "stream"):
         causes.append(
             "the closure runs a copy, a trace, an export or a functional_call of the module, which does not see the "
-            "perturbed "
-            f"copies that placement={place!r} shows to the module; run the module itself, or take placement='inplace' "
-            "where "
-            "the other one shares its memory"
+            f"perturbed copies that placement={place!r} shows to the module; run the module itself, or take "
+            "placement='inplace' where the other one shares its memory"
         )
     else:
         causes.append("the closure runs a copy or an engine with weights of its own; run what the optimizer was given")
@@ -110,11 +104,9 @@ def flat(owner: Any, count: int, loss_dtype: torch.dtype | None, whole: bool) ->
     )
     listed = "; ".join(f"({i}) {cause}" for i, cause in enumerate(causes, 1))
     return (
-        f"the losses of {count} steps were equal to the last bit, five or more of them in a row: the loss does not "
-        "react to the "
-        f"perturbation, so nothing is learnt (weight decay goes on). Likely causes: {listed}. Further ones are only "
-        "counted: "
-        "see flat_steps"
+        f"the losses of {count} steps were equal to the last bit, five or more of them in a row: the loss does not react "
+        f"to the perturbation, so nothing is learnt (weight decay goes on). Likely causes: {listed}. Further ones are "
+        "only counted: see flat_steps"
     )
 
 
@@ -159,9 +151,9 @@ def quantised(module: nn.Module) -> str:
     floating = [p for p in module.parameters() if p.is_floating_point()]
     trained = sum(p.numel() for p in floating if p.requires_grad)
     return (
-        f"{trained:,} of the {sum(p.numel() for p in floating):,} floating-point numbers of {type(module).__name__} "
-        "are trained; "
-        f"{len(left_out)} quantised tensors are left out ({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''})"
+        f"{trained:,} of the {sum(p.numel() for p in floating):,} floating-point numbers of {type(module).__name__} are "
+        f"trained; {len(left_out)} quantised tensors are left out "
+        f"({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''})"
     )
 
 

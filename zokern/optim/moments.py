@@ -126,14 +126,16 @@ class AdaMeZOHistory(Memory):
         seed = cast(int, next(iter(estimate.gradient)))
         self._now = (seed, sorted(dropped), estimate.projected / sent(eps, device))
         steps = [self._now, *list(self.entries)[: cast(int, self.entries.maxlen) - 1]]
-        seen = torch.tensor(
-            [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows],
-            dtype=torch.float64,
-            device=CPU,
-        )
-        known = [torch.cat([c, c.new_zeros(len(eps) - len(c))]) for _, _, c in steps]  # a group may have come later
-        c = torch.stack([sent(torch.stack([c[g] for g, _ in rows]), device) for c in known], dim=1)
-        c = c * sent(seen, device)
+        known = [sent(c, device) for _, _, c in steps]
+        for i, c in enumerate(known):
+            if len(c) < len(eps):  # a group has come since
+                known[i] = torch.cat([c, c.new_zeros(len(eps) - len(c))])
+        c = torch.stack(known, dim=1)
+        if [g for g, _ in rows] != list(range(len(eps))):
+            c = torch.stack([c[g] for g, _ in rows])
+        if any(left_out for _, left_out, _ in steps):
+            seen = [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows]
+            c = c * sent(torch.tensor(seen, dtype=torch.float64, device=CPU), device)
         age = torch.arange(len(steps), dtype=torch.float64, device=device)
         b1, b2 = betas
         first, second = (100.0, float(b2 > 0.0)) if self.released else (1.0 - b1, 1.0 - b2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -71,6 +72,7 @@ class PassNumbers:
     elsewhere: dict[object, PassNumbers] = field(
         default_factory=dict, repr=False, compare=False
     )  # by backend and device
+    checked: ClassVar[Rule | None] = None  # of one that has been looked at: the rule whose sizes it has
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,12 @@ Rows are the parameter groups, or finer where a method needs it; coefs are [R, K
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +18,7 @@ from torch import Tensor
 from zokern.contract.rules import Rule
 from zokern.passes.spec import PassNumbers
 
+BEYOND = 2.0**128 - 2.0**103  # the least number that float32 rounds to infinity
 CPU = torch.device("cpu")  # for what the host reads: torch.set_default_device is of the user's tensors
 # A direction's seed: known to the host, or (a 0-d int64 tensor) to the device alone. Tensors are told apart by identity.
 Seed = int | Tensor
@@ -41,10 +46,28 @@ class Update:
         every = (*self.coefs.values(), *self.shared.values())
         return torch.cat(list(map(torch.flatten, every))).to(torch.float32)
 
+    @functools.cached_property
+    def plain(self) -> dict[str, Any]:
+        """Its numbers where the host has them: by name R lists of K, or R numbers. A look at these is no call of torch."""
+        every = {**self.coefs, **self.shared}
+        return dict(zip(every, map(Tensor.tolist, every.values()), strict=True))
+
+    def fits(self) -> bool:
+        """Whether all of `plain` is finite as the pass reads it."""
+        of = self.plain.__getitem__
+        every = list(chain.from_iterable(chain.from_iterable(map(of, self.coefs))))
+        every += chain.from_iterable(map(of, self.shared))
+        return all(map(math.isfinite, every)) and max(every) < BEYOND and min(every) > -BEYOND
+
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
     """t on `device`: nothing waits on the way to a device, but a copy for the host is read there at once."""
     return t if t.device == device else t.to(device, non_blocking=device.type != "cpu")
+
+
+def is_known(ok: Tensor, gate: Tensor | None) -> bool:
+    """Whether the host knows that a step is ok: not where a captured one may turn out otherwise."""
+    return ok.is_cpu and gate is None and bool(ok)
 
 
 def seed_tensor(seeds: Sequence[Seed]) -> Tensor:

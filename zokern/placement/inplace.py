@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, pass_spec
-from zokern.passes.update import Seed, Terms, Update, along, packed, perturbation, seed_tensor, sent
+from zokern.passes.update import Seed, Terms, Update, along, is_known, packed, perturbation, seed_tensor, sent
 from zokern.placement.base import Ahead, Perturbing, Rounding
 from zokern.sweep import Passes
 
@@ -59,14 +59,15 @@ class InPlace(Perturbing):
         # The weights are w = theta + sum r z, and decay*theta + sum u z = decay*w + sum (u - decay*r) z. A skipped step
         # is the same pass with u = 0, decay = 1 and states left alone, which only restores.
         every = list(dict.fromkeys([*update.seeds, *self.current]))
-        idle = {"decay": 1.0, **update.idle}
-        shared, coefs, more = dict(update.shared), {}, len(every) - len(update.seeds)
-        for name in idle:
-            shared[name] = torch.where(ok, shared[name], idle[name])
-        for name, value in update.coefs.items():
-            coefs[name] = torch.where(ok, value, 0.0)
-            if more:
-                coefs[name] = torch.cat([coefs[name], value.new_zeros(len(value), more)], dim=1)
+        shared, coefs, more = dict(update.shared), dict(update.coefs), len(every) - len(update.seeds)
+        if not is_known(ok, self.passes.gate):
+            for name, value in {"decay": 1.0, **update.idle}.items():
+                shared[name] = torch.where(ok, shared[name], value)
+            for name in coefs:
+                coefs[name] = torch.where(ok, coefs[name], 0.0)
+        if more:
+            for name, own in coefs.items():
+                coefs[name] = torch.cat([own, own.new_zeros(len(own), more)], dim=1)
         restore = along(self.eps, self.current, every)
         restore = restore if restore.device == ok.device else sent(restore, ok.device)
         coefs["A"] = coefs.get("A", 0.0) - shared["decay"][:, None] * restore

@@ -18,10 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from zokern.contract.rules import RULES
 from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec, pass_spec
-from zokern.passes.update import Terms, Update, packed, perturbation, seed_tensor
+from zokern.passes.update import CPU, Terms, Update, is_known, packed, perturbation, seed_tensor
 from zokern.placement import sites
 from zokern.placement.base import Ahead, Perturbing, Rounding
 from zokern.sweep import Member, Passes, Sweep
+
+ON = torch.ones(1, dtype=torch.int32, device=CPU)  # what enables a pass
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class Exact(Perturbing):
             coefs["A"] = torch.zeros_like(coefs["G"])
         numbers = packed(rule, coefs, update.shared)
         if update.rule == "axpy":  # adding 0*z would turn -0.0 into +0.0: a pass that moves nothing writes nothing
-            ok = ok & ((numbers[0] != 0).any() | (numbers[1] != 1).any())
-        enabled = ok.reshape(1).to(torch.int32)
+            ok = self._moves(ok, *numbers)
+        enabled = ON if is_known(ok, self.passes.gate) else ok.reshape(1).to(torch.int32)
         spec = pass_spec(rule, self.passes.direction, rounding.name, update.square_of_sum, update.keep_second)
         given = PassNumbers(seed_tensor(update.seeds), *numbers, rounding.seeds, enabled)
         self.ready = {}
@@ -119,6 +121,12 @@ class Exact(Perturbing):
             self.passes.run(self.sweep, spec, given)
         else:
             self._update_and_perturb(spec, given, ahead)
+
+    def _moves(self, ok: Tensor, coefs: Tensor, decay: Tensor) -> Tensor:
+        """ok, and whether the pass moves anything."""
+        if not is_known(ok, self.passes.gate):
+            return ok & ((coefs != 0).any() | (decay != 1).any())
+        return ok if any(coefs.flatten().tolist()) or set(decay.flatten().tolist()) != {1.0} else torch.zeros_like(ok)
 
     def _update_and_perturb(self, spec: PassSpec, numbers: PassNumbers, ahead: Ahead) -> None:
         copies = self.arrange(ahead.sweep)

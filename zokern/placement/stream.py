@@ -187,7 +187,7 @@ class Stream(Exact):
         for unit in self.units[1:]:
             assert unit.module is not None
             # First and last of the block's hooks, so that those of the user see what the forward sees.
-            before, after = _opaque(self._before, unit), _opaque(self._after, unit)
+            before, after = _opaque(self._before, unit, self), _opaque(self._after, unit, self)
             hooks.append(unit.module.register_forward_pre_hook(before, prepend=True))
             hooks.append(unit.module.register_forward_hook(after, always_call=True))
 
@@ -278,8 +278,6 @@ class Stream(Exact):
     def _before(self, unit: Unit) -> None:
         if not self.terms:
             return
-        if torch.compiler.is_compiling():
-            raise RefusedCall("placement='stream' cannot run under torch.compile; use placement='shadow'")
         self.check_saved()
         if self.running is not None:
             raise RefusedCall(
@@ -348,14 +346,14 @@ def _freezing() -> bool:
     return inductor is not None and bool(inductor.freezing)
 
 
-def _opaque(hook: Callable[[Unit], None], unit: Unit) -> Callable[..., None]:
-    """A module's hook that torch's compiler does not look into."""
+def _opaque(hook: Callable[[Unit], None], unit: Unit, stream: Stream) -> Callable[..., None]:
+    """A module's hook, of `stream`, that torch's compiler does not look into."""
 
     behind = _behind_the_compiler()
 
     def call(*_: object) -> None:
         if torch.compiler.is_compiling():
-            behind(hook, unit)
+            behind(hook, unit, stream)
         else:
             hook(unit)
 
@@ -363,12 +361,18 @@ def _opaque(hook: Callable[[Unit], None], unit: Unit) -> Callable[..., None]:
 
 
 @functools.cache
-def _behind_the_compiler() -> Callable[[Callable[[Unit], None], Unit], None]:
-    made: Callable[[Callable[[Unit], None], Unit], None] = torch.compiler.disable(
-        lambda hook, unit: hook(unit),
+def _behind_the_compiler() -> Callable[[Callable[[Unit], None], Unit, Stream], None]:
+    made: Callable[[Callable[[Unit], None], Unit, Stream], None] = torch.compiler.disable(
+        _between_graphs,
         reason="placement='stream' changes weights between blocks; without fullgraph it runs, and shadow runs with it",
     )
     return made
+
+
+def _between_graphs(hook: Callable[[Unit], None], unit: Unit, stream: Stream) -> None:
+    if stream.terms and torch.compiler.is_compiling():  # still, as in an export that runs the module
+        raise RefusedCall("placement='stream' cannot run under torch.compile; use placement='shadow'")
+    hook(unit)
 
 
 def refuse(module: nn.Module) -> None:
