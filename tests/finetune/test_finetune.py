@@ -504,6 +504,12 @@ OWN_SETTINGS: dict[str, dict] = {
 KEPT_AS = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
 
 
+def test_an_eps_that_leaves_nothing_of_the_weights_is_refused_first(options: Options) -> None:
+    with pytest.raises(FinetuneError, match=r"^eps is 1e\+30, and the weights' rms is "):
+        finetune(dataclasses.replace(options, eps=1e30))
+    assert not options.output.exists()
+
+
 def test_every_method_has_settings_here() -> None:
     assert set(OWN_SETTINGS) == set(METHODS)
     own = set(takers.TAKERS) - set(takers.COMMON)

@@ -766,3 +766,17 @@ def test_a_whole_compiled_closure_under_stream_runs_quietly():
             other.step(twin)
     assert equal(weights(model), weights(twin))
     torch._dynamo.reset()
+
+
+def test_running_statistics_that_change_past_their_versions_are_put_back() -> None:
+    """A BatchNorm that counts no batches: nothing else of it is seen changing."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    model[1].num_batches_tracked = None
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    before = [b.clone() for b in model.buffers()]
+    opt = zokern.MeZO(model, 0.0)
+    for _ in range(3):
+        opt.step(lambda: model(x).square().mean())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    model(x)
+    assert not torch.equal(before[0], model[1].running_mean)  # they do change

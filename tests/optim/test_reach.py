@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -82,6 +83,9 @@ def test_weights_that_become_float16_later() -> None:
 @pytest.mark.parametrize("method", ["mezo", "gv", "es-antithetic", "fzoo"])
 def test_the_largest_eps_that_is_taken_overflows_nowhere(dtype: torch.dtype, method: str) -> None:
     model = small(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()  # nothing that the way back could lose
     opt = build(METHODS[method], model, placement="inplace", eps=float(torch.finfo(dtype).max) / 64)
     seen: list[bool] = []
 
@@ -130,3 +134,28 @@ def test_a_group_that_is_refused_is_not_there() -> None:
         opt.step(lambda: 1.0)
     opt.add_param_group({"params": [other]})
     assert opt.state_dict()["zokern"]["names"][1] == [f"parameter {len(before[0])}"]
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 1e7), (torch.bfloat16, 100.0), (torch.float16, 900.0)])
+@pytest.mark.parametrize("later", [False, True])
+def test_in_place_an_eps_that_leaves_nothing_of_the_weights_is_refused(
+    dtype: torch.dtype, eps: float, later: bool
+) -> None:
+    """Taking eps z away again rounds to the spacing of numbers like eps z: here as large as the weights."""
+    model = nn.Linear(64, 1, bias=False, dtype=dtype)
+    p = nn.init.constant_(model.weight, 0.5)
+    opt = zokern.MeZO(model, 0.0, eps=1e-3 if later else eps, placement="inplace")
+    if later:
+        opt.step(lambda: p.float().square().mean())
+        opt.param_groups[0]["eps"] = eps
+    before = p.detach().clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(f"eps is {eps:g}, and the weights' rms is 0.5")):
+            opt.step(never)
+    assert torch.equal(p, before)
+    opt.param_groups[0]["eps"] = 0.1  # the remedies: a part of the rms,
+    opt.step(lambda: p.float().square().mean())
+    torch.testing.assert_close(p.detach(), before, atol=0.01, rtol=0.0)
+    before = p.detach().clone()
+    zokern.MeZO(model, 0.0, eps=eps, placement="shadow").step(lambda: 1.0)  # or shadow
+    assert torch.equal(p, before)

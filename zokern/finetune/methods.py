@@ -40,4 +40,6 @@ def build(model: nn.Module, options: Options) -> ZerothOrderOptimizer:
     if dropped is not None:
         values["layers"] = RandomBlocks(dropped)
     # As runs of an earlier version are stored: ES climbed, on minus the loss (loop.py).
-    return cls(model, maximize=cls.takes_rewards, **values)
+    optimizer = cls(model, maximize=cls.takes_rewards, **values)
+    optimizer.check_way_back()  # before anything is written; here it may wait for a device
+    return optimizer

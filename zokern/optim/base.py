@@ -118,6 +118,9 @@ class ZerothOrderOptimizer(Saving, Captured):
             self._guards.begin(self, losses)
             if self._moves.active() is not self.active or self._moves.version != self._parameters.version:
                 self._begin_moves()
+            if self._looked != self._parameters.looked:
+                self.check_way_back(wait=False)
+                self._looked = self._parameters.looked
             rates = Rates(*numbers.rates(self.active.rows))
             try:
                 self._evaluate_and_update(losses, rates, interrupts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, cast
@@ -13,13 +14,13 @@ from torch import Tensor
 from zokern import placement as placements
 from zokern.directions import Direction
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import causes, parameters, state
+from zokern.optim import causes, parameters, reach, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
 from zokern.optim.guards import Guards, has_sixteen_bit
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
-from zokern.optim.moves import Moves
+from zokern.optim.moves import Moves, mean_square
 from zokern.optim.parameters import Parameters
 from zokern.optim.turn import Turn
 from zokern.settings import REQUIRED, Setting, takes_settings
@@ -48,6 +49,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._passes = Passes(direction, values["backend"])
         self._skips = Skips()
         self._moves = Moves()
+        self._looked = 0  # at which of the groups' numbers
         rates = {name: values[name] for name in parameters.RATES}
         torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), rates)
         parameters.refuse_frozen(self.param_groups)
@@ -132,6 +134,21 @@ class Built(Common, Method, torch.optim.Optimizer):
         """Before a step: the weights' size, where it is not known."""
         trained = (p for _, p in self._parameters.trainable(self))
         self._moves.begin(self._parameters.version, trained, self.active)
+
+    def check_way_back(self, wait: bool = True) -> None:
+        """Whether what eps z adds in place can be taken away again. Each step asks where the groups' numbers are new.
+
+        wait: for the weights' size, where a device has it.
+
+        Raises:
+            ValueError: for an eps that would leave nothing of the weights.
+        """
+        if isinstance(self._placement, placements.InPlace):
+            rms = self._moves.rms
+            if wait:
+                rms = math.sqrt(float(mean_square(p for _, p in self._parameters.trainable(self))))
+            for g, group in enumerate(self.param_groups):
+                reach.check_way_back(group, rms, f" of group {g}" if g else "")
 
     def layout(self) -> dict[str, Any]:
         """What a replay has to know of the parameters as they are: ids, shapes, dtypes, groups, rows and blocks."""

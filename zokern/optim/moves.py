@@ -132,6 +132,11 @@ class Moves:
         """What a captured step works on."""
         return [self.seen, *(t for t in (self.square, self._shares) if t is not None)]
 
+    @property
+    def rms(self) -> float:
+        """Of the trained weights that are not 0; 0 where the host does not know it."""
+        return math.sqrt(self._square)
+
     def begin(self, version: int, params: Iterable[Tensor], active: Active) -> None:
         """Before a step does anything: the weights are clean. version: of the parameters; params: the trained ones."""
         if version != self.version:

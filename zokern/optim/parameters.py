@@ -185,6 +185,7 @@ class Parameters:
         self._layout: dict[str, Any] | None = None
         self._checked: list[object] = []
         self.version = 0  # another one where parameters have changed
+        self.looked = 0  # how often the groups' numbers were new
 
     def look_again(self) -> None:
         """What was seen at the beginning of a step is no longer so."""
@@ -206,6 +207,7 @@ class Parameters:
             if pipelined and isinstance(group["eps"], Tensor):
                 raise TypeError(f"eps of parameter group {g} is a tensor; pipelined=True needs a number")
         self._checked = given if NUMBERS.issuperset(map(type, given)) else []
+        self.looked += 1
 
     def active(self, owner: Owner, run_seed: int, step: int) -> Active:
         """What `step` moves; the same object for as long as nothing about it changes."""

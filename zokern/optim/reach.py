@@ -18,6 +18,7 @@ from zokern.passes.update import Terms
 FACTOR, MULTIPLES = 16.0, 4.0
 LEAST = torch.finfo(torch.float32).tiny
 UNIT = frozenset({1.0, -1.0})
+ROUGHEST = torch.finfo(torch.bfloat16).eps  # spacing of a type's numbers next to 1
 
 
 def on_host(value: Any) -> float | None:
@@ -70,3 +71,28 @@ def check_probe(terms: Terms, eps: Tensor, params: Iterable[Tensor]) -> None:
             f"a probe goes {total:g} times eps = {largest:g} away, too far for {_name(dtype)} weights; make eps or the "
             "multiples smaller"
         )
+
+
+def check_way_back(group: Mapping[str, Any], rms: float, where: str = "") -> None:
+    """In place eps z is added to the weights and taken away again, and each time they are rounded to the spacing of numbers
+    as large as eps z.
+
+    rms: of the trained weights, 0 where it is not known.
+
+    Raises:
+        ValueError: where that spacing is as large as the weights, so that nothing would be left of them.
+    """
+    eps = on_host(group["eps"])
+    if eps is None or not 0.0 < rms <= eps * ROUGHEST:
+        return
+    dtype = max((p.dtype for p in group["params"] if p.dtype in _checks.DTYPES), key=_spacing, default=torch.float32)
+    if rms <= eps * _spacing(dtype):
+        raise ValueError(
+            f"eps{where} is {eps:g}, and the weights' rms is {rms:.3g}: taking eps z away again would leave nothing of "
+            f"them in {_name(dtype)}; make eps a part of the rms, or use placement='shadow', which keeps them apart"
+        )
+
+
+def _spacing(dtype: torch.dtype) -> float:
+    """Of the numbers next to 1."""
+    return torch.finfo(dtype).eps
