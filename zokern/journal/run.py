@@ -68,7 +68,7 @@ def write(
     path = Path(path)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
-    if any(optimizer.state.values()):
+    if not state.untouched(optimizer.state, optimizer.state_spec):
         raise JournalError(
             f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; start the "
             "journal before the first step, or take the run up from its own journal with resume"

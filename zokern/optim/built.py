@@ -13,7 +13,7 @@ from torch import Tensor
 from zokern import placement as placements
 from zokern.directions import Direction
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import causes, parameters, state
+from zokern.optim import carried, causes, parameters, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
 from zokern.optim.guards import Guards, has_sixteen_bit
@@ -49,7 +49,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._skips = Skips()
         self._moves = Moves()
         rates = {name: values[name] for name in parameters.RATES}
-        torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), rates)
+        torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), {**rates, carried.KEY: None})
         parameters.refuse_frozen(self.param_groups)
         self.settle()
         self.options["maximize"] = self.maximize
