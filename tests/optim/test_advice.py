@@ -1,7 +1,7 @@
 """What messages advise is followed: what was wrong raises it, and the same call, changed as it says, works.
 
-Other advice is followed beside the fault that it is about: most of tests/optim/test_guards.py, tests/checking/test_faults.py,
-tests/finetune/.
+Other advice is followed beside the fault that it is about: tests/optim/test_guards.py,
+tests/checking/test_faults.py, tests/finetune/.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def squares(model: nn.Module) -> Callable[[], Tensor]:
 @advice
 def float64_weights_are_converted(_: Path) -> Advice:
     model = line()
-    return Advice(
-        "or convert them", lambda: mezo(model.double()), lambda: moved(mezo(model.float()), squares(model))
-    )
+    return Advice("or convert them", lambda: mezo(model.double()), lambda: moved(mezo(model.float()), squares(model)))
 
 
 @advice
@@ -154,7 +152,7 @@ def test_sharded_weights_are_refused_and_a_whole_model_is_trained(mesh: Any) -> 
     whole = copy.deepcopy(model)
     fully_shard(model, mesh=mesh)
     for given in (model, list(model.parameters()), [distribute_tensor(torch.ones(4), mesh).requires_grad_()]):
-        with pytest.raises(TypeError, match="is a DTensor .*: keep the whole model on each rank"):
+        with pytest.raises(TypeError, match=r"is a DTensor .*: keep the whole model on each rank"):
             mezo(given)
     assert moved(mezo(whole), squares(whole))
 
@@ -167,7 +165,9 @@ def test_noise_of_a_shard_is_made_in_its_local_tensor(mesh: Any, dim: int) -> No
         zokern.add_noise_([sharded], tensor_ids=[0], seeds=[3], coefs=[1.0])
     local, (first, column) = compute_local_shape_and_global_offset(shape, mesh, [Shard(dim)])
     assert local == shape
-    zokern.add_noise_([sharded.to_local()], tensor_ids=[0], seeds=[3], coefs=[1.0], offsets=[first * 6 + column], strides=[6])
+    zokern.add_noise_(
+        [sharded.to_local()], tensor_ids=[0], seeds=[3], coefs=[1.0], offsets=[first * 6 + column], strides=[6]
+    )
     want = torch.zeros(shape)
     zokern.add_noise_([want], tensor_ids=[0], seeds=[3], coefs=[1.0])
     assert torch.equal(sharded.full_tensor(), want)
@@ -310,7 +310,9 @@ def freezing_is_switched_off(_: Path) -> Advice:
         with config.patch(freezing=True):
             mezo(model, placement="stream").step(model)
 
-    return Advice("freezing makes constants.*switch it off", wrong, lambda: moved(mezo(model, placement="shadow"), model))
+    return Advice(
+        "freezing makes constants.*switch it off", wrong, lambda: moved(mezo(model, placement="shadow"), model)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- closures
@@ -430,9 +432,7 @@ def a_graph_on_a_cpu_is_a_plain_step(_: Path) -> Advice:
     def loss(batch: Tensor) -> Tensor:
         return model(batch).square().mean()
 
-    return Advice(
-        r"use optimizer\.step", lambda: zokern.GraphedStep(opt, loss, x), lambda: moved(opt, lambda: loss(x))
-    )
+    return Advice(r"use optimizer\.step", lambda: zokern.GraphedStep(opt, loss, x), lambda: moved(opt, lambda: loss(x)))
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
