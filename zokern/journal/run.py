@@ -133,6 +133,8 @@ def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
     """The journal's reader, at the end. Raises JournalError if it is not of a run of this optimizer."""
     reader, wanted = Reader(path), _run_of(optimizer)
     header = {**reader.header, "options": optimizer.completed(reader.header["options"])}
+    if {header.get("placement"), wanted["placement"]} == {"stream", "shadow"}:  # the same bits; "auto" may change over
+        header["placement"] = wanted["placement"]
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "states"):
         if header.get(name) != wanted[name]:
             raise JournalError(

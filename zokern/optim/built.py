@@ -84,8 +84,8 @@ class Built(Common, Method, torch.optim.Optimizer):
 
     @property
     def flat_steps(self) -> int:
-        """Steps whose losses were all finite and equal to the last bit, which say nothing of the weights. Waits for the
-        device."""
+        """Steps whose losses were all finite and equal to the last bit, which say nothing of the weights. A `state_dict()`
+        has it; a run that is taken up from a journal counts from there. Waits for the device."""
         return self._guards.flats.count
 
     @property
