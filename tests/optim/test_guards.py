@@ -530,9 +530,9 @@ def test_a_journal_of_a_run_that_fell_back_is_taken_up(placement, tmp_path):
     assert equal(weights(model), weights(twin))
     zokern.journal.replay(path, again)
     assert equal(weights(again), weights(twin))
-    with pytest.raises(zokern.journal.JournalError, match="placement is 'stream' there, 'inplace' in this"):
-        with zokern.journal.resume(mezo(again, placement="inplace"), path):
-            pass
+    wrong = zokern.journal.resume(mezo(again, placement="inplace"), path)
+    with pytest.raises(zokern.journal.JournalError, match="placement is 'stream' there, 'inplace' in this"), wrong:
+        pass
 
 
 def test_flat_steps_are_in_a_state_and_not_in_a_journal(tmp_path):
