@@ -1,7 +1,7 @@
 """A NaN stays one when it is rounded, whichever bits it has and wherever it lies.
 
-Stochastic rounding adds up to 2^16 - 1 to the bits of a float32. A NaN whose payload is full would become -0.0: each vector
-of a tile is looked at before.
+Stochastic rounding adds up to 2^16 - 1 to the bits of a float32, and rounding to nearest up to 2^15. A NaN whose payload is
+full would become -0.0: each vector of a tile is looked at before.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ FULL = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
 
 @pytest.mark.filterwarnings("ignore:the losses of 5 steps")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_full_payload_anywhere(instruction_set: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_full_payload_anywhere(instruction_set: str, dtype: torch.dtype, rounding: str) -> None:
     p = nn.Parameter(torch.ones(N).to(dtype))
-    opt = zokern.MeZO([p], 1e-3, update="momentum", rounding="stochastic", placement="inplace")
+    opt = zokern.MeZO([p], 1e-3, update="momentum", rounding=rounding, placement="inplace")
     opt.step(lambda: 1.0)
     for at in range(0, N, 4):
         with torch.no_grad():

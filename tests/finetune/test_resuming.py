@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -254,6 +255,30 @@ def test_paths_are_those_of_the_start(options: Options, tmp_path: Path, monkeypa
 
 
 # ---------------------------------------------------------------------------------------------------------------- options
+
+
+def summary(output: Path) -> dict[str, Any]:
+    return json.loads((output / "run.json").read_text())["summary"]
+
+
+def test_what_the_summary_counts_and_since_when(
+    whole: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(whole, output=tmp_path / "broken")
+    broken(other, 5, monkeypatch)
+    said = resume(other)
+    before, after = summary(whole.output), summary(other.output)
+    assert (before["since_step"], after["since_step"]) == (0, 5)
+    assert "8 steps; since step 5: forwards" in said
+    for name in ("steps", "skipped_steps", "accuracy_before", "accuracy_after", "loss_before", "loss_after"):
+        assert before[name] == after[name]
+    for name, count in before["counters"].items():
+        assert after["counters"][name] == (count if name in ("steps", "forwards") else count * 3 // 8), name
+    # What --resume finds done is not done again.
+    resume(other)
+    again = summary(other.output)
+    assert again["since_step"] == 8
+    assert again["counters"] == {**before["counters"], "passes": 0, "launches": 0, "elements_moved": 0}
 
 
 def test_options_beside_resume_have_to_be_the_same(whole: Options) -> None:

@@ -22,6 +22,7 @@ import zokern
 from tests.emulated_graph import EmulatedGraph
 from tests.methods import METHODS, Case
 from tests.models import Net
+from tests.optim.test_buffers import BLOCKS, copies, made
 from tests.placement.test_pipelined import same
 from zokern import journal
 from zokern.graphs import cuda
@@ -103,6 +104,39 @@ def test_the_bits_are_those_of_eager_steps(emulated, case: Case, placement: str,
     assert torch.equal(a[1].metrics["projected_gradient"], b[1].metrics["projected_gradient"])
     before = make(case, placement, dtype)[0]
     assert not torch.equal(before.head.weight, b[0].head.weight)
+
+
+@pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
+@pytest.mark.parametrize("name", ["BatchNorm1d", "spectral_norm", "in place", "batch_norm"])
+def test_buffers_are_left_as_they_were(emulated, name: str, placement: str) -> None:
+    """In each launch as they were before it, also where they have changed since the capture."""
+    (model, x), (other, _) = (made(BLOCKS[name], torch.float32) for _ in range(2))
+    opt, plain = (zokern.MeZO(m, 1e-2, placement=placement, seed=3) for m in (model, other))
+    at_first = copies(model)
+    step = zokern.GraphedStep(opt, model, x)
+    assert all(torch.equal(b, at_first[n]) for n, b in model.named_buffers())
+    for t in range(3):
+        batch = x + t
+        with torch.no_grad():
+            model(batch), other(batch)
+        before = copies(model)
+        assert any(not torch.equal(b, at_first[n]) for n, b in before.items())
+        step(batch)
+        plain.step(lambda batch=batch: other(batch))
+        assert [n for n, b in model.named_buffers() if not torch.equal(b, before[n])] == []
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_cumulative_average_cannot_be_captured_and_is_left_as_it_was(emulated) -> None:
+    """Its forward asks for the number of batches."""
+    model, x = made(BLOCKS["BatchNorm1d, cumulative"], torch.float32)
+    before = copies(model)
+    opt = zokern.MeZO(model, 1e-2)
+    with pytest.raises(RuntimeError, match=r"must not wait for the device.*optimizer\.step"):
+        zokern.GraphedStep(opt, model, x)
+    opt.step(lambda: model(x))  # the remedy
+    assert opt.counters["steps"] == 1
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
 @pytest.mark.parametrize("name", ["mezo-adam", "hizoo", "helene", "greedy"])

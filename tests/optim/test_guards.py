@@ -516,6 +516,42 @@ def test_auto_falls_back_to_shadow_within_the_step(capsys):
         mezo(model, placement="stream").step(model)
 
 
+@pytest.mark.parametrize("placement", ["auto", "shadow"])
+def test_a_journal_of_a_run_that_fell_back_is_taken_up(placement, tmp_path):
+    model, twin, again = (seeded(Peeking, torch.bfloat16) for _ in range(3))
+    opt, path = mezo(model), tmp_path / "run.zkj"
+    with zokern.journal.write(opt, path):
+        several(2, lambda: opt.step(model))
+    assert zokern.journal.Reader(path).header["placement"] == "stream"
+    other = mezo(twin, placement=placement)
+    with zokern.journal.resume(other, path):
+        other.step(twin)
+    opt.step(model)
+    assert equal(weights(model), weights(twin))
+    zokern.journal.replay(path, again)
+    assert equal(weights(again), weights(twin))
+    wrong = zokern.journal.resume(mezo(again, placement="inplace"), path)
+    with pytest.raises(zokern.journal.JournalError, match="placement is 'stream' there, 'inplace' in this"), wrong:
+        pass
+
+
+def test_flat_steps_are_in_a_state_and_not_in_a_journal(tmp_path):
+    model, twin, third = (linear(8, 16, 4) for _ in range(3))
+    opt, path = mezo(model), tmp_path / "run.zkj"
+    with zokern.journal.write(opt, path):
+        several(3, lambda: opt.step(lambda: 1.5))
+    assert opt.flat_steps == 3
+    other = mezo(twin)
+    with zokern.journal.resume(other, path):
+        assert other.counters["steps"] == 3
+        assert other.flat_steps == 0
+        other.step(lambda: 1.5)
+    assert other.flat_steps == 1
+    loaded = mezo(third)
+    loaded.load_state_dict(opt.state_dict())
+    assert loaded.flat_steps == 3
+
+
 def test_auto_does_not_fall_back_where_shadow_would_be_blind():
     import copy
 

@@ -58,7 +58,7 @@ ENTRIES = (
 )  # fmt: skip
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     **{f"without {name}": (without(name), name) for name in ENTRIES},
-    "no zokern": (lambda d: d.pop("zokern"), "zokern"),
+    "no zokern": (lambda d: (d.pop("zokern"), d["param_groups"][0].pop("zokern")), "zokern"),
     "no state": (lambda d: d.pop("state"), "'state'"),
     "no param_groups": (lambda d: d.pop("param_groups"), "param_groups"),
     "zokern is a list": (lambda d: d.__setitem__("zokern", [1]), "zokern"),
@@ -91,7 +91,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another group": (lambda d: d["param_groups"].append(d["param_groups"][0]), "2 groups"),
     "fewer params": (lambda d: d["param_groups"][0]["params"].pop(), "parameters"),
     "params alike": (lambda d: d["param_groups"][0]["params"].__setitem__(1, 0), "alike"),
-    "params by name": (lambda d: d["param_groups"][0]["params"].__setitem__(1, "w"), "params"),
+    "params by name": (lambda d: d["param_groups"][0]["params"].__setitem__(1, "w"), "param_groups does not have"),
     "state of nobody": (lambda d: d["state"].__setitem__(99, d["state"].pop(2)), "99"),
     "state is None": (lambda d: d.__setitem__("state", None), "state"),
     "state of one is None": (lambda d: d["state"].__setitem__(2, None), "state"),

@@ -61,6 +61,16 @@ def forced() -> Iterator[None]:
         yield
 
 
+def refuse_scripts(module: nn.Module | None) -> None:
+    """What has no hooks, by which calls are seen."""
+    for name, child in module.named_modules() if module is not None else ():
+        if isinstance(child, torch.jit.RecursiveScriptModule):  # type: ignore[attr-defined]
+            raise TypeError(
+                f"check sees a module's calls through hooks, which {name or 'the model'}, a {type(child).__name__}, does "
+                "not have; give the module that it was made of, and a closure that runs that"
+            )
+
+
 class Calls:
     """Notes the modules, by id, that are called while it is entered."""
 

@@ -84,6 +84,7 @@ def check(
         raise TypeError(
             "check needs a closure that returns the loss, for example zokern.check(model, lambda: model(x).loss)"
         )
+    eager.refuse_scripts(optimizer.module)
     subject = Subject(optimizer)
     devices = {one.tensor.device for one in subject.tried}
     with HeldInterrupts() as interrupts:

@@ -29,13 +29,15 @@ from zokern.optim.events import StepEvent
 
 @dataclasses.dataclass
 class Result:
-    """What the loop did. seconds: training without evaluations, forwards, passes and evaluations."""
+    """What the loop did. seconds: training without evaluations, forwards, passes and evaluations; the first is of the whole
+    run, the others are since step `since`, at which this process has begun: 0 where the run was never taken up."""
 
     steps: int
     interrupted: bool
     accuracy: tuple[float, float]
     loss: tuple[float, float]
     seconds: dict[str, float]
+    since: int = 0
 
 
 def factor(schedule: str, warmup: int, steps: int) -> Callable[[int], float]:
@@ -93,7 +95,7 @@ class _Training:
         self.clock, self.status = Clock(task.device), Status()
         self.sign = -1.0 if optimizer.maximize else 1.0
         self.recent = [self.sign * torch.tensor(loss, device=task.device) for loss in begun.losses]
-        self.step, self.resumed, self.interrupted = done, done > 0, False
+        self.step, self.since, self.interrupted = done, done, False
         self.begun, self.evaluating = time.perf_counter(), 0.0
         self.failed: Exception | None = None
 
@@ -134,7 +136,7 @@ class _Training:
         seconds = {"training": trained, "forwards": forwards, "passes": stepping - forwards,
                    "evaluations": self.evaluating}  # fmt: skip
         accuracy, loss = zip(self.before, self.after, strict=True)
-        return Result(self.step, self.interrupted, accuracy, loss, seconds)
+        return Result(self.step, self.interrupted, accuracy, loss, seconds, self.since)
 
     def _stopped_in_training(self) -> None:
         self.interrupted = True

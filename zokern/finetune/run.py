@@ -38,7 +38,8 @@ _PACKAGES = ("zokern", "torch", "transformers", "datasets", "tokenizers", "numpy
 
 @dataclasses.dataclass
 class Summary:
-    """The result of a run, with what was chosen for its `auto` options. memory: peak, in bytes."""
+    """The result of a run, with what was chosen for its `auto` options. memory: peak, in bytes. counters: "steps" and
+    "forwards" of the whole run, the others since step `result.since`."""
 
     result: Result
     objective: str
@@ -312,6 +313,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
                     "gpu": torch.cuda.get_device_name(summary.device) if summary.device.startswith("cuda") else None},
         "summary": {
             "steps": result.steps,
+            "since_step": result.since,
             "interrupted": result.interrupted,
             "accuracy_before": result.accuracy[0],
             "accuracy_after": result.accuracy[1],
@@ -339,7 +341,8 @@ def _print(summary: Summary, say: Any) -> None:
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
-    say("time", f"{took}: forwards {shares['forwards']}, passes over the weights {shares['passes']}")
+    since = f"; since step {result.since}" if result.since else ""
+    say("time", f"{took}{since}: forwards {shares['forwards']}, passes over the weights {shares['passes']}")
     say("", f"evaluations {seconds['evaluations']:.1f} s more")
     say("memory", f"{summary.memory / 2**20:,.0f} MiB {kind} at the peak")
     if summary.skipped:

@@ -20,7 +20,7 @@ except ImportError:  # a system without it
 
 @contextlib.contextmanager
 def made(path: Path, force: bool) -> Iterator[BinaryIO]:
-    """A new, empty file, locked; with `force` an existing one is emptied, once nobody else is writing it."""
+    """A new, empty file, locked; with `force` an existing one may be there, which is empty or no regular file."""
     new = not path.exists()
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (0 if force else os.O_EXCL), 0o666)
@@ -29,9 +29,10 @@ def made(path: Path, force: bool) -> Iterator[BinaryIO]:
     except OSError as error:
         raise JournalError(f"{path}: cannot be written ({error.strerror})") from error
     with cast(BinaryIO, os.fdopen(descriptor, "r+b", buffering=0)) as file:
-        _lock(file, path)
-        file.truncate(0)
-        _sync_folder(path)
+        hold(file, path)
+        if force and os.path.isfile(path) and os.fstat(file.fileno()).st_size:  # since it was looked at
+            raise JournalError(f"{path}: another process has just written it; give another name")
+        sync_folder(path)
         try:
             yield file
         finally:
@@ -47,7 +48,9 @@ def locked(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise JournalError(f"{path}: cannot be written on ({error.strerror})") from error
     with opened as file:
-        _lock(file, path)
+        hold(file, path)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise JournalError(f"{path}: another process has just replaced it; give another name")
         yield file
 
 
@@ -81,7 +84,7 @@ def _keep(path: Path, data: bytes) -> Path:
         return kept
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def hold(file: BinaryIO, path: Path) -> None:
     """Until the file is closed, or the process dies."""
     if fcntl is None:
         return
@@ -97,7 +100,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
         )
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """A machine that dies must not lose the new name."""
     try:
         folder = os.open(path.parent, os.O_RDONLY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class Recorder:
     known: dict[int, tuple[int, int]] = field(default_factory=dict)  # seed -> step and direction
     broken: int | None = None  # the step whose record could not be written
     following: int | None = None  # the step that comes next
+    arrive: Callable[[], None] | None = None  # puts the file in its place
 
     def before_step(self) -> None:
         """Refuses, before anything is changed, a step whose record could not follow on the last one's."""
@@ -62,6 +64,9 @@ class Recorder:
             self.writer.crc = crc
             raise
         self.broken, self.following = None, event.step + (event.ok is not None)
+        if self.arrive is not None and event.ok is not None:
+            self.arrive()
+            self.arrive = None
 
     def _cut(self, end: int) -> None:
         """Takes off what was written of a step, so that the file ends with the last whole one."""

@@ -16,7 +16,8 @@ import torch
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
 from zokern.journal import format as journal
-from zokern.journal.files import cut, locked, made
+from zokern.journal.beside import begun
+from zokern.journal.files import cut, locked
 from zokern.journal.fit import check, check_marks, is_base
 from zokern.journal.format import BROKEN_OFF, MARK, SKIPPED, SYNC_SECONDS, JournalError
 from zokern.journal.hashing import hash_of
@@ -60,7 +61,8 @@ def write(
     A step waits for the device, because its numbers have to be on the host. The journal has to begin with the run, or
     with weights from which a run without states goes on. `about`: anything that the header should hold besides, as JSON.
     `sync`: seconds between waits for the disk; a machine that dies loses at most the steps of these. A process that dies
-    loses none.
+    loses none. `force`: an earlier journal at `path` is replaced with the first step; until then the new one is written
+    beside it, and an earlier one stays where the run dies before.
 
     Raises:
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
@@ -68,18 +70,21 @@ def write(
     path = Path(path)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
-    if any(optimizer.state.values()):
+    if not state.untouched(optimizer.state, optimizer.state_spec):
         raise JournalError(
             f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; start the "
             "journal before the first step, or take the run up from its own journal with resume"
         )
-    with made(path, force) as file:
+    with begun(path, force) as (file, arrive):
         header = {**_run_of(optimizer), "base": hash_of(optimizer.weights().items()), "about": about or {}}
         writer = journal.start(file, header, sync=sync)
         recorder = Recorder(writer, optimizer.seed, optimizer.layout())
         writer.append_json(journal.LAYOUT, recorder.layout)
+        recorder.arrive = arrive
         with _recording(optimizer, recorder, path):
             yield
+        if recorder.arrive is not None:  # a run of no steps
+            recorder.arrive()
 
 
 @contextlib.contextmanager
@@ -133,6 +138,8 @@ def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
     """The journal's reader, at the end. Raises JournalError if it is not of a run of this optimizer."""
     reader, wanted = Reader(path), _run_of(optimizer)
     header = {**reader.header, "options": optimizer.completed(reader.header["options"])}
+    if {header.get("placement"), wanted["placement"]} == {"stream", "shadow"}:  # the same bits; "auto" may change over
+        header["placement"] = wanted["placement"]
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "states"):
         if header.get(name) != wanted[name]:
             raise JournalError(

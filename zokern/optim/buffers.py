@@ -6,10 +6,11 @@ are clean:
 
     with torch.no_grad(): model(batch)      # in training mode
 
-Which buffers change is seen by their versions, which torch counts; but not where batch_norm and instance_norm write
-running statistics, so those of such modules in training mode are taken to change, and so are all buffers of a module of
-which one does. In the first step, and in the first after a module changed its mode, all that could are copied; from then
-on those that were seen changing. Floating-point buffers of a state_dict and counters of one number could; integer tables,
+Which buffers change is seen by their versions, which torch counts; but not where batch_norm writes running statistics or
+something writes through `.data`. So in the first step, and in the first after a module changed its mode, all that could
+change are copied, and compared after the first forward, which waits for the device; from then on those are copied that
+were seen changing. Running statistics of normalisation layers in training mode are taken to change, and so are all buffers
+of a module of which one does. Floating-point buffers of a state_dict could, and others of up to 65,536 elements, as counts;
 quantised weights and buffers that are not saved, as caches are, never.
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SMALL = 1 << 16  # elements; tables of other types that have more are weights
 
 
 def candidates(module: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -28,12 +30,18 @@ def candidates(module: nn.Module) -> list[tuple[nn.Module, str]]:
         for name, t in owner._buffers.items():
             if t is None or name in owner._non_persistent_buffers_set or id(t) in seen or type(t) is not Tensor:
                 continue
-            if t.is_inference() or t.device.type == "meta" or t.layout != torch.strided:
+            if t.is_inference() or t.device.type == "meta" or t.layout != torch.strided or t.is_quantized:
                 continue
-            if t.dtype in DTYPES or t.numel() == 1:
+            if t.dtype in DTYPES or t.numel() <= SMALL:
                 seen.add(id(t))
                 found.append((owner, name))
     return found
+
+
+def entry(owner: nn.Module, name: str) -> Tensor | None:
+    """A ScriptModule's `_buffers` is no dict."""
+    own = owner._buffers
+    return own.get(name) if isinstance(own, dict) else own[name] if name in own else None  # noqa: SIM401
 
 
 class Buffers:
@@ -45,6 +53,7 @@ class Buffers:
         self.moving: list[int] | None = None
         self.copies: dict[int, Tensor] = {}
         self._unseen: set[int] = set()  # written past the versions
+        self._compared = False
         self._modes: list[bool] = []
         self._versions: list[int] = []
         self._seen: set[int] = set()
@@ -53,13 +62,13 @@ class Buffers:
         """A step starts: takes copies."""
         if not self.places:
             return
-        now = [owner._buffers.get(name) for owner, name in self.places]
+        now = [entry(owner, name) for owner, name in self.places]
         modes = [owner.training for owner, _ in self.places]
         if modes != self._modes or list(map(id, now)) != list(map(id, self.tensors)):
             self.places = [place for place, t in zip(self.places, now, strict=True) if t is not None]
             self.tensors = [t for t in now if t is not None]
             self._modes = [owner.training for owner, _ in self.places]
-            self.moving, self.copies = None, {}
+            self.moving, self.copies, self._compared = None, {}, False
             self._unseen = {
                 i for i, (owner, name) in enumerate(self.places)
                 if isinstance(owner, nn.modules.batchnorm._NormBase) and owner.training and name.startswith("running_")
@@ -76,9 +85,11 @@ class Buffers:
     def put_back(self) -> None:
         """A probe has ended."""
         for (owner, name), t in zip(self.places, self.tensors, strict=True):
-            if owner._buffers.get(name) is not t:  # the forward has put another one there
+            if entry(owner, name) is not t:  # the forward has put another one there
                 owner._buffers[name] = t
         versions = [t._version for t in self.tensors]
+        if not self._compared:
+            self._compare(versions)
         if versions == self._versions and not self._unseen:
             return
         changed = {i for i, (old, new) in enumerate(zip(self._versions, versions, strict=True)) if old != new}
@@ -89,6 +100,19 @@ class Buffers:
         if known:
             torch._foreach_copy_([self.tensors[i] for i in known], [self.copies[i] for i in known])
         self._versions = [t._version for t in self.tensors]
+
+    def _compare(self, versions: list[int]) -> None:
+        """After the first forward: what has other values and the old version was written past the versions."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        self._compared = True
+        same = [i for i in self.copies if versions[i] == self._versions[i] and i not in self._unseen]
+        by_device: dict[torch.device, list[int]] = {}
+        for i in same:
+            by_device.setdefault(self.tensors[i].device, []).append(i)
+        for own in by_device.values():
+            differ = torch.stack([(self.tensors[i] != self.copies[i]).any() for i in own]).tolist()
+            self._unseen |= {i for i, one in zip(own, differ, strict=True) if one}
 
     def end(self, done: bool) -> None:
         """The step has: from now on, what was seen changing is what is copied. done: all of its forwards have run."""

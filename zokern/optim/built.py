@@ -14,7 +14,7 @@ from torch import Tensor
 from zokern import placement as placements
 from zokern.directions import Direction
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import causes, parameters, reach, state
+from zokern.optim import carried, causes, parameters, reach, state
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
 from zokern.optim.guards import Guards, has_sixteen_bit
@@ -51,7 +51,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._moves = Moves()
         self._looked = 0  # at which of the groups' numbers
         rates = {name: values[name] for name in parameters.RATES}
-        torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), rates)
+        torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), {**rates, carried.KEY: None})
         parameters.refuse_frozen(self.param_groups)
         self.settle()
         self.options["maximize"] = self.maximize
@@ -86,8 +86,8 @@ class Built(Common, Method, torch.optim.Optimizer):
 
     @property
     def flat_steps(self) -> int:
-        """Steps whose losses were all finite and equal to the last bit, which say nothing of the weights. Waits for the
-        device."""
+        """Steps whose losses were all finite and equal to the last bit, which say nothing of the weights. A `state_dict()`
+        has it; a run that is taken up from a journal counts from there. Waits for the device."""
         return self._guards.flats.count
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern._checks import ZokernWarning
-from zokern.optim import state
+from zokern.optim import carried, state
 from zokern.optim.parameters import RATES, check_group
 from zokern.sweep import Counters
 
@@ -59,9 +59,12 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
     Raises:
         TypeError, ValueError: naming what is wrong.
     """
-    own = given.get("zokern")
+    own = carried.entry(given)
     if own is None:
-        raise ValueError("state_dict has no 'zokern' entry: it was not saved by a zokern optimizer")
+        raise ValueError(
+            "state_dict has no 'zokern' entry: it was not saved by a zokern optimizer, or what it was passed through has "
+            "dropped it; save state_dict() as it is"
+        )
     _check(isinstance(own, Mapping), f"state_dict: 'zokern' is a {type(own).__name__}; it must be a dict")
     if own.get("format") != state.FORMAT or own.get("contract") != "zk1":
         raise ValueError(
@@ -159,7 +162,8 @@ def _check_groups(given: Mapping[str, Any], ours: Ours) -> None:
         params = _listed(group["params"], f"{where}['params']")
         _check(len(params) == len(mine["params"]), f"state_dict: {where} has {len(params)} parameters")
         for number in params:
-            _checks.check_integer(number, f"state_dict: {where}['params']", 0)
+            if not isinstance(number, str):  # torch.distributed.checkpoint names parameters
+                _checks.check_integer(number, f"state_dict: {where}['params']", 0)
         numbers.update(params)
         try:
             check_group({**group, "params": mine["params"]}, g)
@@ -200,6 +204,8 @@ def _states(given: Mapping[str, Any], own: Mapping[str, Any], ours: Ours) -> dic
     for number, p, name, was in zip(numbers, params, names, had, strict=True):
         values = every.get(number, {})
         _check(isinstance(values, Mapping), f"state_dict: state of {name} is a {type(values).__name__}")
+        if was is False and all(isinstance(one, Mapping) and not one for one in values.values()):
+            values = {}  # torch.distributed.checkpoint puts empty ones where a flattened state_dict has no states
         missing = [one for one in ours.spec if one not in values]
         if missing and (was or len(missing) < len(ours.spec)):
             raise ValueError(f"state_dict: {', '.join(missing)} of {name} is missing; load it whole, as it was saved")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import loading, state
+from zokern.optim import carried, loading, state
 from zokern.optim.built import Built
 from zokern.optim.events import Careful
 from zokern.optim.flat import Flats
@@ -23,7 +23,8 @@ class Saving(Built):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict plus the entry "zokern": what it takes to continue with the same noise."""
+        """torch's state_dict plus the entry "zokern": what it takes to continue with the same noise. The first group has it
+        once more, as text, for torch.distributed.checkpoint."""
         saved = super().state_dict()
         saved["zokern"] = {
             "format": state.FORMAT,
@@ -40,6 +41,7 @@ class Saving(Built):
             "history": self.history(),
             "states": [[bool(self.state.get(p)) for p in group["params"]] for group in self.param_groups],
         }
+        saved["param_groups"][0][carried.KEY] = carried.packed(saved["zokern"])
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -86,6 +88,9 @@ class Saving(Built):
         skips, flats = vars(self._skips).copy(), self._guards.flats
         try:
             super().load_state_dict({name: value for name, value in state_dict.items() if name != "zokern"})
+            carried.leave_out(self.param_groups)
+            for p in set(self.state) - set(saved.states):
+                del self.state[p]
             for p, values in saved.states.items():
                 self.state[p] = values  # as they were saved: torch has cast them to the parameter's dtype
             self.load_history(saved.history)

@@ -23,6 +23,13 @@ def of(every: Mapping[Tensor, dict[str, Any]], param: Tensor, spec: Spec) -> dic
     return {name: own[name] for name in spec}
 
 
+def untouched(every: Mapping[Tensor, dict[str, Any]], spec: Spec) -> bool:
+    """Whether all states there are still have their first values. Waits for the device."""
+    return all(
+        name in spec and bool((value == spec[name][1]).all()) for own in every.values() for name, value in own.items()
+    )
+
+
 def unwrapped(name: str) -> str:
     """A parameter's name without what torch.compile's and DDP's wrappers put before it."""
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))

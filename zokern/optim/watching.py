@@ -6,6 +6,7 @@ that is trained and that the module no longer has is an error. With groups of th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, Protocol
 
@@ -39,8 +40,9 @@ class Watch:
     def _remember(self) -> None:
         modules = list(self.module.modules())
         # Entries are compared by what they are, and held, so that an id stands for one object.
-        self._places: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._modules)]
-        self._held = list(chain.from_iterable(d.values() for d in self._places))
+        # The views follow their dicts; a ScriptModule has lists instead, as it has the same entries for good.
+        self._places: list[Iterable[Any]] = [d.values() for m in modules for d in (m._parameters, m._modules)]
+        self._held = list(chain.from_iterable(self._places))
         self._ids = list(map(id, self._held))
         named = dict(self.module.named_parameters())
         self.known = {id(p): name for name, p in named.items()}
@@ -50,7 +52,7 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether a module or a parameter was put in, taken out or replaced anywhere, or one unfrozen."""
-        if self._ids != list(map(id, chain.from_iterable(map(dict.values, self._places)))):
+        if self._ids != list(map(id, chain.from_iterable(self._places))):
             return True
         return bool(self._frozen) and any(p.requires_grad for p in self._frozen)
 
