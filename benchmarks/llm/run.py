@@ -188,7 +188,7 @@ class Bench:
 
     def _now(self) -> float:
         if self.task.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.task.device)
         return time.perf_counter()
 
     def _stepper(self, method: Method, task: Sentiment, optimizer: Any, sample: Batch) -> Callable[[Batch], object]:

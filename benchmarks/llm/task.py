@@ -81,16 +81,16 @@ class Sentiment:
         """What is allocated from now on counts."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            self._used = torch.cuda.memory_allocated()
+            self._used = torch.cuda.memory_allocated(self.device)
         self.forget_peak()
 
     def forget_peak(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def memory(self) -> int | None:
         """Bytes at the peak since watch_memory(), or forget_peak(); on a CPU nobody counts them."""
-        return torch.cuda.max_memory_allocated() - self._used if self.device.type == "cuda" else None
+        return torch.cuda.max_memory_allocated(self.device) - self._used if self.device.type == "cuda" else None
 
     @torch.no_grad()
     def inference(self, size: int) -> dict[str, float | None]:
