@@ -19,8 +19,11 @@ def stored() -> dict[str, Any]:
 
 
 def finished() -> dict[str, Record]:
-    """The methods with a run."""
-    found = {name: part for name, part in stored()["results"].items() if name in METHODS and part["runs"]}
+    """The methods with a whole run, and their whole runs."""
+    found = {}
+    for name, part in stored()["results"].items():
+        if name in METHODS and (whole := [run for run in part["runs"] if not run["cut"]]):
+            found[name] = {**part, "runs": whole}
     return dict(sorted(found.items(), key=lambda item: -_at(item[1], 1)))
 
 

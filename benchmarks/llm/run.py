@@ -10,7 +10,7 @@ backpropagation is drawn for reference and pays 3 forwards for a forward and a b
 where the method can be captured.
 
 What is finished is kept in the output at once, and a benchmark that was broken off goes on there. With --seconds it ends in
-time: a run that does not fit is cut and says at which step, and what was not begun is not there.
+time: the run under way is kept as far as it came, marked as cut, and done again by the next call.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class Bench:
                 {"label": method.label, "forwards_per_step": method.forwards, "settings": method.settings,
                  "graph": self._captures(method), "grid": [], "runs": []},
             )  # fmt: skip
+            record["runs"] = [run for run in record["runs"] if not run["cut"]]  # those are done again, whole
             self._grid(method, record)
             record["lr"] = min((point["loss"], point["lr"]) for point in record["grid"] if point["loss"] is not None)[1]
             for seed in SEEDS[: method.seeds]:

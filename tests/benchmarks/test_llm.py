@@ -121,7 +121,7 @@ def test_a_broken_off_benchmark_goes_on_to_the_same_results() -> None:
     assert lora["runs"][0]["curve"][-1]["loss"] < lora["runs"][0]["curve"][0]["loss"]
 
 
-def test_a_run_that_is_cut_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_cut_says_so_and_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LOOK_AT_CLOCK", 3)
     kept = _Kept()
     bench = _bench(kept, {"mezo": {"grid": [{"lr": lr, "loss": lr} for lr in run.METHODS["mezo"].grid], "runs": []}},
@@ -133,6 +133,10 @@ def test_a_run_that_is_cut_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cut["cut"]
     assert cut["steps"] == 3
     assert cut["curve"][-1]["step"] == 3
+    again = _Kept()
+    with torch.no_grad():
+        _bench(again, kept.results, "mezo").all()
+    assert [(one["steps"], one["cut"]) for one in again.results["mezo"]["runs"]] == [(30, False)] * 3
 
 
 def test_other_results_are_not_overwritten(tmp_path: Path) -> None:
