@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -190,6 +191,21 @@ def test_words_of_several_tokens_have_room(tmp_path: Path, capsys: pytest.Captur
     options = options_of(tmp_path, model=model, max_length=48)
     (tmp_path / "words.json").write_text(json.dumps({"a": "bad", "b": "good"}))  # a token each, which is never read
     finetune(options)
+
+
+@pytest.mark.parametrize("other", ["a", "by"], ids=["single tokens", "several"])
+def test_a_word_that_the_model_has_no_embedding_for_is_refused(other: str) -> None:
+    """A word of one token is never read, only looked up in the scores: the check of what is read does not see it."""
+    tokenizer = copy.deepcopy(byte_level())
+    tokenizer.add_tokens([" zebra"])
+    model = nn.Embedding(len(tokenizer) - 1, 2)
+    model.get_input_embeddings = lambda: model  # type: ignore[assignment]
+    with pytest.raises(FinetuneError, match=r"word of the label 'x' \(--verbalizers\) has 1 tokens .*' zebra'"):
+        Prompt(model, tokenizer, ["x", "y"], 20, "{text}" + TAIL, ["zebra", other])
+    model = nn.Embedding(len(tokenizer), 2)
+    model.get_input_embeddings = lambda: model  # type: ignore[assignment]
+    prompt = Prompt(model, tokenizer, ["x", "y"], 20, "{text}" + TAIL, ["zebra", other])
+    assert prompt.words[0] == [len(tokenizer) - 1]
 
 
 def test_the_length_that_a_note_names_cuts_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
