@@ -131,6 +131,14 @@ def test_the_end_of_the_template_stays_and_the_cuts_are_counted() -> None:
         assert len(ids) <= 30
 
 
+@pytest.mark.parametrize("template", ['{"a": {text}, "b": {}, "c": [{}]', "{ text } {text} {1} {a b} }{", "{text}{"])
+def test_braces_that_are_no_placeholder_stay(template: str) -> None:
+    """What the message about placeholders says: only a name in braces is one."""
+    Options(template=template).check_each()
+    prompt = prompt_of(byte_level(), ["好", "坏"], 90, template, space=False)
+    assert byte_level().decode(prompt._prompt("so {text} {nope}")) == template.replace("{text}", "so {text} {nope}")
+
+
 # ---------------------------------------------------------------------------------------------------------- label words
 
 
