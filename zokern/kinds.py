@@ -7,6 +7,7 @@ same in words; `stored` is the value as JSON, for a state_dict and a journal; `p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ class Betas(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A string. holds: what it must contain. why: what that stands for."""
+    """A string. holds: what it must contain, a name in braces; no other {name} may be in it. why: what that stands for."""
 
     holds: str = ""
     why: str = ""
@@ -212,6 +213,11 @@ class Text(Kind):
             raise TypeError(f"{name} must be a str, got {type(value).__name__}")
         if self.holds not in value:
             raise ValueError(f"{name} is {value!r}; it must contain {self.holds}, {self.why}")
+        if self.holds and (strange := set(re.findall(r"\{[^\W\d]\w*\}", value)) - {self.holds}):
+            raise ValueError(
+                f"{name} is {value!r}; nothing is put in for {', '.join(sorted(strange))}: take that out, {self.holds} is "
+                "the only placeholder (braces around anything but a name stay as they are)"
+            )
         return value
 
 

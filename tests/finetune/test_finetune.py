@@ -245,6 +245,8 @@ def test_labels_follow_numbers_or_the_model(table: Path, tmp_path: Path) -> None
         ({"warmup_steps": 401, "steps": 400}, "--warmup-steps is 401; allowed: at most --steps"),
         ({"device": "tpu"}, "--device is 'tpu'"),
         ({"template": "no place"}, "must contain {text}"),
+        ({"template": "{text} {nope}"}, r"--template is '{text} {nope}'; nothing is put in for {nope}"),
+        ({"template": "{a_1}{text}{Ü}"}, r"nothing is put in for {a_1}, {Ü}: take that out, {text} is the only"),
         ({"descriptions": Path("/nowhere.json")}, "--descriptions is '/nowhere.json', which is not a file"),
         ({"data": "/nowhere.csv"}, "--data is '/nowhere.csv', which is not a file"),
         ({"eval_data": "x.csv"}, "--eval-data needs --data"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -130,6 +131,14 @@ def test_the_end_of_the_template_stays_and_the_cuts_are_counted() -> None:
         assert len(ids) <= 30
 
 
+@pytest.mark.parametrize("template", ['{"a": {text}, "b": {}, "c": [{}]', "{ text } {text} {1} {a b} }{", "{text}{"])
+def test_braces_that_are_no_placeholder_stay(template: str) -> None:
+    """What the message about placeholders says: only a name in braces is one."""
+    Options(template=template).check_each()
+    prompt = prompt_of(byte_level(), ["好", "坏"], 90, template, space=False)
+    assert byte_level().decode(prompt._prompt("so {text} {nope}")) == template.replace("{text}", "so {text} {nope}")
+
+
 # ---------------------------------------------------------------------------------------------------------- label words
 
 
@@ -190,6 +199,21 @@ def test_words_of_several_tokens_have_room(tmp_path: Path, capsys: pytest.Captur
     options = options_of(tmp_path, model=model, max_length=48)
     (tmp_path / "words.json").write_text(json.dumps({"a": "bad", "b": "good"}))  # a token each, which is never read
     finetune(options)
+
+
+@pytest.mark.parametrize("other", ["a", "by"], ids=["single tokens", "several"])
+def test_a_word_that_the_model_has_no_embedding_for_is_refused(other: str) -> None:
+    """A word of one token is never read, only looked up in the scores: the check of what is read does not see it."""
+    tokenizer = copy.deepcopy(byte_level())
+    tokenizer.add_tokens([" zebra"])
+    model = nn.Embedding(len(tokenizer) - 1, 2)
+    model.get_input_embeddings = lambda: model  # type: ignore[assignment]
+    with pytest.raises(FinetuneError, match=r"word of the label 'x' \(--verbalizers\) has 1 tokens .*' zebra'"):
+        Prompt(model, tokenizer, ["x", "y"], 20, "{text}" + TAIL, ["zebra", other])
+    model = nn.Embedding(len(tokenizer), 2)
+    model.get_input_embeddings = lambda: model  # type: ignore[assignment]
+    prompt = Prompt(model, tokenizer, ["x", "y"], 20, "{text}" + TAIL, ["zebra", other])
+    assert prompt.words[0] == [len(tokenizer) - 1]
 
 
 def test_the_length_that_a_note_names_cuts_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -146,6 +146,37 @@ def test_lost_metrics_are_told_and_do_not_stop_a_run(
     assert content is None or (half.output / "metrics-1.jsonl").read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ([], None),
+        (["train 3"], "1 lines of training were lost; they are made from the journal"),
+        (["eval 4"], "1 evaluations were lost, the first after step 4"),
+        (["eval 0"], None),  # made again
+        (["eval 0", "eval 4", "train 3", "train 6"], "2 lines of training were lost"),  # an empty file
+    ],
+)
+def test_lines_that_are_gone_without_a_trace_are_told(
+    gone: list[str], said: str | None, whole: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = dataclasses.replace(whole, output=tmp_path / "half")
+    broken(half, 7, monkeypatch)
+    path = half.output / "metrics.jsonl"
+    path.write_text("".join(lines.line(r) for r in records(half.output) if f"{r['kind']} {r['step']}" not in gone))
+    told = " ".join(resume(half).split())
+    assert (said in told) if said else ("lost" not in told)
+    assert ("evaluations were lost" in told) == ("eval 4" in gone)
+    if not any("train" in one or one == "eval 4" for one in gone):
+        alike(half.output, whole.output)
+    else:
+        steps = [(r["kind"], r["step"]) for r in records(half.output)]
+        assert steps == [
+            (r["kind"], r["step"])
+            for r in records(whole.output)
+            if f"{r['kind']} {r['step']}" != "eval 4" or "eval 4" not in gone
+        ]
+
+
 def test_a_line_that_was_being_written_is_no_damage(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     good = {
@@ -341,7 +372,7 @@ def test_damaged_options_are_a_sentence(change: dict, tmp_path: Path) -> None:
         identity.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "5", "[]", "{", "\xff", "[" * 5000])
+@pytest.mark.parametrize("text", ["", "5", "[]", "{", "{}", '{"model": "demo"}', "\xff", "[" * 5000])
 def test_options_that_are_no_json_are_a_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "options.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(FinetuneError, match=r"--resume: .*options\.json cannot be read"):

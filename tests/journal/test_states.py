@@ -299,8 +299,24 @@ def test_groups_that_come_later_are_in_the_journal(update, tmp_path):
     again = {f"parameter {i}": p.detach().clone() for i, p in enumerate(base.parameters())}
     assert journal.replay(path, again).verified
     assert same(list(again.values()), weights(model))
+    params = [p.detach().clone() for p in base.parameters()]
+    with pytest.raises(TypeError, match="model is a list; give a module, or tensors by name") as told:
+        journal.replay(path, params)
+    advised = eval(str(told.value).partition("in order: ")[2], {"params": params, "enumerate": enumerate})
+    assert journal.replay(path, advised).verified
+    few = {name: p.detach().clone() for name, p in list(again.items())[:2]}
+    with pytest.raises(
+        journal.JournalError, match=r"'parameter 2', which the model does not have; .* all tensors for replay"
+    ):
+        journal.replay(path, few)
     resumed = copy.deepcopy(base)
     second = zokern.MeZO(list(resumed[0].parameters()), 1e-2, update=update)
+    with (
+        pytest.raises(journal.JournalError, match=r"'parameter 2', .*: add_param_group before resume"),
+        journal.resume(second, path),
+    ):
+        pass
+    assert same(weights(resumed), weights(base))
     second.add_param_group({"params": list(resumed[2].parameters())})
     with journal.resume(second, path) as done:
         assert done == 3

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -155,6 +156,17 @@ def test_sharded_weights_are_refused_and_a_whole_model_is_trained(mesh: Any) -> 
         with pytest.raises(TypeError, match=r"is a DTensor .*: keep the whole model on each rank"):
             mezo(given)
     assert moved(mezo(whole), squares(whole))
+
+
+def test_weights_without_numbers_are_refused_and_the_way_on_works() -> None:
+    with FakeTensorMode():
+        model = line()
+        with pytest.raises(TypeError, match=r"is a FakeTensor, .*; make the model outside FakeTensorMode"):
+            mezo(model)
+    model = line()
+    with FakeTensorMode():
+        opt = mezo(model)
+    assert moved(opt, squares(model))
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -17,6 +17,7 @@ from zokern.finetune.tasks import Task
 
 KEY = "run"  # of options.json, beside the options
 LOCAL = ("model", "data", "eval_data", "descriptions", "verbalizers")  # may be paths
+_ALWAYS = ("model", "data", "steps")  # in every version's file; of later settings one without them has the defaults
 _WHAT = {
     "train": "the training texts or their labels",
     "eval": "the evaluation texts or their labels",
@@ -99,6 +100,8 @@ def load(directory: Path, given: Mapping[str, Any] | None = None) -> Stored:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
+        if missing := [name for name in _ALWAYS if name not in values]:
+            raise ValueError(f"it lacks {', '.join(map(repr, missing))}")
         run = values.pop(KEY, None)
         options = Options(**values)
         _check_defaults(options)

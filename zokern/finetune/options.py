@@ -124,7 +124,8 @@ class Options:
     template: str = option(
         default="{text} Topic:",
         kind=Text("{text}", "where each text is put in"),
-        help="For prompt: what the model reads before the label's word; {text} stands for the text.",
+        help="For prompt: what the model reads before the label's word; {text} stands for the text, and is the only "
+        "{name} that may be in it. Other braces stay as they are.",
         panel=DATA,
     )
     verbalizers: Path | None = option(

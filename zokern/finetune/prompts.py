@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokern.finetune.batches import Batch, Group, cut
+from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.fitting import Cut, fit
 from zokern.finetune.options import FinetuneError
 from zokern.finetune.tasks import Task, accepts
@@ -47,6 +48,8 @@ class Prompt(Task):
             raise FinetuneError(
                 f"--verbalizers: two labels have the same tokens in {dict(zip(labels, words, strict=True))}"
             )
+        for label, word in zip(labels, self.words, strict=True):  # a single token is never packed with the texts
+            check_tokens(model, tokenizer, set(word), f"the word of the label {label!r} (--verbalizers)")
         self.single = all(len(word) == 1 for word in self.words)
         self.room = 0 if self.single else max(map(len, self.words))  # a single token is scored, never read
         if limit is not None and max_length + self.room > limit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -66,7 +66,10 @@ def go_on(
     optimizer.set_counters({**optimizer.counters, "forwards": forwards})
     passed = tools.summary(output.journal)
     losses = dict(zip(passed["steps"], passed["loss"], strict=True))
+    lost = kept
     kept = _completed(kept, optimizer, found, losses, dict(zip(passed["steps"], passed["lr"], strict=True)), done)
+    for what in _lost(lost, kept, options, done):
+        say("", f"{output.directory / 'metrics.jsonl'}: {what}")
     since = max((record["step"] for record in kept if record["kind"] == "train"), default=0)
     output.go_on(kept, identity.file(found))
     say("resumed", f"at step {done} of {options.steps}")
@@ -79,6 +82,15 @@ def go_on(
             f"{options.steps} steps, and lr goes from {was:g} to {now:g}; the steps done keep theirs",
         )
     return Begun(done, [losses[step] for step in range(since, done) if step in losses])
+
+
+def _lost(before: list[records.Record], after: list[records.Record], options: Options, done: int) -> Iterator[str]:
+    """What a run's lines had no more; the evaluation at `done` is made again."""
+    if made := len(after) - len(before):
+        yield f"{made} lines of training were lost; they are made from the journal, without their projected gradient"
+    there = {record["step"] for record in before if record["kind"] == "eval"}
+    if gone := [step for step in range(done) if records.planned("eval", step, options) and step not in there]:
+        yield f"{len(gone)} evaluations were lost, the first after step {gone[0]}"
 
 
 def _completed(

@@ -110,7 +110,8 @@ class Player:
                 continue
             if name not in self.params:
                 raise JournalError(
-                    f"{self.reader.path}: it moves the parameter {name!r}, which the model does not have"
+                    f"{self.reader.path}: it moves the parameter {name!r}, which the model does not have; what the run "
+                    "added later is needed from the beginning: add_param_group before resume, all tensors for replay"
                 )
             p = self.params[name]
             if list(p.shape) != shape or str(p.dtype).removeprefix("torch.") != dtype:

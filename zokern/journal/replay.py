@@ -27,6 +27,11 @@ class Replayed(int):
 
 def named(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by name; of a module, tied ones under their first name."""
+    if not isinstance(model, nn.Module | Mapping):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a module, or tensors by name. A run of a list of parameters names "
+            'them in order: {f"parameter {i}": p for i, p in enumerate(params)}'
+        )
     return dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
 
 

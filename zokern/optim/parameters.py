@@ -137,6 +137,10 @@ def check_parameter(p: Tensor, name: str) -> None:
             f"{name} is a DTensor (FSDP2, tensor parallel), and zokern's optimizers do not take those yet: keep the whole "
             "model on each rank"
         )
+    if type(p).__name__ == "FakeTensor":
+        raise TypeError(
+            f"{name} is a FakeTensor, which has a shape and no numbers; make the model outside FakeTensorMode"
+        )
     if p.numel() or p.dtype not in _checks.DTYPES or p.device.type == "meta":
         _checks.check_tensor(p, name)
 
