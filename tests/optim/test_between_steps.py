@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,28 @@ def test_a_tensor_without_memory_is_refused() -> None:
 
     with pytest.raises((ValueError, RuntimeError), match=r"without memory|functional"):
         torch.func.functionalize(added)(torch.zeros(5))
+
+
+@pytest.mark.parametrize("cls", [zokern.MeZO, partial(zokern.LeZO, num_dropped=2), partial(zokern.MeZO, update="adam")])
+@PLACEMENTS
+def test_weights_that_become_float64_are_refused_by_name_until_they_are_back(cls: Any, placement: str) -> None:
+    def run(between: bool) -> nn.Module:
+        torch.manual_seed(3)
+        model = Net()
+        opt = cls(model, lr=1e-3, seed=4, placement=placement)
+        opt.step(lambda: loss_of(model))
+        if between:
+            model.double()
+            before = copy.deepcopy(model)
+            with pytest.raises(TypeError, match=r"embedding\.weight is \(11, 24\) float64.*or convert them"):
+                opt.step(lambda: loss_of(model))
+            assert same(model, before)
+            assert opt.counters["steps"] == 1
+            model.float()
+        opt.step(lambda: loss_of(model))
+        return model
+
+    assert same(run(between=True), run(between=False))
 
 
 def test_a_placement_serves_one_optimizer() -> None:
