@@ -185,8 +185,9 @@ def test_a_journal_tells_of_what_a_step_moved(before: bool, pipelined: bool, tmp
     assert same(model, base)
 
 
-def test_a_restore_that_fails_is_not_believed_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads clean weights afterwards steps from these."""
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_restore_that_fails_is_not_believed_later(assign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads clean weights afterwards steps from these. assign: as `p.data = other`, which torch does not count."""
     model, opt = fresh(placement="inplace")
     clean = copy.deepcopy(model.state_dict())
     original, failing = sweep.run, False
@@ -205,7 +206,11 @@ def test_a_restore_that_fails_is_not_believed_later(monkeypatch: pytest.MonkeyPa
     with pytest.raises(TimeoutError):
         opt.step(closure)
     failing = False
-    model.load_state_dict(clean)
+    if assign:
+        for name, p in model.named_parameters():
+            p.data = clean[name]
+    else:
+        model.load_state_dict(clean)
     other, theirs = fresh(placement="inplace")
     opt.step(lambda: loss_of(model))
     theirs.step(lambda: loss_of(other))

@@ -102,5 +102,6 @@ class InPlace(Perturbing):
             raise
         self.leave()
 
-    def _versions(self) -> list[int]:
-        return [p._version for p in self.sweep.params if not p.is_inference()]
+    def _versions(self) -> list[tuple[int, int]]:
+        """With addresses: torch counts no `p.data = other`."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.sweep.params]
