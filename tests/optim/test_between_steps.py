@@ -217,6 +217,41 @@ def test_a_restore_that_fails_is_not_believed_later(assign: bool, monkeypatch: p
     assert same(model, other)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_one_weight_that_is_loaded_leaves_the_others_to_be_restored(
+    assign: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt = fresh(placement="inplace", eps=0.1)
+    clean = copy.deepcopy(model.state_dict())
+    opt.param_groups[0]["lr"] = 0.0
+    original, failing = sweep.run, False
+
+    def run(*args: Any) -> int:
+        if failing:
+            raise TimeoutError
+        return original(*args)
+
+    def closure() -> Tensor:
+        nonlocal failing
+        failing = True
+        return loss_of(model)
+
+    monkeypatch.setattr(sweep, "run", run)
+    with pytest.raises(TimeoutError):
+        opt.step(closure)
+    failing = False
+    assert all((p - clean[name]).abs().max() > 0.01 for name, p in model.named_parameters())
+    if assign:
+        model.head.bias.data = clean["head.bias"] + 1.0
+    else:
+        with torch.no_grad():
+            model.head.bias.copy_(clean["head.bias"] + 1.0)
+    opt.step(lambda: loss_of(model))
+    clean["head.bias"] += 1.0
+    for name, p in model.named_parameters():
+        assert (p - clean[name]).abs().max() < 1e-6, name
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
