@@ -225,9 +225,8 @@ class Losses:
             raise TypeError(f"closure must return {which} as a scalar tensor, got {type(loss).__name__}")
         if loss.dtype.is_complex:
             raise TypeError(f"closure must return {which} as a real number, got a tensor of {loss.dtype}")
-        if loss.is_meta or loss.layout is not torch.strided:
-            kind = "on meta, which has no value" if loss.is_meta else f"of layout {loss.layout}; call to_dense()"
-            raise TypeError(f"closure must return {which} as a dense tensor with a value, got one {kind}")
+        if loss.layout is not torch.strided:
+            raise TypeError(f"closure must return {which} as a dense tensor, got one of {loss.layout}; call to_dense()")
         if loss.dtype in HALVES:
             self.half = loss.dtype
         if loss.grad_fn is not None:
