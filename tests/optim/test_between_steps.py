@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,9 @@ def test_a_journal_tells_of_what_a_step_moved(before: bool, pipelined: bool, tmp
     assert same(model, base)
 
 
-def test_a_restore_that_fails_is_not_believed_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads clean weights afterwards steps from these."""
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_restore_that_fails_is_not_believed_later(assign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads clean weights afterwards steps from these. assign: as `p.data = other`, which torch does not count."""
     model, opt = fresh(placement="inplace")
     clean = copy.deepcopy(model.state_dict())
     original, failing = sweep.run, False
@@ -204,11 +206,50 @@ def test_a_restore_that_fails_is_not_believed_later(monkeypatch: pytest.MonkeyPa
     with pytest.raises(TimeoutError):
         opt.step(closure)
     failing = False
-    model.load_state_dict(clean)
+    if assign:
+        for name, p in model.named_parameters():
+            p.data = clean[name]
+    else:
+        model.load_state_dict(clean)
     other, theirs = fresh(placement="inplace")
     opt.step(lambda: loss_of(model))
     theirs.step(lambda: loss_of(other))
     assert same(model, other)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_one_weight_that_is_loaded_leaves_the_others_to_be_restored(
+    assign: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt = fresh(placement="inplace", eps=0.1)
+    clean = copy.deepcopy(model.state_dict())
+    opt.param_groups[0]["lr"] = 0.0
+    original, failing = sweep.run, False
+
+    def run(*args: Any) -> int:
+        if failing:
+            raise TimeoutError
+        return original(*args)
+
+    def closure() -> Tensor:
+        nonlocal failing
+        failing = True
+        return loss_of(model)
+
+    monkeypatch.setattr(sweep, "run", run)
+    with pytest.raises(TimeoutError):
+        opt.step(closure)
+    failing = False
+    assert all((p - clean[name]).abs().max() > 0.01 for name, p in model.named_parameters())
+    if assign:
+        model.head.bias.data = clean["head.bias"] + 1.0
+    else:
+        with torch.no_grad():
+            model.head.bias.copy_(clean["head.bias"] + 1.0)
+    opt.step(lambda: loss_of(model))
+    clean["head.bias"] += 1.0
+    for name, p in model.named_parameters():
+        assert (p - clean[name]).abs().max() < 1e-6, name
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -222,6 +263,28 @@ def test_a_tensor_without_memory_is_refused() -> None:
 
     with pytest.raises((ValueError, RuntimeError), match=r"without memory|functional"):
         torch.func.functionalize(added)(torch.zeros(5))
+
+
+@pytest.mark.parametrize("cls", [zokern.MeZO, partial(zokern.LeZO, num_dropped=2), partial(zokern.MeZO, update="adam")])
+@PLACEMENTS
+def test_weights_that_become_float64_are_refused_by_name_until_they_are_back(cls: Any, placement: str) -> None:
+    def run(between: bool) -> nn.Module:
+        torch.manual_seed(3)
+        model = Net()
+        opt = cls(model, lr=1e-3, seed=4, placement=placement)
+        opt.step(lambda: loss_of(model))
+        if between:
+            model.double()
+            before = copy.deepcopy(model)
+            with pytest.raises(TypeError, match=r"embedding\.weight is \(11, 24\) float64.*or convert them"):
+                opt.step(lambda: loss_of(model))
+            assert same(model, before)
+            assert opt.counters["steps"] == 1
+            model.float()
+        opt.step(lambda: loss_of(model))
+        return model
+
+    assert same(run(between=True), run(between=False))
 
 
 def test_a_placement_serves_one_optimizer() -> None:

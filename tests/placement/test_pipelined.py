@@ -56,6 +56,26 @@ def test_the_bits_are_those_without(name: str, placement: str, num_dropped: int)
     assert piped[1].counters["elements_moved"] < plain[1].counters["elements_moved"]
 
 
+@pytest.mark.parametrize("name", ["mezo", "hizoo"])
+@pytest.mark.parametrize("what", ["weight", "state"])
+@PLACEMENTS
+def test_a_tensor_that_is_another_one_is_seen_though_torch_counts_nothing(placement: str, what: str, name: str) -> None:
+    def between(step: int, model: nn.Module, opt) -> None:
+        if step == 2:
+            with torch.no_grad():
+                for p in model.parameters():
+                    old = p.data if what == "weight" else opt.state.get(p, {}).get("h")
+                    kept.append(old)  # so that the new one lies elsewhere
+                    if what == "weight":
+                        p.data = 2 * old
+                    elif old is not None:
+                        opt.state[p]["h"] = 4 * old
+
+    kept: list[object] = []
+    plain, piped = (run(placement, pipelined, METHODS[name], between=between) for pipelined in (False, True))
+    same(plain, piped)
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "name"),
     by_backend([torch.float32, torch.float16, torch.bfloat16], ["mezo", "hizoo", "helene"], slow=each),

@@ -32,6 +32,7 @@ from zokern.optim.saving import Saving
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import CPU, Terms, sent
+from zokern.placement.shadow import Exact
 
 
 class ZerothOrderOptimizer(Saving, Captured):
@@ -114,7 +115,10 @@ class ZerothOrderOptimizer(Saving, Captured):
             watch = self._guards.watch
             if watch is not None and watch.changed():
                 watch.take_in(self)
+            version = self._parameters.version
             self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            if version != self._parameters.version and isinstance(self._placement, Exact):
+                self._placement.forget()  # torch counts no `p.data = other`, which has another address
             self._guards.begin(self, losses)
             if self._moves.active() is not self.active or self._moves.version != self._parameters.version:
                 self._begin_moves()

@@ -64,6 +64,13 @@ def _weights(given: Any, batches: list[Any] | None) -> list[float]:
     return weights
 
 
+def _float(loss: Any, which: str) -> float:
+    try:
+        return float(loss)
+    except OverflowError as error:
+        raise ValueError(f"closure must return {which} as a number that a float64 can hold; scale it down") from error
+
+
 class Losses:
     """Of one step. `each`: every probe's loss so far, 0-d, as `gather` gave it; `named`: this process' losses by name.
 
@@ -214,10 +221,12 @@ class Losses:
                 self.half = torch.float16 if loss.dtype == np.float16 else self.half
                 loss = loss.item()
             if type(loss) is float or isinstance(loss, numbers.Real):
-                return torch.tensor(float(loss), dtype=torch.float64, device=CPU)
+                return torch.tensor(_float(loss, which), dtype=torch.float64, device=CPU)
             raise TypeError(f"closure must return {which} as a scalar tensor, got {type(loss).__name__}")
         if loss.dtype.is_complex:
             raise TypeError(f"closure must return {which} as a real number, got a tensor of {loss.dtype}")
+        if loss.layout is not torch.strided:
+            raise TypeError(f"closure must return {which} as a dense tensor, got one of {loss.layout}; call to_dense()")
         if loss.dtype in HALVES:
             self.half = loss.dtype
         if loss.grad_fn is not None:

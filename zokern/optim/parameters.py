@@ -224,7 +224,7 @@ class Parameters:
             self.version += 1
             self.check_groups(owner, owner.pipelined)  # what eps may be depends on the weights' type
         if changed or self._active is None or self._active.dropped != dropped:
-            members, rows = self._members(owner, dropped)
+            members, rows = self._members(owner, dropped, changed)
             self._active = Active(Sweep(members), rows, dropped)
             self._seen = self._look(owner) if self.spec else seen  # anew: states may have been made
         return self._active
@@ -252,13 +252,14 @@ class Parameters:
                     self.registry.add(p)
                     yield g, p
 
-    def _members(self, owner: Owner, dropped: frozenset[int]) -> tuple[list[Member], Rows]:
+    def _members(self, owner: Owner, dropped: frozenset[int], changed: bool) -> tuple[list[Member], Rows]:
+        """changed: something is not as it was, so that all are looked at again: model.double() may have come between."""
         members: list[Member] = []
         rows: dict[tuple[int, Hashable], int] = {}
         for g, p in self.trainable(owner):
             if owner.layers is not None and not owner.layers.is_active(p, dropped):
                 continue
-            if type(p) is not nn.Parameter:  # put into a group by somebody else
+            if changed or type(p) is not nn.Parameter:  # put into a group by somebody else
                 check_parameter(p, f"params: {self.registry.names[id(p)]}")
             row = rows.setdefault((g, owner.row_key(p)), len(rows))
             kept = state.of(owner.state, p, self.spec)

@@ -16,7 +16,7 @@ from zokern.contract.rules import RULES
 from zokern.passes.spec import PassNumbers, pass_spec
 from zokern.passes.update import Seed, Terms, Update, along, is_known, packed, perturbation, seed_tensor, sent
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import Passes
+from zokern.sweep import Passes, Sweep
 
 # An update of weights that are perturbed where they are restores them in the same pass: its rule then has an A.
 RESTORING = {"hizoo": "hizoo_restore"}
@@ -84,8 +84,17 @@ class InPlace(Perturbing):
         return []
 
     def try_again(self) -> None:
-        if self.left != self._versions():  # somebody has loaded others since
-            self.current, self._heading = {}, None
+        """Weights that somebody has loaded since are taken as they are, and the others restored; all are taken so where a
+        pass broke off between two launches, as some are then in one state and some in another."""
+        now = self._versions()
+        if self.left != now:
+            if self.passes.begun == self.passes.done and isinstance(self.left, list):
+                if self._heading is not None:
+                    self._settle()  # launches nothing
+                pairs = zip(self.sweep, self.left, now, strict=True)
+                self.sweep = Sweep([member for member, before, after in pairs if before == after])
+            else:
+                self.current, self._heading = {}, None
         self.end()
 
     def end(self) -> None:
@@ -102,5 +111,6 @@ class InPlace(Perturbing):
             raise
         self.leave()
 
-    def _versions(self) -> list[int]:
-        return [p._version for p in self.sweep.params if not p.is_inference()]
+    def _versions(self) -> list[tuple[int, int]]:
+        """With addresses: torch counts no `p.data = other`."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.sweep.params]

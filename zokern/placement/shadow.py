@@ -59,7 +59,7 @@ class Exact(Perturbing):
         return self.places != list(map(Tensor.data_ptr, copies))
 
     def forget(self) -> None:
-        """States were loaded: what was made ready for the next step is of others."""
+        """States were loaded, or a tensor is another one: what was made ready for the next step is of others."""
         self.ready = {}
 
     def remove_hooks(self) -> None:
