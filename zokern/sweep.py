@@ -353,13 +353,9 @@ class Passes:
             reached, reached[0], every, lambda operands, first: go(operands, first=first),
             stages[:-1] if probes else stages, 1, elements,
         )  # fmt: skip
-        launches = 0
-        try:
-            for operands in every:
-                launches += go(operands)
-        except BaseException:
-            self.under_way = one
-            raise
+        self.under_way, launches = one, 0  # until it is noted
+        for operands in every:
+            launches += go(operands)
         self._note(one, launches)
 
     @property

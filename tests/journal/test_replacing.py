@@ -185,3 +185,9 @@ def test_a_folder_that_cannot_be_written(earlier: Path) -> None:
             run(earlier, 1, force=True)
     finally:
         earlier.parent.chmod(0o755)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_name_that_cannot_be_is_named(force: bool, tmp_path: Path) -> None:
+    with pytest.raises(journal.JournalError, match="cannot be written"):
+        run(tmp_path / ("n" * 300), 1, force=force)

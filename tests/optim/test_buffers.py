@@ -148,3 +148,71 @@ def test_only_what_changes_is_kept():
     opt = zokern.MeZO(model, 1e-2)
     opt.step(lambda: model(x))
     assert [t.numel() for t in opt._guards.memory()] == [8, 8]
+
+
+class Keeper(nn.Module):
+    """Gives its buffer other memory, or another shape, in the forward."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.inner = way, nn.Linear(8, 8)
+        self.register_buffer("last", torch.zeros(0) if way == "grown from nothing" else torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.way:
+            case "the user's batch":
+                self.last.data = x
+            case "another shape":
+                self.last.data = x[:1]
+            case "a part of itself":
+                self.last.data = self.last.data[:2]
+            case "grown" | "grown from nothing":  # as torch.ao's observers do
+                self.last.resize_(9, 8).fill_(2.0)
+            case "set":
+                self.last.set_(x)
+            case "another type":
+                self.last.data = x.double()
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("placement", ["inplace", "shadow"])
+@pytest.mark.parametrize(
+    "way",
+    ["the user's batch", "another shape", "a part of itself", "grown", "grown from nothing", "set", "another type"],
+)
+def test_a_buffer_gets_its_own_memory_back(way: str, placement: str) -> None:
+    module, x = Keeper(way), torch.ones(4, 8)
+    last, before = module.last, module.last.clone()
+    opt = zokern.MeZO(module, 1e-3, placement=placement)
+    for _ in range(3):
+        opt.step(lambda: module(x).square().mean())
+        assert module.last is last
+        assert last.dtype == before.dtype
+        assert torch.equal(last, before)
+        assert torch.equal(x, torch.ones(4, 8))  # what it had in between is the user's
+
+
+def test_a_shape_that_the_user_changes_between_steps_stays() -> None:
+    module, x = Average("past autograd"), torch.randn(4, 8)
+    opt = zokern.MeZO(module, 1e-3)
+    opt.step(lambda: module(x).square().mean())
+    module.mean.data = torch.full((1, 8), 3.0)
+    for _ in range(2):
+        opt.step(lambda: module(x).square().mean())
+        assert torch.equal(module.mean, torch.full((1, 8), 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize(
+    "dtype",
+    sorted(
+        {d for d in vars(torch).values() if isinstance(d, torch.dtype) and not str(d).startswith("torch.q")}, key=str
+    ),
+    ids=str,
+)
+def test_a_buffer_of_any_type_lets_a_step_be_done(dtype: torch.dtype) -> None:
+    module = Keeper("none")
+    module.register_buffer("packed", torch.empty(4, dtype=dtype))
+    opt = zokern.MeZO(module, 1e-3)
+    opt.step(lambda: module(torch.ones(4, 8)).square().mean())
+    assert opt.counters["steps"] == 1

@@ -489,3 +489,29 @@ def test_two_threads() -> None:
 
 def test_operators_are_those_that_are_tested() -> None:
     assert operators._done_by == [sweep.launch]
+
+
+@pytest.mark.parametrize(("name", "place"), [("mezo-adam", "stream-pipelined"), ("helene", "shadow-pipelined")])
+def test_a_chain_that_breaks_off_after_its_last_launch_was_done(
+    name: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is noted: the step is whole all the same."""
+    world, note, calls = whole.World(METHODS[name], place, 0.0), Passes._note, [0]
+    world.reset()
+
+    def breaks_off(self: Passes, *one: Any) -> None:
+        calls[0] += 1
+        if calls[0] == last:
+            raise whole.Stop
+        note(self, *one)
+
+    last = -1
+    with monkeypatch.context() as patch:
+        patch.setattr(Passes, "_note", breaks_off)
+        world.step(1)
+        last, calls[0] = calls[0], 0
+        assert last > 0
+        world.reset()
+        with pytest.raises(whole.Stop):
+            world.step(1)
+    assert not world.verdict()

@@ -21,7 +21,7 @@ Arrive = Callable[[], None]
 @contextlib.contextmanager
 def begun(path: Path, force: bool) -> Iterator[tuple[BinaryIO, Arrive | None]]:
     """A new, empty file, locked; and, where it is not at its place yet, what puts it there."""
-    if force and path.is_file() and path.stat().st_size:
+    if force and os.path.isfile(path) and os.path.getsize(path):  # False for a name that cannot be
         with _beside(Path(os.path.realpath(path))) as both:
             yield both
     else:

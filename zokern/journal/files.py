@@ -21,7 +21,7 @@ except ImportError:  # a system without it
 @contextlib.contextmanager
 def made(path: Path, force: bool) -> Iterator[BinaryIO]:
     """A new, empty file, locked; with `force` an existing one may be there, which is empty or no regular file."""
-    new = not path.exists()
+    new = not os.path.exists(path)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (0 if force else os.O_EXCL), 0o666)
     except FileExistsError as error:

@@ -11,7 +11,8 @@ something writes through `.data`. So in the first step, and in the first after a
 change are copied, and compared after the first forward, which waits for the device; from then on those are copied that
 were seen changing. Running statistics of normalisation layers in training mode are taken to change, and so are all buffers
 of a module of which one does. Floating-point buffers of a state_dict could, and others of up to 65,536 elements, as counts;
-quantised weights and buffers that are not saved, as caches are, never.
+quantised weights, bits, and buffers that are not saved, as caches are, never. A buffer that the forward has given other
+memory or another shape gets its own back, and what it had in between is not written to: it may be the user's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SMALL = 1 << 16  # elements; tables of other types that have more are weights
+OTHERS = frozenset(
+    getattr(torch, name) for name in (
+        "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "complex32", "complex64",
+        "complex128", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+    ) if hasattr(torch, name)
+)  # fmt: skip
 
 
 def candidates(module: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -32,7 +39,7 @@ def candidates(module: nn.Module) -> list[tuple[nn.Module, str]]:
                 continue
             if t.is_inference() or t.device.type == "meta" or t.layout != torch.strided or t.is_quantized:
                 continue
-            if t.dtype in DTYPES or t.numel() <= SMALL:
+            if t.dtype in DTYPES or (t.dtype in OTHERS and t.numel() <= SMALL):
                 seen.add(id(t))
                 found.append((owner, name))
     return found
@@ -44,6 +51,10 @@ def entry(owner: nn.Module, name: str) -> Tensor | None:
     return own.get(name) if isinstance(own, dict) else own[name] if name in own else None  # noqa: SIM401
 
 
+def _lie(tensors: list[Tensor]) -> list[object]:
+    return [*map(Tensor.data_ptr, tensors), *(t.shape for t in tensors)]
+
+
 class Buffers:
     """moving: numbers of those that were seen changing, None while that is not known. copies: of what they were."""
 
@@ -52,6 +63,8 @@ class Buffers:
         self.tensors: list[Tensor] = []
         self.moving: list[int] | None = None
         self.copies: dict[int, Tensor] = {}
+        self._homes: list[Tensor] = []  # the same memory, under the same shape
+        self._lie: list[object] = []  # where, and with which shapes
         self._unseen: set[int] = set()  # written past the versions
         self._compared = False
         self._modes: list[bool] = []
@@ -73,10 +86,13 @@ class Buffers:
                 i for i, (owner, name) in enumerate(self.places)
                 if isinstance(owner, nn.modules.batchnorm._NormBase) and owner.training and name.startswith("running_")
             }  # fmt: skip
+        lie = _lie(self.tensors)
+        if lie != self._lie:
+            self._homes, self._lie = [t.detach() for t in self.tensors], lie
         wanted = range(len(self.tensors)) if self.moving is None else self.moving
         if wanted:
             for i in wanted:
-                if i not in self.copies:
+                if i not in self.copies or self.copies[i].shape != self.tensors[i].shape:
                     self.copies[i] = torch.empty_like(self.tensors[i])
             torch._foreach_copy_([self.copies[i] for i in wanted], [self.tensors[i] for i in wanted])
         self._versions = [t._version for t in self.tensors]
@@ -87,6 +103,10 @@ class Buffers:
         for (owner, name), t in zip(self.places, self.tensors, strict=True):
             if entry(owner, name) is not t:  # the forward has put another one there
                 owner._buffers[name] = t
+        if _lie(self.tensors) != self._lie:
+            for t, home in zip(self.tensors, self._homes, strict=True):
+                if t.data_ptr() != home.data_ptr() or t.shape != home.shape:
+                    t.data = home
         versions = [t._version for t in self.tensors]
         if not self._compared:
             self._compare(versions)

@@ -40,7 +40,7 @@ def entry(given: Mapping[str, Any]) -> Any:
     try:
         unpacker = zlib.decompressobj()
         plain = unpacker.decompress(base64.b64decode(text, validate=True), LARGEST)
-        if not unpacker.eof:
+        if not unpacker.eof or unpacker.unused_data:
             raise ValueError("it is cut off or too large")
         return json.loads(plain, object_hook=_tensor)
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, zlib.error) as error:

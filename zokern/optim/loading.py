@@ -66,7 +66,8 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
             "dropped it; save state_dict() as it is"
         )
     _check(isinstance(own, Mapping), f"state_dict: 'zokern' is a {type(own).__name__}; it must be a dict")
-    if own.get("format") != state.FORMAT or own.get("contract") != "zk1":
+    version = own.get("format")
+    if isinstance(version, Tensor) or version != state.FORMAT or own.get("contract") != "zk1":
         raise ValueError(
             f"state_dict has format {own.get('format')!r} and noise contract {own.get('contract')!r}; this version reads "
             f"format {state.FORMAT} and contract 'zk1'"
@@ -190,7 +191,8 @@ def _states(given: Mapping[str, Any], own: Mapping[str, Any], ours: Ours) -> dic
     every = given["state"]
     _check(isinstance(every, Mapping), f"state_dict: state is a {type(every).__name__}; it must be a dict")
     numbers = list(chain(*(group["params"] for group in given["param_groups"])))
-    strange = [number for number in every if number not in numbers]
+    known = set(numbers)
+    strange = [number for number in every if number not in known]
     _check(not strange, f"state_dict: state has {strange[:4]}, which param_groups does not have")
     params, names = chain(*(group["params"] for group in ours.groups)), chain(*ours.names)
     had: list[Any] = [None] * len(numbers)  # an earlier version did not say
