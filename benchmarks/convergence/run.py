@@ -68,19 +68,19 @@ class Method:
     sign: float = 1.0  # of the closure's value: ES maximises
 
 
-def _lezo(model: torch.nn.Module, share: float, **options: Any) -> Any:
+def lezo(model: torch.nn.Module, share: float, **options: Any) -> Any:
     blocks = len(zokern.layers.find_blocks(model))
     return zokern.LeZO(model, num_dropped=round(share * blocks), **options)
 
 
-def _adam(model: torch.nn.Module, lr: float, eps: float, seed: int) -> torch.optim.Adam:
+def adam(model: torch.nn.Module, lr: float, eps: float, seed: int) -> torch.optim.Adam:
     return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 METHODS: dict[str, Method] = {
     "mezo": Method("MeZO", zokern.MeZO, 2),
     "mezo-onesided": Method("MeZO, one-sided, n=4", zokern.MeZO, 5, {"num_samples": 4, "one_sided": True}),
-    "lezo": Method("LeZO", _lezo, 2, {"share": 0.7}),
+    "lezo": Method("LeZO", lezo, 2, {"share": 0.7}),
     "hizoo": Method("HiZOO", zokern.HiZOO, 3, {"smoothing": 1e-6}, [{"smoothing": 1e-8}, {"smoothing": 1e-4}]),
     "helene": Method("HELENE", zokern.HELENE, 2, {"floor": 1.0}, [{"floor": 30.0}, {"floor": 1e3}]),
     "mezo-gv": Method("MeZO-GV", zokern.MeZOGV, 6),
@@ -93,7 +93,7 @@ METHODS: dict[str, Method] = {
     "mezo-adam": Method("MeZO, Adam", zokern.MeZO, 2, {"update": "adam"}),
     "mezo-adamezo": Method("MeZO, AdaMeZO", zokern.MeZO, 2, {"update": "adamezo"}),
     "mezo-sign": Method("MeZO, sign", zokern.MeZO, 2, {"update": "sign"}),
-    "adam": Method("Adam (backpropagation)", _adam, BACKPROPAGATION),
+    "adam": Method("Adam (backpropagation)", adam, BACKPROPAGATION),
 }
 
 
@@ -145,7 +145,7 @@ class Search:
 
     def _step(self, optimizer: Any, batch: Any) -> None:
         def closure() -> Any:
-            if self.method.build is not _adam:
+            if self.method.build is not adam:
                 return self.method.sign * self.task.loss(batch)
             optimizer.zero_grad()
             loss = self.task.loss(batch)

@@ -27,19 +27,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 import zokern
 from benchmarks import study
+from benchmarks.convergence.run import BACKPROPAGATION, EPS, SEEDS, Settings, adam, lezo
 from benchmarks.llm import reviews
 from benchmarks.llm.task import LONGEST, Batch, Sentiment, load
 from zokern.bench.record import RESULTS, store
 
-Settings = dict[str, Any]
-EPS = 1e-3
 BATCH = 16
-SEEDS = (0, 1, 2)
-BACKPROPAGATION = 3  # forwards that one forward and backward count as
 LOOKS = 12  # at the test set, in a run
 LOOK_AT_CLOCK = 200  # steps; the GPU is waited for
 ENDING = 5.0  # seconds kept for storing
@@ -59,14 +56,6 @@ class Method:
     share: float = 1.0  # of the budget; backpropagation is done long before
 
 
-def _lezo(model: nn.Module, share: float, **options: Any) -> Any:
-    return zokern.LeZO(model, num_dropped=round(share * len(zokern.layers.find_blocks(model))), **options)
-
-
-def _lora(model: nn.Module, lr: float, eps: float, seed: int) -> torch.optim.Adam:
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-
-
 METHODS = {
     "mezo": Method("MeZO", zokern.MeZO, 2, (1e-6, 3e-6, 1e-5, 3e-5), 3),
     "mezo-onesided": Method(
@@ -74,9 +63,9 @@ METHODS = {
     ),
     "fzoo": Method("FZOO", zokern.FZOO, 9, (3e-7, 1e-6, 3e-6, 1e-5)),
     "hizoo": Method("HiZOO", zokern.HiZOO, 3, (1e-6, 3e-6, 1e-5, 3e-5)),
-    "lezo": Method("LeZO", _lezo, 2, (3e-6, 1e-5, 3e-5, 1e-4), 1, {"share": 0.75}, captured=False),
+    "lezo": Method("LeZO", lezo, 2, (3e-6, 1e-5, 3e-5, 1e-4), 1, {"share": 0.75}, captured=False),
     "lora-adam": Method(
-        "LoRA, Adam (backpropagation)", _lora, BACKPROPAGATION, (1e-4, 3e-4, 1e-3), captured=False, share=0.2
+        "LoRA, Adam (backpropagation)", adam, BACKPROPAGATION, (1e-4, 3e-4, 1e-3), captured=False, share=0.2
     ),
 }  # fmt: skip
 
@@ -144,7 +133,7 @@ class Bench:
 
     def _shown(self, method: Method) -> Sentiment:
         """The task as the method trains it: LoRA has a model of its own around a copy of the weights."""
-        if method.build is not _lora:
+        if method.build is not adam:
             return self.task
         if self.lora is None:
             import peft
@@ -163,7 +152,7 @@ class Bench:
         task, steps = self._shown(method), int(forwards * method.share) // method.forwards
         task.reset()
         task.watch_memory()
-        where = {"placement": "shadow"} if self.options.compiled and method.build is not _lora else {}
+        where = {"placement": "shadow"} if self.options.compiled and method.build is not adam else {}
         optimizer = method.build(task.model, lr=lr, eps=EPS, seed=seed, **method.settings, **where)
         batches = task.batches(BATCH, seed)
         step = self._stepper(method, task, optimizer, next(batches))
@@ -193,7 +182,7 @@ class Bench:
         return time.perf_counter()
 
     def _stepper(self, method: Method, task: Sentiment, optimizer: Any, sample: Batch) -> Callable[[Batch], object]:
-        if method.build is _lora:
+        if method.build is adam:
 
             def backward(batch: Batch) -> None:
                 optimizer.zero_grad(set_to_none=True)

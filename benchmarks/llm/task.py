@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.convergence.tasks import Task
 from benchmarks.llm import reviews
 from zokern.finetune import models
 from zokern.finetune.batches import Order
@@ -43,7 +44,7 @@ def padded(rows: Tensor, lengths: list[int]) -> dict[str, Tensor]:
     return {"ids": ids, "mask": mask[:, None], "positions": (place - first).clamp(min=0).expand(count, width)}
 
 
-class Sentiment:
+class Sentiment(Task):
     """The model in eval mode, at its starting weights after reset(), and its batches. sets: what reviews.read gives.
 
     Of each set all lies on the device, so that a batch is a choice of rows there.
@@ -67,15 +68,8 @@ class Sentiment:
     def follow(self, model: nn.Module, *, compiled: bool = False) -> None:
         """Another model from now on, with its weights as the starting ones. compiled: in training batches, whose shape is
         always the same."""
-        self.model = model
+        super().__init__(model)
         self._trained: Any = torch.compile(model) if compiled else model
-        self._start = [p.detach().clone() for p in model.parameters()]
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        for p, start in zip(self.model.parameters(), self._start, strict=True):
-            p.copy_(start)
-            p.grad = None
 
     def watch_memory(self) -> None:
         """What is allocated from now on counts."""
