@@ -77,8 +77,8 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def keep(out: Path, into: Path = RESULTS) -> dict[str, Any]:
-    """The run's summary."""
+def keep(out: Path, into: Path = RESULTS, sampled: Path | None = None) -> None:
+    """Everything, or nothing where anything is refused. sampled: of the clock."""
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     kept = {into / f"gpu-suite-{part_of(summary)}.json": summary}
     for name, to in BITS.items():
@@ -92,6 +92,11 @@ def keep(out: Path, into: Path = RESULTS) -> dict[str, Any]:
         machine = {"gpu": summary["gpu"]["name"], "driver": summary["gpu"]["driver"]}
         about = {"benchmark": "sanitizer", "date": summary["date"], "commit": summary["commit"], "machine": machine}
         kept[into / "sanitizer-cuda.json"] = {**about, "results": of_sanitizer(log.read_text())}
+    if sampled is not None:
+        try:
+            kept[into / "clocks-cuda.json"] = clocks.record(sampled.read_text(), summary)
+        except ValueError as error:
+            raise SystemExit(f"not kept: {sampled}: {error}") from None
     for path, record in kept.items():
         _write(path, record)
     copied = {out / name: into / new for name, new in RENAMED.items()}
@@ -100,7 +105,6 @@ def keep(out: Path, into: Path = RESULTS) -> dict[str, Any]:
         if path.exists():
             where.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, where)
-    return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,13 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clocks", type=Path, metavar="CSV", help=f"of {' '.join(clocks.COMMAND)}")
     parser.add_argument("--into", type=Path, default=RESULTS, help="the folder of results (default: %(default)s)")
     options = parser.parse_args(arguments)
-    summary = keep(options.out, options.into)
-    if options.clocks is not None:
-        try:
-            record = clocks.record(options.clocks.read_text(), summary)
-        except ValueError as error:
-            raise SystemExit(f"not kept: {options.clocks}: {error}") from None
-        _write(options.into / "clocks-cuda.json", record)
+    keep(options.out, options.into, options.clocks)
     return 0
 
 

@@ -153,6 +153,7 @@ def test_samples_of_another_time_are_refused(text: str, message: str, tmp_path: 
     (out / "clocks.csv").write_text(text)
     with pytest.raises(SystemExit, match=message):
         keep.main([str(out), "--clocks", str(out / "clocks.csv"), "--into", str(tmp_path / "results")])
+    assert not (tmp_path / "results").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
