@@ -185,11 +185,8 @@ def test_a_journal_tells_of_what_a_step_moved(before: bool, pipelined: bool, tmp
     assert same(model, base)
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_restore_that_fails_is_not_believed_later(assign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads clean weights afterwards steps from these. assign: as `p.data = other`, which torch does not count."""
-    model, opt = fresh(placement="inplace")
-    clean = copy.deepcopy(model.state_dict())
+def step_whose_restore_fails(model: nn.Module, opt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pass works once the closure has been called."""
     original, failing = sweep.run, False
 
     def run(*args: Any) -> int:
@@ -202,10 +199,18 @@ def test_a_restore_that_fails_is_not_believed_later(assign: bool, monkeypatch: p
         failing = True
         return loss_of(model)
 
-    monkeypatch.setattr(sweep, "run", run)
-    with pytest.raises(TimeoutError):
-        opt.step(closure)
-    failing = False
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "run", run)
+        with pytest.raises(TimeoutError):
+            opt.step(closure)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_restore_that_fails_is_not_believed_later(assign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads clean weights afterwards steps from these. assign: as `p.data = other`, which torch does not count."""
+    model, opt = fresh(placement="inplace")
+    clean = copy.deepcopy(model.state_dict())
+    step_whose_restore_fails(model, opt, monkeypatch)
     if assign:
         for name, p in model.named_parameters():
             p.data = clean[name]
@@ -224,22 +229,7 @@ def test_one_weight_that_is_loaded_leaves_the_others_to_be_restored(
     model, opt = fresh(placement="inplace", eps=0.1)
     clean = copy.deepcopy(model.state_dict())
     opt.param_groups[0]["lr"] = 0.0
-    original, failing = sweep.run, False
-
-    def run(*args: Any) -> int:
-        if failing:
-            raise TimeoutError
-        return original(*args)
-
-    def closure() -> Tensor:
-        nonlocal failing
-        failing = True
-        return loss_of(model)
-
-    monkeypatch.setattr(sweep, "run", run)
-    with pytest.raises(TimeoutError):
-        opt.step(closure)
-    failing = False
+    step_whose_restore_fails(model, opt, monkeypatch)
     assert all((p - clean[name]).abs().max() > 0.01 for name, p in model.named_parameters())
     if assign:
         model.head.bias.data = clean["head.bias"] + 1.0

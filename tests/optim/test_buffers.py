@@ -166,7 +166,7 @@ class Keeper(nn.Module):
                 self.last.data = x[:1]
             case "a part of itself":
                 self.last.data = self.last.data[:2]
-            case "grown" | "grown from nothing":  # as torch.ao's observers do
+            case "grown" | "grown from nothing":  # grown in place
                 self.last.resize_(9, 8).fill_(2.0)
             case "set":
                 self.last.set_(x)

@@ -217,6 +217,18 @@ def test_what_is_carried_may_come_from_anywhere(hostile):
     assert opt.counters["steps"] == 1
 
 
+def test_bytes_behind_what_is_carried_are_refused():
+    _, opt = pair(METHODS["mezo"])
+    state = opt.state_dict()
+    whole = base64.b64decode(state["param_groups"][0]["zokern"])
+    del state["zokern"]
+    state["param_groups"][0]["zokern"] = base64.b64encode(whole + b"more").decode()
+    with pytest.raises(ValueError, match="cannot be read"):
+        opt.load_state_dict(state)
+    state["param_groups"][0]["zokern"] = base64.b64encode(whole).decode()
+    opt.load_state_dict(state)
+
+
 def test_what_was_dropped_is_told_and_how_to_keep_it():
     model, opt = pair(METHODS["mezo"])
     run(model, opt, 0, 3)
