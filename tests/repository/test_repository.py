@@ -55,7 +55,7 @@ def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert blocks
     (tmp_path / "blocks.json").write_text(json.dumps(blocks))
-    one_by_one = "import json; [exec(block, {'__name__': '__main__'}) for block in json.load(open('blocks.json'))]"
+    one_by_one = "import json; own = {'__name__': '__main__'}; [exec(b, own) for b in json.load(open('blocks.json'))]"
     done = run(sys.executable, "-c", one_by_one, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
