@@ -128,9 +128,7 @@ def _training_step(written: Callable[..., Any]) -> Callable[..., Any]:
         if work.optimizer is None:
             work.waiting = waiting
             return None
-        returned = _step(self, work, written, waiting)
-        work.waiting = Waiting()
-        return returned
+        return _step(self, work, written, waiting)
 
     return training_step
 
@@ -161,6 +159,7 @@ def _step(module: Any, work: _Work, written: Callable[..., Any], waiting: Waitin
         return returned["loss"]
 
     loss = work.optimizer.step(closure, waiting.batches, batch_weights=waiting.weights or None)
+    work.waiting = Waiting()
     Logged(module, waiting.batches).tell()
     # Lightning divides by this, as a share of an accumulation; it is the loss of all of it.
     loss = loss * module.trainer.accumulate_grad_batches
