@@ -146,6 +146,18 @@ def test_a_saved_run_goes_on_with_the_same_bits(tmp_path):
     assert torch.equal(again.opt.metrics["loss"], run.opt.metrics["loss"])
 
 
+def test_a_journal_is_of_the_optimizer_itself(tmp_path):
+    run = Run(update="sgd")
+    base = dict(small().named_parameters())
+    with zokern.journal.write(run.opt, tmp_path / "run.zkj"):
+        run.go()
+    assert zokern.journal.Reader(tmp_path / "run.zkj").header["method"] == "MeZO"
+    assert zokern.journal.replay(tmp_path / "run.zkj", base) == 3
+    assert equal(list(base.values()), weights(run.model))
+    with zokern.journal.resume(Run(update="sgd").opt, tmp_path / "run.zkj") as steps:
+        assert steps == 3
+
+
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 def test_prepare_in_either_order(first):
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=3, cpu=True)

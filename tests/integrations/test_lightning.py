@@ -211,22 +211,29 @@ def test_a_saved_run_goes_on_with_the_same_bits(dtype, tmp_path):
         def micro_batch_weight(self, batch: Tensor) -> float:
             return float(len(batch))
 
+        def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Tensor:
+            moved.append(len(batch))
+            return batch
+
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             checkpoint["own"] = True
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             assert checkpoint["own"]
 
+    moved: list[int] = []
     whole = Weighted(dtype)
     trainer(epochs=2, callbacks=[Saving(tmp_path)]).fit(whole, Loader())
     model, _ = by_hand(2, dtype=dtype, weighted=True)
     assert equal(weights(whole.net), weights(model))
-    for saved in ("0-0", "0-1", "0-2", "0-6", "1-4"):
+    for saved, used in {"0-0": 0, "0-1": 0, "0-2": 3, "0-6": 7, "1-4": 10}.items():
+        moved = []
         again, fit = Weighted(dtype), trainer(epochs=2)
         with torch.no_grad():
             again.net.norm.weight.zero_()
         fit.fit(again, Loader(), ckpt_path=tmp_path / f"{saved}.ckpt", weights_only=True)
         assert equal(weights(again.net), weights(model)), saved
+        assert sorted(moved) == sorted(len(batch) for batch in (BATCHES * 2)[used:])  # those that wait, too
         assert fit.global_step == fit.optimizers[0].counters["steps"] == 6
         assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.9**6)
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
+from typing import Any
+
+import torch
 
 from zokern.optim import causes
 
 CLOSURES = ("lightning.pytorch.loops.optimization.automatic", "pytorch_lightning.loops.optimization.automatic")
+
+
+def bare(optimizer: Any) -> Any:
+    """The optimizer inside the wrapper that accelerate or Lightning put around it."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def refuse_automatic(closure: object) -> None:
