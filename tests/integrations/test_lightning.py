@@ -250,6 +250,13 @@ def test_micro_batches_that_no_step_uses_are_told():
     assert fit.global_step == 1
 
 
+def test_what_waits_belongs_to_its_fit(tmp_path):
+    trainer(callbacks=[Saving(tmp_path)]).fit(Tuner(), Loader())
+    module = Tuner.load_from_checkpoint(tmp_path / "0-1.ckpt")
+    trainer().fit(module, Loader())
+    assert equal(weights(module.net), weights(by_hand()[0]))
+
+
 def test_a_step_that_raises_leaves_the_weights_and_what_waits():
     class Broken(Tuner):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -264,3 +271,7 @@ def test_a_step_that_raises_leaves_the_weights_and_what_waits():
     saved: dict[str, Any] = {}
     module.on_save_checkpoint(saved)
     assert [args[1] for args in saved["zokern_waiting"]["arguments"]] == [0, 1]
+    module.forwards = [0] * 5
+    with pytest.warns(zokern.ZokernWarning, match="when another fit began, 2 micro-batches had been collected"):
+        trainer().fit(module, Loader())
+    assert equal(weights(module.net), weights(by_hand(placement="shadow")[0]))

@@ -78,6 +78,13 @@ def test_a_fit_that_is_refused(kind, options, error, message):
     assert equal(weights(module.net), weights(small()))
 
 
+def test_a_training_step_that_the_mixin_does_not_see_is_refused():
+    module = Tuner()
+    module.training_step = lambda batch, batch_idx: module.net(batch)
+    with pytest.raises(RuntimeError, match="no step was made: training_step was replaced"):
+        trainer(count=1).fit(module, Loader())
+
+
 def test_a_scaler_is_refused():
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(NotImplementedError, match="'16-mixed' has a GradScaler"):

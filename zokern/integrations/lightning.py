@@ -24,8 +24,10 @@ from torch import Tensor
 from zokern.integrations import fitting
 from zokern.integrations.logged import Logged, MicroBatch
 from zokern.integrations.waiting import Waiting
+from zokern.optim import frameworks
 
-if not any(importlib.util.find_spec(name) for name in ("lightning", "pytorch_lightning")):
+_NAMES = ("lightning", "pytorch_lightning")
+if not any(map(importlib.util.find_spec, _NAMES)):
     raise ImportError("zokern.integrations.lightning needs Lightning: pip install lightning")
 
 _SAVED = "zokern_waiting"  # in a checkpoint: arguments of the training steps of micro-batches that wait
@@ -33,13 +35,14 @@ _UNUSED = "the last of an epoch ends an accumulation, but a training that is sto
 
 
 class _Work:
-    """What the mixin knows of one module. optimizer: whose step Lightning makes now. now: the micro-batch that a probe
-    evaluates."""
+    """What the mixin knows of one module. optimizer: whose step Lightning makes now; made: it has been made. now: the
+    micro-batch that a probe evaluates."""
 
     def __init__(self) -> None:
         self.waiting = Waiting()
         self.loaded = False  # they come from a checkpoint, and may be on another device
         self.optimizer: Any = None
+        self.made = False
         self.now: MicroBatch | None = None
 
 
@@ -65,19 +68,13 @@ class ForwardOnly:
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
-        names = [f"{one.__module__.split('.')[0]}.{one.__name__}" for one in cls.__mro__]
-        found = [
-            i
-            for i, name in enumerate(names)
-            if name in ("lightning.LightningModule", "pytorch_lightning.LightningModule")
-        ]
-        if not found:
+        base = next((one for one in cls.__mro__ if _is_lightnings(one)), None)
+        if base is None:
             return
-        if found[0] < cls.__mro__.index(ForwardOnly):
+        if cls.__mro__.index(base) < cls.__mro__.index(ForwardOnly):
             raise TypeError(
                 f"ForwardOnly comes before LightningModule: class {cls.__name__}(ForwardOnly, LightningModule)"
             )
-        base = cls.__mro__[found[0]]
         for name, around in _AROUND.items():
             written = getattr(cls, name)
             own = name != "training_step" or written is not vars(base)[name]
@@ -96,11 +93,16 @@ class ForwardOnly:
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]) -> None:
         """Lightning's hook: its closure calls training_step, which makes the step."""
         work = _work(self)
-        work.optimizer = getattr(optimizer, "optimizer", optimizer)
+        work.optimizer, work.made = frameworks.bare(optimizer), False
         try:
             optimizer_closure()
         finally:
             work.optimizer = None
+        if not work.made:
+            raise RuntimeError(
+                "no step was made: training_step was replaced after its class was made, and ForwardOnly does not see it; "
+                "define it in the class"
+            )
 
     def log(self, name: str, value: Any, *args: Any, **named: Any) -> None:
         """Lightning's. Within a step it is put off until the step has been made."""
@@ -109,6 +111,10 @@ class ForwardOnly:
             super().log(name, value, *args, **named)  # type: ignore[misc]
         else:
             now.log(name, value, args, named)
+
+
+def _is_lightnings(kind: type) -> bool:
+    return kind.__name__ == "LightningModule" and kind.__module__.split(".")[0] in _NAMES
 
 
 def _work(module: Any) -> _Work:
@@ -133,12 +139,23 @@ def _training_step(written: Callable[..., Any]) -> Callable[..., Any]:
     return training_step
 
 
-def _in_fit(module: Any) -> bool:
-    """Whether a Trainer's fit calls."""
+def _trainer(module: Any) -> Any:
+    """A module's Trainer, or None."""
     try:
-        return getattr(module.trainer, "training", False) is True
-    except RuntimeError:  # there is none
-        return False
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
+def _in_fit(module: Any) -> bool:
+    """Whether the training loop of a Trainer calls."""
+    return getattr(_trainer(module), "training", False) is True
+
+
+def _fits(module: Any) -> bool:
+    """Whether a Trainer's fit is under way, or being set up."""
+    state = getattr(_trainer(module), "state", None)
+    return state is not None and state.fn == "fit"
 
 
 def _step(module: Any, work: _Work, written: Callable[..., Any], waiting: Waiting) -> Any:
@@ -158,8 +175,10 @@ def _step(module: Any, work: _Work, written: Callable[..., Any], waiting: Waitin
             raise TypeError(f"training_step returned a dict without 'loss', it has {', '.join(map(repr, returned))}")
         return returned["loss"]
 
+    for one in waiting.batches:
+        one.logged = {}  # a step before may have been broken off
     loss = work.optimizer.step(closure, waiting.batches, batch_weights=waiting.weights or None)
-    work.waiting = Waiting()
+    work.waiting, work.made = Waiting(), True
     Logged(module, waiting.batches).tell()
     # Lightning divides by this, as a share of an accumulation; it is the loss of all of it.
     loss = loss * module.trainer.accumulate_grad_batches
@@ -179,6 +198,13 @@ def _first(own: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[
     return around
 
 
+def _setup(module: Any, stage: str) -> None:
+    if stage == "fit":
+        work = _work(module)
+        work.waiting.tell("when another fit began", _UNUSED)
+        work.waiting, work.loaded = Waiting(), False
+
+
 def _on_train_end(module: Any) -> None:
     work = _work(module)
     work.waiting.tell("when the training ended", _UNUSED)
@@ -193,14 +219,15 @@ def _on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
 
 def _on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     work, saved = _work(module), checkpoint.get(_SAVED)
-    work.waiting, work.loaded = Waiting(), saved is not None
-    if saved is not None:
+    if saved is not None and _fits(module):  # load_from_checkpoint takes the weights alone
+        work.loaded = True
         work.waiting.batches = [MicroBatch(tuple(args)) for args in saved["arguments"]]
         work.waiting.weights = list(saved["weights"])
 
 
 _AROUND: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "training_step": _training_step,
+    "setup": _first(_setup),
     "on_fit_start": _first(fitting.check),
     "on_train_end": _first(_on_train_end),
     "on_save_checkpoint": _first(_on_save_checkpoint),
