@@ -49,7 +49,17 @@ def test_a_figure_that_is_not_the_stored_one_is_told(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/check.md", "docs/passes.md", "docs/journal.md", "docs/methods.md", "docs/trainer.md"]
+    "page",
+    [
+        "README.md",
+        "docs/accelerate.md",
+        "docs/check.md",
+        "docs/journal.md",
+        "docs/lightning.md",
+        "docs/methods.md",
+        "docs/passes.md",
+        "docs/trainer.md",
+    ],
 )
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)

@@ -22,7 +22,7 @@ from zokern.journal.hashing import hash_of
 from zokern.journal.player import Player, memory_of
 from zokern.journal.reader import Reader
 from zokern.journal.record import Recorder
-from zokern.optim import state
+from zokern.optim import frameworks, state
 from zokern.optim.base import ZerothOrderOptimizer
 
 OF_A_RUN = ("contract", "method", "options", "placement", "seed", "states")  # what a header has that all of it shares
@@ -67,7 +67,7 @@ def write(
     Raises:
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
     """
-    path = Path(path)
+    path, optimizer = Path(path), frameworks.bare(optimizer)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
     if not state.untouched(optimizer.state, optimizer.state_spec):
@@ -136,7 +136,7 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
         JournalError: if the journal is damaged, does not fit the optimizer, or another process is writing it, before
             anything is changed; if the weights on the way are not those that training had, after they were changed.
     """
-    path = Path(path)
+    path, optimizer = Path(path), frameworks.bare(optimizer)
     with locked(path) as file:
         reader, params = _fitting(optimizer, path), optimizer.weights()
         end, crc, layout, frames = _play(optimizer, reader, params)
