@@ -66,3 +66,16 @@ def counted(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.calls = 0  # type: ignore[attr-defined]
     return call
+
+
+def words() -> Any:
+    """A tokenizer of a few words, with a chat template; token 3 + i is the word w{i}."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": 3 + i for i in range(VOCABULARY - 3)}
+    made = Tokenizer(models.WordLevel(known, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer

@@ -22,20 +22,21 @@ class Chosen(NamedTuple):
     settings: dict[str, Any]
 
     @classmethod
-    def read(cls, zo: str | Mapping[str, Any]) -> Chosen:
+    def read(cls, zo: str | Mapping[str, Any] | None, default: str = "mezo") -> Chosen:
         """
         Args:
-            zo: a method's name, or a mapping with "method" (default: "mezo") and any setting of its class but lr,
+            zo: a method's name, or a mapping with "method" and any setting of its class but lr,
                 weight_decay, params and module; for lezo also num_dropped (default: three quarters of the blocks).
+            default: the method where zo has none.
 
         Raises:
             TypeError, ValueError: naming what is not known.
         """
-        if isinstance(zo, str):
-            zo = {"method": zo}
+        if zo is None or isinstance(zo, str):
+            zo = {"method": zo or default}
         if not isinstance(zo, Mapping):
             raise TypeError(f"zo must be a method's name or a mapping with 'method', got {type(zo).__name__}")
-        method, settings = zo.get("method", "mezo"), {name: value for name, value in zo.items() if name != "method"}
+        method, settings = zo.get("method", default), {name: value for name, value in zo.items() if name != "method"}
         if not isinstance(method, str) or method not in ENTRIES:
             raise ValueError(f"zo: there is no method {method!r}; {_closest(str(method), ENTRIES, 'the methods are')}")
         return cls.of_class(ENTRIES[method].cls, settings, "zo")

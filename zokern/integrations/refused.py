@@ -94,12 +94,12 @@ def accelerator(made: Any) -> None:
     )  # fmt: skip
 
 
-def optimizer(given: Any, model: nn.Module) -> None:
-    """Of `optimizers`.
+def optimizer(given: Any, model: nn.Module, maximize: bool) -> None:
+    """Of `optimizers`. maximize: the trainer has rewards.
 
     Raises:
         TypeError: if it is none of zokern's.
-        ValueError: if it trains nothing of the model, or climbs.
+        ValueError: if it trains nothing of the model, or goes the other way.
     """
     if not isinstance(given, ZerothOrderOptimizer):
         raise TypeError(
@@ -112,7 +112,9 @@ def optimizer(given: Any, model: nn.Module) -> None:
             "optimizers: none of its parameters is one of model's; make it of the same module, after get_peft_model and "
             "whatever else replaces parameters"
         )
-    if given.maximize:
+    if bool(given.maximize) is not maximize:
+        wanted = "reward is to rise" if maximize else "loss is to fall"
         raise ValueError(
-            f"optimizers: {type(given).__name__} has maximize=True, and the trainer's loss is to fall; give maximize=False"
+            f"optimizers: {type(given).__name__} has maximize={bool(given.maximize)}, and the trainer's {wanted}; give "
+            f"maximize={maximize}"
         )

@@ -65,7 +65,8 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
     journal: bool = True
     dropout: bool = True
     OWN = ("zo", "journal", "dropout")
-    maximize = False  # what compute_loss returns is a loss
+    maximize = False  # what a probe returns is a loss
+    method = "mezo"  # without zo
     optimizer: Any  # zokern's, and what accelerate puts around it
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -90,7 +91,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         if self.optimizer is not None:
             if self.zo is not None:
                 raise ValueError("zo and optimizers are both given; leave one out")
-            refused.optimizer(self.optimizer, self.model)
+            refused.optimizer(self.optimizer, self.model, self.maximize)
         self._chosen = None if self.optimizer is not None else self._choice()
         self.add_callback(_Hooks(self))
 
@@ -124,7 +125,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
             if self.zo is not None:
                 raise ValueError("zo and optimizer_cls_and_kwargs are both given; leave one out")
             return Chosen.of_class(*given)
-        return Chosen.read("mezo" if self.zo is None else self.zo)
+        return Chosen.read(self.zo, self.method)
 
     def _groups(self, model: nn.Module) -> Groups:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -143,26 +144,37 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro = self._micro, []
-        if not model.training:
-            model.train()
-            if not self.dropout:
-                _quieten(model)
+        self.set_mode(model)
         books = Books(self, len(batches))
 
-        def closure(batch: Any) -> Tensor:
+        def closure(batch: Any) -> Any:
             with self.compute_loss_context_manager():
-                loss: Tensor = self.compute_loss(model, copy.copy(batch), num_items_in_batch=num_items_in_batch)
+                loss = self.probe(model, copy.copy(batch), num_items_in_batch)
             books.counted()
             return loss
 
         optimizer = self.zo_optimizer
-        reduction = "sum" if self._is_share(num_items_in_batch) else "mean"
         try:
-            loss = optimizer.step(closure, batches, reduction=reduction)
+            loss = optimizer.step(closure, batches, **self.step_options(batches, num_items_in_batch))
         finally:
             books.put_back()
         optimizer.step_done = self._stepped = True  # the loop calls optimizer.step() once more
-        return self._note(loss.to(self.args.device))
+        return self._note(-loss.to(self.args.device) if self.maximize else loss.to(self.args.device))
+
+    def set_mode(self, model: nn.Module) -> None:
+        """Before each step: training mode, where evaluation has left it."""
+        if not model.training:
+            model.train()
+            if not self.dropout:
+                _quieten(model)
+
+    def probe(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Any:
+        """What a micro-batch says of the weights as they are now: one number, or several by name."""
+        return self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+
+    def step_options(self, batches: list[Any], num_items_in_batch: Any) -> dict[str, Any]:
+        """How the optimizer's step puts micro-batches together: its arguments."""
+        return {"reduction": "sum" if self._is_share(num_items_in_batch) else "mean"}
 
     def _is_share(self, num_items_in_batch: Any) -> bool:
         """Whether compute_loss gives each micro-batch's share of the step's loss, and not a mean of its own."""
@@ -180,14 +192,18 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
         if "loss" in logs and self._losses:
-            losses, self._losses = torch.stack(self._losses), []
-            finite = losses[torch.isfinite(losses)]
-            optimizer = self.zo_optimizer
-            logs["loss"] = float(finite.mean()) if len(finite) else float("nan")
-            logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
-            logs["forwards"] = optimizer.counters["forwards"]
-            logs["skipped_steps"], logs["flat_steps"] = optimizer.skipped_steps, optimizer.flat_steps
+            self.tell(logs)
         super().log(logs, *args, **named)
+
+    def tell(self, logs: dict[str, float]) -> None:
+        """Adds to a line of the log what is known of the steps since the last one. Waits for the device."""
+        losses, self._losses = torch.stack(self._losses), []
+        finite = losses[torch.isfinite(losses)]
+        optimizer = self.zo_optimizer
+        logs["loss"] = float(finite.mean()) if len(finite) else float("nan")
+        logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
+        logs["forwards"] = optimizer.counters["forwards"]
+        logs["skipped_steps"], logs["flat_steps"] = optimizer.skipped_steps, optimizer.flat_steps
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """There are no gradients."""
@@ -249,6 +265,7 @@ def _taking_own(cls: type[ForwardOnly]) -> Callable[..., None]:
 
     @functools.wraps(inherited)
     def construct(self: ForwardOnly, *args: Any, **named: Any) -> None:
+        refused.trainer(cls)
         _set_own(self, named)
         super(cls, self).__init__(*args, **named)
 

@@ -27,8 +27,8 @@ LEAVE_OUT = (
 )
 NO_CLOSURE = (
     "step needs a closure that returns the loss, for example opt.step(lambda: model(x, y).loss). A loop that calls "
-    "loss.backward() and then step() does first-order work; in transformers' Trainer, override training_step to call "
-    "self.optimizer.optimizer.step(closure), and make step() without a closure do nothing; with accelerate, take "
+    "loss.backward() and then step() does first-order work; in place of transformers' Trainer, take "
+    "zokern.integrations.transformers.ZOTrainer, or its ForwardOnly for other trainers; with accelerate, take "
     "zokern.integrations.accelerate.prepare(accelerator, opt) and call opt.step(closure, batch) in place of "
     "accelerator.backward(loss); in Lightning, make the module of zokern.integrations.lightning.ForwardOnly, or set "
     "self.automatic_optimization = False and call self.optimizers().step(closure)"

@@ -1,0 +1,173 @@
+"""Rewards climbed by forwards alone: the model writes, functions judge it, and the weights move along what paid.
+
+    from zokern.integrations.trl import RewardTrainer
+
+    def brief(completions, **columns):
+        return [-len(text) for text in completions]
+
+    RewardTrainer(model, reward_funcs=brief, args=args, train_dataset=prompts, processing_class=tokenizer).train()
+
+Reward functions have TRL's form, so those written for its GRPOTrainer serve. No TRL is needed for this trainer; TRL's SFT,
+DPO and reward-model trainers take zeroth-order steps by the mixin: class ZODPOTrainer(DPOTrainer, ForwardOnly).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokern.integrations.completions import Prompts, Writer, mean, room
+from zokern.integrations.notes import Notes
+from zokern.integrations.rewards import Reward, Rewards
+from zokern.integrations.transformers import ZOTrainer
+from zokern.optim.flat import IN_A_ROW
+
+
+class RewardTrainer(ZOTrainer):
+    """Climbs the mean reward of what a language model writes:
+
+        R(theta) = (1/n) sum_i sum_k w_k r_k(prompt_i, completion_i(theta))
+
+    over the n prompts of a step, each forward of which writes n completions. Greedy, R is a function of the weights;
+    sampled, all forwards of a step draw the same numbers. The reward may be anything: no gradient of it is needed.
+
+    Args:
+        model: causal or encoder-decoder, with `generate`; a PeftModel too.
+        reward_funcs: a function reward(prompts, completions, **columns) that returns a number or None for each, a list of
+            functions, or a dict of them by name. It gets every other column of the dataset as a list, `completion_ids` and
+            `trainer_state`; take **columns for what is not needed. Prompts that are lists of messages have completions of
+            that form: [{"role": "assistant", "content": text}].
+        args: TrainingArguments. per_device_train_batch_size is of prompts.
+        train_dataset, eval_dataset: rows with "prompt", and whatever the functions need.
+        processing_class: the tokenizer.
+        reward_weights: of the functions, a list or a dict by name. Default: 1 each.
+        generation: settings of transformers' GenerationConfig. Default: greedy, 64 new tokens.
+        zo: as ZOTrainer's. Default: "es", whose step does not depend on the reward's scale; fzoo and mezo climb too.
+        optimizers: a zokern optimizer with maximize=True, and a schedule.
+        More, by name: what ZOTrainer takes.
+
+    Logged: reward, rewards/NAME, completion_length (tokens), empty_completions (their share); `eval_reward` at evaluation.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the argument; in a step, naming the reward function.
+    """
+
+    maximize = True
+    method = "es"
+
+    def __init__(
+        self,
+        model: Any = None,
+        reward_funcs: Reward | Sequence[Reward] | Mapping[str, Reward] | None = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        reward_weights: Sequence[float] | Mapping[str, float] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        **named: Any,
+    ) -> None:
+        if reward_funcs is None:
+            raise ValueError("reward_funcs is missing: give a function reward(prompts, completions, **columns)")
+        if not callable(getattr(model, "generate", None)):
+            raise TypeError(
+                f"model is a {type(model).__name__}, which does not generate; give a language model with a head"
+            )
+        self.notes = Notes()
+        self.rewards = Rewards(reward_funcs, reward_weights, self.notes)
+        collator = Prompts(processing_class, None)
+        self.writer = Writer(model, collator.tokenizer, dict(generation or {}), self.notes)
+        collator.room = room(model, self.writer.config.max_new_tokens)
+        self._seen: dict[str, list[float]] = defaultdict(list)  # since the last line of the log
+        self._held: dict[str, list[float]] = defaultdict(list)  # of an evaluation
+        if args is not None and args.remove_unused_columns:
+            args = copy.copy(args)  # the functions need them
+            args.remove_unused_columns = False
+        super().__init__(
+            model, args, data_collator=named.pop("data_collator", collator), train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, **named,
+        )  # fmt: skip
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        made = super().create_optimizer(model)
+        optimizer = self.zo_optimizer
+        if self.writer.samples and optimizer.paired_randomness == "auto":
+            optimizer.paired_randomness = True
+        return made
+
+    def set_mode(self, model: nn.Module) -> None:
+        """Completions are written as they will be in use: without dropout."""
+        if model.training:
+            model.eval()
+
+    def training_step(self, *args: Any, **named: Any) -> Tensor:
+        reward: Tensor = super().training_step(*args, **named)
+        self.notes.tell()
+        return reward
+
+    def probe(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> dict[str, float]:
+        return self.judge(model, batch, self._seen)
+
+    def judge(self, model: nn.Module, batch: Mapping[str, Any], kept: dict[str, list[float]]) -> dict[str, float]:
+        """The mean of each reward over the model's completions of a batch. kept: takes what there is to log."""
+        completions, ids = self.writer.write(self.accelerator.unwrap_model(model), batch)
+        rows = batch["rows"]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        rewards = self.rewards(
+            prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=ids,
+            trainer_state=self.state, **columns,
+        )  # fmt: skip
+        for name, value in rewards.items():
+            kept[f"rewards/{name}"].append(value)
+        kept["reward"].append(self._total(rewards))
+        kept["completion_length"].append(mean([float(len(one)) for one in ids]))
+        kept["empty_completions"].append(mean([float(not one) for one in ids]))
+        return rewards
+
+    def _total(self, rewards: Mapping[str, float]) -> float:
+        return sum(self.rewards.weights.get(name, 1.0) * value for name, value in rewards.items())
+
+    def step_options(self, batches: list[Any], num_items_in_batch: Any) -> dict[str, Any]:
+        return {"batch_weights": [len(batch["rows"]) for batch in batches], "loss_weights": self.rewards.weights}
+
+    def tell(self, logs: dict[str, float]) -> None:
+        super().tell(logs)
+        logs.update((name, mean(values)) for name, values in self._seen.items())
+        self._seen.clear()
+        optimizer = self.zo_optimizer
+        steps, flat = optimizer.counters["steps"], optimizer.flat_steps
+        if steps == flat >= IN_A_ROW:
+            self.notes.add(
+                "flat",
+                f"in each of the first {steps} steps, all completions had the same reward: nothing is learnt. Take a "
+                "larger eps, prompts or rewards that differ more, or sample: generation={'do_sample': True}",
+            )
+            self.notes.tell()
+
+    # --------------------------------------------------------------------------------------------------------- evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            reward = self._total(self.judge(model, inputs, self._held))
+        self._held["rows"].append(float(len(inputs["rows"])))
+        return torch.tensor(-reward, device=self.args.device), None, None
+
+    def evaluation_loop(self, *args: Any, **named: Any) -> Any:
+        self._held.clear()
+        out = super().evaluation_loop(*args, **named)
+        self.notes.tell()
+        prefix = named.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        sizes = torch.tensor(self._held.pop("rows"), dtype=torch.float64)
+        for name, values in self._held.items():
+            each = torch.tensor(values, dtype=torch.float64)
+            out.metrics[f"{prefix}_{name}"] = float((each * sizes).sum() / sizes.sum())
+        return out
