@@ -1,7 +1,7 @@
 """The floating-point scales of a quantised model's weights, to train them and leave the codes alone.
 
-A quantised weight is codes times scales, W = s * q. QZO (arXiv 2505.13430) perturbs s, which is small and has a dtype that a
-pass can write, and never touches q. `scales` finds them in torchao's tensors and bitsandbytes' parameters.
+A quantised weight is codes times scales, W = s * q. QZO (arXiv 2505.13430) perturbs s, which is small and has a dtype that
+a pass can write, and never touches q. `scales` finds them in torchao's tensors and bitsandbytes' parameters.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def scales(model: nn.Module) -> list[Named]:
             its forwards read, so that a step on it is a step of the model.
 
     Returns:
-        (name, tensor) pairs in the order of the modules, each tensor float32, bfloat16 or float16 with requires_grad. The name
-        is the parameter's and the scale's: "0.weight.scale" (torchao), "0.weight.SCB" (bitsandbytes, 8 bits: the largest
-        absolute value of each row, [rows]), "0.weight.absmax" (4 bits: of each block).
+        (name, tensor) pairs in the order of the modules, each tensor float32, bfloat16 or float16 with requires_grad. The
+        name is the parameter's and the scale's: "0.weight.scale" (torchao), "0.weight.SCB" (bitsandbytes, 8 bits: the
+        largest absolute value of each row, [rows]), "0.weight.absmax" (4 bits: of each block).
 
     The list is of the model as it is now. Moving the model, quantising it again or, with bitsandbytes' 4 bits on a CPU,
     its state_dict() makes other scales: call `scales` again, and make the optimizer anew. There is no module that shows
@@ -81,7 +81,9 @@ def _eight_bits(module: nn.Module, name: str, p: Any) -> Iterator[Named]:
     if scale is not None:
         yield "SCB", _checked(f"{name}.SCB", scale)
     elif not p.is_floating_point():
-        raise ValueError(f"{name}: an Int8Params without its scales (SCB); quantise it again by moving the model to a device")
+        raise ValueError(
+            f"{name}: an Int8Params without its scales (SCB); quantise it again by moving the model to a device"
+        )
 
 
 def _four_bits(module: Any, name: str, p: Any) -> Iterator[Named]:

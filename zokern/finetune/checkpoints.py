@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from zokern.finetune import adapter_files
 from zokern.finetune.options import FinetuneError
 
 
@@ -16,6 +17,7 @@ class Place(NamedTuple):
 
     path: str
     also: dict[str, Any]
+    adapter: str = ""  # the directory of an adapter, whose base is at `path`
 
     @property
     def is_gguf(self) -> bool:
@@ -36,11 +38,11 @@ def place_of(path: str) -> Place:
                 f"--model {path!r}: reading GGUF needs the package gguf; install it with: pip install gguf"
             ) from None
         return Place(str(file.parent), {"gguf_file": file.name, "trust_remote_code": False})
-    if (file / "adapter_config.json").is_file() and not (file / "config.json").is_file():
-        raise FinetuneError(
-            f"--model {path!r} is a PEFT adapter, not a model; merge it into its base (PEFT's "
-            "merge_and_unload) and save that"
-        )
+    if adapter_files.is_directory(path):
+        base = adapter_files.base_of(path)
+        if adapter_files.is_directory(base):
+            raise FinetuneError(f"--model {path!r} is an adapter whose base {base!r} is one too; merge that first")
+        return place_of(base)._replace(adapter=path)
     return Place(path, {"trust_remote_code": False})
 
 

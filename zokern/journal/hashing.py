@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """BLAKE2b (128 bits) of names, dtypes, shapes and bytes, in the order of the names. A quantised tensor of torchao counts
-    as the tensors that it is made of."""
+    """BLAKE2b (128 bits) of names, dtypes, shapes and bytes, in the order of the names. A quantised tensor of torchao
+    counts as the tensors that it is made of."""
     total = hashlib.blake2b(digest_size=16)
     for name, t in sorted((part for one in tensors for part in _parts(*one)), key=lambda entry: entry[0]):
         total.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
