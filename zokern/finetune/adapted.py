@@ -84,7 +84,6 @@ def put_on(model: nn.Module, options: Options, objective: str, base: str, new: I
     if values.get("targets") is not None:
         values["targets"] = _targets(values["targets"], model)
     config = _config(peft, options.adapter, values, named)
-    config.base_model_name_or_path = base
     beside = sorted(_owners(model, new, unread))
     if beside and (adapters.KINDS[options.adapter].in_blocks or objective == "classifier"):
         config.modules_to_save = beside
@@ -100,6 +99,7 @@ def put_on(model: nn.Module, options: Options, objective: str, base: str, new: I
             adapted: nn.Module = peft.get_peft_model(model, config)
         except (ValueError, TypeError) as error:
             raise FinetuneError(_does_not_fit(options, model, error)) from error
+    config_of(adapted).base_model_name_or_path = base  # PEFT has put there what transformers was given
     _leave_out(adapted, unread)
     return ready(adapted)
 

@@ -115,6 +115,12 @@ def rates(kind: str, method: str, update: str) -> dict[str, float]:
     return {"lr": row.lr * entry.lr_of.get(update, entry.lr) / ENTRIES["mezo"].lr, "eps": row.eps}
 
 
+def chosen(name: str, options: Options) -> Any:
+    """What a run takes for a setting of takers.CHOSEN that was not given; None where only its model says."""
+    default = ENTRIES[options.method].cls.settings[name].default
+    return default if options.adapter is None else rates(options.adapter, options.method, "").get(name, default)
+
+
 def said(kind: str) -> str:
     """Whose lr and eps are the defaults of a kind."""
     row = KINDS[kind]
