@@ -17,9 +17,11 @@ from torch import nn
 
 from zokern.finetune import adapters
 from zokern.finetune.options import FinetuneError, Options
+from zokern.optim.causes import is_quantised
 
 TASKS = {"similarity": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS", "prompt": "CAUSAL_LM"}
 OUTPUTS = ("logits", "last_hidden_state")
+HEADS = ("classifier", "score")  # which PEFT trains and saves with the adapter of a classifier
 
 
 def require() -> Any:
@@ -85,6 +87,7 @@ def put_on(model: nn.Module, options: Options, objective: str, base: str, new: I
         values["targets"] = _targets(values["targets"], model)
     config = _config(peft, options.adapter, values, named)
     beside = sorted(_owners(model, new, unread))
+    _refuse_quantised(options.model, model, [*beside, *(HEADS if objective == "classifier" else ())])
     if beside and (adapters.KINDS[options.adapter].in_blocks or objective == "classifier"):
         config.modules_to_save = beside
     elif beside:
@@ -138,6 +141,16 @@ def refuse(kind: str, objective: str, model: nn.Module) -> None:
         )
 
 
+def _refuse_quantised(name: str, model: nn.Module, whole: Iterable[str]) -> None:
+    """Of modules that are to be trained themselves."""
+    for part, module in model.named_modules():
+        if part in whole and any(is_quantised(p) for p in module.parameters()):
+            raise FinetuneError(
+                f"--model {name!r}: {part} has to be trained, and is quantised; quantise the model without it "
+                "(transformers: llm_int8_skip_modules of BitsAndBytesConfig, modules_to_not_convert of TorchAoConfig)"
+            )
+
+
 def _targets(text: str, model: nn.Module) -> str | list[str]:
     if text == "all-linear":
         return text
@@ -170,7 +183,7 @@ def _frozen(model: nn.Module) -> set[str]:
     """Names of modules whose parameters are all frozen: what a text never reaches."""
     found = set()
     for name, module in model.named_modules():
-        own = list(module.parameters())
+        own = [p for p in module.parameters() if not is_quantised(p)]  # which are frozen anywhere
         if name and own and not any(p.requires_grad for p in own):
             found.add(name)
     return found

@@ -10,6 +10,7 @@ from torch import nn
 
 from zokern.finetune import adapter_files
 from zokern.finetune.options import FinetuneError
+from zokern.optim.causes import is_quantised
 
 
 class Place(NamedTuple):
@@ -105,6 +106,20 @@ def longest(model: nn.Module, tokenizer: Any) -> int:
         if weight is not None and padding is not None:  # RoBERTa and its kin: positions start after the padding's
             limits.append(int(weight.shape[0]) - padding - 1)
     return min(limits)
+
+
+def freeze_quantised(model: nn.Module) -> bool:
+    """Leaves quantised weights out of the training, and as they are. Returns whether there are any."""
+    found = [p for p in model.parameters() if is_quantised(p)]
+    for p in found:
+        p.requires_grad_(False)  # torchao's may have it
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes' 4 bits: forwards on a CPU would write the
+            module.support_avx512bf16_for_cpu = (
+                False  # weights anew, and no replay, which has none, could end as they do
+            )
+    return bool(found)
 
 
 def freeze_unread(model: nn.Module) -> int:

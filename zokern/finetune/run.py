@@ -42,7 +42,7 @@ from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
 from zokern.journal import tools as journal_tools
 from zokern.optim import ZerothOrderOptimizer
-from zokern.optim.causes import quantised
+from zokern.optim.causes import announce_quantised
 from zokern.report import versions
 
 _PACKAGES = ("zokern", "torch", "transformers", "datasets", "tokenizers", "numpy")
@@ -137,6 +137,8 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
     data.notes += cut_notes(task, longest(task.model, tokenizer) - adapted.room(task.model))
+    left_out: list[str] = []
+    announce_quantised(task.model, left_out.append)  # here, and not by the optimizer too
     try:
         optimizer = methods.build(task.model, options)
     except (TypeError, ValueError) as error:
@@ -147,8 +149,8 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     say("model", f"{options.model}: {config.model_type}, {_size(task) / 1e6:,.1f} million parameters, {where}")
     if adapted.is_adapted(task.model):
         say("adapter", adapted.said(task.model, options))
-    if left_out := quantised(task.model):
-        say("", left_out)
+    for note in left_out:
+        say("", note)
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
     for note in data.notes:
         say("", note)
