@@ -1,4 +1,4 @@
-"""A LoRA adapter of PEFT, trained with forward passes only: the base stays as it is, and a few hundred numbers are saved."""
+"""A LoRA adapter of PEFT, trained with forward passes only: the base stays, and a few hundred numbers are saved."""
 
 import tempfile
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +21,12 @@ peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file  # noqa: E402
 
+from tests.finetune import children  # noqa: E402
+from tests.finetune.calling import at_call  # noqa: E402
 from tests.finetune.test_finetune import command, models_dir, options, records, table, tokenizer  # noqa: E402, F401
 from tests.finetune.test_resuming import broken, no_pictures, resume  # noqa: E402, F401
 from zokern import journal  # noqa: E402
-from zokern.finetune import FinetuneError, Options, adapted, adapters, finetune, methods, models, prompts, run  # noqa: E402
+from zokern.finetune import FinetuneError, Options, adapted, adapters, finetune, methods, models, prompts, run, tasks  # noqa: E402
 from zokern.finetune.tasks import evaluate  # noqa: E402
 from zokern.optim import ENTRIES  # noqa: E402
 
@@ -117,11 +121,8 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize(("kind", "objective"), [one for one in SERVED if one[0] in ("lora", "prefix", "prompt")])
 def test_placements_agree(kind: str, objective: str, options: Options, models_dir: Path, tmp_path: Path) -> None:
-    if objective in adapters.KINDS[kind].not_for:
-        pytest.skip("not served")
     found = []
     for placement in ("shadow", "inplace" if objective == "prompt" else "stream"):  # GPT-2 has one block here
         loaded = run.load(
@@ -202,6 +203,8 @@ def test_lr_and_eps_are_the_kinds_own(kind: str, method: str) -> None:
     assert methods.settings(Options(method=method, lr=1.0, eps=2.0), kind)["eps"] == 2.0
     assert methods.settings(Options(update="adam"), "lora")["lr"] == pytest.approx(1e-3)
     assert "eps" not in methods.settings(Options(method=method))  # the class's default
+    scaled = "in the proportion" in adapters.said(kind, ["lr", "eps"], Options(method=method))
+    assert scaled == (method != "mezo")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +242,15 @@ def test_what_does_not_fit_the_model_is_refused_by_name(
         finetune(dataclasses.replace(lora, model=str(models_dir / "gpt"), adapter="prompt"))
     with pytest.raises(FinetuneError, match=r"--adapter prefix does not serve --objective classifier"):  # by auto
         finetune(dataclasses.replace(lora, model=str(models_dir / "classifier"), adapter="prefix", objective="auto"))
+    t5 = transformers.T5Config(vocab_size=len(tokenizer(True)), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(t5).save_pretrained(lora.output.parent / "t5")
+    tokenizer(True).save_pretrained(lora.output.parent / "t5")
+    with pytest.raises(
+        FinetuneError, match=r"prefix does not serve .*its output does not depend on the virtual tokens"
+    ):
+        finetune(
+            dataclasses.replace(lora, model=str(lora.output.parent / "t5"), adapter="prefix", objective="similarity")
+        )
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(FinetuneError, match=r"adapters need PEFT .*pip install peft"):
         finetune(lora)
@@ -313,6 +325,21 @@ def test_a_run_that_broke_off_goes_on(
     assert (code, "the runs are the same" in said) == (0, True)
     code, said = command("finetune", "--resume", "--output", cut.output, "--adapter-rank", 3)
     assert (code, "--adapter-rank is 3 here and 2 there" in said) == (1, True)
+
+
+def test_a_run_that_was_killed_goes_on(done: tuple[Options, str], tmp_path: Path) -> None:
+    options, _ = done
+    cut = dataclasses.replace(options, output=tmp_path / "cut")
+
+    def killed() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            at_call((tasks.Task, "loss"), 11, lambda: os.kill(os.getpid(), signal.SIGKILL), patch)
+            finetune(cut)
+
+    assert children.ended(children.fork(killed, tmp_path / "said")) == -signal.SIGKILL
+    assert not cut.output.joinpath("checkpoint").exists()
+    assert "resumed   at step 5 of 8" in resume(cut)
+    assert same(options.output / "checkpoint", cut.output / "checkpoint")
 
 
 def test_an_adapter_is_trained_on(done: tuple[Options, str], tmp_path: Path) -> None:

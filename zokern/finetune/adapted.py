@@ -104,7 +104,32 @@ def put_on(model: nn.Module, options: Options, objective: str, base: str, new: I
             raise FinetuneError(_does_not_fit(options, model, error)) from error
     config_of(adapted).base_model_name_or_path = base  # PEFT has put there what transformers was given
     _leave_out(adapted, unread)
-    return ready(adapted)
+    ready(adapted)
+    if not adapters.KINDS[options.adapter].in_blocks:
+        _try(adapted, options)
+    return adapted
+
+
+@torch.no_grad()
+def _try(adapted: Any, options: Options) -> None:
+    """Refuses virtual tokens that a model cannot take, or takes and does not look at: found by forwards of one token."""
+    what = f"--adapter {options.adapter} does not serve --model {options.model!r}"
+    tokens = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
+    given = {"input_ids": torch.ones(1, 1, dtype=torch.long), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+    before, seen = tokens.detach().clone(), []
+    for change in (0.0, 1.0):
+        tokens.add_(change)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                output = adapted(**given)
+        except Exception as error:
+            why = str(error).strip() or type(error).__name__
+            raise FinetuneError(f"{what}: its forward fails ({why}); take --adapter lora") from error
+        seen.append(next(output[name] for name in OUTPUTS if output.get(name) is not None))
+    tokens.copy_(before)
+    if torch.equal(*seen):
+        raise FinetuneError(f"{what}: its output does not depend on the virtual tokens; take --adapter lora")
 
 
 def _config(peft: Any, kind: str, values: dict[str, Any], named: dict[str, Any]) -> Any:

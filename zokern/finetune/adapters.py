@@ -5,7 +5,7 @@ A row here is all that the command knows of a kind; adapted.py makes it with PEF
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zokern.optim import ENTRIES
@@ -121,7 +121,10 @@ def chosen(name: str, options: Options) -> Any:
     return default if options.adapter is None else rates(options.adapter, options.method, "").get(name, default)
 
 
-def said(kind: str) -> str:
-    """Whose lr and eps are the defaults of a kind."""
+def said(kind: str, names: Sequence[str], options: Options) -> str:
+    """Whose the defaults are of lr and eps, or of the one of them, that a run takes for a kind."""
     row = KINDS[kind]
-    return f"{row.like}'s, as none are published for {kind}" if row.like else row.source
+    whose = f"{row.like}'s, as none are published for {kind}" if row.like else row.source
+    plain = options.method == "mezo" and options.update in (None, "sgd")
+    scaled = "" if plain or "lr" not in names else "; lr of mezo's sgd, in the proportion of this method's to that"
+    return f"{' and '.join(names)} by default: {whose}{scaled}"

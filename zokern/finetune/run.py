@@ -288,7 +288,7 @@ def _method(options: Options, optimizer: ZerothOrderOptimizer, adapter: str) -> 
     settings = f"lr {float(group['lr']):g} {options.lr_schedule}, eps {float(group['eps']):g}"
     chosen = [name for name in ("lr", "eps") if adapter and getattr(options, name) is None]
     if chosen:
-        settings += f" ({' and '.join(chosen)} by default: {adapters.said(adapter)})"
+        settings += f" ({adapters.said(adapter, chosen, options)})"
     forwards = optimizer.forwards() * options.accumulate
     each = f"{forwards} forwards of {options.batch_size} texts a step, no backward"
     return f"{options.method}, {settings}, {each}"
