@@ -12,6 +12,10 @@ from zokern.finetune import adapter_files
 from zokern.finetune.options import FinetuneError
 from zokern.optim.causes import is_quantised
 
+# Of bitsandbytes' 4-bit layers: on some CPUs their first forward writes the weights anew. A replay has no forward, so it
+# could not end as the run did.
+PACKS = "support_avx512bf16_for_cpu"
+
 
 class Place(NamedTuple):
     """Where from_pretrained looks, and with which arguments besides. Nothing ever runs a checkpoint's own code."""
@@ -113,12 +117,9 @@ def freeze_quantised(model: nn.Module) -> bool:
     found = [p for p in model.parameters() if is_quantised(p)]
     for p in found:
         p.requires_grad_(False)  # torchao's may have it
-    module: Any
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes' 4 bits: forwards on a CPU would write the
-            module.support_avx512bf16_for_cpu = (
-                False  # weights anew, and no replay, which has none, could end as they do
-            )
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
     return bool(found)
 
 

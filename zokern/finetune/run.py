@@ -20,6 +20,7 @@ from rich.console import Console
 from zokern import journal
 from zokern.finetune import (
     adapted,
+    adapter_about,
     adapters,
     display,
     failures,
@@ -144,11 +145,11 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     except (TypeError, ValueError) as error:
         raise FinetuneError(str(error)) from error
     about = {"model": options.model, "objective": objective, "labels": data.labels, "dtype": _name(dtype),
-             "seed": options.seed, **adapted.about(task.model, options)}  # fmt: skip
+             "seed": options.seed, **adapter_about.about(task.model, options)}  # fmt: skip
     where = f"{_name(dtype)} on {device}"
     say("model", f"{options.model}: {config.model_type}, {_size(task) / 1e6:,.1f} million parameters, {where}")
     if adapted.is_adapted(task.model):
-        say("adapter", adapted.said(task.model, options))
+        say("adapter", adapter_about.said(task.model, options))
     for note in left_out:
         say("", note)
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
