@@ -172,10 +172,11 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         )
     check_tokens(model, tokenizer, {tokenizer.pad_token_id}, f"the tokenizer of --model {options.model!r}")
     settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
-    if files.adapter:
-        model = adapter_files.take_up(model, files.adapter, objective, options)
-    elif options.adapter is not None:
-        model = adapted.put_on(model, options, objective, _origin(options.model, files), loaded[1]["missing_keys"])
+    with _loading:
+        if files.adapter:
+            model = adapter_files.take_up(model, files.adapter, objective, options)
+        elif options.adapter is not None:
+            model = adapted.put_on(model, options, objective, _origin(options.model, files), loaded[1]["missing_keys"])
     return model.eval(), tokenizer
 
 
