@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zokern.noise import noise
     from zokern.ops import add_noise_
     from zokern.optim import ES, FZOO, HELENE, ByLayer, HiZOO, LeZO, MeZO, MeZOGreedy, MeZOGV
+    from zokern.scales import scales
 
 __all__ = [
     "ES",
@@ -43,6 +44,7 @@ __all__ = [
     "check",
     "journal",
     "noise",
+    "scales",
 ]
 _HOMES = {
     "ByLayer": "optim",
@@ -54,14 +56,17 @@ _HOMES = {
     "add_noise_": "ops",
     "check": "checking",
     "noise": "noise",
+    "scales": "scales",
 }
 
 
 class _Package(ModuleType):
-    """`noise` is the function, also once the module of that name is loaded, which Python puts here then."""
+    """`noise` and `scales` are the functions, also once the modules of those names are loaded, which Python puts here
+    then."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.noise if name == "noise" and isinstance(value, ModuleType) else value)
+        of_function = name in ("noise", "scales") and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if of_function else value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -236,10 +236,13 @@ def test_pickled_tensors_load_and_pickled_code_does_not(options: Options) -> Non
     assert not ran.exists()
 
 
-def test_an_adapter_is_no_model(options: Options) -> None:
+def test_an_adapter_without_a_base_is_refused(options: Options) -> None:
     Path(options.model).mkdir()
     (Path(options.model) / "adapter_config.json").write_text("{}")
-    with pytest.raises(FinetuneError, match="is a PEFT adapter, not a model; merge it"):
+    with pytest.raises(
+        FinetuneError,
+        match=r"is a PEFT adapter, and its adapter_config.json.*it names no base model.*as base_model_name_or_path",
+    ):
         finetune(options)
 
 

@@ -360,7 +360,7 @@ def test_fewer_steps_than_done_are_refused(whole: Options) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"steps": "many"}, {"batch_size": 0}, {"eps": None}, {"steps": None}, {"model": None}, {"method": []}, {"x": 1},
+        {"steps": "many"}, {"batch_size": 0}, {"seed": None}, {"steps": None}, {"model": None}, {"method": []}, {"x": 1},
         {"run": 3}, {"run": {}}, {"run": {"hashes": 3}}, {"data": "/nowhere.csv"}, {"warmup_steps": 99}, {"lr": "x"},
         {"output": None}, {"descriptions": 3}, {"run": {"hashes": {}, "ends": ["x"]}},
     ],

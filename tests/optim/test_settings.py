@@ -228,7 +228,7 @@ def test_the_options_of_methods_are_their_settings() -> None:
     for name in takers.TAKERS:
         assert name in fields
         same = {repr(taker.default) for taker in takers.TAKERS[name]}
-        if name in takers.COMMON and name not in ("lr", "distribution"):
+        if name in takers.COMMON and name not in ("lr", "distribution", *takers.CHOSEN):
             assert same == {repr(fields[name])}
         else:
             assert fields[name] is None
@@ -292,7 +292,8 @@ def test_help_says_whose_a_setting_is_and_its_defaults() -> None:
     assert told["distribution"].endswith("Default: normal; fzoo rademacher.")
     assert "mezo-gv, mezo-greedy: Directions tried" in told["candidates"]
     assert "Default: 8." in told["candidates"]
-    assert "Default" not in told["eps"]  # typer has it
+    assert "Default" not in told["weight_decay"]  # typer has it
+    assert "Default: 0.001. With an adapter: lora 0.01" in told["eps"]
     assert all(f"{name} {entry.lr:g}" in told["lr"] for name, entry in ENTRIES.items())
 
 

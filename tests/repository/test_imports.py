@@ -20,7 +20,7 @@ FLOORS = (
     ("backends",),
     ("sweep",),
     ("ops",),
-    ("noise", "layers"),
+    ("noise", "layers", "scales"),
     ("placement",),
     ("optim",),
     ("checking", "journal", "graphs"),

@@ -56,6 +56,7 @@ def test_a_figure_that_is_not_the_stored_one_is_told(tmp_path: Path, monkeypatch
         "docs/check.md",
         "docs/journal.md",
         "docs/lightning.md",
+        "docs/lora.md",
         "docs/methods.md",
         "docs/passes.md",
         "docs/trainer.md",

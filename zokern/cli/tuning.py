@@ -10,8 +10,9 @@ import typer
 
 from zokern import cli
 from zokern.failing import end, fail
-from zokern.finetune import takers
+from zokern.finetune import adapters, takers
 from zokern.finetune.options import (
+    ADAPTER,
     DATA,
     EVALUATION,
     HARDWARE,
@@ -41,10 +42,12 @@ def _rates() -> str:
 
 MORE = {  # what a run makes of settings besides
     "lr": "The peak of the schedule. Billions of parameters want 1e-7 to 1e-6 with mezo. Default, for encoders of some ten "
-    f"million parameters: {_rates()}.",
+    f"million parameters: {_rates()}. With an adapter and mezo: "
+    f"{', '.join(f'{name} {kind.lr:g}' for name, kind in adapters.KINDS.items())}; with others in proportion.",
+    "eps": f"With an adapter: {', '.join(f'{name} {kind.eps:g}' for name, kind in adapters.KINDS.items())}.",
     "seed": "Also of the data order and of a new head; the held-out texts do not depend on it.",
 }
-PANELS = ("", DATA, METHOD, OF_SOME, SCHEDULE, EVALUATION, OUTPUT, HARDWARE)
+PANELS = ("", DATA, ADAPTER, METHOD, OF_SOME, SCHEDULE, EVALUATION, OUTPUT, HARDWARE)
 
 
 class Described(NamedTuple):

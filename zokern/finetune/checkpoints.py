@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from zokern.finetune import adapter_files
 from zokern.finetune.options import FinetuneError
+from zokern.optim.causes import is_quantised
+
+# Of bitsandbytes' 4-bit layers: on some CPUs their first forward writes the weights anew. A replay has no forward, so it
+# could not end as the run did.
+PACKS = "support_avx512bf16_for_cpu"
 
 
 class Place(NamedTuple):
@@ -16,6 +22,7 @@ class Place(NamedTuple):
 
     path: str
     also: dict[str, Any]
+    adapter: str = ""  # the directory of an adapter, whose base is at `path`
 
     @property
     def is_gguf(self) -> bool:
@@ -36,11 +43,11 @@ def place_of(path: str) -> Place:
                 f"--model {path!r}: reading GGUF needs the package gguf; install it with: pip install gguf"
             ) from None
         return Place(str(file.parent), {"gguf_file": file.name, "trust_remote_code": False})
-    if (file / "adapter_config.json").is_file() and not (file / "config.json").is_file():
-        raise FinetuneError(
-            f"--model {path!r} is a PEFT adapter, not a model; merge it into its base (PEFT's "
-            "merge_and_unload) and save that"
-        )
+    if adapter_files.is_directory(path):
+        base = adapter_files.base_of(path)
+        if adapter_files.is_directory(base):
+            raise FinetuneError(f"--model {path!r} is an adapter whose base {base!r} is one too; merge that first")
+        return place_of(base)._replace(adapter=path)
     return Place(path, {"trust_remote_code": False})
 
 
@@ -103,6 +110,17 @@ def longest(model: nn.Module, tokenizer: Any) -> int:
         if weight is not None and padding is not None:  # RoBERTa and its kin: positions start after the padding's
             limits.append(int(weight.shape[0]) - padding - 1)
     return min(limits)
+
+
+def freeze_quantised(model: nn.Module) -> bool:
+    """Leaves quantised weights out of the training, and as they are. Returns whether there are any."""
+    found = [p for p in model.parameters() if is_quantised(p)]
+    for p in found:
+        p.requires_grad_(False)  # torchao's may have it
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
+    return bool(found)
 
 
 def freeze_unread(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zokern.finetune import takers
+from zokern.finetune import adapter_files, adapters, takers
 from zokern.finetune.data import Data, TextSet
 from zokern.finetune.options import FinetuneError, Options, flag
 from zokern.finetune.tasks import Task
@@ -135,6 +135,8 @@ def _with(found: Stored, given: Mapping[str, Any]) -> Stored:
         raise FinetuneError("--resume goes on with the run in --output, --force replaces it; give one of them")
     for name, value in given.items():
         there = normal(name, getattr(options, name, None))
+        if there is None and name in takers.CHOSEN and not adapter_files.is_directory(options.model):
+            there = adapters.chosen(name, options)
         if name not in ("output", "force", "steps") and normal(name, value) != there:
             unlike.append(f"{flag(name)} is {normal(name, value)!r} here and {there!r} there")
     if unlike:

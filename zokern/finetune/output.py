@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from torch import nn
 
-from zokern.finetune import former
+from zokern.finetune import adapter_files, former
 from zokern.finetune.failures import telling
 from zokern.finetune.locking import Lock
 from zokern.finetune.records import Record, line, plain, read
@@ -131,11 +131,9 @@ class Output:
         self._metrics.flush()
 
     def save_model(self, model: nn.Module, tokenizer: Any) -> None:
-        """checkpoint/, as from_pretrained loads it."""
-        saveable: Any = model
+        """checkpoint/, as from_pretrained loads it; PeftModel's, where an adapter was trained."""
         with replacing(self.checkpoint, "directory", "--output", force=True) as new:
-            saveable.save_pretrained(new)
-            tokenizer.save_pretrained(new)
+            adapter_files.save(model, tokenizer, new)
         self.saved = True
 
     def save_json(self, name: str, value: dict[str, Any]) -> None:

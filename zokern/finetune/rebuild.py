@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from zokern.finetune import failures, surroundings
-from zokern.finetune.options import Options
+from zokern.finetune import adapter_files, adapters, failures, surroundings
+from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.replacing import refuse, replacing, sweep
 from zokern.journal import JournalError, Reader, replay
 from zokern.journal.replay import Replayed
@@ -49,9 +49,7 @@ def rebuild(
         model, tokenizer = _model(base, path, about, device)
         done = replay(path, model, **options)  # type: ignore[arg-type]
         with _writing(output), replacing(place, "directory", "--output", force, sources) as new:
-            saveable: Any = model
-            saveable.save_pretrained(new)
-            tokenizer.save_pretrained(new)
+            adapter_files.save(model, tokenizer, new)
         return done
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -86,8 +84,24 @@ def _model(base: str, path: Path, about: dict[str, Any], device: str) -> tuple[A
         raise JournalError(f"{path}: what its header says about the run is damaged; take another copy of it")
     from zokern.finetune import models  # transformers, which other journals do not need
 
+    options = _options(base, path, about, seed)
     with surroundings.kept():
         config = models.load_config(base)
         dtype = getattr(torch, about["dtype"])
-        model, tokenizer = models.load(Options(model=base, seed=seed), about["objective"], labels, config, dtype)
+        model, tokenizer = models.load(options, about["objective"], labels, config, dtype)
     return model.to(models.choose_device(device)), tokenizer
+
+
+def _options(base: str, path: Path, about: dict[str, Any], seed: int) -> Options:
+    """What the model is loaded with: the run's seed, and its adapter."""
+    adapter = about.get("adapter")
+    try:
+        given = {} if adapter is None else {"adapter": adapter["kind"]}
+        given |= {adapters.PREFIX + name: value for name, value in (adapter or {}).items() if name != "kind"}
+        options = Options(model=base, seed=seed, **given)
+        options.check_stored()
+    except (FinetuneError, TypeError, KeyError, AttributeError) as error:
+        raise JournalError(
+            f"{path}: what its header says about the run's adapter is damaged ({error}); take another copy of it"
+        ) from error
+    return options

@@ -20,9 +20,10 @@ from typing import Literal
 
 PREFIX, MARKER = ".zokern-", "made-by-zokern"
 Kind = Literal["directory", "file"]
-# What save_pretrained writes: weights, configurations, and the vocabularies of transformers' tokenizers.
+# What save_pretrained writes: weights, configurations, adapters, and the vocabularies of transformers' tokenizers.
 _KNOWN = (
-    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "config.json", "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+    "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab*.json",
     "vocab*.txt", "dict.txt", "merges.txt", "bpe.codes", "byte_maps.json", "emoji.json", "entity_vocab.json",
@@ -50,7 +51,8 @@ def foreign(directory: Path) -> str | None:
         elif not _known(entry.name):
             return f"it has {entry.name}"
         names.add(entry.name)
-    if "config.json" not in names or not any(name.startswith("model") for name in names):
+    adapter = {"adapter_config.json", "adapter_model.safetensors"} <= names
+    if not adapter and ("config.json" not in names or not any(name.startswith("model") for name in names)):
         return "it has no config.json with a model.safetensors"
     return None
 

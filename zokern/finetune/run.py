@@ -18,8 +18,20 @@ import torch
 from rich.console import Console
 
 from zokern import journal
+from zokern.finetune import (
+    adapted,
+    adapter_about,
+    adapters,
+    display,
+    failures,
+    identity,
+    methods,
+    models,
+    plots,
+    resuming,
+    surroundings,
+)
 from zokern.finetune import data as texts
-from zokern.finetune import display, failures, identity, methods, models, plots, resuming, surroundings
 from zokern.finetune.checkpoints import longest
 from zokern.finetune.clock import peak_memory
 from zokern.finetune.display import Display, Shown, clock, percent
@@ -31,6 +43,7 @@ from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
 from zokern.journal import tools as journal_tools
 from zokern.optim import ZerothOrderOptimizer
+from zokern.optim.causes import announce_quantised
 from zokern.report import versions
 
 _PACKAGES = ("zokern", "torch", "transformers", "datasets", "tokenizers", "numpy")
@@ -52,6 +65,7 @@ class Summary:
     model: str
     output: Output
     stopped: int | None = None  # the signal that came
+    adapter: bool = False  # what was trained, and saved alone
 
     @property
     def code(self) -> int:
@@ -123,20 +137,26 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     task, tokenizer = _task(options, objective, data, config, dtype, device)
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
-    data.notes += cut_notes(task, longest(task.model, tokenizer))
+    data.notes += cut_notes(task, longest(task.model, tokenizer) - adapted.room(task.model))
+    left_out: list[str] = []
+    announce_quantised(task.model, left_out.append)  # here, and not by the optimizer too
     try:
         optimizer = methods.build(task.model, options)
     except (TypeError, ValueError) as error:
         raise FinetuneError(str(error)) from error
     about = {"model": options.model, "objective": objective, "labels": data.labels, "dtype": _name(dtype),
-             "seed": options.seed}  # fmt: skip
+             "seed": options.seed, **adapter_about.about(task.model, options)}  # fmt: skip
     where = f"{_name(dtype)} on {device}"
-    say("model", f"{options.model}: {config.model_type}, {_tuned(task) / 1e6:,.1f} million parameters, {where}")
+    say("model", f"{options.model}: {config.model_type}, {_size(task) / 1e6:,.1f} million parameters, {where}")
+    if adapted.is_adapted(task.model):
+        say("adapter", adapter_about.said(task.model, options))
+    for note in left_out:
+        say("", note)
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
     for note in data.notes:
         say("", note)
     say("objective", f"{objective} ({reason})")
-    say("method", _method(options, optimizer))
+    say("method", _method(options, optimizer, adapted.kind_of(task.model)))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
     return Loaded(task, tokenizer, optimizer, data, about)
 
@@ -144,6 +164,11 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
 def line(console: Console, name: str, value: str) -> None:
     """Prints a value under its name."""
     display.say(console, f"{name:<10}{value}")
+
+
+def _size(task: Task) -> int:
+    """How many numbers the model has, with its adapter; without one, how many are trained."""
+    return sum(p.numel() for p in task.model.parameters()) if adapted.is_adapted(task.model) else _tuned(task)
 
 
 def _tuned(task: Task) -> int:
@@ -235,7 +260,7 @@ class _Run:
         about, device = loaded.about, task.device
         summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
-                          self.stop.asked)  # fmt: skip
+                          self.stop.asked, adapted.is_adapted(task.model))  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -259,8 +284,12 @@ def _steps_in(path: Path) -> int:
         return 0
 
 
-def _method(options: Options, optimizer: ZerothOrderOptimizer) -> str:
-    settings = f"lr {float(optimizer.param_groups[0]['lr']):g} {options.lr_schedule}, eps {options.eps:g}"
+def _method(options: Options, optimizer: ZerothOrderOptimizer, adapter: str) -> str:
+    group = optimizer.param_groups[0]
+    settings = f"lr {float(group['lr']):g} {options.lr_schedule}, eps {float(group['eps']):g}"
+    chosen = [name for name in ("lr", "eps") if adapter and getattr(options, name) is None]
+    if chosen:
+        settings += f" ({adapters.said(adapter, chosen, options)})"
     forwards = optimizer.forwards() * options.accumulate
     each = f"{forwards} forwards of {options.batch_size} texts a step, no backward"
     return f"{options.method}, {settings}, {each}"
@@ -282,7 +311,7 @@ def _task(
         words = [found[label] for label in labels]
     model, tokenizer = models.load(options, objective, labels, config, dtype)
     models.place(model, device)
-    length = longest(model, tokenizer)
+    length = longest(model, tokenizer) - adapted.room(model)
     if options.max_length > length:
         raise FinetuneError(
             f"--max-length is {options.max_length}; allowed: at most {length} for --model {options.model!r}"
@@ -308,7 +337,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
         "options": options.as_json(),
         "chosen": {"objective": summary.objective, "device": summary.device, "dtype": summary.dtype},
         "data": data.record(),
-        "versions": versions(_PACKAGES),
+        "versions": versions((*_PACKAGES, "peft") if summary.adapter else _PACKAGES),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
                     "gpu": torch.cuda.get_device_name(summary.device) if summary.device.startswith("cuda") else None},
         "summary": {
@@ -351,7 +380,8 @@ def _print(summary: Summary, say: Any) -> None:
             f"{summary.skipped} steps, as their loss was not finite: lower --lr or --eps, or use --dtype float32",
         )
     say("curves", str(summary.output.curves))
-    say("model", f"{summary.output.checkpoint} (loads with from_pretrained)")
+    loads = "PeftModel.from_pretrained" if summary.adapter else "from_pretrained"
+    say("model", f"{summary.output.checkpoint} (loads with {loads})")
     path = summary.output.journal
     if path.exists():
         size = path.stat().st_size / 1000

@@ -37,6 +37,7 @@ def _keep(stack: contextlib.ExitStack) -> None:
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     stack.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", "a loss was not finite", ZokernWarning)  # the display has their count
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # PEFT's prefixes
     warnings.filterwarnings("ignore", ".* was removed while it was written", ZokernWarning)  # Output puts it back
     with contextlib.suppress(ImportError):
         import transformers

@@ -61,6 +61,8 @@ def _alike(a: Setting, b: Setting) -> bool:
 
 
 TAKERS = _find()  # by the option's name
+# What a run chooses by what it trains: None stands for that. Its default is the class's, but for adapters (adapters.py).
+CHOSEN = ("eps",)
 COMMON = tuple(name for name in TAKERS if name in Common.settings)
 
 
@@ -77,7 +79,7 @@ def kind(name: str, method: str) -> Kind | None:
 def default(name: str) -> Any:
     """Of the option: that of all methods, where they have the same; else None, which stands for each method's own."""
     first = TAKERS[name][0].default
-    return first if name in COMMON and len(TAKERS[name]) == 1 and first is not REQUIRED else None
+    return first if name in COMMON and name not in CHOSEN and len(TAKERS[name]) == 1 and first is not REQUIRED else None
 
 
 def help(name: str) -> str:

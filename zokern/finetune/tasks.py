@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zokern.finetune import adapted
 from zokern.finetune.batches import Batch, Rows, cut
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.data import TextSet
@@ -148,7 +149,7 @@ def cut_notes(task: Task, limit: int) -> list[str]:
 
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward takes a keyword argument of this name."""
-    return argument in inspect.signature(model.forward).parameters
+    return argument in inspect.signature(adapted.plain(model).forward).parameters
 
 
 @torch.no_grad()

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 
 def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """BLAKE2b (128 bits) of names, dtypes, shapes and bytes, in the order of the names."""
+    """BLAKE2b (128 bits) of names, dtypes, shapes and bytes, in the order of the names. A quantised tensor of torchao
+    counts as the tensors that it is made of."""
     total = hashlib.blake2b(digest_size=16)
-    for name, t in sorted(tensors, key=lambda entry: entry[0]):
+    for name, t in sorted((part for one in tensors for part in _parts(*one)), key=lambda entry: entry[0]):
         total.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         flat = t.detach().reshape(-1).contiguous().view(torch.uint8)
         for piece in flat.split(1 << 26):  # bounded memory for tensors from a device
             total.update(piece.cpu().numpy())
     return total.hexdigest()
+
+
+def _parts(name: str, t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if type(t).__name__ == "DTensor" or not torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
+        yield name, t
+        return
+    for part in t.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}.{part}", getattr(t, part))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-_announced: set[type] = set()
+_announced: set[str] = set()
 BACKWARD = (
     "the closure runs backward, or returns a loss with a graph: zokern needs losses alone, and each step pays for "
     "gradients that nobody uses. Leave out backward() and enable_grad()"
@@ -150,29 +151,34 @@ def _spacing(owner: Any) -> str:
     return ""
 
 
-def announce_quantised(module: nn.Module) -> None:
-    """Says once of a kind of module with quantised parameters, which are left out, how much of it is trained."""
+def announce_quantised(module: nn.Module, say: Callable[[str], object] | None = None) -> None:
+    """Says what of a module with quantised parameters is left out; once, unless it is told how to say it."""
     told = quantised(module)
-    if told and type(module) not in _announced:
-        _announced.add(type(module))
+    if told and say is not None:
+        say(told)
+    elif told and told not in _announced:
         print(f"zokern: {told}", file=sys.stderr)
+    if told:
+        _announced.add(told)
 
 
 def quantised(module: nn.Module) -> str:
     """How much of a module is trained that has quantised parameters; "" where it has none."""
-    left_out = [name for name, p in module.named_parameters() if not p.requires_grad and _is_quantised(p)]
+    every = list(module.named_parameters())
+    left_out = [name for name, p in every if not p.requires_grad and is_quantised(p)]
     if not left_out:
         return ""
-    floating = [p for p in module.parameters() if p.is_floating_point()]
+    floating = [p for _, p in every if p.is_floating_point() and not is_quantised(p)]
     trained = sum(p.numel() for p in floating if p.requires_grad)
     return (
         f"{trained:,} of the {sum(p.numel() for p in floating):,} floating-point numbers of {type(module).__name__} are "
         f"trained; {len(left_out)} quantised tensors are left out "
-        f"({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''})"
+        f"({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''}): zokern.scales(model) has their scales"
     )
 
 
-def _is_quantised(p: Tensor) -> bool:
+def is_quantised(p: Tensor) -> bool:
+    """Whether a parameter is one of torchao's or bitsandbytes' quantised ones, or has whole numbers."""
     wrapped = torch.utils._python_dispatch.is_traceable_wrapper_subclass(p) and type(p).__name__ != "DTensor"
     kind = type(p).__name__
     return wrapped or (not p.is_floating_point() and not p.is_complex()) or kind in ("Params4bit", "Int8Params")
