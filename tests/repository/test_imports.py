@@ -24,7 +24,7 @@ FLOORS = (
     ("placement",),
     ("optim",),
     ("checking", "journal", "graphs"),
-    ("report",),
+    ("report", "tasks"),
     ("finetune",),
     ("bench",),
     ("cli",),
