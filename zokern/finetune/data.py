@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zokern.finetune.examples import Text, key
 from zokern.finetune.labels import check_classes, few, order, whole
 from zokern.finetune.named import read_named
 from zokern.finetune.options import FinetuneError, Options, names_a_file
@@ -28,7 +29,7 @@ MAX_HELD_OUT = 400  # texts; 20 % of the data where that is less
 class TextSet:
     """texts[i] has the label with index targets[i]."""
 
-    texts: list[str]
+    texts: list[Text]
     targets: list[int]
 
     def __len__(self) -> int:
@@ -59,15 +60,16 @@ class Data:
 def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool = False) -> Data:
     """Read what `options` names. Raises FinetuneError naming file, line, column and remedy.
 
-    label2id: the order of the labels in a model that may know them already. head: whether the model has a trained head for
-    these, whose classes they are. labels.py has the rest of the rule.
+    An objective that is auto counts as one that reads --text-column alone. label2id: the order of the labels in a model
+    that may know them already. head: whether the model has a trained head for these, whose classes they are. labels.py has
+    the rest of the rule.
     """
     descriptions: dict[str, str] = {}
     if options.data == "docstrings":
         from zokern.finetune import docstrings
 
         try:
-            train, held = Part("docstrings", docstrings.sentences(), LeftOut()), None
+            train, held = Part("docstrings", [*docstrings.sentences()], LeftOut()), None
         except ValueError as error:
             raise FinetuneError(str(error)) from None
         descriptions = dict(docstrings.DESCRIPTIONS)
@@ -87,7 +89,7 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
         if torn := len(train.pairs) - len(rest) - len(kept):
             held_rows, texts = set(kept), {text for text, _ in kept}
             first = next(pair[0] for pair in train.pairs if pair[0] in texts and pair not in held_rows)
-            train.left_out.add(TORN, few([first]), torn)
+            train.left_out.add(TORN, few([key(first)]), torn)
         if options.data != "docstrings":
             notes.append(f"evaluated on texts held out of {train.where}")
     else:
@@ -159,7 +161,7 @@ def split(pairs: list[Pair], count: int, *, keep: bool = False) -> tuple[list[Pa
 
     keep: the rest has every label; what would take a label's last text is not held.
     """
-    ordered = sorted(pairs, key=lambda pair: hashlib.sha256("\0".join(pair).encode("utf-8", "surrogatepass")).digest())
+    ordered = sorted(pairs, key=_hash)
     if count >= len(ordered):
         return [], ordered
     groups: dict[str, list[Pair]] = {}
@@ -178,6 +180,10 @@ def split(pairs: list[Pair], count: int, *, keep: bool = False) -> tuple[list[Pa
                 texts.discard(group[-1][0])
         held = {pair for pair in held if pair[0] in texts}
     return [pair for pair in ordered if pair[0] not in texts], [pair for pair in ordered if pair in held]
+
+
+def _hash(pair: Pair) -> bytes:
+    return hashlib.sha256(f"{key(pair[0])}\0{pair[1]}".encode("utf-8", "surrogatepass")).digest()
 
 
 def read(

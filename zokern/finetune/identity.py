@@ -12,6 +12,7 @@ from typing import Any
 
 from zokern.finetune import takers
 from zokern.finetune.data import Data, TextSet
+from zokern.finetune.examples import key
 from zokern.finetune.options import FinetuneError, Options, flag
 from zokern.finetune.tasks import Task
 
@@ -55,7 +56,7 @@ def _digest(parts: list[bytes]) -> str:
 
 def _of_texts(texts: TextSet) -> str:
     targets = ",".join(map(str, texts.targets)).encode()
-    return _digest([targets, *(text.encode("utf-8", "surrogatepass") for text in texts.texts)])
+    return _digest([targets, *(key(text).encode("utf-8", "surrogatepass") for text in texts.texts)])
 
 
 def _of_tokens(task: Task) -> str:

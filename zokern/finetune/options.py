@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zokern.finetune import takers
-from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, Text
+from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, Template, Text
 from zokern.optim import ENTRIES
 from zokern.settings import Setting
 
@@ -74,6 +74,13 @@ class Options:
         panel=DATA,
     )
     text_column: str = option(default="text", kind=Text(), help="The column that holds the texts.", panel=DATA)
+    pair_column: str | None = option(
+        default=None,
+        kind=Text(),
+        help="For classifier: the column with the second text of each pair, which the tokenizer sets after the first with "
+        "its own marks between. Default: single texts.",
+        panel=DATA,
+    )
     label_column: str = option(default="label", kind=Text(), help="The column that holds the labels.", panel=DATA)
     eval_data: str | None = option(
         default=None,
@@ -123,9 +130,9 @@ class Options:
     )
     template: str = option(
         default="{text} Topic:",
-        kind=Text("{text}", "where each text is put in"),
-        help="For prompt: what the model reads before the label's word; {text} stands for the text, and is the only "
-        "{name} that may be in it. Other braces stay as they are.",
+        kind=Template(),
+        help="For prompt: what the model reads before the label's word. {text} stands for --text-column, any other {name} "
+        "for the column of that name. Braces around anything but a name stay as they are.",
         panel=DATA,
     )
     verbalizers: Path | None = option(
@@ -147,6 +154,13 @@ class Options:
         kind=Integer(4),
         help="Longer texts are cut to this many tokens; for prompt, the template is counted in. The run says how many "
         "were cut, and what length they need.",
+        panel=DATA,
+    )
+    cut: str | None = option(
+        default=None,
+        kind=Text(),
+        help="The column whose text gives way where a row is longer than --max-length. Default: the longest texts of the "
+        "row, down to the same number of tokens.",
         panel=DATA,
     )
     limit_train: int | None = option(

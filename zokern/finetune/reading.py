@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zokern.finetune.examples import columns, needed
 from zokern.finetune.options import FILES, REMEDY, FinetuneError, Options
 
 Row = dict[str, Any]
@@ -75,12 +76,12 @@ def _tsv(path: Path, text: str, options: Options) -> Table:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     head, begun = _head(path, [(i, line.split("\t")) for i, line in enumerate(lines, 1) if line][:1], options)
     remedy = "a .tsv is read without quotes, so no text may have a tab or a line break; such texts need .csv or .jsonl"
-    rows, quoted = [], 0
+    rows, quoted, texts = [], 0, columns(options)
     for number, line in enumerate(lines, 1):
         if number > begun and line:
             row = _row(path, number, head, line.split("\t"), remedy)
-            cell = row.get(options.text_column, "")
-            quoted += len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1]
+            cells = [row.get(column, "") for column, _ in texts]
+            quoted += any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells)
             rows.append((number, row))
     notes = [f'{path}: {quoted} texts stand in quotes with "" inside, and keep them: {remedy}'] if quoted else []
     return _lines(path, rows, notes)
@@ -149,7 +150,7 @@ def _head(path: Path, first: list[tuple[int, list[str]]], options: Options) -> t
     if not first:
         raise FinetuneError(f"{path}: empty; the first line must have the columns' names")
     line, head = first[0]
-    for option, column in (("--text-column", options.text_column), ("--label-column", options.label_column)):
+    for column, option in needed(options):
         if head.count(column) > 1:
             raise FinetuneError(f"{path}, line {line}: {head.count(column)} columns are named {column!r} ({option})")
     if len(head) == 1 and (other := next((c for c in ";\t|" if c in head[0]), None)):
@@ -223,8 +224,8 @@ def _parquet(path: Path, options: Options) -> Table:
 
 def of_dataset(part: Any, where: str, options: Options) -> Table:
     """The table of a part of a data set of the `datasets` library. where: what errors call it."""
-    columns = list(dict.fromkeys((options.text_column, options.label_column)))
+    wanted = list(dict.fromkeys(column for column, _ in needed(options)))
     names = getattr((part.features or {}).get(options.label_column), "names", None)
-    if set(columns) <= set(part.column_names):
-        part = part.select_columns(columns)  # pictures and the like need not be decoded
+    if set(wanted) <= set(part.column_names):
+        part = part.select_columns(wanted)  # pictures and the like need not be decoded
     return Table(enumerate(part), lambda number: f"{where}, row {number}", names)

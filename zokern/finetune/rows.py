@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from zokern.finetune import examples
+from zokern.finetune.examples import Example, Text
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.reading import Row, Table
 
-Pair = tuple[str, str]  # (text, label)
+Pair = tuple[Text, str]  # (text, label)
 
 
 # Why rows are left out: a word for run.json, and what the run says.
@@ -56,17 +58,19 @@ def pairs(table: Table, where: str, options: Options) -> Part:
     part = Part(where, [], LeftOut(), names, list(table.notes))
     missing = {"", *(value.strip() for value in options.unlabelled.split(","))}
     booleans = False
+    columns = examples.columns(options)
     for number, row in table.rows:
         raw = _value(row, "--label-column", options.label_column, table, number)
         label = _label(raw, table, number, options)
-        text = _string(_value(row, "--text-column", options.text_column, table, number), table, number, options)
+        texts = [_string(_value(row, option, column, table, number), option, column, table, number)
+                 for column, option in columns]  # fmt: skip
         booleans = booleans or isinstance(raw, bool)
         if label in missing:
             part.left_out.add(NO_LABEL, table.place(number))
-        elif not text:
+        elif not any(texts) or (options.pair_column is not None and not all(texts)):
             part.left_out.add(NO_TEXT, table.place(number))
         else:
-            part.pairs.append((text, label))
+            part.pairs.append((texts[0] if len(texts) == 1 else Example(tuple(texts)), label))
     if booleans:
         part.notes.append(f"{where}: labels are booleans; their names are False and True")
     return part
@@ -90,11 +94,10 @@ def _value(row: Row, option: str, column: str, table: Table, number: int) -> Any
     )
 
 
-def _string(value: Any, table: Table, number: int, options: Options) -> str:
+def _string(value: Any, option: str, column: str, table: Table, number: int) -> str:
     if isinstance(value, bool):
         raise FinetuneError(
-            f"{table.place(number)}: column {options.text_column!r} has {value}, which is no text; choose another with "
-            "--text-column"
+            f"{table.place(number)}: column {column!r} has {value}, which is no text; choose another with {option}"
         )
     return str(value).strip()
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from zokern import journal
 from zokern.finetune import data as texts
-from zokern.finetune import display, failures, identity, methods, models, plots, resuming, surroundings
+from zokern.finetune import display, examples, failures, identity, methods, models, plots, resuming, surroundings
 from zokern.finetune.checkpoints import longest
 from zokern.finetune.clock import peak_memory
 from zokern.finetune.display import Display, Shown, clock, percent
@@ -118,9 +118,11 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
         objective, reason = models.choose_objective(config)
+    options = dataclasses.replace(options, objective=objective)
+    examples.check(options)
     with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
         data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
-    task, tokenizer = _task(options, objective, data, config, dtype, device)
+    task, tokenizer = _task(options, data, config, dtype, device)
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
     data.notes += cut_notes(task, longest(task.model, tokenizer))
@@ -267,9 +269,9 @@ def _method(options: Options, optimizer: ZerothOrderOptimizer) -> str:
 
 
 def _task(
-    options: Options, objective: str, data: texts.Data, config: Any, dtype: torch.dtype, device: torch.device
+    options: Options, data: texts.Data, config: Any, dtype: torch.dtype, device: torch.device
 ) -> tuple[Task, Any]:
-    labels = data.labels
+    labels, objective = data.labels, options.objective
     sentences = [data.descriptions.get(label, label) for label in labels]
     words = [label.replace("_", " ") for label in labels]
     if options.descriptions is not None:
@@ -287,14 +289,18 @@ def _task(
         raise FinetuneError(
             f"--max-length is {options.max_length}; allowed: at most {length} for --model {options.model!r}"
         )
+    cut = examples.cut_place(options)
     if objective == "similarity":
         return Similarity(model, tokenizer, labels, options.max_length, sentences, options.temperature), tokenizer
     if objective == "prompt":
         prompt = Prompt(
-            model, tokenizer, labels, options.max_length, options.template, words, space=options.space, limit=length
-        )
+            model, tokenizer, labels, options.max_length, options.template, words, space=options.space, limit=length,
+            cut=cut,
+        )  # fmt: skip
         return prompt, tokenizer
-    return Classifier(model, tokenizer, labels, options.max_length), tokenizer
+    classifier = Classifier(model, tokenizer, labels, options.max_length)
+    classifier.cut = cut
+    return classifier, tokenizer
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zokern.finetune.batches import Batch, Rows, cut
+from zokern.finetune import pairs
+from zokern.finetune.batches import Batch, Group, Rows, cut
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.data import TextSet
+from zokern.finetune.examples import Text
 from zokern.finetune.fitting import Cut
 from zokern.finetune.options import FinetuneError
 
@@ -29,6 +31,8 @@ class Task:
     """
 
     room = 0
+
+    cut: int | None = None  # the place of the text that gives way; None: the longest do
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
         self.model = model
@@ -69,7 +73,8 @@ class Task:
         self.empty[name] = len(tokens) - len(kept)
         return [tokens[i] for i in kept], [texts.targets[i] for i in kept]
 
-    def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], Cut]:
+    def _tokens(self, texts: Sequence[Text]) -> tuple[list[list[int]], Cut]:
+        assert all(isinstance(text, str) for text in texts), "this objective reads one text a row"
         ids: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
         long = [i for i, row in enumerate(ids) if len(row) > self.max_length]
         cut = Cut.of([len(row) for row in ids], self.max_length)
@@ -85,11 +90,29 @@ class Task:
 
 
 class Classifier(Task):
-    """A model with a classification head: its logits as they are."""
+    """A model with a classification head: its logits as they are. Of pairs the tokenizer makes one row, with its own marks;
+    the model is told which text a token is of, where it takes that (BERT and its kin)."""
+
+    def add(self, name: str, texts: TextSet) -> None:
+        """Tokenise a set once, single texts or pairs."""
+        if isinstance(texts.texts[0], str):
+            super().add(name, texts)
+            return
+        said, self.cuts[name] = pairs.encode(self.tokenizer, texts.texts, self.max_length, self.cut)
+        rows = self._pack([ids for ids, _ in said])
+        types = [kinds for _, kinds in said]
+        if accepts(self.model, "token_type_ids") and pairs.are_told_apart(types, self.model.config):
+            rows.types = Rows.pack(types, 0, self.device).ids
+        self.sets[name] = (rows, texts.targets)
 
     def logits(self, batch: Batch) -> Tensor:
         """(texts, classes), in float32."""
-        return batch.gather([self.model(input_ids=g.ids, attention_mask=g.mask).logits.float() for g in batch.groups])
+        return batch.gather([self._head(group) for group in batch.groups])
+
+    def _head(self, group: Group) -> Tensor:
+        types = {} if group.types is None else {"token_type_ids": group.types}
+        logits: Tensor = self.model(input_ids=group.ids, attention_mask=group.mask, **types).logits
+        return logits.float()
 
 
 class Similarity(Task):

@@ -1,0 +1,73 @@
+"""What a run reads of each row: one text, or an `Example` of several; and from which columns."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from zokern.finetune.options import FinetuneError, Options
+from zokern.kinds import placeholders
+
+
+class Example(NamedTuple):
+    """A row that is more than one text. parts: the texts of its columns, in their order."""
+
+    parts: tuple[str, ...]
+
+
+Text = str | Example
+
+
+def parts(text: Text) -> tuple[str, ...]:
+    """The texts of a row's columns."""
+    return (text,) if isinstance(text, str) else text.parts
+
+
+def key(text: Text) -> str:
+    """What is hashed of a row: equal rows have the same, others another."""
+    return text if isinstance(text, str) else json.dumps(text)
+
+
+def columns(options: Options) -> list[tuple[str, str]]:
+    """(column, the option that names it) of each text, in the order of `Example.parts`. `--objective` is no longer auto, or
+    counts as one that takes --text-column.
+    """
+    if options.objective == "prompt":
+        return [
+            (options.text_column, "--text-column") if name == "text" else (name, "--template")
+            for name in placeholders(options.template)
+        ]
+    found = [(options.text_column, "--text-column")]
+    return found if options.pair_column is None else [*found, (options.pair_column, "--pair-column")]
+
+
+def needed(options: Options) -> list[tuple[str, str]]:
+    """(column, the option that names it) of all that a row must have."""
+    return [*columns(options), (options.label_column, "--label-column")]
+
+
+def check(options: Options) -> None:
+    """Raises FinetuneError where options about columns do not fit the objective, which is no longer auto."""
+    if options.pair_column is not None and options.objective != "classifier":
+        raise FinetuneError(
+            f"--pair-column is for --objective classifier, and the objective is {options.objective}; a prompt names its "
+            'columns in --template, as "{premise} {hypothesis}"'
+        )
+    if options.data == "docstrings" and [column for column, _ in columns(options)] != [options.text_column]:
+        raise FinetuneError(
+            "--data docstrings has one text a row, {text}; give data with other columns, or leave out --pair-column and "
+            "other names in --template"
+        )
+    cut_place(options)
+
+
+def cut_place(options: Options) -> int | None:
+    """The place of --cut in `Example.parts`; None where the longest texts give way."""
+    if options.cut is None:
+        return None
+    names = [column for column, _ in columns(options)]
+    if options.cut not in names:
+        raise FinetuneError(
+            f"--cut is {options.cut!r}, and the texts are of the columns {', '.join(map(repr, names))}; give one of them"
+        )
+    return names.index(options.cut)
