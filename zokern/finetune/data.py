@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zokern.finetune.examples import Text, key
-from zokern.finetune.labels import check_classes, few, order, whole
+from zokern.finetune.examples import OWN, Text, key
+from zokern.finetune.labels import Classes, check_classes, few, order, whole
 from zokern.finetune.named import read_named
 from zokern.finetune.options import FinetuneError, Options, names_a_file
 from zokern.finetune.reading import read_file
@@ -81,7 +81,8 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
     if not train.pairs:
         said = "; ".join(train.left_out.said())
         raise FinetuneError(f"{train.where}: no row has a text and a label{said and ': ' + said}")
-    check_classes([label for _, label in train.pairs], source)
+    if options.objective not in OWN:
+        check_classes([label for _, label in train.pairs], source)
 
     rest, left_out = train.pairs, {"train": train.left_out}
     if held is None:
@@ -100,25 +101,35 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
     if options.limit_eval is not None:
         kept = split(kept, options.limit_eval)[1]
 
-    found = {label for _, label in rest}
-    classes = order(found, train.names, label2id, head=head, asked=options.label_order)
-    if options.data != "docstrings":
-        notes.append(f"order of the labels: {classes.said}")
-    if len(classes.labels) < 2:
-        also = "".join(f"; {said}" for said in train.left_out.said())
-        raise FinetuneError(
-            f"{source}: {len(rest)} training texts with the labels {classes.labels}; classification needs two labels{also}"
-        )
-    rest, kept = (_renamed(pairs, classes.renamed) for pairs in (rest, kept))
     where = held.where if held is not None else source
-    kept = _known(kept, classes.labels, where, left_out.setdefault("eval", LeftOut()))
+    labels: list[str] = []
+    if options.objective not in OWN:
+        classes = _classes(rest, train, source, options, label2id, head)
+        if options.data != "docstrings":
+            notes.append(f"order of the labels: {classes.said}")
+        labels = classes.labels
+        rest, kept = (_renamed(pairs, classes.renamed) for pairs in (rest, kept))
+        kept = _known(kept, labels, where, left_out.setdefault("eval", LeftOut()))
     if not kept:
         raise FinetuneError(f"{where}: no text is left to evaluate on; give more data, or --eval-data")
     if both := len({text for text, _ in kept} & {text for text, _ in rest}):
         notes.append(f"WARNING: {both} of the texts to evaluate on are trained on too")
     notes += [f"{name}: {said}" for name, part in left_out.items() for said in part.said()]
-    return Data(_texts(rest, classes.labels), _texts(kept, classes.labels), classes.labels, descriptions, source,
-                left_out, notes)  # fmt: skip
+    return Data(_texts(rest, labels), _texts(kept, labels), labels, descriptions, source, left_out, notes)
+
+
+def _classes(
+    rest: list[Pair], train: Part, source: str, options: Options, label2id: dict[str, int] | None, head: bool
+) -> Classes:
+    """The labels of the training texts, of which there are two at least."""
+    found = {label for _, label in rest}
+    classes = order(found, train.names, label2id, head=head, asked=options.label_order)
+    if len(classes.labels) < 2:
+        also = "".join(f"; {said}" for said in train.left_out.said())
+        raise FinetuneError(
+            f"{source}: {len(rest)} training texts with the labels {classes.labels}; classification needs two labels{also}"
+        )
+    return classes
 
 
 def _read_both(options: Options) -> tuple[Part, Part | None]:
@@ -217,5 +228,7 @@ def read_map(path: Path, what: str, labels: Iterable[str]) -> dict[str, str]:
 
 
 def _texts(pairs: list[Pair], labels: list[str]) -> TextSet:
+    if not labels:  # the rows have what is right
+        return TextSet([text for text, _ in pairs], [0] * len(pairs))
     index = {label: i for i, label in enumerate(labels)}
     return TextSet([text for text, _ in pairs], [index[label] for _, label in pairs])

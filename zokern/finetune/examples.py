@@ -10,10 +10,20 @@ from zokern.kinds import placeholders
 
 
 class Example(NamedTuple):
-    """A row that is more than one text. parts: the texts of its columns, in their order."""
+    """A row that is more than one text.
+
+    parts: the texts of its columns, in their order. candidates, right: of --choices, and the places of the right ones.
+    answers: of --answer; any is right, the first is learnt.
+    """
 
     parts: tuple[str, ...]
+    candidates: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
 
+
+PROMPTED = ("prompt", "choices", "answer")  # objectives that read --template
+OWN = ("choices", "answer")  # objectives whose rows have no labels, but candidates or answers of their own
 
 Text = str | Example
 
@@ -32,7 +42,7 @@ def columns(options: Options) -> list[tuple[str, str]]:
     """(column, the option that names it) of each text, in the order of `Example.parts`. `--objective` is no longer auto, or
     counts as one that takes --text-column.
     """
-    if options.objective == "prompt":
+    if options.objective in PROMPTED:
         return [
             (options.text_column, "--text-column") if name == "text" else (name, "--template")
             for name in placeholders(options.template)
@@ -43,16 +53,39 @@ def columns(options: Options) -> list[tuple[str, str]]:
 
 def needed(options: Options) -> list[tuple[str, str]]:
     """(column, the option that names it) of all that a row must have."""
-    return [*columns(options), (options.label_column, "--label-column")]
+    found = columns(options)
+    if options.objective == "choices":
+        found += [(column, "--choices") for column in choice_columns(options)]
+    if options.objective == "answer":
+        return [*found, (str(options.answer), "--answer")]
+    return [*found, (options.label_column, "--label-column")]
+
+
+def choice_columns(options: Options) -> list[str]:
+    """The columns of --choices."""
+    return [name.strip() for name in (options.choices or "").split(",")]
 
 
 def check(options: Options) -> None:
     """Raises FinetuneError where options about columns do not fit the objective, which is no longer auto."""
+    for objective, given in (("choices", options.choices), ("answer", options.answer)):
+        if (options.objective == objective) != (given is not None):
+            have = "missing" if given is None else repr(given)
+            raise FinetuneError(
+                f"--{objective} is {have}, and the objective is {options.objective}; --{objective} goes with --objective "
+                f"{objective}, which auto picks for it"
+            )
     if options.pair_column is not None and options.objective != "classifier":
         raise FinetuneError(
             f"--pair-column is for --objective classifier, and the objective is {options.objective}; a prompt names its "
             'columns in --template, as "{premise} {hypothesis}"'
         )
+    if options.chat and options.objective not in PROMPTED:
+        raise FinetuneError(
+            f"--chat is for {', '.join(PROMPTED)}, and the objective is {options.objective}; leave it out"
+        )
+    if options.data == "docstrings" and options.objective in OWN:
+        raise FinetuneError(f"--data docstrings has labels alone; give data with the columns of --{options.objective}")
     if options.data == "docstrings" and [column for column, _ in columns(options)] != [options.text_column]:
         raise FinetuneError(
             "--data docstrings has one text a row, {text}; give data with other columns, or leave out --pair-column and "

@@ -16,19 +16,37 @@ class Frame:
 
     space: one space is between template and what goes on, whether written at the end of the one, at the beginning of the
     other, or not at all. Else nothing is, and both are taken as they are. cut: the place of the text that gives way where a
-    row is too long; None: the longest ones.
+    row is too long; None: the longest ones. encoder: an encoder reads the prompt, and a decoder says what goes on. chat:
+    the prompt is what the user says in the tokenizer's chat template, and the model's turn is next.
     """
 
     def __init__(
-        self, tokenizer: Any, template: str, max_length: int, *, space: bool = True, cut: int | None = None
+        self,
+        tokenizer: Any,
+        template: str,
+        max_length: int,
+        *,
+        space: bool = True,
+        cut: int | None = None,
+        encoder: bool = False,
+        chat: bool = False,
     ) -> None:
         self.tokenizer, self.max_length, self.space, self.cut = tokenizer, max_length, space, cut
+        self.encoder, self.chat = encoder, chat
         self.template = template.rstrip(" ") if space else template
         self.names = placeholders(template)
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise FinetuneError("--chat: the tokenizer of --model has no chat template; leave --chat out")
 
     def fill(self, row: Sequence[str]) -> str:
         """The template with the texts of a row. What stands in braces in a text stays."""
-        return filled(self.template, dict(zip(self.names, row, strict=True)))
+        text = filled(self.template, dict(zip(self.names, row, strict=True)))
+        if not self.chat:
+            return text
+        said: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return said
 
     def prompts(self, rows: Sequence[Text]) -> tuple[list[list[int]], Cut]:
         """The tokens of each row, at most max_length, and how many rows were cut for that."""
@@ -62,6 +80,9 @@ class Frame:
 
         what: names the i-th in the error for one that does not begin a token of its own there.
         """
+        if self.encoder:
+            said: list[list[int]] = self.tokenizer(text_target=list(texts))["input_ids"]
+            return [self._open(ids) for ids in said]
         base = self.fill(["x"] * len(self.names))
         before, *found = self._encoded([base, *(base + self._lead(text) for text in texts)])
         for i, ids in enumerate(found):
@@ -74,9 +95,14 @@ class Frame:
         return [ids[len(before) :] for ids in found]
 
     def _lead(self, text: str) -> str:
+        if self.chat:
+            return text.strip()
         return " " + text.strip() if self.space else text
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = self.tokenizer(texts)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in found]  # the text goes on: no end token
+        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]
+        return found if self.encoder or self.chat else [self._open(ids) for ids in found]
+
+    def _open(self, ids: list[int]) -> list[int]:
+        """Without the end token: the text goes on."""
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids

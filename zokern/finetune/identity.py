@@ -61,9 +61,10 @@ def _of_texts(texts: TextSet) -> str:
 
 def _of_tokens(task: Task) -> str:
     parts = []
-    for name, (rows, _) in sorted(task.sets.items()):
-        lengths = ",".join(map(str, rows.lengths)).encode()
-        parts += [name.encode(), lengths, rows.ids.cpu().numpy().astype("<i8").tobytes()]
+    for name in sorted(task.sets):
+        for rows in task.hashed(name):
+            lengths = ",".join(map(str, rows.lengths)).encode()
+            parts += [name.encode(), lengths, rows.ids.cpu().numpy().astype("<i8").tobytes()]
     return _digest([*parts, json.dumps(getattr(task, "words", None)).encode()])
 
 

