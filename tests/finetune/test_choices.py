@@ -180,8 +180,8 @@ def test_runs_count_what_is_left_out_and_go_on(models_dir: Path, t5_dir: Path, t
     rows = lines()
     rows[0]["label"], rows[1] = -1, {"text": "cat", "one": "fig", "two": "", "three": "", "label": 0}
     options = Options(
-        data=written(tmp_path / "t.jsonl", rows), output=tmp_path / "out", steps=2, eval_every=0, batch_size=4, max_length=32,
-        device="cpu", threads=1, template="{text} is", choices="one,two,three", force=True,
+        data=written(tmp_path / "t.jsonl", rows), output=tmp_path / "out", steps=2, eval_every=0, batch_size=4,
+        max_length=32, device="cpu", threads=1, template="{text} is", choices="one,two,three", force=True,
     )  # fmt: skip
     for model in (models_dir / "gpt", t5_dir):
         options.model = str(model)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from zokern.finetune import examples
+from zokern.finetune.answering import Answers
 from zokern.finetune.framing import Frame
 from zokern.finetune.options import Options
 from zokern.finetune.prompts import Prompt
@@ -24,4 +25,6 @@ def task(options: Options, model: nn.Module, tokenizer: Any, labels: list[str], 
     frame = Frame(tokenizer, options.template, options.max_length, encoder=encoder, **given)
     if options.objective == "choices":
         return Choices(model, tokenizer, frame, limit, labels)
+    if options.objective == "answer":
+        return Answers(model, tokenizer, frame, limit, options.max_answer)
     return Spoken(model, tokenizer, frame, limit, labels, words)

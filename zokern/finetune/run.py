@@ -62,6 +62,7 @@ class Summary:
     model: str
     output: Output
     stopped: int | None = None  # the signal that came
+    metric: str = "accuracy"  # what result.accuracy is
 
     @property
     def code(self) -> int:
@@ -72,7 +73,7 @@ class Summary:
 
     @property
     def gained(self) -> float:
-        """Held-out accuracy after minus before, in points (per cent)."""
+        """Held-out accuracy, or what `metric` names, after minus before, in points (per cent)."""
         return 100 * (self.result.accuracy[1] - self.result.accuracy[0])
 
 
@@ -226,7 +227,7 @@ class _Run:
             say("", "the data could not be compared with the run's: an older zokern wrote its options.json")
         found = dataclasses.replace(found, hashes=now)
 
-        shown = Display(self.console, options.steps, f"zokern finetune, {options.method}")
+        shown = Display(self.console, options.steps, f"zokern finetune, {options.method}", task.metric.name)
         with contextlib.ExitStack() as stack:
             start = None
             if resume:
@@ -248,7 +249,7 @@ class _Run:
         about, device = loaded.about, task.device
         summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
-                          self.stop.asked)  # fmt: skip
+                          self.stop.asked, task.metric.name)  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -325,9 +326,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
             "steps": result.steps,
             "since_step": result.since,
             "interrupted": result.interrupted,
-            "accuracy_before": result.accuracy[0],
-            "accuracy_after": result.accuracy[1],
-            "points_gained": summary.gained,
+            **_scores(summary),
             "loss_before": result.loss[0],
             "loss_after": result.loss[1],
             "seconds": result.seconds,
@@ -339,15 +338,23 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
     }  # fmt: skip
 
 
+def _scores(summary: Summary) -> dict[str, Any]:
+    before, after = summary.result.accuracy
+    if summary.metric == "accuracy":
+        return {"accuracy_before": before, "accuracy_after": after, "points_gained": summary.gained}
+    return {"metric": summary.metric, "score_before": before, "score_after": after, "points_gained": summary.gained}
+
+
 def _print(summary: Summary, say: Any) -> None:
     result, seconds = summary.result, summary.result.seconds
     inside = max(seconds["forwards"] + seconds["passes"], 1e-9)
     kind = "of the GPU" if summary.device.startswith("cuda") else "of main memory"
     say("", "")
-    say(
-        "accuracy",
-        f"{percent(result.accuracy[0])} -> {percent(result.accuracy[1])} held out ({summary.gained:+.1f} points)",
-    )
+    before, after = (display.measured(summary.metric, value) for value in result.accuracy)
+    if summary.metric == "accuracy":
+        say("accuracy", f"{before} -> {after} held out ({summary.gained:+.1f} points)")
+    else:
+        say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"

@@ -52,6 +52,7 @@ class Task:
         self.sets: dict[str, tuple[Rows, list[int]]] = {}
         self.cuts: dict[str, Cut] = {}
         self.empty: dict[str, int] = {}
+        self.notes: list[str] = []  # what else the run is to say
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once, for the whole run."""
@@ -88,6 +89,9 @@ class Task:
             raise FinetuneError(
                 f"--metric {metric.name} compares texts, and the labels are classes; take accuracy, macro_f1 or matthews"
             )
+
+    def notice(self, predictions: Sequence[Any]) -> None:
+        """Looks at all predictions of an evaluation, and warns of what is strange."""
 
     def lengths(self, name: str) -> list[int]:
         """Of each text, its tokens."""
@@ -210,7 +214,11 @@ def cut_notes(task: Task, limit: int) -> list[str]:
     empty = [
         f"{name}: {count} texts left out, as the tokenizer makes nothing of them" for name, count in task.empty.items()
     ]
-    return empty + [cut.said(name, task.max_length, limit - task.room) for name, cut in task.cuts.items() if cut.count]
+    return (
+        empty
+        + [cut.said(name, task.max_length, limit - task.room) for name, cut in task.cuts.items() if cut.count]
+        + task.notes
+    )
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
@@ -234,4 +242,5 @@ def evaluate(task: Task, name: str, batch_size: int, between: Callable[[], None]
         loss += found[-1].loss
     told = [task.told(one) for one in found]  # where a device is waited for
     predictions, references = ([value for one in told for value in one[i]] for i in (0, 1))
+    task.notice(predictions)
     return task.metric(predictions, references), loss.item() / len(lengths)
