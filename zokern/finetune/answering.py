@@ -35,7 +35,7 @@ _GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": Non
 class Answers(Scored):
     """max_answer: tokens that an answer may have, the end token counted; longer ones are cut where they are learnt."""
 
-    metric = metrics.METRICS["token_f1"]
+    metric: Metric = metrics.METRICS["token_f1"]
 
     def __init__(self, model: nn.Module, tokenizer: Any, frame: Frame, limit: int, max_answer: int) -> None:
         super().__init__(model, tokenizer, frame, limit, [])

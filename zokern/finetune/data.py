@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zokern.finetune import preset
 from zokern.finetune.examples import OWN, Text, key
 from zokern.finetune.labels import Classes, check_classes, few, order, whole
 from zokern.finetune.named import read_named
@@ -205,6 +206,13 @@ def read(
     split, eval_split: the splits that are asked for, of a data set that has splits.
     """
     path = Path(name)
+    if options.task is not None and path.is_dir() and (found := preset.files_in(path)) is not None:
+        for option, wanted in (("--split", split), ("--eval-split", eval_split)):
+            if wanted is not None:
+                raise FinetuneError(f"{option} is {wanted!r}, but {name} has files; give one by --data or --eval-data")
+        file, other = found
+        held = None if other is None else pairs(read_file(other, options), str(other), options)
+        return pairs(read_file(file, options), str(file), options), held
     if path.is_file() or (names_a_file(name) and not path.is_dir()):
         for option, wanted in (("--split", split), ("--eval-split", eval_split)):
             if wanted is not None:

@@ -95,6 +95,7 @@ def choose_objective(config: Any, options: Options | None = None) -> tuple[str, 
     """(objective, the reason): what `--objective auto` picks for options and a configuration."""
     for objective in () if options is None else OWN:
         if getattr(options, objective) is not None:
+            _check_writes(config, objective)
             return objective, f"--{objective} is given"
     name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith("EncoderModel"):
@@ -114,6 +115,17 @@ def choose_objective(config: Any, options: Options | None = None) -> tuple[str, 
         if config.model_type in CAUSAL and config.model_type not in MASKED:
             return "prompt", f"{config.model_type} generates text: labels are scored as words"
     return "classifier", f"{name or config.model_type} takes a classification head"
+
+
+def _check_writes(config: Any, objective: str) -> None:
+    """Refuses models that read a text from both its sides, for which nothing comes after a prompt."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if config.model_type in MASKED and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):
+        raise FinetuneError(
+            f"--{objective} needs a language model; {config.model_type} reads a text from both its sides. Give a decoder, "
+            "as an OPT, or an encoder-decoder, as a T5"
+        )
 
 
 def has_head(objective: str, config: Any) -> bool:

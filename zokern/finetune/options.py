@@ -15,6 +15,8 @@ from zokern.finetune import takers
 from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, Template, Text
 from zokern.optim import ENTRIES
 from zokern.settings import Setting
+from zokern.tasks.metrics import named
+from zokern.tasks.presets import PRESETS
 
 FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # what is read as a file, in any case; but parquet with .gz too
 REMEDY = 'install the extra with: pip install "zokern[finetune]"'
@@ -89,6 +91,23 @@ class Options:
         help="Texts to evaluate on, in any form that --data takes. Default: the validation or test split of a data set "
         "with splits, else 20 % of the data, at most 400 texts, each label in its proportion.",
         panel=DATA,
+    )
+    task: str | None = option(
+        default=None,
+        kind=Choice(tuple(PRESETS)),
+        help="One of the tasks of the papers: --template, its words, --choices or --answer, --cut, --metric, and --data "
+        "from the hub; each can still be given. --data may be the benchmark's own directory or file. "
+        + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+        + ".",
+        panel=DATA,
+    )
+    metric: str | None = option(
+        default=None,
+        kind=Text(),
+        help="What is measured at evaluations: accuracy, macro_f1 or matthews of classes, exact_match or token_f1 of "
+        "texts, or your own function of predictions and references, as module:function. Default: accuracy; for answer "
+        "token_f1.",
+        panel=EVALUATION,
     )
     split: str | None = option(
         default=None,
@@ -370,7 +389,12 @@ def _check_together(options: Options) -> None:
         or (options.device.startswith("cuda:") and options.device[5:].isdigit())
     ):
         raise FinetuneError(f"--device is {options.device!r}; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
-    if options.eval_data is not None and options.data == "docstrings":
+    if options.metric is not None:
+        try:
+            named(options.metric)
+        except ValueError as error:
+            raise FinetuneError(f"--metric: {error}") from error
+    if options.eval_data is not None and options.data == "docstrings" and options.task is None:
         raise FinetuneError("--eval-data needs --data: the embedded docstrings bring their own held-out sentences")
 
 

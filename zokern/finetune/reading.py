@@ -29,6 +29,7 @@ class Table:
     place: Callable[[int], str]
     names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    whole: bool = False  # one object that has all rows, as SQuAD's files are
 
 
 def read_file(path: Path, options: Options) -> Table:
@@ -47,6 +48,8 @@ def read_file(path: Path, options: Options) -> Table:
         return _csv(path, text, options)
     if kind == ".tsv":
         return _tsv(path, text, options)
+    if kind == ".json" and options.task is not None and (whole := _object_of(text)) is not None:
+        return Table([(0, whole)], lambda number: f"{path}, question {number + 1}", whole=True)
     return _json_array(path, text) if kind == ".json" and text.lstrip()[:1] == "[" else _json_lines(path, text)
 
 
@@ -174,6 +177,15 @@ def _lines(path: Path, rows: list[tuple[int, Row]], notes: list[str] | None = No
 # -------------------------------------------------------------------------------------------------- JSON and parquet
 
 
+def _object_of(text: str) -> Row | None:
+    """The one object that a file is; None where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _json_lines(path: Path, text: str) -> Table:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -226,6 +238,6 @@ def of_dataset(part: Any, where: str, options: Options) -> Table:
     """The table of a part of a data set of the `datasets` library. where: what errors call it."""
     wanted = list(dict.fromkeys(column for column, _ in needed(options)))
     names = getattr((part.features or {}).get(options.label_column), "names", None)
-    if set(wanted) <= set(part.column_names):
+    if options.task is None and set(wanted) <= set(part.column_names):
         part = part.select_columns(wanted)  # pictures and the like need not be decoded
     return Table(enumerate(part), lambda number: f"{where}, row {number}", names)

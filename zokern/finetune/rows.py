@@ -9,6 +9,7 @@ from zokern.finetune import examples, targets
 from zokern.finetune.cells import Cells
 from zokern.finetune.examples import Example, Text
 from zokern.finetune.options import FinetuneError, Options
+from zokern.finetune.preset import prepared
 from zokern.finetune.reading import Table
 
 Pair = tuple[Text, str]  # (text, label)
@@ -57,6 +58,7 @@ class Part:
 
 def pairs(table: Table, where: str, options: Options) -> Part:
     """The rows of a table that have a text, and a label or an answer of their own."""
+    table = prepared(table, options)
     names = None if table.names is None else [name.strip() for name in table.names]
     part = Part(where, [], LeftOut(), names, list(table.notes))
     missing = {"", *(value.strip() for value in options.unlabelled.split(","))}

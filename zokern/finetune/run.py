@@ -27,6 +27,7 @@ from zokern.finetune import (
     methods,
     models,
     plots,
+    preset,
     prompted,
     resuming,
     surroundings,
@@ -42,6 +43,7 @@ from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
 from zokern.journal import tools as journal_tools
 from zokern.optim import ZerothOrderOptimizer
 from zokern.report import versions
+from zokern.tasks.metrics import named
 
 _PACKAGES = ("zokern", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -123,17 +125,20 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     begun = time.perf_counter()
+    options = preset.applied(options)
     device = models.choose_device(options.device)
     config = models.load_config(options.model)
     dtype = models.choose_dtype(options.dtype, config, device)
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
         objective, reason = models.choose_objective(config, options)
-    options = dataclasses.replace(options, objective=objective)
+    options = preset.for_objective(dataclasses.replace(options, objective=objective))
     examples.check(options)
     with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
         data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
     task, tokenizer = _task(options, data, config, dtype, device)
+    if options.metric is not None:
+        task.measure(named(options.metric))
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
     data.notes += cut_notes(task, longest(task.model, tokenizer))
@@ -285,7 +290,7 @@ def _task(
 ) -> tuple[Task, Any]:
     labels, objective = data.labels, options.objective
     sentences = [data.descriptions.get(label, label) for label in labels]
-    words = [label.replace("_", " ") for label in labels]
+    words = preset.words(options, labels) or [label.replace("_", " ") for label in labels]
     if options.descriptions is not None:
         with failures.telling("--descriptions cannot be read", "give a JSON file {label: text}"):
             found = texts.read_map(options.descriptions, "--descriptions", labels)

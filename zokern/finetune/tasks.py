@@ -41,7 +41,7 @@ class Task:
     """
 
     room = 0
-    metric = metrics.METRICS["accuracy"]
+    metric: Metric = metrics.METRICS["accuracy"]
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
         self.model = model
@@ -82,6 +82,11 @@ class Task:
         assert isinstance(judged.said, Tensor)
         said, asked = ([self.labels[i] for i in classes.tolist()] for classes in (judged.said, judged.asked))
         return said, asked
+
+    def measure(self, metric: Metric) -> None:
+        """Another metric than the objective's own. Raises FinetuneError where it does not fit."""
+        self.check_metric(metric)
+        self.metric = metric
 
     def check_metric(self, metric: Metric) -> None:
         """Raises FinetuneError for a metric that does not compare what this objective says."""
