@@ -71,12 +71,12 @@ class Answers(Scored):
         assert isinstance(batch, Asked)
         return -self.scores(batch).mean()
 
-    def judged(self, batch: Batch) -> Judged:
+    def judged(self, batch: Batch, *, loss: bool = True) -> Judged:
         """What the model writes, and the sum of the losses."""
         assert isinstance(batch, Asked)
-        loss = -self.scores(batch).sum()
+        total = -self.scores(batch).sum() if loss else torch.zeros((), device=self.device)
         answers = [list(self.kept[batch.name].texts[i].answers) for i in batch.wanted]
-        return Judged(self.written([self.asks[batch.name][i] for i in batch.wanted]), answers, loss)
+        return Judged(self.written([self.asks[batch.name][i] for i in batch.wanted]), answers, total)
 
     def told(self, judged: Judged) -> tuple[list[Any], list[Any]]:
         """The texts."""

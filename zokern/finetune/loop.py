@@ -199,7 +199,7 @@ class _Training:
     def _closure(self, batch: Batch) -> Tensor:
         self.stop.raise_if_asked()
         with self.clock.measure("forwards"):
-            return self.sign * self.task.loss(batch)
+            return self.sign * self.task.aim(batch)
 
     def _check(self) -> None:
         if not self.interrupted:

@@ -109,6 +109,13 @@ class Options:
         "token_f1.",
         panel=EVALUATION,
     )
+    minimise: str = option(
+        default="loss",
+        kind=Choice(("loss", "metric")),
+        help="What a step makes smaller: the loss, or minus --metric of its batch, which needs no gradient. A metric takes "
+        "few values, so it wants large batches and a larger --eps.",
+        panel=METHOD,
+    )
     split: str | None = option(
         default=None,
         kind=Text(),

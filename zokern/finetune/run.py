@@ -139,6 +139,7 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     task, tokenizer = _task(options, data, config, dtype, device)
     if options.metric is not None:
         task.measure(named(options.metric))
+    task.by_metric = options.minimise == "metric"
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
     data.notes += cut_notes(task, longest(task.model, tokenizer))
@@ -154,7 +155,8 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out" + classes)
     for note in data.notes:
         say("", note)
-    say("objective", f"{objective} ({reason})")
+    aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
+    say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
     return Loaded(task, tokenizer, optimizer, data, about)

@@ -159,7 +159,7 @@ class Choices(Scored):
         assert isinstance(batch, Asked)
         return self._losses(batch, self.logits(batch)).mean()
 
-    def judged(self, batch: Batch) -> Judged:
+    def judged(self, batch: Batch, *, loss: bool = True) -> Judged:
         """The best candidates' places, and the sum of the losses."""
         assert isinstance(batch, Asked)
         logits = self.logits(batch)

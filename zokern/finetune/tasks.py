@@ -42,6 +42,7 @@ class Task:
 
     room = 0
     metric: Metric = metrics.METRICS["accuracy"]
+    by_metric = False  # whether a step makes minus the metric smaller
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
         self.model = model
@@ -72,8 +73,14 @@ class Task:
         """Mean cross entropy of a batch, a scalar."""
         return F.cross_entropy(self.logits(batch), batch.targets)
 
-    def judged(self, batch: Batch) -> Judged:
-        """What the model says of a batch, and the sum of the losses."""
+    def aim(self, batch: Batch) -> Tensor:
+        """What a step makes smaller: the loss, or minus the metric of the batch, a scalar."""
+        if not self.by_metric:
+            return self.loss(batch)
+        return torch.tensor(-self.metric(*self.told(self.judged(batch, loss=False))), device=self.device)
+
+    def judged(self, batch: Batch, *, loss: bool = True) -> Judged:
+        """What the model says of a batch, and the sum of the losses; where `loss` is not wanted, maybe 0."""
         logits = self.logits(batch)
         return Judged(logits.argmax(1), batch.targets, F.cross_entropy(logits, batch.targets, reduction="sum"))
 
