@@ -43,10 +43,13 @@ class Frame:
         text = filled(self.template, dict(zip(self.names, row, strict=True)))
         if not self.chat:
             return text
-        said: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return said
+        turn = [{"role": "user", "content": text}]
+        try:
+            return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise FinetuneError(
+                f"--chat: the tokenizer's chat template does not take one turn of a user ({error})"
+            ) from error
 
     def prompts(self, rows: Sequence[Text]) -> tuple[list[list[int]], Cut]:
         """The tokens of each row, at most max_length, and how many rows were cut for that."""

@@ -41,8 +41,10 @@ def for_objective(options: Options) -> Options:
             f"--task {options.task} cannot be done with --objective {options.objective}; give --model a language model, as "
             "an OPT or a T5"
         )
-    pair = texts[1] if len(texts) > 1 else None
-    return dataclasses.replace(options, text_column=texts[0], pair_column=pair, cut=None)
+    if options.text_column != Options().text_column or options.pair_column is not None:
+        return options  # the columns are the user's own
+    cut = None if options.cut == PRESETS[options.task].cut not in texts else options.cut
+    return dataclasses.replace(options, text_column=texts[0], pair_column=texts[1] if len(texts) > 1 else None, cut=cut)
 
 
 def words(options: Options, labels: list[str]) -> list[str] | None:

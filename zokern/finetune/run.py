@@ -228,7 +228,7 @@ class _Run:
         task, tokenizer, data, optimizer = loaded.task, loaded.tokenizer, loaded.data, loaded.optimizer
         now = identity.hashes(data, task)
         if resume and found.hashes is not None:
-            identity.compare(found.hashes, now, options)
+            identity.compare(found.hashes, now, preset.applied(options))
         self.optimizer = optimizer
         if resume and found.hashes is None:
             say("", "the data could not be compared with the run's: an older zokern wrote its options.json")

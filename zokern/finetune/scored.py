@@ -48,6 +48,14 @@ class Asked(Batch):
     wanted: list[int]
 
 
+@dataclass
+class Choosing(Asked):
+    """places: of each row in the logits, flattened. wrong: where these, (texts, candidates), have no right candidate."""
+
+    places: Tensor
+    wrong: Tensor
+
+
 class Scored(Task):
     """Common part. limit: of the model, in tokens."""
 
@@ -144,34 +152,38 @@ class Choices(Scored):
         ends = iter(self.frame.going_on(flat, lambda i: f"the candidate {flat[i]!r} (--choices)"))
         self.keep(name, rows, prompts, [[next(ends) for _ in row.candidates] for row in rows])
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(texts, candidates of the text that has most), in float32; -inf where a text has fewer."""
-        assert isinstance(batch, Asked)
-        texts = [self.kept[batch.name].texts[i] for i in batch.wanted]
+    def batch(self, name: str, wanted: Sequence[int]) -> Choosing:
+        """The candidates of the texts with the indices `wanted`."""
+        made = super().batch(name, wanted)
+        texts = [self.kept[name].texts[i] for i in wanted]
         width = max(len(text.candidates) for text in texts)
         places = [i * width + c for i, text in enumerate(texts) for c in range(len(text.candidates))]
+        wrong = torch.tensor([[c not in text.right for c in range(width)] for text in texts])
+        whole = upload(torch.cat([torch.tensor(places), wrong.flatten().long()]), self.device)
+        marks = whole[len(places) :].view(wrong.shape).bool()
+        return Choosing(made.groups, made.order, made.targets, name, made.wanted, whole[: len(places)], marks)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(texts, candidates of the text that has most), in float32; -inf where a text has fewer."""
+        assert isinstance(batch, Choosing)
         scores = self.scores(batch)
-        logits = scores.new_full((len(texts) * width,), float("-inf"))
-        return logits.index_copy(0, upload(torch.tensor(places), self.device), scores).view(-1, width)
+        logits = scores.new_full(batch.wrong.shape, float("-inf")).flatten()
+        return logits.index_copy(0, batch.places, scores).view(batch.wrong.shape)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch, a scalar."""
-        assert isinstance(batch, Asked)
         return self._losses(batch, self.logits(batch)).mean()
 
     def judged(self, batch: Batch, *, loss: bool = True) -> Judged:
         """The best candidates' places, and the sum of the losses."""
-        assert isinstance(batch, Asked)
+        assert isinstance(batch, Choosing)
         logits = self.logits(batch)
         texts = [self.kept[batch.name].texts[i] for i in batch.wanted]
         return Judged(logits.argmax(1), texts, self._losses(batch, logits).sum())
 
-    def _losses(self, batch: Asked, logits: Tensor) -> Tensor:
-        right = torch.zeros(logits.shape, dtype=torch.bool)
-        for i, wanted in enumerate(batch.wanted):
-            right[i, list(self.kept[batch.name].texts[wanted].right)] = True
-        wrong = ~upload(right, self.device)
-        return logits.logsumexp(1) - logits.masked_fill(wrong, float("-inf")).logsumexp(1)
+    def _losses(self, batch: Batch, logits: Tensor) -> Tensor:
+        assert isinstance(batch, Choosing)
+        return logits.logsumexp(1) - logits.masked_fill(batch.wrong, float("-inf")).logsumexp(1)
 
     def check_metric(self, metric: Metric) -> None:
         """Raises FinetuneError for what cannot compare candidates."""
@@ -200,6 +212,10 @@ class Spoken(Choices):
     ) -> None:
         super().__init__(model, tokenizer, frame, limit, labels)
         self.words = frame.going_on(words, lambda i: f"the label word {words[i]!r}")
+        if len(set(map(tuple, self.words))) < len(self.words):
+            raise FinetuneError(
+                f"--verbalizers: two labels have the same tokens in {dict(zip(labels, words, strict=True))}"
+            )
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once."""

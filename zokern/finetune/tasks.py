@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zokern.finetune import pairs
+from zokern.finetune import text_pairs
 from zokern.finetune.batches import Batch, Group, Rows, cut
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.data import TextSet
@@ -158,10 +158,10 @@ class Classifier(Task):
         if isinstance(texts.texts[0], str):
             super().add(name, texts)
             return
-        said, self.cuts[name] = pairs.encode(self.tokenizer, texts.texts, self.max_length, self.cut)
+        said, self.cuts[name] = text_pairs.encode(self.tokenizer, texts.texts, self.max_length, self.cut)
         rows = self._pack([ids for ids, _ in said])
         types = [kinds for _, kinds in said]
-        if accepts(self.model, "token_type_ids") and pairs.are_told_apart(types, self.model.config):
+        if accepts(self.model, "token_type_ids") and text_pairs.are_told_apart(types, self.model.config):
             rows.types = Rows.pack(types, 0, self.device).ids
         self.sets[name] = (rows, texts.targets)
 

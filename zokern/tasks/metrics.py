@@ -142,7 +142,10 @@ def named(name: str) -> Metric:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"the metric {name!r} cannot be imported ({error}); give module:function") from error
+        raise ValueError(
+            f"the metric {name!r} cannot be imported ({error}); give module:function, of a module that is installed "
+            "or on PYTHONPATH"
+        ) from error
     if not callable(function):
         raise ValueError(
             f"the metric {name!r} is a {type(function).__name__}, no function of predictions and references"
