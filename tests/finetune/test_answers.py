@@ -22,6 +22,7 @@ from zokern.finetune import FinetuneError, Options, data, finetune  # noqa: E402
 from zokern.finetune.answering import Answers  # noqa: E402
 from zokern.finetune.examples import Example  # noqa: E402
 from zokern.finetune.framing import Frame  # noqa: E402
+from zokern.finetune.prompts import Prompt  # noqa: E402
 from zokern.finetune.run import run  # noqa: E402
 from zokern.finetune.tasks import evaluate  # noqa: E402
 from zokern.tasks.metrics import METRICS, token_f1  # noqa: E402
@@ -129,6 +130,23 @@ def test_a_chat_is_the_tokenizers_own(models_dir: Path) -> None:
         "is cow a here Topic : fig [SEP]",
     ]  # the text is cut
     assert task.cuts["train"].count == 1
+
+
+@torch.no_grad()
+def test_label_words_in_a_chat(models_dir: Path) -> None:
+    """The words follow the model's turn, without a space, and are scored as after the same tokens without a chat."""
+    model, tok = test_finetune.load("gpt", models_dir, "prompt", ["animal", "fruit"])
+    tok.chat_template = CHAT
+    chat = Prompt(model, tok, ["animal", "fruit"], 32, "{text}", ["animal", "big fruit"], chat=True)
+    plain = Prompt(model, tok, ["animal", "fruit"], 32, "is {text} here Topic :", ["animal", "big fruit"])
+    for task in (chat, plain):
+        task.add("eval", test_finetune.TEXTS)
+    assert torch.equal(*(task.logits(task.batch("eval", range(40))) for task in (chat, plain)))
+    tok.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(
+        FinetuneError, match=r"--chat: the tokenizer's chat template does not take one turn of a user \(no users"
+    ):
+        Prompt(model, tok, ["animal", "fruit"], 32, "{text}", ["animal", "fruit"], chat=True)
 
 
 def vars_of(rows: Any) -> tuple[list[list[int]], list[int]]:

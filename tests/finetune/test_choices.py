@@ -106,6 +106,8 @@ def test_label_words_of_an_encoder_decoder(t5_dir: Path) -> None:
             test_finetune.TEXTS.targets, strict=True)]  # fmt: skip
     other.add("eval", data.TextSet([*rows], test_finetune.TEXTS.targets))
     assert torch.equal(logits, other.logits(other.batch("eval", range(40))))
+    with pytest.raises(FinetuneError, match="--verbalizers: two labels have the same tokens"):
+        Spoken(model, tok, task.frame, 64, ["animal", "fruit"], ["fruit", " fruit"])
     task.metric = METRICS["macro_f1"]  # its labels are classes
     assert 0 <= evaluate(task, "eval", 16)[0] <= 1
     with pytest.raises(FinetuneError, match="--metric token_f1 compares texts, and the labels are classes"):

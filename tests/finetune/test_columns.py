@@ -95,6 +95,10 @@ def test_equal_parts_are_one_text_only_in_the_same_order() -> None:
             "--cut is 'label', and the texts are of the columns 'premise', 'hypothesis'; give one of them",
         ),
         ({"pair_column": "hypothesis"}, "--pair-column is for --objective classifier, and the objective is prompt"),
+        (
+            {"chat": True, "objective": "classifier"},
+            "--chat is for prompt, choices, answer, and the objective is classifier",
+        ),
         ({"data": "docstrings"}, "--data docstrings has one text a row"),
         ({"template": "no place"}, "it must contain {text}, where each text is put in, or the name of another column"),
     ],

@@ -215,6 +215,12 @@ def test_what_is_given_besides_wins() -> None:
     assert (options.data, options.cut, options.template) == ("x.jsonl", None, "{question}? Answer:")
     assert preset.applied(Options(task="squad", metric="exact_match")).metric == "exact_match"
     assert preset.applied(plain := Options()) is plain
+    mine = Options(task="rte", objective="classifier", text_column="hypothesis", pair_column="premise")
+    assert preset.for_objective(mine) is mine
+    theirs = preset.for_objective(preset.applied(Options(task="boolq", objective="classifier")))
+    assert (theirs.text_column, theirs.pair_column, theirs.cut) == ("question", "passage", "passage")
+    theirs = preset.for_objective(preset.applied(Options(task="wsc", objective="classifier", cut="name")))
+    assert (theirs.pair_column, theirs.cut) == ("name", "name")
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,12 @@ from zokern.passes.table import upload
 from zokern.tasks import metrics
 from zokern.tasks.metrics import Metric
 
-# Greedy, whatever the checkpoint's generation_config.json asks for; its special tokens stay.
-_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "min_length": 0,
-           "min_new_tokens": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}  # fmt: skip
+# Greedy, whatever the checkpoint's generation_config.json asks for; its special tokens stay. All is named: what generate()
+# is not told, it takes from there, also where it is given a GenerationConfig.
+_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "temperature": None, "top_p": None, "top_k": None,
+           "min_length": 0, "min_new_tokens": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+           "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": None,
+           "use_cache": True}  # fmt: skip
 
 
 class Answers(Scored):
