@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from zokern.finetune.options import FinetuneError, Options
@@ -22,19 +23,31 @@ class Example(NamedTuple):
     answers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture. digest: SHA-256 of its file, in hex; equal ones are one picture. content: of the file; None: read path."""
+
+    digest: str
+    path: str = field(compare=False)
+    content: bytes | None = field(compare=False)
+
+
 PROMPTED = ("prompt", "choices", "answer")  # objectives that read --template
 OWN = ("choices", "answer")  # objectives whose rows have no labels, but candidates or answers of their own
 
-Text = str | Example
+Text = str | Example | Picture
 
 
 def parts(text: Text) -> tuple[str, ...]:
-    """The texts of a row's columns."""
+    """The texts of a row's columns; a picture has none."""
+    assert not isinstance(text, Picture)
     return (text,) if isinstance(text, str) else text.parts
 
 
 def key(text: Text) -> str:
     """What is hashed of a row: equal rows have the same, others another."""
+    if isinstance(text, Picture):
+        return text.digest
     return text if isinstance(text, str) else json.dumps(text)
 
 
@@ -42,6 +55,8 @@ def columns(options: Options) -> list[tuple[str, str]]:
     """(column, the option that names it) of each text, in the order of `Example.parts`. `--objective` is no longer auto, or
     counts as one that takes --text-column.
     """
+    if options.objective == "image":
+        return []
     if options.objective in PROMPTED:
         return [
             (options.text_column, "--text-column") if name == "text" else (name, "--template")
@@ -54,6 +69,8 @@ def columns(options: Options) -> list[tuple[str, str]]:
 def needed(options: Options) -> list[tuple[str, str]]:
     """(column, the option that names it) of all that a row must have."""
     found = columns(options)
+    if options.objective == "image":
+        found = [(options.image_column, "--image-column")]
     if options.objective == "choices":
         found += [(column, "--choices") for column in choice_columns(options)]
     if options.objective == "answer":
@@ -84,8 +101,8 @@ def check(options: Options) -> None:
         raise FinetuneError(
             f"--chat is for {', '.join(PROMPTED)}, and the objective is {options.objective}; leave it out"
         )
-    if options.data == "docstrings" and options.objective in OWN:
-        raise FinetuneError(f"--data docstrings has labels alone; give data with the columns of --{options.objective}")
+    if options.data == "docstrings" and options.objective in (*OWN, "image"):
+        raise FinetuneError(f"--data docstrings has texts and labels; give data for --objective {options.objective}")
     if options.data == "docstrings" and [column for column, _ in columns(options)] != [options.text_column]:
         raise FinetuneError(
             "--data docstrings has one text a row, {text}; give data with other columns, or leave out --pair-column and "

@@ -65,7 +65,7 @@ def _of_tokens(task: Task) -> str:
         for rows in task.hashed(name):
             lengths = ",".join(map(str, rows.lengths)).encode()
             parts += [name.encode(), lengths, rows.ids.cpu().numpy().astype("<i8").tobytes()]
-    return _digest([*parts, json.dumps(getattr(task, "words", None)).encode()])
+    return _digest([*parts, json.dumps(getattr(task, "words", task.settings)).encode()])
 
 
 def compare(there: Mapping[str, str], now: Mapping[str, str], options: Options) -> None:

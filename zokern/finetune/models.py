@@ -98,6 +98,8 @@ def choose_objective(config: Any, options: Options | None = None) -> tuple[str, 
             _check_writes(config, objective)
             return objective, f"--{objective} is given"
     name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith("ForImageClassification"):
+        return "image", f"{name} has a head for pictures"
     if name.endswith("EncoderModel"):
         return "similarity", f"{name} is an encoder: labels are compared as sentences"
     if getattr(config, "is_encoder_decoder", False):
@@ -131,11 +133,16 @@ def _check_writes(config: Any, objective: str) -> None:
 def has_head(objective: str, config: Any) -> bool:
     """Whether the model has a trained head that the objective uses."""
     name = (getattr(config, "architectures", None) or [""])[0]
-    return objective == "classifier" and name.endswith("ForSequenceClassification")
+    heads = {"classifier": "ForSequenceClassification", "image": "ForImageClassification"}
+    return objective in heads and name.endswith(heads[objective])
 
 
 def load(options: Options, objective: str, labels: list[str], config: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """(model in eval mode on the CPU, tokenizer). A new head comes from options.seed; the global RNG stays."""
+    if objective == "image":
+        from zokern.finetune import images  # which needs this module
+
+        return images.load(options, labels, config, dtype)
     transformers = import_transformers()
     files = place_of(locate(options.model))
     kind = _class(transformers, objective, config, options.model)
@@ -147,11 +154,7 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         extra |= dequantized(transformers)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(files.path, **files.also)
-        with _loading, torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(options.seed)
-            model: nn.Module = kind.from_pretrained(
-                files.path, **{_dtype_argument(transformers): dtype}, **files.also, **extra
-            )
+        model: nn.Module = seeded(kind, options.seed, files.path, dtype, **files.also, **extra)
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise explain(error, options.model, f"loaded for the {objective} objective") from error
     settings: Any = model.config
@@ -170,6 +173,13 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
     check_tokens(model, tokenizer, {tokenizer.pad_token_id}, f"the tokenizer of --model {options.model!r}")
     settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
     return model.eval(), tokenizer
+
+
+def seeded(kind: Any, seed: int, path: str, dtype: torch.dtype, **options: Any) -> Any:
+    """kind.from_pretrained(path, ...), with a new head from `seed`; the global RNG stays."""
+    with _loading, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return kind.from_pretrained(path, **{_dtype_argument(import_transformers()): dtype}, **options)
 
 
 def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:

@@ -69,14 +69,21 @@ class Options:
     )
     objective: str = option(
         default="auto",
-        kind=Choice(("auto", "similarity", "classifier", "prompt", "choices", "answer")),
+        kind=Choice(("auto", "similarity", "classifier", "prompt", "choices", "answer", "image")),
         help="How the model classifies. similarity: an encoder compares a text with a sentence about each label. "
         "classifier: a classification head. prompt: a language model scores each label's word after the text. "
-        "choices: it scores candidates that each row brings. answer: it writes the answer. auto goes by "
+        "choices: it scores candidates that each row brings. answer: it writes the answer. image: a head "
+        "for pictures. auto goes by "
         "--choices, --answer and the model's configuration, and says what it picked.",
         panel=DATA,
     )
     text_column: str = option(default="text", kind=Text(), help="The column that holds the texts.", panel=DATA)
+    image_column: str = option(
+        default="image",
+        kind=Text(),
+        help="For image: the column with the pictures, or with their paths, which begin at the file of --data.",
+        panel=DATA,
+    )
     pair_column: str | None = option(
         default=None,
         kind=Text(),

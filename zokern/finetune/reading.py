@@ -237,6 +237,10 @@ def _parquet(path: Path, options: Options) -> Table:
 def of_dataset(part: Any, where: str, options: Options) -> Table:
     """The table of a part of a data set of the `datasets` library. where: what errors call it."""
     wanted = list(dict.fromkeys(column for column, _ in needed(options)))
+    if options.objective == "image" and type((part.features or {}).get(options.image_column)).__name__ == "Image":
+        import datasets
+
+        part = part.cast_column(options.image_column, datasets.Image(decode=False))  # files, not pixels
     names = getattr((part.features or {}).get(options.label_column), "names", None)
     if options.task is None and set(wanted) <= set(part.column_names):
         part = part.select_columns(wanted)  # pictures and the like need not be decoded

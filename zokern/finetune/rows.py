@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from zokern.finetune import examples, targets
+from zokern.finetune import examples, pictures, targets
 from zokern.finetune.cells import Cells
 from zokern.finetune.examples import Example, Text
 from zokern.finetune.options import FinetuneError, Options
@@ -17,11 +18,12 @@ Pair = tuple[Text, str]  # (text, label)
 
 # Why rows are left out: a word for run.json, and what the run says.
 NO_LABEL, NO_TEXT, UNKNOWN, TORN = "no label", "no text", "unknown label", "held out under another label"
-NO_ANSWER, NO_CHOICE = "no answer", "no choice"
+NO_ANSWER, NO_CHOICE, NO_PICTURE = "no answer", "no choice", "no picture"
 WHY = {
     NO_LABEL: "as they have no label (an empty one, or what --unlabelled names)",
     NO_TEXT: "as their text is empty",
     NO_ANSWER: "as --answer has no text for them",
+    NO_PICTURE: "as --image-column is empty for them",
     NO_CHOICE: "as they have one candidate or none",
     UNKNOWN: "as no training text has their label",
     TORN: "as their text is held out with another label",
@@ -75,8 +77,10 @@ def pairs(table: Table, where: str, options: Options) -> Part:
             label = _label(raw, table, number, options)
             booleans = booleans or isinstance(raw, bool)
             text = texts[0] if len(texts) == 1 else Example(texts)
-            reason = NO_LABEL if label in missing else ""
-        if not reason and (not any(texts) or (options.pair_column is not None and not all(texts))):
+            if options.objective == "image":
+                text = pictures.read(cells, options, Path(where).parent) or ""
+            reason = NO_LABEL if label in missing else NO_PICTURE if options.objective == "image" and not text else ""
+        if not reason and columns and (not any(texts) or (options.pair_column is not None and not all(texts))):
             reason = NO_TEXT
         if reason:
             part.left_out.add(reason, table.place(number))

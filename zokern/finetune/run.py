@@ -24,6 +24,7 @@ from zokern.finetune import (
     examples,
     failures,
     identity,
+    images,
     methods,
     models,
     plots,
@@ -142,7 +143,7 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     task.by_metric = options.minimise == "metric"
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
-    data.notes += cut_notes(task, longest(task.model, tokenizer))
+    data.notes += cut_notes(task, longest(task.model, tokenizer)) if task.cuts else []
     try:
         optimizer = methods.build(task.model, options)
     except (TypeError, ValueError) as error:
@@ -152,7 +153,7 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     where = f"{_name(dtype)} on {device}"
     say("model", f"{options.model}: {config.model_type}, {_tuned(task) / 1e6:,.1f} million parameters, {where}")
     classes = f", {len(data.labels)} labels" if data.labels else ""
-    say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out" + classes)
+    say("data", f"{data.source}: {len(data.train)} {_things(options)}, {len(data.eval)} held out" + classes)
     for note in data.notes:
         say("", note)
     aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
@@ -280,10 +281,14 @@ def _steps_in(path: Path) -> int:
         return 0
 
 
+def _things(options: Options) -> str:
+    return "pictures" if options.objective == "image" else "texts"
+
+
 def _method(options: Options, optimizer: ZerothOrderOptimizer) -> str:
     settings = f"lr {float(optimizer.param_groups[0]['lr']):g} {options.lr_schedule}, eps {options.eps:g}"
     forwards = optimizer.forwards() * options.accumulate
-    each = f"{forwards} forwards of {options.batch_size} texts a step, no backward"
+    each = f"{forwards} forwards of {options.batch_size} {_things(options)} a step, no backward"
     return f"{options.method}, {settings}, {each}"
 
 
@@ -303,6 +308,8 @@ def _task(
         words = [found[label] for label in labels]
     model, tokenizer = models.load(options, objective, labels, config, dtype)
     models.place(model, device)
+    if objective == "image":
+        return images.Pictures(model, tokenizer, labels), tokenizer
     length = longest(model, tokenizer)
     if options.max_length > length:
         raise FinetuneError(

@@ -234,4 +234,4 @@ class Spoken(Choices):
 
 
 def _example(text: Text) -> Example:
-    return Example(parts(text)) if isinstance(text, str) else text
+    return text if isinstance(text, Example) else Example(parts(text))

@@ -42,6 +42,7 @@ class Task:
 
     room = 0
     metric: Metric = metrics.METRICS["accuracy"]
+    settings: list[str] | None = None  # what else the model's input depends on
     by_metric = False  # whether a step makes minus the metric smaller
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
