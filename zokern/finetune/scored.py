@@ -99,6 +99,8 @@ class Scored(Task):
         self.kept[name] = kept
 
     def _check_room(self, most: int) -> None:
+        if self.frame.encoder and most > self.limit:
+            raise FinetuneError(f"what the decoder says has up to {most} tokens, and the model takes {self.limit}")
         self.room = max(self.room, 0 if self.frame.encoder else most)
         if self.max_length + self.room > self.limit:
             raise FinetuneError(
