@@ -48,12 +48,24 @@ def test_a_figure_that_is_not_the_stored_one_is_told(tmp_path: Path, monkeypatch
         pages.main(["docs/journal.md", "--check"])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/check.md", "docs/passes.md", "docs/journal.md", "docs/methods.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/accelerate.md",
+        "docs/check.md",
+        "docs/journal.md",
+        "docs/lightning.md",
+        "docs/methods.md",
+        "docs/passes.md",
+        "docs/trainer.md",
+    ],
+)
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert blocks
     (tmp_path / "blocks.json").write_text(json.dumps(blocks))
-    one_by_one = "import json; [exec(block, {'__name__': '__main__'}) for block in json.load(open('blocks.json'))]"
+    one_by_one = "import json; own = {'__name__': '__main__'}; [exec(b, own) for b in json.load(open('blocks.json'))]"
     done = run(sys.executable, "-c", one_by_one, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

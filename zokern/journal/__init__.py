@@ -5,16 +5,18 @@
 
     zokern.journal.replay("run.zkj", base_model)          # the tuned model, without a forward
     zokern.journal.resume(optimizer, "run.zkj")           # a run that broke off: weights, states, step; it writes on
+    zokern.journal.append(optimizer, "run.zkj")           # one that was taken up from a checkpoint; mark(optimizer) fits it
 
 The format is in format.py and docs/journal.md; what a file may say in checks.py, in which state it can be in reader.py.
 """
 
 from __future__ import annotations
 
+from zokern.journal.appending import append
 from zokern.journal.format import JournalError
 from zokern.journal.hashing import hash_of
 from zokern.journal.reader import Reader
 from zokern.journal.replay import replay
-from zokern.journal.run import resume, write
+from zokern.journal.run import mark, resume, write
 
-__all__ = ["JournalError", "Reader", "hash_of", "replay", "resume", "write"]
+__all__ = ["JournalError", "Reader", "append", "hash_of", "mark", "replay", "resume", "write"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,11 @@ class Recorder:
     broken: int | None = None  # the step whose record could not be written
     following: int | None = None  # the step that comes next
     arrive: Callable[[], None] | None = None  # puts the file in its place
+
+    def know(self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame]) -> None:
+        """What the journal has where this one goes on: its first signatures, and each one's last numbers."""
+        self.numbers = {json.dumps(signature): i for i, signature in enumerate(signatures[: len(frames)])}
+        self.frames = [np.array(frame) for frame in frames]
 
     def before_step(self) -> None:
         """Refuses, before anything is changed, a step whose record could not follow on the last one's."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from zokern._checks import ZokernWarning
@@ -24,11 +22,13 @@ from zokern.journal.hashing import hash_of
 from zokern.journal.player import Player, memory_of
 from zokern.journal.reader import Reader
 from zokern.journal.record import Recorder
-from zokern.optim import state
+from zokern.optim import frameworks, state
 from zokern.optim.base import ZerothOrderOptimizer
 
+OF_A_RUN = ("contract", "method", "options", "placement", "seed", "states")  # what a header has that all of it shares
 
-def _run_of(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
+
+def run_of(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     """What a header says of a run, but for the weights that it started from."""
     return {
         "zokern": __version__,
@@ -67,7 +67,7 @@ def write(
     Raises:
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
     """
-    path = Path(path)
+    path, optimizer = Path(path), frameworks.bare(optimizer)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
     if not state.untouched(optimizer.state, optimizer.state_spec):
@@ -76,19 +76,19 @@ def write(
             "journal before the first step, or take the run up from its own journal with resume"
         )
     with begun(path, force) as (file, arrive):
-        header = {**_run_of(optimizer), "base": hash_of(optimizer.weights().items()), "about": about or {}}
+        header = {**run_of(optimizer), "base": hash_of(optimizer.weights().items()), "about": about or {}}
         writer = journal.start(file, header, sync=sync)
         recorder = Recorder(writer, optimizer.seed, optimizer.layout())
         writer.append_json(journal.LAYOUT, recorder.layout)
         recorder.arrive = arrive
-        with _recording(optimizer, recorder, path):
+        with recording(optimizer, recorder, path):
             yield
         if recorder.arrive is not None:  # a run of no steps
             recorder.arrive()
 
 
 @contextlib.contextmanager
-def _recording(optimizer: ZerothOrderOptimizer, recorder: Recorder, path: Path) -> Iterator[None]:
+def recording(optimizer: ZerothOrderOptimizer, recorder: Recorder, path: Path) -> Iterator[None]:
     optimizer.listeners.append(recorder)
     try:
         yield
@@ -99,6 +99,20 @@ def _recording(optimizer: ZerothOrderOptimizer, recorder: Recorder, path: Path) 
         if os.fstat(recorder.writer.file.fileno()).st_nlink == 0:
             what = f"{path} was removed while it was written: there is no journal of this run"
             warnings.warn(what, ZokernWarning, stacklevel=5)
+
+
+def mark(optimizer: ZerothOrderOptimizer) -> None:
+    """Writes a hash of the weights as they are to the journal that the optimizer is writing: a replay `until` this step is
+    verified then, and a run can be taken up from a checkpoint of this step with `append`. Reads all weights.
+
+    Raises:
+        JournalError: if no journal is being written, or the last step's record could not be.
+    """
+    recorder = next((one for one in optimizer.listeners if isinstance(one, Recorder)), None)
+    if recorder is None:
+        raise JournalError("mark: this optimizer is writing no journal; begin one with zokern.journal.write")
+    recorder.before_step()
+    _mark(optimizer, recorder)
 
 
 def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> None:
@@ -122,29 +136,34 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
         JournalError: if the journal is damaged, does not fit the optimizer, or another process is writing it, before
             anything is changed; if the weights on the way are not those that training had, after they were changed.
     """
-    path = Path(path)
+    path, optimizer = Path(path), frameworks.bare(optimizer)
     with locked(path) as file:
         reader, params = _fitting(optimizer, path), optimizer.weights()
         end, crc, layout, frames = _play(optimizer, reader, params)
         cut(path, file, end, warn=reader.torn)
         recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
-        recorder.numbers = {json.dumps(signature): i for i, signature in enumerate(reader.signatures[: len(frames)])}
-        recorder.frames = [np.array(frame) for frame in frames]
-        with _recording(optimizer, recorder, path):
+        recorder.know(reader.signatures, frames)
+        with recording(optimizer, recorder, path):
             yield optimizer.counters["steps"]
+
+
+def refuse_another_run(reader: Reader, optimizer: ZerothOrderOptimizer, names: Iterable[str]) -> None:
+    """Raises JournalError where the journal says something else of its run than the optimizer is, under these names."""
+    wanted = run_of(optimizer)
+    header = {**reader.header, "options": optimizer.completed(reader.header["options"])}
+    if {header.get("placement"), wanted["placement"]} == {"stream", "shadow"}:  # the same bits; "auto" may change over
+        header["placement"] = wanted["placement"]
+    for name in names:
+        if header.get(name) != wanted[name]:
+            raise JournalError(
+                f"{reader.path}: {name} is {header.get(name)!r} there, {wanted[name]!r} in this optimizer; make them agree"
+            )
 
 
 def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
     """The journal's reader, at the end. Raises JournalError if it is not of a run of this optimizer."""
-    reader, wanted = Reader(path), _run_of(optimizer)
-    header = {**reader.header, "options": optimizer.completed(reader.header["options"])}
-    if {header.get("placement"), wanted["placement"]} == {"stream", "shadow"}:  # the same bits; "auto" may change over
-        header["placement"] = wanted["placement"]
-    for name in ("contract", "method", "options", "placement", "seed", "first_step", "states"):
-        if header.get(name) != wanted[name]:
-            raise JournalError(
-                f"{path}: {name} is {header.get(name)!r} there, {wanted[name]!r} in this optimizer; make them agree"
-            )
+    reader = Reader(path)
+    refuse_another_run(reader, optimizer, (*OF_A_RUN, "first_step"))
     params = optimizer.weights()
     if not is_base(reader, params):
         raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
@@ -156,7 +175,9 @@ def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
             if not step.flags & BROKEN_OFF:
                 optimizer.remember(step.number, memory_of(step), set(), not step.flags & SKIPPED)
     except (ValueError, IndexError, TypeError) as error:
-        raise JournalError(f"{path}: what {wanted['method']} remembers of its steps does not fit: {error}") from error
+        raise JournalError(
+            f"{path}: what {type(optimizer).__name__} remembers of its steps does not fit: {error}"
+        ) from error
     finally:
         optimizer.load_history(history)
     return reader

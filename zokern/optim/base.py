@@ -57,7 +57,8 @@ class ZerothOrderOptimizer(Saving, Captured):
             closure: returns the scalar loss of the current batch, or a dict of losses by name; it is called several times
                 under torch.no_grad() and must compute the same function each time (same batch; dropout: see
                 paired_randomness). Without one nothing is done where torch's checkpoint functions call, with lr 0 and
-                gradients of zeros that they have made themselves; everywhere else that is an error.
+                gradients of zeros that they have made themselves, and once after whoever drives the optimizer has set
+                `step_done`; everywhere else that is an error.
             batches: gradient accumulation. If given, each evaluation calls closure(batch) for every entry under the same
                 perturbation and takes the mean, so a perturbation is made once however many micro-batches there are.
             batch_weights: of each entry, >= 0, for example its number of tokens; None means equal ones.
@@ -71,8 +72,9 @@ class ZerothOrderOptimizer(Saving, Captured):
             TypeError: if closure is missing or does not return one number. Whatever is raised, also from inside the
                 closure, KeyboardInterrupt included, the weights are clean afterwards.
         """
-        if closure is None and primed(self):
-            return torch.zeros((), device=CPU)
+        if closure is None and (self.step_done or primed(self)):
+            self.step_done = False
+            return self.metrics.get("loss", torch.zeros((), device=CPU))
         losses = Losses(
             closure, batches, batch_weights, reduction, loss_weights,
             vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,

@@ -29,10 +29,13 @@ from zokern.sweep import Passes
 
 class Built(Common, Method, torch.optim.Optimizer):
     """options: what a saved state must agree on. listeners: called with a StepEvent after every step. reduce: a round's
-    losses on this process -> those that all processes work with.
+    losses on this process -> those that all processes work with. step_done: the step of a loop that calls step() without a
+    closure has been done, so that this call, once, is nothing.
     """
 
-    reserved = frozenset({"module", "options", "metrics", "listeners", "reduce", "param_groups", "state", "defaults"})
+    reserved = frozenset(
+        {"module", "options", "metrics", "listeners", "reduce", "step_done", "param_groups", "state", "defaults"}
+    )
 
     @takes_settings
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -45,6 +48,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         self.metrics: dict[str, Tensor] = {}  # of the last step, on the device: loss, projected_gradient
         self.listeners: list[Listener] = []
         self.reduce: Reduce | None = None
+        self.step_done = False
         self._parameters = Parameters(registry, self.states())
         self._passes = Passes(direction, values["backend"])
         self._skips = Skips()

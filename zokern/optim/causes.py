@@ -12,9 +12,14 @@ from torch import Tensor, nn
 _announced: set[type] = set()
 BACKWARD = (
     "the closure runs backward, or returns a loss with a graph: zokern needs losses alone, and each step pays for "
-    "gradients that nobody uses. Leave out backward() and enable_grad(). A trainer that runs them around its closure, as "
-    "Lightning's automatic optimization does, has to be told: self.automatic_optimization = False, and opt.step(closure) "
-    "by hand"
+    "gradients that nobody uses. Leave out backward() and enable_grad()"
+)
+AUTOMATIC = (
+    "this is the closure of Lightning's automatic optimization, which runs a backward pass in every forward of the step, "
+    "and of an accumulation shows the last batch alone. Make the module of zokern.integrations.lightning.ForwardOnly, as "
+    "class Tuner(ForwardOnly, LightningModule), with training_step as it is (an optimizer_step of your own ends in "
+    "super().optimizer_step); or set self.automatic_optimization = False and call "
+    "self.optimizers().optimizer.step(closure, batches) by hand"
 )
 LEAVE_OUT = (
     "the closure calls backward(), and a step of zokern runs it without gradients: leave out backward() and zero_grad(), "
@@ -23,10 +28,20 @@ LEAVE_OUT = (
 NO_CLOSURE = (
     "step needs a closure that returns the loss, for example opt.step(lambda: model(x, y).loss). A loop that calls "
     "loss.backward() and then step() does first-order work; in transformers' Trainer, override training_step to call "
-    "self.optimizer.optimizer.step(closure), and make step() without a closure do nothing; with accelerate, call "
-    "opt.step(closure) in place of accelerator.backward(loss); in Lightning, set self.automatic_optimization = False "
-    "and call self.optimizers().step(closure)"
+    "self.optimizer.optimizer.step(closure), and make step() without a closure do nothing; with accelerate, take "
+    "zokern.integrations.accelerate.prepare(accelerator, opt) and call opt.step(closure, batch) in place of "
+    "accelerator.backward(loss); in Lightning, make the module of zokern.integrations.lightning.ForwardOnly, or set "
+    "self.automatic_optimization = False and call self.optimizers().step(closure)"
 )
+
+
+def lost_batches(steps: int) -> str:
+    """Of a step under accelerate's accumulate(), with a closure and no batches."""
+    return (
+        f"accelerate accumulates over {steps} micro-batches, and its wrapper gives zokern the last closure of them alone: "
+        f"unless that goes over all {steps} itself, the others are never used. Take opt = "
+        "zokern.integrations.accelerate.prepare(accelerator, opt), and call opt.step(closure, batch) for each micro-batch"
+    )
 
 
 def half(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zokern import placement as placements
 from zokern._checks import ZokernWarning
-from zokern.optim import causes, pairing, state
+from zokern.optim import causes, frameworks, pairing, state
 from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, STREAK, WHOLE, Flats
 from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Losses
@@ -42,6 +42,7 @@ class Guards:
         self._pending: dict[str, str] = {}  # warnings for when the step is over, by subject
         self._told: set[str] = set()
         self._half: torch.dtype | None = None  # of the losses, where one had 16 bits
+        self._first = True  # no step has begun yet
 
     # ----------------------------------------------------------------------------------------------- before the forwards
 
@@ -52,6 +53,10 @@ class Guards:
         if self.wanted == "auto" and (self._active is None or self._active() is not owner.active):
             self.decide(owner)
             self._active = weakref.ref(owner.active)
+        if self._first:
+            self._first = False
+            if losses.batches is None and (steps := frameworks.loses_batches()):
+                self._warn("batches", causes.lost_batches(steps))
         watch, params = self.watch, owner.active.sweep.params
         self._grads = params[0].grad, params[-1].grad
         self._draws = losses.draws = None

@@ -16,6 +16,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern._checks import ZokernWarning
-from zokern.optim import causes
+from zokern.optim import causes, frameworks
 from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.optim.pairing import Draws
@@ -94,6 +95,8 @@ class Losses:
     ) -> None:
         if closure is None or not callable(closure):
             raise TypeError(causes.NO_CLOSURE)
+        if type(closure) is not FunctionType:
+            frameworks.refuse_automatic(closure)
         self.closure, self.vectors, self.reduce, self.maximize = closure, vectors, reduce, maximize
         self.values: list[float] | None = None  # all of them, where they are on the host
         self.draws: Draws | None = None

@@ -1,0 +1,189 @@
+"""What ZOTrainer cannot do is refused at construction, by name, and nothing has been written then."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zokern
+from tests.integrations.tiny import arguments, equal, llama, rows, weights
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from zokern.integrations.transformers import ForwardOnly, ZOTrainer  # noqa: E402
+
+
+class Own(Trainer):
+    """Somebody's trainer with a step of its own."""
+
+    def training_step(self, *args: Any, **named: Any) -> Any:
+        return super().training_step(*args, **named)
+
+
+def test_the_order_of_bases_is_checked() -> None:
+    class Right(Own, ZOTrainer):
+        pass
+
+    assert Right.training_step is not ForwardOnly.training_step
+    for wrong in (ZOTrainer, ForwardOnly):
+        name = wrong.__name__
+        with pytest.raises(TypeError, match=rf"Own has a training_step of its own.*write class Tuner\(Own, {name}\)"):
+            type("Tuner", (wrong, Own), {})
+
+
+def test_a_trainer_in_front_takes_our_arguments(tmp_path: Path) -> None:
+    class Narrow(Own):
+        def __init__(self, model: Any, args: Any, train_dataset: Any) -> None:
+            super().__init__(model, args, train_dataset=train_dataset)
+
+    class Tuner(Narrow, ForwardOnly):
+        journal = False
+
+    trainer = Tuner(llama(), arguments(tmp_path, max_steps=1), rows(), zo="fzoo", dropout=False)
+    trainer.train()
+    assert type(trainer.zo_optimizer) is zokern.FZOO
+    assert not trainer.dropout
+    assert not (tmp_path / "journal.zkj").exists()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'zoo'"):
+        Tuner(llama(), arguments(tmp_path), rows(), zoo="fzoo")
+
+
+def test_a_training_step_that_never_reaches_ours_is_told(tmp_path: Path) -> None:
+    class Alone(Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            return model(**self._prepare_inputs(inputs)).loss.detach()
+
+    class Tuner(Alone, ForwardOnly):
+        pass
+
+    model = llama()
+    with pytest.raises(RuntimeError, match="Tuner has a training_step that never reaches ForwardOnly's"):
+        Tuner(model, arguments(tmp_path), train_dataset=rows()).train()
+    assert equal(weights(model), weights(llama()))
+
+
+class Ranks(TrainingArguments):
+    world_size = 2
+
+
+class Gpus(TrainingArguments):
+    n_gpu = 2
+
+
+def no_check(self: Any) -> None:
+    """fp16 is checked by transformers against the machine's devices."""
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"optim": "adafactor"}, ValueError, "optim is 'adafactor'.*give the method as zo="),
+        ({"fp16": True}, NotImplementedError, "ZOTrainer: mixed precision 'fp16' has a GradScaler.*Take bf16"),
+        ({"deepspeed": "ds.json"}, NotImplementedError, "ZOTrainer: zokern does not train under DeepSpeed"),
+        ({"fsdp": "full_shard"}, NotImplementedError, "ZOTrainer: zokern does not train under FSDP"),
+        ({"loss_type": "dft"}, ValueError, "loss_type='dft' weighs tokens by detached"),
+        ({"loss_type": ["sigmoid", "dft"]}, ValueError, "loss_type='dft' weighs tokens by detached"),
+        ({"cls": Ranks}, NotImplementedError, "2 processes would each train a model of their own"),
+        ({"cls": Gpus}, NotImplementedError, "to 2 GPUs in every forward.*CUDA_VISIBLE_DEVICES=0"),
+    ],
+)
+def test_arguments(tmp_path: Path, given: dict[str, Any], error: type[Exception], message: str) -> None:
+    args = arguments(tmp_path)
+    args.__class__ = given.pop("cls", TrainingArguments)
+    for name, value in given.items():
+        setattr(args, name, value)
+    with pytest.raises(error, match=message):
+        ZOTrainer(llama(), args, train_dataset=rows())
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_what_the_environment_has_chosen(engine: str) -> None:
+    from types import SimpleNamespace
+
+    from zokern.integrations import refused
+
+    made = SimpleNamespace(distributed_type=engine, num_processes=1, mixed_precision="no", scaler=None)
+    with pytest.raises(NotImplementedError, match="does not train under"):
+        refused.accelerator(made)
+    made.distributed_type, made.mixed_precision = "NO", "fp16"
+    with pytest.raises(NotImplementedError, match="GradScaler"):
+        refused.accelerator(made)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"zo": "mezzo"}, ValueError, "zo: there is no method 'mezzo'; is 'mezo' meant"),
+        ({"zo": 3}, TypeError, "zo must be a method's name or a mapping with 'method', got int"),
+        ({"zo": {"method": "hizoo", "epsilon": 1}}, TypeError, "zo: HiZOO has no setting 'epsilon'; is 'eps' meant"),
+        ({"zo": {"lr": 1e-3}}, ValueError, "zo has 'lr', which the trainer's own arguments say"),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, TypeError, "has SGD, which is none of zokern's"),
+        ({"zo": "es", "optimizer_cls_and_kwargs": (zokern.ES, {})}, ValueError, "both given; leave one out"),
+    ],
+)
+def test_the_method(tmp_path: Path, given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ZOTrainer(llama(), arguments(tmp_path), train_dataset=rows(), **given)
+
+
+def test_optimizers(tmp_path: Path) -> None:
+    model, args = llama(), arguments(tmp_path)
+
+    def trainer(opt: Any, **more: Any) -> Any:
+        return ZOTrainer(model, args, train_dataset=rows(), optimizers=(opt, None), **more)
+
+    with pytest.raises(TypeError, match="optimizers has a SGD; give one of zokern's"):
+        trainer(torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.raises(ValueError, match="none of its parameters is one of model's"):
+        trainer(zokern.MeZO(llama(), lr=1.0))
+    with pytest.raises(ValueError, match="ES has maximize=True, and the trainer's loss is to fall"):
+        trainer(zokern.ES(model, lr=1.0, maximize=True))
+    with pytest.raises(ValueError, match="zo and optimizers are both given"):
+        trainer(zokern.MeZO(model, lr=1.0), zo="mezo")
+    with pytest.raises(RuntimeError, match=r"made by train\(\); call create_optimizer\(\)"):
+        _ = ZOTrainer(model, args, train_dataset=rows()).zo_optimizer
+
+
+def resumed(folder: Path, zo: Any, model: torch.nn.Module | None = None) -> None:
+    args = arguments(folder, save_strategy="steps", save_steps=1, max_steps=2)
+    ZOTrainer(model or llama(), args, train_dataset=rows(), zo=zo).train(
+        resume_from_checkpoint=str(folder / "checkpoint-1") if (folder / "checkpoint-1").exists() else None
+    )
+
+
+def test_a_journal_that_is_gone_or_of_another_run(tmp_path: Path) -> None:
+    """A run without states begins another one at its checkpoint; with states it is told; another run's is refused."""
+    plain = tmp_path / "plain"
+    resumed(plain, "mezo")
+    journal = plain / "journal.zkj"
+    kept = journal.read_bytes()
+    journal.unlink()
+    resumed(plain, "mezo")
+    assert zokern.journal.Reader(journal).header["first_step"] == 1
+
+    journal.write_bytes(kept)
+    saved = plain / "checkpoint-1" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    changed = {name: t + 1 for name, t in load_file(saved).items()}
+    save_file(changed, saved, metadata={"format": "pt"})
+    with pytest.raises(zokern.journal.JournalError, match="weights are not those that the run had after 1 steps"):
+        resumed(plain, "mezo")
+    assert journal.read_bytes() == kept
+
+    adam = tmp_path / "adam"
+    zo = {"update": "adam"}
+    resumed(adam, zo)
+    shutil.copy(journal, adam / "journal.zkj")
+    with pytest.raises(zokern.journal.JournalError, match="make them agree"):
+        resumed(adam, zo)
+    os.unlink(adam / "journal.zkj")
+    with pytest.warns(zokern.ZokernWarning, match="cannot begin at step 1 of a run with states: none is written"):
+        resumed(adam, zo)

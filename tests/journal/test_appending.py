@@ -1,0 +1,119 @@
+"""A journal that goes on from a checkpoint of its run."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zokern
+from tests.models import all_bits, same_bits, small, tokens
+from zokern.journal import JournalError, Reader
+
+
+def optimizer(model: torch.nn.Module, **more: Any) -> zokern.MeZO:
+    return zokern.MeZO(model, lr=1e-2, **{"update": "adam", **more})
+
+
+def steps(model: torch.nn.Module, opt: zokern.MeZO, numbers: range) -> None:
+    for t in numbers:
+        opt.step(lambda t=t: model(tokens(t)))
+
+
+def run(path: Path, at: int = 3, end: int = 6) -> tuple[Any, dict[str, Any], list[torch.Tensor]]:
+    """A run of `end` steps with a checkpoint after `at`: its model and state there, and the weights at the end."""
+    model = small()
+    opt = optimizer(model)
+    with zokern.journal.write(opt, path):
+        steps(model, opt, range(at))
+        zokern.journal.mark(opt)
+        saved = copy.deepcopy(model), opt.state_dict()
+        saved = saved[0], copy.deepcopy(saved[1])
+        steps(model, opt, range(at, end))
+    return *saved, all_bits(model)
+
+
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_the_run_goes_on_and_replays(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "run.zkj"
+    model, state, end = run(path, at)
+    whole = path.read_bytes()
+    opt = optimizer(model)
+    opt.load_state_dict(state)
+    with zokern.journal.append(opt, path):
+        steps(model, opt, range(at, 6))
+    assert same_bits(all_bits(model), end)
+    assert (tmp_path / "run.zkj.cut").exists()
+    base = small()
+    assert zokern.journal.replay(path, base) == 6
+    assert same_bits(all_bits(base), end)
+    assert len(Reader(path).header) > 0
+    assert abs(path.stat().st_size - len(whole)) < 2000  # nothing is there twice
+
+
+def test_marks_verify_a_replay_of_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "run.zkj"
+    model, *_ = run(path)
+    base = small()
+    replayed = zokern.journal.replay(path, base, until=3)
+    assert replayed.verified
+    assert same_bits(all_bits(base), all_bits(model))
+    with pytest.warns(zokern.ZokernWarning, match="no hash of the weights after step 4"):
+        assert not zokern.journal.replay(path, small(), until=4).verified
+
+
+def test_without_a_mark_a_replay_finds_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "run.zkj"
+    model, state, _ = run(path)
+    opt = optimizer(model)
+    opt.load_state_dict(state)
+    steps(model, opt, range(3, 4))
+    with zokern.journal.append(opt, path):  # at step 4, of which there is no hash
+        steps(model, opt, range(4, 5))
+    assert zokern.journal.replay(path, small()) == 5
+
+
+def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    path = tmp_path / "run.zkj"
+    model, state, _ = run(path)
+    before = path.read_bytes()
+
+    def refuse(match: str, opt: zokern.MeZO) -> None:
+        with pytest.raises(JournalError, match=match), zokern.journal.append(opt, path):
+            pass
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+    opt = optimizer(model)
+    opt.load_state_dict(state)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    refuse("weights are not those that the run had after 3 steps; load the checkpoint's", opt)
+    refuse("seed is 0 there, 7 in this optimizer", optimizer(small(), seed=7))
+    opt = optimizer(small())
+    opt.resumed(9, 0)
+    refuse("until is 9, and the journal ends after 6 steps", opt)
+    with pytest.raises(JournalError, match="is writing no journal; begin one with"):
+        zokern.journal.mark(opt)
+    opt = optimizer(model := small())
+    with zokern.journal.write(opt, tmp_path / "other.zkj"):
+        with pytest.raises(JournalError, match="is writing a journal already"), zokern.journal.append(opt, path):
+            pass
+        steps(model, opt, range(1))
+
+
+def test_a_run_that_began_later(tmp_path: Path) -> None:
+    model = small()
+    opt = optimizer(model, update="sgd")
+    steps(model, opt, range(2))
+    path = tmp_path / "late.zkj"
+    with zokern.journal.write(opt, path):
+        steps(model, opt, range(2, 4))
+    with (
+        pytest.raises(JournalError, match="begins at step 2, and the optimizer is at step 0"),
+        zokern.journal.append(optimizer(small(), update="sgd"), path),
+    ):
+        pass

@@ -1,0 +1,78 @@
+"""A method and its settings as one argument, `zo=`: "mezo", or {"method": "mezo", "eps": 1e-2, "num_samples": 4}."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from zokern.layers import RandomBlocks, find_blocks
+from zokern.optim import ENTRIES, LeZO, MeZO, ZerothOrderOptimizer
+
+ELSEWHERE = {"params", "module", "lr", "weight_decay"}  # the trainer says these
+Groups = list[dict[str, Any]]
+
+
+class Chosen(NamedTuple):
+    """A class of the registry and its settings, looked at; `build` makes the optimizer."""
+
+    cls: type[ZerothOrderOptimizer]
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, zo: str | Mapping[str, Any]) -> Chosen:
+        """
+        Args:
+            zo: a method's name, or a mapping with "method" (default: "mezo") and any setting of its class but lr,
+                weight_decay, params and module; for lezo also num_dropped (default: three quarters of the blocks).
+
+        Raises:
+            TypeError, ValueError: naming what is not known.
+        """
+        if isinstance(zo, str):
+            zo = {"method": zo}
+        if not isinstance(zo, Mapping):
+            raise TypeError(f"zo must be a method's name or a mapping with 'method', got {type(zo).__name__}")
+        method, settings = zo.get("method", "mezo"), {name: value for name, value in zo.items() if name != "method"}
+        if not isinstance(method, str) or method not in ENTRIES:
+            raise ValueError(f"zo: there is no method {method!r}; {_closest(str(method), ENTRIES, 'the methods are')}")
+        return cls.of_class(ENTRIES[method].cls, settings, "zo")
+
+    @classmethod
+    def of_class(cls, made: Any, settings: Mapping[str, Any], name: str = "optimizer_cls_and_kwargs") -> Chosen:
+        """
+        Raises:
+            TypeError, ValueError: naming what is not known. name: the argument that it stands in.
+        """
+        if not (isinstance(made, type) and issubclass(made, ZerothOrderOptimizer)):
+            called = getattr(made, "__name__", made)
+            raise TypeError(f"{name} has {called}, which is none of zokern's; give for example zokern.MeZO")
+        allowed = {*MeZO.settings, "num_dropped"} if issubclass(made, LeZO) else set(made.settings)
+        for one in settings:
+            if one in ELSEWHERE:
+                raise ValueError(f"{name} has {one!r}, which the trainer's own arguments say; leave it out")
+            if one not in allowed:
+                hint = _closest(one, sorted(allowed - ELSEWHERE), "it has")
+                raise TypeError(f"{name}: {made.__name__} has no setting {one!r}; {hint}")
+        return cls(made, dict(settings))
+
+    def build(self, model: nn.Module, groups: Groups, lr: float, *, maximize: bool = False) -> ZerothOrderOptimizer:
+        """Over groups of (name, parameter) pairs of `model`. maximize: what the closure returns is a reward.
+
+        Raises:
+            TypeError, ValueError: from the method's class, naming the setting.
+        """
+        settings, made = dict(self.settings), self.cls
+        if issubclass(made, LeZO):  # short for MeZO on random blocks
+            made, blocks = MeZO, len(find_blocks(model))
+            settings["layers"] = RandomBlocks(settings.pop("num_dropped", blocks * 3 // 4))
+        settings.setdefault("maximize", maximize)
+        return made(groups, lr=lr, module=model, **settings)
+
+
+def _closest(name: str, known: Iterable[str], lead: str) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"is {close[0]!r} meant?" if close else f"{lead} {', '.join(known)}"

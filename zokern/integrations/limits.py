@@ -1,0 +1,51 @@
+"""What no integration can do yet. It is refused by name before anything is trained, with the way out."""
+
+from __future__ import annotations
+
+MIXED_FLOAT16 = ("fp16", "16", "16-mixed")  # as accelerate and Lightning call it
+ENGINES = {
+    "deepspeed": "DeepSpeed",
+    "fsdp": "FSDP",
+    "megatron_lm": "Megatron-LM",
+    "model_parallel": "a model-parallel strategy",
+    "xla": "XLA",
+}
+
+
+def refuse(
+    integration: str, *, world_size: int = 1, precision: str = "", scaler: bool = False, engine: str = ""
+) -> None:
+    """Asks whether zokern can train under these facts, and changes nothing.
+
+    Args:
+        integration: who asks, the first word of the message.
+        world_size: the number of processes that train together.
+        precision: the framework's own name of its mixed precision, for example "no", "bf16", "16-mixed".
+        scaler: whether it scales losses by a GradScaler.
+        engine: the framework's name of what holds the weights; those in ENGINES cut them up or own their steps. Upper and
+            lower case, "-" and "_" are the same.
+
+    Raises:
+        NotImplementedError: for more than one process, float16 with a GradScaler, 8-bit floats, and the engines of ENGINES.
+    """
+    kind = ENGINES.get(engine.lower().replace("-", "_"))
+    if kind is not None:
+        raise NotImplementedError(
+            f"{integration}: zokern does not train under {kind}, which holds the weights in parts or makes the steps "
+            "itself. Run one process without it: forward passes alone need the memory of inference, so the model often fits"
+        )
+    if world_size > 1:
+        raise NotImplementedError(
+            f"{integration}: {world_size} processes would each train a model of their own, since there are no gradients "
+            "that the framework could average. Run one process; training on several is not there yet"
+        )
+    if scaler or precision.lower() in MIXED_FLOAT16:
+        raise NotImplementedError(
+            f"{integration}: mixed precision {precision or 'fp16'!r} has a GradScaler, which scales gradients, and here "
+            "are none. Take bf16, or a model with float16 weights without mixed precision"
+        )
+    if "fp8" in precision.lower() or precision.lower().startswith("transformer-engine"):
+        raise NotImplementedError(
+            f"{integration}: mixed precision {precision!r} carries scales from one forward to the next, so the forwards of "
+            "a step would not be the same function. Take bf16"
+        )

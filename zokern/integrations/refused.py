@@ -1,0 +1,118 @@
+"""What cannot work in transformers' Trainer with forwards alone: refused at construction, by name, with the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from zokern.integrations import limits
+from zokern.optim import ZerothOrderOptimizer
+
+RATIO = (
+    "its loss is a ratio to a detached copy of the policy, which is 1 at any weights; "
+    "zokern.integrations.trl.RewardTrainer measures the reward itself"
+)
+# Trainers whose loss, as a number, says something else than its gradient.
+DETACHED = {
+    "GRPOTrainer": RATIO,
+    "RLOOTrainer": RATIO,
+    "PPOTrainer": RATIO,
+    "AsyncGRPOTrainer": RATIO,
+    "KTOTrainer": "its loss has a detached divergence in it, which forwards cannot leave out; take DPOTrainer",
+}
+DETACHED_LOSS = {
+    "dft": 'weighs tokens by detached probabilities, which forwards cannot leave out; take loss_type="nll"'
+}
+
+
+def order(cls: type, ours: type) -> None:
+    """
+    Raises:
+        TypeError: where a trainer comes after ours in the order of bases, whose own training_step ours would hide.
+    """
+    after = cls.__mro__[cls.__mro__.index(ours) + 1 :]
+    base = next(one for one in ours.__mro__ if one.__module__.startswith("transformers.") and one.__name__ == "Trainer")
+    hidden = [one.__name__ for one in after[: after.index(base)] if "training_step" in vars(one)]
+    if hidden:
+        mine = next(one for one in cls.__mro__ if one.__module__ == ours.__module__)
+        raise TypeError(
+            f"class {cls.__name__}: {hidden[0]} has a training_step of its own, which {mine.__name__}'s would hide; write "
+            f"class {cls.__name__}({hidden[0]}, {mine.__name__})"
+        )
+
+
+def trainer(cls: type) -> None:
+    """
+    Raises:
+        TypeError: for a trainer whose loss carries no signal for forwards.
+    """
+    for one in cls.__mro__:
+        if one.__name__ in DETACHED and one.__module__.startswith("trl."):
+            raise TypeError(f"{one.__name__} cannot be trained with forwards only: {DETACHED[one.__name__]}")
+
+
+def arguments(args: Any) -> None:
+    """Of TrainingArguments, or None.
+
+    Raises:
+        NotImplementedError, ValueError: naming the argument.
+    """
+    if args is None:
+        return
+    engine = "deepspeed" if getattr(args, "deepspeed", None) else "fsdp" if getattr(args, "fsdp", None) else ""
+    limits.refuse("ZOTrainer", precision="fp16" if getattr(args, "fp16", False) else "", engine=engine)
+    limits.refuse("ZOTrainer", world_size=args.world_size)
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"ZOTrainer: the Trainer would copy the model to {args.n_gpu} GPUs in every forward. Run on one "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+    default = {one.name: one.default for one in dataclasses.fields(args)}.get("optim")
+    if args.optim != default:
+        raise ValueError(
+            f"optim is {getattr(args.optim, 'value', args.optim)!r}, and the steps are zokern's; leave it out, and give "
+            "the method as zo="
+        )
+    kind = getattr(args, "loss_type", None)
+    for one in [kind] if isinstance(kind, str) else kind or []:
+        if one in DETACHED_LOSS:
+            raise ValueError(f"loss_type={one!r} {DETACHED_LOSS[one]}")
+
+
+def accelerator(made: Any) -> None:
+    """What the environment may have chosen, past the arguments.
+
+    Raises:
+        NotImplementedError: naming it.
+    """
+    engine = str(getattr(made.distributed_type, "value", made.distributed_type))
+    limits.refuse(
+        "ZOTrainer", world_size=made.num_processes, engine=engine, precision=made.mixed_precision,
+        scaler=getattr(made, "scaler", None) is not None,
+    )  # fmt: skip
+
+
+def optimizer(given: Any, model: nn.Module) -> None:
+    """Of `optimizers`.
+
+    Raises:
+        TypeError: if it is none of zokern's.
+        ValueError: if it trains nothing of the model, or climbs.
+    """
+    if not isinstance(given, ZerothOrderOptimizer):
+        raise TypeError(
+            f"optimizers has a {type(given).__name__}; give one of zokern's, for example "
+            "(zokern.MeZO(model, lr=1e-6), None), or leave it out and give zo="
+        )
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in given.param_groups for p in group["params"]):
+        raise ValueError(
+            "optimizers: none of its parameters is one of model's; make it of the same module, after get_peft_model and "
+            "whatever else replaces parameters"
+        )
+    if given.maximize:
+        raise ValueError(
+            f"optimizers: {type(given).__name__} has maximize=True, and the trainer's loss is to fall; give maximize=False"
+        )

@@ -1,0 +1,66 @@
+"""The journal of a framework's run: begun with its training, gone on with from its checkpoints, ended before anything else
+changes the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+from zokern import journal
+from zokern._checks import ZokernWarning
+from zokern.optim import ZerothOrderOptimizer, state
+
+NAME = "journal.zkj"
+
+
+class Journaled:
+    """Of one trainer; nothing is written outside `begin` and `close`."""
+
+    def __init__(self) -> None:
+        self._stack: contextlib.ExitStack | None = None
+        self._optimizer: ZerothOrderOptimizer | None = None
+
+    def begin(self, optimizer: ZerothOrderOptimizer, folder: str | Path, step: int, about: Any = None) -> None:
+        """step: of the checkpoint that the run goes on from, 0 for a new run, which renames an earlier run's journal.
+
+        Raises:
+            JournalError: if the journal in the folder is of another run than the checkpoint, or cannot be written.
+        """
+        self.close()
+        path = Path(folder) / NAME
+        with contextlib.ExitStack() as stack:
+            if step and path.exists():
+                stack.enter_context(journal.append(optimizer, path))
+            elif step and not state.untouched(optimizer.state, optimizer.state_spec):
+                warnings.warn(
+                    f"{path} is not there, and a journal cannot begin at step {step} of a run with states: none is written",
+                    ZokernWarning,
+                    stacklevel=2,
+                )
+            else:
+                _rename(path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(journal.write(optimizer, path, about=about))
+            self._optimizer, self._stack = optimizer, stack.pop_all()
+
+    def mark(self) -> None:
+        """The weights are those of a checkpoint: a run can go on from it."""
+        if self._stack is not None and self._optimizer is not None and self._optimizer.listeners:
+            journal.mark(self._optimizer)
+
+    def close(self) -> None:
+        """Again is nothing."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+
+def _rename(path: Path) -> None:
+    """An earlier run's, to the first name that is free."""
+    if path.exists():
+        number = 1
+        while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(other)

@@ -1,0 +1,276 @@
+"""transformers' Trainer, and every trainer that derives from it, with zeroth-order steps: forwards only, no backward.
+
+    from zokern.integrations.transformers import ZOTrainer
+
+    trainer = ZOTrainer(model, args, train_dataset=data)                              # MeZO, lr and schedule from args
+    trainer = ZOTrainer(model, args, train_dataset=data, zo={"method": "hizoo", "eps": 1e-3})
+    trainer = ZOTrainer(model, args, train_dataset=data, optimizers=(zokern.MeZO(model, lr=1e-6), None))
+
+    class ZOSFTTrainer(SFTTrainer, ForwardOnly): ...                                  # any other trainer: it comes first
+
+The Trainer's loop stays as it is. What it calls the training step of a micro-batch collects them; with the last one of a
+step, the whole step is made, each of its forwards over all of them; the loop's own optimizer.step() is nothing then.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokern.integrations import refused
+from zokern.integrations.books import Books
+from zokern.integrations.chosen import Chosen, Groups
+from zokern.integrations.running import Journaled
+from zokern.optim import ZerothOrderOptimizer, pairing
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "zokern.integrations.transformers needs transformers and accelerate; install zokern[trainer]"
+    ) from error
+
+
+class ForwardOnly(Trainer):  # type: ignore[misc]
+    """Makes a trainer take zeroth-order steps: `class ZOSFTTrainer(SFTTrainer, ForwardOnly)`, the other trainer first.
+
+    A step evaluates the trainer's own `compute_loss` at perturbed weights, over all micro-batches of the step, and moves
+    the weights along the directions it has drawn; the method's page in docs/methods has the equations. The model stays in
+    training mode, as under any Trainer; dropout draws the same in all forwards of a step.
+
+    From `args`: learning_rate, lr_scheduler_type, warmup, weight_decay (of what the Trainer decays), accumulation by the
+    Trainer's token counts, evaluation, callbacks, best model, label smoothing, bf16, torch_compile, resume. Gradients are
+    never made: max_grad_norm and optim have nothing to do. Logged beside the loss: projected_gradient, forwards,
+    skipped_steps and flat_steps, all of the run so far.
+
+    Args, beside the trainer's own, by name; a class may have them as attributes:
+        zo: a method's name, or a mapping with "method" and settings of its class (docs/methods.md). Default: "mezo".
+            Goes without `optimizers`, which takes a zokern optimizer in its place.
+        journal: write `journal.zkj` in args.output_dir, from which the tuned weights can be made again; a run that is
+            resumed writes on in it. An earlier run's is renamed. Not in hyperparameter_search. Default: True.
+        dropout: False leaves out dropout and what else draws in training mode, as the papers do. Default: True.
+
+    Raises:
+        TypeError, ValueError: at construction, for what cannot work, with the way out: more than one process or GPU, fp16
+            with its loss scaler, DeepSpeed, FSDP, trainers whose loss is a ratio to a detached copy (GRPO and its kin).
+    """
+
+    zo: str | Mapping[str, Any] | None = None
+    journal: bool = True
+    dropout: bool = True
+    OWN = ("zo", "journal", "dropout")
+    maximize = False  # what compute_loss returns is a loss
+    optimizer: Any  # zokern's, and what accelerate puts around it
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refused.order(cls, ForwardOnly)
+        if "__init__" not in vars(cls):  # a trainer that comes first does not know our arguments
+            type.__setattr__(cls, "__init__", _taking_own(cls))
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        _set_own(self, named)
+        refused.trainer(type(self))
+        given = named.get("args", args[1] if len(args) > 1 else None)
+        refused.arguments(given)
+        self._micro: list[Any] = []
+        self._losses: list[Tensor] = []  # of the steps since the last line of the log
+        self._finite: Tensor | None = None  # the last finite one
+        self._stepped = False
+        self._journaled = Journaled()
+        super().__init__(*args, **named)
+        refused.arguments(self.args)
+        refused.accelerator(self.accelerator)
+        if self.optimizer is not None:
+            if self.zo is not None:
+                raise ValueError("zo and optimizers are both given; leave one out")
+            refused.optimizer(self.optimizer, self.model)
+        self._chosen = None if self.optimizer is not None else self._choice()
+        self.add_callback(_Hooks(self))
+
+    @property
+    def zo_optimizer(self) -> ZerothOrderOptimizer:
+        """zokern's optimizer, inside what accelerate puts around it.
+
+        Raises:
+            RuntimeError: before `train`, where it is made from `zo`.
+        """
+        found: Any = self.optimizer
+        while found is not None and not isinstance(found, ZerothOrderOptimizer):
+            found = getattr(found, "optimizer", None)
+        if found is None:
+            raise RuntimeError("the optimizer is made by train(); call create_optimizer() to have it before")
+        return found
+
+    # ----------------------------------------------------------------------------------------- what the Trainer asks for
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The zokern optimizer over what the Trainer would train, in its two groups: with weight decay and without."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            chosen = self._chosen or self._choice()
+            self.optimizer = chosen.build(model, self._groups(model), self.args.learning_rate, maximize=self.maximize)
+        return self.optimizer
+
+    def _choice(self) -> Chosen:
+        given = getattr(self, "optimizer_cls_and_kwargs", None)
+        if given is not None:
+            if self.zo is not None:
+                raise ValueError("zo and optimizer_cls_and_kwargs are both given; leave one out")
+            return Chosen.of_class(*given)
+        return Chosen.read("mezo" if self.zo is None else self.zo)
+
+    def _groups(self, model: nn.Module) -> Groups:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not self.args.weight_decay:
+            return [{"params": trained}]
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = [
+            {"params": [one for one in trained if (one[0] in decayed) is decays], "weight_decay": share}
+            for decays, share in ((True, self.args.weight_decay), (False, 0.0))
+        ]
+        return [group for group in groups if group["params"]]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Collects a micro-batch; with the last one of a step makes the step. Returns its loss, 0 before."""
+        self._micro.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro = self._micro, []
+        if not model.training:
+            model.train()
+            if not self.dropout:
+                _quieten(model)
+        books = Books(self, len(batches))
+
+        def closure(batch: Any) -> Tensor:
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(model, copy.copy(batch), num_items_in_batch=num_items_in_batch)
+            books.counted()
+            return loss
+
+        optimizer = self.zo_optimizer
+        reduction = "sum" if self._is_share(num_items_in_batch) else "mean"
+        try:
+            loss = optimizer.step(closure, batches, reduction=reduction)
+        finally:
+            books.put_back()
+        optimizer.step_done = self._stepped = True  # the loop calls optimizer.step() once more
+        return self._note(loss.to(self.args.device))
+
+    def _is_share(self, num_items_in_batch: Any) -> bool:
+        """Whether compute_loss gives each micro-batch's share of the step's loss, and not a mean of its own."""
+        known = getattr(self, "loss_is_scaled_for_ga", None)
+        if known is not None:
+            return bool(known)
+        return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+
+    def _note(self, loss: Tensor) -> Tensor:
+        """The loss for the Trainer's sum, where one that is not finite counts as the last that was."""
+        self._losses.append(loss)
+        last = torch.zeros_like(loss) if self._finite is None else self._finite
+        self._finite = torch.where(torch.isfinite(loss), loss, last)
+        return self._finite
+
+    def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
+        if "loss" in logs and self._losses:
+            losses, self._losses = torch.stack(self._losses), []
+            finite = losses[torch.isfinite(losses)]
+            optimizer = self.zo_optimizer
+            logs["loss"] = float(finite.mean()) if len(finite) else float("nan")
+            logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
+            logs["forwards"] = optimizer.counters["forwards"]
+            logs["skipped_steps"], logs["flat_steps"] = optimizer.skipped_steps, optimizer.flat_steps
+        super().log(logs, *args, **named)
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """There are no gradients."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """There are no gradients."""
+
+    def train(self, *args: Any, **named: Any) -> Any:
+        try:
+            return super().train(*args, **named)
+        finally:
+            self._micro = []
+            self._journaled.close()
+
+    def _load_best_model(self) -> None:
+        self._journaled.close()  # it ends with the weights that training had
+        super()._load_best_model()
+
+
+class _Hooks(TrainerCallback):  # type: ignore[misc]
+    """What has to be done at the loop's places."""
+
+    def __init__(self, trainer: ForwardOnly) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        optimizer = trainer.zo_optimizer
+        if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
+            optimizer.paired_randomness = True  # its noise is no module's dropout
+        trainer.model_wrapped.eval()  # so that the first step sets the mode
+        if trainer.journal and not state.is_hyper_param_search:
+            trainer._journaled.begin(optimizer, args.output_dir, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._micro = []  # of a step that was broken off
+        self.trainer._stepped = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer._stepped:
+            raise RuntimeError(
+                f"{type(self.trainer).__name__} has a training_step that never reaches ForwardOnly's, so no step was "
+                "made; call super().training_step in it, or override compute_loss in its place"
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._journaled.mark()
+
+
+def _set_own(trainer: ForwardOnly, named: dict[str, Any]) -> None:
+    for name in ForwardOnly.OWN:
+        if name in named:
+            setattr(trainer, name, named.pop(name))
+
+
+def _taking_own(cls: type[ForwardOnly]) -> Callable[..., None]:
+    """A constructor that takes our arguments before the trainer's own sees them."""
+    inherited = cls.__init__
+
+    @functools.wraps(inherited)
+    def construct(self: ForwardOnly, *args: Any, **named: Any) -> None:
+        _set_own(self, named)
+        super(cls, self).__init__(*args, **named)
+
+    theirs = inspect.signature(inherited)
+    known = [one for one in theirs.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(ForwardOnly, name))
+        for name in ForwardOnly.OWN if name not in theirs.parameters
+    ]  # fmt: skip
+    rest = [one for one in theirs.parameters.values() if one.kind is inspect.Parameter.VAR_KEYWORD]
+    construct.__signature__ = theirs.replace(parameters=[*known, *ours, *rest])  # type: ignore[attr-defined]
+    return construct
+
+
+def _quieten(model: nn.Module) -> None:
+    """Leaves out what draws, and nothing else of training mode."""
+    for module in model.modules():
+        if pairing.may_draw(module):
+            module.training = False
+
+
+class ZOTrainer(ForwardOnly):
+    """transformers' Trainer with zeroth-order steps."""
+
+    __doc__ += (ForwardOnly.__doc__ or "").partition("\n")[2]
