@@ -66,6 +66,19 @@ def test_a_metric_that_is_not_there_or_does_not_fit(metric: str, message: str, o
     assert not options.output.exists()
 
 
+def nothing(predictions: list[str], references: list[str]) -> None:
+    """A metric that forgets to return."""
+
+
+def test_a_users_metric_that_gives_no_number(options: Options) -> None:
+    options.metric = f"{__name__}:nothing"
+    with pytest.raises(
+        FinetuneError, match=r"--metric .*:nothing: the metric .* gave None; it has to return a finite number"
+    ):
+        finetune(options)
+    assert not options.output.exists()
+
+
 def minus(task: Any, batch: Any, wanted: list[int]) -> float:
     right = (task.logits(batch).argmax(1) == torch.tensor([task.sets["eval"][1][i] for i in wanted])).sum()
     return -float(right) / len(wanted)

@@ -115,8 +115,10 @@ def test_names_and_a_users_own() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             named(name)
-    with pytest.raises(ValueError, match=r"the metric 'builtins:max' gave 'b'; it has to return a number"):
+    with pytest.raises(ValueError, match=r"the metric 'builtins:max' gave 'b'; it has to return a finite number"):
         named("builtins:max")("a", "b")
+    with pytest.raises(ValueError, match="gave inf"):
+        named("builtins:max")(1.0, math.inf)
 
 
 def test_no_framework_is_needed() -> None:

@@ -93,10 +93,10 @@ def load_config(name: str) -> Any:
 
 def choose_objective(config: Any, options: Options | None = None) -> tuple[str, str]:
     """(objective, the reason): what `--objective auto` picks for options and a configuration."""
-    for objective in () if options is None else OWN:
-        if getattr(options, objective) is not None:
+    for objective in OWN:
+        if options is not None and getattr(options, objective) is not None:
             _check_writes(config, objective)
-            return objective, f"--{objective} is given"
+            return objective, f"of --task {options.task}" if options.task else f"--{objective} is given"
     name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith("ForImageClassification"):
         return "image", f"{name} has a head for pictures"

@@ -78,7 +78,7 @@ class Task:
         """What a step makes smaller: the loss, or minus the metric of the batch, a scalar."""
         if not self.by_metric:
             return self.loss(batch)
-        return torch.tensor(-self.metric(*self.told(self.judged(batch, loss=False))), device=self.device)
+        return torch.tensor(-self.measured(*self.told(self.judged(batch, loss=False))), device=self.device)
 
     def judged(self, batch: Batch, *, loss: bool = True) -> Judged:
         """What the model says of a batch, and the sum of the losses; where `loss` is not wanted, maybe 0."""
@@ -95,6 +95,13 @@ class Task:
         """Another metric than the objective's own. Raises FinetuneError where it does not fit."""
         self.check_metric(metric)
         self.metric = metric
+
+    def measured(self, predictions: list[Any], references: list[Any]) -> float:
+        """The metric. Raises FinetuneError for what it does not take, or where it gives no number."""
+        try:
+            return self.metric(predictions, references)
+        except (TypeError, ValueError) as error:
+            raise FinetuneError(f"--metric {self.metric.name}: {error}") from error
 
     def check_metric(self, metric: Metric) -> None:
         """Raises FinetuneError for a metric that does not compare what this objective says."""
@@ -256,4 +263,4 @@ def evaluate(task: Task, name: str, batch_size: int, between: Callable[[], None]
     told = [task.told(one) for one in found]  # where a device is waited for
     predictions, references = ([value for one in told for value in one[i]] for i in (0, 1))
     task.notice(predictions)
-    return task.metric(predictions, references), loss.item() / len(lengths)
+    return task.measured(predictions, references), loss.item() / len(lengths)

@@ -36,8 +36,8 @@ class Metric(NamedTuple):
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if math.isnan(number):
-            raise ValueError(f"the metric {self.name!r} gave {value!r}; it has to return a number")
+        if not math.isfinite(number):
+            raise ValueError(f"the metric {self.name!r} gave {value!r}; it has to return a finite number")
         return number
 
 
