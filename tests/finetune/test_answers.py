@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from tests.finetune import test_choices, test_finetune  # noqa: E402
 from tests.finetune.test_columns import written  # noqa: E402
+from tests.finetune.test_fitting import byte_level  # noqa: E402
 from zokern import ZokernWarning  # noqa: E402
 from zokern.cli import app  # noqa: E402
 from zokern.finetune import FinetuneError, Options, data, finetune  # noqa: E402
@@ -142,6 +144,11 @@ def test_label_words_in_a_chat(models_dir: Path) -> None:
     for task in (chat, plain):
         task.add("eval", test_finetune.TEXTS)
     assert torch.equal(*(task.logits(task.batch("eval", range(40))) for task in (chat, plain)))
+    byte = copy.deepcopy(byte_level())
+    byte.chat_template = "<user>{{ messages[0].content }}<model>"
+    frame = Frame(byte, "{text}?", 30, chat=True)
+    said = [frame.prompts(["so"])[0][0] + end for end in frame.going_on([" good", "bad "], str)]
+    assert byte.batch_decode(said) == ["<user>so?<model>good", "<user>so?<model>bad"]
     tok.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(
         FinetuneError, match=r"--chat: the tokenizer's chat template does not take one turn of a user \(no users"

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests.finetune import test_finetune  # noqa: E402
 from tests.finetune.test_columns import written  # noqa: E402
-from zokern.finetune import FinetuneError, Options, data, finetune  # noqa: E402
+from zokern.finetune import FinetuneError, Options, data, finetune, identity  # noqa: E402
 from zokern.finetune.examples import Example  # noqa: E402
 from zokern.finetune.framing import Frame  # noqa: E402
 from zokern.finetune.scored import Choices, Spoken  # noqa: E402
@@ -114,6 +114,22 @@ def test_label_words_of_an_encoder_decoder(t5_dir: Path) -> None:
         task.check_metric(METRICS["token_f1"])
     with pytest.raises(FinetuneError, match="--metric macro_f1 compares classes, and candidates are none"):
         other.check_metric(METRICS["macro_f1"])
+
+
+@pytest.mark.parametrize("kind", ["gpt", "t5"])
+def test_what_is_read_and_what_is_said_are_in_the_runs_hash(kind: str, models_dir: Path, t5_dir: Path) -> None:
+    root, encoder = (t5_dir, True) if kind == "t5" else (models_dir / "gpt", False)
+    model, tok = test_finetune.load(".", root, "choices", [])
+    found = set()
+    for template, candidates in [
+        ("{text} is", ("fig", "pear")),
+        ("{text} a", ("fig", "pear")),
+        ("{text} is", ("fig", "lime")),
+    ]:
+        task = Choices(model, tok, Frame(tok, template, 32, encoder=encoder), 64, [])
+        task.add("train", data.TextSet([Example(("cat",), candidates, (0,))], [0]))
+        found.add(identity._of_tokens(task))
+    assert len(found) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------- labels
