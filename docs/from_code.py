@@ -20,6 +20,7 @@ from zokern.optim import ENTRIES
 from zokern.optim.common import Common
 from zokern.optim.registry import Entry
 from zokern.settings import REQUIRED, Setting, shown
+from zokern.tasks.presets import PRESETS
 
 
 def setting(one: Setting) -> tuple[str, ...]:
@@ -56,10 +57,20 @@ def options() -> str:
     return table(("option", "default", "allowed", "what it does"), rows)
 
 
+def tasks() -> str:
+    """The presets of --task."""
+    rows = []
+    for name, one in PRESETS.items():
+        said = ", ".join(one.words.values()) or (f"candidates: {one.choices}" if one.choices else "written")
+        prompt = one.template.replace("\n", " / ")
+        rows.append((f"`{name}`", one.about, f"`{prompt}`", said, one.metric.replace("_", " "), f"`{one.hub}`"))
+    return table(("`--task`", "asks", "prompt (a / is a line break)", "answers", "metric", "on the hub"), rows)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods},
     "docs/methods.md": {"settings": lambda: settings(Common.settings)},
-    "docs/finetune.md": {"options": options},
+    "docs/finetune.md": {"options": options, "tasks": tasks},
     **{
         f"docs/methods/{name}.md": {
             "settings": lambda entry=entry: settings(own(entry)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -203,22 +203,39 @@ class Betas(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A string. holds: what it must contain, a name in braces; no other {name} may be in it. why: what that stands for."""
-
-    holds: str = ""
-    why: str = ""
+    """A string."""
 
     def check(self, value: Any, name: str) -> str:
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a str, got {type(value).__name__}")
-        if self.holds not in value:
-            raise ValueError(f"{name} is {value!r}; it must contain {self.holds}, {self.why}")
-        if self.holds and (strange := set(re.findall(r"\{[^\W\d]\w*\}", value)) - {self.holds}):
-            raise ValueError(
-                f"{name} is {value!r}; nothing is put in for {', '.join(sorted(strange))}: take that out, {self.holds} is "
-                "the only placeholder (braces around anything but a name stay as they are)"
-            )
         return value
+
+
+_PLACE = re.compile(r"\{([^\W\d]\w*)\}")
+
+
+def placeholders(template: str) -> list[str]:
+    """The names that stand in braces, each once, in their order. Braces around anything but a name are no placeholder."""
+    return list(dict.fromkeys(_PLACE.findall(template)))
+
+
+def filled(template: str, texts: Mapping[str, str]) -> str:
+    """The template with the text of each name; what stands in braces in a text stays."""
+    return _PLACE.sub(lambda place: texts[place[1]], template)
+
+
+@dataclass(frozen=True)
+class Template(Text):
+    """A string with a {name} at least."""
+
+    def check(self, value: Any, name: str) -> str:
+        super().check(value, name)
+        if not placeholders(value):
+            raise ValueError(
+                f"{name} is {value!r}; it must contain {{text}}, where each text is put in, or the name of another column "
+                "in braces"
+            )
+        return str(value)
 
 
 @dataclass(frozen=True)

@@ -122,16 +122,14 @@ def test_a_padding_token_without_an_embedding_is_refused(options: Options) -> No
         ("Qwen2VLForConditionalGeneration", False, "prompt"),
         ("T5EncoderModel", True, "similarity"),
         ("UMT5EncoderModel", False, "similarity"),
-        ("T5ForConditionalGeneration", True, None),
+        ("T5ForConditionalGeneration", True, "prompt"),
+        ("T5ForSequenceClassification", True, "classifier"),
+        ("T5Model", True, "prompt"),
     ],
 )
-def test_auto_for_models_beyond_encoders_and_decoders(architecture: str, two_parts: bool, expected: str | None) -> None:
+def test_auto_for_models_beyond_encoders_and_decoders(architecture: str, two_parts: bool, expected: str) -> None:
     config = SimpleNamespace(architectures=[architecture], model_type="t5", is_encoder_decoder=two_parts)
-    if expected is None:
-        with pytest.raises(FinetuneError, match="encoder-decoder"):
-            finding.choose_objective(config)
-    else:
-        assert finding.choose_objective(config)[0] == expected
+    assert finding.choose_objective(config)[0] == expected
 
 
 def gemma(rows: int) -> Any:
@@ -188,9 +186,8 @@ def test_sentence_t5_loads_its_encoder(options: Options) -> None:
 
 def test_a_whole_t5_gives_its_encoder_where_asked(options: Options) -> None:
     save(t5("T5ForConditionalGeneration"), Path(options.model))
-    with pytest.raises(FinetuneError, match=r"encoder-decoder .* --objective classifier"):
-        finetune(options)
-    assert finetune(dataclasses.replace(options, objective="classifier")).objective == "classifier"
+    assert finetune(options).objective == "prompt"
+    assert finetune(dataclasses.replace(options, objective="classifier", force=True)).objective == "classifier"
     assert finetune(dataclasses.replace(options, objective="similarity", force=True)).objective == "similarity"
     config = transformers.BartConfig(vocab_size=len(tokenizer(True)), d_model=16, encoder_layers=1, decoder_layers=1,
                                      encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,

@@ -18,10 +18,13 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 
 from tests.bench.test_bench_step import Reads  # noqa: E402
 from zokern.bench import models  # noqa: E402
+from zokern.finetune.answering import Answers  # noqa: E402
 from zokern.finetune.attention import NAME, attend_without_waiting  # noqa: E402
 from zokern.finetune.batches import Rows, cut  # noqa: E402
+from zokern.finetune.examples import Example  # noqa: E402
 from zokern.finetune.models import place  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
+from zokern.finetune.scored import Choices, Kept, Scored  # noqa: E402
 from zokern.finetune.tasks import Classifier, Similarity, Task  # noqa: E402
 
 TINY = pytest.mark.parametrize("name", ["tiny-opt", "tiny-qwen", "tiny-encoder"])
@@ -37,7 +40,8 @@ def model_of(name: str) -> Any:
 
 def task_of(objective: str, device: torch.device) -> Task:
     """With rows of its own in place of a tokenizer's."""
-    kind = {"prompt": Prompt, "words": Prompt, "similarity": Similarity, "classifier": Classifier}[objective]
+    kind = {"prompt": Prompt, "words": Prompt, "similarity": Similarity, "classifier": Classifier, "choices": Choices,
+            "answer": Answers}[objective]  # fmt: skip
     task = kind.__new__(kind)
     if objective == "classifier":
         small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -54,12 +58,21 @@ def task_of(objective: str, device: torch.device) -> Task:
         task.single, task._keeps = objective == "prompt", True
         task._counts = torch.tensor([len(word) for word in task.words]).to(device)
         task._first = torch.tensor([word[0] for word in task.words]).to(device)
+    if isinstance(task, Scored):
+        ones = objective == "answer"
+        texts = [Example(("x",), answers=("y",))] * 4 if ones else [Example(("x",), ("y", "z"), (i,)) for i in (0, 1)]
+        counts = torch.tensor([2, 1, 1, 1]).to(device)
+        task.kept = {"train": Kept(texts, list(range(0, 5, 1 if ones else 2)), counts, 2)}
+        task.frame, task.keeps = SimpleNamespace(encoder=False), True
     if isinstance(task, Similarity):
         task.temperature = 0.1
     lengths = [len(row) for row in PADDED]
     rows = Rows.pack(PADDED, 0, torch.device("cpu"))
     task.sets = {
-        "train": (Rows(rows.ids.to(device), lengths), [0, 1] if objective in ("words", "similarity") else [0, 1, 0, 1])
+        "train": (
+            Rows(rows.ids.to(device), lengths),
+            [0, 1] if objective in ("words", "similarity", "choices") else [0, 1, 0, 1],
+        )
     }
     return task
 
@@ -69,7 +82,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)  # what the copies are made from
 
 
-@pytest.mark.parametrize("objective", ["classifier", "similarity", "prompt", "words"])
+@pytest.mark.parametrize("objective", ["classifier", "similarity", "prompt", "words", "choices", "answer"])
 def test_a_batch_and_its_loss_ask_the_device_for_nothing(objective: str, pinned: None) -> None:
     task = task_of(objective, DEVICE)
     with Transfers() as transfers:
@@ -77,7 +90,7 @@ def test_a_batch_and_its_loss_ask_the_device_for_nothing(objective: str, pinned:
         loss = task.loss(batch)
     assert loss.device == DEVICE
     assert transfers.waited == []
-    assert transfers.seen == [("cpu", "meta")]  # all that a batch is, at once
+    assert transfers.seen == [("cpu", "meta")] * (2 if objective == "choices" else 1)  # all that a batch is, at once
 
 
 @TINY

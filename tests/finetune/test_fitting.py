@@ -114,7 +114,7 @@ def prompt_of(
 def test_the_reported_hangs(max_length: int) -> None:
     prompt = prompt_of(byte_level(), ["good", "bad"], max_length)
     for text in ("\U0001f600" * 40, "ኢትዮጵያ ሰላም " * 40):
-        ids = prompt._prompt(text)
+        [ids], _ = prompt.frame.prompts([text])
         assert max_length - 4 < len(ids) <= max_length or max_length < 5
         assert byte_level().decode(ids).endswith(TAIL)
         assert "\ufffd" not in byte_level().decode(ids)
@@ -136,7 +136,9 @@ def test_braces_that_are_no_placeholder_stay(template: str) -> None:
     """What the message about placeholders says: only a name in braces is one."""
     Options(template=template).check_each()
     prompt = prompt_of(byte_level(), ["好", "坏"], 90, template, space=False)
-    assert byte_level().decode(prompt._prompt("so {text} {nope}")) == template.replace("{text}", "so {text} {nope}")
+    assert byte_level().decode(prompt.frame.prompts(["so {text} {nope}"])[0][0]) == template.replace(
+        "{text}", "so {text} {nope}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- label words
@@ -149,14 +151,14 @@ def test_one_space_in_all_between_template_and_word(template: str, words: list[s
     assert prompt.single
     tokens = [byte_level().convert_ids_to_tokens(word) for word in prompt.words]
     assert tokens == [["Ġgood"], ["Ġbad"]]
-    assert byte_level().decode(prompt._prompt("so") + prompt.words[0]) == "so It was good"
+    assert byte_level().decode(prompt.frame.prompts(["so"])[0][0] + prompt.words[0]) == "so It was good"
 
 
 def test_the_space_may_be_left_out() -> None:
     prompt = prompt_of(byte_level(), ["好", "坏"], 40, "{text}这部电影", space=False)
-    assert byte_level().decode(prompt._prompt("看") + prompt.words[0]) == "看这部电影好"
+    assert byte_level().decode(prompt.frame.prompts(["看"])[0][0] + prompt.words[0]) == "看这部电影好"
     prompt = prompt_of(byte_level(), ["good", "bad"], 40, "{text}\nAnswer:\n", space=False)
-    assert byte_level().decode(prompt._prompt("so") + prompt.words[1]) == "so\nAnswer:\nbad"
+    assert byte_level().decode(prompt.frame.prompts(["so"])[0][0] + prompt.words[1]) == "so\nAnswer:\nbad"
     with pytest.raises(FinetuneError, match=r"'good' does not begin a token of its own.*--no-space"):
         prompt_of(byte_level(), ["good", "bad"], 40, "{text} It was ", space=False)
 

@@ -24,7 +24,7 @@ FLOORS = (
     ("placement",),
     ("optim",),
     ("checking", "journal", "graphs"),
-    ("report", "integrations"),
+    ("report", "integrations", "tasks"),
     ("finetune",),
     ("bench",),
     ("cli",),

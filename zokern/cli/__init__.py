@@ -51,7 +51,7 @@ def info() -> None:
 
 @app.command()
 def finetune() -> None:
-    """Fine-tune a Hugging Face model on a text-classification data set, with forward passes only.
+    """Fine-tune a Hugging Face model with forward passes only: to classify texts, choose among candidates, or answer.
 
     With no options: a sentence encoder learns to sort docstrings by topic, in about two minutes on two cores, offline.
     Ctrl-C, SIGTERM and SIGHUP stop the run and save what it has. --check looks at model and loss first. Exit codes: 0, 1

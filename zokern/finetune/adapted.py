@@ -16,12 +16,19 @@ import torch
 from torch import nn
 
 from zokern.finetune import adapters
+from zokern.finetune.examples import PROMPTED
 from zokern.finetune.options import FinetuneError, Options
 from zokern.optim.causes import is_quantised
 
-TASKS = {"similarity": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS", "prompt": "CAUSAL_LM"}
+TASKS = {"similarity": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS", **dict.fromkeys(PROMPTED, "CAUSAL_LM")}
 OUTPUTS = ("logits", "last_hidden_state")
 HEADS = ("classifier", "score")  # which PEFT trains and saves with the adapter of a classifier
+
+
+def task_of(objective: str, model: Any) -> str:
+    """PEFT's name of what a model does under an objective."""
+    both = objective in PROMPTED and getattr(model.config, "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if both else TASKS[objective]
 
 
 def require() -> Any:
@@ -82,7 +89,7 @@ def put_on(model: nn.Module, options: Options, objective: str, base: str, new: I
     assert options.adapter is not None
     refuse(options.adapter, objective, model)
     unread = _frozen(model)
-    values, named = adapters.settings(options), {"task_type": TASKS[objective]}
+    values, named = adapters.settings(options), {"task_type": task_of(objective, model)}
     if values.get("targets") is not None:
         values["targets"] = _targets(values["targets"], model)
     config = _config(peft, options.adapter, values, named)
@@ -159,6 +166,11 @@ def refuse(kind: str, objective: str, model: nn.Module) -> None:
     """Raises FinetuneError for an objective that a kind does not serve with this model."""
     if unfit := adapters.unfit(kind, objective):
         raise FinetuneError(unfit)
+    if not adapters.KINDS[kind].in_blocks and task_of(objective, model) == "SEQ_2_SEQ_LM":
+        raise FinetuneError(
+            f"--adapter {kind} does not serve an encoder-decoder, {type(model).__name__}, whose encoder does not see the "
+            "virtual tokens; take --adapter lora"
+        )
     if kind == "prompt" and objective == "classifier" and hasattr(model, "score"):
         raise FinetuneError(
             f"--adapter prompt does not serve --objective classifier with a {type(model).__name__}: it finds a text's last "

@@ -53,12 +53,13 @@ def take_up(model: nn.Module, path: str, objective: str, options: Options) -> nn
         )
     try:
         config = peft.PeftConfig.from_pretrained(path)
-        if config.task_type not in (None, adapted.TASKS[objective]):
-            fitting = next((name for name, task in adapted.TASKS.items() if task == config.task_type), None)
+        wanted = adapted.task_of(objective, model)
+        if config.task_type not in (None, wanted):
+            fitting = next((name for name in adapted.TASKS if adapted.task_of(name, model) == config.task_type), None)
             remedy = f"give --objective {fitting}" if fitting else "no objective here is of that task"
             raise FinetuneError(
                 f"--model {path!r} is an adapter for {config.task_type}, and --objective {objective} needs "
-                f"{adapted.TASKS[objective]}; {remedy}"
+                f"{wanted}; {remedy}"
             )
         kind = adapted.name_of(config)
         if kind not in adapters.KINDS or getattr(config, "prefix_projection", False):

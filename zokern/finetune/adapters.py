@@ -34,6 +34,7 @@ _NO_PAST = (
     "PEFT hands a prefix to classifiers under a name that transformers' no longer have; take --adapter prompt or lora, or "
     "--objective prompt"
 )
+TEXTS_ONLY = "adapters are put on models of texts here; leave --adapter out"
 KINDS: dict[str, AdapterKind] = {
     "lora": AdapterKind({"rank": 8, "alpha": 16, "targets": None}, 1e-4, 1e-2, MEZO),
     "dora": AdapterKind({"rank": 8, "alpha": 16, "targets": None}, 1e-4, 1e-2, MEZO, like="lora"),
@@ -97,7 +98,7 @@ def wrong(options: Options) -> str:
 
 def unfit(kind: str, objective: str) -> str:
     """Why an objective cannot have an adapter of this kind; "" if it can."""
-    why = KINDS[kind].not_for.get(objective)
+    why = KINDS[kind].not_for.get(objective) or (TEXTS_ONLY if objective == "image" else "")
     return f"--adapter {kind} does not serve --objective {objective}: {why}" if why else ""
 
 

@@ -20,26 +20,38 @@ _CPU_GROUP = 16
 
 @dataclass
 class Rows:
-    """ids[i, :lengths[i]] are the tokens of row i; the rest is padding."""
+    """ids[i, :lengths[i]] are the tokens of row i; the rest is padding. types: which text of a pair each token is of, where
+    the model is told."""
 
     ids: Tensor
     lengths: list[int]
+    types: Tensor | None = None
 
     @classmethod
-    def pack(cls, tokens: Sequence[Sequence[int]], pad: int, device: torch.device) -> Rows:
+    def pack(
+        cls,
+        tokens: Sequence[Sequence[int]],
+        pad: int,
+        device: torch.device,
+        types: Sequence[Sequence[int]] | None = None,
+    ) -> Rows:
         """Rows of ragged token lists."""
-        lengths = [len(row) for row in tokens]
-        ids = torch.full((len(tokens), max(lengths)), pad, dtype=torch.long)
-        for i, row in enumerate(tokens):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        return cls(ids.to(device), lengths)
+        kinds = None if types is None else _matrix(types, 0).to(device)
+        return cls(_matrix(tokens, pad).to(device), [len(row) for row in tokens], kinds)
+
+
+def _matrix(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
+    made = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
+    for i, row in enumerate(rows):
+        made[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return made
 
 
 @dataclass
 class Group:
-    """A part of a batch: ids and mask are (rows, tokens), lengths and rows (their indices) are (rows,).
+    """A part of a batch: ids, mask and types are (rows, tokens), lengths and rows (their indices) are (rows,).
 
-    shortest: the smallest length, known without asking the device.
+    shortest: the smallest length, known without asking the device. types: as Rows has them.
     """
 
     ids: Tensor
@@ -47,6 +59,7 @@ class Group:
     lengths: Tensor
     rows: Tensor
     shortest: int
+    types: Tensor | None = None
 
 
 @dataclass
@@ -80,8 +93,9 @@ def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
         part = slice(start, start + size)
         shortest, longest = lengths[start], lengths[part][-1]  # sorted
         ids = rows.ids.index_select(0, all_rows[part])[:, :longest].contiguous()
+        types = None if rows.types is None else rows.types.index_select(0, all_rows[part])[:, :longest].contiguous()
         mask = (torch.arange(longest, device=device) < all_lengths[part, None]).long()
-        groups.append(Group(ids, mask, all_lengths[part], all_rows[part], shortest))
+        groups.append(Group(ids, mask, all_lengths[part], all_rows[part], shortest, types))
     return Batch(groups, back, classes)
 
 

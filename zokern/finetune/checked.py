@@ -31,7 +31,7 @@ def _check(options: Options, console: Console) -> Result:
     draws = [order.draw(options.batch_size) for _ in range(options.accumulate)]
     batches = [task.batch("train", draw) for draw in draws]
     try:
-        result = check_tensors(loaded.optimizer, task.loss, batches)
+        result = check_tensors(loaded.optimizer, task.aim, batches)
     except (TypeError, ValueError) as error:
         raise FinetuneError(str(error)) from error
     console.print()

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zokern.finetune.labels import check_classes, few, order, whole
+from zokern.finetune import preset
+from zokern.finetune.examples import OWN, Text, key
+from zokern.finetune.labels import Classes, check_classes, few, order, whole
 from zokern.finetune.named import read_named
 from zokern.finetune.options import FinetuneError, Options, names_a_file
 from zokern.finetune.reading import read_file
@@ -28,7 +30,7 @@ MAX_HELD_OUT = 400  # texts; 20 % of the data where that is less
 class TextSet:
     """texts[i] has the label with index targets[i]."""
 
-    texts: list[str]
+    texts: list[Text]
     targets: list[int]
 
     def __len__(self) -> int:
@@ -59,15 +61,16 @@ class Data:
 def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool = False) -> Data:
     """Read what `options` names. Raises FinetuneError naming file, line, column and remedy.
 
-    label2id: the order of the labels in a model that may know them already. head: whether the model has a trained head for
-    these, whose classes they are. labels.py has the rest of the rule.
+    An objective that is auto counts as one that reads --text-column alone. label2id: the order of the labels in a model
+    that may know them already. head: whether the model has a trained head for these, whose classes they are. labels.py has
+    the rest of the rule.
     """
     descriptions: dict[str, str] = {}
     if options.data == "docstrings":
         from zokern.finetune import docstrings
 
         try:
-            train, held = Part("docstrings", docstrings.sentences(), LeftOut()), None
+            train, held = Part("docstrings", [*docstrings.sentences()], LeftOut()), None
         except ValueError as error:
             raise FinetuneError(str(error)) from None
         descriptions = dict(docstrings.DESCRIPTIONS)
@@ -79,7 +82,8 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
     if not train.pairs:
         said = "; ".join(train.left_out.said())
         raise FinetuneError(f"{train.where}: no row has a text and a label{said and ': ' + said}")
-    check_classes([label for _, label in train.pairs], source)
+    if options.objective not in OWN:
+        check_classes([label for _, label in train.pairs], source)
 
     rest, left_out = train.pairs, {"train": train.left_out}
     if held is None:
@@ -87,7 +91,7 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
         if torn := len(train.pairs) - len(rest) - len(kept):
             held_rows, texts = set(kept), {text for text, _ in kept}
             first = next(pair[0] for pair in train.pairs if pair[0] in texts and pair not in held_rows)
-            train.left_out.add(TORN, few([first]), torn)
+            train.left_out.add(TORN, few([key(first)]), torn)
         if options.data != "docstrings":
             notes.append(f"evaluated on texts held out of {train.where}")
     else:
@@ -98,25 +102,35 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
     if options.limit_eval is not None:
         kept = split(kept, options.limit_eval)[1]
 
-    found = {label for _, label in rest}
-    classes = order(found, train.names, label2id, head=head, asked=options.label_order)
-    if options.data != "docstrings":
-        notes.append(f"order of the labels: {classes.said}")
-    if len(classes.labels) < 2:
-        also = "".join(f"; {said}" for said in train.left_out.said())
-        raise FinetuneError(
-            f"{source}: {len(rest)} training texts with the labels {classes.labels}; classification needs two labels{also}"
-        )
-    rest, kept = (_renamed(pairs, classes.renamed) for pairs in (rest, kept))
     where = held.where if held is not None else source
-    kept = _known(kept, classes.labels, where, left_out.setdefault("eval", LeftOut()))
+    labels: list[str] = []
+    if options.objective not in OWN:
+        classes = _classes(rest, train, source, options, label2id, head)
+        if options.data != "docstrings":
+            notes.append(f"order of the labels: {classes.said}")
+        labels = classes.labels
+        rest, kept = (_renamed(pairs, classes.renamed) for pairs in (rest, kept))
+        kept = _known(kept, labels, where, left_out.setdefault("eval", LeftOut()))
     if not kept:
         raise FinetuneError(f"{where}: no text is left to evaluate on; give more data, or --eval-data")
     if both := len({text for text, _ in kept} & {text for text, _ in rest}):
         notes.append(f"WARNING: {both} of the texts to evaluate on are trained on too")
     notes += [f"{name}: {said}" for name, part in left_out.items() for said in part.said()]
-    return Data(_texts(rest, classes.labels), _texts(kept, classes.labels), classes.labels, descriptions, source,
-                left_out, notes)  # fmt: skip
+    return Data(_texts(rest, labels), _texts(kept, labels), labels, descriptions, source, left_out, notes)
+
+
+def _classes(
+    rest: list[Pair], train: Part, source: str, options: Options, label2id: dict[str, int] | None, head: bool
+) -> Classes:
+    """The labels of the training texts, of which there are two at least."""
+    found = {label for _, label in rest}
+    classes = order(found, train.names, label2id, head=head, asked=options.label_order)
+    if len(classes.labels) < 2:
+        also = "".join(f"; {said}" for said in train.left_out.said())
+        raise FinetuneError(
+            f"{source}: {len(rest)} training texts with the labels {classes.labels}; classification needs two labels{also}"
+        )
+    return classes
 
 
 def _read_both(options: Options) -> tuple[Part, Part | None]:
@@ -159,7 +173,7 @@ def split(pairs: list[Pair], count: int, *, keep: bool = False) -> tuple[list[Pa
 
     keep: the rest has every label; what would take a label's last text is not held.
     """
-    ordered = sorted(pairs, key=lambda pair: hashlib.sha256("\0".join(pair).encode("utf-8", "surrogatepass")).digest())
+    ordered = sorted(pairs, key=_hash)
     if count >= len(ordered):
         return [], ordered
     groups: dict[str, list[Pair]] = {}
@@ -180,6 +194,10 @@ def split(pairs: list[Pair], count: int, *, keep: bool = False) -> tuple[list[Pa
     return [pair for pair in ordered if pair[0] not in texts], [pair for pair in ordered if pair in held]
 
 
+def _hash(pair: Pair) -> bytes:
+    return hashlib.sha256(f"{key(pair[0])}\0{pair[1]}".encode("utf-8", "surrogatepass")).digest()
+
+
 def read(
     name: str, options: Options, split: str | None = None, eval_split: str | None = None
 ) -> tuple[Part, Part | None]:
@@ -188,6 +206,13 @@ def read(
     split, eval_split: the splits that are asked for, of a data set that has splits.
     """
     path = Path(name)
+    if options.task is not None and path.is_dir() and (found := preset.files_in(path)) is not None:
+        for option, wanted in (("--split", split), ("--eval-split", eval_split)):
+            if wanted is not None:
+                raise FinetuneError(f"{option} is {wanted!r}, but {name} has files; give one by --data or --eval-data")
+        file, other = found
+        held = None if other is None else pairs(read_file(other, options), str(other), options)
+        return pairs(read_file(file, options), str(file), options), held
     if path.is_file() or (names_a_file(name) and not path.is_dir()):
         for option, wanted in (("--split", split), ("--eval-split", eval_split)):
             if wanted is not None:
@@ -211,5 +236,7 @@ def read_map(path: Path, what: str, labels: Iterable[str]) -> dict[str, str]:
 
 
 def _texts(pairs: list[Pair], labels: list[str]) -> TextSet:
+    if not labels:  # the rows have what is right
+        return TextSet([text for text, _ in pairs], [0] * len(pairs))
     index = {label: i for i, label in enumerate(labels)}
     return TextSet([text for text, _ in pairs], [index[label] for _, label in pairs])

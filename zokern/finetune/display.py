@@ -14,10 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from zokern.tasks.metrics import METRICS
+
 
 @dataclasses.dataclass
 class Status:
-    """The figures of the moment. loss is smoothed; accuracy is the last evaluation's; memory is in bytes."""
+    """The figures of the moment. loss is smoothed; accuracy is the last evaluation's metric; memory is in bytes."""
 
     step: int = 0
     loss: float = float("nan")
@@ -55,7 +57,8 @@ class Shown:
 class Display:
     """Use as a context; call `update` at each step that is logged. `steps_per_second` covers the last updates only."""
 
-    def __init__(self, console: Console, total: int, title: str) -> None:
+    def __init__(self, console: Console, total: int, title: str, metric: str = "accuracy") -> None:
+        self.metric = metric
         self.console = console
         self.total = total
         self.title = title
@@ -97,7 +100,7 @@ class Display:
         return {
             "loss": f"{now.loss:.4f}",
             "projected gradient": f"{now.projected_gradient:+.3g}",
-            "accuracy": f"{percent(now.accuracy)} ({100 * (now.accuracy - now.accuracy_before):+.1f})",
+            self.metric.replace("_", " "): changed(self.metric, now.accuracy_before, now.accuracy),
             "speed": f"{speed:.2f} steps/s",
             "memory": f"{now.memory / 2**20:,.0f} MiB",
             "time left": clock((self.total - now.step) / speed) if speed else "?",
@@ -132,6 +135,17 @@ class Display:
 def say(console: Console, text: str) -> None:
     """A line as it stands."""
     console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def measured(metric: str, value: float) -> str:
+    """A metric's value: those of zokern in per cent, others as they are."""
+    return percent(value) if metric in METRICS else f"{value:.4g}"
+
+
+def changed(metric: str, before: float, now: float) -> str:
+    """A metric's value and its change: '52.7 % (+1.2)'."""
+    change = f"{100 * (now - before):+.1f}" if metric in METRICS else f"{now - before:+.4g}"
+    return f"{measured(metric, now)} ({change})"
 
 
 def percent(share: float) -> str:

@@ -50,6 +50,36 @@ def fit(text: str, tokenizer: Any, count: Callable[[str], int], limit: int) -> s
     return text
 
 
+def fitted(
+    texts: Sequence[str], tokenizer: Any, count: Callable[[Sequence[str]], int], limit: int, place: int | None
+) -> list[str]:
+    """The texts of a row cut so that count(texts) <= limit, as far as that goes.
+
+    place: which of them gives way; None: the longest, down to the same number of tokens.
+    """
+    if len(texts) > 1 and place is None:
+        return _level(texts, tokenizer, count, limit)
+    at = place or 0
+    before, after = list(texts[:at]), list(texts[at + 1 :])
+    return [*before, fit(texts[at], tokenizer, lambda part: count([*before, part, *after]), limit), *after]
+
+
+def _level(texts: Sequence[str], tokenizer: Any, count: Callable[[Sequence[str]], int], limit: int) -> list[str]:
+    starts = [_starts(text, tokenizer) for text in texts]
+
+    def at_most(tokens: int) -> list[str]:
+        return [
+            text if tokens >= len(begin) else text[: begin[tokens]].rstrip()
+            for text, begin in zip(texts, starts, strict=True)
+        ]
+
+    low, high = 0, max(map(len, starts))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count(at_most(middle)) <= limit else (low, middle - 1)
+    return at_most(low)
+
+
 def _starts(text: str, tokenizer: Any) -> list[int]:
     """For each token of a text the character where it begins: never falling, a character's tokens in one place."""
     said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast))

@@ -12,6 +12,7 @@ from typing import Any
 
 from zokern.finetune import adapter_files, adapters, takers
 from zokern.finetune.data import Data, TextSet
+from zokern.finetune.examples import key
 from zokern.finetune.options import FinetuneError, Options, flag
 from zokern.finetune.tasks import Task
 
@@ -55,15 +56,16 @@ def _digest(parts: list[bytes]) -> str:
 
 def _of_texts(texts: TextSet) -> str:
     targets = ",".join(map(str, texts.targets)).encode()
-    return _digest([targets, *(text.encode("utf-8", "surrogatepass") for text in texts.texts)])
+    return _digest([targets, *(key(text).encode("utf-8", "surrogatepass") for text in texts.texts)])
 
 
 def _of_tokens(task: Task) -> str:
     parts = []
-    for name, (rows, _) in sorted(task.sets.items()):
-        lengths = ",".join(map(str, rows.lengths)).encode()
-        parts += [name.encode(), lengths, rows.ids.cpu().numpy().astype("<i8").tobytes()]
-    return _digest([*parts, json.dumps(getattr(task, "words", None)).encode()])
+    for name in sorted(task.sets):
+        for rows in task.hashed(name):
+            lengths = ",".join(map(str, rows.lengths)).encode()
+            parts += [name.encode(), lengths, rows.ids.cpu().numpy().astype("<i8").tobytes()]
+    return _digest([*parts, json.dumps(getattr(task, "words", task.settings)).encode()])
 
 
 def compare(there: Mapping[str, str], now: Mapping[str, str], options: Options) -> None:

@@ -21,7 +21,7 @@ from zokern.finetune.clock import Clock, memory
 from zokern.finetune.display import Display, Status
 from zokern.finetune.options import Options
 from zokern.finetune.output import Output
-from zokern.finetune.records import planned
+from zokern.finetune.records import planned, score, scored
 from zokern.finetune.stopping import Stop
 from zokern.finetune.tasks import Task, evaluate
 from zokern.optim.events import StepEvent
@@ -148,7 +148,7 @@ class _Training:
         """Held-out accuracy and loss after a step, where metrics.jsonl has them."""
         for record in self.output.records:
             if record["kind"] == "eval" and record["step"] == step:
-                return record["accuracy"], float("nan") if record["loss"] is None else record["loss"]
+                return score(record), float("nan") if record["loss"] is None else record["loss"]
         return None
 
     def _catch_up(self) -> None:
@@ -199,7 +199,7 @@ class _Training:
     def _closure(self, batch: Batch) -> Tensor:
         self.stop.raise_if_asked()
         with self.clock.measure("forwards"):
-            return self.sign * self.task.loss(batch)
+            return self.sign * self.task.aim(batch)
 
     def _check(self) -> None:
         if not self.interrupted:
@@ -212,7 +212,8 @@ class _Training:
         finally:
             self.evaluating += time.perf_counter() - start
         self.status.accuracy = accuracy
-        self.output.log({"kind": "eval", "step": self.step, "loss": loss, "accuracy": accuracy, **self._progress()})
+        self.output.log({"kind": "eval", "step": self.step, "loss": loss, **scored(self.task.metric.name, accuracy),
+                         **self._progress()})  # fmt: skip
         return accuracy, loss
 
     def _progress(self) -> dict[str, Any]:

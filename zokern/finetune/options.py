@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zokern.finetune import adapters, takers
-from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, Text
+from zokern.kinds import Choice, Directory, File, Flag, Integer, Kind, Number, Template, Text
 from zokern.optim import ENTRIES
 from zokern.settings import Setting
+from zokern.tasks.metrics import named
+from zokern.tasks.presets import PRESETS
 
 FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # what is read as a file, in any case; but parquet with .gz too
 REMEDY = 'install the extra with: pip install "zokern[finetune]"'
@@ -67,13 +69,28 @@ class Options:
     )
     objective: str = option(
         default="auto",
-        kind=Choice(("auto", "similarity", "classifier", "prompt")),
+        kind=Choice(("auto", "similarity", "classifier", "prompt", "choices", "answer", "image")),
         help="How the model classifies. similarity: an encoder compares a text with a sentence about each label. "
         "classifier: a classification head. prompt: a language model scores each label's word after the text. "
-        "auto goes by the model's configuration and says what it picked.",
+        "choices: it scores candidates that each row brings. answer: it writes the answer. image: a head "
+        "for pictures. auto goes by "
+        "--choices, --answer and the model's configuration, and says what it picked.",
         panel=DATA,
     )
     text_column: str = option(default="text", kind=Text(), help="The column that holds the texts.", panel=DATA)
+    image_column: str = option(
+        default="image",
+        kind=Text(),
+        help="For image: the column with the pictures, or with their paths, which begin at the file of --data.",
+        panel=DATA,
+    )
+    pair_column: str | None = option(
+        default=None,
+        kind=Text(),
+        help="For classifier: the column with the second text of each pair, which the tokenizer sets after the first with "
+        "its own marks between. Default: single texts.",
+        panel=DATA,
+    )
     label_column: str = option(default="label", kind=Text(), help="The column that holds the labels.", panel=DATA)
     eval_data: str | None = option(
         default=None,
@@ -81,6 +98,30 @@ class Options:
         help="Texts to evaluate on, in any form that --data takes. Default: the validation or test split of a data set "
         "with splits, else 20 % of the data, at most 400 texts, each label in its proportion.",
         panel=DATA,
+    )
+    task: str | None = option(
+        default=None,
+        kind=Choice(tuple(PRESETS)),
+        help="One of the tasks of the papers: --template, its words, --choices or --answer, --cut, --metric, and --data "
+        "from the hub; each can still be given. --data may be the benchmark's own directory or file. "
+        + "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+        + ".",
+        panel=DATA,
+    )
+    metric: str | None = option(
+        default=None,
+        kind=Text(),
+        help="What is measured at evaluations: accuracy, macro_f1 or matthews of classes, exact_match or token_f1 of "
+        "texts, or your own function of predictions and references, as module:function. Default: accuracy; for answer "
+        "token_f1.",
+        panel=EVALUATION,
+    )
+    minimise: str = option(
+        default="loss",
+        kind=Choice(("loss", "metric")),
+        help="What a step makes smaller: the loss, or minus --metric of its batch, which needs no gradient. A metric takes "
+        "few values, so it wants large batches and a larger --eps.",
+        panel=METHOD,
     )
     split: str | None = option(
         default=None,
@@ -109,6 +150,35 @@ class Options:
         "own label2id, else of the data set's, else sorted; the run says which.",
         panel=DATA,
     )
+    choices: str | None = option(
+        default=None,
+        kind=Text(),
+        help="For choices: the columns with the candidates of each row, separated by commas, or one column with a list "
+        "of them. --label-column names the right one by its place (from 0), its text or its column.",
+        panel=DATA,
+    )
+    answer: str | None = option(
+        default=None,
+        kind=Text(),
+        help="For answer: the column with the text to answer, or with a list of texts of which any is right and the first "
+        "is learnt.",
+        panel=DATA,
+    )
+    max_answer: int = option(
+        default=32,
+        kind=Integer(1),
+        help="For answer: tokens that an answer may have. Longer ones are cut where they are learnt, and counted; a "
+        "generation ends there.",
+        panel=DATA,
+    )
+    chat: bool = option(
+        default=False,
+        kind=Flag(),
+        help="For prompt, choices and answer: --template is what the user says in the tokenizer's chat template, and the "
+        "model answers.",
+        panel=DATA,
+        flags=("--chat",),
+    )
     descriptions: Path | None = option(
         default=None,
         kind=File("a JSON file {label: text}"),
@@ -123,9 +193,9 @@ class Options:
     )
     template: str = option(
         default="{text} Topic:",
-        kind=Text("{text}", "where each text is put in"),
-        help="For prompt: what the model reads before the label's word; {text} stands for the text, and is the only "
-        "{name} that may be in it. Other braces stay as they are.",
+        kind=Template(),
+        help="For prompt: what the model reads before the label's word. {text} stands for --text-column, any other {name} "
+        "for the column of that name. Braces around anything but a name stay as they are.",
         panel=DATA,
     )
     verbalizers: Path | None = option(
@@ -147,6 +217,13 @@ class Options:
         kind=Integer(4),
         help="Longer texts are cut to this many tokens; for prompt, the template is counted in. The run says how many "
         "were cut, and what length they need.",
+        panel=DATA,
+    )
+    cut: str | None = option(
+        default=None,
+        kind=Text(),
+        help="The column whose text gives way where a row is longer than --max-length. Default: the longest texts of the "
+        "row, down to the same number of tokens.",
         panel=DATA,
     )
     limit_train: int | None = option(
@@ -357,7 +434,12 @@ def _check_together(options: Options) -> None:
         or (options.device.startswith("cuda:") and options.device[5:].isdigit())
     ):
         raise FinetuneError(f"--device is {options.device!r}; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...")
-    if options.eval_data is not None and options.data == "docstrings":
+    if options.metric is not None:
+        try:
+            named(options.metric)
+        except ValueError as error:
+            raise FinetuneError(f"--metric: {error}") from error
+    if options.eval_data is not None and options.data == "docstrings" and options.task is None:
         raise FinetuneError("--eval-data needs --data: the embedded docstrings bring their own held-out sentences")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from zokern import drawing
 from zokern.finetune.options import REMEDY, FinetuneError
+from zokern.finetune.records import score
+from zokern.tasks.metrics import METRICS
 
 _LOSS, _ACCURACY, _INK = "#3b6ea5", "#c2571a", "#444444"
 
@@ -36,10 +38,11 @@ def save(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
     left, right = figure.subplots(1, 2)
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
     held = [
-        (r["step"], float("nan") if r["loss"] is None else r["loss"], r["accuracy"])
-        for r in records
-        if r["kind"] == "eval"
+        (r["step"], float("nan") if r["loss"] is None else r["loss"], score(r)) for r in records if r["kind"] == "eval"
     ]
+    metric = next((r["metric"] for r in records if "metric" in r), "accuracy")
+    known = metric in METRICS
+    digits, unit = ("1f", " %") if known else ("4g", "")
     if train:
         steps, losses = zip(*train, strict=True)
         left.plot(steps, losses, color=_LOSS, alpha=0.25, linewidth=1)
@@ -47,16 +50,17 @@ def save(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
     if held:
         steps, losses, shares = zip(*held, strict=True)
         left.plot(steps, losses, color=_ACCURACY, marker="o", markersize=4, linewidth=1.5, label="held out")
-        percents = [100 * share for share in shares]
+        percents = [100 * share for share in shares] if known else list(shares)
         right.plot(steps, percents, color=_ACCURACY, marker="o", markersize=4, linewidth=2)
         right.axhline(percents[0], color=_INK, linewidth=1, linestyle=":")
         right.annotate("before", (1, percents[0]), xycoords=("axes fraction", "data"), xytext=(-4, 4),
                        textcoords="offset points", ha="right", color=_INK, fontsize=9)  # fmt: skip
         at = (steps[-1], percents[-1])
-        right.annotate(f"{percents[-1]:.1f} %  ({percents[-1] - percents[0]:+.1f})", at, xytext=(0, -20), ha="right",
-                       textcoords="offset points", color=_ACCURACY, fontsize=10, weight="bold")  # fmt: skip
+        gained = f"{percents[-1]:.{digits}}{unit}  ({percents[-1] - percents[0]:+.{digits}})"
+        right.annotate(gained, at, xytext=(0, -20), ha="right", textcoords="offset points", color=_ACCURACY,
+                       fontsize=10, weight="bold")  # fmt: skip
     left.set_title("Loss", loc="left", fontsize=11)
-    right.set_title("Held-out accuracy, %", loc="left", fontsize=11)
+    right.set_title(f"Held-out {metric.replace('_', ' ')}{', %' if known else ''}", loc="left", fontsize=11)
     left.legend(frameon=False, fontsize=9)
     for axes in (left, right):
         axes.margins(y=0.15)

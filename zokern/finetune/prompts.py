@@ -12,22 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zokern.finetune import likelihood
 from zokern.finetune.batches import Batch, Group, cut
 from zokern.finetune.checkpoints import check_tokens
-from zokern.finetune.fitting import Cut, fit
+from zokern.finetune.examples import Text
+from zokern.finetune.fitting import Cut
+from zokern.finetune.framing import Frame
 from zokern.finetune.options import FinetuneError
 from zokern.finetune.tasks import Task, accepts
 
 
 class Prompt(Task):
-    """template: holds {text}. words[i]: the word of label i. limit: the model's, in tokens, words included.
-
-    space: one space is between template and word, whether written at the end of the one, at the beginning of the other, or
-    not at all. Else nothing is, and both are taken as they are.
-    """
+    """words[i]: the word of label i. limit: the model's, in tokens, words included. The rest: as of Frame."""
 
     def __init__(
         self,
@@ -40,10 +38,12 @@ class Prompt(Task):
         *,
         space: bool = True,
         limit: int | None = None,
+        cut: int | None = None,
+        chat: bool = False,
     ) -> None:
         super().__init__(model, tokenizer, labels, max_length)
-        self.template = template.rstrip(" ") if space else template
-        self.words = [self._word(" " + word.strip() if space else word) for word in words]
+        self.frame = Frame(tokenizer, template, max_length, space=space, cut=cut, chat=chat)
+        self.words = self.frame.going_on(words, lambda i: f"the label word {words[i].strip()!r}")
         if len({tuple(word) for word in self.words}) < len(self.words):
             raise FinetuneError(
                 f"--verbalizers: two labels have the same tokens in {dict(zip(labels, words, strict=True))}"
@@ -75,60 +75,14 @@ class Prompt(Task):
 
     def _last(self, group: Group) -> Tensor:
         end = group.lengths - 1
-        logits, first = self._vocabulary(group, group.shortest - 1)
+        logits, first = likelihood.vocabulary(self.model, group, group.shortest - 1, keeps=self._keeps)
         at_end = logits[torch.arange(len(end), device=end.device), end - first]
         return at_end.index_select(1, self._first).float()
 
     def _likelihood(self, group: Group) -> Tensor:
         counts = self._counts.index_select(0, group.rows % len(self.words))
-        start = group.lengths - counts  # where the word begins; position p is predicted at p - 1
-        logits, first = self._vocabulary(group, max(group.shortest - max(map(len, self.words)) - 1, 0))
-        spoken = F.log_softmax(logits[:, :-1].float(), dim=-1)
-        tokens = group.ids[:, first + 1 :]
-        likelihood = spoken.gather(2, tokens.unsqueeze(2)).squeeze(2)
-        position = torch.arange(first + 1, group.ids.shape[1], device=self.device)
-        inside = (position >= start[:, None]) & (position < group.lengths[:, None])
-        return torch.where(inside, likelihood, 0.0).sum(1) / counts
+        return likelihood.of_ends(self.model, group, counts, max(map(len, self.words)), keeps=self._keeps)
 
-    def _vocabulary(self, group: Group, first: int) -> tuple[Tensor, int]:
-        """(logits, the position of their first, `first` or earlier): most of the head's work is skipped."""
-        if not self._keeps:
-            return self.model(input_ids=group.ids, attention_mask=group.mask).logits, 0
-        keep = group.ids.shape[1] - first
-        return self.model(input_ids=group.ids, attention_mask=group.mask, logits_to_keep=keep).logits, first
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # the sentence goes on: no end token
-
-    def _word(self, word: str) -> list[int]:
-        before = self._ids(self._fill("x"))
-        after = self._ids(self._fill("x") + word)
-        if after[: len(before)] != before or len(after) == len(before):
-            raise FinetuneError(
-                f"the label word {word.strip()!r} does not begin a token of its own after --template {self.template!r}; "
-                "end the template with a word or a colon, choose words the tokenizer knows, and leave --no-space to "
-                "languages without spaces"
-            )
-        return after[len(before) :]
-
-    def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], Cut]:
-        prompts = [self._ids(self._fill(text)) for text in texts]
-        cut = Cut.of([len(prompt) for prompt in prompts], self.max_length)
-        prompts = [
-            prompt if len(prompt) <= self.max_length else self._prompt(text)
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+    def _tokens(self, texts: Sequence[Text]) -> tuple[list[list[int]], Cut]:
+        prompts, cut = self.frame.prompts(texts)
         return (prompts if self.single else [prompt + word for prompt in prompts for word in self.words]), cut
-
-    def _prompt(self, text: str) -> list[int]:
-        """The filled-in template, the text (never the template) cut so that it has at most max_length tokens."""
-        text = fit(text, self.tokenizer, lambda part: len(self._ids(self._fill(part))), self.max_length)
-        ids = self._ids(self._fill(text))
-        if len(ids) > self.max_length:
-            raise FinetuneError(f"--template alone has {len(ids)} tokens; --max-length is {self.max_length}: raise it")
-        return ids
-
-    def _fill(self, text: str) -> str:
-        return self.template.replace("{text}", text)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zokern.finetune.examples import columns, needed
 from zokern.finetune.options import FILES, REMEDY, FinetuneError, Options
 
 Row = dict[str, Any]
@@ -28,6 +29,7 @@ class Table:
     place: Callable[[int], str]
     names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    whole: bool = False  # one object that has all rows, as SQuAD's files are
 
 
 def read_file(path: Path, options: Options) -> Table:
@@ -46,6 +48,8 @@ def read_file(path: Path, options: Options) -> Table:
         return _csv(path, text, options)
     if kind == ".tsv":
         return _tsv(path, text, options)
+    if kind == ".json" and options.task is not None and (whole := _object_of(text)) is not None:
+        return Table([(0, whole)], lambda number: f"{path}, question {number + 1}", whole=True)
     return _json_array(path, text) if kind == ".json" and text.lstrip()[:1] == "[" else _json_lines(path, text)
 
 
@@ -75,12 +79,12 @@ def _tsv(path: Path, text: str, options: Options) -> Table:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     head, begun = _head(path, [(i, line.split("\t")) for i, line in enumerate(lines, 1) if line][:1], options)
     remedy = "a .tsv is read without quotes, so no text may have a tab or a line break; such texts need .csv or .jsonl"
-    rows, quoted = [], 0
+    rows, quoted, texts = [], 0, columns(options)
     for number, line in enumerate(lines, 1):
         if number > begun and line:
             row = _row(path, number, head, line.split("\t"), remedy)
-            cell = row.get(options.text_column, "")
-            quoted += len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1]
+            cells = [row.get(column, "") for column, _ in texts]
+            quoted += any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells)
             rows.append((number, row))
     notes = [f'{path}: {quoted} texts stand in quotes with "" inside, and keep them: {remedy}'] if quoted else []
     return _lines(path, rows, notes)
@@ -149,7 +153,7 @@ def _head(path: Path, first: list[tuple[int, list[str]]], options: Options) -> t
     if not first:
         raise FinetuneError(f"{path}: empty; the first line must have the columns' names")
     line, head = first[0]
-    for option, column in (("--text-column", options.text_column), ("--label-column", options.label_column)):
+    for column, option in needed(options):
         if head.count(column) > 1:
             raise FinetuneError(f"{path}, line {line}: {head.count(column)} columns are named {column!r} ({option})")
     if len(head) == 1 and (other := next((c for c in ";\t|" if c in head[0]), None)):
@@ -171,6 +175,15 @@ def _lines(path: Path, rows: list[tuple[int, Row]], notes: list[str] | None = No
 
 
 # -------------------------------------------------------------------------------------------------- JSON and parquet
+
+
+def _object_of(text: str) -> Row | None:
+    """The one object that a file is; None where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _json_lines(path: Path, text: str) -> Table:
@@ -223,8 +236,12 @@ def _parquet(path: Path, options: Options) -> Table:
 
 def of_dataset(part: Any, where: str, options: Options) -> Table:
     """The table of a part of a data set of the `datasets` library. where: what errors call it."""
-    columns = list(dict.fromkeys((options.text_column, options.label_column)))
+    wanted = list(dict.fromkeys(column for column, _ in needed(options)))
+    if options.objective == "image" and type((part.features or {}).get(options.image_column)).__name__ == "Image":
+        import datasets
+
+        part = part.cast_column(options.image_column, datasets.Image(decode=False))  # files, not pixels
     names = getattr((part.features or {}).get(options.label_column), "names", None)
-    if set(columns) <= set(part.column_names):
-        part = part.select_columns(columns)  # pictures and the like need not be decoded
+    if options.task is None and set(wanted) <= set(part.column_names):
+        part = part.select_columns(wanted)  # pictures and the like need not be decoded
     return Table(enumerate(part), lambda number: f"{where}, row {number}", names)

@@ -15,7 +15,7 @@ from zokern.finetune.replacing import refuse, replacing, sweep
 from zokern.journal import JournalError, Reader, replay
 from zokern.journal.replay import Replayed
 
-_OBJECTIVES = ("similarity", "classifier", "prompt")
+_OBJECTIVES = ("similarity", "classifier", "prompt", "choices", "answer", "image")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from zokern.finetune.options import Options
 
 Record = dict[str, Any]
-_NEEDED = {"train": {"loss", "skipped"}, "eval": {"loss", "accuracy"}}
+_NEEDED = {"train": {"loss", "skipped"}, "eval": {"loss"}}
 _START = b'{"kind": "'
 _ALWAYS = {"kind", "step", "seconds", "forwards", "lr", "eps"}
 
@@ -57,6 +57,8 @@ def _parsed(text: bytes) -> Record | None:
     if not isinstance(record, dict) or record.get("kind") not in _NEEDED:
         return None
     named = _ALWAYS | _NEEDED[record["kind"]]
+    if record["kind"] == "eval":
+        named = named | {"score" if isinstance(record.get("metric"), str) else "accuracy"}
     if not named <= set(record) or not all(_number(record[name], name) for name in named - {"kind"}):
         return None
     return record
@@ -68,6 +70,16 @@ def _number(value: Any, name: str) -> bool:
     if value is None:
         return name in ("loss", "lr", "eps")
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def scored(metric: str, value: float) -> Record:
+    """The part of an evaluation's record with its metric: accuracy under its own name, others as "metric" and "score"."""
+    return {"accuracy": value} if metric == "accuracy" else {"metric": metric, "score": value}
+
+
+def score(record: Record) -> float:
+    """The metric in an evaluation's record."""
+    return float(record["score"] if "metric" in record else record["accuracy"])
 
 
 def kept(records: Sequence[Record], options: Options, done: int, ends: Sequence[int]) -> list[Record]:

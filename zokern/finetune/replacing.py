@@ -26,6 +26,7 @@ _KNOWN = (
     "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab*.json",
+    "preprocessor_config.json", "processor_config.json",
     "vocab*.txt", "dict.txt", "merges.txt", "bpe.codes", "byte_maps.json", "emoji.json", "entity_vocab.json",
     "normalizer.json", "prophetnet.tokenizer", "sentencepiece*.model", "spiece.model", "spm*.model", "source.spm",
     "target.spm", "target_vocab.json", "word_pronunciation.json", "word_shape.json",

@@ -130,5 +130,5 @@ def _evaluated(task: Task, optimizer: ZerothOrderOptimizer, options: Options) ->
         accuracy, loss = evaluate(task, "eval", options.eval_batch_size)
     group = optimizer.param_groups[0]
     rate = float(group["lr"]) * factor(options.lr_schedule, options.warmup_steps, options.steps)(0)
-    return records.plain({"kind": "eval", "step": 0, "loss": loss, "accuracy": accuracy, "lr": rate,
+    return records.plain({"kind": "eval", "step": 0, "loss": loss, **records.scored(task.metric.name, accuracy), "lr": rate,
                           "eps": float(group["eps"]), "seconds": 0.0, "forwards": 0})  # fmt: skip

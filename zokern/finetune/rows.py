@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from zokern.finetune import examples, pictures, targets
+from zokern.finetune.cells import Cells
+from zokern.finetune.examples import Example, Text
 from zokern.finetune.options import FinetuneError, Options
-from zokern.finetune.reading import Row, Table
+from zokern.finetune.preset import prepared
+from zokern.finetune.reading import Table
 
-Pair = tuple[str, str]  # (text, label)
+Pair = tuple[Text, str]  # (text, label)
 
 
 # Why rows are left out: a word for run.json, and what the run says.
 NO_LABEL, NO_TEXT, UNKNOWN, TORN = "no label", "no text", "unknown label", "held out under another label"
+NO_ANSWER, NO_CHOICE, NO_PICTURE = "no answer", "no choice", "no picture"
 WHY = {
     NO_LABEL: "as they have no label (an empty one, or what --unlabelled names)",
     NO_TEXT: "as their text is empty",
+    NO_ANSWER: "as --answer has no text for them",
+    NO_PICTURE: "as --image-column is empty for them",
+    NO_CHOICE: "as they have one candidate or none",
     UNKNOWN: "as no training text has their label",
     TORN: "as their text is held out with another label",
 }
@@ -51,20 +59,31 @@ class Part:
 
 
 def pairs(table: Table, where: str, options: Options) -> Part:
-    """The rows of a table that have a text and a label."""
+    """The rows of a table that have a text, and a label or an answer of their own."""
+    table = prepared(table, options)
     names = None if table.names is None else [name.strip() for name in table.names]
     part = Part(where, [], LeftOut(), names, list(table.notes))
     missing = {"", *(value.strip() for value in options.unlabelled.split(","))}
     booleans = False
+    columns = examples.columns(options)
     for number, row in table.rows:
-        raw = _value(row, "--label-column", options.label_column, table, number)
-        label = _label(raw, table, number, options)
-        text = _string(_value(row, "--text-column", options.text_column, table, number), table, number, options)
-        booleans = booleans or isinstance(raw, bool)
-        if label in missing:
-            part.left_out.add(NO_LABEL, table.place(number))
-        elif not text:
-            part.left_out.add(NO_TEXT, table.place(number))
+        cells = Cells(table, number, row)
+        texts = tuple(cells.text(column, option) for column, option in columns)
+        if options.objective in examples.OWN:
+            text, reason = _own(cells, texts, missing, options)
+            label = ""
+        else:
+            raw = cells.value(options.label_column, "--label-column")
+            label = _label(raw, table, number, options)
+            booleans = booleans or isinstance(raw, bool)
+            text = texts[0] if len(texts) == 1 else Example(texts)
+            if options.objective == "image":
+                text = pictures.read(cells, options, Path(where).parent) or ""
+            reason = NO_LABEL if label in missing else NO_PICTURE if options.objective == "image" and not text else ""
+        if not reason and columns and (not any(texts) or (options.pair_column is not None and not all(texts))):
+            reason = NO_TEXT
+        if reason:
+            part.left_out.add(reason, table.place(number))
         else:
             part.pairs.append((text, label))
     if booleans:
@@ -72,31 +91,15 @@ def pairs(table: Table, where: str, options: Options) -> Part:
     return part
 
 
-def _value(row: Row, option: str, column: str, table: Table, number: int) -> Any:
-    if column not in row:
-        have = ", ".join(map(repr, row))
-        raise FinetuneError(
-            f"{table.place(number)}: no column {column!r}; the columns are {have}. Choose one with {option}"
-        )
-    value = row[column]
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes empty cells as NaN
-        return ""
-    if isinstance(value, (str, int, float)):
-        return value
-    kind = {"list": "a list", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
-    raise FinetuneError(
-        f"{table.place(number)}: column {column!r} has {kind}, {str(value)[:60]!r}; one string or number is needed. "
-        f"Choose another column with {option}, or make one of it"
-    )
-
-
-def _string(value: Any, table: Table, number: int, options: Options) -> str:
-    if isinstance(value, bool):
-        raise FinetuneError(
-            f"{table.place(number)}: column {options.text_column!r} has {value}, which is no text; choose another with "
-            "--text-column"
-        )
-    return str(value).strip()
+def _own(cells: Cells, texts: tuple[str, ...], missing: set[str], options: Options) -> tuple[Text, str]:
+    """(a row with candidates or answers of its own, why it is left out or "")."""
+    if options.objective == "answer":
+        right = targets.answers(cells, options)
+        return Example(texts, answers=right), "" if right else NO_ANSWER
+    found = targets.candidates(cells, options)
+    places = targets.right_ones(cells, found, missing, options)
+    reason = NO_LABEL if not places else NO_CHOICE if len(found) < 2 else ""
+    return Example(texts, tuple(found), places), reason
 
 
 def _label(value: Any, table: Table, number: int, options: Options) -> str:

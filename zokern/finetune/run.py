@@ -23,11 +23,15 @@ from zokern.finetune import (
     adapter_about,
     adapters,
     display,
+    examples,
     failures,
     identity,
+    images,
     methods,
     models,
     plots,
+    preset,
+    prompted,
     resuming,
     surroundings,
 )
@@ -38,13 +42,13 @@ from zokern.finetune.display import Display, Shown, clock, percent
 from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output, claim
-from zokern.finetune.prompts import Prompt
 from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
 from zokern.journal import tools as journal_tools
 from zokern.optim import ZerothOrderOptimizer
 from zokern.optim.causes import announce_quantised
 from zokern.report import versions
+from zokern.tasks.metrics import named
 
 _PACKAGES = ("zokern", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -66,6 +70,7 @@ class Summary:
     output: Output
     stopped: int | None = None  # the signal that came
     adapter: bool = False  # what was trained, and saved alone
+    metric: str = "accuracy"  # what result.accuracy is
 
     @property
     def code(self) -> int:
@@ -76,7 +81,7 @@ class Summary:
 
     @property
     def gained(self) -> float:
-        """Held-out accuracy after minus before, in points (per cent)."""
+        """Held-out accuracy, or what `metric` names, after minus before, in points (per cent)."""
         return 100 * (self.result.accuracy[1] - self.result.accuracy[0])
 
 
@@ -126,18 +131,24 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     begun = time.perf_counter()
+    options = preset.applied(options)
     device = models.choose_device(options.device)
     config = models.load_config(options.model)
     dtype = models.choose_dtype(options.dtype, config, device)
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
-        objective, reason = models.choose_objective(config)
+        objective, reason = models.choose_objective(config, options)
+    options = preset.for_objective(dataclasses.replace(options, objective=objective))
+    examples.check(options)
     with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
         data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
-    task, tokenizer = _task(options, objective, data, config, dtype, device)
+    task, tokenizer = _task(options, data, config, dtype, device)
+    if options.metric is not None:
+        task.measure(named(options.metric))
+    task.by_metric = options.minimise == "metric"
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
-    data.notes += cut_notes(task, longest(task.model, tokenizer) - adapted.room(task.model))
+    data.notes += cut_notes(task, longest(task.model, tokenizer) - adapted.room(task.model)) if task.cuts else []
     left_out: list[str] = []
     announce_quantised(task.model, left_out.append)  # here, and not by the optimizer too
     try:
@@ -152,10 +163,12 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
         say("adapter", adapter_about.said(task.model, options))
     for note in left_out:
         say("", note)
-    say("data", f"{data.source}: {len(data.train)} texts, {len(data.eval)} held out, {len(data.labels)} labels")
+    classes = f", {len(data.labels)} labels" if data.labels else ""
+    say("data", f"{data.source}: {len(data.train)} {_things(options)}, {len(data.eval)} held out" + classes)
     for note in data.notes:
         say("", note)
-    say("objective", f"{objective} ({reason})")
+    aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
+    say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer, adapted.kind_of(task.model)))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
     return Loaded(task, tokenizer, optimizer, data, about)
@@ -232,13 +245,13 @@ class _Run:
         task, tokenizer, data, optimizer = loaded.task, loaded.tokenizer, loaded.data, loaded.optimizer
         now = identity.hashes(data, task)
         if resume and found.hashes is not None:
-            identity.compare(found.hashes, now, options)
+            identity.compare(found.hashes, now, preset.applied(options))
         self.optimizer = optimizer
         if resume and found.hashes is None:
             say("", "the data could not be compared with the run's: an older zokern wrote its options.json")
         found = dataclasses.replace(found, hashes=now)
 
-        shown = Display(self.console, options.steps, f"zokern finetune, {options.method}")
+        shown = Display(self.console, options.steps, f"zokern finetune, {options.method}", task.metric.name)
         with contextlib.ExitStack() as stack:
             start = None
             if resume:
@@ -260,7 +273,7 @@ class _Run:
         about, device = loaded.about, task.device
         summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
-                          self.stop.asked, adapted.is_adapted(task.model))  # fmt: skip
+                          self.stop.asked, adapted.is_adapted(task.model), task.metric.name)  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -284,6 +297,10 @@ def _steps_in(path: Path) -> int:
         return 0
 
 
+def _things(options: Options) -> str:
+    return "pictures" if options.objective == "image" else "texts"
+
+
 def _method(options: Options, optimizer: ZerothOrderOptimizer, adapter: str) -> str:
     group = optimizer.param_groups[0]
     settings = f"lr {float(group['lr']):g} {options.lr_schedule}, eps {float(group['eps']):g}"
@@ -291,16 +308,16 @@ def _method(options: Options, optimizer: ZerothOrderOptimizer, adapter: str) -> 
     if chosen:
         settings += f" ({adapters.said(adapter, chosen, options)})"
     forwards = optimizer.forwards() * options.accumulate
-    each = f"{forwards} forwards of {options.batch_size} texts a step, no backward"
+    each = f"{forwards} forwards of {options.batch_size} {_things(options)} a step, no backward"
     return f"{options.method}, {settings}, {each}"
 
 
 def _task(
-    options: Options, objective: str, data: texts.Data, config: Any, dtype: torch.dtype, device: torch.device
+    options: Options, data: texts.Data, config: Any, dtype: torch.dtype, device: torch.device
 ) -> tuple[Task, Any]:
-    labels = data.labels
+    labels, objective = data.labels, options.objective
     sentences = [data.descriptions.get(label, label) for label in labels]
-    words = [label.replace("_", " ") for label in labels]
+    words = preset.words(options, labels) or [label.replace("_", " ") for label in labels]
     if options.descriptions is not None:
         with failures.telling("--descriptions cannot be read", "give a JSON file {label: text}"):
             found = texts.read_map(options.descriptions, "--descriptions", labels)
@@ -311,6 +328,8 @@ def _task(
         words = [found[label] for label in labels]
     model, tokenizer = models.load(options, objective, labels, config, dtype)
     models.place(model, device)
+    if objective == "image":
+        return images.Pictures(model, tokenizer, labels), tokenizer
     length = longest(model, tokenizer) - adapted.room(model)
     if options.max_length > length:
         raise FinetuneError(
@@ -318,12 +337,9 @@ def _task(
         )
     if objective == "similarity":
         return Similarity(model, tokenizer, labels, options.max_length, sentences, options.temperature), tokenizer
-    if objective == "prompt":
-        prompt = Prompt(
-            model, tokenizer, labels, options.max_length, options.template, words, space=options.space, limit=length
-        )
-        return prompt, tokenizer
-    return Classifier(model, tokenizer, labels, options.max_length), tokenizer
+    if objective == "classifier":
+        return Classifier(model, tokenizer, labels, options.max_length, cut=examples.cut_place(options)), tokenizer
+    return prompted.task(options, model, tokenizer, labels, words, length), tokenizer
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -344,9 +360,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
             "steps": result.steps,
             "since_step": result.since,
             "interrupted": result.interrupted,
-            "accuracy_before": result.accuracy[0],
-            "accuracy_after": result.accuracy[1],
-            "points_gained": summary.gained,
+            **_scores(summary),
             "loss_before": result.loss[0],
             "loss_after": result.loss[1],
             "seconds": result.seconds,
@@ -358,15 +372,23 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
     }  # fmt: skip
 
 
+def _scores(summary: Summary) -> dict[str, Any]:
+    before, after = summary.result.accuracy
+    if summary.metric == "accuracy":
+        return {"accuracy_before": before, "accuracy_after": after, "points_gained": summary.gained}
+    return {"metric": summary.metric, "score_before": before, "score_after": after, "points_gained": summary.gained}
+
+
 def _print(summary: Summary, say: Any) -> None:
     result, seconds = summary.result, summary.result.seconds
     inside = max(seconds["forwards"] + seconds["passes"], 1e-9)
     kind = "of the GPU" if summary.device.startswith("cuda") else "of main memory"
     say("", "")
-    say(
-        "accuracy",
-        f"{percent(result.accuracy[0])} -> {percent(result.accuracy[1])} held out ({summary.gained:+.1f} points)",
-    )
+    before, after = (display.measured(summary.metric, value) for value in result.accuracy)
+    if summary.metric == "accuracy":
+        say("accuracy", f"{before} -> {after} held out ({summary.gained:+.1f} points)")
+    else:
+        say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
