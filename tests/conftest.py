@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: at the end they would keep one process busy and leave the others idle."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """The suite's modules and thousands of tests stay to the end: garbage is looked for among newer objects only."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=backends.BACKENDS)

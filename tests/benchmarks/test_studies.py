@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks import study
 from benchmarks.drift import run as drift
+from tests import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(path.parent.name for path in (ROOT / "benchmarks").glob("*/run.py"))
@@ -35,12 +34,17 @@ def test_options_are_of_the_kind_of_their_defaults() -> None:
     assert "of a run (default: 10)" in parser.format_help()
 
 
+@pytest.fixture(scope="module")
+def helped() -> dict[str, programs.Done]:
+    """What each study says of itself."""
+    return programs.run({name: programs.Program([f"benchmarks.{name}.run", "--help"]) for name in STUDIES})
+
+
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_teaches_its_options(name: str) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{name}.run", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    assert f"python -m benchmarks.{name}.run" in done.stdout
-    assert "--output" in done.stdout
+def test_a_study_teaches_its_options(name: str, helped: dict[str, programs.Done]) -> None:
+    assert helped[name].code == 0, helped[name].said
+    assert f"python -m benchmarks.{name}.run" in helped[name].said
+    assert "--output" in helped[name].said
 
 
 def test_drift_is_of_the_placements_that_write_to_the_weights() -> None:

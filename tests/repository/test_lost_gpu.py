@@ -1,4 +1,4 @@
-"""A GPU that a test has lost ends its process, with the test's name; torch's GPU is a stand-in in fresh processes."""
+"""A GPU that a test has lost ends its process, with the test's name; torch is a stand-in in fresh processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 
 from tests import lost_gpu
 
+TORCH = """
+class cuda:
+    is_initialized = staticmethod(lambda: True)
+    synchronize = staticmethod(lambda: None)
+"""
 TESTS = """
 import pytest, torch
-
-torch.cuda.is_initialized = lambda: True
-torch.cuda.synchronize = lambda: None
 
 def lost():
     raise RuntimeError("CUDA error: an illegal memory access\\nCUDA kernel errors might be reported at some other call")
@@ -32,18 +34,20 @@ LINE = "CUDA is lost after test_it.py::test_it[2]: CUDA error: an illegal memory
 
 
 def run(folder: Path, *options: str) -> tuple[int, str, dict[str, int]]:
-    """Exit code, output, and the XML's counts of a run of TESTS."""
+    """Exit code, output, and the XML's counts of a run of TESTS. Without torch and plugins, each process starts at once."""
+    (folder / "torch.py").write_text(TORCH)
     (folder / "test_it.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-p", "lost_gpu", "-v", "--junitxml=x.xml", *options]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    path = os.pathsep.join(map(str, (folder, Path(__file__).parents[1])))
+    env = {**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
     suite: Any = xml.etree.ElementTree.parse(folder / "x.xml").getroot().find("testsuite")
     return done.returncode, done.stdout + done.stderr, {k: int(suite.get(k)) for k in ("tests", "failures", "errors")}
 
 
 def test_one_process_ends_with_the_name_of_the_test(tmp_path: Path) -> None:
-    code, said, counts = run(tmp_path, "-p", "no:xdist")
+    code, said, counts = run(tmp_path)
     assert code == lost_gpu.EXIT_CODE
     assert LINE in said
     assert "some other call" not in said
@@ -53,7 +57,7 @@ def test_one_process_ends_with_the_name_of_the_test(tmp_path: Path) -> None:
 
 def test_of_several_workers_one_ends_and_the_other_tests_run(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
-    code, said, counts = run(tmp_path, "-n", "2")
+    code, said, counts = run(tmp_path, "-p", "xdist", "-n", "2")
     assert code == 1
     assert LINE in said
     for i in range(6):

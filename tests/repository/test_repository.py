@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pages, parts
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,33 +49,39 @@ def test_a_figure_that_is_not_the_stored_one_is_told(tmp_path: Path, monkeypatch
         pages.main(["docs/journal.md", "--check"])
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/accelerate.md",
-        "docs/check.md",
-        "docs/journal.md",
-        "docs/lightning.md",
-        "docs/lora.md",
-        "docs/methods.md",
-        "docs/passes.md",
-        "docs/trainer.md",
-    ],
-)
-def test_python_blocks_run(page: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-    assert blocks
-    (tmp_path / "blocks.json").write_text(json.dumps(blocks))
-    one_by_one = "import json; own = {'__name__': '__main__'}; [exec(b, own) for b in json.load(open('blocks.json'))]"
-    done = run(sys.executable, "-c", one_by_one, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+PAGES = [
+    "README.md",
+    *(
+        f"docs/{name}.md"
+        for name in ("accelerate", "check", "journal", "lightning", "lora", "methods", "passes", "trainer")
+    ),
+]
+EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py"))
+ONE_BY_ONE = "import json; own = {'__name__': '__main__'}; [exec(b, own) for b in json.load(open('blocks.json'))]"
 
 
-@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
-def test_examples_run(path: str) -> None:
-    done = run(sys.executable, f"examples/{path}")
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, programs.Done]:
+    """How the pages' blocks and the examples ended."""
+    all_of_them = {name: programs.Program([str(ROOT / "examples" / name)]) for name in EXAMPLES}
+    for page in PAGES:
+        folder = tmp_path_factory.mktemp("page")
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+        assert blocks, page
+        (folder / "blocks.json").write_text(json.dumps(blocks))
+        (folder / "blocks.py").write_text(ONE_BY_ONE)
+        all_of_them[page] = programs.Program(["blocks.py"], folder)
+    return programs.run(all_of_them)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page: str, ended: dict[str, programs.Done]) -> None:
+    assert ended[page].code == 0, ended[page].said
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_examples_run(path: str, ended: dict[str, programs.Done]) -> None:
+    assert ended[path].code == 0, ended[path].said
 
 
 def test_tests_of_every_backend_name_the_device_too() -> None:
