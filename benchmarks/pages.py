@@ -24,9 +24,11 @@ import benchmarks.layers.run
 import benchmarks.llm.page
 import benchmarks.machine_code.page
 import benchmarks.replay.run
+import benchmarks.rewards.run
 import benchmarks.rounding.page
 import benchmarks.steps.page
 import benchmarks.steps.passes
+import benchmarks.trainer.run
 import docs.from_code
 from benchmarks.parts import RESULTS, load, write
 
@@ -54,7 +56,7 @@ def demo_lines() -> str:
 SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.steps.passes, benchmarks.gpu.page, benchmarks.layers.run,
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
-    benchmarks.llm.page, benchmarks.machine_code.page, docs.from_code,
+    benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run, docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
 for subject in SUBJECTS:

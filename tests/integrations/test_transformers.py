@@ -250,6 +250,44 @@ def test_a_loss_function_of_the_users_own_and_training_twice(tmp_path: Path) -> 
     assert (tmp_path / "journal.1.zkj").read_bytes() == first  # renamed, and not written over
 
 
+@pytest.mark.parametrize("update", ["sgd", "adam"])
+def test_a_checkpoint_of_the_model_alone(tmp_path: Path, update: str) -> None:
+    """Directions are those of the run's steps; states begin anew, which is told. So does the journal."""
+
+    def trainer(model: torch.nn.Module) -> ZOTrainer:
+        args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4, save_only_model=True,
+                         lr_scheduler_type="constant")  # fmt: skip
+        return ZOTrainer(model, args, train_dataset=rows(), zo={"update": update, "eps": 1e-2})
+
+    whole, again = llama(), llama()
+    trainer(whole).train()
+    other = trainer(again)
+    at = str(tmp_path / "checkpoint-2")
+    if update == "adam":
+        with pytest.warns(zokern.ZokernWarning, match=r"step 2 has no optimizer.pt.*begins anew"):
+            other.train(resume_from_checkpoint=at)
+        assert not equal(weights(whole), weights(again))
+    else:
+        other.train(resume_from_checkpoint=at)
+        assert equal(weights(whole), weights(again))
+    assert other.zo_optimizer.counters["steps"] == 4
+    header = zokern.journal.Reader(tmp_path / "journal.zkj").header
+    assert header["first_step"] == 2
+    base = llama()
+    base.load_state_dict(again.from_pretrained(at).state_dict())
+    assert zokern.journal.replay(tmp_path / "journal.zkj", base) == 4
+    assert equal(weights(base), weights(again))
+
+
+def test_trained_twice_with_states_there_is_no_second_journal(tmp_path: Path) -> None:
+    trainer = ZOTrainer(llama(), arguments(tmp_path, max_steps=1), train_dataset=rows(), zo={"update": "adam"})
+    trainer.train()
+    before = (tmp_path / "journal.zkj").read_bytes()
+    with pytest.warns(zokern.ZokernWarning, match="cannot begin at step 1 of a run with states"):
+        trainer.train()
+    assert (tmp_path / "journal.zkj").read_bytes() == before
+
+
 def test_method_and_settings_from_the_trainers_pair(tmp_path: Path) -> None:
     pair = (zokern.FZOO, {"candidates": 3})
     trainer = ZOTrainer(

@@ -185,5 +185,5 @@ def test_a_journal_that_is_gone_or_of_another_run(tmp_path: Path) -> None:
     with pytest.raises(zokern.journal.JournalError, match="make them agree"):
         resumed(adam, zo)
     os.unlink(adam / "journal.zkj")
-    with pytest.warns(zokern.ZokernWarning, match="cannot begin at step 1 of a run with states: none is written"):
+    with pytest.warns(zokern.ZokernWarning, match="cannot begin at step 1 of a run with states.*none is written"):
         resumed(adam, zo)

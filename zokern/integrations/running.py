@@ -33,9 +33,10 @@ class Journaled:
         with contextlib.ExitStack() as stack:
             if step and path.exists():
                 stack.enter_context(journal.append(optimizer, path))
-            elif step and not state.untouched(optimizer.state, optimizer.state_spec):
+            elif not state.untouched(optimizer.state, optimizer.state_spec):
                 warnings.warn(
-                    f"{path} is not there, and a journal cannot begin at step {step} of a run with states: none is written",
+                    f"{path}: a journal cannot begin at step {optimizer.counters['steps']} of a run with states, and there "
+                    "is none of this run to go on with: none is written",
                     ZokernWarning,
                     stacklevel=2,
                 )

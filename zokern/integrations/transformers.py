@@ -17,12 +17,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zokern._checks import ZokernWarning
 from zokern.integrations import refused
 from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen, Groups
@@ -197,6 +199,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
     def tell(self, logs: dict[str, float]) -> None:
         """Adds to a line of the log what is known of the steps since the last one. Waits for the device."""
+        logs.pop("grad_norm", None)  # of no gradients: 0.0 where a Trainer asks for it by another name
         losses, self._losses = torch.stack(self._losses), []
         finite = losses[torch.isfinite(losses)]
         optimizer = self.zo_optimizer
@@ -235,8 +238,18 @@ class _Hooks(TrainerCallback):  # type: ignore[misc]
         if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
             optimizer.paired_randomness = True  # its noise is no module's dropout
         trainer.model_wrapped.eval()  # so that the first step sets the mode
+        anew = state.global_step > 0 and optimizer.counters["steps"] == 0
+        if anew:
+            optimizer.resumed(state.global_step, 0)  # or the directions of its first steps would come again
+            if optimizer.state_spec or optimizer.history():
+                warnings.warn(
+                    f"the checkpoint of step {state.global_step} has no optimizer.pt (save_only_model?): "
+                    f"{type(optimizer).__name__} goes on with weights and step, and what it remembers begins anew",
+                    ZokernWarning,
+                    stacklevel=2,
+                )
         if trainer.journal and not state.is_hyper_param_search:
-            trainer._journaled.begin(optimizer, args.output_dir, state.global_step)
+            trainer._journaled.begin(optimizer, args.output_dir, 0 if anew else state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._micro = []  # of a step that was broken off
