@@ -15,6 +15,17 @@ from torch import Tensor, nn
 from zokern import _checks
 
 Named = tuple[str, Tensor]
+# Of bitsandbytes' 4-bit layers: on CPUs with AVX512-BF16 a forward writes the weights anew in another order, and a later
+# state_dict() leaves their scales in it (0.50.2; findings/bitsandbytes_state_dict_disorders_4bit_scales.sh).
+PACKS = "support_avx512bf16_for_cpu"
+
+
+def keep_codes(model: nn.Module) -> None:
+    """Lets bitsandbytes' 4-bit weights stay as they were loaded, on a CPU too, so that saving a checkpoint, or an adapter
+    on top, changes nothing, and a replay, which has no forward, ends with the same weights. Before the first forward."""
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
 
 
 def scales(model: nn.Module) -> list[Named]:
@@ -91,7 +102,7 @@ def _four_bits(module: Any, name: str, p: Any) -> Iterator[Named]:
     state = p.quant_state
     if state is None:
         raise ValueError(f"{name}: a Params4bit that is not quantised yet; move the model to its device first")
-    packs = p.device.type == "cpu" and bool(getattr(module, "support_avx512bf16_for_cpu", False))
+    packs = p.device.type == "cpu" and bool(getattr(module, PACKS, False))
     if packs and not getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
             f"{name}: its next forward on this CPU replaces its scales (bitsandbytes packs 4-bit weights then); call "

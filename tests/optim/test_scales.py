@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import zokern
 from zokern.optim import causes
+from zokern.scales import keep_codes
 
 quantization = pytest.importorskip("torchao.quantization")
 bnb = pytest.importorskip("bitsandbytes")
@@ -238,3 +239,17 @@ def test_a_quantised_weight_that_asks_to_be_trained_is_refused_with_the_way_out(
     model[0].weight.requires_grad_(True)  # type: ignore[index]
     with pytest.raises(TypeError, match=r"0\.weight is a Int8Tensor.*requires_grad_\(False\); zokern\.scales\(model\)"):
         zokern.MeZO(model, lr=1e-3)
+
+
+def test_codes_that_are_kept_stay_through_a_forward_and_a_checkpoint() -> None:
+    """As on a CPU that packs: without it, state_dict() would leave other scales."""
+    model = bits("Linear4bit", **FOUR_BITS)
+    for i in (0, 2):
+        model[i].support_avx512bf16_for_cpu = True  # type: ignore[index]
+    keep_codes(model)
+    before = codes(model), [model[i].weight.quant_state.absmax.clone() for i in (0, 2)]  # type: ignore[index]
+    said = loss(model)
+    model.state_dict()
+    assert torch.equal(loss(model), said)
+    after = codes(model), [model[i].weight.quant_state.absmax for i in (0, 2)]  # type: ignore[index]
+    assert all(torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))

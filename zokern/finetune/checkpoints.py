@@ -11,10 +11,7 @@ from torch import nn
 from zokern.finetune import adapter_files
 from zokern.finetune.options import FinetuneError
 from zokern.optim.causes import is_quantised
-
-# Of bitsandbytes' 4-bit layers: on some CPUs their first forward writes the weights anew. A replay has no forward, so it
-# could not end as the run did.
-PACKS = "support_avx512bf16_for_cpu"
+from zokern.scales import keep_codes
 
 
 class Place(NamedTuple):
@@ -117,9 +114,7 @@ def freeze_quantised(model: nn.Module) -> bool:
     found = [p for p in model.parameters() if is_quantised(p)]
     for p in found:
         p.requires_grad_(False)  # torchao's may have it
-    for module in model.modules():
-        if hasattr(module, PACKS):
-            setattr(module, PACKS, False)
+    keep_codes(model)
     return bool(found)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from zokern.integrations import limits
 from zokern.integrations.waiting import Waiting
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.scales import keep_codes
 
 try:
     from accelerate import Accelerator  # type: ignore[import-untyped,import-not-found]
@@ -78,6 +79,8 @@ def prepare(accelerator: Accelerator, optimizer: Any) -> ForwardOnlyOptimizer:
         scaler=accelerator.scaler is not None,
         engine=accelerator.distributed_type.value,
     )
+    if inner.module is not None:
+        keep_codes(inner.module)
     made = ForwardOnlyOptimizer(inner)
     for known in [one for one in accelerator._optimizers if one.optimizer is inner]:
         _replace(accelerator._optimizers, known, made)

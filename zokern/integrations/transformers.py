@@ -30,6 +30,7 @@ from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen, Groups
 from zokern.integrations.running import Journaled
 from zokern.optim import ZerothOrderOptimizer, pairing
+from zokern.scales import keep_codes
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -90,6 +91,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         super().__init__(*args, **named)
         refused.arguments(self.args)
         refused.accelerator(self.accelerator)
+        keep_codes(self.model)
         if self.optimizer is not None:
             if self.zo is not None:
                 raise ValueError("zo and optimizers are both given; leave one out")
