@@ -56,9 +56,13 @@ class Answers(Scored):
         if name == "train":
             self.one_line = not any("\n" in answer for answer in first)
             if (cut := Cut.of(list(map(len, ends)), self.max_answer)).count:
+                most = self.limit - (0 if self.frame.encoder else self.max_length)
+                needed = f"--max-answer {cut.longest} cuts none"
+                if cut.longest > most:
+                    needed = f"the longest has {cut.longest}, the model takes {most}"
+                    needed += "" if self.frame.encoder else " behind --max-length"
                 self.notes.append(
-                    f"{name}: {cut.count} of {cut.total} answers are cut to {self.max_answer} tokens; --max-answer "
-                    f"{cut.longest} cuts none"
+                    f"{name}: {cut.count} of {cut.total} answers are cut to {self.max_answer} tokens; {needed}"
                 )
         self.keep(name, rows, prompts, [[end[: self.max_answer]] for end in ends])
         self.asks[name] = prompts

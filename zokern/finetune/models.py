@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zokern.finetune import adapted, adapter_files
+from zokern.finetune import adapted, adapter_files, virtual
 from zokern.finetune.attention import attend_without_waiting
 from zokern.finetune.checkpoints import (
     Place,
@@ -24,6 +24,7 @@ from zokern.finetune.checkpoints import (
     explain,
     freeze_quantised,
     freeze_unread,
+    longest,
     place_of,
 )
 from zokern.finetune.examples import OWN, PROMPTED
@@ -191,6 +192,7 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
             f"the tokenizer of --model {options.model!r} has neither a padding, an end nor an unknown token"
         )
     check_tokens(model, tokenizer, {tokenizer.pad_token_id}, f"the tokenizer of --model {options.model!r}")
+    virtual.check(options, longest(model, tokenizer))
     settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
     with _loading:
         if files.adapter:

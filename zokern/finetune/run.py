@@ -34,6 +34,7 @@ from zokern.finetune import (
     prompted,
     resuming,
     surroundings,
+    virtual,
 )
 from zokern.finetune import data as texts
 from zokern.finetune.checkpoints import longest
@@ -139,6 +140,8 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     if objective == "auto":
         objective, reason = models.choose_objective(config, options)
     options = preset.for_objective(dataclasses.replace(options, objective=objective))
+    if options.adapter is not None and (unfit := adapters.unfit(options.adapter, objective)):
+        raise FinetuneError(unfit)
     examples.check(options)
     with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
         data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
@@ -148,7 +151,7 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     task.by_metric = options.minimise == "metric"
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
-    data.notes += cut_notes(task, longest(task.model, tokenizer) - adapted.room(task.model)) if task.cuts else []
+    data.notes += cut_notes(task, longest(task.model, tokenizer) - virtual.room(task.model)) if task.cuts else []
     left_out: list[str] = []
     announce_quantised(task.model, left_out.append)  # here, and not by the optimizer too
     try:
@@ -330,10 +333,11 @@ def _task(
     models.place(model, device)
     if objective == "image":
         return images.Pictures(model, tokenizer, labels), tokenizer
-    length = longest(model, tokenizer) - adapted.room(model)
+    length = longest(model, tokenizer) - virtual.room(model)
     if options.max_length > length:
         raise FinetuneError(
             f"--max-length is {options.max_length}; allowed: at most {length} for --model {options.model!r}"
+            f"{virtual.beside(model)}"
         )
     if objective == "similarity":
         return Similarity(model, tokenizer, labels, options.max_length, sentences, options.temperature), tokenizer

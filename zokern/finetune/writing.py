@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokern.finetune import adapted
+from zokern.finetune import adapted, virtual
 from zokern.finetune.options import FinetuneError
 from zokern.passes.table import upload
 
@@ -42,7 +42,7 @@ def greedily(
     device = next(model.parameters()).device
     given = {"input_ids": upload(ids, device), "attention_mask": upload(mask, device)}
     read = 0 if encoder else width
-    if room := adapted.room(model):
+    if room := virtual.room(model):
         given, read = _behind(model, given, upload(torch.tensor(begins), device), room, padding)
         model = adapted.plain(model)
     found = model.generate(**given, max_new_tokens=most, pad_token_id=padding, eos_token_id=ends, **_GREEDY)
@@ -59,23 +59,23 @@ def _behind(
     prefix are in the cache before everything: padding between has no position.
     """
     ids, mask = given["input_ids"], given["attention_mask"]
-    virtual: Any = model.get_prompt(batch_size=len(ids))
+    tokens: Any = model.get_prompt(batch_size=len(ids))
     if adapted.kind_of(model) == "prefix":
         ahead = torch.full((len(ids), room), padding, device=ids.device)  # generate() leaves out what the cache has
         ids, mask = torch.cat([ahead, ids], 1), torch.cat([torch.ones_like(ahead), mask], 1)
-        return {"input_ids": ids, "attention_mask": mask, "past_key_values": virtual}, ids.shape[1]
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": tokens}, ids.shape[1]
     text = model.word_embeddings(ids)
     columns = torch.arange(room + ids.shape[1], device=ids.device)
     place = columns - begins[:, None]  # 0: where the virtual tokens begin
     rows = torch.arange(len(ids), device=ids.device)[:, None]
-    first = virtual.to(text.dtype)[rows, place.clamp(0, room - 1)]
+    first = tokens.to(text.dtype)[rows, place.clamp(0, room - 1)]
     both = torch.where((place < room)[..., None], first, text[:, (columns - room).clamp_min(0)])
     return {"inputs_embeds": both, "attention_mask": (place >= 0).to(mask.dtype)}, 0  # nothing of it is returned
 
 
 def check(model: nn.Module, ends: list[int], padding: int) -> None:
     """Raises FinetuneError for virtual tokens behind which a model cannot write: found by writing one token."""
-    if not adapted.room(model):
+    if not virtual.room(model):
         return
     try:
         greedily(model, [[ends[0]]], most=1, ends=ends, padding=padding, encoder=False)
