@@ -22,6 +22,7 @@ from zokern.finetune import (
     adapted,
     adapter_about,
     adapters,
+    choosing,
     display,
     examples,
     failures,
@@ -138,13 +139,14 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     dtype = models.choose_dtype(options.dtype, config, device)
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
-        objective, reason = models.choose_objective(config, options)
+        objective, reason = choosing.objective(config, options)
+    choosing.check(objective, config)
     options = preset.for_objective(dataclasses.replace(options, objective=objective))
     if options.adapter is not None and (unfit := adapters.unfit(options.adapter, objective)):
         raise FinetuneError(unfit)
     examples.check(options)
     with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
-        data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
+        data = texts.load(options, getattr(config, "label2id", None), head=choosing.has_head(objective, config))
     task, tokenizer = _task(options, data, config, dtype, device)
     if options.metric is not None:
         task.measure(named(options.metric))

@@ -101,7 +101,7 @@ class Scored(Task):
     def _check_room(self, most: int) -> None:
         if self.frame.encoder and most > self.limit:
             raise FinetuneError(
-                f"what the decoder is to say has up to {most} tokens (--max-answer, or the longest candidate or label word), "
+                f"what the decoder is to say has up to {most} tokens (--max-answer, or the longest candidate or word), "
                 f"and the model takes {self.limit}: make it shorter"
             )
         self.room = max(self.room, 0 if self.frame.encoder else most)

@@ -32,6 +32,30 @@ def greedily(
 
     encoder: an encoder reads the prompts.
     """
+    written: list[list[int]] = [[] for _ in prompts]
+    for rows in _together(model, prompts, most):
+        part = _written(model, [prompts[i] for i in rows], most, ends, padding, encoder)
+        for i, tokens in zip(rows, part, strict=True):
+            written[i] = tokens
+    return written
+
+
+def _together(model: Any, prompts: Sequence[list[int]], most: int) -> list[list[int]]:
+    """Which prompts are read in one batch. Attention in a window counts padding: where a prefix would be further away for
+    that, only prompts of one length."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    longest = virtual.room(model) + max(map(len, prompts)) + most
+    if adapted.kind_of(model) != "prefix" or not isinstance(window, int) or longest <= window:
+        return [list(range(len(prompts)))]
+    rows: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(len(prompt), []).append(i)
+    return list(rows.values())
+
+
+def _written(
+    model: Any, prompts: Sequence[list[int]], most: int, ends: list[int], padding: int, encoder: bool
+) -> list[list[int]]:
     width = max(map(len, prompts))
     begins = [0 if encoder else width - len(prompt) for prompt in prompts]  # a decoder goes on at the right end
     ids = torch.full((len(prompts), width), padding)
