@@ -103,7 +103,7 @@ def test_a_run_its_adapter_its_replay_and_its_second_half(
             at_call((tasks.Task, "aim"), 8, out_of_memory, patch)
             with pytest.raises(MemoryError):
                 finetune(cut)
-        assert "resumed" in resume(cut)
+        assert "resumed" in resume(cut, "--metric", summary.metric, *(("--adapter-rank", 8) if kind == "lora" else ()))
     assert same(saved, cut.output / "checkpoint")
     lines = [[{k: v for k, v in one.items() if k != "seconds"} for one in records(at.output)] for at in (given, cut)]
     assert lines[0] == lines[1]
