@@ -69,9 +69,6 @@ def quiet(*_: object) -> None:
     """Says nothing."""
 
 
-# ---------------------------------------------------------------------------------------------------------- runs, again
-
-
 @pytest.mark.parametrize(("kind", "model", "objective"), CASES)
 def test_a_run_its_adapter_its_replay_and_its_second_half(
     kind: str, model: str, objective: str, options: Options, models_dir: Path, t5_dir: Path, tmp_path: Path,
@@ -149,9 +146,6 @@ def test_check_looks_at_answers_behind_virtual_tokens(options: Options, models_d
     assert not options.output.exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- refused
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -184,6 +178,18 @@ def test_answers_that_no_option_can_hold_are_told_so(
     ):  # fmt: skip
         loaded = run.load(dataclasses.replace(options, model=str(root), data=data, answer="answers"), quiet)
         assert expected in loaded.data.notes
+
+
+def test_numbers_as_words_are_told(options: Options, tmp_path: Path) -> None:
+    """As of SST-2's own files, or of COPA where --choices is forgotten."""
+    loaded = run.load(dataclasses.replace(options, adapter="lora"), quiet)
+    told = [
+        note for note in loaded.data.notes if "WARNING: the model is to say numbers, '0', '1', after --template" in note
+    ]
+    assert len(told) == 1
+    (tmp_path / "words.json").write_text('{"0": "dog", "1": "cat"}')
+    loaded = run.load(dataclasses.replace(options, verbalizers=tmp_path / "words.json"), quiet)
+    assert not any("WARNING" in note for note in loaded.data.notes)
 
 
 def test_pictures_have_no_adapters(vit: Path, tmp_path: Path, rows: str) -> None:
