@@ -15,8 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from tests.finetune.test_finetune import command, sentences, table, tensors, tokenizer  # noqa: E402, F401
-from zokern.finetune import FinetuneError, Options, finetune  # noqa: E402
-from zokern.finetune import models as finding  # noqa: E402
+from zokern.finetune import FinetuneError, Options, choosing, finetune  # noqa: E402
 from zokern.finetune.checkpoints import longest  # noqa: E402
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -129,7 +128,7 @@ def test_a_padding_token_without_an_embedding_is_refused(options: Options) -> No
 )
 def test_auto_for_models_beyond_encoders_and_decoders(architecture: str, two_parts: bool, expected: str) -> None:
     config = SimpleNamespace(architectures=[architecture], model_type="t5", is_encoder_decoder=two_parts)
-    assert finding.choose_objective(config)[0] == expected
+    assert choosing.objective(config)[0] == expected
 
 
 def gemma(rows: int) -> Any:

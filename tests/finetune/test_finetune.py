@@ -30,6 +30,7 @@ from zokern.cli import app, tuning  # noqa: E402
 from zokern.finetune import FinetuneError, Options, data, docstrings, finetune, loop, methods, plots, takers, tasks  # noqa: E402
 from zokern.finetune import models as finding  # noqa: E402
 from zokern.finetune.batches import Order, Rows, cut  # noqa: E402
+from zokern.finetune.choosing import objective as picked  # noqa: E402
 from zokern.finetune.display import Display, Status  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
 from zokern.optim import METHODS  # noqa: E402
@@ -313,7 +314,7 @@ def test_unreadable_models_are_explained(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_auto_goes_by_the_architecture(architecture: str, expected: str) -> None:
     config = SimpleNamespace(architectures=[architecture], model_type="bert", is_encoder_decoder=False)
-    assert finding.choose_objective(config)[0] == expected
+    assert picked(config)[0] == expected
 
 
 def load(kind: str, models_dir: Path, objective: str, labels: list[str]) -> tuple[torch.nn.Module, object]:

@@ -201,7 +201,9 @@ def test_a_classifier_takes_what_it_can(models_dir: Path, tmp_path: Path) -> Non
         options.task, options.data = task, str(write(task, tmp_path / task))
         assert finetune(options).objective == "classifier"
     options.task, options.data = "copa", str(write("copa", tmp_path / "copa"))
-    with pytest.raises(FinetuneError, match="--choices needs a language model; bert reads a text from both its sides"):
+    with pytest.raises(
+        FinetuneError, match="--objective choices needs a language model; bert reads a text from both its sides"
+    ):
         finetune(options)
     options.objective = "classifier"
     with pytest.raises(FinetuneError, match="--task copa cannot be done with --objective classifier"):

@@ -242,7 +242,7 @@ def test_scores_and_answers_are_refused_as_such(tmp_path: Path) -> None:
         tmp_path / "a.jsonl",
         "\n".join(json.dumps({"text": f"t {i}", "label": f"so {i}, {'long ' * 20}"}) for i in range(5000)),
     )
-    with pytest.raises(FinetuneError, match="generation is not supported") as error:
+    with pytest.raises(FinetuneError, match="these look like answers, which --answer COLUMN learns to write") as error:
         data.load(Options(data=str(tmp_path / "a.jsonl")))
     assert len(str(error.value)) < 700
 

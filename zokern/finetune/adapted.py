@@ -31,6 +31,11 @@ def task_of(objective: str, model: Any) -> str:
     return "SEQ_2_SEQ_LM" if both else TASKS[objective]
 
 
+def objective_of(task: str) -> str:
+    """The first objective that has a task of PEFT's name; "" for none."""
+    return "prompt" if task == "SEQ_2_SEQ_LM" else next((name for name, one in TASKS.items() if one == task), "")
+
+
 def require() -> Any:
     """The peft module; FinetuneError with the remedy where it is not installed."""
     try:
@@ -67,11 +72,6 @@ def name_of(config: Any) -> str:
         config.peft_type.value, config.peft_type.value.lower()
     )
     return "dora" if getattr(config, "use_dora", False) else name
-
-
-def room(model: nn.Module) -> int:
-    """How many of the model's positions the adapter takes: those of its virtual tokens."""
-    return int(getattr(config_of(model), "num_virtual_tokens", 0) or 0) if is_adapted(model) else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- making

@@ -55,7 +55,7 @@ def take_up(model: nn.Module, path: str, objective: str, options: Options) -> nn
         config = peft.PeftConfig.from_pretrained(path)
         wanted = adapted.task_of(objective, model)
         if config.task_type not in (None, wanted):
-            fitting = next((name for name in adapted.TASKS if adapted.task_of(name, model) == config.task_type), None)
+            fitting = adapted.objective_of(config.task_type)
             remedy = f"give --objective {fitting}" if fitting else "no objective here is of that task"
             raise FinetuneError(
                 f"--model {path!r} is an adapter for {config.task_type}, and --objective {objective} needs "

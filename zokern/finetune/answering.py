@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zokern import ZokernWarning
+from zokern.finetune import writing
 from zokern.finetune.batches import Batch
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.data import TextSet
@@ -23,16 +24,8 @@ from zokern.finetune.framing import Frame
 from zokern.finetune.options import FinetuneError
 from zokern.finetune.scored import Asked, Scored
 from zokern.finetune.tasks import Judged
-from zokern.passes.table import upload
 from zokern.tasks import metrics
 from zokern.tasks.metrics import Metric
-
-# Greedy, whatever the checkpoint's generation_config.json asks for; its special tokens stay. All is named: what generate()
-# is not told, it takes from there, also where it is given a GenerationConfig.
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "temperature": None, "top_p": None, "top_k": None,
-           "min_length": 0, "min_new_tokens": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-           "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": None,
-           "use_cache": True}  # fmt: skip
 
 
 class Answers(Scored):
@@ -52,6 +45,7 @@ class Answers(Scored):
                 "--answer: the tokenizer of --model has no end token, so no answer would ever end; give another"
             )
         check_tokens(model, tokenizer, {tokenizer.eos_token_id}, "the tokenizer's end token")
+        writing.check(model, self._ends(), tokenizer.pad_token_id)
 
     def add(self, name: str, texts: TextSet) -> None:
         """Tokenise a set once; a row has its first answer."""
@@ -62,9 +56,13 @@ class Answers(Scored):
         if name == "train":
             self.one_line = not any("\n" in answer for answer in first)
             if (cut := Cut.of(list(map(len, ends)), self.max_answer)).count:
+                most = self.limit - (0 if self.frame.encoder else self.max_length)
+                needed = f"--max-answer {cut.longest} cuts none"
+                if cut.longest > most:
+                    needed = f"the longest has {cut.longest}, the model takes {most}"
+                    needed += "" if self.frame.encoder else " behind --max-length"
                 self.notes.append(
-                    f"{name}: {cut.count} of {cut.total} answers are cut to {self.max_answer} tokens; --max-answer "
-                    f"{cut.longest} cuts none"
+                    f"{name}: {cut.count} of {cut.total} answers are cut to {self.max_answer} tokens; {needed}"
                 )
         self.keep(name, rows, prompts, [[end[: self.max_answer]] for end in ends])
         self.asks[name] = prompts
@@ -104,24 +102,14 @@ class Answers(Scored):
                 stacklevel=2,
             )
 
-    @torch.no_grad()
     def written(self, prompts: Sequence[list[int]]) -> list[str]:
         """What the model writes after each prompt, greedily, until its end token, --max-answer, or a line break, where no
         answer that it learns has one."""
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
-            # A decoder goes on at the right end, so its padding is on the left.
-            place = slice(0, len(prompt)) if self.frame.encoder else slice(width - len(prompt), width)
-            ids[i, place], mask[i, place] = torch.tensor(prompt), 1
-        model: Any = self.model
-        found = model.generate(
-            input_ids=upload(ids, self.device), attention_mask=upload(mask, self.device), max_new_tokens=self.max_answer,
-            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self._ends(), **_GREEDY,
+        said = writing.greedily(
+            self.model, prompts, most=self.max_answer, ends=self._ends(), padding=self.tokenizer.pad_token_id,
+            encoder=self.frame.encoder,
         )  # fmt: skip
-        said = found if self.frame.encoder else found[:, width:]
-        texts = [text.strip() for text in self.tokenizer.batch_decode(said.tolist(), skip_special_tokens=True)]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
         return [text.partition("\n")[0].rstrip() for text in texts] if self.one_line else texts
 
     def _ends(self) -> list[int]:

@@ -44,6 +44,11 @@ def place_of(path: str) -> Place:
         base = adapter_files.base_of(path)
         if adapter_files.is_directory(base):
             raise FinetuneError(f"--model {path!r} is an adapter whose base {base!r} is one too; merge that first")
+        if Path(base).is_absolute() and not Path(base).exists():
+            raise FinetuneError(
+                f"--model {path!r} cannot be loaded: the adapter's base {base!r} is not there; bring it back, "
+                f"or put its directory or name into {Path(path) / adapter_files.CONFIG} as base_model_name_or_path"
+            )
         return place_of(base)._replace(adapter=path)
     return Place(path, {"trust_remote_code": False})
 

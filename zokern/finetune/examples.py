@@ -94,8 +94,8 @@ def check(options: Options) -> None:
             )
     if options.pair_column is not None and options.objective != "classifier":
         raise FinetuneError(
-            f"--pair-column is for --objective classifier, and the objective is {options.objective}; a prompt names its "
-            'columns in --template, as "{premise} {hypothesis}"'
+            f"--pair-column is for --objective classifier, and the objective is {options.objective}; give that, or a "
+            'prompt, which names its columns in --template, as "{premise} {hypothesis}"'
         )
     if options.chat and options.objective not in PROMPTED:
         raise FinetuneError(

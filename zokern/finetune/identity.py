@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zokern.finetune import adapter_files, adapters, takers
+from zokern.finetune import adapter_files, adapters, preset, takers
 from zokern.finetune.data import Data, TextSet
 from zokern.finetune.examples import key
 from zokern.finetune.options import FinetuneError, Options, flag
@@ -137,8 +137,8 @@ def _with(found: Stored, given: Mapping[str, Any]) -> Stored:
         raise FinetuneError("--resume goes on with the run in --output, --force replaces it; give one of them")
     for name, value in given.items():
         there = normal(name, getattr(options, name, None))
-        if there is None and name in takers.CHOSEN and not adapter_files.is_directory(options.model):
-            there = adapters.chosen(name, options)
+        if there is None:
+            there = _taken(name, options)
         if name not in ("output", "force", "steps") and normal(name, value) != there:
             unlike.append(f"{flag(name)} is {normal(name, value)!r} here and {there!r} there")
     if unlike:
@@ -153,6 +153,17 @@ def _with(found: Stored, given: Mapping[str, Any]) -> Stored:
         ends = [*found.ends, options.steps]
         return Stored(dataclasses.replace(options, steps=steps), found.hashes, ends, grown=True)
     return found
+
+
+def _taken(name: str, options: Options) -> Any:
+    """What a run takes for an option that was not given; None where that is not known before its model is loaded."""
+    if name == "metric":
+        return "token_f1" if preset.applied(options).answer is not None else "accuracy"
+    if name.startswith(adapters.PREFIX) and options.adapter is not None:
+        return adapters.settings(options).get(name.removeprefix(adapters.PREFIX))
+    if name in takers.CHOSEN and not adapter_files.is_directory(options.model):
+        return adapters.chosen(name, options)
+    return None
 
 
 def file(found: Stored) -> dict[str, Any]:

@@ -74,6 +74,11 @@ def load(options: Options, labels: list[str], config: Any, dtype: torch.dtype) -
     """(model in eval mode on the CPU, image processor). A new head comes from options.seed; the global RNG stays."""
     transformers = models.import_transformers()
     files = place_of(models.locate(options.model))
+    if files.adapter:
+        raise FinetuneError(
+            f"--model {options.model!r} is an adapter of a model for pictures, and adapters are trained on models of texts "
+            "here; merge it into its base (merge_and_unload) and give that"
+        )
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(files.path, **files.also)

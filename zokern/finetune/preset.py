@@ -37,14 +37,20 @@ def for_objective(options: Options) -> Options:
         return options
     texts = PRESETS[options.task].texts
     if not texts or (options.objective == "similarity" and len(texts) > 1):
+        head = "give --objective classifier, or " if texts else "give "
         raise FinetuneError(
-            f"--task {options.task} cannot be done with --objective {options.objective}; give --model a language model, as "
-            "an OPT or a T5"
+            f"--task {options.task} cannot be done with --objective {options.objective}; {head}--model a language "
+            "model, as an OPT or a T5"
         )
     if options.text_column != Options().text_column or options.pair_column is not None:
         return options  # the columns are the user's own
     cut = None if options.cut == PRESETS[options.task].cut not in texts else options.cut
     return dataclasses.replace(options, text_column=texts[0], pair_column=texts[1] if len(texts) > 1 else None, cut=cut)
+
+
+def is_pair(options: Options) -> bool:
+    """Whether --task asks about two texts with fixed answers."""
+    return options.task is not None and len(PRESETS[options.task].texts) > 1
 
 
 def words(options: Options, labels: list[str]) -> list[str] | None:

@@ -9,6 +9,7 @@ from torch import nn
 from zokern.finetune import examples
 from zokern.finetune.answering import Answers
 from zokern.finetune.framing import Frame
+from zokern.finetune.labels import few
 from zokern.finetune.options import Options
 from zokern.finetune.prompts import Prompt
 from zokern.finetune.scored import Choices, Spoken
@@ -20,11 +21,19 @@ def task(options: Options, model: nn.Module, tokenizer: Any, labels: list[str], 
     config: Any = model.config
     encoder = bool(getattr(config, "is_encoder_decoder", False))
     given: dict[str, Any] = {"space": options.space, "cut": examples.cut_place(options), "chat": options.chat}
-    if options.objective == "prompt" and not encoder:
-        return Prompt(model, tokenizer, labels, options.max_length, options.template, words, limit=limit, **given)
     frame = Frame(tokenizer, options.template, options.max_length, encoder=encoder, **given)
     if options.objective == "choices":
         return Choices(model, tokenizer, frame, limit, labels)
     if options.objective == "answer":
         return Answers(model, tokenizer, frame, limit, options.max_answer)
-    return Spoken(model, tokenizer, frame, limit, labels, words)
+    made: Task
+    if encoder:
+        made = Spoken(model, tokenizer, frame, limit, labels, words)
+    else:
+        made = Prompt(model, tokenizer, labels, options.max_length, options.template, words, limit=limit, **given)
+    if all(word.strip().isdecimal() for word in words):
+        made.notes.append(
+            f"WARNING: the model is to say numbers, {few(words)}, after --template; --verbalizers gives the labels words, "
+            f'as {{"{labels[0]}": "bad"}}'
+        )
+    return made

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokern.finetune import likelihood
+from zokern.finetune import likelihood, virtual
 from zokern.finetune.batches import Batch, Group, cut
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.examples import Text
@@ -54,8 +54,8 @@ class Prompt(Task):
         self.room = 0 if self.single else max(map(len, self.words))  # a single token is scored, never read
         if limit is not None and max_length + self.room > limit:
             raise FinetuneError(
-                f"--max-length is {max_length}; allowed: at most {limit - self.room}, as the model takes {limit} tokens "
-                f"and the longest label word has {self.room}"
+                f"--max-length is {max_length}; allowed: at most {limit - self.room}, as the model takes {limit} tokens"
+                f"{virtual.beside(model)} and the longest label word has {self.room}"
             )
         self._counts = torch.tensor([len(word) for word in self.words], device=self.device)
         self._first = torch.tensor([word[0] for word in self.words], device=self.device)

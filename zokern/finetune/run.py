@@ -22,6 +22,7 @@ from zokern.finetune import (
     adapted,
     adapter_about,
     adapters,
+    choosing,
     display,
     examples,
     failures,
@@ -34,6 +35,7 @@ from zokern.finetune import (
     prompted,
     resuming,
     surroundings,
+    virtual,
 )
 from zokern.finetune import data as texts
 from zokern.finetune.checkpoints import longest
@@ -137,18 +139,21 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     dtype = models.choose_dtype(options.dtype, config, device)
     objective, reason = options.objective, "as asked for"
     if objective == "auto":
-        objective, reason = models.choose_objective(config, options)
+        objective, reason = choosing.objective(config, options)
+    choosing.check(objective, config)
     options = preset.for_objective(dataclasses.replace(options, objective=objective))
+    if options.adapter is not None and (unfit := adapters.unfit(options.adapter, objective)):
+        raise FinetuneError(unfit)
     examples.check(options)
     with failures.telling(f"--data {options.data!r} cannot be read", "see to it that the file can be read"):
-        data = texts.load(options, getattr(config, "label2id", None), head=models.has_head(objective, config))
+        data = texts.load(options, getattr(config, "label2id", None), head=choosing.has_head(objective, config))
     task, tokenizer = _task(options, data, config, dtype, device)
     if options.metric is not None:
         task.measure(named(options.metric))
     task.by_metric = options.minimise == "metric"
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
-    data.notes += cut_notes(task, longest(task.model, tokenizer) - adapted.room(task.model)) if task.cuts else []
+    data.notes += cut_notes(task, longest(task.model, tokenizer) - virtual.room(task.model)) if task.cuts else []
     left_out: list[str] = []
     announce_quantised(task.model, left_out.append)  # here, and not by the optimizer too
     try:
@@ -330,10 +335,11 @@ def _task(
     models.place(model, device)
     if objective == "image":
         return images.Pictures(model, tokenizer, labels), tokenizer
-    length = longest(model, tokenizer) - adapted.room(model)
+    length = longest(model, tokenizer) - virtual.room(model)
     if options.max_length > length:
         raise FinetuneError(
             f"--max-length is {options.max_length}; allowed: at most {length} for --model {options.model!r}"
+            f"{virtual.beside(model)}"
         )
     if objective == "similarity":
         return Similarity(model, tokenizer, labels, options.max_length, sentences, options.temperature), tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokern.finetune import likelihood
+from zokern.finetune import likelihood, virtual
 from zokern.finetune.batches import Batch, Rows, cut
 from zokern.finetune.data import TextSet
 from zokern.finetune.examples import Example, Text, parts
@@ -100,12 +100,15 @@ class Scored(Task):
 
     def _check_room(self, most: int) -> None:
         if self.frame.encoder and most > self.limit:
-            raise FinetuneError(f"what the decoder says has up to {most} tokens, and the model takes {self.limit}")
+            raise FinetuneError(
+                f"what the decoder is to say has up to {most} tokens (--max-answer, or the longest candidate or word), "
+                f"and the model takes {self.limit}: make it shorter"
+            )
         self.room = max(self.room, 0 if self.frame.encoder else most)
         if self.max_length + self.room > self.limit:
             raise FinetuneError(
                 f"--max-length is {self.max_length}; allowed: at most {self.limit - self.room}, as the model takes "
-                f"{self.limit} tokens and what follows the prompt has up to {self.room}"
+                f"{self.limit} tokens{virtual.beside(self.model)} and what follows the prompt has up to {self.room}"
             )
 
     def prompts(self, name: str, texts: TextSet) -> tuple[list[Example], list[int], list[list[int]]]:
