@@ -105,6 +105,84 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
         steps(model, opt, range(1))
 
 
+def test_weights_at_the_start_are_compared_with_those_of_the_run(tmp_path: Path) -> None:
+    """A checkpoint of weights alone, whose optimizer counts from 0 again."""
+    path = tmp_path / "run.zkj"
+    model, *_ = run(path)
+    before = path.read_bytes()
+    with (
+        pytest.raises(JournalError, match="weights are not those that the run had after 0 steps"),
+        zokern.journal.append(optimizer(model), path),
+    ):
+        pass
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_that_was_broken_off_stays(tmp_path: Path, at: int) -> None:
+    """In place it has left its rounding in the weights: what a run goes on from is what the last mark has."""
+
+    def fail(calls: list[int]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return model(tokens(0))
+
+    path = tmp_path / "run.zkj"
+    model = small()
+    opt = optimizer(model, placement="inplace")
+    with pytest.raises(KeyboardInterrupt), zokern.journal.write(opt, path):
+        steps(model, opt, range(at))
+        clean = all_bits(model)
+        opt.step(lambda calls=[]: fail(calls))  # noqa: B006
+    assert not same_bits(all_bits(model), clean)
+    with zokern.journal.append(opt, path):
+        steps(model, opt, range(at, at + 2))
+    assert [one.name for one in tmp_path.iterdir()] == ["run.zkj"]  # nothing was cut off
+    base = small()
+    assert zokern.journal.replay(path, base) == at + 2
+    assert same_bits(all_bits(base), all_bits(model))
+
+
+def test_marks_stay_when_a_run_goes_on_from_them(tmp_path: Path) -> None:
+    """And damage behind them does not matter, as it is cut off."""
+    path = tmp_path / "run.zkj"
+    model, state, end = run(path)
+    whole = bytearray(path.read_bytes())
+    mark = next(one for one in _all_marks(path) if one.done == 3)
+    whole[mark.end + 3] ^= 1
+    path.write_bytes(whole)
+    opt = optimizer(model)
+    opt.load_state_dict(state)
+    with zokern.journal.append(opt, path):
+        steps(model, opt, range(3, 6))
+    assert same_bits(all_bits(model), end)
+    for until in (3, 6):
+        assert zokern.journal.replay(path, small(), until=until).verified
+
+
+def _all_marks(path: Path) -> list[Any]:
+    reader = Reader(path)
+    for _ in reader.steps():
+        pass
+    return reader.marks
+
+
+def test_through_what_a_framework_has_put_around_the_optimizer(tmp_path: Path) -> None:
+    class Wrapper:
+        def __init__(self, optimizer: zokern.MeZO) -> None:
+            self.optimizer = optimizer
+
+    path = tmp_path / "run.zkj"
+    model, state, end = run(path)
+    opt = optimizer(model)
+    opt.load_state_dict(state)
+    with zokern.journal.append(Wrapper(opt), path):  # type: ignore[arg-type]
+        steps(model, opt, range(3, 6))
+        zokern.journal.mark(Wrapper(opt))  # type: ignore[arg-type]
+    assert same_bits(all_bits(model), end)
+
+
 def test_a_run_that_began_later(tmp_path: Path) -> None:
     model = small()
     opt = optimizer(model, update="sgd")
