@@ -1,0 +1,265 @@
+"""Runs that are unlike the usual: broken off, begun twice, from half a checkpoint, on data that ends anywhere."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import zokern
+from tests.integrations.tiny import arguments, counted, equal, llama, rows, weights
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback  # noqa: E402
+
+from zokern.integrations.transformers import ForwardOnly, ZOTrainer  # noqa: E402
+
+ADAM = {"update": "adam", "eps": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+    torch.set_num_threads(1)
+
+
+def replayed(folder: Path, model: torch.nn.Module) -> int:
+    """How many steps the journal makes again, which end with the model's weights."""
+    base = llama()
+    done = zokern.journal.replay(folder / "journal.zkj", base)
+    assert equal(weights(base), weights(model))
+    return int(done)
+
+
+class Failing(ZOTrainer):
+    """Raises in a forward: `at` is the global step, `limit` the largest batch there is room for."""
+
+    at: int | None = None
+    error: BaseException = KeyboardInterrupt()
+    limit = 99
+
+    def compute_loss(self, model: Any, inputs: Any, **named: Any) -> Any:
+        if self.state.global_step == self.at and len(inputs["input_ids"]) > self.limit:
+            raise self.error
+        return super().compute_loss(model, inputs, **named)
+
+
+@pytest.mark.parametrize("placement", ["inplace", "stream"])
+def test_a_run_with_states_that_was_broken_off_goes_on_in_its_journal(tmp_path: Path, placement: str) -> None:
+    args = arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2, logging_steps=2)
+    trainer = Failing(llama(), args, train_dataset=rows(), zo={**ADAM, "placement": placement})
+    trainer.at, trainer.limit = 3, 0
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer._micro == []
+    trainer.at = None
+    trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 3 + 4
+    assert replayed(tmp_path, trainer.model) == 7
+    assert os.listdir(tmp_path) == ["journal.zkj"]
+    trainer.train()  # a third time, after an end that was none
+    assert replayed(tmp_path, trainer.model) == 11
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_smaller_batch_is_found_and_the_journal_has_it_all(tmp_path: Path, at: int) -> None:
+    args = arguments(tmp_path, max_steps=3, per_device_train_batch_size=8, auto_find_batch_size=True)
+    trainer = Failing(llama(), args, train_dataset=rows(), zo=ADAM)
+    trainer.at, trainer.limit, trainer.error = at, 7, RuntimeError("CUDA out of memory.")
+    trainer.train()
+    assert trainer._train_batch_size < 8
+    assert replayed(tmp_path, trainer.model) == 3 + at
+    assert os.listdir(tmp_path) == ["journal.zkj"]
+
+
+def test_a_resumed_run_finds_a_smaller_batch(tmp_path: Path) -> None:
+    def trainer() -> Failing:
+        args = arguments(tmp_path, max_steps=4, auto_find_batch_size=True, save_strategy="steps", save_steps=2)
+        return Failing(llama(), args, train_dataset=rows(), zo={**ADAM, "placement": "shadow"})
+
+    trainer().train()
+    again = trainer()
+    again.at, again.limit, again.error = 2, 1, RuntimeError("CUDA out of memory.")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again._train_batch_size < 2
+    assert replayed(tmp_path, again.model) == 4
+
+
+def test_nothing_of_one_training_is_told_of_the_next(tmp_path: Path) -> None:
+    class Scaled(ZOTrainer):
+        scale = 1.0
+
+        def compute_loss(self, *args: Any, **named: Any) -> Any:
+            return super().compute_loss(*args, **named) * self.scale
+
+    trainer = Scaled(llama(), arguments(tmp_path, max_steps=3, learning_rate=1e-6), train_dataset=rows())
+    trainer.train()
+    trainer.scale = 10.0
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    assert 25 < line["loss"] < 35
+    trainer.scale = float("nan")
+    with pytest.warns(zokern.ZokernWarning, match="not finite"):
+        trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] == 0.0  # as the Trainer has it, and not the last run's
+
+
+def test_a_checkpoint_without_an_optimizer(tmp_path: Path) -> None:
+    """Its run goes on at its step, so that no direction comes twice, in a journal of its own."""
+
+    def trainer() -> ZOTrainer:
+        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, save_only_model=True)
+        return ZOTrainer(llama(), args, train_dataset=rows(), zo=ADAM)
+
+    trainer().train()
+    first = (tmp_path / "journal.zkj").read_bytes()
+    again = trainer()
+    with pytest.warns(zokern.ZokernWarning, match=r"no optimizer \(save_only_model\): the run goes on at step 2"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.zo_optimizer.counters["steps"] == 4
+    assert (tmp_path / "journal.1.zkj").read_bytes() == first
+    assert zokern.journal.Reader(tmp_path / "journal.zkj").header["first_step"] == 2
+    base = llama()
+    zokern.journal.replay(tmp_path / "journal.1.zkj", base, until=2)
+    assert zokern.journal.replay(tmp_path / "journal.zkj", base) == 4
+    assert equal(weights(base), weights(again.model))
+
+
+def test_resumed_again_and_again_every_checkpoint_can_be_replayed(tmp_path: Path) -> None:
+    """From the last checkpoint but one, then from the first one twice; with a callback that changes lr."""
+
+    class Halving(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            optimizer.param_groups[0]["lr"] *= 0.5
+
+    def trainer() -> ZOTrainer:
+        args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+        return ZOTrainer(llama(), args, train_dataset=rows(), zo={"update": "momentum"}, callbacks=[Halving()])
+
+    whole = trainer()
+    whole.train()
+    for step in (2, 1, 1):
+        again = trainer()
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert equal(weights(whole.model), weights(again.model))
+        for until in (1, 2, 3):
+            assert zokern.journal.replay(tmp_path / "journal.zkj", llama(), until=until).verified
+    assert replayed(tmp_path, whole.model) == 3
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(rows(10))
+
+
+def test_data_that_ends_within_a_step_is_told(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=3)
+    trainer = ZOTrainer(llama(), args, train_dataset=Stream())
+    with pytest.warns(zokern.ZokernWarning) as told:
+        trainer.train()
+    assert [str(one.message)[:40] for one in told if one.category is zokern.ZokernWarning] == [
+        "2 micro-batches at the end of an epoch a"
+    ]
+    assert trainer.zo_optimizer.counters["forwards"] == 3 * 3 * 2
+
+
+def test_an_epoch_that_a_callback_ends_within_a_step(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class Stops(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_epoch_stop = state.global_step == 1
+
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
+    trainer = ZOTrainer(llama(), args, train_dataset=rows(), callbacks=[Stops()])
+    trainer.train()
+    assert trainer.zo_optimizer.counters == {**trainer.zo_optimizer.counters, "steps": 1, "forwards": 4}
+    assert not [one for one in recwarn if one.category is zokern.ZokernWarning]
+
+
+def test_dropout_stays_left_out_when_a_callback_sets_the_mode(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Sets(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            model.train()
+
+    class Seen(ZOTrainer):
+        def compute_loss(self, model: Any, *args: Any, **named: Any) -> Any:
+            seen.append(model.model.layers[0].self_attn.training)
+            return super().compute_loss(model, *args, **named)
+
+    args = arguments(tmp_path, max_steps=2)
+    Seen(llama(dropout=0.1), args, train_dataset=rows(), dropout=False, callbacks=[Sets()]).train()
+    assert seen == [False] * 4
+
+
+def test_the_devices_cache_is_emptied_as_often_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear = counted(lambda: None)
+    monkeypatch.setattr("zokern.integrations.transformers.clear_device_cache", clear)
+    args = arguments(tmp_path, max_steps=3, torch_empty_cache_steps=2, gradient_accumulation_steps=2)
+    ZOTrainer(llama(), args, train_dataset=rows()).train()
+    assert clear.calls == 2
+
+
+def test_a_callback_that_raises_before_the_loops_own_step(tmp_path: Path) -> None:
+    class Raises(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            raise ValueError("mine")
+
+    trainer = ZOTrainer(llama(), arguments(tmp_path), train_dataset=rows(), callbacks=[Raises()])
+    with pytest.raises(ValueError, match="mine"):
+        trainer.train()
+    with pytest.raises(TypeError, match="step needs a closure"):
+        trainer.zo_optimizer.step()
+
+
+def test_an_optimizer_that_another_trainer_makes(tmp_path: Path) -> None:
+    class Plus(Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+            return self.optimizer
+
+    class Tuner(Plus, ForwardOnly):
+        pass
+
+    trainer = Tuner(llama(), arguments(tmp_path), train_dataset=rows())
+    with pytest.raises(TypeError, match=r"Tuner: the optimizer is a AdamW, which Plus\.create_optimizer has made"):
+        trainer.train()
+
+
+def test_an_encoder_decoder_that_generates_at_evaluation(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    class ZOSeq2SeqTrainer(Seq2SeqTrainer, ForwardOnly):
+        zo = "fzoo"
+
+    def trainer() -> Any:
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=19, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
+                dropout_rate=0.1,
+            )
+        )  # fmt: skip
+        usual = arguments(tmp_path).to_dict()
+        given = {name: usual[name] for name in ("report_to", "use_cpu", "disable_tqdm", "data_seed")}
+        args = Seq2SeqTrainingArguments(
+            str(tmp_path), max_steps=2, predict_with_generate=True, generation_max_length=5, eval_strategy="steps",
+            eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=1e-4, **given,
+        )  # fmt: skip
+        return ZOSeq2SeqTrainer(
+            model, args, train_dataset=rows(), eval_dataset=rows(2),
+            compute_metrics=lambda out: {"length": out.predictions.shape[1]},
+        )  # fmt: skip
+
+    whole, again = trainer(), trainer()
+    whole.train()
+    assert whole.state.log_history[0]["eval_length"] >= 5
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert equal(weights(whole.model), weights(again.model))
