@@ -99,8 +99,8 @@ class Writer:
             config.update(**settings)
         except ValueError as error:
             raise ValueError(f"generation: {error}") from error
-        if not isinstance(config.max_new_tokens, int) or config.max_new_tokens < 1:
-            raise ValueError(f"generation: max_new_tokens must be an integer >= 1, got {config.max_new_tokens!r}")
+        if config.max_new_tokens is None:
+            raise ValueError("generation: max_new_tokens is None; give the most tokens that a completion may have")
         self.config, self.tokenizer, self.notes = config, tokenizer, notes
         self.decoder_only = not getattr(model.config, "is_encoder_decoder", False)
         ends = config.eos_token_id
