@@ -79,10 +79,15 @@ def test_the_best_model_by_its_reward_with_autocast(tmp_path: Path) -> None:
         load_best_model_at_end=True, metric_for_best_model="reward", learning_rate=1e-1,
     )  # fmt: skip
     data = datasets.Dataset.from_list(ROWS)
+    cast: list[bool] = []
+
+    model = llama()
+    model.lm_head.register_forward_hook(lambda *_: cast.append(torch.is_autocast_enabled("cpu")))
     rewards = [low, lambda completions, **_: [None] * len(completions)]
-    run = trainer(tmp_path, data=data, eval_dataset=data, args=args, rewards=rewards, reward_weights=[2.0, 1.0])
+    run = trainer(tmp_path, model, data=data, eval_dataset=data, args=args, rewards=rewards, reward_weights=[2.0, 1.0])
     run.train()
     found = [line["eval_reward"] for line in run.state.log_history if "eval_reward" in line]
+    assert all(cast)  # in steps and in evaluations
     assert run.args.greater_is_better
     assert run.state.best_metric == max(found) == run.evaluate()["eval_reward"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -51,6 +52,10 @@ def test_a_trainer_in_front_takes_our_arguments(tmp_path: Path) -> None:
     assert type(trainer.zo_optimizer) is zokern.FZOO
     assert not trainer.dropout
     assert not (tmp_path / "journal.zkj").exists()
+    names = list(inspect.signature(Tuner).parameters)
+    assert names == ["self", "model", "args", "train_dataset", "zo", "journal", "dropout"] or names == [
+        "model", "args", "train_dataset", "zo", "journal", "dropout"
+    ]  # fmt: skip
     with pytest.raises(TypeError, match="unexpected keyword argument 'zoo'"):
         Tuner(llama(), arguments(tmp_path), rows(), zoo="fzoo")
 
@@ -101,6 +106,12 @@ def test_arguments(tmp_path: Path, given: dict[str, Any], error: type[Exception]
         setattr(args, name, value)
     with pytest.raises(error, match=message):
         ZOTrainer(llama(), args, train_dataset=rows())
+
+
+def test_what_the_environment_has_chosen_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", property(lambda self: "fp8"))
+    with pytest.raises(NotImplementedError, match="mixed precision 'fp8' carries scales"):
+        ZOTrainer(llama(), arguments(tmp_path), train_dataset=rows())
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])

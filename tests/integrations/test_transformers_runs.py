@@ -79,17 +79,39 @@ def test_a_smaller_batch_is_found_and_the_journal_has_it_all(tmp_path: Path, at:
     assert os.listdir(tmp_path) == ["journal.zkj"]
 
 
-def test_a_resumed_run_finds_a_smaller_batch(tmp_path: Path) -> None:
-    def trainer() -> Failing:
-        args = arguments(tmp_path, max_steps=4, auto_find_batch_size=True, save_strategy="steps", save_steps=2)
-        return Failing(llama(), args, train_dataset=rows(), zo={**ADAM, "placement": "shadow"})
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_resumed_run_finds_a_smaller_batch(tmp_path: Path, journal: bool) -> None:
+    """After a step too: the run goes on from the checkpoint again, weights and states."""
 
-    trainer().train()
-    again = trainer()
-    again.at, again.limit, again.error = 2, 1, RuntimeError("CUDA out of memory.")
+    def trainer(batch: int) -> Failing:
+        args = arguments(
+            tmp_path, max_steps=4, auto_find_batch_size=True, save_strategy="steps", save_steps=2,
+            per_device_train_batch_size=batch,
+        )  # fmt: skip
+        return Failing(llama(), args, train_dataset=rows(), zo={**ADAM, "placement": "inplace"}, journal=journal)
+
+    trainer(2).train()
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+
+    def with_batches_of(old: int, new: int) -> None:
+        text = state.read_text()
+        assert f'"train_batch_size": {old}' in text
+        state.write_text(text.replace(f'"train_batch_size": {old}', f'"train_batch_size": {new}'))
+
+    with_batches_of(2, 3)
+    again = trainer(2)
+    again.at, again.limit, again.error = 3, 2, RuntimeError("CUDA out of memory.")
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again._train_batch_size < 2
-    assert replayed(tmp_path, again.model) == 4
+    assert again._train_batch_size < 3
+    assert again.zo_optimizer.counters["steps"] == 4
+    if journal:
+        assert replayed(tmp_path, again.model) == 4
+        assert zokern.journal.replay(tmp_path / "journal.zkj", llama(), until=2).verified
+        return
+    with_batches_of(3, again._train_batch_size)
+    straight = trainer(2)
+    straight.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert equal(weights(again.model), weights(straight.model))
 
 
 def test_nothing_of_one_training_is_told_of_the_next(tmp_path: Path) -> None:
@@ -109,6 +131,66 @@ def test_nothing_of_one_training_is_told_of_the_next(tmp_path: Path) -> None:
     with pytest.warns(zokern.ZokernWarning, match="not finite"):
         trainer.train()
     assert trainer.state.log_history[-1]["train_loss"] == 0.0  # as the Trainer has it, and not the last run's
+
+
+def test_a_line_of_the_log_is_of_its_own_steps(tmp_path: Path) -> None:
+    class Growing(ZOTrainer):
+        def compute_loss(self, *args: Any, **named: Any) -> Any:
+            return super().compute_loss(*args, **named) * 10**self.state.global_step
+
+    args = arguments(tmp_path, max_steps=3, learning_rate=0.0, logging_steps=1)
+    trainer = Growing(llama(), args, train_dataset=rows())
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert [25 < loss / 10**i < 35 for i, loss in enumerate(losses, start=-1)] == [True] * 3
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("said", ["by attribute", "by function", "by neither"])
+def test_losses_that_are_shares_are_added_and_means_are_averaged(tmp_path: Path, said: str, share: bool) -> None:
+    """As the Trainer has it: what a class says of its compute_loss; a loss function; a model that takes a count."""
+
+    class Own(ZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, **named: Any) -> Any:
+            return super().compute_loss(model, inputs) / (3 if share else 1)
+
+    class Said(Own):
+        loss_is_scaled_for_ga = share
+
+    def function(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        total: Tensor = torch.nn.functional.cross_entropy(
+            outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum"
+        )
+        return total / num_items_in_batch
+
+    args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=3, logging_steps=1, learning_rate=0.0)
+    if said == "by attribute":
+        trainer: ZOTrainer = Said(llama(), args, train_dataset=rows())
+    elif said == "by function":
+        trainer = ZOTrainer(llama(), args, train_dataset=rows(), compute_loss_func=function)
+        trainer.model_accepts_loss_kwargs = False
+    else:
+        trainer = Own(llama(), args, train_dataset=rows())
+        trainer.model_accepts_loss_kwargs = share
+    trainer.train()
+    loss = trainer.state.log_history[0]["loss"]
+    assert 2.5 < loss < 3.5
+
+
+def test_a_count_that_is_not_there(tmp_path: Path) -> None:
+    """Rows without "labels" have no count, and a loss of their own is a mean."""
+
+    class Own(ZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None, **_: Any) -> Any:
+            assert num_items_in_batch is None
+            return model(labels=inputs["input_ids"], **inputs).loss
+
+    data = [{"input_ids": row["input_ids"]} for row in rows()]
+    args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=3, logging_steps=1, learning_rate=0.0)
+    trainer = Own(llama(), args, train_dataset=data)
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    assert 2.5 < trainer.state.log_history[0]["loss"] < 3.5
 
 
 def test_a_checkpoint_without_an_optimizer(tmp_path: Path) -> None:
@@ -217,6 +299,31 @@ def test_a_callback_that_raises_before_the_loops_own_step(tmp_path: Path) -> Non
         trainer.train()
     with pytest.raises(TypeError, match="step needs a closure"):
         trainer.zo_optimizer.step()
+
+
+def test_micro_batches_of_a_step_that_was_never_made_are_given_up(tmp_path: Path) -> None:
+    class Raises(TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            raise ValueError("mine")
+
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = ZOTrainer(llama(), args, train_dataset=rows(), callbacks=[Raises()])
+    with pytest.raises(ValueError, match="mine"):
+        trainer.train()
+    assert trainer._micro == []
+
+
+def test_a_loss_is_computed_in_the_trainers_context(tmp_path: Path) -> None:
+    entered = counted(lambda: None)
+
+    class Own(ZOTrainer):
+        def compute_loss_context_manager(self) -> Any:
+            entered()
+            return super().compute_loss_context_manager()
+
+    args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=3)
+    Own(llama(), args, train_dataset=rows()).train()
+    assert entered.calls == 2 * 3
 
 
 def test_an_optimizer_that_another_trainer_makes(tmp_path: Path) -> None:

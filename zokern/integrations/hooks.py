@@ -34,6 +34,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         trainer, step = self.trainer, state.global_step
         optimizer = trainer.zo_optimizer
         trainer.begin_books()
+        trainer._begun = True
         if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
             optimizer.paired_randomness = True  # its noise is no module's dropout
         trainer.model_wrapped.eval()  # so that the first step sets the mode

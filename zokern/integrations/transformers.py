@@ -85,7 +85,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         refused.arguments(given)
         self.begin_books()
         self.notes = vars(self).get("notes") or Notes()
-        self._stepped = False
+        self._stepped = self._begun = False  # a step was made; a training has begun
         self._journaled = Journaled()
         super().__init__(*args, **named)
         refused.arguments(self.args)
@@ -132,7 +132,6 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         """Of a training: nothing is left of one that was broken off."""
         self._micro: list[Any] = []
         self._losses: list[Tensor] = []  # of the steps since the last line of the log
-        self._finite: Tensor | None = None  # the last finite one
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collects a micro-batch; with the last one of a step makes the step. Returns its loss, 0 before."""
@@ -158,7 +157,9 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        return self._note(-loss.to(self.args.device) if self.maximize else loss.to(self.args.device))
+        loss = (-loss if self.maximize else loss).to(self.args.device)
+        self._losses.append(loss)
+        return loss
 
     def set_mode(self, model: nn.Module) -> None:
         """Before each step: training mode, where evaluation has left it. Callbacks may set it too."""
@@ -177,17 +178,9 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
     def _is_share(self, num_items_in_batch: Any) -> bool:
         """Whether compute_loss gives each micro-batch's share of the step's loss, and not a mean of its own."""
-        known = getattr(self, "loss_is_scaled_for_ga", None)
-        if known is not None:
-            return bool(known)
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
         return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
-
-    def _note(self, loss: Tensor) -> Tensor:
-        """The loss for the Trainer's sum, where one that is not finite counts as the last that was."""
-        self._losses.append(loss)
-        last = torch.zeros_like(loss) if self._finite is None else self._finite
-        self._finite = torch.where(torch.isfinite(loss), loss, last)
-        return self._finite
 
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
         if "loss" in logs and self._losses:
@@ -211,6 +204,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         """There are no gradients."""
 
     def train(self, *args: Any, **named: Any) -> Any:
+        self._begun = False
         try:
             return super().train(*args, **named)
         finally:
@@ -221,7 +215,11 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
                 optimizer.step_done = False  # a callback may have broken the loop off before its own step()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self._journaled.close()  # of an attempt that was given up, with a smaller batch it begins again
+        if (
+            self._begun and checkpoint is not None
+        ):  # an attempt was given up; with a smaller batch the run goes on again
+            self._journaled.close()
+            self._load_from_checkpoint(checkpoint)  # the Trainer would load all but the weights
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
