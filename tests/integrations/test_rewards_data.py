@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import zokern
 from tests.integrations.tiny import VOCABULARY, arguments, equal, llama, weights, words
 
 pytest.importorskip("accelerate")
@@ -49,7 +50,7 @@ def t5() -> Any:
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
-            n_positions=2,
+            n_positions=2, eos_token_id=2,
         )
     )  # fmt: skip
 
@@ -112,21 +113,67 @@ def test_an_encoder_decoder_and_an_adapter_resume_bit_for_bit(tmp_path: Path) ->
 
 
 def test_what_functions_log_and_get_in_trls_way(tmp_path: Path) -> None:
-    batches: list[int] = []
-
-    def told(completions: list[str], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
-        batches.append(len(completions))
+    def told(completions: list[str], log_metric: Any, log_extra: Any, trainer_state: Any, **_: Any) -> list[float]:
+        assert not run.model.training  # completions are written as they will be in use
         log_metric("words", len(completions))
+        log_metric("done", trainer_state.global_step)
+        for number in (1, 3):
+            log_metric("two", number)
         log_extra("text", completions)
         return low(completions)
 
-    run = trainer(tmp_path, rewards=told, eval_dataset=ROWS[:10])
-    run.args.per_device_eval_batch_size = 8
+    class Own(RewardTrainer):
+        entered = prepared = 0
+
+        def compute_loss_context_manager(self) -> Any:
+            self.entered += 1
+            return super().compute_loss_context_manager()
+
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            self.prepared += 1
+            return super()._prepare_inputs(inputs)
+
+    args = arguments(tmp_path, max_steps=2, logging_steps=1, per_device_eval_batch_size=8)
+    run = Own(llama(dropout=0.1), told, args, ROWS, ROWS[:10], words(), generation=WORDS_ONLY)
     run.train()
-    assert run.state.log_history[0]["words"] == 2.0
-    assert run.evaluate()["eval_words"] == (8 * 8 + 2 * 2) / 10  # of a row
+    lines = [line for line in run.state.log_history if "reward" in line]
+    assert [line["done"] for line in lines] == [0.0, 1.0]  # of the steps since the last line
+    assert [(line["words"], line["two"]) for line in lines] == [(2.0, 2.0)] * 2
+    run.entered = run.prepared = 0
+    for _ in range(2):
+        found = run.evaluate()
+        assert found["eval_words"] == (8 * 8 + 2 * 2) / 10  # of a row
+        assert found["eval_two"] == 2.0
+    assert run.entered == run.prepared == 4
+    assert "test_reward" in run.predict(ROWS[:2]).metrics
     run.eval_dataset = []
     assert "eval_reward" not in run.evaluate()
+
+
+def test_notes_are_told_after_their_step(tmp_path: Path) -> None:
+    def none(completions: list[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    run = trainer(tmp_path, rewards=none, args=arguments(tmp_path, max_steps=1, logging_steps=9))
+    with pytest.warns(zokern.ZokernWarning, match="no reward function applies to the prompt"):
+        run.train()
+    assert run.zo_optimizer.counters["steps"] == 1
+
+
+def test_rewards_that_become_the_same_are_not_said_to_have_been_so_from_the_start(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    calls: list[int] = []
+
+    def constant(completions: list[str], **_: Any) -> list[float]:
+        calls.append(1)
+        return [1.0 if len(calls) > 2 else float(len(calls))] * len(completions)
+
+    args = arguments(tmp_path, max_steps=8, learning_rate=0.0, logging_steps=4)
+    run = trainer(tmp_path, rewards=constant, args=args)
+    run.train()
+    assert run.zo_optimizer.flat_steps == 7
+    assert not [one for one in recwarn if "all completions had the same reward" in str(one.message)]
 
 
 def test_columns_that_cannot_be_handed_on(tmp_path: Path) -> None:
@@ -145,6 +192,39 @@ def test_columns_that_cannot_be_handed_on(tmp_path: Path) -> None:
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="a prompt has no tokens: ''; leave it out, or begin it with"):
         Prompts(words(), None)([{"prompt": "w1"}, {"prompt": ""}])
+
+
+def test_texts_begin_as_the_tokenizer_has_it_and_messages_as_their_template() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = words()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template += "{% if add_generation_prompt %}w9{% endif %}"
+    make = Prompts(tokenizer, 3)
+    assert make([{"prompt": "w1 w2"}])["input_ids"].tolist() == [[1, 4, 5]]  # as many as there is room for
+    spoken = [{"role": "user", "content": "w1"}]
+    assert make([{"prompt": spoken}])["input_ids"].tolist() == [[4, 12]]
+
+
+def test_tokens_that_a_model_or_a_tokenizer_lacks() -> None:
+    tokenizer, model = words(), llama()
+    tokenizer.pad_token = None
+    make = Prompts(tokenizer, None)
+    assert (tokenizer.pad_token, make.tokenizer.pad_token) == (None, "</s>")  # the user's own stays as it was
+    own = model.generation_config
+    own.pad_token_id, own.eos_token_id, own.use_cache = None, None, False
+    config = Writer(model, make.tokenizer, {}, Notes()).config
+    assert (config.pad_token_id, config.eos_token_id, config.use_cache) == (2, 2, True)
+    assert (own.pad_token_id, own.eos_token_id, own.use_cache) == (None, None, False)
+    assert Writer(model, make.tokenizer, {"eos_token_id": [2, 9]}, Notes()).ends == {2, 9}
+
+
+def test_how_much_room_a_prompt_has() -> None:
+    from types import SimpleNamespace
+
+    assert room(llama(), 5) == 16 - 5
+    bart = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16, is_encoder_decoder=True))
+    assert room(bart, 5) == 16  # what it writes has positions of its own
 
 
 def test_rewards_that_are_no_numbers() -> None:
@@ -180,7 +260,11 @@ def test_a_stop_string_ends_a_completion() -> None:
     writer = Writer(model, tokenizer, {"stop_strings": ["w3"]}, Notes())
     texts, ids = writer.write(model, Prompts(tokenizer, None)([{"prompt": "w0 w1"}] * 3))
     assert ids == [[5, 6], [5], [5, 0, 6, 7]]
-    assert texts[:2] == ["w2 w3", "w2"]
+    assert texts == ["w2 w3", "w2", "w2 w3 w4"]
+
+    writer = Writer(t5(), tokenizer, {}, Notes())
+    model.generate = lambda **_: torch.tensor([[0, 5, 6, 2]])  # type: ignore[method-assign, assignment]
+    assert writer.write(model, Prompts(tokenizer, None)([{"prompt": "w0 w1"}])) == (["w2 w3"], [[5, 6]])
 
 
 def test_the_models_own_ways_of_drawing_hold_where_it_samples(tmp_path: Path) -> None:

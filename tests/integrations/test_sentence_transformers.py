@@ -99,6 +99,7 @@ def test_rates_by_name(tmp_path: Path, saved: Path) -> None:
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0.0}
     assert {decay for name, (_, decay) in rates.items() if name.endswith("query.weight")} == {0.1}
     assert opt.module is model
+    assert all(group["params"] for group in opt.param_groups)
 
 
 def test_a_loss_with_weights_of_its_own(tmp_path: Path, saved: Path) -> None:
@@ -113,6 +114,8 @@ def test_a_loss_with_weights_of_its_own(tmp_path: Path, saved: Path) -> None:
             given["optimizers"] = (zokern.MeZO(both, lr=1e-3), None)
         return Tuner(model, arguments(tmp_path, max_steps=1), train_dataset=JUDGED, loss=loss, **given), both
 
+    with pytest.raises(ValueError, match="none of model's"):
+        trainer(optimizer_cls_and_kwargs=(zokern.FZOO, {}))[0].train()
     with pytest.raises(ValueError, match=r"Tuner: 2 of the parameters .* \[\(3, 24\), \(3,\)\], are none of model's"):
         trainer()[0].train()
     run, both = trainer(both=True)

@@ -138,6 +138,17 @@ def test_groups_and_rates_come_from_the_arguments(tmp_path: Path) -> None:
     assert type(opt) is zokern.MeZO
     assert not opt.maximize
 
+    model = llama()
+    for p in list(model.parameters())[:3]:
+        p.requires_grad_(False)
+    opt = ZOTrainer(model, arguments(tmp_path), train_dataset=rows(), zo="lezo").create_optimizer()
+    (group,) = opt.param_groups  # without weight decay there is one
+    assert [id(p) for p in group["params"]] == [id(p) for p in list(model.parameters())[3:]]
+    assert opt.layers.num_dropped == 2  # three quarters of three blocks
+    plain = torch.nn.Linear(2, 2, bias=False)
+    opt = ZOTrainer(plain, arguments(tmp_path, weight_decay=0.1), train_dataset=rows()).create_optimizer()
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.1]  # and none of nothing
+
 
 def test_a_step_that_is_skipped_is_logged_and_does_not_hide_the_others_loss(tmp_path: Path) -> None:
     class Bad(ZOTrainer):
@@ -248,6 +259,8 @@ def test_a_loss_function_of_the_users_own_and_training_twice(tmp_path: Path) -> 
     trainer.train()
     assert trainer.zo_optimizer.counters["steps"] == 4
     assert (tmp_path / "journal.1.zkj").read_bytes() == first  # renamed, and not written over
+    trainer.train()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["journal.1.zkj", "journal.2.zkj", "journal.zkj"]
 
 
 def test_method_and_settings_from_the_trainers_pair(tmp_path: Path) -> None:

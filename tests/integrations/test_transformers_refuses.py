@@ -73,6 +73,36 @@ def test_a_training_step_that_never_reaches_ours_is_told(tmp_path: Path) -> None
         Tuner(model, arguments(tmp_path), train_dataset=rows()).train()
     assert equal(weights(model), weights(llama()))
 
+    class Sometimes(Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            if self.state.global_step == 0:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return model(**self._prepare_inputs(inputs)).loss.detach()
+
+    class Other(Sometimes, ForwardOnly):
+        pass
+
+    trainer = Other(model, arguments(tmp_path), train_dataset=rows())
+    with pytest.raises(RuntimeError, match="Other has a training_step that never reaches"):
+        trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 1
+
+
+def test_what_carries_no_signal_is_refused_by_its_name_in_trl(tmp_path: Path) -> None:
+    """Also with a constructor of one's own."""
+
+    class GRPOTrainer(Trainer):
+        pass
+
+    class Tuner(GRPOTrainer, ForwardOnly):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+
+    Tuner(llama(), arguments(tmp_path), train_dataset=rows())  # somebody's, of the same name
+    GRPOTrainer.__module__ = "trl.trainer.grpo_trainer"
+    with pytest.raises(TypeError, match="GRPOTrainer cannot be trained with forwards only"):
+        Tuner(llama(), arguments(tmp_path), train_dataset=rows())
+
 
 class Ranks(TrainingArguments):
     world_size = 2
@@ -114,6 +144,13 @@ def test_what_the_environment_has_chosen_is_looked_at(tmp_path: Path, monkeypatc
         ZOTrainer(llama(), arguments(tmp_path), train_dataset=rows())
 
 
+def test_arguments_that_the_trainer_makes_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(NotImplementedError, match="to 2 GPUs in every forward"):
+        ZOTrainer(llama(), train_dataset=rows())
+
+
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 def test_what_the_environment_has_chosen(engine: str) -> None:
     from types import SimpleNamespace
@@ -126,6 +163,12 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
     made.distributed_type, made.mixed_precision = "NO", "fp16"
     with pytest.raises(NotImplementedError, match="GradScaler"):
         refused.accelerator(made)
+    made.mixed_precision, made.scaler = "no", object()
+    with pytest.raises(NotImplementedError, match="GradScaler"):
+        refused.accelerator(made)
+    made.scaler, made.num_processes = None, 2
+    with pytest.raises(NotImplementedError, match="2 processes"):
+        refused.accelerator(made)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +177,13 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
         ({"zo": "mezzo"}, ValueError, "zo: there is no method 'mezzo'; is 'mezo' meant"),
         ({"zo": 3}, TypeError, "zo must be a method's name or a mapping with 'method', got int"),
         ({"zo": {"method": "hizoo", "epsilon": 1}}, TypeError, "zo: HiZOO has no setting 'epsilon'; is 'eps' meant"),
-        ({"zo": {"lr": 1e-3}}, ValueError, "zo has 'lr', which the trainer's own arguments say"),
+        ({"zo": {"lr": 1e-3}}, ValueError, "zo has 'lr', which the trainer says itself"),
+        ({"zo": {"maximize": True}}, ValueError, "zo has 'maximize', which the trainer says itself; leave it out"),
+        (
+            {"zo": {"method": "fzoo", "qqq": 1}},
+            TypeError,
+            "no setting 'qqq'; it has (?!.*(weight_decay|module|maximize))",
+        ),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, TypeError, "has SGD, which is none of zokern's"),
         ({"zo": "es", "optimizer_cls_and_kwargs": (zokern.ES, {})}, ValueError, "both given; leave one out"),
     ],

@@ -252,16 +252,49 @@ def test_data_that_ends_within_a_step_is_told(tmp_path: Path) -> None:
     assert trainer.zo_optimizer.counters["forwards"] == 3 * 3 * 2
 
 
-def test_an_epoch_that_a_callback_ends_within_a_step(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("what", ["should_epoch_stop", "should_training_stop"])
+def test_an_epoch_that_a_callback_ends_within_a_step(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, what: str
+) -> None:
     class Stops(TrainerCallback):
         def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_epoch_stop = state.global_step == 1
+            setattr(control, what, state.global_step == 1)
 
     args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
     trainer = ZOTrainer(llama(), args, train_dataset=rows(), callbacks=[Stops()])
     trainer.train()
     assert trainer.zo_optimizer.counters == {**trainer.zo_optimizer.counters, "steps": 1, "forwards": 4}
     assert not [one for one in recwarn if one.category is zokern.ZokernWarning]
+
+
+def test_a_run_without_its_journal_saves_and_goes_on(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = ZOTrainer(llama(), args, train_dataset=rows(), zo=ADAM)
+    trainer.train()
+    os.unlink(tmp_path / "journal.zkj")
+    with pytest.warns(zokern.ZokernWarning, match="cannot begin at step 2 of a run with states: none is written"):
+        trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 4
+    assert not (tmp_path / "journal.zkj").exists()
+
+
+def test_a_search_writes_no_journal(tmp_path: Path) -> None:
+    class Search(TrainerCallback):  # as the Trainer says it of a search's trial
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            state.is_hyper_param_search = True
+
+    args = arguments(tmp_path, max_steps=1)
+    trainer = ZOTrainer(None, args, train_dataset=rows(), model_init=lambda: llama(), callbacks=[Search()])
+    trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_noise_of_neftune_is_paired_unless_it_is_said_that_it_is_not(tmp_path: Path) -> None:
+    args = arguments(tmp_path, neftune_noise_alpha=1.0, max_steps=1)
+    trainer = ZOTrainer(llama(), args, train_dataset=rows(), zo={"paired_randomness": False})
+    trainer.train()
+    assert trainer.zo_optimizer.paired_randomness is False
 
 
 def test_dropout_stays_left_out_when_a_callback_sets_the_mode(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,86 @@ def test_a_step_that_was_broken_off_stays(tmp_path: Path, at: int) -> None:
     base = small()
     assert zokern.journal.replay(path, base) == at + 2
     assert same_bits(all_bits(base), all_bits(model))
+
+
+def test_weights_from_before_a_step_that_was_broken_off(tmp_path: Path) -> None:
+    """No mark is of them: what a checkpoint has that was made without one. The broken off step is cut off."""
+    path = tmp_path / "run.zkj"
+    model = small()
+    opt = optimizer(model, placement="inplace")
+
+    def fail() -> torch.Tensor:
+        if opt.counters["forwards"] % 2:
+            raise KeyboardInterrupt
+        return model(tokens(0))
+
+    with zokern.journal.write(opt, path):
+        steps(model, opt, range(2))
+        saved = copy.deepcopy(model), copy.deepcopy(opt.state_dict())
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(fail)
+    again = optimizer(saved[0], placement="inplace")
+    again.load_state_dict(saved[1])
+    with zokern.journal.append(again, path):
+        steps(saved[0], again, range(2, 3))
+    base = small()
+    assert zokern.journal.replay(path, base) == 3
+    assert same_bits(all_bits(base), all_bits(saved[0]))
+
+
+@pytest.mark.parametrize("said", [2, 5])
+def test_a_hash_of_another_step_than_the_journals_says_nothing(tmp_path: Path, said: int) -> None:
+    """The optimizer's steps were set while it was written."""
+    path = tmp_path / "run.zkj"
+    model = small()
+    opt = optimizer(model, update="sgd")
+    with zokern.journal.write(opt, path):
+        steps(model, opt, range(2))
+        saved = copy.deepcopy(model)
+        if said == 2:
+            steps(model, opt, range(2, 4))
+        opt.resumed(said, 0)
+        zokern.journal.mark(opt)
+    again = optimizer(saved, update="sgd")
+    again.resumed(2, 0)
+    with zokern.journal.append(again, path):
+        steps(saved, again, range(2, 3))
+    base = small()
+    assert zokern.journal.replay(path, base) == 3
+    assert same_bits(all_bits(base), all_bits(saved))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_goes_on_in_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    from zokern.journal import format as journal_format
+
+    monkeypatch.setattr(journal_format.start, "__defaults__", (version, 1e9))
+    path = tmp_path / "run.zkj"
+    model, state, _ = run(path)
+    opt = optimizer(model)
+    opt.load_state_dict(state)
+    with zokern.journal.append(opt, path):
+        steps(model, opt, range(3, 6))
+    assert Reader(path).version == version
+    assert zokern.journal.replay(path, small()) == 6
+
+
+def test_a_mark_is_on_the_disk_and_not_after_a_record_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor)))
+    opt = optimizer(model := small())
+    with zokern.journal.write(opt, tmp_path / "run.zkj", sync=1e9):
+        steps(model, opt, range(1))
+        before = len(synced)
+        zokern.journal.mark(opt)
+        assert len(synced) == before + 1
+        (recorder,) = opt.listeners
+        recorder.broken = 1  # as a full disk leaves it
+        with pytest.raises(JournalError, match="the record of step 1 could not be written"):
+            zokern.journal.mark(opt)
 
 
 def test_marks_stay_when_a_run_goes_on_from_them(tmp_path: Path) -> None:

@@ -84,8 +84,7 @@ class Writer:
 
         own = getattr(model, "generation_config", None)
         config = GenerationConfig() if own is None else copy.deepcopy(own)
-        config.max_length, config.max_new_tokens, config.use_cache = None, MAX_NEW_TOKENS, True
-        config.do_sample, config.temperature, config.top_k, config.top_p = False, None, None, None
+        config.max_new_tokens, config.use_cache, config.do_sample = MAX_NEW_TOKENS, True, False
         config.pad_token_id = tokenizer.pad_token_id
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id
@@ -146,8 +145,8 @@ class Writer:
 def room(model: Any, new_tokens: int) -> int | None:
     """How many tokens a prompt may have; None where the model does not say. An encoder-decoder's are apart."""
     config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions is None or hasattr(config, "relative_attention_num_buckets"):  # T5's n_positions limits nothing
+    positions = getattr(config, "max_position_embeddings", None)  # and not n_positions, which limits nothing in T5
+    if positions is None:
         return None
     return int(positions) if getattr(config, "is_encoder_decoder", False) else int(positions) - new_tokens
 

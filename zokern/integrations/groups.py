@@ -34,7 +34,7 @@ def of(trainer: Any, model: nn.Module, base: type) -> Groups:
 
 def _own(trainer: Any, model: nn.Module, base: type) -> Groups | None:
     ask = type(trainer).get_optimizer_cls_and_kwargs
-    if ask is base.get_optimizer_cls_and_kwargs or trainer.optimizer_cls_and_kwargs is not None:  # type: ignore[attr-defined]
+    if ask is base.get_optimizer_cls_and_kwargs:  # type: ignore[attr-defined]
         return None
     _, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     return next((list(settings[name]) for name in LISTS if name in settings), None)

@@ -37,7 +37,6 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         trainer._begun = True
         if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
             optimizer.paired_randomness = True  # its noise is no module's dropout
-        trainer.model_wrapped.eval()  # so that the first step sets the mode
         if step and not optimizer.counters["steps"]:
             warnings.warn(_NO_OPTIMIZER.format(step), ZokernWarning, stacklevel=2)
             optimizer.resumed(step, 0)

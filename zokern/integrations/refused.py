@@ -33,7 +33,7 @@ def order(cls: type, ours: type) -> None:
         TypeError: where a trainer comes after ours in the order of bases, whose own training_step ours would hide.
     """
     after = cls.__mro__[cls.__mro__.index(ours) + 1 :]
-    base = next(one for one in ours.__mro__ if one.__module__.startswith("transformers.") and one.__name__ == "Trainer")
+    base = next(one for one in ours.__mro__ if one.__name__ == "Trainer")
     hidden = [one.__name__ for one in after[: after.index(base)] if "training_step" in vars(one)]
     if hidden:
         mine = next(one for one in cls.__mro__ if one.__module__ == ours.__module__)

@@ -93,7 +93,7 @@ class Rewards:
                 if isinstance(one, str):
                     raise TypeError
                 number = None if one is None else float(one)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError) as error:
                 raise TypeError(
                     f"reward function {name!r} returned a {type(one).__name__} for completion {i}; a number or None is "
                     "needed"

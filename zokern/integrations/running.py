@@ -47,7 +47,6 @@ class Journaled:
                 stack.enter_context(journal.append(optimizer, path))
             else:
                 _rename(path)
-                path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(journal.write(optimizer, path))
             self._optimizer, self._stack = optimizer, stack.pop_all()
 

@@ -162,9 +162,8 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         return loss
 
     def set_mode(self, model: nn.Module) -> None:
-        """Before each step: training mode, where evaluation has left it. Callbacks may set it too."""
-        if not model.training:
-            model.train()
+        """Before each step, as the Trainer does: evaluation leaves it, and callbacks may set it too."""
+        model.train()
         if not self.dropout:
             _quieten(model)
 
@@ -196,9 +195,6 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
         logs["forwards"] = optimizer.counters["forwards"]
         logs["skipped_steps"], logs["flat_steps"] = optimizer.skipped_steps, optimizer.flat_steps
-
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        """There are no gradients."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """There are no gradients."""

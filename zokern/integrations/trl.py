@@ -112,8 +112,7 @@ class RewardTrainer(ZOTrainer):
 
     def set_mode(self, model: nn.Module) -> None:
         """Completions are written as they will be in use: without dropout."""
-        if model.training:
-            model.eval()
+        model.eval()
 
     def training_step(self, *args: Any, **named: Any) -> Tensor:
         reward: Tensor = super().training_step(*args, **named)
@@ -125,7 +124,7 @@ class RewardTrainer(ZOTrainer):
 
     def judge(self, model: nn.Module, batch: Mapping[str, Any], kept: dict[str, list[float]]) -> dict[str, float]:
         """The mean of each reward over the model's completions of a batch. kept: takes what there is to log."""
-        completions, ids = self.writer.write(self.accelerator.unwrap_model(model), batch)
+        completions, ids = self.writer.write(model, batch)
         rows = batch["rows"]
         rewards = self.rewards(
             prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=ids,
@@ -170,15 +169,21 @@ class RewardTrainer(ZOTrainer):
         self._sizes.append(float(len(inputs["rows"])))
         return torch.tensor(-reward, device=self.args.device), None, None
 
-    def evaluation_loop(self, *args: Any, **named: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         self._held.clear()
         self._sizes.clear()
-        out = super().evaluation_loop(*args, **named)
+        out = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self.notes.tell()
-        prefix = named.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         sizes = torch.tensor(self._sizes, dtype=torch.float64)
         for name, values in self._held.items():
             each = torch.tensor(values, dtype=torch.float64)
             own = sizes if len(each) == len(sizes) else torch.ones_like(each)  # a function's own, not one a batch
-            out.metrics[f"{prefix}_{name}"] = float((each * own).sum() / own.sum())
+            out.metrics[f"{metric_key_prefix}_{name}"] = float((each * own).sum() / own.sum())
         return out
