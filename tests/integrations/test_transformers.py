@@ -228,10 +228,11 @@ def test_what_a_forward_counts_is_counted_once(tmp_path: Path) -> None:
     class Counting(ZOTrainer):
         def __init__(self, *args: Any, **named: Any) -> None:
             super().__init__(*args, **named)
-            self.tokens, self._metrics = 0, {"train": {"length": []}}
+            self.tokens, self._metrics, self.calls = 0, {"train": {"length": []}}, [0]
 
         def compute_loss(self, model: Any, inputs: Any, **named: Any) -> Any:
             self.tokens += inputs["input_ids"].numel()
+            self.calls = [self.calls[0] + 1]
             self._metrics["train"]["length"].append(inputs["input_ids"].shape[1])
             return super().compute_loss(model, inputs, **named)
 
@@ -240,6 +241,7 @@ def test_what_a_forward_counts_is_counted_once(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.zo_optimizer.counters["forwards"] == 3 * 4 * 2
     assert trainer.tokens == 3 * 2 * 2 * 7
+    assert trainer.calls == [3 * 4 * 2]  # only numbers and metrics are put back
     assert trainer._metrics["train"]["length"] == [7] * 6
 
 
