@@ -68,7 +68,7 @@ def test_steps_are_those_of_a_loop_by_hand(tmp_path: Path) -> None:
     model = llama()
     by = copy.deepcopy(model)
     args = arguments(
-        tmp_path, learning_rate=3e-2, max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=5,
+        tmp_path, learning_rate=3e-2, max_steps=3, gradient_accumulation_steps=3, per_device_train_batch_size=5,
         lr_scheduler_type="constant", logging_steps=1,
     )  # fmt: skip
     run = Seen(
@@ -76,7 +76,7 @@ def test_steps_are_those_of_a_loop_by_hand(tmp_path: Path) -> None:
         generation=WORDS_ONLY, zo={"method": "es", "num_directions": 3, "eps": 0.3, "antithetic": True},
     )  # fmt: skip
     run.train()
-    assert [[len(one["rows"]) for one in micro] for micro in batches] == [[5, 5], [2], [5, 5]]
+    assert [[len(one["rows"]) for one in micro] for micro in batches] == [[5, 5, 2]] * 3
 
     opt = zokern.ES(by.eval(), lr=3e-2, num_directions=3, eps=0.3, antithetic=True, maximize=True)
     tokenizer = words()
@@ -93,7 +93,7 @@ def test_steps_are_those_of_a_loop_by_hand(tmp_path: Path) -> None:
     for micro in batches:
         opt.step(closure, micro, batch_weights=[len(one["rows"]) for one in micro])
     assert equal(weights(model), weights(by))
-    assert opt.counters["forwards"] == run.zo_optimizer.counters["forwards"] == 6 * 5
+    assert opt.counters["forwards"] == run.zo_optimizer.counters["forwards"] == 6 * 9
 
     line = next(line for line in run.state.log_history if "reward" in line)
     assert line["loss"] == pytest.approx(-line["reward"], abs=0.2)  # the one weighs micro-batches by their rows
@@ -240,6 +240,13 @@ def test_functions_that_do_not_fit(tmp_path: Path) -> None:
         return []
 
     refuse("'slow' is async", TypeError, slow)
+
+    class Slow:
+        async def __call__(self, **_: Any) -> list[float]:
+            return []
+
+    refuse("'Slow' is async", TypeError, Slow())
+    refuse("reward_weights must be a list or a dict by name, got str", TypeError, even, "1")
     refuse("reward_weights has 2 numbers, and reward_funcs 1", ValueError, even, [1.0, 2.0])
     refuse("reward_weights has 'odd', and reward_funcs 'even'", ValueError, even, {"odd": 1.0})
     refuse(r"reward_weights\['even'\]", TypeError, even, {"even": "much"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -51,6 +52,10 @@ def test_a_trainer_in_front_takes_our_arguments(tmp_path: Path) -> None:
     assert type(trainer.zo_optimizer) is zokern.FZOO
     assert not trainer.dropout
     assert not (tmp_path / "journal.zkj").exists()
+    names = list(inspect.signature(Tuner).parameters)
+    assert names == ["self", "model", "args", "train_dataset", "zo", "journal", "dropout"] or names == [
+        "model", "args", "train_dataset", "zo", "journal", "dropout"
+    ]  # fmt: skip
     with pytest.raises(TypeError, match="unexpected keyword argument 'zoo'"):
         Tuner(llama(), arguments(tmp_path), rows(), zoo="fzoo")
 
@@ -67,6 +72,36 @@ def test_a_training_step_that_never_reaches_ours_is_told(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="Tuner has a training_step that never reaches ForwardOnly's"):
         Tuner(model, arguments(tmp_path), train_dataset=rows()).train()
     assert equal(weights(model), weights(llama()))
+
+    class Sometimes(Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            if self.state.global_step == 0:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return model(**self._prepare_inputs(inputs)).loss.detach()
+
+    class Other(Sometimes, ForwardOnly):
+        pass
+
+    trainer = Other(model, arguments(tmp_path), train_dataset=rows())
+    with pytest.raises(RuntimeError, match="Other has a training_step that never reaches"):
+        trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 1
+
+
+def test_what_carries_no_signal_is_refused_by_its_name_in_trl(tmp_path: Path) -> None:
+    """Also with a constructor of one's own."""
+
+    class GRPOTrainer(Trainer):
+        pass
+
+    class Tuner(GRPOTrainer, ForwardOnly):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+
+    Tuner(llama(), arguments(tmp_path), train_dataset=rows())  # somebody's, of the same name
+    GRPOTrainer.__module__ = "trl.trainer.grpo_trainer"
+    with pytest.raises(TypeError, match="GRPOTrainer cannot be trained with forwards only"):
+        Tuner(llama(), arguments(tmp_path), train_dataset=rows())
 
 
 class Ranks(TrainingArguments):
@@ -103,6 +138,19 @@ def test_arguments(tmp_path: Path, given: dict[str, Any], error: type[Exception]
         ZOTrainer(llama(), args, train_dataset=rows())
 
 
+def test_what_the_environment_has_chosen_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", property(lambda self: "fp8"))
+    with pytest.raises(NotImplementedError, match="mixed precision 'fp8' carries scales"):
+        ZOTrainer(llama(), arguments(tmp_path), train_dataset=rows())
+
+
+def test_arguments_that_the_trainer_makes_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(NotImplementedError, match="to 2 GPUs in every forward"):
+        ZOTrainer(llama(), train_dataset=rows())
+
+
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 def test_what_the_environment_has_chosen(engine: str) -> None:
     from types import SimpleNamespace
@@ -115,6 +163,12 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
     made.distributed_type, made.mixed_precision = "NO", "fp16"
     with pytest.raises(NotImplementedError, match="GradScaler"):
         refused.accelerator(made)
+    made.mixed_precision, made.scaler = "no", object()
+    with pytest.raises(NotImplementedError, match="GradScaler"):
+        refused.accelerator(made)
+    made.scaler, made.num_processes = None, 2
+    with pytest.raises(NotImplementedError, match="2 processes"):
+        refused.accelerator(made)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +177,13 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
         ({"zo": "mezzo"}, ValueError, "zo: there is no method 'mezzo'; is 'mezo' meant"),
         ({"zo": 3}, TypeError, "zo must be a method's name or a mapping with 'method', got int"),
         ({"zo": {"method": "hizoo", "epsilon": 1}}, TypeError, "zo: HiZOO has no setting 'epsilon'; is 'eps' meant"),
-        ({"zo": {"lr": 1e-3}}, ValueError, "zo has 'lr', which the trainer's own arguments say"),
+        ({"zo": {"lr": 1e-3}}, ValueError, "zo has 'lr', which the trainer says itself"),
+        ({"zo": {"maximize": True}}, ValueError, "zo has 'maximize', which the trainer says itself; leave it out"),
+        (
+            {"zo": {"method": "fzoo", "qqq": 1}},
+            TypeError,
+            "no setting 'qqq'; it has (?!.*(weight_decay|module|maximize))",
+        ),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, TypeError, "has SGD, which is none of zokern's"),
         ({"zo": "es", "optimizer_cls_and_kwargs": (zokern.ES, {})}, ValueError, "both given; leave one out"),
     ],

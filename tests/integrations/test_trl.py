@@ -118,10 +118,15 @@ def test_what_carries_no_signal_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match=r"GRPOTrainer cannot.*detached copy.*trl\.RewardTrainer measures the reward"):
         ZOGRPO(llama(), lambda completions, **_: [0.0] * len(completions))
+    with pytest.raises(TypeError, match="GRPOTrainer cannot"):
+        ZOGRPO()  # before its own constructor, which may load a model
     with pytest.raises(TypeError, match=r"KTOTrainer cannot.*detached divergence"):
         ZOKTO(llama())
     args = config(trl.SFTConfig, tmp_path, loss_type="dft")
     with pytest.raises(ValueError, match="loss_type='dft' weighs tokens"):
         ZOSFTTrainer(llama(), args=args, train_dataset=TEXTS, processing_class=words())
+    args = config(trl.DPOConfig, tmp_path, use_weighting=True)
+    with pytest.raises(ValueError, match="use_weighting=True weighs pairs by detached"):
+        ZODPOTrainer(llama(), args=args, train_dataset=PAIRS, processing_class=words())
     with pytest.raises(TypeError, match=r"write class Wrong\(SFTTrainer, ZOTrainer\)"):
         type("Wrong", (ZOTrainer, trl.SFTTrainer), {})

@@ -37,6 +37,18 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def test_whoever_drives_an_optimizer_may_call_step_once_more() -> None:
+    model, opt = fresh()
+    loss = opt.step(lambda: loss_of(model))
+    before = copy.deepcopy(model)
+    opt.step_done = True
+    assert opt.step() is loss
+    assert same(model, before)
+    with pytest.raises(TypeError, match="step needs a closure"):
+        opt.step()
+    assert opt.counters["steps"] == 1
+
+
 # ----------------------------------------------------------------------------------------- a closure that moves weights
 
 

@@ -36,7 +36,7 @@ class Books:
         if self._numbers is None:
             return
         own = vars(self._trainer)
-        own.update((name, value) for name, value in self._numbers.items() if type(own.get(name)) in NUMBERS)
+        own.update(self._numbers)
         for mode, metrics in self._lists.items():
             for name, values in metrics.items():
-                own[LISTS][mode][name][:] = values
+                own[LISTS][mode][name] = values

@@ -11,7 +11,7 @@ from torch import nn
 from zokern.layers import RandomBlocks, find_blocks
 from zokern.optim import ENTRIES, LeZO, MeZO, ZerothOrderOptimizer
 
-ELSEWHERE = {"params", "module", "lr", "weight_decay"}  # the trainer says these
+ELSEWHERE = {"params", "module", "lr", "weight_decay", "maximize"}  # the trainer says these
 Groups = list[dict[str, Any]]
 
 
@@ -25,8 +25,8 @@ class Chosen(NamedTuple):
     def read(cls, zo: str | Mapping[str, Any] | None, default: str = "mezo") -> Chosen:
         """
         Args:
-            zo: a method's name, or a mapping with "method" and any setting of its class but lr,
-                weight_decay, params and module; for lezo also num_dropped (default: three quarters of the blocks).
+            zo: a method's name, or a mapping with "method" and any setting of its class but lr, weight_decay, maximize,
+                params and module; for lezo also num_dropped (default: three quarters of the blocks).
             default: the method where zo has none.
 
         Raises:
@@ -53,7 +53,7 @@ class Chosen(NamedTuple):
         allowed = {*MeZO.settings, "num_dropped"} if issubclass(made, LeZO) else set(made.settings)
         for one in settings:
             if one in ELSEWHERE:
-                raise ValueError(f"{name} has {one!r}, which the trainer's own arguments say; leave it out")
+                raise ValueError(f"{name} has {one!r}, which the trainer says itself; leave it out")
             if one not in allowed:
                 hint = _closest(one, sorted(allowed - ELSEWHERE), "it has")
                 raise TypeError(f"{name}: {made.__name__} has no setting {one!r}; {hint}")
@@ -69,8 +69,7 @@ class Chosen(NamedTuple):
         if issubclass(made, LeZO):  # short for MeZO on random blocks
             made, blocks = MeZO, len(find_blocks(model))
             settings["layers"] = RandomBlocks(settings.pop("num_dropped", blocks * 3 // 4))
-        settings.setdefault("maximize", maximize)
-        return made(groups, lr=lr, module=model, **settings)
+        return made(groups, lr=lr, module=model, maximize=maximize, **settings)
 
 
 def _closest(name: str, known: Iterable[str], lead: str) -> str:

@@ -13,6 +13,11 @@ from zokern.integrations.notes import Notes
 
 PROMPT = "prompt"
 MAX_NEW_TOKENS = 64
+_NOT_HERE = {
+    "num_return_sequences": (1, "must be 1: a step has many completions of its own"),
+    "max_length": (None, "would count the prompt too; give max_new_tokens"),
+    "return_dict_in_generate": (False, "must be left out: completions are all that is read"),
+}
 
 
 class Prompts:
@@ -44,6 +49,11 @@ class Prompts:
             texts, return_tensors="pt", padding=True, padding_side="left",
             add_special_tokens=isinstance(rows[0][PROMPT], str),  # a chat template has its own
         )  # fmt: skip
+        nothing = [row[PROMPT] for row, mask in zip(rows, made["attention_mask"], strict=True) if not mask.any()]
+        if nothing:
+            raise ValueError(
+                f"a prompt has no tokens: {nothing[0]!r}; leave it out, or begin it with the tokenizer's bos_token"
+            )
         length = made["input_ids"].shape[1]
         if self.room is not None and length > self.room:
             longest = max(rows, key=lambda row: len(self._text(row[PROMPT])))[PROMPT]
@@ -74,20 +84,22 @@ class Writer:
 
         own = getattr(model, "generation_config", None)
         config = GenerationConfig() if own is None else copy.deepcopy(own)
-        config.max_length, config.max_new_tokens, config.use_cache = None, MAX_NEW_TOKENS, True
-        config.do_sample, config.temperature, config.top_k, config.top_p = False, None, None, None
+        config.max_new_tokens, config.use_cache, config.do_sample = MAX_NEW_TOKENS, True, False
         config.pad_token_id = tokenizer.pad_token_id
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id
         unknown = [name for name in settings if not hasattr(config, name)]
         if unknown:
             raise ValueError(f"generation: GenerationConfig has no {', '.join(map(repr, unknown))}")
-        if settings.get("num_return_sequences", 1) != 1:
-            raise ValueError("generation: num_return_sequences must be 1: a step has many completions of its own")
+        for name, (allowed, why) in _NOT_HERE.items():
+            if settings.get(name, allowed) not in (None, allowed):
+                raise ValueError(f"generation: {name} {why}")
         try:
             config.update(**settings)
         except ValueError as error:
             raise ValueError(f"generation: {error}") from error
+        if config.max_new_tokens is None:
+            raise ValueError("generation: max_new_tokens is None; give the most tokens that a completion may have")
         self.config, self.tokenizer, self.notes = config, tokenizer, notes
         self.decoder_only = not getattr(model.config, "is_encoder_decoder", False)
         ends = config.eos_token_id
@@ -101,7 +113,10 @@ class Writer:
         """Completions of a batch as the model stands, and their tokens without the end."""
         prompts: Tensor = batch["input_ids"]
         generate: Any = model.generate
-        out: Tensor = generate(input_ids=prompts, attention_mask=batch["attention_mask"], generation_config=self.config)
+        out: Tensor = generate(
+            input_ids=prompts, attention_mask=batch["attention_mask"], generation_config=self.config,
+            tokenizer=self.tokenizer,  # finds stop_strings
+        )  # fmt: skip
         out = out[:, prompts.shape[1] :] if self.decoder_only else out[:, 1:]
         ids = [self._until_end(row) for row in out.tolist()]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -113,6 +128,8 @@ class Writer:
 
     def _until_end(self, row: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(row) if token in self.ends), len(row))
+        while end and row[end - 1] == self.config.pad_token_id:  # after a stop string there is no end
+            end -= 1
         return row[:end]
 
     def _look(self, rows: list[Any], texts: list[str]) -> None:
@@ -128,7 +145,7 @@ class Writer:
 def room(model: Any, new_tokens: int) -> int | None:
     """How many tokens a prompt may have; None where the model does not say. An encoder-decoder's are apart."""
     config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    positions = getattr(config, "max_position_embeddings", None)  # and not n_positions, which limits nothing in T5
     if positions is None:
         return None
     return int(positions) if getattr(config, "is_encoder_decoder", False) else int(positions) - new_tokens

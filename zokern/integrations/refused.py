@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -33,7 +33,7 @@ def order(cls: type, ours: type) -> None:
         TypeError: where a trainer comes after ours in the order of bases, whose own training_step ours would hide.
     """
     after = cls.__mro__[cls.__mro__.index(ours) + 1 :]
-    base = next(one for one in ours.__mro__ if one.__module__.startswith("transformers.") and one.__name__ == "Trainer")
+    base = next(one for one in ours.__mro__ if one.__name__ == "Trainer")
     hidden = [one.__name__ for one in after[: after.index(base)] if "training_step" in vars(one)]
     if hidden:
         mine = next(one for one in cls.__mro__ if one.__module__ == ours.__module__)
@@ -75,6 +75,8 @@ def arguments(args: Any) -> None:
             f"optim is {getattr(args.optim, 'value', args.optim)!r}, and the steps are zokern's; leave it out, and give "
             "the method as zo="
         )
+    if getattr(args, "use_weighting", False):
+        raise ValueError("use_weighting=True weighs pairs by detached probabilities, which forwards cannot leave out")
     kind = getattr(args, "loss_type", None)
     for one in [kind] if isinstance(kind, str) else kind or []:
         if one in DETACHED_LOSS:
@@ -92,6 +94,26 @@ def accelerator(made: Any) -> None:
         "ZOTrainer", world_size=made.num_processes, engine=engine, precision=made.mixed_precision,
         scaler=getattr(made, "scaler", None) is not None,
     )  # fmt: skip
+
+
+def inner(optimizer: Any) -> ZerothOrderOptimizer | None:
+    """zokern's optimizer, inside what is put around it."""
+    while optimizer is not None and not isinstance(optimizer, ZerothOrderOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def foreign(cls: type, optimizer: Any) -> NoReturn:
+    """
+    Raises:
+        TypeError: a trainer has made an optimizer of its own, which is none of zokern's.
+    """
+    maker = next(one.__name__ for one in cls.__mro__ if "create_optimizer" in vars(one))
+    made = getattr(optimizer, "optimizer", optimizer)
+    raise TypeError(
+        f"{cls.__name__}: the optimizer is a {type(made).__name__}, which {maker}.create_optimizer has made; leave that "
+        "out, and give the method as zo=, or a zokern optimizer as optimizers="
+    )
 
 
 def optimizer(given: Any, model: nn.Module, maximize: bool) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 from zokern._checks import check_number
 from zokern.integrations.notes import Notes
 
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL
+ARGUMENTS = ("prompts", "completions", "trainer_state", "log_metric", "log_extra")  # what else functions get
 Reward = Callable[..., Sequence[float | None]]
 
 
@@ -88,6 +90,8 @@ class Rewards:
         numbers: list[float | None] = []
         for i, one in enumerate(each):
             try:
+                if isinstance(one, str):
+                    raise TypeError
                 number = None if one is None else float(one)
             except (TypeError, ValueError) as error:
                 raise TypeError(
@@ -100,6 +104,29 @@ class Rewards:
                 )
             numbers.append(number)
         return numbers
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Of a batch, what reward functions get beside prompts and completions.
+
+    Raises:
+        ValueError: for a column that has the name of something else that they get, or that some rows lack.
+    """
+    named = [name for name in rows[0] if name not in NOT_COLUMNS]
+    for name in named:
+        if name in ARGUMENTS:
+            raise ValueError(
+                f"the dataset has a column {name!r}, and reward functions get another thing by that name; rename it"
+            )
+        if any(name not in row for row in rows):
+            raise ValueError(
+                f"some rows of the dataset have a column {name!r} and others have not; give it to all of them"
+            )
+    return {name: [row[name] for row in rows] for name in named}
+
+
+def no_table(column: str, values: Sequence[Any]) -> None:
+    """TRL's log_extra adds to its table of completions, of which there is none here."""
 
 
 def _named(functions: Any) -> dict[str, Reward]:

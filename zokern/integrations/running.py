@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from pathlib import Path
-from typing import Any
 
 from zokern import journal
 from zokern._checks import ZokernWarning
@@ -22,38 +21,43 @@ class Journaled:
         self._stack: contextlib.ExitStack | None = None
         self._optimizer: ZerothOrderOptimizer | None = None
 
-    def begin(self, optimizer: ZerothOrderOptimizer, folder: str | Path, step: int, about: Any = None) -> None:
-        """step: of the checkpoint that the run goes on from, 0 for a new run, which renames an earlier run's journal.
+    def begin(self, optimizer: ZerothOrderOptimizer, folder: str | Path, step: int) -> None:
+        """Where one is being written, by an attempt of the same training that was given up, it goes on.
+
+        step: of the checkpoint that the run goes on from, 0 for a new run, which renames an earlier run's journal; but an
+        optimizer that has states goes on in the journal that has its steps.
 
         Raises:
-            JournalError: if the journal in the folder is of another run than the checkpoint, or cannot be written.
+            JournalError: if the journal in the folder is of another run than the optimizer, or cannot be written.
         """
-        self.close()
+        if self._stack is not None:
+            return
         path = Path(folder) / NAME
+        states = not state.untouched(optimizer.state, optimizer.state_spec)
+        if states and not path.exists():
+            warnings.warn(
+                f"{path} is not there, and a journal cannot begin at step {optimizer.counters['steps']} of a run with "
+                "states: none is written",
+                ZokernWarning,
+                stacklevel=2,
+            )
+            return
         with contextlib.ExitStack() as stack:
-            if step and path.exists():
+            if path.exists() and (step or states):
                 stack.enter_context(journal.append(optimizer, path))
-            elif not state.untouched(optimizer.state, optimizer.state_spec):
-                warnings.warn(
-                    f"{path}: a journal cannot begin at step {optimizer.counters['steps']} of a run with states, and there "
-                    "is none of this run to go on with: none is written",
-                    ZokernWarning,
-                    stacklevel=2,
-                )
             else:
                 _rename(path)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(journal.write(optimizer, path, about=about))
+                stack.enter_context(journal.write(optimizer, path))
             self._optimizer, self._stack = optimizer, stack.pop_all()
 
     def mark(self) -> None:
         """The weights are those of a checkpoint: a run can go on from it."""
-        if self._stack is not None and self._optimizer is not None and self._optimizer.listeners:
+        if self._optimizer is not None:
             journal.mark(self._optimizer)
 
     def close(self) -> None:
         """Again is nothing."""
-        stack, self._stack = self._stack, None
+        stack, self._stack, self._optimizer = self._stack, None, None
         if stack is not None:
             stack.close()
 

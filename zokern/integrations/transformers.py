@@ -17,23 +17,24 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zokern._checks import ZokernWarning
-from zokern.integrations import refused
+from zokern.integrations import groups, refused
 from zokern.integrations.books import Books
-from zokern.integrations.chosen import Chosen, Groups
+from zokern.integrations.chosen import Chosen
+from zokern.integrations.hooks import Hooks
+from zokern.integrations.notes import Notes
 from zokern.integrations.running import Journaled
 from zokern.optim import ZerothOrderOptimizer, pairing
 from zokern.scales import keep_codes
 
 try:
-    from transformers import Trainer, TrainerCallback
+    from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped,import-not-found]
+    from transformers import Trainer
 except ImportError as error:
     raise ImportError(
         "zokern.integrations.transformers needs transformers and accelerate; install zokern[trainer]"
@@ -83,10 +84,9 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         refused.trainer(type(self))
         given = named.get("args", args[1] if len(args) > 1 else None)
         refused.arguments(given)
-        self._micro: list[Any] = []
-        self._losses: list[Tensor] = []  # of the steps since the last line of the log
-        self._finite: Tensor | None = None  # the last finite one
-        self._stepped = False
+        self.begin_books()
+        self.notes = vars(self).get("notes") or Notes()
+        self._stepped = self._begun = False  # a step was made; a training has begun
         self._journaled = Journaled()
         super().__init__(*args, **named)
         refused.arguments(self.args)
@@ -97,7 +97,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
                 raise ValueError("zo and optimizers are both given; leave one out")
             refused.optimizer(self.optimizer, self.model, self.maximize)
         self._chosen = None if self.optimizer is not None else self._choice()
-        self.add_callback(_Hooks(self))
+        self.add_callback(Hooks(self))
 
     @property
     def zo_optimizer(self) -> ZerothOrderOptimizer:
@@ -106,12 +106,9 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         Raises:
             RuntimeError: before `train`, where it is made from `zo`.
         """
-        found: Any = self.optimizer
-        while found is not None and not isinstance(found, ZerothOrderOptimizer):
-            found = getattr(found, "optimizer", None)
-        if found is None:
+        if self.optimizer is None:
             raise RuntimeError("the optimizer is made by train(); call create_optimizer() to have it before")
-        return found
+        return refused.inner(self.optimizer) or refused.foreign(type(self), self.optimizer)
 
     # ----------------------------------------------------------------------------------------- what the Trainer asks for
 
@@ -120,7 +117,9 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         model = self.model if model is None else model
         if self.optimizer is None:
             chosen = self._chosen or self._choice()
-            self.optimizer = chosen.build(model, self._groups(model), self.args.learning_rate, maximize=self.maximize)
+            self.optimizer = chosen.build(
+                model, groups.of(self, model, Trainer), self.args.learning_rate, maximize=self.maximize
+            )
         return self.optimizer
 
     def _choice(self) -> Chosen:
@@ -131,16 +130,10 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
             return Chosen.of_class(*given)
         return Chosen.read(self.zo, self.method)
 
-    def _groups(self, model: nn.Module) -> Groups:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not self.args.weight_decay:
-            return [{"params": trained}]
-        decayed = set(self.get_decay_parameter_names(model))
-        groups = [
-            {"params": [one for one in trained if (one[0] in decayed) is decays], "weight_decay": share}
-            for decays, share in ((True, self.args.weight_decay), (False, 0.0))
-        ]
-        return [group for group in groups if group["params"]]
+    def begin_books(self) -> None:
+        """Of a training: nothing is left of one that was broken off."""
+        self._micro: list[Any] = []
+        self._losses: list[Tensor] = []  # of the steps since the last line of the log
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collects a micro-batch; with the last one of a step makes the step. Returns its loss, 0 before."""
@@ -163,14 +156,18 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         finally:
             books.put_back()
         optimizer.step_done = self._stepped = True  # the loop calls optimizer.step() once more
-        return self._note(-loss.to(self.args.device) if self.maximize else loss.to(self.args.device))
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        loss = (-loss if self.maximize else loss).to(self.args.device)
+        self._losses.append(loss)
+        return loss
 
     def set_mode(self, model: nn.Module) -> None:
-        """Before each step: training mode, where evaluation has left it."""
-        if not model.training:
-            model.train()
-            if not self.dropout:
-                _quieten(model)
+        """Before each step, as the Trainer does: evaluation leaves it, and callbacks may set it too."""
+        model.train()
+        if not self.dropout:
+            _quieten(model)
 
     def probe(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Any:
         """What a micro-batch says of the weights as they are now: one number, or several by name."""
@@ -182,17 +179,9 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
     def _is_share(self, num_items_in_batch: Any) -> bool:
         """Whether compute_loss gives each micro-batch's share of the step's loss, and not a mean of its own."""
-        known = getattr(self, "loss_is_scaled_for_ga", None)
-        if known is not None:
-            return bool(known)
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
         return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
-
-    def _note(self, loss: Tensor) -> Tensor:
-        """The loss for the Trainer's sum, where one that is not finite counts as the last that was."""
-        self._losses.append(loss)
-        last = torch.zeros_like(loss) if self._finite is None else self._finite
-        self._finite = torch.where(torch.isfinite(loss), loss, last)
-        return self._finite
 
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
         if "loss" in logs and self._losses:
@@ -210,62 +199,31 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         logs["forwards"] = optimizer.counters["forwards"]
         logs["skipped_steps"], logs["flat_steps"] = optimizer.skipped_steps, optimizer.flat_steps
 
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        """There are no gradients."""
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """There are no gradients."""
 
     def train(self, *args: Any, **named: Any) -> Any:
+        self._begun = False
         try:
             return super().train(*args, **named)
         finally:
             self._micro = []
             self._journaled.close()
+            optimizer = refused.inner(self.optimizer)
+            if optimizer is not None:
+                optimizer.step_done = False  # a callback may have broken the loop off before its own step()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if (
+            self._begun and checkpoint is not None
+        ):  # an attempt was given up; with a smaller batch the run goes on again
+            self._journaled.close()
+            self._load_from_checkpoint(checkpoint)  # the Trainer would load all but the weights
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         self._journaled.close()  # it ends with the weights that training had
         super()._load_best_model()
-
-
-class _Hooks(TrainerCallback):  # type: ignore[misc]
-    """What has to be done at the loop's places."""
-
-    def __init__(self, trainer: ForwardOnly) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
-        optimizer = trainer.zo_optimizer
-        if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
-            optimizer.paired_randomness = True  # its noise is no module's dropout
-        trainer.model_wrapped.eval()  # so that the first step sets the mode
-        anew = state.global_step > 0 and optimizer.counters["steps"] == 0
-        if anew:
-            optimizer.resumed(state.global_step, 0)  # or the directions of its first steps would come again
-            if optimizer.state_spec or optimizer.history():
-                warnings.warn(
-                    f"the checkpoint of step {state.global_step} has no optimizer.pt (save_only_model?): "
-                    f"{type(optimizer).__name__} goes on with weights and step, and what it remembers begins anew",
-                    ZokernWarning,
-                    stacklevel=2,
-                )
-        if trainer.journal and not state.is_hyper_param_search:
-            trainer._journaled.begin(optimizer, args.output_dir, 0 if anew else state.global_step)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._micro = []  # of a step that was broken off
-        self.trainer._stepped = False
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.trainer._stepped:
-            raise RuntimeError(
-                f"{type(self.trainer).__name__} has a training_step that never reaches ForwardOnly's, so no step was "
-                "made; call super().training_step in it, or override compute_loss in its place"
-            )
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._journaled.mark()
 
 
 def _set_own(trainer: ForwardOnly, named: dict[str, Any]) -> None:

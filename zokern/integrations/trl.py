@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from zokern.integrations.completions import Prompts, Writer, mean, room
 from zokern.integrations.notes import Notes
-from zokern.integrations.rewards import Reward, Rewards
+from zokern.integrations.rewards import Reward, Rewards, columns, no_table
 from zokern.integrations.transformers import ZOTrainer
 from zokern.optim.flat import IN_A_ROW
 
@@ -39,9 +40,10 @@ class RewardTrainer(ZOTrainer):
     Args:
         model: causal or encoder-decoder, with `generate`; a PeftModel too.
         reward_funcs: a function reward(prompts, completions, **columns) that returns a number or None for each, a list of
-            functions, or a dict of them by name. It gets every other column of the dataset as a list, `completion_ids` and
-            `trainer_state`; take **columns for what is not needed. Prompts that are lists of messages have completions of
-            that form: [{"role": "assistant", "content": text}].
+            functions, or a dict of them by name. It gets every other column of the dataset as a list, `completion_ids`,
+            `trainer_state`, `log_metric(name, value)`, whose mean is logged, and `log_extra`, which does nothing; take
+            **columns for what is not needed. Prompts that are lists of messages have completions of that form:
+            [{"role": "assistant", "content": text}].
         args: TrainingArguments. per_device_train_batch_size is of prompts.
         train_dataset, eval_dataset: rows with "prompt", and whatever the functions need.
         processing_class: the tokenizer.
@@ -86,13 +88,20 @@ class RewardTrainer(ZOTrainer):
         collator.room = room(model, self.writer.config.max_new_tokens)
         self._seen: dict[str, list[float]] = defaultdict(list)  # since the last line of the log
         self._held: dict[str, list[float]] = defaultdict(list)  # of an evaluation
-        if args is not None and args.remove_unused_columns:
-            args = copy.copy(args)  # the functions need them
+        self._sizes: list[float] = []  # of its batches
+        if args is None:
+            args = TrainingArguments("tmp_trainer", remove_unused_columns=False)  # the functions need them
+        elif args.remove_unused_columns:
+            args = copy.copy(args)
             args.remove_unused_columns = False
         super().__init__(
             model, args, data_collator=named.pop("data_collator", collator), train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, **named,
         )  # fmt: skip
+
+    def begin_books(self) -> None:
+        super().begin_books()
+        self._seen.clear()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         made = super().create_optimizer(model)
@@ -103,8 +112,7 @@ class RewardTrainer(ZOTrainer):
 
     def set_mode(self, model: nn.Module) -> None:
         """Completions are written as they will be in use: without dropout."""
-        if model.training:
-            model.eval()
+        model.eval()
 
     def training_step(self, *args: Any, **named: Any) -> Tensor:
         reward: Tensor = super().training_step(*args, **named)
@@ -116,12 +124,12 @@ class RewardTrainer(ZOTrainer):
 
     def judge(self, model: nn.Module, batch: Mapping[str, Any], kept: dict[str, list[float]]) -> dict[str, float]:
         """The mean of each reward over the model's completions of a batch. kept: takes what there is to log."""
-        completions, ids = self.writer.write(self.accelerator.unwrap_model(model), batch)
+        completions, ids = self.writer.write(model, batch)
         rows = batch["rows"]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
         rewards = self.rewards(
             prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=ids,
-            trainer_state=self.state, **columns,
+            trainer_state=self.state, log_metric=lambda name, value: kept[name].append(float(value)),
+            log_extra=no_table, **columns(rows),
         )  # fmt: skip
         for name, value in rewards.items():
             kept[f"rewards/{name}"].append(value)
@@ -158,16 +166,24 @@ class RewardTrainer(ZOTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             reward = self._total(self.judge(model, inputs, self._held))
-        self._held["rows"].append(float(len(inputs["rows"])))
+        self._sizes.append(float(len(inputs["rows"])))
         return torch.tensor(-reward, device=self.args.device), None, None
 
-    def evaluation_loop(self, *args: Any, **named: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         self._held.clear()
-        out = super().evaluation_loop(*args, **named)
+        self._sizes.clear()
+        out = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self.notes.tell()
-        prefix = named.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        sizes = torch.tensor(self._held.pop("rows"), dtype=torch.float64)
+        sizes = torch.tensor(self._sizes, dtype=torch.float64)
         for name, values in self._held.items():
             each = torch.tensor(values, dtype=torch.float64)
-            out.metrics[f"{prefix}_{name}"] = float((each * sizes).sum() / sizes.sum())
+            own = sizes if len(each) == len(sizes) else torch.ones_like(each)  # a function's own, not one a batch
+            out.metrics[f"{metric_key_prefix}_{name}"] = float((each * own).sum() / own.sum())
         return out

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from zokern.journal import format as journal
 from zokern.journal.files import cut, locked
-from zokern.journal.fit import check
+from zokern.journal.fit import check, is_base
 from zokern.journal.format import SYNC_SECONDS, JournalError
 from zokern.journal.hashing import hash_of
-from zokern.journal.reader import Reader
+from zokern.journal.reader import Mark, Reader
 from zokern.journal.record import Recorder
 from zokern.journal.run import OF_A_RUN, recording, refuse_another_run
+from zokern.optim import frameworks
 from zokern.optim.base import ZerothOrderOptimizer
 
 
@@ -21,15 +25,16 @@ from zokern.optim.base import ZerothOrderOptimizer
 def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = SYNC_SECONDS) -> Iterator[None]:
     """Inside, the steps of an optimizer that has been loaded from a checkpoint are written on in its run's journal.
 
-    optimizer: with the weights, the states and the step N of the checkpoint. What the journal has after N steps is cut off,
+    optimizer: with the weights, the states and the step N of the checkpoint. What the journal has after that is cut off,
     and kept in a file beside it. Nothing is replayed. Where the journal has a hash of the weights after N steps (see
-    `mark`), it is compared; elsewhere a replay finds out at its end. sync: as for write.
+    `mark`), they are compared, and what stands before that hash stays, steps that were broken off too; elsewhere a replay
+    finds out at its end. sync: as for write.
 
     Raises:
         JournalError: before anything is changed: if the journal is damaged, is of another run, does not reach N, or had
             other weights after N steps; or if another process, or this optimizer, is writing a journal.
     """
-    path = Path(path)
+    path, optimizer = Path(path), frameworks.bare(optimizer)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
     with locked(path) as file:
@@ -41,17 +46,43 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
                 f"{path}: it begins at step {first}, and the optimizer is at step {steps}; give its run's"
             )
         params = optimizer.weights()
-        whole = check(path, params, steps)
-        hashes = [mark.hash for mark in whole.marks if mark.step == mark.done == steps and not mark.broken_off]
-        if hashes and hash_of(params.items()) not in hashes:
-            raise JournalError(
-                f"{path}: the optimizer's weights are not those that the run had after {steps} steps; load the checkpoint's"
-            )
-        if steps > first:
-            next(step for step in reader.steps() if reader.done == steps)
-        end, crc, layout, frames = reader.end, reader.crc, reader.layout, list(reader.frames)
+        mark = _mark_of(check(path, params, steps), params, steps)
+        end, crc = _go_to(reader, steps, mark)
+        layout, frames = reader.layout, list(reader.frames)
         cut(path, file, end, warn=False)
         recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
         recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
             yield
+
+
+def _mark_of(reader: Reader, params: Mapping[str, Tensor], steps: int) -> Mark | None:
+    """The first mark after `steps` steps that has the hash of these weights; None where there is none to compare with.
+
+    Raises:
+        JournalError: if the run had other weights there.
+    """
+    here = [mark for mark in reader.marks if mark.step == mark.done == steps]
+    own = hash_of(params.items()) if here else ""
+    mark = next((mark for mark in here if mark.hash == own), None)
+    if mark is None:
+        clean = any(
+            not mark.broken_off for mark in here
+        )  # a broken off step's weights are gone at a checkpoint before it
+        if clean or (steps == reader.header["first_step"] and not is_base(reader, params)):
+            raise JournalError(
+                f"{reader.path}: the optimizer's weights are not those that the run had after {steps} steps; load the "
+                "checkpoint's"
+            )
+    return mark
+
+
+def _go_to(reader: Reader, steps: int, mark: Mark | None) -> tuple[int, int]:
+    """Reads to the end of the mark, or of the last of so many steps. Where that is, with the checksum there."""
+    if mark is not None:
+        for _ in itertools.islice(reader.steps(), mark.records):
+            pass
+        return mark.end, mark.crc
+    if steps > reader.done:
+        next(step for step in reader.steps() if reader.done == steps)
+    return reader.end, reader.crc

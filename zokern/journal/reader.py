@@ -60,12 +60,15 @@ class Step:
 
 class Mark(NamedTuple):
     """step, hash: as the record has them. done: steps that the journal has there. broken_off: whether a step that was
-    broken off stands between."""
+    broken off stands between. end, crc: where the record ends, and its checksum. records: of steps, before it."""
 
     step: int
     hash: str
     done: int
     broken_off: bool
+    end: int
+    crc: int
+    records: int
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Reader:
     """Reads a journal from its beginning, one record at a time; the header at once.
 
     After the last step, `state` is one of the four above, `end` is where the last good record ends, `crc` its checksum,
-    `size` the file's, `done` the number of steps.
+    `size` the file's, `done` the number of steps, `records` also counts those that were broken off.
     """
 
     path: Path
@@ -84,6 +87,7 @@ class Reader:
     crc: int = 0
     state: str = UNVERIFIED
     done: int = 0
+    records: int = 0
     layout: dict[str, Any] = field(default_factory=dict)
     marks: list[Mark] = field(default_factory=list)
     signatures: list[dict[str, Any]] = field(default_factory=list)
@@ -183,6 +187,7 @@ class Reader:
                     if step is not None:
                         broken = bool(step.flags & BROKEN_OFF)
                         self.done += not broken
+                        self.records += 1
                         yield step
         except OSError as error:
             raise JournalError(f"{self.path}: cannot be read ({error.strerror})") from error
@@ -213,7 +218,7 @@ class Reader:
         elif kind == MARK:
             value = self._json(body[1:], "mark", at)
             checks.mark(value)
-            self.marks.append(Mark(value["step"], value["hash"], self.done, broken))
+            self.marks.append(Mark(value["step"], value["hash"], self.done, broken, self.end, self.crc, self.records))
             self.state = WHOLE if value["step"] == self.done else UNVERIFIED
         else:
             name = RESERVED.get(kind, "unknown")

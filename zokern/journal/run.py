@@ -108,6 +108,7 @@ def mark(optimizer: ZerothOrderOptimizer) -> None:
     Raises:
         JournalError: if no journal is being written, or the last step's record could not be.
     """
+    optimizer = frameworks.bare(optimizer)
     recorder = next((one for one in optimizer.listeners if isinstance(one, Recorder)), None)
     if recorder is None:
         raise JournalError("mark: this optimizer is writing no journal; begin one with zokern.journal.write")
