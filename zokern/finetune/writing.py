@@ -6,7 +6,8 @@ transformers 5, so that it writes other texts than the model's own forward says,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,21 @@ from zokern.finetune import adapted, virtual
 from zokern.finetune.options import FinetuneError
 from zokern.passes.table import upload
 
-# Its special tokens stay. All is named: what generate() is not told, it takes from there, also where it is given a
-# GenerationConfig.
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "temperature": None, "top_p": None, "top_k": None,
-           "min_length": 0, "min_new_tokens": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-           "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": None,
-           "use_cache": True}  # fmt: skip
+SPECIAL = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")  # how a text begins
+
+
+@contextlib.contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Inside, generate() is greedy: what it is not told, it takes from the model's own configuration, also where it has
+    a GenerationConfig too (transformers 5.24; findings/transformers_generation_config_is_filled_up.sh)."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in SPECIAL})
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
@@ -69,7 +79,10 @@ def _written(
     if room := virtual.room(model):
         given, read = _behind(model, given, upload(torch.tensor(begins), device), room, padding)
         model = adapted.plain(model)
-    found = model.generate(**given, max_new_tokens=most, pad_token_id=padding, eos_token_id=ends, **_GREEDY)
+    with _plainly(adapted.plain(model)):
+        found = model.generate(
+            **given, max_new_tokens=most, pad_token_id=padding, eos_token_id=ends, do_sample=False, use_cache=True
+        )
     written: list[list[int]] = found[:, read:].tolist()
     return written
 
