@@ -99,7 +99,9 @@ def test_rates_by_name(tmp_path: Path, saved: Path) -> None:
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0.0}
     assert {decay for name, (_, decay) in rates.items() if name.endswith("query.weight")} == {0.1}
     assert opt.module is model
-    assert all(group["params"] for group in opt.param_groups)
+    args.learning_rate_mapping = {".*": 1e-5}  # leaves nothing in the others
+    trainer = Tuner(model, args, train_dataset=PAIRS, loss=losses.MultipleNegativesRankingLoss(model))
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [1e-5, 1e-5]
 
 
 def test_a_loss_with_weights_of_its_own(tmp_path: Path, saved: Path) -> None:

@@ -234,6 +234,10 @@ def test_resumed_again_and_again_every_checkpoint_can_be_replayed(tmp_path: Path
         for until in (1, 2, 3):
             assert zokern.journal.replay(tmp_path / "journal.zkj", llama(), until=until).verified
     assert replayed(tmp_path, whole.model) == 3
+    again._load_from_checkpoint = counted(again._load_from_checkpoint)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again._load_from_checkpoint.calls == 1  # the weights are loaded again for a second attempt only
+    assert equal(weights(whole.model), weights(again.model))
 
 
 class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
