@@ -179,8 +179,9 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
     def _is_share(self, num_items_in_batch: Any) -> bool:
         """Whether compute_loss gives each micro-batch's share of the step's loss, and not a mean of its own."""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
+        known = getattr(self, "loss_is_scaled_for_ga", None)  # from transformers 5.19 on
+        if known is not None:
+            return bool(known)
         return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
 
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
@@ -214,9 +215,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
                 optimizer.step_done = False  # a callback may have broken the loop off before its own step()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if (
-            self._begun and checkpoint is not None
-        ):  # an attempt was given up; with a smaller batch the run goes on again
+        if self._begun and checkpoint is not None:  # an attempt was given up, and another begins with a smaller batch
             self._journaled.close()
             self._load_from_checkpoint(checkpoint)  # the Trainer would load all but the weights
         super()._load_optimizer_and_scheduler(checkpoint)
