@@ -99,6 +99,14 @@ def test_equal_parts_are_one_text_only_in_the_same_order() -> None:
             {"chat": True, "objective": "classifier"},
             "--chat is for prompt, choices, answer, and the objective is classifier",
         ),
+        (
+            {"verbalizers": Path(__file__), "objective": "classifier"},
+            "--verbalizers is for --objective prompt, and the objective is classifier; leave it out",
+        ),
+        (
+            {"descriptions": Path(__file__)},
+            "--descriptions is for --objective similarity, and the objective is prompt; leave it out",
+        ),
         ({"data": "docstrings"}, "--data docstrings has one text a row"),
         ({"template": "no place"}, "it must contain {text}, where each text is put in, or the name of another column"),
     ],

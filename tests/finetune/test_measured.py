@@ -70,6 +70,16 @@ def nothing(predictions: list[str], references: list[str]) -> None:
     """A metric that forgets to return."""
 
 
+def breaks(predictions: list[str], references: list[str]) -> float:
+    return {"right": 1.0}[predictions[0]]
+
+
+def test_a_users_metric_that_raises(options: Options) -> None:
+    options.metric = f"{__name__}:breaks"
+    with pytest.raises(FinetuneError, match=r"--metric .*:breaks failed \(KeyError: "):
+        finetune(options)
+
+
 def test_a_users_metric_that_gives_no_number(options: Options) -> None:
     options.metric = f"{__name__}:nothing"
     with pytest.raises(

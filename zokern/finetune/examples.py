@@ -101,6 +101,12 @@ def check(options: Options) -> None:
         raise FinetuneError(
             f"--chat is for {', '.join(PROMPTED)}, and the objective is {options.objective}; leave it out"
         )
+    files = {"prompt": ("verbalizers", options.verbalizers), "similarity": ("descriptions", options.descriptions)}
+    for objective, (name, path) in files.items():
+        if path is not None and options.objective != objective:
+            raise FinetuneError(
+                f"--{name} is for --objective {objective}, and the objective is {options.objective}; leave it out"
+            )
     if options.data == "docstrings" and options.objective in (*OWN, "image"):
         raise FinetuneError(f"--data docstrings has texts and labels; give data for --objective {options.objective}")
     if options.data == "docstrings" and [column for column, _ in columns(options)] != [options.text_column]:

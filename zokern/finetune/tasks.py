@@ -102,6 +102,8 @@ class Task:
             return self.metric(predictions, references)
         except (TypeError, ValueError) as error:
             raise FinetuneError(f"--metric {self.metric.name}: {error}") from error
+        except Exception as error:  # of a function of the user's
+            raise FinetuneError(f"--metric {self.metric.name} failed ({type(error).__name__}: {error})") from error
 
     def check_metric(self, metric: Metric) -> None:
         """Raises FinetuneError for a metric that does not compare what this objective says."""
