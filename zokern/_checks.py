@@ -21,6 +21,11 @@ class ZokernWarning(UserWarning):
     """Something that zokern went on after, and that the user should know."""
 
 
+def is_composed(t: Tensor) -> bool:
+    """Whether a tensor is made of others, as torchao's quantised ones are; a DTensor is a shard, and is not meant."""
+    return type(t).__name__ != "DTensor" and torch.utils._python_dispatch.is_traceable_wrapper_subclass(t)
+
+
 def check_integer(value: object, name: str, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zokern import _checks
@@ -80,7 +79,7 @@ def _of(module: nn.Module, name: str, p: Tensor) -> Iterator[Named]:
         yield from _eight_bits(module, name, p)
     elif kind == "Params4bit":
         yield from _four_bits(module, name, p)
-    elif kind != "DTensor" and torch.utils._python_dispatch.is_traceable_wrapper_subclass(p):
+    elif _checks.is_composed(p):
         yield from _wrapped(name, p)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from zokern.integrations import limits
-from zokern.optim import ZerothOrderOptimizer
+from zokern.optim import ZerothOrderOptimizer, frameworks
 
 RATIO = (
     "its loss is a ratio to a detached copy of the policy, which is 1 at any weights; "
@@ -98,9 +98,8 @@ def accelerator(made: Any) -> None:
 
 def inner(optimizer: Any) -> ZerothOrderOptimizer | None:
     """zokern's optimizer, inside what is put around it."""
-    while optimizer is not None and not isinstance(optimizer, ZerothOrderOptimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    found = frameworks.bare(optimizer)
+    return found if isinstance(found, ZerothOrderOptimizer) else None
 
 
 def foreign(cls: type, optimizer: Any) -> NoReturn:

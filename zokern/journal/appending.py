@@ -66,9 +66,8 @@ def _mark_of(reader: Reader, params: Mapping[str, Tensor], steps: int) -> Mark |
     own = hash_of(params.items()) if here else ""
     mark = next((mark for mark in here if mark.hash == own), None)
     if mark is None:
-        clean = any(
-            not mark.broken_off for mark in here
-        )  # a broken off step's weights are gone at a checkpoint before it
+        # The weights of a step that broke off are gone at a checkpoint before it.
+        clean = any(not mark.broken_off for mark in here)
         if clean or (steps == reader.header["first_step"] and not is_base(reader, params)):
             raise JournalError(
                 f"{reader.path}: the optimizer's weights are not those that the run had after {steps} steps; load the "

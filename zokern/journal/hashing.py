@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from zokern._checks import is_composed
 
 
 def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -22,8 +25,9 @@ def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _parts(name: str, t: Tensor) -> Iterator[tuple[str, Tensor]]:
-    if type(t).__name__ == "DTensor" or not torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
+    if not is_composed(t):
         yield name, t
         return
-    for part in t.__tensor_flatten__()[0]:
+    composed: Any = t
+    for part in composed.__tensor_flatten__()[0]:
         yield from _parts(f"{name}.{part}", getattr(t, part))

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from zokern._checks import is_composed
+
 _announced: set[str] = set()
 BACKWARD = (
     "the closure runs backward, or returns a loss with a graph: zokern needs losses alone, and each step pays for "
@@ -179,9 +181,8 @@ def quantised(module: nn.Module) -> str:
 
 def is_quantised(p: Tensor) -> bool:
     """Whether a parameter is one of torchao's or bitsandbytes' quantised ones, or has whole numbers."""
-    wrapped = torch.utils._python_dispatch.is_traceable_wrapper_subclass(p) and type(p).__name__ != "DTensor"
     kind = type(p).__name__
-    return wrapped or (not p.is_floating_point() and not p.is_complex()) or kind in ("Params4bit", "Int8Params")
+    return is_composed(p) or (not p.is_floating_point() and not p.is_complex()) or kind in ("Params4bit", "Int8Params")
 
 
 def is_of_backward(error: RuntimeError) -> bool:

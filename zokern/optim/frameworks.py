@@ -15,9 +15,10 @@ CLOSURES = ("lightning.pytorch.loops.optimization.automatic", "pytorch_lightning
 
 
 def bare(optimizer: Any) -> Any:
-    """The optimizer inside the wrapper that accelerate or Lightning put around it."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    """The optimizer inside the wrappers that accelerate or Lightning put around it."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def refuse_automatic(closure: object) -> None:
