@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zokern import journal
     from zokern._checks import ZokernWarning
     from zokern.checking import check
-    from zokern.directions import Normal, Rademacher
+    from zokern.directions import LowRank, Normal, Rademacher
     from zokern.graphs import GraphedStep
     from zokern.layers import RandomBlocks
     from zokern.noise import noise
@@ -32,6 +32,7 @@ __all__ = [
     "GraphedStep",
     "HiZOO",
     "LeZO",
+    "LowRank",
     "MeZO",
     "MeZOGV",
     "MeZOGreedy",
@@ -49,6 +50,7 @@ __all__ = [
 _HOMES = {
     "ByLayer": "optim",
     "GraphedStep": "graphs",
+    "LowRank": "directions",
     "Normal": "directions",
     "Rademacher": "directions",
     "RandomBlocks": "layers",

@@ -15,18 +15,22 @@ import numpy.typing as npt
 
 from zokern._checks import check_choice
 from zokern.contract.streams import (
-    DISTRIBUTIONS,
+    PURPOSE_LEFT,
     PURPOSE_NORMAL,
     PURPOSE_RADEMACHER,
+    PURPOSE_RIGHT,
     PURPOSE_ROUNDING,
     ROUNDINGS,
     derive_seed,
+    matrices,
+    rank_of,
     splitmix64,
 )
 
 __all__ = [
     "add_noise",
     "derive_seed",
+    "factors",
     "fma",
     "noise",
     "normal_pair",
@@ -137,19 +141,63 @@ def _block_words(first: int, last: int, seed: int, tensor_id: int, purpose: int)
     return philox(b & np.uint64(0xFFFFFFFF), b >> np.uint64(32), tensor_id, purpose, seed)
 
 
-def noise(n: int, seed: int, tensor_id: int, offset: int = 0, distribution: str = "normal") -> Array:
-    """z for the n elements whose global indices start at `offset`, float32: N(0, 1), or signs for "rademacher"."""
-    check_choice(distribution, "distribution", DISTRIBUTIONS)
+def _normals(n: int, seed: int, tensor_id: int, offset: int, purpose: int) -> Array:
+    first, last = offset >> 3, (offset + n + 7) >> 3
+    words = _block_words(first, last, seed, tensor_id, purpose)
+    z = np.stack(normal_pair(words.reshape(-1)), axis=-1).reshape(-1)
+    return np.asarray(z[offset - 8 * first :][:n])
+
+
+def noise(
+    n: int, seed: int, tensor_id: int, offset: int = 0, distribution: str = "normal", shape: Sequence[int] | None = None
+) -> Array:
+    """z for the n elements whose global indices start at `offset`, float32: N(0, 1), signs for "rademacher", or products of
+    factors for "lowrank:R". shape: of the whole tensor, which a low-rank direction depends on; None is [n].
+    """
+    found = matrices((n,) if shape is None else shape, rank_of(distribution))
+    if found is not None:
+        return _products(n, factors(found, rank_of(distribution), seed, tensor_id), found, offset)
     if distribution == "rademacher":
         first, last = offset >> 7, (offset + n + 127) >> 7
         words = _block_words(first, last, seed, tensor_id, PURPOSE_RADEMACHER)
         bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
         z = np.where(bits.reshape(-1) == 0, np.float32(1), np.float32(-1))
         return np.asarray(z[offset - 128 * first :][:n])
-    first, last = offset >> 3, (offset + n + 7) >> 3
-    words = _block_words(first, last, seed, tensor_id, PURPOSE_NORMAL)
-    z = np.stack(normal_pair(words.reshape(-1)), axis=-1).reshape(-1)
-    return np.asarray(z[offset - 8 * first :][:n])
+    return _normals(n, seed, tensor_id, offset, PURPOSE_NORMAL)
+
+
+# ------------------------------------------------------------------------------------------------------------ low rank
+
+
+def factor(x: Array) -> Array:
+    """float32 to the nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 bits."""
+    x = np.where(np.abs(x) < np.float32(0.125), (x + np.float32(0.75)) - np.float32(0.75), x)
+    return _as_float(round_bf16(x).astype(np.uint32) << np.uint32(16))
+
+
+def factors(stack: tuple[int, int, int], rank: int, seed: int, tensor_id: int) -> tuple[Array, Array]:
+    """U [rank, E*m] and V [rank, E*n] of a stack of E matrices [m, n]: normals, those of U times 1/sqrt(rank), rounded.
+
+    They are numbered row by row of these shapes. z of matrix e is sum_k U[k, e*m + i] V[k, e*n + j], a product first and
+    then fused multiply-adds in the order of k.
+    """
+    count, rows, columns = stack
+    scale = np.float32(1.0 / np.sqrt(np.float64(rank)))
+    left = factor(_normals(rank * count * rows, seed, tensor_id, 0, PURPOSE_LEFT) * scale)
+    right = factor(_normals(rank * count * columns, seed, tensor_id, 0, PURPOSE_RIGHT))
+    return left.reshape(rank, -1), right.reshape(rank, -1)
+
+
+def _products(n: int, of: tuple[Array, Array], stack: tuple[int, int, int], offset: int) -> Array:
+    """z of the elements from `offset` on."""
+    _, rows, columns = stack
+    index = np.arange(offset, offset + n)
+    row, column = index // columns, index % columns
+    left, right = of[0][:, row], of[1][:, row // rows * columns + column]
+    z = left[0] * right[0]
+    for u, v in zip(left[1:], right[1:], strict=True):
+        z = fma(u, v, z)
+    return np.asarray(z)
 
 
 def rounding_bits(n: int, seed: int, tensor_id: int, offset: int = 0) -> Array:
@@ -235,12 +283,13 @@ def add_noise(
     rounding: str = "nearest",
     rounding_seed: int = 0,
     offset: int = 0,
+    shape: Sequence[int] | None = None,
 ) -> Array:
-    """One flat tensor's pass round(decay*src + sum_k coef_k z(seed_k)); storage as in `round_to`."""
+    """One flat tensor's pass round(decay*src + sum_k coef_k z(seed_k)); storage as in `round_to`, shape as in `noise`."""
     n = len(src)
     with np.errstate(invalid="ignore"):
         acc = np.float32(decay) * widen(src, dtype)
     for seed, coef in zip(seeds, coefs, strict=True):
-        acc = fma(np.float32(coef), noise(n, seed, tensor_id, offset, distribution), acc)
+        acc = fma(np.float32(coef), noise(n, seed, tensor_id, offset, distribution, shape), acc)
     random = rounding_bits(n, rounding_seed, tensor_id, offset) if rounding == "stochastic" else None
     return round_to(acc, dtype, rounding, random)

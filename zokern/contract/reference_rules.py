@@ -13,7 +13,7 @@ import numpy as np
 from zokern._checks import check_choice
 from zokern.contract.reference import Array, _as_float, _bits, _f32, fma, noise, round_to, rounding_bits, widen
 from zokern.contract.rules import RULES
-from zokern.contract.streams import DISTRIBUTIONS
+from zokern.contract.streams import rank_of
 
 States = dict[str, Array]
 Sums = Callable[[str, float], Array]  # name of the coefficients, start
@@ -114,16 +114,17 @@ def apply(
     rounding_seed: int = 0,
     offset: int = 0,
     square_of_sum: bool = False,
+    shape: Sequence[int] | None = None,
 ) -> tuple[Array, States]:
     """One flat tensor's pass: its new storage (as in `round_to`) and its new states in float32.
 
     coefs has each of the rule's coefs for each seed, scalars each of the rule's scalars. square_of_sum: V is
-    (sum_k coef_k z_k)^2 + start instead of start + sum_k coef_k z_k^2.
+    (sum_k coef_k z_k)^2 + start instead of start + sum_k coef_k z_k^2. shape: as in `noise`.
     """
     check_choice(rule, "rule", tuple(FUNCTIONS))
-    check_choice(distribution, "distribution", DISTRIBUTIONS)  # also where nothing is drawn
+    rank_of(distribution)  # also where nothing is drawn
     n, shared = len(src), {name: np.float32(value) for name, value in scalars.items()}
-    directions = [noise(n, seed, tensor_id, offset, distribution) for seed in seeds]
+    directions = [noise(n, seed, tensor_id, offset, distribution, shape) for seed in seeds]
 
     def sums(name: str, start: float) -> Array:
         squared = name == "V" and square_of_sum
