@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .kernels import _coefs, _grow, _key, _load_tile, _store_tile, _zeros_like, element_at, float_or
-from .lowrank import FACTOR_COLUMNS, matrix_at, places, products, rows_hold_blocks
+from .lowrank import FACTOR_COLUMNS, low_rank, matrix_at, rows_hold_blocks
 from .noise import direction, rounding_bits
 from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
@@ -30,7 +30,7 @@ def _round_state(x, block, high, lanes, tensor_id, seed, STATE: tl.constexpr):
 
 @triton.jit
 def _stage(
-    row, group, w, x, y, block, high, lanes, tensor_id, at, strides,
+    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     WRITTEN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, CUT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -54,7 +54,7 @@ def _stage(
     v = a + tl.where(square_of_sum != 0, 0.0, squares)
     for k in range(num_seeds):
         if DISTRIBUTION == "lowrank":
-            z = products(at, strides, tl.load(row + 9) + k, CUT, PACKED)
+            z = low_rank(matrix, start, lanes, tl.load(row + 9) + k, CUT, PACKED)
         else:
             z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
         ca, cg, cv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
@@ -98,26 +98,23 @@ def _chain_tile(
         x = _load_tile(state0, start, lanes, begin, end, CUT, STATE).to(tl.float32)
     if STATES == 2:
         y = _load_tile(state1, start, lanes, begin, end, CUT, STATE).to(tl.float32)
-    at, strides = None, None
-    if DISTRIBUTION == "lowrank":
-        at, strides = places(matrix, start, lanes, CUT), matrix[6]
     for i in range(first_stage, fork):
         row = stages + i * STAGE_COLUMNS
         if PERTURBATION != RULE:
             if tl.load(row + 5) != 0:
                 w, x, y = _stage(
-                    row, group, w, x, y, block, high, lanes, tensor_id, at, strides,
+                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
                     PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
                     0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
                 )  # fmt: skip
             else:
                 w, x, y = _stage(
-                    row, group, w, x, y, block, high, lanes, tensor_id, at, strides,
+                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
                     RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
                 )  # fmt: skip
         else:
             w, x, y = _stage(
-                row, group, w, x, y, block, high, lanes, tensor_id, at, strides,
+                row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
                 RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
             )  # fmt: skip
     if first_stage < fork:  # all exact: they have been rounded
@@ -129,7 +126,7 @@ def _chain_tile(
     if FORK:  # noqa: SIM102 - decided by the compiler, the test below at run time
         if probe.to(tl.int64) != 0:
             w, x, y = _stage(
-                stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id, at, strides,
+                stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
                 PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
                 0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
             )  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lowrank import FACTOR_COLUMNS, matrix_at, places, products, rows_hold_blocks
+from .lowrank import FACTOR_COLUMNS, low_rank, matrix_at, rows_hold_blocks
 from .noise import direction, rounding_bits
 from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
@@ -174,14 +174,13 @@ def _tile(
     if HAS_NOISE:
         # The first direction is apart so that its seed, and all that depends on it alone, leaves the loop over tiles.
         if DISTRIBUTION == "lowrank":
-            at = places(matrix, start, lanes, CUT)
-            z = products(at, matrix[6], 0, CUT, PACKED)
+            z = low_rank(matrix, start, lanes, 0, CUT, PACKED)
         else:
             z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)
         w, a, g, v = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
         for k in range(1, num_seeds):
             if DISTRIBUTION == "lowrank":
-                z = products(at, matrix[6], k, CUT, PACKED)
+                z = low_rank(matrix, start, lanes, k, CUT, PACKED)
             else:
                 z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
             da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)

@@ -38,8 +38,8 @@ def _times(e, start, factor):
 
 @triton.jit
 def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
-    """Where a chunk begins in its stack of matrices, and its factors: for `places` and `products`. row: of FactorTable.rows;
-    values: the address of place 0 of the first seed, which the next seed's is of_seed numbers behind."""
+    """Where a chunk begins in its stack of matrices, and its factors: for `low_rank`. row: of FactorTable.rows; values: the
+    address of place 0 of the first seed, which the next seed's is of_seed numbers behind."""
     columns, rows, matrices = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     first = chunk.to(tl.int64) * CHUNK
     top = first // columns  # among the rows of all matrices
@@ -51,7 +51,7 @@ def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
     right = values + (tl.load(row + 4) + matrix * columns + column)
     of_column, of_row = _steps(column, columns, CHUNK), _steps(top - matrix * rows, rows, CHUNK)
     strides = (matrices * rows, matrices * columns, of_seed.to(tl.int64), rank)  # from k to k + 1, from seed to seed
-    return left, right, columns, below, of_column, of_row, strides
+    return left, right, columns, column, below, of_column, of_row, strides
 
 
 @triton.jit
@@ -61,45 +61,70 @@ def rows_hold_blocks(matrix):
 
 
 @triton.jit
-def places(matrix, start, lanes, CUT: tl.constexpr):
-    """Addresses of a tile's factors of the first seed and k = 0: of each element where CUT, else U's of each block and V's of
-    its first element. start: the tile's first index in the chunk. Rows behind the last are taken for the last."""
-    left, right, columns, below, of_column, of_row, _ = matrix
-    e = start + lanes * 8
-    if CUT:
-        e = e[:, None] + tl.arange(0, 8)[None, :]
-    down = _times(e, of_column[0], of_column[1])
-    row = down
-    if CUT:
-        row = tl.minimum(down, below)
-    further = _times(row, of_row[0], of_row[1]) - down  # matrices, less rows
-    return left + row, right + e + further.to(tl.int64) * columns
-
-
-@triton.jit
-def _loaded(at, CUT: tl.constexpr):
-    """V of a tile, [BLOCK, 8]; as two accesses of 16 bytes for a block, in the layout of kernels.py's tiles."""
-    if CUT:
-        v = tl.load(at)
-    else:
+def _eight(at, begin, end, WHOLE: tl.constexpr):
+    """V of each block, [BLOCK, 8], of eight neighbouring numbers. WHOLE: all of them, at a multiple of 32 bytes, in two
+    accesses of 16 bytes. Else those from begin to before end; each by itself, so that Triton keeps a block to a thread."""
+    if WHOLE:
         four = tl.max_contiguous(tl.multiple_of(at[:, None] + tl.arange(0, 4)[None, :], (4, 16)), (1, 4))
         low, high = tl.load(four), tl.load(four + 4)
         v = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [at.shape[0], 8])
+    else:
+        even = tl.join(
+            tl.join(_one(at, 0, begin, end), _one(at, 4, begin, end)),
+            tl.join(_one(at, 2, begin, end), _one(at, 6, begin, end)),
+        )
+        odd = tl.join(
+            tl.join(_one(at, 1, begin, end), _one(at, 5, begin, end)),
+            tl.join(_one(at, 3, begin, end), _one(at, 7, begin, end)),
+        )
+        v = tl.reshape(tl.join(even, odd), [at.shape[0], 8])
     return v
 
 
 @triton.jit
-def products(at, strides, k, CUT: tl.constexpr, PACKED: tl.constexpr):
-    """z of seed k on a tile, [BLOCK, 8] float32. at: from `places`; strides: the last of `matrix_at`."""
+def _one(at, j: tl.constexpr, begin, end):
+    return tl.load(at + j, mask=(begin <= j) & (j < end), other=0.0)
+
+
+@triton.jit
+def _row(matrix, e, down, k, begin, end, WHOLE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr):
+    """z of seed k, [BLOCK, 8]: of the elements of each block (its first index in the chunk: e) that lie in the row `down`
+    below the chunk's first, from begin to before end. Rows behind the last are taken for the last."""
+    left, right, columns, _, below, _, of_row, strides = matrix
     between_left, between_right, of_seed, rank = strides
-    left, right = at[0] + k * of_seed, at[1] + k * of_seed
-    u = tl.load(left)
-    z = mul(_loaded(right, CUT), u if CUT else u[:, None], PACKED)
-    for _ in range(1, rank):
-        left += between_left
+    row = tl.minimum(down, below) if CUT else down
+    further = _times(row, of_row[0], of_row[1]) - down  # matrices, less rows
+    left += k * of_seed + row
+    right += k * of_seed + e + further.to(tl.int64) * columns
+    z = mul(_eight(right, begin, end, WHOLE), tl.load(left)[:, None], PACKED)
+    # Counted in these steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
+    for to_left in range(between_left, rank * between_left, between_left):
         right += between_right
-        more = tl.load(left)
-        z = fma(_loaded(right, CUT), more if CUT else more[:, None], z, PACKED)
+        z = fma(_eight(right, begin, end, WHOLE), tl.load(left + to_left)[:, None], z, PACKED)
+    return z
+
+
+@triton.jit
+def low_rank(matrix, start, lanes, k, CUT: tl.constexpr, PACKED: tl.constexpr):
+    """z of seed k on a tile, [BLOCK, 8] float32; start: the tile's first index in the chunk. Whole tiles are those of rows
+    that hold blocks; in others a block is made row by row, of which it is in two, or in up to five."""
+    columns, column, of_column = matrix[2], matrix[3], matrix[5]
+    e = start + lanes * 8
+    down = _times(e, of_column[0], of_column[1])
+    if not CUT:
+        z = _row(matrix, e, down, k, 0, 8, True, CUT, PACKED)
+    elif rows_hold_blocks(matrix):
+        z = _row(matrix, e, down, k, 0, 8, True, CUT, PACKED)
+    else:
+        step = tl.minimum(columns, 8).to(tl.int32)
+        begin = tl.minimum((down + 1).to(tl.int64) * columns - column - e, 8).to(tl.int32) - step  # of its first row
+        j = tl.arange(0, 8)[None, :]
+        z = tl.zeros([lanes.shape[0], 8], tl.float32)
+        for above in range(0, 7 + step, step):
+            first, last = begin + above, begin + above + step
+            some = _row(matrix, e, down, k, first, last, False, CUT, PACKED)
+            z = tl.where((j >= first[:, None]) & (j < last[:, None]), some, z)
+            down += 1
     return z
 
 
