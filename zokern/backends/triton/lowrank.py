@@ -131,7 +131,7 @@ def low_rank(matrix, start, lanes, k, CUT: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def _factor(x):
     """The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits."""
-    x = tl.where(tl.abs(x) < 0.125, (x + 0.75) - 0.75, x)
+    x = tl.where(tl.abs(x) < 2.0**-17, (x + 0.75) - 0.75, x)
     bits = x.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)  # no NaN among them
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
