@@ -39,7 +39,7 @@ def _times(e, start, factor):
 @triton.jit
 def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
     """Where a chunk begins in its stack of matrices, and its factors: for `low_rank`. row: of FactorTable.rows; values: the
-    address of place 0 of the first seed, which the next seed's is of_seed numbers behind."""
+    address of place 0 of the first seed, which the next seed's is of_seed numbers behind; rank: None for 1."""
     columns, rows, matrices = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     first = chunk.to(tl.int64) * CHUNK
     top = first // columns  # among the rows of all matrices
@@ -97,10 +97,11 @@ def _row(matrix, e, down, k, begin, end, WHOLE: tl.constexpr, CUT: tl.constexpr,
     left += k * of_seed + row
     right += k * of_seed + e + further.to(tl.int64) * columns
     z = mul(_eight(right, begin, end, WHOLE), tl.load(left)[:, None], PACKED)
-    # Counted in these steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
-    for to_left in range(between_left, rank * between_left, between_left):
-        right += between_right
-        z = fma(_eight(right, begin, end, WHOLE), tl.load(left + to_left)[:, None], z, PACKED)
+    if rank is not None:
+        # Counted in these steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
+        for to_left in range(between_left, rank * between_left, between_left):
+            right += between_right
+            z = fma(_eight(right, begin, end, WHOLE), tl.load(left + to_left)[:, None], z, PACKED)
     return z
 
 
