@@ -102,8 +102,8 @@ def make_chain(table: Table, chain: Chain, place: Place | None = None, factors: 
 
 
 def stage_rows(chain: Chain, factors: Factors = NO_FACTORS) -> list[tuple[int, ...]]:
-    """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags: pass.h's Stage; and the address of
-    its seeds' factors, which lie one after another."""
+    """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags; address of its factors, which lie
+    one after another: pass.h's Stage."""
     counts = [numbers.seeds.numel() for _, numbers in chain.stages]
     first = [sum(counts[:i]) for i in range(len(counts))]
     return [

@@ -1,8 +1,8 @@
 """The factors of a table of matrices whose directions are of low rank: where U and V lie, and what makes them.
 
 Backends fill a buffer with the factors of all seeds and then go over the weights. The buffer holds, for each seed,
-`of_seed` float32 numbers: U [rank, E*m] and V [rank, E*n] of each tensor, a stack of E matrices [m, n], each from a multiple
-of 8 on. The layouts are csrc/pass.h's FactorRow and FactorSide, and Triton's.
+`of_seed` float32 numbers: U [rank, E*m] and V [rank, E*n] of each tensor, a stack of E matrices [m, n], each from a
+multiple of 8 on. The layouts are csrc/pass.h's FactorRow and FactorSide, and Triton's.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def build(
     chunk: int,
     upload: Callable[[Tensor], Tensor],
 ) -> FactorTable:
-    """tensor_of: the tensor of each of the table's rows. chunks_of: how many chunks each tensor has there. chunk: numbers in
-    a side's."""
+    """tensor_of: the tensor of each of the table's rows. chunks_of: how many chunks each tensor has there. chunk: numbers
+    in a side's."""
     rows: Ints = np.zeros((len(stacks), 5), np.int64)
     sides: Ints = np.zeros((2 * len(stacks), 4), np.int64)
     side_chunks: list[tuple[int, int]] = []
@@ -108,5 +108,9 @@ def build(
         tensors.append(Piece((at, at + own), (first, len(side_chunks)), (begin, place)))
         at += own
     chunks = np.array(side_chunks, np.int32).reshape(-1, 2)
-    sent = [upload(torch.from_numpy(array)) for array in (rows[tensor_of], sides, chunks)]
-    return FactorTable(rank, *sent, tuple(tensors))
+    sent = (
+        upload(torch.from_numpy(rows[tensor_of])),
+        upload(torch.from_numpy(sides)),
+        upload(torch.from_numpy(chunks)),
+    )
+    return FactorTable(rank, *sent, tensors=tuple(tensors))

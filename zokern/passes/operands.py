@@ -86,7 +86,7 @@ class Operands:
             if not self.shapes:
                 if offset or stride:
                     raise ValueError(
-                        f"{what}, is a shard, and directions of low rank depend on the shape of the whole tensor: give shapes"
+                        f"{what}, is a shard, and directions of low rank depend on the whole tensor's shape: give shapes"
                     )
                 continue
             whole, width = tuple(self.shapes[i]), stride or (t.shape[-1] if t.dim() else 1)

@@ -82,8 +82,8 @@ def build(
     stacks: Sequence[factor_tables.Stack] = (),
     rank: int = 0,
 ) -> Table:
-    """The table of tensors that share a dtype and a device; stacks: of matrices, where directions are of that rank. 80 bytes a tensor (a row of one with a stride) and 8 a chunk,
-    uploaded once."""
+    """The table of tensors that share a dtype and a device; stacks: of matrices, where directions are of that rank.
+    80 bytes a tensor (a row of one with a stride) and 8 a chunk, uploaded once."""
     rows: Ints = np.zeros((len(src), COLUMNS), np.int64)
     for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
         addresses = [t.data_ptr() for t in (s, d, *(state[i] for state in states))]
@@ -117,8 +117,8 @@ def build(
 
 
 def _local_rows(rows: Ints, sizes: Ints, lengths: Sequence[int], strides: Sequence[int]) -> tuple[Ints, Ints]:
-    """A row of the table for each local row of the tensors that have a stride, and whose each is. sizes: bytes of an element,
-    by address."""
+    """A row of the table for each local row of the tensors that have a stride, and whose each is. sizes: bytes of an
+    element, by address."""
     length, stride = np.array(lengths, np.int64), np.array(strides, np.int64)
     # Rows whose indices follow each other, as they do in memory, are one.
     whole = (stride == 0) | (stride == length)
@@ -185,7 +185,8 @@ def tables(
     shapes: Sequence[Sequence[int]] = (),
     rank: int = 0,
 ) -> tuple[list[Table], bool]:
-    """One table for each dtype, or two with directions of low rank (rank > 0), of matrices and of others; and whether they had to be built. `check` may refuse tensors not seen before.
+    """One table for each dtype, or two with directions of low rank (rank > 0), of matrices and of others; and whether they
+    had to be built. `check` may refuse tensors not seen before.
 
     states: of the rule, each a list with one tensor for each of src; all of one dtype. probes: where a forked chain's last
     stage goes, for each of src, None where it is left out. strides: for each of src, global distance between the starts of
