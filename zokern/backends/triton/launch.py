@@ -125,7 +125,7 @@ def launches(table: Table, direction: Direction, seeds: list[Tensor]) -> Iterato
                 "factor_rows": table.factors.rows,
                 "values": values,
                 "of_seed": of_seed,
-                "rank": of_rank,
+                "rank": of_rank if of_rank > 1 else None,
                 "first_chunk": (chunks - table.chunks.data_ptr()) // 8,
             },
         )
