@@ -42,8 +42,8 @@ class LowRank(Direction):
 
     Elements have mean 0 and variance 1 and are uncorrelated, as those of `Normal`, so to first order an estimate along z
     tells as much. A 3-D tensor is a stack of matrices. Tensors of other dimensions, and matrices whose smaller side is not
-    above the rank, take the noise of `Normal`. Its name is "lowrank:4" for rank 4. Sources: LOZO (arXiv 2410.07698), EGGROLL
-    (arXiv 2511.16652); bits: docs/noise.md.
+    above the rank, take the noise of `Normal`. Its name is "lowrank:4" for rank 4. Bits: docs/noise.md. Sources: LOZO
+    (arXiv 2410.07698), EGGROLL (arXiv 2511.16652).
 
     Raises:
         TypeError, ValueError: for a rank that is not an integer from 1 to 65536.
