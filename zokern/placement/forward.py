@@ -122,7 +122,7 @@ class Forward(Shown):
         before, self.factors = self.factors, {}
         for device, at in by_device.items():
             pools = before[device].pools if device in before else {}
-            self.factors[device] = Factors([lower[i] for i in at], at, self.rank, pools)
+            self.factors[device] = Factors([lower[i] for i in at], at, self.rank, self.passes.backend, pools)
         made, me = [], weakref.ref(self)
         for i, m in enumerate(lower):
             p = m.param
@@ -216,7 +216,7 @@ class Forward(Shown):
             )
 
     def memory(self) -> list[Tensor]:
-        return [*super().memory(), *(pool for factors in self.factors.values() for pool in factors.pools.values())]
+        return [*super().memory(), *(t for factors in self.factors.values() for t in factors.memory())]
 
 
 def _leaf(p: Tensor) -> nn.Parameter:

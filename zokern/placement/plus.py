@@ -35,7 +35,7 @@ _METHODS = (
 # What may be asked without looking at a value.
 ABOUT = {getattr(Tensor, name).__get__ for name in _GETTERS if hasattr(Tensor, name)}
 ABOUT |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
-ABOUT |= {Tensor.grad.__set__, torch.is_floating_point, torch.is_complex, torch.numel}  # type: ignore[attr-defined]
+ABOUT |= {Tensor.grad.__set__, torch.is_floating_point, torch.is_complex, torch.numel}  # type: ignore[union-attr]
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 

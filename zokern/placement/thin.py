@@ -154,6 +154,7 @@ def _grouped(x: Any, one: Any, offs: Any = None, **others: Any) -> Any:
         return NotImplemented
     if type(x) not in PLAIN or x.dim() != 2 or not is_open(one) or one.base.dim() != 3:
         return NotImplemented
+    assert GROUPED is not None
     out = GROUPED(x, one.base, offs=offs)
     group = torch.searchsorted(offs, torch.arange(x.shape[0], device=x.device, dtype=offs.dtype), right=True)
     group = group.clamp_max(one.shape[0] - 1)  # rows behind the last group: what they are is not defined
@@ -164,6 +165,6 @@ def _grouped(x: Any, one: Any, offs: Any = None, **others: Any) -> Any:
     return out.add_(thin)
 
 
-GROUPED = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+GROUPED = getattr(torch, "_grouped_mm", None)  # what functional.grouped_mm calls
 if GROUPED is not None:
     handles(GROUPED)(_grouped)
