@@ -126,7 +126,8 @@ class Forward(Shown):
         made, me = [], weakref.ref(self)
         for i, m in enumerate(lower):
             p = m.param
-            one = PlusLowRank(_leaf(p), p.detach(), p.detach(), p.detach(), m.name, p.requires_grad)  # factors: _aim
+            one = PlusLowRank(p.detach(), p.detach(), p.detach(), p.detach(), m.name, p.requires_grad)  # factors: _aim
+            one.leaf = nn.Parameter(p.detach(), p.requires_grad)
             one.__dict__.update(p.__dict__)  # attributes that libraries hang on parameters
             one.write = functools.partial(_write, me, i)
             made.append(one)
@@ -176,7 +177,7 @@ class Forward(Shown):
             if one.base.data_ptr() != m.param.data_ptr():
                 if (m.param.shape, m.param.dtype, m.param.device) != (one.base.shape, one.base.dtype, one.base.device):
                     raise RuntimeError(f"the closure has made another tensor of {m.name}; do it before the step")
-                one.base = _leaf(m.param)
+                one.base, one.leaf = m.param.detach(), nn.Parameter(m.param.detach(), m.param.requires_grad)
         self.addresses = list(self.sweep.addresses)
 
     def _aim(self, numbers: PassNumbers) -> None:
@@ -217,11 +218,6 @@ class Forward(Shown):
 
     def memory(self) -> list[Tensor]:
         return [*super().memory(), *(t for factors in self.factors.values() for t in factors.memory())]
-
-
-def _leaf(p: Tensor) -> nn.Parameter:
-    """The weight for products, a leaf as it is one, so that autocast keeps its cast. A gradient would not be the weight's."""
-    return nn.Parameter(p.detach(), p.requires_grad)
 
 
 def _same(a: Seed, b: Seed) -> bool:

@@ -26,23 +26,25 @@ USED = [
 _GETTERS = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
     "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu", "itemsize", "nbytes", "names", "grad",
-    "grad_fn", "output_nr", "_version", "_base", "_backward_hooks", "name",
+    "grad_fn", "output_nr", "_version", "_base", "_backward_hooks", "name", "retains_grad", "is_mtia", "is_vulkan", "is_ipu",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
     "is_floating_point", "is_complex", "__len__", "get_device", "is_inference", "_is_view", "has_names", "dim_order",
+    "is_conj", "is_neg", "_is_zerotensor", "is_shared", "is_pinned",
 )  # fmt: skip
 # What may be asked without looking at a value.
 ABOUT = {getattr(Tensor, name).__get__ for name in _GETTERS if hasattr(Tensor, name)}
 ABOUT |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
-ABOUT |= {Tensor.grad.__set__, torch.is_floating_point, torch.is_complex, torch.numel}  # type: ignore[union-attr]
+ABOUT |= {Tensor.grad.__set__, Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[union-attr,attr-defined]
+ABOUT |= {torch.is_floating_point, torch.is_complex, torch.numel}
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class PlusLowRank(nn.Parameter):
     """The sum of a weight and a matrix of low rank.
 
-    base: the weight. left, right: in dtypes that products with `base` take. scale: float32 [K]. full: the sum, once
+    base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes that products with `base` take. scale: float32 [K]. full: the sum, once
     something, `by`, has asked for it; from then on everything is computed with it. write: makes it. parameter: its name.
     """
 
@@ -51,6 +53,7 @@ class PlusLowRank(nn.Parameter):
     right: Tensor
     scale: Tensor
     parameter: str
+    leaf: Tensor | None
     full: Tensor | None
     write: Callable[[], Tensor] | None
     by: str
@@ -68,7 +71,7 @@ class PlusLowRank(nn.Parameter):
         self, base: Tensor, left: Tensor, right: Tensor, scale: Tensor, name: str = "", requires_grad: bool = False
     ) -> None:
         self.base, self.left, self.right, self.scale = base, left, right, scale
-        self.parameter, self.full, self.write, self.by = name, None, None, ""
+        self.parameter, self.leaf, self.full, self.write, self.by = name, None, None, None, ""
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["base", "left", "right", "scale"], None
@@ -89,7 +92,7 @@ class PlusLowRank(nn.Parameter):
                 if not torch.compiler.is_compiling():
                     USED[0] = True
                 return result
-        if func in ABOUT:
+        if func in ABOUT or _is_looked_at():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **named)
         if func == SET_DATA:
@@ -118,6 +121,11 @@ class PlusLowRank(nn.Parameter):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"<{self.parameter}, perturbed: {tuple(self.shape)} {self.dtype}>"
+
+
+def _is_looked_at() -> bool:
+    """Whether a compiler has stopped tracing and describes what it has found: it asks for what only it may see."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def full(one: PlusLowRank, by: str = "") -> Tensor:

@@ -47,13 +47,17 @@ def _product(rows: Tensor, matrix: Tensor, into: Tensor, scale: Tensor, out_of: 
     return _spread(_coefficients(rows, into, scale), out_of, bias).addmm_(rows, matrix)
 
 
+def _castable(weight: PlusLowRank) -> Tensor:
+    return weight.base if weight.leaf is None or torch.compiler.is_compiling() else weight.leaf
+
+
 @handles(functional.linear)
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if type(x) not in PLAIN or not is_open(weight) or weight.base.dim() != 2 or type(bias) is PlusLowRank:
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
-        out = functional.linear(x, weight.base, bias)
+        out = functional.linear(x, _castable(weight), bias)
         return _behind(out, rows, weight.right, weight.scale, weight.left)
     out = _product(rows, weight.base.t(), weight.right, weight.scale, weight.left, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -65,7 +69,7 @@ def addmm(bias: Any, x: Any, weight: Any, **others: Any) -> Any:
     if others or type(x) not in PLAIN or type(bias) is PlusLowRank or not is_open(weight):
         return NotImplemented
     if torch.is_autocast_enabled(x.device.type):
-        return _behind(torch.addmm(bias, x, weight.base), x, weight.left, weight.scale, weight.right)
+        return _behind(torch.addmm(bias, x, _castable(weight)), x, weight.left, weight.scale, weight.right)
     return _product(x, weight.base, weight.left, weight.scale, weight.right, bias)
 
 
@@ -75,7 +79,7 @@ def matmul(x: Any, weight: Any, **others: Any) -> Any:
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
-        return _behind(torch.matmul(x, weight.base), rows, weight.left, weight.scale, weight.right)
+        return _behind(torch.matmul(x, _castable(weight)), rows, weight.left, weight.scale, weight.right)
     out = _product(rows, weight.base, weight.left, weight.scale, weight.right, None)
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -112,6 +116,13 @@ def _turned(one: PlusLowRank) -> Any:
 @handles(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 def turned(one: Any, *others: Any) -> Any:
     return _turned(one) if one.dim() == 2 else NotImplemented
+
+
+@handles(Tensor.detach, torch.detach)
+def detach(one: Any) -> Any:
+    if not is_open(one) or torch.compiler.is_compiling():
+        return NotImplemented
+    return _derived(one, one.base, one.left, one.right, lambda t: t.detach())
 
 
 @handles(Tensor.transpose, torch.transpose)
