@@ -1,4 +1,4 @@
-"""Forwards see weights plus matrices of low rank that are never written out: a probe writes to no weight, and reads each once.
+"""Forwards see weights plus matrices of low rank, which are never written out: a probe writes to no weight.
 
 Along a direction of low rank, x (W + e U^T V)^T is x W^T plus two thin products. While a closure runs, the module's entries
 for such matrices are `PlusLowRank` (plus.py), which compute so; all other active parameters, norms and biases, are small
@@ -38,8 +38,8 @@ SCALED = (
 
 
 class Forward(Shown):
-    """proves: whether a probe that computes with none of the matrices is an error. copied: what was used otherwise, by name,
-    and by which function: matrices that are copies since."""
+    """proves: whether a probe that computes with none of the matrices is an error. copied: matrices that something else has
+    used, by name, and which function: they are copies since."""
 
     name = "forward"
 
@@ -69,8 +69,8 @@ class Forward(Shown):
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         if trainable and not any(matrices(p.shape, self.rank) for p in trainable):
             raise ValueError(
-                f"placement='forward' has nothing to do: no trainable matrix of {type(self.module).__name__} has both sides "
-                f"above rank {self.rank}; use placement='shadow', or a lower rank"
+                f"placement='forward' has nothing to do: no trainable matrix of {type(self.module).__name__} has both "
+                f"sides above rank {self.rank}; use placement='shadow', or a lower rank"
             )
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
@@ -137,8 +137,8 @@ class Forward(Shown):
         """The sum that a stand-in is, written out."""
         if not self.presented:
             raise NotSeen(
-                f"{self.lower[i].name} was taken inside the closure and is used outside of it, where placement='forward' has "
-                "no perturbed weights"
+                f"{self.stand_ins[i].parameter} was taken inside the closure and is used outside of it, where "
+                "placement='forward' has no perturbed weights"
             )
         p = self.lower[i].param
         with torch.inference_mode(False):
@@ -197,11 +197,11 @@ class Forward(Shown):
         self.filled = seeds
 
     def _check_used(self) -> None:
-        if self.proves and self.stand_ins and not plus.USED[0] and not _has_compiled():
+        if self.proves and self.stand_ins and not plus.USED[0] and not has_compiled():
             raise NotSeen(
-                f"the closure computed with none of the matrices ({self.stand_ins[0].parameter}, ...) of the module that the "
-                "optimizer was given, so it runs something else: a copy, a trace, an export, an engine. Call the module "
-                "itself; where the other one shares its memory, placement='inplace' reaches it"
+                f"the closure computed with none of the {len(self.stand_ins)} matrices "
+                f"({self.stand_ins[0].parameter}, ...) of the module that the optimizer was given, so it runs something else: a copy, a trace, an export, an "
+                "engine. Call the module itself; where the other one shares its memory, placement='inplace' reaches it"
             )
 
     def end(self) -> None:
@@ -211,8 +211,8 @@ class Forward(Shown):
             self.said = len(self.copied)
             name, by = list(self.copied.items())[-1]
             print(
-                f"zokern: placement='forward' perturbs a copy of {len(self.copied)} of {len(self.stand_ins)} matrices, which "
-                f"something else than a product or a lookup has used ({name}: {by}, ...)",
+                f"zokern: placement='forward' perturbs a copy of {len(self.copied)} of {len(self.stand_ins)} matrices, "
+                f"which something else than a product or a lookup has used ({name}: {by}, ...)",
                 file=sys.stderr,
             )
 
@@ -231,7 +231,7 @@ def _write(placement: weakref.ref[Forward], i: int) -> Tensor:
     return found.write(i)
 
 
-def _has_compiled() -> bool:
+def has_compiled() -> bool:
     """Whether torch's compiler has made code in this process, which does not tell what it uses."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
     return frames is not None and frames.FRAME_COUNTER > 0

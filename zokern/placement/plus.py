@@ -4,7 +4,8 @@
 
 A module's entry for the parameter is a `PlusLowRank` while a closure runs. Whatever is computed with it comes here first:
 products and lookups (thin.py) are those with W and two thin ones; everything else gets the sum, written out. So no
-use of it is unperturbed, by whatever module, and torch's compiler looks through it: factors and scales are its graphs' inputs.
+use of it is unperturbed, by whatever module, and torch's compiler looks through it: factors and scales are inputs of its
+graphs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ USED = [
 _GETTERS = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
     "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu", "itemsize", "nbytes", "names", "grad",
-    "grad_fn", "output_nr", "_version", "_base", "_backward_hooks", "name", "retains_grad", "is_mtia", "is_vulkan", "is_ipu",
+    "grad_fn", "output_nr", "_version", "_base", "_backward_hooks", "name", "retains_grad",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
@@ -44,8 +45,9 @@ SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 class PlusLowRank(nn.Parameter):
     """The sum of a weight and a matrix of low rank.
 
-    base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes that products with `base` take. scale: float32 [K]. full: the sum, once
-    something, `by`, has asked for it; from then on everything is computed with it. write: makes it. parameter: its name.
+    base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes
+    that products with `base` take. scale: float32 [K]. full: the sum, once something, `by`, has asked for it; from then on
+    everything is computed with it. write: makes it. parameter: its name.
     """
 
     base: Tensor
