@@ -154,7 +154,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "part read": (lambda: ReadElsewhere(lambda x, w: x + w[3:5].sum() + w.mT.std(), False), rows(7, 12), 1),
     "as a matrix": (lambda: ReadElsewhere(lambda x, w: (w @ x.T).T, False), rows(7, 12), 1),
     "written to": (Renormed, rows(7, 12), 1),
-    "max_norm": (lambda: nn.Embedding(30, 12, max_norm=0.5), words(2, 5), 1),
+    "max_norm": (lambda: nn.Embedding(30, 12, max_norm=0.5), words(2, 5), 0),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(12, 20)), rows(7, 12), 1),
     "attention": (lambda: Attention(12, 2), rows(4, 2, 12), 2),
     "encoder": (lambda: nn.TransformerEncoderLayer(12, 2, 24), rows(4, 2, 12), 2),

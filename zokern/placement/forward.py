@@ -108,11 +108,15 @@ class Forward(Shown):
         }
 
     def _is_lower(self, m: Member, owners: Sequence[nn.Module]) -> bool:
-        """Whether a stand-in is shown: of a whole, plain matrix, that its modules keep nowhere else (as nn.LSTM does)."""
+        """Whether a stand-in is shown: of a whole, plain matrix, that its modules keep nowhere else (as nn.LSTM does) and do
+        not write to (as an embedding with max_norm does)."""
         if matrices(m.param.shape, self.rank) is None or m.offset or m.stride or id(m.param) in self._copied:
             return False
         plain = type(m.param) is nn.Parameter and m.param.layout == torch.strided and m.param.dtype in DTYPES
-        return plain and all(type(owner).__setattr__ is nn.Module.__setattr__ for owner in owners)
+        return plain and all(
+            type(owner).__setattr__ is nn.Module.__setattr__ and getattr(owner, "max_norm", None) is None
+            for owner in owners
+        )
 
     def _stand_in(self, lower: Sweep) -> list[PlusLowRank]:
         """Stand-ins, whose factors are yet to come."""
@@ -200,8 +204,8 @@ class Forward(Shown):
         if self.proves and self.stand_ins and not plus.USED[0] and not has_compiled():
             raise NotSeen(
                 f"the closure computed with none of the {len(self.stand_ins)} matrices "
-                f"({self.stand_ins[0].parameter}, ...) of the module that the optimizer was given, so it runs something else: a copy, a trace, an export, an "
-                "engine. Call the module itself; where the other one shares its memory, placement='inplace' reaches it"
+                f"({self.stand_ins[0].parameter}, ...) of the module that the optimizer was given, so it runs something else: "
+                "a copy, a trace, an export, an engine. Call the module itself; where the other one shares its memory, placement='inplace' reaches it"
             )
 
     def end(self) -> None:

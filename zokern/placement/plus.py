@@ -11,7 +11,7 @@ graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,10 @@ class PlusLowRank(nn.Parameter):
             same = PlusLowRank(one.base, one.left, one.right, one.scale, one.parameter)
             same.full, same.write = one.full, (None if one.write is None else lambda: full(one, func.name()))
             return same
+        if torch.compiler.is_compiling():
+            for value, about in zip(args, func._schema.arguments, strict=False):
+                if type(value) is cls and about.alias_info is not None and about.alias_info.is_write:
+                    _refuse_write(func.name())
         return _written_out(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: Any) -> nn.Parameter:
@@ -132,11 +136,12 @@ def _is_looked_at() -> bool:
 
 def full(one: PlusLowRank, by: str = "") -> Tensor:
     """The sum, written out: once in a closure, and by formula where torch's compiler traces. by: for what."""
+    if one.full is not None:
+        return one.full
     if one.write is None or torch.compiler.is_compiling():
         return _by_formula(one)
-    if one.full is None:
-        one.full, one.by, USED[0] = one.write(), by, True
-    return one.full
+    one.full, one.by, USED[0] = made, _, _ = one.write(), by, True
+    return made
 
 
 def _by_formula(one: PlusLowRank) -> Tensor:
@@ -147,8 +152,15 @@ def _by_formula(one: PlusLowRank) -> Tensor:
 
 
 def _written_out(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    by = "" if torch.compiler.is_compiling() else getattr(func, "__qualname__", str(func))
+    by = getattr(func, "__name__", "")
+    if torch.compiler.is_compiling() and ((by.endswith("_") and not by.endswith("__")) or "out" in named):
+        _refuse_write(by)
     return func(*_sums(args, by), **_sums(named, by))
+
+
+def _refuse_write(by: str) -> NoReturn:
+    """A graph would write to a sum that nothing else reads."""
+    raise RefusedCall(f"compiled code writes to a perturbed weight ({by}); use placement='shadow' for this model")
 
 
 def _sums(given: Any, by: str) -> Any:
