@@ -464,3 +464,42 @@ def test_what_is_refused_inside_a_closure():
     config = importlib.import_module("torch._inductor.config")
     with config.patch(freezing=True), pytest.raises(ValueError, match="freezing makes constants"):
         opt.step(lambda: model(tokens(0)))
+
+
+# ------------------------------------------------------------------------------------------------------------ other people's
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30, n_positions=24, eos_token_id=None)
+    return seeded(lambda: transformers.GPT2LMHeadModel(config))
+
+
+def test_generation(gpt2):
+    ids = words(2, 4)
+
+    def reward() -> Tensor:
+        out = gpt2.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        return torch.stack(out.logits).double().square().mean()
+
+    assert losses_of(gpt2, reward, "forward") == pytest.approx(losses_of(gpt2, reward, "shadow"), rel=1e-5)
+
+
+def test_peft_and_check(gpt2):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        copy.deepcopy(gpt2),
+        peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"], fan_in_fan_out=True),
+    ).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(generator=torch.Generator().manual_seed(3))
+    closure = lambda: model(words(2, 6), labels=words(2, 6)).loss.double()  # noqa: E731
+    assert losses_of(model, closure, "forward") == pytest.approx(losses_of(model, closure, "shadow"), rel=1e-5)
+    opt = zokern.MeZO(model, 1e-3, distribution=LowRank(1), placement="forward")
+    result = zokern.check(opt, closure, progress=False)
+    assert result.ok
+    assert "adds to the products of 5 matrices, and copies 0 other tensors" in str(result).replace("\n", " ")
+    opt.step(closure)
+    assert result.cost.memory["forward"] == sum(t.nbytes for t in opt._placement.memory())

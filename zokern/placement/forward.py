@@ -91,14 +91,10 @@ class Forward(Shown):
         if layout != self.layout or self.moved(self.copies) or self.addresses != members.addresses:
             self.layout, self.copies, self.stand_ins, self.count = None, [], [], 0
             self.let_go()
-            owners: dict[int, list[nn.Module]] = {}
-            for site in sites.find(self.module, members, self.name):
-                owners.setdefault(id(site.param), []).append(site.owner)
-            lower = [i for i, m in enumerate(members) if self._is_lower(m, owners[id(m.param)])]
-            self._at = lower, [i for i in range(len(members)) if i not in set(lower)]
+            self._at = self.split(members)
             sites.fit(self.pools, sites.sizes(members.piece(self._at[1])))
             self.copies = sites.copies(members.piece(self._at[1]), self.pools)
-            self.stand_ins = self._stand_in(members.piece(lower))
+            self.stand_ins = self._stand_in(members.piece(self._at[0]))
             self.layout, self.addresses = layout, list(members.addresses)
             self.places = list(map(Tensor.data_ptr, self.copies))
         self.lower, self.dense = members.piece(self._at[0]), members.piece(self._at[1])
@@ -107,9 +103,17 @@ class Forward(Shown):
             **{id(m.param): one for m, one in zip(self.lower, self.stand_ins, strict=True)},
         }
 
+    def split(self, members: Sequence[Member]) -> tuple[list[int], list[int]]:
+        """Which of them get stand-ins, and which copies."""
+        owners: dict[int, list[nn.Module]] = {}
+        for site in sites.find(self.module, members, self.name):
+            owners.setdefault(id(site.param), []).append(site.owner)
+        lower = [i for i, m in enumerate(members) if self._is_lower(m, owners[id(m.param)])]
+        return lower, sorted(set(range(len(members))) - set(lower))
+
     def _is_lower(self, m: Member, owners: Sequence[nn.Module]) -> bool:
-        """Whether a stand-in is shown: of a whole, plain matrix, that its modules keep nowhere else (as nn.LSTM does) and do
-        not write to (as an embedding with max_norm does)."""
+        """Whether it is a whole, plain matrix that its modules keep nowhere else (as nn.LSTM does) and do not write to (as
+        an embedding with max_norm does)."""
         if matrices(m.param.shape, self.rank) is None or m.offset or m.stride or id(m.param) in self._copied:
             return False
         plain = type(m.param) is nn.Parameter and m.param.layout == torch.strided and m.param.dtype in DTYPES
@@ -204,8 +208,9 @@ class Forward(Shown):
         if self.proves and self.stand_ins and not plus.USED[0] and not has_compiled():
             raise NotSeen(
                 f"the closure computed with none of the {len(self.stand_ins)} matrices "
-                f"({self.stand_ins[0].parameter}, ...) of the module that the optimizer was given, so it runs something else: "
-                "a copy, a trace, an export, an engine. Call the module itself; where the other one shares its memory, placement='inplace' reaches it"
+                f"({self.stand_ins[0].parameter}, ...) of the module that the optimizer was given, so it runs something "
+                "else: a copy, a trace, an export, an engine. Call the module itself; where the other one shares its "
+                "memory, placement='inplace' reaches it"
             )
 
     def end(self) -> None:
@@ -239,3 +244,14 @@ def has_compiled() -> bool:
     """Whether torch's compiler has made code in this process, which does not tell what it uses."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
     return frames is not None and frames.FRAME_COUNTER > 0
+
+
+def extra_bytes(placement: Forward, members: Sequence[Member]) -> int:
+    """The memory that it needs beside these weights: copies, and the factors of one seed."""
+    lower, copied = placement.split(members)
+    sizes = sites.sizes([members[i] for i in copied])
+    total = sum(size * dtype.itemsize for (_, dtype), size in sizes.items())
+    by_device: dict[torch.device, list[Member]] = {}
+    for i in lower:
+        by_device.setdefault(members[i].param.device, []).append(members[i])
+    return total + sum(Factors.nbytes(own, placement.rank) for own in by_device.values())
