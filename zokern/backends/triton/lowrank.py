@@ -119,9 +119,7 @@ def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.conste
     columns, column, of_column = matrix[2], matrix[3], matrix[5]
     e = start + lanes * 8
     down = _times(e, of_column[0], of_column[1])
-    if not CUT:
-        z = _row(matrix, e, down, to_seed, 0, 8, True, CUT, PACKED)
-    elif rows_hold_blocks(matrix):
+    if not CUT or rows_hold_blocks(matrix):
         z = _row(matrix, e, down, to_seed, 0, 8, True, CUT, PACKED)
     else:
         step = tl.minimum(columns, 8).to(tl.int32)
@@ -162,7 +160,9 @@ def fill_kernel(
     k0, k1 = tl.load(key), tl.load(key + 1)
     origin = number.to(tl.int64) * CHUNK
     end = tl.minimum(tl.load(row) - origin, CHUNK).to(tl.int32)
-    out = values.to(tl.int64).to(tl.pointer_type(tl.float32)) + (seed * of_seed.to(tl.int64) + tl.load(row + 3) + origin)
+    out = values.to(tl.int64).to(tl.pointer_type(tl.float32)) + (
+        seed * of_seed.to(tl.int64) + tl.load(row + 3) + origin
+    )
     first, high = number.to(tl.uint32) * (CHUNK // 8), number.to(tl.uint32) // (2**32 // (CHUNK // 8))
     lanes = tl.arange(0, BLOCK)
     for tile in range(tl.cdiv(end, BLOCK * 8)):
