@@ -25,7 +25,8 @@ from zokern.finetune.examples import Example  # noqa: E402
 from zokern.finetune.models import place  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
 from zokern.finetune.scored import Choices, Kept, Scored  # noqa: E402
-from zokern.finetune.tasks import Classifier, Similarity, Task  # noqa: E402
+from zokern.finetune.similar import Similarity  # noqa: E402
+from zokern.finetune.tasks import Classifier, Task  # noqa: E402
 
 TINY = pytest.mark.parametrize("name", ["tiny-opt", "tiny-qwen", "tiny-encoder"])
 PADDED = [[3, 4, 5, 6], [7, 8], [9, 10, 11], [12, 13]]

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from zokern.finetune import likelihood, virtual
-from zokern.finetune.batches import Batch, Rows, cut
+from zokern.finetune.batches import Batch, Packed, Rows, cut
 from zokern.finetune.data import TextSet
 from zokern.finetune.examples import Example, Text, parts
 from zokern.finetune.framing import Frame
 from zokern.finetune.options import FinetuneError
-from zokern.finetune.tasks import Judged, Task, accepts
+from zokern.finetune.packer import accepts
+from zokern.finetune.packing import Wanted, pack
+from zokern.finetune.tasks import Judged, Task
 from zokern.passes.table import upload
 from zokern.tasks import metrics
 from zokern.tasks.metrics import Metric
@@ -29,11 +31,13 @@ from zokern.tasks.metrics import Metric
 
 @dataclass
 class Kept:
-    """A set. texts: the rows that were kept. begins: text i has the rows begins[i] to begins[i + 1]. counts: of the tokens
-    that are scored in each row. said, read: what a decoder of its own says, and reads before that."""
+    """A set. texts: the rows that were kept. begins: text i has the rows begins[i] to begins[i + 1]. sizes, counts: of the
+    tokens that are scored in each row, here and on the device. said, read: what a decoder of its own says, and reads before
+    that."""
 
     texts: list[Example]
     begins: list[int]
+    sizes: list[int]
     counts: Tensor
     most: int
     said: Rows | None = None
@@ -64,6 +68,7 @@ class Scored(Task):
         self.frame, self.limit = frame, limit
         self.kept: dict[str, Kept] = {}
         self.keeps = accepts(model, "logits_to_keep")
+        self.reads = None if frame.encoder else "logits"
         if frame.encoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise FinetuneError(
                 f"{type(model).__name__} has no prepare_decoder_input_ids_from_labels, which says what its decoder reads; "
@@ -86,8 +91,8 @@ class Scored(Task):
         """A set, of which text i is the prompts[i], each with one of the ends[i] after it."""
         flat = [(prompt, end) for prompt, several in zip(prompts, ends, strict=True) for end in several]
         begins = [0, *itertools.accumulate(map(len, ends))]
-        counts = torch.tensor([len(end) for _, end in flat], device=self.device)
-        kept = Kept(list(texts), begins, counts, max(len(end) for _, end in flat))
+        sizes = [len(end) for _, end in flat]
+        kept = Kept(list(texts), begins, sizes, torch.tensor(sizes, device=self.device), max(sizes))
         self._check_room(kept.most)
         if self.frame.encoder:
             rows, kept.said = self._pack([prompt for prompt, _ in flat]), self._pack([end for _, end in flat])
@@ -125,15 +130,25 @@ class Scored(Task):
     def batch(self, name: str, wanted: Sequence[int]) -> Asked:
         """The rows of the texts with the indices `wanted`."""
         rows, targets = self.sets[name]
-        begins = self.kept[name].begins
-        flat = [row for i in wanted for row in range(begins[i], begins[i + 1])]
-        made = cut(rows, flat, [targets[i] for i in wanted])
+        begins, sizes = self.kept[name].begins, self.kept[name].sizes
+        each = [list(range(begins[i], begins[i + 1])) for i in wanted]
+        right = [targets[i] for i in wanted]
+        if self.packer is None:
+            made = cut(rows, [row for own in each for row in own], right)
+        else:
+            counts = [[sizes[row] for row in own] for own in each]
+            shared = [rows.lengths[own[0]] - sizes[own[0]] for own in each]
+            made = pack(rows, [Wanted(*text) for text in zip(each, shared, counts, strict=True)], right)
         return Asked(made.groups, made.order, made.targets, name, list(wanted))
 
     def scores(self, batch: Asked) -> Tensor:
         """(rows,): the mean log-likelihood of each end, in float32, text by text."""
         kept, found = self.kept[batch.name], []
         for group in batch.groups:
+            if isinstance(group, Packed):
+                assert self.packer is not None
+                found.append(self.packer.likelihoods(group))
+                continue
             counts = kept.counts.index_select(0, group.rows)
             if kept.said is None or kept.read is None:
                 found.append(likelihood.of_ends(self.model, group, counts, kept.most, keeps=self.keeps))
