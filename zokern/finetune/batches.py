@@ -103,8 +103,8 @@ class Batch:
         return torch.cat(parts).index_select(0, self.order)
 
 
-def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
-    """The batch of the rows with the indices `wanted`. targets: class indices, carried along."""
+def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int], *, whole: bool = False) -> Batch:
+    """The batch of the rows with the indices `wanted`. targets: class indices, carried along. whole: in one group."""
     device = rows.ids.device
     by_length = sorted(range(len(wanted)), key=lambda i: rows.lengths[wanted[i]])
     chosen = [wanted[i] for i in by_length]
@@ -115,7 +115,7 @@ def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
     # In one transfer, for which nothing waits.
     numbers = upload(torch.tensor([*chosen, *lengths, *order, *targets], dtype=torch.long), device)
     all_rows, all_lengths, back, classes = numbers.split([len(wanted)] * 3 + [len(targets)])
-    size = _CPU_GROUP if device.type == "cpu" else len(wanted)
+    size = _CPU_GROUP if device.type == "cpu" and not whole else len(wanted)
     groups: list[Group] = []
     for start in range(0, len(wanted), size):
         part = slice(start, start + size)

@@ -339,9 +339,9 @@ class Options:
     packing: str = option(
         default="auto",
         kind=Choice(("auto", "always", "never")),
-        help="Whether the texts of a batch lie end to end, without padding, for similarity, prompt, choices and answer, "
-        "but in encoder-decoders. The losses are the same to rounding. auto: on a CPU, where the model is found to take "
-        "it; the run says where not.",
+        help="Whether the texts of a batch lie end to end, without padding, for similarity, prompt, choices and answer; of "
+        "an encoder-decoder, whether a text is read once for all that may follow it. The losses are the same to rounding. "
+        "auto: on a CPU, where the model is found to take it; the run says where not.",
         panel=HARDWARE,
     )
     threads: int | None = option(

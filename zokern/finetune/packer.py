@@ -96,12 +96,24 @@ def proven(model: nn.Module, sets: Sequence[Rows], *, scores: bool) -> Packer:
     for offset in (0, *([padding + 1] if isinstance(padding, int) else [])):
         packer = Packer(model, offset=offset)
         try:
-            if _same(packer, samples, shared, alone, scores) and _apart(packer, samples, shared, scores):
+            found = _together(packer, samples, shared, scores)
+            if all(map(close, found, alone)) and _stays(found, packer, samples, shared, scores):
                 return packer
         except Exception as error:  # of a model's own code, which may take no packed rows at all
-            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            why = first_line(error)
     attend_as(model, before)
-    raise Unpackable(f"a {type(plain).__name__} reads rows one by one ({why})")
+    raise Unpackable(f"a {type(plain).__name__} cannot do that ({why})")
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs of a model are the same, but for rounding. expected: in the model's number format."""
+    largest = expected.abs().amax()
+    return bool(((found - expected).abs().amax() <= _CLOSE.get(expected.dtype, 1e-4) * largest).item())
+
+
+def first_line(error: Exception) -> str:
+    """What an error says."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _samples(sets: Sequence[Rows], scores: bool) -> tuple[Rows, int]:
@@ -138,18 +150,9 @@ def _together(packer: Packer, samples: Rows, shared: int, scores: bool) -> list[
     return list(batch.gather([packer.lasts(group) if scores else packer.means(group) for group in groups]))
 
 
-def _same(packer: Packer, samples: Rows, shared: int, alone: list[Tensor], scores: bool) -> bool:
-    """Whether rows get packed what they get alone, but for rounding."""
-    close = _CLOSE.get(alone[0].dtype, 1e-4)
-    pairs = zip(_together(packer, samples, shared, scores), alone, strict=True)
-    return all(bool(((a - b).abs().amax() <= close * b.abs().amax()).item()) for a, b in pairs)
-
-
-def _apart(packer: Packer, samples: Rows, shared: int, scores: bool) -> bool:
+def _stays(found: list[Tensor], packer: Packer, samples: Rows, shared: int, scores: bool) -> bool:
     """Whether another first row leaves the bits of the rest."""
-    other = samples.ids.clone()
-    first = samples.lengths[0]
+    other, first = samples.ids.clone(), samples.lengths[0]
     other[0, :first] = samples.ids[2, samples.lengths[2] - first : samples.lengths[2]].flip(0)
-    changed = Rows(other, samples.lengths)
-    pairs = zip(*(_together(packer, one, shared, scores)[1:] for one in (samples, changed)), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    changed = _together(packer, Rows(other, samples.lengths), shared, scores)
+    return all(torch.equal(a, b) for a, b in zip(found[1:], changed[1:], strict=True))

@@ -29,7 +29,7 @@ from zokern.finetune.tasks import Task
 class Prompt(Task):
     """words[i]: the word of label i. limit: the model's, in tokens, words included. The rest: as of Frame."""
 
-    reads = "logits"
+    packs = True
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class Similarity(Task):
     rows are packed, of the first of those that are evaluated with the same weights.
     """
 
-    reads = "hidden states"
+    packs, reads_logits = True, False
 
     def __init__(
         self,

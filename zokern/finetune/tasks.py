@@ -45,8 +45,9 @@ class Task:
     metric: Metric = metrics.METRICS["accuracy"]
     settings: list[str] | None = None  # what else the model's input depends on
     by_metric = False  # whether a step makes minus the metric smaller
-    reads: str | None = None  # of its rows, where they may be packed: "logits" or "hidden states"
-    packer: Packer | None = None  # where they are
+    packs = False  # whether rows may be packed
+    reads_logits = True  # whether logits are read then; else hidden states
+    packer: Packer | None = None  # where rows are packed
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
         self.model = model
@@ -75,10 +76,8 @@ class Task:
 
     def pack(self) -> None:
         """From here on rows are packed. Raises Unpackable where that is not possible."""
-        if self.reads is None:
-            raise Unpackable("the objective reads whole texts with a head, or by an encoder-decoder")
         rows = [rows for rows, _ in self.sets.values()]
-        self.packer = proven(self.model, rows, scores=self.reads == "logits")
+        self.packer = proven(self.model, rows, scores=self.reads_logits)
 
     def logits(self, batch: Batch) -> Tensor:
         """(texts, classes), in float32."""
@@ -216,9 +215,11 @@ def choose_packing(task: Task, way: str) -> str | None:
 
     Raises FinetuneError where it does not, and `way` is "always".
     """
-    if way == "never" or (way == "auto" and (task.reads is None or task.device.type != "cpu")):
+    if way == "never" or (way == "auto" and (not task.packs or task.device.type != "cpu")):
         return None
     try:
+        if not task.packs:
+            raise Unpackable("a head reads whole texts or pictures")
         task.pack()
     except Unpackable as error:
         if way == "always":
