@@ -11,6 +11,7 @@ as they do the clock's.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -46,6 +47,13 @@ def build(layers: int) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
+@functools.cache
+def texts() -> TextSet:
+    """The embedded sentences."""
+    found = [sentence for sentence, _ in docstrings.sentences()][:512]
+    return TextSet(found, [i % 2 for i in range(len(found))])
+
+
 def task_of(model: nn.Module, words: list[str]) -> Prompt:
     """The objective, with rows padded."""
     from transformers import AutoTokenizer
@@ -53,8 +61,7 @@ def task_of(model: nn.Module, words: list[str]) -> Prompt:
     tokenizer = AutoTokenizer.from_pretrained(models.locate("demo"))
     tokenizer.eos_token = tokenizer.sep_token  # a prompt goes on without it
     task = Prompt(model, tokenizer, LABELS, LONGEST, "{text} Topic:", words)
-    texts = [sentence for sentence, _ in docstrings.sentences()][:512]
-    task.add("train", TextSet(texts, [i % 2 for i in range(len(texts))]))
+    task.add("train", texts())
     return task
 
 
@@ -141,14 +148,14 @@ def part() -> str:
     run = load("lengths-cpu.json")
     settings, machine = run["settings"], run["machine"]
     told = [
-        f"words of {case}: **{found['over_packed']['padded']:.1f}** times a packed step when rows are padded, and "
+        f"{case} in a label's word, **{found['over_packed']['padded']:.1f}** times with padded rows and "
         f"**{found['over_packed']['published']:.1f}** times in the published order of work"
         for case, found in run["results"].items()
     ]
     return (
         f"Measured with `python -m benchmarks.lengths.run` on {settings['threads']} thread of an {machine['processor']}, "
         f"{settings['batch']} sentences a batch of the embedded data, a model of SmolLM2-135M's shape (medians of "
-        f"{settings['rounds']} rounds): {'; '.join(told)} (MeZO's four sweeps of `torch.normal`, logits at every token)."
+        f"{settings['rounds']} rounds). A step of MeZO takes, over one with packed rows: {'; '.join(told)} (MeZO's four sweeps of `torch.normal`, logits at every token)."
     )
 
 
