@@ -155,7 +155,8 @@ def part() -> str:
     return (
         f"Measured with `python -m benchmarks.lengths.run` on {settings['threads']} thread of an {machine['processor']}, "
         f"{settings['batch']} sentences a batch of the embedded data, a model of SmolLM2-135M's shape (medians of "
-        f"{settings['rounds']} rounds). A step of MeZO takes, over one with packed rows: {'; '.join(told)} (MeZO's four sweeps of `torch.normal`, logits at every token)."
+        f"{settings['rounds']} rounds). A step of MeZO takes, over one with packed rows: {'; '.join(told)} (MeZO's four "
+        "sweeps of `torch.normal`, logits at every token)."
     )
 
 
