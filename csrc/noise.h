@@ -29,7 +29,7 @@
 namespace zk {
 namespace ZK_ISA {
 
-enum Purpose : uint32_t { kNormal = 0, kRounding = 1, kRademacher = 2 };
+enum Purpose : uint32_t { kNormal = 0, kRounding = 1, kRademacher = 2, kLeft = 3, kRight = 4 };
 
 // The key words of a round, from a seed or from a schedule made on the host (pass.h).
 struct SeedKeys {
@@ -140,10 +140,11 @@ ZK_FN void normal_pair(typename L::u32 w, typename L::f32& z0, typename L::f32& 
 // is uniform over a chunk (so c1 is), and b < 2^11 counts blocks of eight in it.
 
 template <class L, class Keys>
-ZK_FN void normals(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+ZK_FN void normals_after(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, const Head& head,
+                         const Keys& keys) {
   constexpr int kPack = L::kPack, kEight = 8 / kPack;
   typename L::Word w[L::kSub][4];
-  block_words<L>(w, uint32_t(base >> 3) + b, chunk_head<kNormal>(base, id, keys), keys);
+  block_words<L>(w, uint32_t(base >> 3) + b, head, keys);
   ZK_UNROLL
   for (int s = 0; s < L::kSub; ++s) {
     typename L::f32* out = z + kEight * s;
@@ -151,6 +152,10 @@ ZK_FN void normals(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b,
     for (int j = 0; j < 4; j += kPack) normal_pair<L>(L::words(w[s] + j), out[2 * j / kPack], out[2 * j / kPack + 1]);
     L::to_memory_order(out);
   }
+}
+template <class L, class Keys>
+ZK_FN void normals(typename L::f32 (&z)[L::kVectors], uint64_t base, uint32_t b, uint32_t id, const Keys& keys) {
+  normals_after<L>(z, base, b, chunk_head<kNormal>(base, id, keys), keys);
 }
 
 // A 128-bit block serves 128 signs, so a group of vectors needs one block or a part of one, which is scalar work.

@@ -10,8 +10,8 @@
 namespace zk {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
-// `any`: a kernel that looks at the pass at run time, where a kernel for each would be many.
-enum class Distribution : int { normal = 0, rademacher = 1, any = 2 };
+// `any`: a kernel that looks at the pass at run time, where a kernel for each would be many; normals or signs.
+enum class Distribution : int { normal = 0, rademacher = 1, any = 2, low_rank = 3 };
 enum class Rounding : int { nearest = 0, stochastic = 1, any = 2 };
 
 // A chunk is this many consecutive global indices, so c1 (the high word of the block index) is uniform in it.
@@ -35,6 +35,24 @@ struct ChunkRow {  // two int32, one row per chunk
   int32_t number;  // the chunk covers global indices [number*kChunk, (number+1)*kChunk)
 };
 
+// Of a tensor whose direction is of low rank: a stack of matrices, z = sum_k U[k, i] V[k, j]; docs/noise.md.
+struct FactorRow {  // five int64, one row beside each TensorRow
+  int64_t columns;   // of a matrix; the whole, unsharded one's, as all that is here
+  int64_t rows;      // of a matrix
+  int64_t matrices;
+  int64_t left;      // where U [rank, matrices * rows] lies among the numbers of a seed
+  int64_t right;     // and V [rank, matrices * columns]; both at a multiple of 8
+};
+
+// The factors of a pass, or of a chain's stage, in memory: small, and read where other passes draw.
+struct Factors {
+  const FactorRow* rows;  // null where the directions' elements are independent
+  const float* values;    // [seeds][of_seed], and kFactorSlack more that vectors may read
+  int64_t of_seed;        // a multiple of 8
+  int32_t rank;
+};
+constexpr int kFactorSlack = 64;
+
 // Philox' key words of all ten rounds. Computed on the host where a seed is known there: as launch parameters they cost
 // a GPU no instruction and no register, while ten rounds of key bumps are a tenth of a block's instructions.
 struct alignas(8) KeySchedule {
@@ -53,6 +71,25 @@ inline KeySchedule key_schedule(int64_t seed) {
   return s;
 }
 
+// How factors are made: U and V of each tensor are sides, in chunks of kChunk numbers as tensors are.
+struct FactorSide {  // four int64
+  int64_t numel;
+  int64_t id;     // the tensor's
+  int64_t right;  // 0 for U, 1 for V
+  int64_t place;  // among the numbers of a seed
+};
+struct FactorFill {
+  const FactorSide* sides;
+  const ChunkRow* chunks;
+  int64_t num_chunks;
+  const int64_t* seeds;    // [num_seeds], or null where there is one and it is known in first_keys
+  KeySchedule first_keys;  // where seeds is null
+  float* values;           // as Factors has them
+  int64_t of_seed;
+  int32_t num_seeds;
+  float scale;  // of U: 1/sqrt(rank)
+};
+
 struct Pass {
   const TensorRow* tensors;
   const ChunkRow* chunks;
@@ -69,6 +106,7 @@ struct Pass {
   int32_t rademacher, stochastic;  // for kernels of Distribution::any and Rounding::any
   int32_t square_of_sum;           // curvature from (sum_k b_k z_k)^2 instead of sum_k b_k z_k^2
   int32_t keep_second;             // the second state is read but not written
+  Factors factors;
 };
 
 // A chain is several passes over the same tensors, done one after another while an element is in a GPU's registers or
@@ -80,6 +118,7 @@ struct Stage {
   const float* coefs;    // as a pass has them, of the stage's rule
   const float* scalars;
   const int64_t* rounding_seed;  // [2], or null where nothing is rounded stochastically
+  const float* factors;          // of the stage's seeds, as Factors::values; not read where directions have none
   int32_t num_seeds;
   int16_t perturbs, stochastic, square_of_sum, keep_second;
 };
@@ -94,6 +133,7 @@ struct Chain {
   int32_t rademacher;
   int32_t fork;         // the last stage, a perturbation, goes to the tensors' probes; weights are stored before it
   int32_t keep_second;  // no stage writes the second state
+  Factors factors;      // of all stages, which have values of their own
   Stage stages[kMaxStages];
 };
 

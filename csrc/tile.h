@@ -1,7 +1,7 @@
 // One tile of a pass: load its vectors, apply the rule, round once, store. 8 elements per thread on a GPU, 16 * W on a
 // CPU with W lanes. L hides dtypes and alignment behind load and store; `lo`, `hi` cut a tile at a tensor's ends.
 #pragma once
-#include "rounding.h"
+#include "lowrank.h"
 #include "uniform.h"
 
 namespace zk {
@@ -19,7 +19,9 @@ ZK_OUTLINE void draw_any(typename L::f32 (&z)[L::kVectors], bool rademacher, uin
 template <class L, Distribution D, class P, class Keys>
 ZK_FN void draw(typename L::f32 (&z)[L::kVectors], const P& pass, uint64_t base, uint32_t b, uint32_t id,
                  const Keys& keys) {
-  if constexpr (D == Distribution::any)
+  if constexpr (D == Distribution::low_rank)
+    L::products(z, base, b, keys);  // keys are the factors
+  else if constexpr (D == Distribution::any)
     draw_any<L>(z, pass.rademacher != 0, base, b, id, keys);
   else if constexpr (D == Distribution::rademacher)
     signs<L>(z, base, b, id, keys);

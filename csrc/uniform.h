@@ -2,7 +2,7 @@
 // decay, the keys of the roundings. The fewer of these a pass leaves open, the less a tile has to do: with_uniform
 // chooses.
 #pragma once
-#include "noise.h"
+#include "lowrank.h"
 #include "rules.h"
 
 namespace zk {
@@ -79,6 +79,18 @@ ZK_FN AnyUniform<R> any_uniform(const Pass& pass, const TensorRow& t) {
   const float* scalars = pass.scalars + t.group * R::kScalars;
   const ManySeeds many{seeds, pass.coefs + t.group * pass.num_seeds * kCoefs<R>, pass.num_seeds};
   return {pass, uint32_t(t.id), R(scalars), {scalars[0]}, many, {own[0], own[1]}, {state[0], state[1]}};
+}
+
+// The same for directions of low rank. row: of the tensor, among the pass' rows.
+template <class R>
+using LowRankUniform = Uniform<R, Decay, LowRankSeeds<R>, SeedKeys>;
+template <class R>
+ZK_FN LowRankUniform<R> low_rank_uniform(const Pass& pass, int row) {
+  const AnyUniform<R> any = any_uniform<R>(pass, pass.tensors[row]);
+  const Factors& of = pass.factors;
+  return {pass, any.id, any.rule, any.decay,
+          {any.seeds.coefs, of.values, of.rows[row], of.of_seed, pass.num_seeds, of.rank},
+          any.rounding_keys, any.state_keys};
 }
 
 // Calls f with the uniform that lets the loop over whole tiles do the least work.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern.contract.streams import LAYERS_STREAM, ROUNDING_STREAM, STATE_STREAM, derive_seed, derive_seeds
+from zokern.directions import Direction
 
 __all__ = ["LAYERS_STREAM", "ROUNDING_STREAM", "STATE_STREAM", "derive_seed", "derive_seeds", "noise"]
 
@@ -22,9 +23,10 @@ def noise(
     *,
     seed: int,
     tensor_id: int = 0,
-    distribution: str = "normal",
+    distribution: str | Direction = "normal",
     offset: int = 0,
     stride: int = 0,
+    whole: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
@@ -35,10 +37,12 @@ def noise(
         shape: of the result; elements are numbered in row-major order.
         seed: of the direction, in [0, 2^63).
         tensor_id: in [0, 2^32).
-        distribution: "normal" for N(0, 1), "rademacher" for signs +1 and -1.
+        distribution: "normal" for N(0, 1), "rademacher" for signs +1 and -1, "lowrank:4" or zokern.LowRank(4) for matrices
+            U V^T / sqrt(4).
         offset: global index of the first element, for a shard of a larger tensor.
         stride: global distance between the starts of neighbouring rows, for a shard of a matrix along its last dimension:
             the size of a row of the whole matrix. 0 for what is no such shard.
+        whole: shape of the tensor that this is a shard of, which a direction of low rank depends on; None is `shape`.
         dtype: float32, or float16 / bfloat16: the float32 noise rounded to nearest even.
         device, backend: as in :func:`zokern.add_noise_`.
 
@@ -64,6 +68,7 @@ def noise(
         distribution=distribution,
         offsets=[offset],
         strides=[stride],
+        shapes=None if whole is None else [whole],
         backend=backend,
     )
     return z

@@ -66,6 +66,7 @@ def add_noise_(
     out: Sequence[Tensor] | None = None,
     offsets: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
+    shapes: Sequence[Sequence[int]] | None = None,
     backend: str = "auto",
 ) -> None:
     """dst <- round(decay*src + sum_k coefs[k] z(seeds[k])), all tensors in one launch for each dtype.
@@ -79,13 +80,15 @@ def add_noise_(
         seeds: of the K >= 0 directions, ints in [0, 2^63), or an int64 tensor [K] on the host or the device.
         coefs: one for each seed, finite, or a float32 tensor [K].
         decay: finite, or a float32 tensor with one element.
-        distribution: "normal" for N(0, 1), "rademacher" for random signs; or zokern.Normal(), zokern.Rademacher().
+        distribution: "normal" for N(0, 1), "rademacher" for random signs, "lowrank:4" for matrices of rank 4; or
+            zokern.Normal(), zokern.Rademacher(), zokern.LowRank(4).
         rounding: "nearest" (even) or "stochastic" (unbiased; 16-bit tensors only, float32 has nothing to round).
         rounding_seed: of the stochastic rounding, in [0, 2^63). Give every rounding event its own.
         out: where the results go, shaped like `tensors`; None means in place.
         offsets: global index of each tensor's first element, for shards; None means zeros.
         strides: for each tensor, global distance between the starts of neighbouring rows, for shards of a matrix along its
             last dimension: the size of a row of the whole matrix. 0 for other tensors; None means zeros.
+        shapes: of each whole tensor, which directions of low rank depend on, for shards and views; None means `tensors`'.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; $ZOKERN_BACKEND sets what "auto" means.
 
     Raises:
@@ -94,10 +97,11 @@ def add_noise_(
 
     No allocation grows with the tensors, and nothing waits for the device.
     """
-    operands = _operands(tensors, tensor_ids, out, offsets, strides)
+    direction = directions.parse(distribution)
+    operands = _operands(tensors, tensor_ids, out, offsets, strides, shapes, directions.rank(direction))
     given = _seed_tensor(seeds), _coef_tensor(coefs), _decay_tensor(decay)
     _check_places(*given, operands.src[0].device)
-    spec = PassSpec(RULES["axpy"], directions.parse(distribution), rounding)
+    spec = PassSpec(RULES["axpy"], direction, rounding)
     numbers = _numbers(*given, rounding, rounding_seed)
     with torch.no_grad():
         run(operands, spec, numbers, backend)
@@ -109,6 +113,8 @@ def _operands(
     out: Sequence[Tensor] | None,
     offsets: Sequence[int] | None,
     strides: Sequence[int] | None,
+    shapes: Sequence[Sequence[int]] | None,
+    rank: int,
 ) -> Operands:
     if isinstance(tensors, Tensor):
         raise TypeError("tensors must be a list of tensors; for one tensor t pass [t]")
@@ -120,19 +126,27 @@ def _operands(
         dst = None
     ids, starts = list(tensor_ids), [0] * len(src) if offsets is None else list(offsets)
     apart = [] if strides is None else list(strides)
+    whole = [] if shapes is None else [_shape(shape, f"shapes[{i}]") for i, shape in enumerate(shapes)]
     for name, given in (
         ("tensor_ids", ids),
         ("offsets", starts),
         ("strides", None if strides is None else apart),
+        ("shapes", None if shapes is None else whole),
         ("out", dst),
     ):
         if given is not None and len(given) != len(src):
             raise ValueError(
                 f"{name} has {len(given)} entries and tensors has {len(src)}; one for each tensor is needed"
             )
-    operands = Operands(src, dst, [], ids, starts, [0] * len(src), strides=apart)
+    operands = Operands(src, dst, [], ids, starts, [0] * len(src), strides=apart, rank=rank, shapes=whole)
     operands.check()
     return operands
+
+
+def _shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise TypeError(f"{name} must be a sequence of ints, got {type(shape).__name__}")
+    return tuple(_checks.check_integer(n, f"{name}[{i}]", 0, _checks.MAX_INDEX) for i, n in enumerate(shape))
 
 
 def _decay_tensor(decay: float | Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def extension_facts() -> str:
 def self_check(backend: str, device: torch.device) -> str | None:
     """One pass of every kind against the reference; what went wrong, or None."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for distribution in ("normal", "rademacher"):
+        for distribution, whole in (("normal", (1014,)), ("rademacher", (1014,)), ("lowrank:2", (39, 26))):
             start = torch.linspace(-2, 2, 1003, dtype=torch.float64).to(dtype)
             results = []
             for name, where in ((backend, device), ("reference", torch.device("cpu"))):
@@ -61,6 +61,7 @@ def self_check(backend: str, device: torch.device) -> str | None:
                     rounding="stochastic",
                     rounding_seed=5,
                     offsets=[11],
+                    shapes=[whole],
                     backend=name,
                 )
                 results.append(w.cpu())

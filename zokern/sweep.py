@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zokern import backends
 from zokern.contract.rules import Rule
-from zokern.directions import Direction
+from zokern.directions import Direction, rank
 from zokern.passes import operators
 from zokern.passes.operands import Operands
 from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_PASS_SEEDS, MAX_STAGES, Chain, PassNumbers, PassSpec
@@ -29,7 +29,8 @@ class Member(NamedTuple):
     """An active parameter: its tensor id, its row of the coefficients, its name for messages, its states by name.
 
     offset: global index of its first element, not 0 for a shard. stride: of a shard of a matrix along its last dimension,
-    global distance between the starts of neighbouring rows: the size of a row of the whole matrix. 0 for others.
+    global distance between the starts of neighbouring rows: the size of a row of the whole matrix. 0 for others. shape: of
+    the whole tensor where this is a shard, () where it is whole.
     """
 
     param: Tensor
@@ -39,6 +40,7 @@ class Member(NamedTuple):
     states: Mapping[str, Tensor] = {}
     offset: int = 0
     stride: int = 0
+    shape: tuple[int, ...] = ()
 
 
 @dataclass
@@ -104,19 +106,28 @@ class Sweep(Sequence[Member]):
         return [table for found in own if found is not None for table in found[2]] + pieces
 
     def operands(
-        self, states: Sequence[str], out: Sequence[Tensor] | None = None, probes: Sequence[Tensor | None] = ()
+        self,
+        states: Sequence[str],
+        out: Sequence[Tensor] | None = None,
+        probes: Sequence[Tensor | None] = (),
+        rank: int = 0,
     ) -> list[Operands]:
-        """For each device. `out` and `probes` are held, so their ids mean no other lists."""
-        key = tuple(states), id(out), id(probes)
+        """For each device. `out` and `probes` are held, so their ids mean no other lists. rank: of the directions."""
+        key = tuple(states), id(out), id(probes), rank
         if key not in self._operands:
             if len(self._operands) == KEPT:
                 del self._operands[next(iter(self._operands))]
-            made = [self._on_one_device(at, states, out, probes) for at in self._by_device]
+            made = [self._on_one_device(at, states, out, probes, rank) for at in self._by_device]
             self._operands[key] = (out, probes), made
         return self._operands[key][1]
 
     def _on_one_device(
-        self, at: list[int], states: Sequence[str], out: Sequence[Tensor] | None, probes: Sequence[Tensor | None]
+        self,
+        at: list[int],
+        states: Sequence[str],
+        out: Sequence[Tensor] | None,
+        probes: Sequence[Tensor | None],
+        rank: int,
     ) -> Operands:
         members = [self.members[i] for i in at]
         return Operands(
@@ -128,6 +139,8 @@ class Sweep(Sequence[Member]):
             [m.row for m in members],
             [probes[i] for i in at] if probes else (),
             [m.stride for m in members] if any(m.stride for m in members) else (),
+            rank,
+            [m.shape or m.param.shape for m in members] if rank and any(m.shape for m in members) else (),
         )
 
 
@@ -180,9 +193,15 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
         numbers = near
     reached = _here.tables
     for table in tables[first:] if first else tables:
-        chosen.run(table, spec.exact if table.dtype == torch.float32 else spec, numbers)
+        chosen.run(table, _spec_for(table, spec), numbers)
         reached[0] += 1
     return len(tables)
+
+
+def _spec_for(table: Table, spec: PassSpec) -> PassSpec:
+    if table.factors is None:
+        spec = spec.dense
+    return spec.exact if table.dtype == torch.float32 else spec
 
 
 def check_numbers(spec: PassSpec, numbers: PassNumbers, tables: Sequence[Table]) -> None:
@@ -252,7 +271,7 @@ def run_chain(
         torch.autograd.graph.increment_version(operands.written)
     reached = _here.tables
     for table in tables[first:] if first else tables:
-        own = [(spec.exact if table.dtype == torch.float32 else spec, numbers) for spec, numbers in stages]
+        own = [(_spec_for(table, spec), numbers) for spec, numbers in stages]
         chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))
         reached[0] += 1
     return len(tables)
@@ -314,7 +333,11 @@ class Passes:
         if not sweep.members:
             self.done += 1
             return
-        backend, every, reached = self.backend, sweep.operands(spec.rule.states, out), _here.tables
+        backend, every, reached = (
+            self.backend,
+            sweep.operands(spec.rule.states, out, rank=rank(spec.direction)),
+            _here.tables,
+        )
         self.under_way, launches, before = None, 0, reached[0]
         try:
             for operands in every:
@@ -347,7 +370,7 @@ class Passes:
         there instead, also where `enabled` leaves the others out.
         """
         go = functools.partial(run_chain, stages=stages, rule=rule, enabled=enabled, backend=self.backend)
-        every, reached = sweep.operands(rule.states, probes=probes), _here.tables
+        every, reached = sweep.operands(rule.states, probes=probes, rank=rank(self.direction)), _here.tables
         elements = 2 * sweep.numel + sum(probe.numel() for probe in probes if probe is not None)
         one = _UnderWay(
             reached, reached[0], every, lambda operands, first: go(operands, first=first),

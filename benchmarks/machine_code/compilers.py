@@ -158,6 +158,11 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
         "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
         "PACKED": packed,
     }  # fmt: skip
+    factors = {"factor_rows": "*i64", "values": "i64", "of_seed": "i32", "rank": "i32", "first_chunk": "i32"}
+    if distribution == "lowrank":
+        signature |= factors
+    else:
+        constants |= dict.fromkeys(factors)
     signature |= dict.fromkeys(constants, "constexpr")
     # torch's allocations are 16-byte aligned, which the launcher tells Triton of every pointer.
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]

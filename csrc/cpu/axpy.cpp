@@ -1,4 +1,6 @@
 // The first-order pass on the CPU, which most steps consist of: one instance for each distribution and rounding.
+#include <algorithm>
+
 #include "traverse.h"
 
 namespace zk {
@@ -14,7 +16,9 @@ static void rounded(const Pass& pass, int64_t first, int64_t last) {
 
 template <class T, class S, class R>
 static void drawn(const Pass& pass, int64_t first, int64_t last) {
-  if (pass.rademacher != 0)
+  if (pass.factors.rows != nullptr)
+    rounded<T, S, R, Distribution::low_rank>(pass, first, last);
+  else if (pass.rademacher != 0)
     rounded<T, S, R, Distribution::rademacher>(pass, first, last);
   else
     rounded<T, S, R, Distribution::normal>(pass, first, last);
@@ -30,6 +34,26 @@ struct RulesWithInstances {
 
 cpu::ChunkFunction find_instances(int rule, DType dtype, DType state) {
   return find<RulesWithInstances>(rule, dtype, state);
+}
+
+// Items are seeds by chunks, those of a seed together.
+void fill_factors(const FactorFill& fill, int64_t first, int64_t last) {
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t k = item / fill.num_chunks;
+    const ChunkRow& chunk = fill.chunks[item - k * fill.num_chunks];
+    const FactorSide& side = fill.sides[chunk.tensor];
+    const int64_t base = int64_t(chunk.number) * kChunk, end = std::min(side.numel - base, kChunk);
+    const uint32_t* words = fill.seeds == nullptr ? fill.first_keys.k[0] : reinterpret_cast<const uint32_t*>(fill.seeds + k);
+    const SeedKeys keys{words[0], words[1]};
+    float* out = fill.values + k * fill.of_seed + side.place + base;
+    for (int64_t at = 0; at < end; at += Lanes::kTile) {
+      Lanes::f32 x[Lanes::kVectors];
+      factor_tile<Lanes>(x, side, fill.scale, uint64_t(base), uint32_t(at / 8), keys);
+      Lanes::Out<float> tile;
+      Lanes::round(tile, x);
+      Lanes::store_part(out + at, tile, 0, int(std::min<int64_t>(end - at, Lanes::kTile)));
+    }
+  }
 }
 
 uint64_t normal_checksum(uint64_t first, uint64_t last) {

@@ -25,6 +25,8 @@ Pass pass_of(const Chain& chain, const Stage& stage) {
   p.rademacher = chain.rademacher;
   p.stochastic = stage.stochastic;
   p.square_of_sum = stage.square_of_sum;
+  p.factors = chain.factors;
+  p.factors.values = stage.factors;
   p.keep_second = stage.keep_second;  // and so in every stage where the chain's is set
   return p;
 }

@@ -16,6 +16,8 @@ struct Kernels {
   ChunkFunction (*find)(int rule, DType, DType state);
   // Sum over words of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64: the exhaustive test of the transform.
   uint64_t (*normal_checksum)(uint64_t first, uint64_t last);
+  // Items first .. last-1 of num_seeds * num_chunks.
+  void (*fill_factors)(const FactorFill&, int64_t first, int64_t last);
 };
 
 extern const Kernels kPlain;

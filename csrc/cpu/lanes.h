@@ -14,8 +14,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "../lowrank.h"
 #include "../pass.h"
-#include "../rounding.h"
 
 namespace zk {
 namespace ZK_ISA {
@@ -188,6 +188,41 @@ struct Lanes {
       ZK_UNROLL
       for (int i = 0; i < 8; ++i) x[i] = y[i];
     }
+  }
+
+  // z of W elements of one row, the first of them in this column: U's column `left` by V's row `right`.
+  static ZK_FN f32 product(const float* left, int64_t between_left, const float* right, int64_t between_right, int rank) {
+    f32 z = all(*left) * load_one(right);
+    for (int k = 1; k < rank; ++k) z = fma(all(left[k * between_left]), load_one(right + k * between_right), z);
+    return z;
+  }
+  // z of a tile, row by row of the matrix. Elements before and after a tensor, of tiles that are cut, get any numbers.
+  static ZK_FN void products(f32 (&z)[kVectors], uint64_t base, uint32_t b, const FactorsOfSeed& of) {
+    const int64_t columns = of.shape.columns, rows = of.shape.rows, all_rows = rows * of.shape.matrices;
+    const int64_t first = int64_t(base) + 8 * int64_t(b), n_left = all_rows, n_right = columns * of.shape.matrices;
+    int64_t row = first / columns, column = first - row * columns;
+    const auto right_of = [&](int64_t r) ZK_LAMBDA {
+      return of.right + (of.shape.matrices == 1 ? 0 : r / rows * columns);
+    };
+    if (column + kTile <= columns) {
+      row = row < all_rows ? row : all_rows - 1;
+      const float *left = of.left + row, *right = right_of(row) + column;
+      ZK_UNROLL
+      for (int v = 0; v < kVectors; ++v) z[v] = product(left, n_left, right + v * W, n_right, of.rank);
+      return;
+    }
+    float out[kTile + W];  // a row's last vector reaches into the next one's, which is written after it
+    for (int64_t at = 0; at < kTile; column = 0, ++row) {
+      const int64_t here = row < all_rows ? row : all_rows - 1, length = columns - column;
+      const float *left = of.left + here, *right = right_of(here) + column;
+      const int64_t end = length < kTile - at ? length : kTile - at;
+      for (int64_t x = 0; x < end; x += W) {
+        const f32 some = product(left, n_left, right + x, n_right, of.rank);
+        std::memcpy(out + at + x, &some, sizeof some);
+      }
+      at += end;
+    }
+    load(z, static_cast<const float*>(out));
   }
 
   // ------------------------------------------------------------------------------------------------- dtypes and memory

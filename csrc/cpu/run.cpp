@@ -109,6 +109,12 @@ void run_chain(const Chain& chain, int rule, DType dtype, DType state, int threa
   parallel(chain.num_chunks, 4, threads, [&](int64_t first, int64_t last) { passes.run(first, last); });
 }
 
+void fill_factors(const FactorFill& fill, int threads, const std::string& isa) {
+  const Kernels& k = kernels(isa);
+  parallel(fill.num_chunks * fill.num_seeds, 4, threads,
+           [&](int64_t first, int64_t last) { k.fill_factors(fill, first, last); });
+}
+
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& isa) {
   const Kernels& k = kernels(isa);
   std::atomic<uint64_t> sum{0};

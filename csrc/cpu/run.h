@@ -15,6 +15,7 @@ std::vector<std::string> instruction_sets();
 // for.
 void run(const Pass&, int rule, DType, DType state, int threads, const std::string& instruction_set);
 void run_chain(const Chain&, int rule, DType, DType state, int threads, const std::string& instruction_set);
+void fill_factors(const FactorFill&, int threads, const std::string& instruction_set);
 uint64_t normal_checksum(uint64_t first, uint64_t last, int threads, const std::string& instruction_set);
 
 }  // namespace cpu

@@ -16,6 +16,7 @@ template <class R>
 constexpr bool kHasInstances = R::kSums == 0;
 cpu::ChunkFunction find_instances(int rule, DType, DType state);
 uint64_t normal_checksum(uint64_t first, uint64_t last);
+void fill_factors(const FactorFill&, int64_t first, int64_t last);
 
 // Tiles first .. last-1 of the chunk at `base`, counted from it. Cut tiles touch only the elements inside the span.
 template <class T, class S, class R, Distribution D, Rounding Q, bool kCut, class U>
@@ -29,19 +30,31 @@ void rule_tiles(const TensorRow& t, const Span span, const U& u, int64_t base, i
   }
 }
 
+// Fits every pass of that distribution.
+template <class R, Distribution D>
+auto uniform_of(const Pass& pass, int row) {
+  if constexpr (D == Distribution::low_rank)
+    return low_rank_uniform<R>(pass, row);
+  else
+    return any_uniform<R>(pass, pass.tensors[row]);
+}
+
 template <class T, class S, class R, Distribution D, Rounding Q>
 void rule_chunks(const Pass& pass, int64_t first, int64_t last) {
   for (int64_t c = first; c < last; ++c) {
     const TensorRow& t = pass.tensors[pass.chunks[c].tensor];
     const Span span = span_of(t, pass.chunks[c]);
-    const AnyUniform<R> any = any_uniform<R>(pass, t);
+    const auto any = uniform_of<R, D>(pass, pass.chunks[c].tensor);
     constexpr int64_t tile = Lanes::kTile;
     const int64_t base = span.begin & ~(kChunk - 1), begin = span.begin - base, end = span.end - base;
     const int64_t touched = begin / tile, touched_end = (end + tile - 1) / tile;
     const int64_t whole = (begin + tile - 1) / tile, whole_end = end / tile;
     if (whole > touched) rule_tiles<T, S, R, D, Q, true>(t, span, any, base, touched, whole);
-    with_uniform<R>(pass, any,
-                    [&](const auto& u) { rule_tiles<T, S, R, D, Q, false>(t, span, u, base, whole, whole_end); });
+    const auto go = [&](const auto& u) { rule_tiles<T, S, R, D, Q, false>(t, span, u, base, whole, whole_end); };
+    if constexpr (D == Distribution::low_rank)
+      go(any);
+    else
+      with_uniform<R>(pass, any, go);
     if (whole_end < touched_end && whole_end >= whole)
       rule_tiles<T, S, R, D, Q, true>(t, span, any, base, whole_end, touched_end);
   }

@@ -1,17 +1,11 @@
 // Chains on the GPU: a thread block takes a chunk, as in kernels.cuh, and keeps the numbers of all stages in shared
 // memory.
-#include "chain.cuh"
+#include "staged.cuh"
 
 namespace zk {
 namespace cuda {
 namespace {
 
-constexpr int kMaxScalars = 8;
-struct alignas(16) StagedStage {
-  KeySchedule rounding, state;
-  float scalars[kMaxScalars];
-  int32_t first_seed, num_seeds;
-};
 struct Staged {
   StagedStage stages[kMaxStages];
   StagedSeed seeds[kMaxChainSeeds];
@@ -43,36 +37,13 @@ struct StagedStages {
   }
 };
 
-ZK_FN void stage_keys(KeySchedule& schedule, uint32_t low, uint32_t high) {
-  const gpu::SeedKeys keys{low, high};
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    schedule.k[round][0] = keys.k0(round);
-    schedule.k[round][1] = keys.k1(round);
-  }
-}
-
 // Thread i makes stage i's numbers ready, then thread k direction k's, counted over all stages.
 template <class R>
 ZK_FN void make_ready(Staged& staged, const Chain& chain, int64_t group) {
   static_assert(kMaxStages <= kThreads && kMaxChainSeeds <= kThreads);
   const int thread = int(threadIdx.x);
   using P = gpu::Perturbation<R>;
-  if (thread < chain.num_stages) {
-    const Stage& s = chain.stages[thread];
-    StagedStage& out = staged.stages[thread];
-    int first = 0;
-    for (int i = 0; i < thread; ++i) first += chain.stages[i].num_seeds;
-    out.first_seed = first;
-    out.num_seeds = s.num_seeds;
-    const int scalars = s.perturbs != 0 ? P::kScalars : R::kScalars;
-    for (int i = 0; i < scalars; ++i) out.scalars[i] = s.scalars[group * scalars + i];
-    if (s.rounding_seed != nullptr) {
-      const uint32_t* words = reinterpret_cast<const uint32_t*>(s.rounding_seed);
-      stage_keys(out.rounding, words[0], words[1]);
-      stage_keys(out.state, words[2], words[3]);
-    }
-  }
+  if (thread < chain.num_stages) make_stage_ready<R>(staged.stages[thread], chain, thread, group);
   int stage = 0, k = thread;
   while (stage < chain.num_stages && k >= chain.stages[stage].num_seeds) k -= chain.stages[stage++].num_seeds;
   if (stage < chain.num_stages) {
@@ -131,9 +102,8 @@ void launch_stages(const Chain& chain, cudaStream_t stream) {
 
 struct Chains {
   using Function = ChainLaunch;
-  // A perturbation that reads a curvature has no update of its own to stand in a chain with.
   template <class R>
-  static constexpr bool kHas = R::kStates == 0 || !std::is_same_v<R, gpu::Perturbation<R>>;
+  static constexpr bool kHas = kHasChain<R>;
   template <class T, class S, class R>
   static constexpr Function kFunction = launch_stages<T, S, R>;
 };

@@ -30,12 +30,11 @@ ZK_FN void round_in_place(typename L::f32 (&x)[L::kVectors], bool stochastic, ui
   }
 }
 
-template <class L, class T, class S, class R, bool kCut, class Stages>
+template <class L, class T, class S, class R, bool kCut, Distribution D = Distribution::any, class Stages>
 ZK_FN void chain_tile(const Chain& chain, bool enabled, const Stages& stages, const Places<T, S>& p, T* probe,
                        int64_t at, uint64_t base, uint32_t b, int lo, int hi) {
   using F = typename L::f32;
   using P = Perturbation<R>;
-  constexpr auto D = Distribution::any;
   constexpr int kStates = R::kStates > 0 ? R::kStates : 1;
   F w[L::kVectors], x[kStates][L::kVectors];
   load_tile<L, kCut>(w, p.src + at, lo, hi);

@@ -1,7 +1,7 @@
 // CUDA entry points: select the device, launch, describe what went wrong.
 #include "../rule_info.h"
-#include "kernels.cuh"
 #include "launch.h"
+#include "lowrank.cuh"
 
 namespace zk {
 namespace cuda {
@@ -49,8 +49,12 @@ class OnDevice {
 
 std::string run(const Pass& pass, int rule, DType dtype, DType state, int device, void* stream) {
   Launch launch = nullptr;
-  for (const auto find : {find_axpy, find_hizoo, find_moments})
-    if (launch == nullptr) launch = find(rule, dtype, state);
+  if (pass.factors.rows != nullptr) {
+    launch = find_low_rank(rule, dtype, state);
+  } else {
+    for (const auto find : {find_axpy, find_hizoo, find_moments})
+      if (launch == nullptr) launch = find(rule, dtype, state);
+  }
   if (launch == nullptr) return wrong_with(rule, dtype, state);
   const OnDevice guard(device);
   if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
@@ -59,7 +63,7 @@ std::string run(const Pass& pass, int rule, DType dtype, DType state, int device
 }
 
 std::string run_chain(const Chain& chain, int rule, DType dtype, DType state, int device, void* stream) {
-  const ChainLaunch launch = find_chain(rule, dtype, state);
+  const ChainLaunch launch = (chain.factors.rows != nullptr ? find_low_rank_chain : find_chain)(rule, dtype, state);
   if (launch == nullptr) {
     const std::string wrong = wrong_with(rule, dtype, state);
     return wrong.empty()
@@ -70,6 +74,18 @@ std::string run_chain(const Chain& chain, int rule, DType dtype, DType state, in
   if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
   launch(chain, static_cast<cudaStream_t>(stream));
   return describe(cudaGetLastError(), "launching a chain of passes");
+}
+
+std::string fill_factors(const FactorFill& fill, int device, void* stream) {
+  constexpr int64_t kMost = 0x7fffffff;  // thread blocks of a launch
+  if (fill.num_chunks == 0 || fill.num_seeds == 0) return {};
+  if (fill.num_chunks > kMost / fill.num_seeds)
+    return std::to_string(fill.num_seeds) + " directions with " + std::to_string(fill.num_chunks) +
+           " chunks of factors each are more than a launch can make; make the factors of fewer directions at once";
+  const OnDevice guard(device);
+  if (guard.status() != cudaSuccess) return describe(guard.status(), "selecting the device");
+  launch_fill(fill, static_cast<cudaStream_t>(stream));
+  return describe(cudaGetLastError(), "launching the making of factors");
 }
 
 std::string normal_checksum(uint64_t first, uint64_t last, uint64_t* sum, int device, void* stream) {

@@ -13,6 +13,9 @@ std::string run(const Pass& pass, int rule, DType, DType state, int device, void
 
 std::string run_chain(const Chain& chain, int rule, DType, DType state, int device, void* stream);
 
+// Makes the factors that a pass or a chain of low rank reads, on the same stream before it.
+std::string fill_factors(const FactorFill& fill, int device, void* stream);
+
 // Adds sum over words first .. last-1 of bits(z0)*(2w+1) + bits(z1)*(2w+2), mod 2^64, to *sum (device memory).
 std::string normal_checksum(uint64_t first, uint64_t last, uint64_t* sum, int device, void* stream);
 

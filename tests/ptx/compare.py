@@ -24,15 +24,16 @@ def same(a: Tensor, b: Tensor) -> int:
 
 
 def compare(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) -> list[str]:
-    """The bits of all tensors, one launch and no more, no faulty access, and nothing in the text that must not be there."""
+    """The bits of all tensors, as many launches as there must be, no faulty access, and nothing in the text that must not
+    be there."""
     mine, theirs, first = case.tensors(), case.tensors(), len(emulator.launches)
     case.run(backend, mine, case.device_seeds and name == "cuda")
     case.run(peer, theirs, False)
     wrong = []
     if differ := sum(same(a, b) for a, b in zip(mine.results(), theirs.results(), strict=True)):
         wrong.append(f"{differ} elements differ")
-    if (launches := len(emulator.launches) - first) != 1:
-        wrong.append(f"{launches} launches instead of one")
+    if (launches := len(emulator.launches) - first) != (wanted := case.launches()):
+        wrong.append(f"{launches} launches instead of {wanted}")
     kernels = {launch.kernel: emulator.sources[launch.kernel] for launch in emulator.launches[first:]}
     return wrong + emulator.faults(first) + lint.in_ptx(kernels)
 

@@ -48,7 +48,7 @@ class Extension:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        if name not in ("cuda_run", "cuda_run_chain", "cuda_normal_checksum"):
+        if name not in ("cuda_run", "cuda_run_chain", "cuda_fill_factors", "cuda_normal_checksum"):
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -72,9 +72,12 @@ class Emulator:
 
 
 def watch(module: Any, emulator: Emulator) -> None:
-    """A backend's run and run_chain may touch what their tables name, and nothing else."""
+    """A backend's run and run_chain may touch what their tables name, and nothing else; of factors, which `fill` makes
+    before, each side by itself, whatever memory is around it."""
     module.run = _watched(module.run, _of_pass, emulator)
     module.run_chain = _watched(module.run_chain, _of_chain, emulator)
+    if hasattr(module, "fill"):
+        module.fill = _filling(module.fill, emulator)
 
 
 def _watched(
@@ -88,6 +91,38 @@ def _watched(
             emulator.allocations = []
 
     return run
+
+
+def _filling(function: Callable[..., None], emulator: Emulator) -> Callable[..., None]:
+    def fill(factors: Any, piece: Any, seeds: Tensor, address: int) -> None:
+        end = address + 4 * piece.of_seed * seeds.numel()
+        # What is left of a piece before this one is free again, and this one's may lie there.
+        before = [a for a in emulator.allocations if a.address + a.size <= address or a.address >= end]
+        made = _sides(factors, piece, seeds.numel(), address)
+        emulator.allocations = [
+            *allocation(factors.sides, "sides"),
+            *allocation(factors.side_chunks, "side chunks"),
+            *allocation(seeds, "seeds"),
+            *made,
+        ]
+        try:
+            function(factors, piece, seeds, address)
+        finally:
+            emulator.allocations = before + [replace(a, writable=False, initialised=True) for a in made]
+
+    return fill
+
+
+def _sides(factors: Any, piece: Any, num_seeds: int, address: int) -> list[Allocation]:
+    """U and V of each tensor of a piece and of each seed, with their exact sizes, before they are made."""
+    sides, first, last = factors.sides.tolist(), *piece.sides
+    found = []
+    for n in dict.fromkeys(factors.side_chunks[first:last, 0].tolist()):
+        numel, _, right, place = sides[n]
+        for k in range(num_seeds):
+            at = address + 4 * (k * piece.of_seed + place - piece.places[0])
+            found.append(Allocation(f"{'UV'[right]}[{n // 2}] of seed {k}", at, 4 * numel, True, initialised=False))
+    return found
 
 
 def allocation(t: Tensor | None, name: str, writable: bool = False) -> list[Allocation]:
@@ -121,6 +156,8 @@ def _of_table(table: Any, written: int) -> list[Allocation]:
     """The table itself and what its rows point at, with its exact size; the first `written` states may be changed."""
     item, state_item = table.dtype.itemsize, table.state_dtype.itemsize
     found = [*allocation(table.tensors, "tensors"), *allocation(table.chunks, "chunks")]
+    if table.factors is not None:
+        found += allocation(table.factors.rows, "factor rows")
     for n, (numel, *_, src, dst, state0, state1, probe) in enumerate(table.tensors.tolist()):
         found.append(Allocation(f"dst[{n}]", dst, numel * item, True, initialised=src == dst))
         if src != dst:

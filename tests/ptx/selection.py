@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from .cases import BF16, F16, F32, LAYOUTS, NUM_LIMITS, ROWS, Case
+from .cases import BF16, F16, F32, LAYOUTS, NUM_LIMITS, ROWS, STACKS, Case
 
 RULES = ("axpy", "scaled_axpy", "hizoo", "hizoo_restore", "helene", "momentum", "adam", "adamezo", "sign")
 WITH_V = {"hizoo", "hizoo_restore", "helene", "adamezo"}
 WITH_TWO_STATES = {"helene", "adam"}
+APART = {*ROWS, *STACKS, *(n for n in LAYOUTS if "rare" in n)}  # layouts that have cases of their own
 STAGED = 128  # directions that a block of CUDA's keeps in shared memory; also the most that a chain has
 
 
@@ -41,7 +42,7 @@ def passes() -> Iterator[Case]:
                 [
                     n
                     for n in LAYOUTS
-                    if "rare" not in n and n not in ROWS and not (k == 33 and n in ("mixed", "whole", "many"))
+                    if n not in APART and not (k == 33 and n in ("mixed", "whole", "many"))
                 ]
             )
             yield replace(
@@ -139,7 +140,7 @@ def small_numbers() -> Iterator[Case]:
 def layouts() -> Iterator[Case]:
     """The common kernels on every layout, in and out of place, with and without special values."""
     for dtype, rounding in ((d, rounding) for d in (BF16, F32, F16) for rounding in roundings_of(d)):
-        for n, (layout, k) in enumerate(itertools.product((n for n in LAYOUTS if "rare" not in n), (1, 2))):
+        for n, (layout, k) in enumerate(itertools.product((n for n in LAYOUTS if "rare" not in n and n not in STACKS), (1, 2))):
             for i, distribution in enumerate(("normal", "rademacher")):
                 # An odd seed leaves one of the two groups without a decay, which has a loop of its own.
                 base = Case("axpy", dtype, F32, distribution, rounding, k, layout, seed=n // 2)
@@ -190,6 +191,37 @@ def strided() -> Iterator[Case]:
                 yield replace(base, stages=3, k=3, fork=n % 2 == 0)
 
 
+def low_rank() -> Iterator[Case]:
+    """Directions of low rank: every kernel with several ranks, numbers of directions and layouts."""
+    layouts = ("low_small", "low", "low_rows", "low_thin")
+    for n, (rule, dtype) in enumerate(itertools.product(RULES, (BF16, F32, F16))):
+        for state, rounding in itertools.product(states_of(rule), roundings_of(dtype)):
+            for i, (rank, k) in enumerate(((1, 1), (2, 3), (4, 2), (1, 0), (4, 1), (3, 17))):
+                layout = "low_tiny" if k > 3 else layouts[(n + i) % (4 if rank == 1 else 3)]
+                base = Case(rule, dtype, state, f"lowrank:{rank}", rounding, k, layout, seed=2 * n + i)
+                yield replace(
+                    base,
+                    out=(n + i) % 3 == 0,
+                    device_seeds=i % 2 == 1,
+                    enabled=(None, 1, None, 0, 1, None)[(n + i) % 6],
+                    square_of_sum=rule in WITH_V and (n + i) % 2 == 0,
+                    keep_second=rule in WITH_TWO_STATES and (n + i) % 3 == 1,
+                    specials=i in (0, 2),
+                )
+            if rule == "scaled_axpy":
+                continue
+            for i, (rank, fork, enabled) in enumerate(((2, True, None), (1, False, None), (4, True, 0), (1, True, 1))):
+                layout = layouts[(n + i) % (4 if rank == 1 else 3)]
+                base = Case(rule, dtype, state, f"lowrank:{rank}", rounding, 2 + i % 2, layout, seed=n + i)
+                yield replace(base, fork=fork, enabled=enabled, stages=(3, 2, 2, 7)[i], specials=i == 0)
+            # As many directions as a chain may have.
+            yield Case(rule, dtype, state, "lowrank:2", rounding, STAGED, "low_tiny", stages=2, seed=3)
+    for dtype in (BF16, F32):
+        yield Case("axpy", dtype, F32, "lowrank:1", k=1, layout="low_far", seed=1)
+        yield Case("axpy", dtype, F32, "lowrank:4", k=3, layout="low", out=True, residual=True)
+        yield Case("sign", dtype, F32, "lowrank:2", k=2, layout="low_far", stages=2, seed=1)
+
+
 SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (
     passes,
     one_seed,
@@ -200,6 +232,7 @@ SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (
     limits,
     rare,
     small_numbers,
+    low_rank,
 )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
-from zokern.backends import native
+from zokern.backends import factored, native
 from zokern.backends.transfer import chain_on_host, on_host
+from zokern.passes.factors import FactorTable, Piece
 from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
@@ -41,9 +43,17 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     known = numbers.seeds.is_cpu and numbers.coefs.is_cpu and numbers.shared.is_cpu
     if not (known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu)):
         numbers = on_host(numbers)
+    if table.factors is None:
+        _run(table, spec, native.make_pass(table, spec, numbers))
+        return
+    for place, factors in factored.pieces(table, table.factors, [numbers.seeds], fill):
+        _run(table, spec, native.make_pass(table, spec, numbers, place, factors))
+
+
+def _run(table: Table, spec: PassSpec, made: object) -> None:
     named = os.environ.get(ENVIRONMENT)
     native.extension.cpu_run(
-        native.make_pass(table, spec, numbers),
+        made,
         rule=spec.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
@@ -53,12 +63,32 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
 
 
 def run_chain(table: Table, chain: Chain) -> None:
+    chain = chain_on_host(chain)
+    if table.factors is None:
+        _run_chain(table, chain, native.make_chain(table, chain))
+        return
+    seeds = [numbers.seeds for _, numbers in chain.stages]
+    for place, factors in factored.pieces(table, table.factors, seeds, fill):
+        _run_chain(table, chain, native.make_chain(table, chain, place, factors))
+
+
+def _run_chain(table: Table, chain: Chain, made: object) -> None:
     named = os.environ.get(ENVIRONMENT)
     native.extension.cpu_run_chain(
-        native.make_chain(table, chain_on_host(chain)),
+        made,
         rule=chain.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
+        threads=torch.get_num_threads(),
+        instruction_set=AVAILABLE[0] if named is None else forced(named),
+    )
+
+
+def fill(factors: FactorTable, piece: Piece, seeds: Tensor, address: int) -> None:
+    """The factors of these seeds, which the host has, to the address."""
+    named = os.environ.get(ENVIRONMENT)
+    native.extension.cpu_fill_factors(
+        factored.make_fill(factors, piece, seeds, address),
         threads=torch.get_num_threads(),
         instruction_set=AVAILABLE[0] if named is None else forced(named),
     )

@@ -6,9 +6,11 @@ import functools
 import re
 
 import torch
+from torch import Tensor
 
-from zokern.backends import native
+from zokern.backends import factored, native
 from zokern.backends.transfer import chain_on_device, on_device
+from zokern.passes.factors import FactorTable, Piece
 from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
 
@@ -69,10 +71,19 @@ def near(numbers: PassNumbers, device: torch.device) -> PassNumbers:
 
 
 def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
+    numbers = near(numbers, table.tensors.device)
+    if table.factors is None:
+        _run(table, spec, native.make_pass(table, spec, numbers))
+        return
+    for place, factors in factored.pieces(table, table.factors, [numbers.seeds], fill):
+        _run(table, spec, native.make_pass(table, spec, numbers, place, factors))
+
+
+def _run(table: Table, spec: PassSpec, made: object) -> None:
     device = table.tensors.device
     stream = torch.cuda.current_stream(device)
     native.extension.cuda_run(
-        native.make_pass(table, spec, near(numbers, device)),
+        made,
         rule=spec.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],
@@ -83,12 +94,31 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
 
 
 def run_chain(table: Table, chain: Chain) -> None:
+    there, parcel = chain_on_device(chain, table.tensors.device)
+    parcel.send()
+    if table.factors is None:
+        _run_chain(table, there, native.make_chain(table, there))
+        return
+    seeds = [numbers.seeds for _, numbers in there.stages]
+    for place, factors in factored.pieces(table, table.factors, seeds, fill):
+        _run_chain(table, there, native.make_chain(table, there, place, factors))
+
+
+def fill(factors: FactorTable, piece: Piece, seeds: Tensor, address: int) -> None:
+    """The factors of these seeds, on the device unless there is one alone, to the address."""
+    device = factors.sides.device
+    native.extension.cuda_fill_factors(
+        factored.make_fill(factors, piece, seeds, address),
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def _run_chain(table: Table, chain: Chain, made: object) -> None:
     device = table.tensors.device
     stream = torch.cuda.current_stream(device)
-    there, parcel = chain_on_device(chain, device)
-    parcel.send()
     native.extension.cuda_run_chain(
-        native.make_chain(table, there),
+        made,
         rule=chain.rule.id,
         dtype=native.DTYPES[table.dtype],
         state_dtype=native.DTYPES[table.state_dtype],

@@ -11,8 +11,12 @@ from zokern.contract.rules import RULES, Rule
 from zokern.passes.spec import Chain, PassNumbers, PassSpec, rule_of_probes
 from zokern.passes.table import Table
 
-STAGE_COLUMNS = 9  # of stage_rows
+STAGE_COLUMNS = 10  # of stage_rows
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+Place = tuple[int, int, int]  # addresses of a table's rows and its chunks, and the number of these
+Factors = tuple[int, int, int, int]  # addresses of factor rows and factors, numbers of a seed, rank
+NO_FACTORS: Factors = (0, 0, 0, 0)
 
 BUILD = "build it: pip install --no-build-isolation -e ."
 
@@ -61,11 +65,13 @@ def load() -> tuple[Any, str | None]:
 extension, import_error = load()
 
 
-def make_pass(table: Table, spec: PassSpec, numbers: PassNumbers) -> Any:
-    """The pass as csrc/pass.h has it."""
+def make_pass(
+    table: Table, spec: PassSpec, numbers: PassNumbers, place: Place | None = None, factors: Factors = NO_FACTORS
+) -> Any:
+    """The pass as csrc/pass.h has it. place: of a piece of the table; factors: as factored.py made them for it."""
     seeds, rounding, enabled = numbers.seeds, numbers.rounding_seed, numbers.enabled
     return extension.Pass(
-        table.place,
+        table.place if place is None else place,
         spec.flags,
         seeds.data_ptr(),
         seeds.numel(),
@@ -75,12 +81,13 @@ def make_pass(table: Table, spec: PassSpec, numbers: PassNumbers) -> Any:
         0 if rounding is None else rounding.data_ptr(),
         rounding is None or rounding.is_cpu,
         0 if enabled is None else enabled.data_ptr(),
+        factors,
     )
 
 
-def make_chain(table: Table, chain: Chain) -> Any:
+def make_chain(table: Table, chain: Chain, place: Place | None = None, factors: Factors = NO_FACTORS) -> Any:
     """The chain as csrc/pass.h has it; all numbers are in the memory of the table's device."""
-    tensors, chunks, num_chunks = table.place
+    tensors, chunks, num_chunks = table.place if place is None else place
     return extension.Chain(
         tensors=tensors,
         chunks=chunks,
@@ -89,12 +96,16 @@ def make_chain(table: Table, chain: Chain) -> Any:
         rademacher=chain.stages[0][0].direction.name == "rademacher",
         fork=chain.fork,
         keep_second=chain.keep_second,
-        stages=stage_rows(chain),
+        factors=factors,
+        stages=stage_rows(chain, factors),
     )
 
 
-def stage_rows(chain: Chain) -> list[tuple[int, ...]]:
-    """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags: pass.h's Stage."""
+def stage_rows(chain: Chain, factors: Factors = NO_FACTORS) -> list[tuple[int, ...]]:
+    """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags; address of its factors, which lie
+    one after another: pass.h's Stage."""
+    counts = [numbers.seeds.numel() for _, numbers in chain.stages]
+    first = [sum(counts[:i]) for i in range(len(counts))]
     return [
         (
             numbers.seeds.data_ptr(),
@@ -106,6 +117,7 @@ def stage_rows(chain: Chain) -> list[tuple[int, ...]]:
             spec.rounding == "stochastic",
             spec.square_of_sum,
             spec.keep_second,
+            factors[1] + 4 * factors[2] * before,
         )
-        for spec, numbers in chain.stages
+        for (spec, numbers), before in zip(chain.stages, first, strict=True)
     ]

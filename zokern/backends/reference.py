@@ -35,7 +35,12 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
         return
     rule, state_dtype = spec.rule, _NAMES[table.state_dtype]
     weights_seed, state_seed = numbers.rounding_seed.tolist() if numbers.rounding_seed is not None else (0, 0)
-    for numel, offset, tensor_id, group, _, src, dst, *addresses, _ in table.tensors.tolist():
+    shapes: list[tuple[int, ...] | None] = [None] * len(table.tensors)
+    if table.factors is not None:
+        shapes = [(count, height, width) for width, height, count, *_ in table.factors.rows.tolist()]
+    for (numel, offset, tensor_id, group, _, src, dst, *addresses, _), shape in zip(
+        table.tensors.tolist(), shapes, strict=True
+    ):
         states = {name: _memory(at, numel, table.state_dtype) for name, at in zip(rule.states, addresses, strict=False)}
         result, changed = reference_rules.apply(
             rule.name,
@@ -51,6 +56,7 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
             rounding_seed=weights_seed,
             offset=offset,
             square_of_sum=spec.square_of_sum,
+            shape=shape,
         )
         _memory(dst, numel, table.dtype)[:] = result
         for name in rule.states[: 1 if spec.keep_second else rule.written]:
@@ -71,4 +77,7 @@ def _moved(table: Table, src: int, dst: int = DST) -> Table:
     """The table with other columns as src and dst, without the tensors that have none."""
     rows = table.tensors.clone()
     rows[:, SRC], rows[:, DST] = table.tensors[:, src], table.tensors[:, dst]
-    return replace(table, tensors=rows[rows[:, DST] != 0])
+    kept, factors = rows[:, DST] != 0, table.factors
+    if factors is not None:
+        factors = replace(factors, rows=factors.rows[kept])
+    return replace(table, tensors=rows[kept], factors=factors)

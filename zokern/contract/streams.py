@@ -53,7 +53,9 @@ def rank_of(distribution: object) -> int:
         if named is not None and int(named[1]) <= MAX_RANK:
             return int(named[1])
     names = ", ".join(map(repr, DISTRIBUTIONS))
-    raise ValueError(f"distribution is {distribution!r}; it must be one of {names}, or 'lowrank:R', 1 <= R <= {MAX_RANK}")
+    raise ValueError(
+        f"distribution is {distribution!r}; it must be one of {names}, or 'lowrank:R', 1 <= R <= {MAX_RANK}"
+    )
 
 
 def matrices(shape: Sequence[int], rank: int) -> tuple[int, int, int] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from zokern._checks import DTYPES, MAX_INDEX, MAX_SEED, MAX_TENSOR_ID
 from zokern.contract.rules import RULES
-from zokern.contract.streams import DISTRIBUTIONS
+from zokern.contract.streams import rank_of
 from zokern.journal.format import FEATURES, MAX_NUMBERS
 from zokern.passes.spec import MAX_PASS_SEEDS
 
@@ -41,8 +41,7 @@ def header(value: Mapping[str, Any]) -> None:
         _text(value.get(name), name)
     if value["contract"] != CONTRACT:
         raise ValueError(f"its noise contract is {value['contract']!r}, and this zokern knows {CONTRACT!r}")
-    if value["distribution"] not in DISTRIBUTIONS:
-        raise ValueError(f"distribution is {value['distribution']!r}, which is none of {', '.join(DISTRIBUTIONS)}")
+    rank_of(value["distribution"])
     _integer(value.get("seed"), "seed", 0, MAX_SEED)
     _integer(value.get("first_step"), "first_step", 0, MAX_STEP)
     _hash(value.get("base"), "base")

@@ -9,8 +9,9 @@ All integers are little-endian. Since every checksum starts from the one before,
 moved without being noticed; and since the one before stands in the file too, good records are found again after bad ones
 (search.py). In format 1 the checksum of a record is of its body alone; it is read, and a run taken up from one goes on so.
 
-The header's "features" are names of what a reader has to know beside this page; there are none yet, and a reader refuses
-those that it does not know. The body's first byte is its kind (the low four bits) and flags (the high four):
+The header's "features" are names of what a reader has to know beside this page, and a reader refuses those that it does not
+know: "lowrank", the directions of that name. The body's first byte is its kind (the low four bits) and flags (the high
+four):
 
     1  layout      JSON: an object that describes the parameters, from here on
     2  signature   JSON: the passes of a step, numbered from 0 in the order of these records
@@ -45,7 +46,8 @@ PREFIX = b"zkjrnl\x00"
 VERSION = 2
 LAYOUT, SIGNATURE, STEP, MARK = 1, 2, 3, 4
 RESERVED = {5: "fold", 6: "ranks", 7: "lag", 8: "sampling"}
-FEATURES: frozenset[str] = frozenset()  # that this reader knows
+LOW_RANK = "lowrank"
+FEATURES = frozenset({LOW_RANK})  # that this reader knows
 SKIPPED, BROKEN_OFF = 1, 2
 MAX_RECORD, MAX_JSON, MAX_SIGNATURES, MAX_NUMBERS = 1 << 24, 1 << 23, 1 << 16, 1 << 24
 SYNC_SECONDS = 10.0

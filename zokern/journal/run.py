@@ -13,11 +13,12 @@ import torch
 
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
+from zokern.contract.streams import rank_of
 from zokern.journal import format as journal
 from zokern.journal.beside import begun
 from zokern.journal.files import cut, locked
 from zokern.journal.fit import check, check_marks, is_base
-from zokern.journal.format import BROKEN_OFF, MARK, SKIPPED, SYNC_SECONDS, JournalError
+from zokern.journal.format import BROKEN_OFF, LOW_RANK, MARK, SKIPPED, SYNC_SECONDS, JournalError
 from zokern.journal.hashing import hash_of
 from zokern.journal.player import Player, memory_of
 from zokern.journal.reader import Reader
@@ -32,7 +33,7 @@ def run_of(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     """What a header says of a run, but for the weights that it started from."""
     return {
         "zokern": __version__,
-        "features": [],
+        "features": [LOW_RANK] if rank_of(optimizer.options["distribution"]) else [],
         "contract": "zk1",
         "method": type(optimizer).__name__,
         "options": optimizer.options,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zokern import placement as placements
-from zokern.directions import Direction
+from zokern.directions import Direction, rank
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import carried, causes, parameters, reach, state
 from zokern.optim.common import Common
@@ -57,6 +57,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         rates = {name: values[name] for name in parameters.RATES}
         torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), {**rates, carried.KEY: None})
         parameters.refuse_frozen(self.param_groups)
+        parameters.refuse_without_matrix(self.param_groups, rank(direction))
         self.settle()
         self.options["maximize"] = self.maximize
         self.options["layers"] = None

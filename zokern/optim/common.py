@@ -58,8 +58,9 @@ class Common(Settings):
     )
     distribution: InitVar[str | directions.Direction] = setting(
         default="normal",
-        kind=Choice(tuple(directions.DIRECTIONS), directions.parse),
-        help="Of the directions' elements; rademacher is +1 or -1. In Python also an object, as zokern.Rademacher().",
+        kind=Choice(directions.SPELT, directions.parse),
+        help="Of the directions: independent normals, signs +1 and -1 (rademacher), or matrices of low rank: lowrank:1 of "
+        "rank 1, lowrank:4 of rank 4. In Python also an object, as zokern.LowRank(1).",
         kept=False,
     )
     seed: int = setting(

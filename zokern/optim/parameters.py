@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from zokern import _checks
+from zokern.contract.streams import matrices
 from zokern.kinds import Number
 from zokern.layers import RandomBlocks
 from zokern.optim import reach, state
@@ -127,6 +128,18 @@ def refuse_frozen(groups: Groups) -> None:
         raise ValueError(
             f"params: none of the {len(every)} tensors has requires_grad=True, so nothing would be trained; call "
             "requires_grad_() on what is to be"
+        )
+
+
+def refuse_without_matrix(groups: Groups, rank: int) -> None:
+    """Directions of low rank of groups that have nothing but dense noise."""
+    every = [tuple(p.shape) for group in groups for p in group["params"] if p.requires_grad]
+    if rank and not any(matrices(shape, rank) for shape in every):
+        sides = max((min(shape[-2:]) for shape in every if len(shape) in (2, 3)), default=0)
+        raise ValueError(
+            f"distribution is LowRank({rank}), and none of the {len(every)} tensors to be trained is a matrix whose "
+            "smaller side is above the rank, so all would take dense noise; "
+            + (f"the largest smaller side is {sides}: take a rank below" if sides > 1 else "use distribution='normal'")
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zokern import _checks
+from zokern.contract.streams import matrices
 from zokern.passes.table import Table, tables
 
 
@@ -19,7 +21,8 @@ from zokern.passes.table import Table, tables
 class Operands:
     """dst None works in place. states: of the rule, a list each. probes: where a forked chain's last stage goes, None for
     those that it leaves out. strides: where one of src is a shard of a matrix along its last dimension, global distance
-    between the starts of neighbouring rows, else 0; none for zeros.
+    between the starts of neighbouring rows, else 0; none for zeros. rank: of the directions, 0 where their elements are
+    independent. shapes: of the whole tensors, where src are shards of them; none where they are whole.
 
     Who runs passes on the same operands again holds the tensors meanwhile, and makes others when anything about them
     changes: addresses take long to ask for. `written`: those that a pass changes, for autograd.
@@ -33,6 +36,8 @@ class Operands:
     groups: list[int]
     probes: Sequence[Tensor | None] = ()
     strides: Sequence[int] = ()
+    rank: int = 0
+    shapes: Sequence[Sequence[int]] = ()
     found: tuple[str, ModuleType, list[Table]] | None = field(default=None, init=False)  # what a backend reads
 
     @functools.cached_property
@@ -48,23 +53,49 @@ class Operands:
         return self.src if self.dst is None else self.dst
 
     def tables(self) -> list[Table]:
-        """One for each dtype.
+        """One for each dtype, with directions of low rank one more for matrices.
 
         Raises:
             TypeError, ValueError: naming the tensor that a pass cannot work on, when it is first seen.
         """
         found, _ = tables(
             self.src, self.results, self.tensor_ids, self.offsets, self.groups, self.check, self.states, self.probes,
-            self.strides,
+            self.strides, self.shapes, self.rank,
         )  # fmt: skip
         return found
+
+    def kinds(self) -> set[tuple[torch.dtype, bool]]:
+        """What there is a table of each: a dtype, of matrices with directions of low rank or not."""
+        shapes = self.shapes or [t.shape for t in self.src]
+        return {(t.dtype, matrices(s, self.rank) is not None) for t, s in zip(self.src, shapes, strict=True)}
 
     def check(self) -> None:
         _check_pairs(self.src, self.results, self.tensor_ids, self.offsets, self.strides)
         _check_states(self.src, self.states)
+        if self.rank:
+            self._check_shapes()
         given = [(t, probe) for t, probe in zip(self.src, self.probes, strict=bool(self.probes)) if probe is not None]
         if given:
             _check_pairs([t for t, _ in given], [probe for _, probe in given], [0] * len(given), [0] * len(given))
+
+    def _check_shapes(self) -> None:
+        """A direction of low rank depends on the whole tensor's shape, which a shard does not know."""
+        strides = self.strides or [0] * len(self.src)
+        for i, (t, offset, stride) in enumerate(zip(self.src, self.offsets, strides, strict=True)):
+            what = f"tensors[{i}], which is {_checks.describe(t)}"
+            if not self.shapes:
+                if offset or stride:
+                    raise ValueError(
+                        f"{what}, is a shard, and directions of low rank depend on the whole tensor's shape: give shapes"
+                    )
+                continue
+            whole, width = tuple(self.shapes[i]), stride or (t.shape[-1] if t.dim() else 1)
+            extent = t.numel() + (t.numel() // t.shape[-1] - 1) * (stride - t.shape[-1]) if stride else t.numel()
+            if offset + extent > math.prod(whole) or (t.dim() > 1 and whole[-1:] != (width,)):
+                raise ValueError(
+                    f"shapes[{i}] is {whole} for {what}, from index {offset} on: it is the shape of the whole tensor, with "
+                    f"rows of {width} elements"
+                )
 
 
 def _check_memory(tensors: Sequence[Tensor], name: str) -> None:

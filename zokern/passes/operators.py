@@ -22,7 +22,8 @@ Launch = Callable[[Operands, PassSpec, PassNumbers, str], int]
 _REST = (
     "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
     "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
-    "bool square_of_sum, bool keep_second, str backend, int prepared=0, int[] strides=[]"
+    "bool square_of_sum, bool keep_second, str backend, int prepared=0, int[] strides=[], "
+    "int[] shapes=[]"
 )
 _library = torch.library.Library("zokern", "DEF")
 _done_by: list[Launch] = []
@@ -46,7 +47,7 @@ def through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, back
     rest = (
         first, second, operands.tensor_ids, operands.offsets, operands.groups, numbers.seeds, numbers.coefs, numbers.shared,
         numbers.rounding_seed, numbers.enabled, spec.rule.name, spec.direction.name, spec.rounding, spec.square_of_sum,
-        spec.keep_second, backend, 0, operands.strides,
+        spec.keep_second, backend, 0, operands.strides, [n for shape in operands.shapes for n in (len(shape), *shape)],
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(operands.written)
@@ -54,7 +55,7 @@ def through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, back
         torch.ops.zokern.pass_(operands.src, *rest)
     else:
         torch.ops.zokern.pass_out(operands.src, operands.dst, *rest)
-    return len({t.dtype for t in operands.src})
+    return len(operands.kinds())
 
 
 def _operator(
@@ -78,11 +79,23 @@ def _operator(
     backend: str,
     prepared: int = 0,
     strides: Sequence[int] = (),
+    shapes: Sequence[int] = (),
 ) -> None:
-    """What `through_torch` took apart, together again. prepared: nothing; graphs that version 0.1 recorded give it."""
-    states = [state for state in (first, second) if state]
-    operands = Operands(src, dst, states, tensor_ids, offsets, groups, strides=strides)
-    spec = PassSpec(rule_called(rule), directions.parse(distribution), rounding, square_of_sum, keep_second)
+    """What `through_torch` took apart, together again. prepared: nothing; graphs that version 0.1 recorded give it. shapes:
+    each as the number of its sizes and these."""
+    states, direction, whole, rest = (
+        [state for state in (first, second) if state],
+        directions.parse(distribution),
+        [],
+        shapes,
+    )
+    while rest:
+        whole.append(tuple(rest[1 : 1 + rest[0]]))
+        rest = rest[1 + rest[0] :]
+    operands = Operands(
+        src, dst, states, tensor_ids, offsets, groups, strides=strides, rank=directions.rank(direction), shapes=whole
+    )
+    spec = PassSpec(rule_called(rule), direction, rounding, square_of_sum, keep_second)
     numbers = PassNumbers(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
     _done_by[0](operands, spec, numbers, backend)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zokern.contract.rules import RULES, Rule
 from zokern.contract.streams import ROUNDINGS
-from zokern.directions import DIRECTIONS, Direction
+from zokern.directions import DIRECTIONS, Direction, rank
 
 MAX_STAGES, MAX_CHAIN_SEEDS = 32, 128  # csrc/pass.h
 MAX_PASS_SEEDS = ((1 << 31) - 1) // 3  # kernels count coefficients, up to three a seed, in 32 bits
@@ -42,6 +42,11 @@ class PassSpec:
     def flags(self) -> tuple[bool, bool, bool, bool]:
         """In the order of csrc/pass.h's Pass."""
         return self.direction.name == "rademacher", self.rounding == "stochastic", self.square_of_sum, self.keep_second
+
+    @functools.cached_property
+    def dense(self) -> PassSpec:
+        """For tensors that take dense noise where the direction is of low rank."""
+        return replace(self, direction=DIRECTIONS["normal"]) if rank(self.direction) else self
 
     @functools.cached_property
     def exact(self) -> PassSpec:

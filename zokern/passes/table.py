@@ -2,7 +2,8 @@
 
 `tensors` is int64 [T, COLUMNS]: numel, offset, tensor id, group, aligned, addresses of src, dst, two states and a probe.
 `chunks` is int32 [C, 2]: row of `tensors`, number of a chunk of 2^14 consecutive global indices. The layout is
-csrc/pass.h's and Triton's too. A table is built once and found again while the addresses stay the same.
+csrc/pass.h's and Triton's too. A table is built once and found again while the addresses stay the same. Where directions
+are of low rank, matrices have a table of their own, which says where their factors are (factors.py).
 
 A shard of a matrix along its last dimension has a row of `tensors` for each of its own rows, whose elements follow each
 other in memory and in global indices; the stride from one to the next is in their offsets. So kernels know nothing of
@@ -19,6 +20,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+
+from zokern.contract.streams import matrices
+from zokern.passes import factors as factor_tables
+from zokern.passes.factors import FactorTable
 
 CHUNK = 1 << 14
 COLUMNS = 10
@@ -39,6 +44,7 @@ class Table:
     chunks: Tensor
     numel: int
     groups: int
+    factors: FactorTable | None = None  # of directions of low rank
     _streams: dict[int, torch.cuda.Stream] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
@@ -48,7 +54,10 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        return self.tensors.nbytes + self.chunks.nbytes
+        return sum(t.nbytes for t in self._kept())
+
+    def _kept(self) -> tuple[Tensor, ...]:
+        return (self.tensors, self.chunks, *(() if self.factors is None else self.factors.kept()))
 
     def read_on(self, stream: torch.cuda.Stream) -> None:
         """Takes note of a stream that a launch reads the table on."""
@@ -57,8 +66,8 @@ class Table:
     def __del__(self) -> None:
         """The memory belongs to the stream that was current when it was built, and others may still be reading it."""
         for stream in self._streams.values():
-            self.tensors.record_stream(stream)
-            self.chunks.record_stream(stream)
+            for t in self._kept():
+                t.record_stream(stream)
 
 
 def build(
@@ -70,9 +79,11 @@ def build(
     states: Sequence[Sequence[Tensor]] = (),
     probes: Sequence[Tensor | None] = (),
     strides: Sequence[int] = (),
+    stacks: Sequence[factor_tables.Stack] = (),
+    rank: int = 0,
 ) -> Table:
-    """The table of tensors that share a dtype and a device. 80 bytes a tensor (a row of one with a stride) and 8 a chunk,
-    uploaded once."""
+    """The table of tensors that share a dtype and a device; stacks: of matrices, where directions are of that rank.
+    80 bytes a tensor (a row of one with a stride) and 8 a chunk, uploaded once."""
     rows: Ints = np.zeros((len(src), COLUMNS), np.int64)
     for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
         addresses = [t.data_ptr() for t in (s, d, *(state[i] for state in states))]
@@ -82,13 +93,18 @@ def build(
     state_dtype = states[0][0].dtype if states else torch.float32
     sizes = np.full(COLUMNS - SRC, state_dtype.itemsize)
     sizes[[0, DST - SRC, PROBE - SRC]] = src[0].element_size()
+    tensor_of: Ints = np.arange(len(src))
     if any(strides):
         lengths = [s.shape[-1] if stride else 0 for s, stride in zip(src, strides, strict=True)]
-        rows = _local_rows(rows, sizes, lengths, strides)
+        rows, tensor_of = _local_rows(rows, sizes, lengths, strides)
     # Blocks start at global indices divisible by 8: 16-byte accesses need those to lie on 16-byte boundaries.
     off = (rows[:, SRC:] - rows[:, OFFSET, None] % 8 * sizes) % 16
     rows[:, ALIGNED] = ((off == 0) | (rows[:, SRC:] == 0)).all(1)
     chunks, device = _chunks(rows), src[0].device
+    factors = None
+    if stacks:
+        own = np.bincount(tensor_of[chunks[:, 0]], minlength=len(src))
+        factors = factor_tables.build(stacks, ids, rank, tensor_of, own, CHUNK, lambda t: upload(t, device))
     return Table(
         dtype=src[0].dtype,
         state_dtype=state_dtype,
@@ -96,11 +112,13 @@ def build(
         chunks=upload(torch.from_numpy(chunks), device),
         numel=int(rows[:, NUMEL].sum()),
         groups=max(groups) + 1,
+        factors=factors,
     )
 
 
-def _local_rows(rows: Ints, sizes: Ints, lengths: Sequence[int], strides: Sequence[int]) -> Ints:
-    """A row of the table for each local row of the tensors that have a stride. sizes: bytes of an element, by address."""
+def _local_rows(rows: Ints, sizes: Ints, lengths: Sequence[int], strides: Sequence[int]) -> tuple[Ints, Ints]:
+    """A row of the table for each local row of the tensors that have a stride, and whose each is. sizes: bytes of an
+    element, by address."""
     length, stride = np.array(lengths, np.int64), np.array(strides, np.int64)
     # Rows whose indices follow each other, as they do in memory, are one.
     whole = (stride == 0) | (stride == length)
@@ -112,7 +130,7 @@ def _local_rows(rows: Ints, sizes: Ints, lengths: Sequence[int], strides: Sequen
     rows[:, NUMEL] = length
     rows[:, OFFSET] += local * stride[tensor]
     rows[:, SRC:] += np.where(rows[:, SRC:] == 0, 0, (local * length)[:, None] * sizes)
-    return rows
+    return rows, tensor
 
 
 def _chunks(rows: Ints) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
@@ -164,12 +182,16 @@ def tables(
     states: Sequence[Sequence[Tensor]] = (),
     probes: Sequence[Tensor | None] = (),
     strides: Sequence[int] = (),
+    shapes: Sequence[Sequence[int]] = (),
+    rank: int = 0,
 ) -> tuple[list[Table], bool]:
-    """One table for each dtype, and whether they had to be built. `check` may refuse tensors not seen before.
+    """One table for each dtype, or two with directions of low rank (rank > 0), of matrices and of others; and whether they
+    had to be built. `check` may refuse tensors not seen before.
 
     states: of the rule, each a list with one tensor for each of src; all of one dtype. probes: where a forked chain's last
     stage goes, for each of src, None where it is left out. strides: for each of src, global distance between the starts of
-    neighbouring local rows, its last dimension; 0, or no strides, where it is one row.
+    neighbouring local rows, its last dimension; 0, or no strides, where it is one row. shapes: of the whole tensors, where
+    src are shards; none where they are whole.
     """
     key = (
         src[0].device,
@@ -181,6 +203,7 @@ def tables(
         tuple(map(_layout, states)),
         _layout(probes),
         tuple(strides) if any(strides) else (),
+        (rank, tuple(map(tuple, shapes))) if rank else (),
     )
     found = _cache.get(key)
     if found is not None:
@@ -188,9 +211,10 @@ def tables(
         return found, False
     if check is not None:
         check()
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, s in enumerate(src):
-        by_dtype.setdefault(s.dtype, []).append(i)
+    stacks = [matrices(shape, rank) for shape in (shapes or [s.shape for s in src])] if rank else [None] * len(src)
+    together: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for i, (s, stack) in enumerate(zip(src, stacks, strict=True)):
+        together.setdefault((s.dtype, stack is not None), []).append(i)
     built = [
         build(
             [src[i] for i in at],
@@ -201,8 +225,10 @@ def tables(
             [[state[i] for i in at] for state in states],
             [probes[i] for i in at] if probes else (),
             [strides[i] for i in at] if strides else (),
+            [stack for i in at if (stack := stacks[i]) is not None],
+            rank,
         )
-        for at in by_dtype.values()
+        for at in together.values()
     ]
     _cache[key] = built
     _held[0] += sum(table.nbytes for table in built)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .kernels import _coefs, _grow, _key, _load_tile, _store_tile, _zeros_like, element_at, float_or
+from .lowrank import FACTOR_COLUMNS, low_rank, matrix_at, rows_hold_blocks
 from .noise import direction, rounding_bits
 from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
@@ -29,9 +30,10 @@ def _round_state(x, block, high, lanes, tensor_id, seed, STATE: tl.constexpr):
 
 @triton.jit
 def _stage(
-    row, group, w, x, y, block, high, lanes, tensor_id,
+    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
-    WRITTEN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, PACKED: tl.constexpr,
+    WRITTEN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, CUT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One pass on the tile's weights and states in registers, rounded as it would be stored; row is the stage's."""
     seeds = tl.load(row).to(tl.pointer_type(tl.int64))
@@ -51,7 +53,10 @@ def _stage(
     squares = start_of_squares(p1, p2, RULE)
     v = a + tl.where(square_of_sum != 0, 0.0, squares)
     for k in range(num_seeds):
-        z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
+        if DISTRIBUTION == "lowrank":
+            z = low_rank(matrix, start, lanes, tl.load(row + 9) + k, CUT, PACKED)
+        else:
+            z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
         ca, cg, cv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
         w, a, g, grown = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, False, PACKED)
         if HAS_V:
@@ -78,6 +83,7 @@ def _stage(
 @triton.jit
 def _chain_tile(
     w_at, state0, state1, probe, tile, lanes, begin, end, first, high, tensor_id, group, stages, first_stage, fork,
+    matrix,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     PERTURBATION: tl.constexpr, STATES: tl.constexpr, WRITTEN: tl.constexpr, KEEP_SECOND: tl.constexpr,
     FORK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
@@ -97,19 +103,19 @@ def _chain_tile(
         if PERTURBATION != RULE:
             if tl.load(row + 5) != 0:
                 w, x, y = _stage(
-                    row, group, w, x, y, block, high, lanes, tensor_id,
+                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
                     PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
-                    0, DTYPE, STATE, DISTRIBUTION, PACKED,
+                    0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
                 )  # fmt: skip
             else:
                 w, x, y = _stage(
-                    row, group, w, x, y, block, high, lanes, tensor_id,
-                    RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, PACKED,
+                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
+                    RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
                 )  # fmt: skip
         else:
             w, x, y = _stage(
-                row, group, w, x, y, block, high, lanes, tensor_id,
-                RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, PACKED,
+                row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
+                RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
             )  # fmt: skip
     if first_stage < fork:  # all exact: they have been rounded
         _store_tile(w_at, start, lanes, round_nearest(w, DTYPE), begin, end, CUT, DTYPE)
@@ -120,16 +126,16 @@ def _chain_tile(
     if FORK:  # noqa: SIM102 - decided by the compiler, the test below at run time
         if probe.to(tl.int64) != 0:
             w, x, y = _stage(
-                stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id,
+                stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
                 PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
-                0, DTYPE, STATE, DISTRIBUTION, PACKED,
+                0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
             )  # fmt: skip
             _store_tile(probe, start, lanes, round_nearest(w, DTYPE), begin, end, CUT, DTYPE)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "values", "of_seed", "rank", "first_chunk"])
 def chain_kernel(
-    tensors, chunks, stages, enabled, length,
+    tensors, chunks, stages, enabled, length, factor_rows, values, of_seed, rank, first_chunk,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     PERTURBATION: tl.constexpr, STATES: tl.constexpr, WRITTEN: tl.constexpr, KEEP_SECOND: tl.constexpr,
     FORK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
@@ -141,7 +147,10 @@ def chain_kernel(
     first_stage = 0
     if enabled is not None:
         first_stage = tl.where(tl.load(enabled) == 0, fork, 0)
-    row = tensors + tl.load(chunks + 2 * tl.program_id(0)) * COLUMNS
+    if first_chunk is not None:
+        chunks += 2 * first_chunk
+    tensor = tl.load(chunks + 2 * tl.program_id(0))
+    row = tensors + tensor * COLUMNS
     chunk = tl.load(chunks + 2 * tl.program_id(0) + 1)
     numel, offset = tl.load(row), tl.load(row + 1)
     tensor_id = tl.load((row + 2).to(tl.pointer_type(tl.uint32)))
@@ -160,16 +169,20 @@ def chain_kernel(
     tile_begin, tile_end = begin // (BLOCK * 8), tl.cdiv(end, BLOCK * 8)
     whole_begin = tl.cdiv(begin, BLOCK * 8)
     whole_end = tl.where(tl.load(row + 4) != 0, tl.maximum(end // (BLOCK * 8), whole_begin), whole_begin)
+    matrix = None
+    if DISTRIBUTION == "lowrank":
+        matrix = matrix_at(factor_rows + tensor * FACTOR_COLUMNS, values, of_seed, rank, chunk, CHUNK)
+        whole_end = tl.where(rows_hold_blocks(matrix), whole_end, whole_begin)
     for tile in range(whole_begin, whole_end):
         _chain_tile(
             w_at, state0, state1, probe, tile, lanes, begin, end, first, high, tensor_id, group, stages, first_stage, fork,
-            RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
+            matrix, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
             DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, False, PACKED,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _chain_tile(
             w_at, state0, state1, probe, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
             begin, end, first, high, tensor_id, group, stages, first_stage, fork,
-            RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
+            matrix, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
             DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, True, False,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .lowrank import FACTOR_COLUMNS, low_rank, matrix_at, rows_hold_blocks
 from .noise import direction, rounding_bits
 from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
@@ -156,7 +157,7 @@ def _coefs(coefs, k, num_seeds, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.
 @triton.jit
 def _tile(
     src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
-    k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
+    k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr,
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
@@ -172,10 +173,16 @@ def _tile(
     v = a if SQUARE_OF_SUM else a + squares
     if HAS_NOISE:
         # The first direction is apart so that its seed, and all that depends on it alone, leaves the loop over tiles.
-        z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)
+        if DISTRIBUTION == "lowrank":
+            z = low_rank(matrix, start, lanes, 0, CUT, PACKED)
+        else:
+            z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)
         w, a, g, v = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
         for k in range(1, num_seeds):
-            z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
+            if DISTRIBUTION == "lowrank":
+                z = low_rank(matrix, start, lanes, k, CUT, PACKED)
+            else:
+                z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
             da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
             w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
     if SQUARE_OF_SUM:
@@ -201,19 +208,25 @@ def _tile(
         _store_tile(state1, start, lanes, y, begin, end, CUT, STATE)
 
 
-@triton.jit(do_not_specialize=["num_seeds"])
+@triton.jit(do_not_specialize=["num_seeds", "values", "of_seed", "rank", "first_chunk"])
 def pass_kernel(
     tensors, chunks, seeds, coefs, shared, rounding_seed, enabled, num_seeds,
+    factor_rows, values, of_seed, rank, first_chunk,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_NOISE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none"."""
+    """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none".
+
+    factor_rows .. first_chunk: of a piece where DISTRIBUTION is "lowrank", None else."""
     if enabled is not None:  # noqa: SIM102 - decided by the compiler, the test below at run time
         if tl.load(enabled) == 0:
             return
-    row = tensors + tl.load(chunks + 2 * tl.program_id(0)) * COLUMNS
+    if first_chunk is not None:
+        chunks += 2 * first_chunk
+    tensor = tl.load(chunks + 2 * tl.program_id(0))
+    row = tensors + tensor * COLUMNS
     chunk = tl.load(chunks + 2 * tl.program_id(0) + 1)
     numel, offset = tl.load(row), tl.load(row + 1)
     tensor_id = tl.load((row + 2).to(tl.pointer_type(tl.uint32)))
@@ -240,15 +253,21 @@ def pass_kernel(
     else:
         k0, k1, ca, cg, cv = 0, 0, 0.0, 0.0, 0.0
     r0, r1, s0, s1 = _rounding_keys(rounding_seed, ROUNDING, WRITTEN, STATE)
+    matrix = None
+    if DISTRIBUTION == "lowrank":
+        matrix = matrix_at(factor_rows + tensor * FACTOR_COLUMNS, values, of_seed, rank, chunk, CHUNK)
 
-    # Tiles [whole_begin, whole_end) are whole and aligned; the rest of [tile_begin, tile_end) is masked.
+    # Tiles [whole_begin, whole_end) are whole and aligned; the rest of [tile_begin, tile_end) is masked. Where a block of a
+    # low-rank direction may lie in two rows, all are.
     tile_begin, tile_end = begin // (BLOCK * 8), tl.cdiv(end, BLOCK * 8)
     whole_begin = tl.cdiv(begin, BLOCK * 8)
     whole_end = tl.where(tl.load(row + 4) != 0, tl.maximum(end // (BLOCK * 8), whole_begin), whole_begin)
+    if DISTRIBUTION == "lowrank":
+        whole_end = tl.where(rows_hold_blocks(matrix), whole_end, whole_begin)
     for tile in range(whole_begin, whole_end):
         _tile(
             src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
-            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
+            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
             DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False, PACKED,
         )  # fmt: skip
@@ -256,7 +275,7 @@ def pass_kernel(
         _tile(
             src, dst, state0, state1, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
             begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
-            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1,
+            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
             DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True, False,
         )  # fmt: skip

@@ -6,6 +6,7 @@ captured in a CUDA graph. Nothing is autotuned: the kernel works in place and a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,15 +14,21 @@ import torch
 import triton
 import triton.language as tl
 
+from torch import Tensor
+
+from zokern.backends import factored
 from zokern.backends.native import STAGE_COLUMNS, stage_rows
 from zokern.backends.transfer import chain_on_device
 from zokern.contract.rules import RULES, Rule
+from zokern.directions import Direction, rank
+from zokern.passes.factors import FactorTable, Piece
 from zokern.passes.spec import Chain, PassNumbers, PassSpec, rule_of_probes
 from zokern.passes.table import CHUNK, COLUMNS, PROBE, Table
 
 from .chain import chain_kernel
 from .interpreter import exact_arithmetic
 from .kernels import pass_kernel
+from .lowrank import fill_kernel
 from .rules import SERVED
 
 NUM_WARPS = 4
@@ -97,71 +104,123 @@ def constants(rule: Rule) -> dict[str, object]:
     }
 
 
+Launch = tuple[int, dict[str, Any]]  # programs, and arguments of the kernel
+
+
+def launches(table: Table, direction: Direction, seeds: list[Tensor]) -> Iterator[Launch]:
+    """One for a table, or one for each piece of one with factors, which are made before it. seeds: of all stages."""
+    count = sum(map(Tensor.numel, seeds))
+    if table.factors is None or count == 0:
+        dense = "normal" if rank(direction) else direction.name
+        nothing = dict.fromkeys(("factor_rows", "values", "of_seed", "rank", "first_chunk"))
+        yield table.chunks.shape[0], {"DISTRIBUTION": dense, **nothing}
+        return
+    # One launch fills all of a chain's.
+    together = seeds if len(seeds) == 1 else [torch.cat(seeds)]
+    for (_, chunks, num_chunks), (_, values, of_seed, of_rank) in factored.pieces(table, table.factors, together, fill):
+        yield (
+            num_chunks,
+            {
+                "DISTRIBUTION": "lowrank",
+                "factor_rows": table.factors.rows,
+                "values": values,
+                "of_seed": of_seed,
+                "rank": of_rank,
+                "first_chunk": (chunks - table.chunks.data_ptr()) // 8,
+            },
+        )
+
+
+def fill(factors: FactorTable, piece: Piece, seeds: Tensor, address: int) -> None:
+    """The factors of these seeds, which are on the device, to the address."""
+    begin, end = piece.sides
+    with _launch_context(factors.sides.device):
+        fill_kernel[((end - begin) * seeds.numel(),)](
+            factors.sides,
+            factors.side_chunks,
+            seeds,
+            address - 4 * piece.places[0],
+            piece.of_seed,
+            begin,
+            end - begin,
+            factors.scale,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            **LAUNCH_OPTIONS,
+        )
+
+
 def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     """One pass over a table (passes/table.py). All tensors are contiguous, on its device, and checked by the caller."""
-    num_chunks, num_seeds = table.chunks.shape[0], numbers.seeds.shape[0]
-    if num_chunks == 0:
+    num_seeds = numbers.seeds.shape[0]
+    if table.chunks.shape[0] == 0:
         return
     device = table.tensors.device
     stochastic_state = table.state_dtype != torch.float32 and spec.rule.written > 0
-    with _launch_context(device):
-        packed = _packed(table)
-        pass_kernel[(num_chunks,)](
-            table.tensors,
-            table.chunks,
-            numbers.seeds,
-            numbers.coefs,
-            numbers.shared,
-            numbers.rounding_seed if spec.rounding == "stochastic" or stochastic_state else None,
-            numbers.enabled,
-            num_seeds,
-            **constants(spec.rule),
-            WRITTEN=min(spec.rule.written, 1) if spec.keep_second else spec.rule.written,
-            SQUARE_OF_SUM=spec.square_of_sum,
-            DTYPE=DTYPES[table.dtype],
-            STATE=DTYPES[table.state_dtype],
-            DISTRIBUTION=spec.direction.name,
-            ROUNDING=spec.rounding,
-            HAS_NOISE=num_seeds > 0,
-            COLUMNS=COLUMNS,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            PACKED=packed,
-            **options(spec.rule, spec.rounding, packed),
-        )
+    for num_chunks, directions in launches(table, spec.direction, [numbers.seeds]):
+        with _launch_context(device):
+            packed = _packed(table)
+            pass_kernel[(num_chunks,)](
+                table.tensors,
+                table.chunks,
+                numbers.seeds,
+                numbers.coefs,
+                numbers.shared,
+                numbers.rounding_seed if spec.rounding == "stochastic" or stochastic_state else None,
+                numbers.enabled,
+                num_seeds,
+                **directions,
+                **constants(spec.rule),
+                WRITTEN=min(spec.rule.written, 1) if spec.keep_second else spec.rule.written,
+                SQUARE_OF_SUM=spec.square_of_sum,
+                DTYPE=DTYPES[table.dtype],
+                STATE=DTYPES[table.state_dtype],
+                ROUNDING=spec.rounding,
+                HAS_NOISE=num_seeds > 0,
+                COLUMNS=COLUMNS,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                PACKED=packed,
+                **options(spec.rule, spec.rounding, packed),
+            )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
 
 
 def run_chain(table: Table, chain: Chain) -> None:
-    """A chain over a table, in one launch; the stages' addresses go along in a table of their own."""
+    """A chain over a table, in one launch for each piece; the stages' addresses go along in a table of their own."""
     if table.chunks.shape[0] == 0:
         return
     device = table.tensors.device
     there, parcel = chain_on_device(chain, device, room=len(chain.stages) * STAGE_COLUMNS * 8)
-    stages = parcel.send(torch.tensor(stage_rows(there), dtype=torch.int64, device="cpu"))
-    with _launch_context(device):
-        chain_kernel[(table.chunks.shape[0],)](
-            table.tensors,
-            table.chunks,
-            stages,
-            there.enabled,
-            len(chain.stages),
-            **constants(chain.rule),
-            PERTURBATION=rule_of_probes(chain.rule).name,
-            WRITTEN=chain.rule.written,
-            KEEP_SECOND=chain.keep_second,
-            FORK=chain.fork,
-            DTYPE=DTYPES[table.dtype],
-            STATE=DTYPES[table.state_dtype],
-            DISTRIBUTION=chain.stages[0][0].direction.name,
-            COLUMNS=COLUMNS,
-            PROBE=PROBE,
-            STAGE_COLUMNS=STAGE_COLUMNS,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            PACKED=_packed(table),
-            **LAUNCH_OPTIONS,
-        )
+    rows = torch.tensor(stage_rows(there), dtype=torch.int64, device="cpu")
+    # Not where a stage's factors are, but how many seeds come before its own: the same for each piece.
+    rows[:, -1] = rows[:, 4].cumsum(0) - rows[:, 4]
+    stages = parcel.send(rows)
+    seeds = [numbers.seeds for _, numbers in there.stages]
+    for num_chunks, directions in launches(table, chain.stages[0][0].direction, seeds):
+        with _launch_context(device):
+            chain_kernel[(num_chunks,)](
+                table.tensors,
+                table.chunks,
+                stages,
+                there.enabled,
+                len(chain.stages),
+                **directions,
+                **constants(chain.rule),
+                PERTURBATION=rule_of_probes(chain.rule).name,
+                WRITTEN=chain.rule.written,
+                KEEP_SECOND=chain.keep_second,
+                FORK=chain.fork,
+                DTYPE=DTYPES[table.dtype],
+                STATE=DTYPES[table.state_dtype],
+                COLUMNS=COLUMNS,
+                PROBE=PROBE,
+                STAGE_COLUMNS=STAGE_COLUMNS,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                PACKED=_packed(table),
+                **LAUNCH_OPTIONS,
+            )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))

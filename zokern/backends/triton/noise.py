@@ -21,6 +21,8 @@ from .packed import fma, mul
 PURPOSE_NORMAL = tl.constexpr(0)
 PURPOSE_ROUNDING = tl.constexpr(1)
 PURPOSE_RADEMACHER = tl.constexpr(2)
+PURPOSE_LEFT = tl.constexpr(3)
+PURPOSE_RIGHT = tl.constexpr(4)
 
 
 def _f32(pattern: int) -> tl.constexpr:
@@ -96,7 +98,7 @@ def normal_pair(w, PACKED: tl.constexpr = False):
 
 
 @triton.jit
-def _words(first, high, lanes, tensor_id, purpose: tl.constexpr, k0, k1):
+def _words(first, high, lanes, tensor_id, purpose, k0, k1):
     """Words of the tile's blocks, [BLOCK, 4] uint32: word j of lane b at [b, j], four registers of one thread."""
     w0, w1, w2, w3 = philox(first + lanes, high, tensor_id, purpose, k0, k1)
     even_odd = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK, j >> 1, j & 1]
@@ -104,9 +106,9 @@ def _words(first, high, lanes, tensor_id, purpose: tl.constexpr, k0, k1):
 
 
 @triton.jit
-def normals(first, high, lanes, tensor_id, k0, k1, PACKED: tl.constexpr):
+def normals(first, high, lanes, tensor_id, k0, k1, PACKED: tl.constexpr, purpose=PURPOSE_NORMAL):
     """The tile's normals, [BLOCK, 8] float32."""
-    z0, z1 = normal_pair(_words(first, high, lanes, tensor_id, PURPOSE_NORMAL, k0, k1), PACKED)
+    z0, z1 = normal_pair(_words(first, high, lanes, tensor_id, purpose, k0, k1), PACKED)
     return tl.reshape(tl.join(z0, z1), [lanes.shape[0], 8])
 
 
