@@ -159,7 +159,11 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
         "PACKED": packed,
     }  # fmt: skip
     factors = {"factor_rows": "*i64", "values": "i64", "of_seed": "i32", "rank": "i32", "first_chunk": "i32"}
-    if distribution == "lowrank":
+    if distribution == "lowrank1":  # of rank 1
+        del factors["rank"]
+        signature |= factors
+        constants |= {"rank": None, "DISTRIBUTION": "lowrank"}
+    elif distribution == "lowrank":
         signature |= factors
     else:
         constants |= dict.fromkeys(factors)

@@ -92,6 +92,8 @@ def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, k
         if isinstance(value, Tensor):
             more += allocation(value, key, writable=not emulator.allocations)  # a table says what a pass may write
             value = value.data_ptr()
+        if signature[key] == "fp32":
+            (value,) = struct.unpack("<I", struct.pack("<f", value))
         values.append(int(value))
     params = sorted(kernel.params.values())
     if len(params) != len(values) + 2:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .kernels import _coefs, _grow, _key, _load_tile, _store_tile, _zeros_like, element_at, float_or
-from .lowrank import FACTOR_COLUMNS, low_rank, matrix_at, rows_hold_blocks
+from .lowrank import FACTOR_COLUMNS, between_seeds, low_rank, matrix_at, rows_hold_blocks
 from .noise import direction, rounding_bits
 from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
@@ -54,7 +54,7 @@ def _stage(
     v = a + tl.where(square_of_sum != 0, 0.0, squares)
     for k in range(num_seeds):
         if DISTRIBUTION == "lowrank":
-            z = low_rank(matrix, start, lanes, tl.load(row + 9) + k, CUT, PACKED)
+            z = low_rank(matrix, start, lanes, (tl.load(row + 9) + k) * between_seeds(matrix), CUT, PACKED)
         else:
             z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
         ca, cg, cv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lowrank import FACTOR_COLUMNS, low_rank, matrix_at, rows_hold_blocks
+from .lowrank import FACTOR_COLUMNS, between_seeds, low_rank, matrix_at, rows_hold_blocks
 from .noise import direction, rounding_bits
 from .packed import fma, mul
 from .rounding import round_nearest, round_stochastic
@@ -171,18 +171,19 @@ def _tile(
     g = a
     squares = start_of_squares(p1, p2, RULE)
     v = a if SQUARE_OF_SUM else a + squares
-    if HAS_NOISE:
+    if HAS_NOISE and DISTRIBUTION == "lowrank":
+        k, of_seed = 0, between_seeds(matrix)
+        for to_seed in range(of_seed * 0, num_seeds * of_seed, of_seed):
+            z = low_rank(matrix, start, lanes, to_seed, CUT, PACKED)
+            da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
+            w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
+            k += 1
+    elif HAS_NOISE:
         # The first direction is apart so that its seed, and all that depends on it alone, leaves the loop over tiles.
-        if DISTRIBUTION == "lowrank":
-            z = low_rank(matrix, start, lanes, 0, CUT, PACKED)
-        else:
-            z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)
+        z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)
         w, a, g, v = _grow(w, a, g, v, z, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
         for k in range(1, num_seeds):
-            if DISTRIBUTION == "lowrank":
-                z = low_rank(matrix, start, lanes, k, CUT, PACKED)
-            else:
-                z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
+            z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
             da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
             w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
     if SQUARE_OF_SUM:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
 from torch import Tensor
 
 from zokern.backends import factored
@@ -125,7 +124,7 @@ def launches(table: Table, direction: Direction, seeds: list[Tensor]) -> Iterato
                 "factor_rows": table.factors.rows,
                 "values": values,
                 "of_seed": of_seed,
-                "rank": of_rank,
+                "rank": of_rank if of_rank > 1 else None,
                 "first_chunk": (chunks - table.chunks.data_ptr()) // 8,
             },
         )

@@ -39,7 +39,7 @@ def _times(e, start, factor):
 @triton.jit
 def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
     """Where a chunk begins in its stack of matrices, and its factors: for `low_rank`. row: of FactorTable.rows; values: the
-    address of place 0 of the first seed, which the next seed's is of_seed numbers behind."""
+    address of place 0 of the first seed, which the next seed's is of_seed numbers behind; rank: None for 1."""
     columns, rows, matrices = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     first = chunk.to(tl.int64) * CHUNK
     top = first // columns  # among the rows of all matrices
@@ -58,6 +58,12 @@ def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
 def rows_hold_blocks(matrix):
     """Whether the eight elements of a block lie in one row of a matrix, always."""
     return matrix[2] % 8 == 0
+
+
+@triton.jit
+def between_seeds(matrix):
+    """How many numbers a seed has. Loops over seeds count in them: see `_row`."""
+    return matrix[7][2]
 
 
 @triton.jit
@@ -87,34 +93,34 @@ def _one(at, j: tl.constexpr, begin, end):
 
 
 @triton.jit
-def _row(matrix, e, down, k, begin, end, WHOLE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr):
-    """z of seed k, [BLOCK, 8]: of the elements of each block (its first index in the chunk: e) that lie in the row `down`
+def _row(matrix, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr):
+    """z of a seed, [BLOCK, 8]: of the elements of each block (its first index in the chunk: e) that lie in the row `down`
     below the chunk's first, from begin to before end. Rows behind the last are taken for the last."""
     left, right, columns, _, below, _, of_row, strides = matrix
-    between_left, between_right, of_seed, rank = strides
+    between_left, between_right, _, rank = strides
     row = tl.minimum(down, below) if CUT else down
     further = _times(row, of_row[0], of_row[1]) - down  # matrices, less rows
-    left += k * of_seed + row
-    right += k * of_seed + e + further.to(tl.int64) * columns
+    left += to_seed + row
+    right += to_seed + e + further.to(tl.int64) * columns
     z = mul(_eight(right, begin, end, WHOLE), tl.load(left)[:, None], PACKED)
-    # Counted in these steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
-    for to_left in range(between_left, rank * between_left, between_left):
-        right += between_right
-        z = fma(_eight(right, begin, end, WHOLE), tl.load(left + to_left)[:, None], z, PACKED)
+    if rank is not None:
+        # Counted in these steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
+        for to_left in range(between_left, rank * between_left, between_left):
+            right += between_right
+            z = fma(_eight(right, begin, end, WHOLE), tl.load(left + to_left)[:, None], z, PACKED)
     return z
 
 
 @triton.jit
-def low_rank(matrix, start, lanes, k, CUT: tl.constexpr, PACKED: tl.constexpr):
-    """z of seed k on a tile, [BLOCK, 8] float32; start: the tile's first index in the chunk. Whole tiles are those of rows
+def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.constexpr):
+    """z of a seed on a tile, [BLOCK, 8] float32; start: the tile's first index in the chunk; to_seed: numbers from the first
+    seed's factors to its own. Whole tiles are those of rows
     that hold blocks; in others a block is made row by row, of which it is in two, or in up to five."""
     columns, column, of_column = matrix[2], matrix[3], matrix[5]
     e = start + lanes * 8
     down = _times(e, of_column[0], of_column[1])
-    if not CUT:
-        z = _row(matrix, e, down, k, 0, 8, True, CUT, PACKED)
-    elif rows_hold_blocks(matrix):
-        z = _row(matrix, e, down, k, 0, 8, True, CUT, PACKED)
+    if not CUT or rows_hold_blocks(matrix):
+        z = _row(matrix, e, down, to_seed, 0, 8, True, CUT, PACKED)
     else:
         step = tl.minimum(columns, 8).to(tl.int32)
         begin = tl.minimum((down + 1).to(tl.int64) * columns - column - e, 8).to(tl.int32) - step  # of its first row
@@ -122,7 +128,7 @@ def low_rank(matrix, start, lanes, k, CUT: tl.constexpr, PACKED: tl.constexpr):
         z = tl.zeros([lanes.shape[0], 8], tl.float32)
         for above in range(0, 7 + step, step):
             first, last = begin + above, begin + above + step
-            some = _row(matrix, e, down, k, first, last, False, CUT, PACKED)
+            some = _row(matrix, e, down, to_seed, first, last, False, CUT, PACKED)
             z = tl.where((j >= first[:, None]) & (j < last[:, None]), some, z)
             down += 1
     return z
@@ -130,8 +136,9 @@ def low_rank(matrix, start, lanes, k, CUT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _factor(x):
-    """The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits."""
-    x = tl.where(tl.abs(x) < 0.125, (x + 0.75) - 0.75, x)
+    """The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below 2^-17
+    all such multiples have fewer bits; from there on numbers of 8 bits are such multiples."""
+    x = tl.where(tl.abs(x) < 2.0**-17, (x + 0.75) - 0.75, x)
     bits = x.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)  # no NaN among them
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -153,12 +160,12 @@ def fill_kernel(
     k0, k1 = tl.load(key), tl.load(key + 1)
     origin = number.to(tl.int64) * CHUNK
     end = tl.minimum(tl.load(row) - origin, CHUNK).to(tl.int32)
-    out = values.to(tl.int64).to(tl.pointer_type(tl.float32)) + (seed * of_seed.to(tl.int64) + tl.load(row + 3) + origin)
+    out = values.to(tl.int64).to(tl.pointer_type(tl.float32)) + (
+        seed * of_seed.to(tl.int64) + tl.load(row + 3) + origin
+    )
     first, high = number.to(tl.uint32) * (CHUNK // 8), number.to(tl.uint32) // (2**32 // (CHUNK // 8))
     lanes = tl.arange(0, BLOCK)
     for tile in range(tl.cdiv(end, BLOCK * 8)):
         z = normals(first + tile * BLOCK, high, lanes, tensor_id, k0, k1, False, purpose)
-        at = tile * (BLOCK * 8) + lanes * 8
-        # A side has room to a multiple of eight, so a block is stored wholly.
-        eight = tl.multiple_of(out + at, 4)[:, None] + tl.arange(0, 8)[None, :]
-        tl.store(eight, _factor(z * by), mask=(at < end)[:, None])
+        at = tile * (BLOCK * 8) + lanes[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(out + at, _factor(z * by), mask=at < end)
