@@ -18,6 +18,12 @@ FACTOR_COLUMNS = tl.constexpr(5)  # of FactorTable.rows
 
 
 @triton.jit
+def _fits(a, b):
+    """a // b of int64 that are not below zero."""
+    return (a.to(tl.uint64) // b.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
 def _steps(at, length, CHUNK: tl.constexpr):
     """start and factor, so that (start + e) * factor >> 32 says how often `length` fits in at + e, for at below `length` and
     e below CHUNK. Lengths below CHUNK are divided by with factor = ceil(2^32 / length), which is exact as start + e is below
@@ -42,9 +48,9 @@ def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
     address of place 0 of the first seed, which the next seed's is of_seed numbers behind; rank: None for 1."""
     columns, rows, matrices = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     first = chunk.to(tl.int64) * CHUNK
-    top = first // columns  # among the rows of all matrices
+    top = _fits(first, columns)  # among the rows of all matrices
     column = first - top * columns
-    matrix = top // rows
+    matrix = _fits(top, rows)
     below = tl.minimum(matrices * rows - 1 - top, CHUNK).to(tl.int32)  # rows after it
     values = values.to(tl.int64).to(tl.pointer_type(tl.float32))
     left = values + (tl.load(row + 3) + top)
@@ -152,7 +158,7 @@ def fill_kernel(
 ):
     """The factors of all seeds, a program for each chunk of a side and each seed. sides, chunks: FactorTable's, all of them;
     values: the address of place 0 of the first seed; scale: of U."""
-    seed = tl.program_id(0) // num_chunks
+    seed = (tl.program_id(0).to(tl.uint32) // num_chunks.to(tl.uint32)).to(tl.int32)
     chunk = chunks + 2 * (first_chunk + tl.program_id(0) - seed * num_chunks).to(tl.int64)
     row, number = sides + 4 * tl.load(chunk), tl.load(chunk + 1)
     tensor_id, is_right = tl.load((row + 1).to(tl.pointer_type(tl.uint32))), tl.load(row + 2) != 0
