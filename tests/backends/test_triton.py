@@ -469,11 +469,17 @@ def whole(*shape: int) -> tuple[Any, ...]:
 
 # Shape here, global index of its first element, stride between its rows, shape of the whole.
 LOW_RANK = {
-    "rows of whole blocks": ("axpy", torch.bfloat16, torch.float32, "stochastic", 1, 3, 0, False, [whole(40, 64), whole(300, 8)]),
+    "rows of whole blocks": (
+        "axpy", torch.bfloat16, torch.float32, "stochastic", 1, 3, 0, False, [whole(40, 64), whole(300, 8)],
+    ),
     "thin rows": ("axpy", torch.float32, torch.float32, "nearest", 1, 2, 0, False, [whole(60, c) for c in (2, 3, 5, 7, 9)]),
     "rows over chunks": (
         "axpy", torch.float16, torch.float32, "nearest", 2, 1, 0, False,
-        [((700,), 2 * 16400 - 300, 0, (3, 16400)), ((700,), 2 * 16391 - 300, 0, (3, 16391)), ((90,), 5 * CHUNK - 40, 0, (5000, 37))],
+        [
+            ((700,), 2 * 16400 - 300, 0, (3, 16400)),
+            ((700,), 2 * 16391 - 300, 0, (3, 16391)),
+            ((90,), 5 * CHUNK - 40, 0, (5000, 37)),
+        ],
     ),
     "stacks": ("hizoo", torch.bfloat16, torch.bfloat16, "stochastic", 4, 2, 0, False, [whole(5, 9, 24), whole(4, 6, 7)]),
     "shards": (

@@ -39,11 +39,7 @@ def passes() -> Iterator[Case]:
             base = Case(rule, dtype, state, distribution, rounding, k)
             draw = _draw(str(base))
             layout = draw.choice(
-                [
-                    n
-                    for n in LAYOUTS
-                    if n not in APART and not (k == 33 and n in ("mixed", "whole", "many"))
-                ]
+                [n for n in LAYOUTS if n not in APART and not (k == 33 and n in ("mixed", "whole", "many"))]
             )
             yield replace(
                 base,
@@ -140,7 +136,9 @@ def small_numbers() -> Iterator[Case]:
 def layouts() -> Iterator[Case]:
     """The common kernels on every layout, in and out of place, with and without special values."""
     for dtype, rounding in ((d, rounding) for d in (BF16, F32, F16) for rounding in roundings_of(d)):
-        for n, (layout, k) in enumerate(itertools.product((n for n in LAYOUTS if "rare" not in n and n not in STACKS), (1, 2))):
+        for n, (layout, k) in enumerate(
+            itertools.product((n for n in LAYOUTS if "rare" not in n and n not in STACKS), (1, 2))
+        ):
             for i, distribution in enumerate(("normal", "rademacher")):
                 # An odd seed leaves one of the two groups without a decay, which has a loop of its own.
                 base = Case("axpy", dtype, F32, distribution, rounding, k, layout, seed=n // 2)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
 from torch import Tensor
 
 from zokern.backends import factored

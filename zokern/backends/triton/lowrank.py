@@ -25,9 +25,9 @@ def _fits(a, b):
 
 @triton.jit
 def _steps(at, length, CHUNK: tl.constexpr):
-    """start and factor, so that (start + e) * factor >> 32 says how often `length` fits in at + e, for at below `length` and
-    e below CHUNK. Lengths below CHUNK are divided by with factor = ceil(2^32 / length), which is exact as start + e is below
-    2 CHUNK. Others fit once at most: e is compared with what is left of the first, as a division by CHUNK.
+    """start and factor, so that (start + e) * factor >> 32 says how often `length` fits in at + e, for at below `length`
+    and e below CHUNK. Lengths below CHUNK are divided by with factor = ceil(2^32 / length), which is exact as start + e is
+    below 2 CHUNK. Others fit once at most: e is compared with what is left of the first, as a division by CHUNK.
     """
     short = length < CHUNK
     left_over = tl.minimum(length - at, CHUNK)
@@ -110,7 +110,7 @@ def _row(matrix, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.cons
     right += to_seed + e + further.to(tl.int64) * columns
     z = mul(_eight(right, begin, end, WHOLE), tl.load(left)[:, None], PACKED)
     if rank is not None:
-        # Counted in these steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
+        # In such steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
         for to_left in range(between_left, rank * between_left, between_left):
             right += between_right
             z = fma(_eight(right, begin, end, WHOLE), tl.load(left + to_left)[:, None], z, PACKED)
@@ -119,15 +119,13 @@ def _row(matrix, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.cons
 
 @triton.jit
 def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.constexpr):
-    """z of a seed on a tile, [BLOCK, 8] float32; start: the tile's first index in the chunk; to_seed: numbers from the first
-    seed's factors to its own. Whole tiles are those of rows
-    that hold blocks; in others a block is made row by row, of which it is in two, or in up to five."""
+    """z of a seed on a tile, [BLOCK, 8] float32. start: the tile's first index in the chunk; to_seed: numbers from the
+    first seed's factors to its own. Whole tiles are of rows that hold blocks only; else a block is made row by row, of
+    which it is in two, or in up to five where these are short."""
     columns, column, of_column = matrix[2], matrix[3], matrix[5]
     e = start + lanes * 8
     down = _times(e, of_column[0], of_column[1])
-    if not CUT:
-        z = _row(matrix, e, down, to_seed, 0, 8, True, CUT, PACKED)
-    elif rows_hold_blocks(matrix):
+    if not CUT or rows_hold_blocks(matrix):
         z = _row(matrix, e, down, to_seed, 0, 8, True, CUT, PACKED)
     else:
         step = tl.minimum(columns, 8).to(tl.int32)
@@ -144,8 +142,8 @@ def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.conste
 
 @triton.jit
 def _factor(x):
-    """The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below 2^-17
-    all such multiples have fewer bits; from there on numbers of 8 bits are such multiples."""
+    """The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below
+    2^-17 all such multiples have fewer bits; from there on numbers of 8 bits are such multiples."""
     x = tl.where(tl.abs(x) < 2.0**-17, (x + 0.75) - 0.75, x)
     bits = x.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)  # no NaN among them
@@ -156,8 +154,8 @@ def _factor(x):
 def fill_kernel(
     sides, chunks, seeds, values, of_seed, first_chunk, num_chunks, scale, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The factors of all seeds, a program for each chunk of a side and each seed. sides, chunks: FactorTable's, all of them;
-    values: the address of place 0 of the first seed; scale: of U."""
+    """The factors of all seeds, a program for each chunk of a side and each seed. sides, chunks: FactorTable's, all of
+    them; values: the address of place 0 of the first seed; scale: of U."""
     seed = (tl.program_id(0).to(tl.uint32) // num_chunks.to(tl.uint32)).to(tl.int32)
     chunk = chunks + 2 * (first_chunk + tl.program_id(0) - seed * num_chunks).to(tl.int64)
     row, number = sides + 4 * tl.load(chunk), tl.load(chunk + 1)
@@ -168,7 +166,9 @@ def fill_kernel(
     k0, k1 = tl.load(key), tl.load(key + 1)
     origin = number.to(tl.int64) * CHUNK
     end = tl.minimum(tl.load(row) - origin, CHUNK).to(tl.int32)
-    out = values.to(tl.int64).to(tl.pointer_type(tl.float32)) + (seed * of_seed.to(tl.int64) + tl.load(row + 3) + origin)
+    out = values.to(tl.int64).to(tl.pointer_type(tl.float32)) + (
+        seed * of_seed.to(tl.int64) + tl.load(row + 3) + origin
+    )
     first, high = number.to(tl.uint32) * (CHUNK // 8), number.to(tl.uint32) // (2**32 // (CHUNK // 8))
     lanes = tl.arange(0, BLOCK)
     for tile in range(tl.cdiv(end, BLOCK * 8)):
