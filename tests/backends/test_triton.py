@@ -6,6 +6,7 @@ in one of PTX (devices.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,11 +19,13 @@ import pytest
 import torch
 
 from tests import devices
+from zokern.backends import cpu
 from zokern.backends import triton as backend
 from zokern.contract import reference
-from zokern.directions import DIRECTIONS
+from zokern.contract.rules import RULES
+from zokern.directions import DIRECTIONS, LowRank
+from zokern.passes import factors, table
 from zokern.passes import spec as scalars
-from zokern.passes import table
 
 if backend.unavailable_reason() is not None:
     pytest.skip(f"Triton backend: {backend.unavailable_reason()}", allow_module_level=True)
@@ -413,6 +416,124 @@ def test_wide_accesses_are_aligned(
     assert all((rows[:, 0] % 16 == 0).all() for rows in wide)
     assert len(wide) == whole * accesses
     assert len(cut) == (touched - whole) * accesses
+
+
+# ------------------------------------------------------------------------------------------------------------ low rank
+
+
+def low_rank_results(case: tuple[Any, ...], on: Any) -> list[torch.Tensor]:
+    """Everything that a pass or a chain may have written, by this backend or the CPU's."""
+    rule_name, dtype, state, how, rank, k, stages, fork, pieces = case
+    rule, generator = RULES[rule_name], torch.Generator().manual_seed(rank)
+    device = torch.device(DEVICE) if on is backend else torch.device("cpu")
+
+    def drawn(shape: tuple[int, ...], of: torch.dtype) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator).abs() + 0.1).to(of).to(device)
+
+    shapes = [shape for shape, *_ in pieces]
+    offsets, strides, wholes = ([p[i] for p in pieces] for i in (1, 2, 3))
+    src = [drawn(shape, dtype) for shape in shapes]
+    states = [[drawn(shape, state) for shape in shapes] for _ in rule.states]
+    probes = [torch.zeros_like(x) for x in src] if fork else []
+    made, _ = table.tables(
+        src, src, list(range(len(src))), offsets, [0] * len(src), None, states, probes, strides, wholes, rank
+    )  # fmt: skip
+    direction = LowRank(rank)
+
+    def stage(name: str, count: int) -> tuple[scalars.PassSpec, scalars.PassNumbers]:
+        of = RULES[name]
+        numbers = scalars.PassNumbers(
+            torch.randint(0, 2**62, (count,), generator=generator).to(device),
+            torch.rand(1, len(of.coefs), count, generator=generator).to(device) * 0.1,
+            torch.rand(1, len(of.scalars), generator=generator).to(device) * 0.5 + 0.4,
+            torch.tensor([5, 6], device=device),
+        )
+        return scalars.PassSpec(of, direction, how), numbers
+
+    perturbs = scalars.rule_of_probes(rule).name
+    todo = [stage(rule_name if i % 2 else perturbs, (k, 0, 1)[i % 3]) for i in range(stages)] or [stage(rule_name, k)]
+    if fork:
+        todo[-1] = stage(perturbs, k)
+    assert all(one.factors is not None for one in made)
+    for one in made:
+        if stages:
+            on.run_chain(one, scalars.Chain(todo, rule, fork))
+        else:
+            on.run(one, *todo[0])
+    return [t.cpu() for t in (*src, *probes, *itertools.chain(*states))]
+
+
+def whole(*shape: int) -> tuple[Any, ...]:
+    return shape, 0, 0, shape
+
+
+# Shape here, global index of its first element, stride between its rows, shape of the whole.
+LOW_RANK = {
+    "rows of whole blocks": (
+        "axpy", torch.bfloat16, torch.float32, "stochastic", 1, 3, 0, False, [whole(40, 64), whole(300, 8)],
+    ),
+    "thin rows": ("axpy", torch.float32, torch.float32, "nearest", 1, 2, 0, False, [whole(60, c) for c in (2, 3, 5, 7, 9)]),
+    "rows over chunks": (
+        "axpy", torch.float16, torch.float32, "nearest", 2, 1, 0, False,
+        [
+            ((700,), 2 * 16400 - 300, 0, (3, 16400)),
+            ((700,), 2 * 16391 - 300, 0, (3, 16391)),
+            ((90,), 5 * CHUNK - 40, 0, (5000, 37)),
+        ],
+    ),
+    "stacks": ("hizoo", torch.bfloat16, torch.bfloat16, "stochastic", 4, 2, 0, False, [whole(5, 9, 24), whole(4, 6, 7)]),
+    "shards": (
+        "adam", torch.float32, torch.float32, "nearest", 2, 2, 0, False,
+        [((5, 24), 8, 96, (5, 96)), ((4, 5), 3, 13, (4, 13)), ((3, 40), 28 * 2048 + 1000, 2048, (2, 30, 2048))],
+    ),
+    "helene": ("helene", torch.float16, torch.float32, "stochastic", 4, 3, 0, False, [whole(9, 40)]),
+    "chain": ("hizoo", torch.bfloat16, torch.float32, "stochastic", 2, 3, 4, True, [whole(9, 40), whole(6, 13)]),
+    "chain of rank 1": ("momentum", torch.float32, torch.float32, "nearest", 1, 2, 3, False, [whole(3, 9, 24)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOW_RANK)
+def test_low_rank(case: str) -> None:
+    got, want = low_rank_results(LOW_RANK[case], backend), low_rank_results(LOW_RANK[case], cpu)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name not in ("axpy", "hizoo", "adam", "helene")])
+def test_low_rank_in_every_rule(rule: str) -> None:
+    case = (rule, torch.bfloat16, torch.float32, "stochastic", 2, 2, 0, False, [whole(5, 24)])
+    got, want = low_rank_results(case, backend), low_rank_results(case, cpu)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_low_rank_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors that do not fit are made and used by and by: the bits are the same, also of a chain."""
+    for case in (LOW_RANK["thin rows"], LOW_RANK["chain"]):
+        want = low_rank_results(case, cpu)
+        with monkeypatch.context() as patch:
+            patch.setattr(factors, "MOST_BYTES", 1)
+            filled: list[Any] = []
+            fill = launch.fill
+            patch.setattr(launch, "fill", lambda *given, fill=fill, filled=filled: filled.append(given) or fill(*given))
+            got = low_rank_results(case, backend)
+        assert len(filled) == len(case[-1])
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank_factors(rank: int) -> None:
+    """As the reference has them, with no number written beside them."""
+    whole_tensor = torch.zeros(2, 5, 41, device=DEVICE)
+    (made,), _ = table.tables([whole_tensor], [whole_tensor], [9], [0], [0], rank=rank)
+    found = made.factors
+    assert found is not None
+    (piece,), seeds = found.pieces(2), [7, 2**62 + 1]
+    values = torch.full((2 * piece.of_seed,), -7.0, device=DEVICE)
+    launch.fill(found, piece, torch.tensor(seeds, device=DEVICE), values.data_ptr())
+    for own, seed in zip(values.cpu().view(2, -1), seeds, strict=True):
+        for side, want in zip(found.sides.tolist(), reference.factors((2, 5, 41), rank, seed, 9), strict=True):
+            numel, _, _, place = side
+            assert torch.equal(own[place : place + numel], torch.from_numpy(want.reshape(-1)))
+            assert (own[place + numel : place + factors.padded(numel)] == -7).all()
 
 
 # ------------------------------------------------------------------------------------------------------ the interpreter

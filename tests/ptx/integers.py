@@ -85,6 +85,12 @@ def _bits(w: Writer, i: Instruction, size: int) -> str:
             w.constant(f"{BITS[size]}({(1 << int(str(a[3]))) - 1})"),
         )
         return f"({w.u(a[1], size)} >> {at}) & {mask}"
+    if op == "bfe" and not is_register(a[2]) and not is_register(a[3]):  # signed: to the top, and back with its sign
+        begin, length, width, n = int(str(a[2])), int(str(a[3])), 8 * size, BITS[size]
+        if not 0 < length <= width - begin:
+            raise PtxError(i.text)
+        up, down = w.constant(f"{n}({width - begin - length})"), w.constant(f"{SIGNED[size]}({width - length})")
+        return f"(({w.u(a[1], size)} << {up}).view({SIGNED[size]}) >> {down}).view({n})"
     if op == "prmt" and len(parts) == 2:
         return f"prmt({w.u(a[1], 4)}, {w.u(a[2], 4)}, {w.u(a[3], 4)})"
     if op == "lop3" and not is_register(a[4]):

@@ -251,7 +251,7 @@ def everything(backend: str) -> Iterator[Case]:
             and not case.residual
         ):
             # What it was compiled for serves other layouts and numbers too.
-            for layout, k in (("shards", 3), ("tiny", 2)):
+            for layout, k in (("low_rows", 3), ("low_tiny", 2)) if case.rank else (("shards", 3), ("tiny", 2)):
                 yield replace(case, layout=layout, k=k if case.k else 0, enabled=None if case.enabled is None else 1)
 
 

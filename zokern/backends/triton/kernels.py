@@ -177,7 +177,7 @@ def _tile(
             z = low_rank(matrix, start, lanes, to_seed, CUT, PACKED)
             da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
             w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
-            k += 1
+            k += 1  # noqa: SIM113 - compiled code has no enumerate
     elif HAS_NOISE:
         # The first direction is apart so that its seed, and all that depends on it alone, leaves the loop over tiles.
         z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)

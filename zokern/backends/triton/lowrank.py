@@ -18,10 +18,16 @@ FACTOR_COLUMNS = tl.constexpr(5)  # of FactorTable.rows
 
 
 @triton.jit
+def _fits(a, b):
+    """a // b of int64 that are not below zero."""
+    return (a.to(tl.uint64) // b.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
 def _steps(at, length, CHUNK: tl.constexpr):
-    """start and factor, so that (start + e) * factor >> 32 says how often `length` fits in at + e, for at below `length` and
-    e below CHUNK. Lengths below CHUNK are divided by with factor = ceil(2^32 / length), which is exact as start + e is below
-    2 CHUNK. Others fit once at most: e is compared with what is left of the first, as a division by CHUNK.
+    """start and factor, so that (start + e) * factor >> 32 says how often `length` fits in at + e, for at below `length`
+    and e below CHUNK. Lengths below CHUNK are divided by with factor = ceil(2^32 / length), which is exact as start + e is
+    below 2 CHUNK. Others fit once at most: e is compared with what is left of the first, as a division by CHUNK.
     """
     short = length < CHUNK
     left_over = tl.minimum(length - at, CHUNK)
@@ -42,9 +48,9 @@ def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
     address of place 0 of the first seed, which the next seed's is of_seed numbers behind; rank: None for 1."""
     columns, rows, matrices = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     first = chunk.to(tl.int64) * CHUNK
-    top = first // columns  # among the rows of all matrices
+    top = _fits(first, columns)  # among the rows of all matrices
     column = first - top * columns
-    matrix = top // rows
+    matrix = _fits(top, rows)
     below = tl.minimum(matrices * rows - 1 - top, CHUNK).to(tl.int32)  # rows after it
     values = values.to(tl.int64).to(tl.pointer_type(tl.float32))
     left = values + (tl.load(row + 3) + top)
@@ -104,7 +110,7 @@ def _row(matrix, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.cons
     right += to_seed + e + further.to(tl.int64) * columns
     z = mul(_eight(right, begin, end, WHOLE), tl.load(left)[:, None], PACKED)
     if rank is not None:
-        # Counted in these steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
+        # In such steps, because LLVM would unroll a loop whose length it can tell, and take hundreds of registers.
         for to_left in range(between_left, rank * between_left, between_left):
             right += between_right
             z = fma(_eight(right, begin, end, WHOLE), tl.load(left + to_left)[:, None], z, PACKED)
@@ -113,9 +119,9 @@ def _row(matrix, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.cons
 
 @triton.jit
 def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.constexpr):
-    """z of a seed on a tile, [BLOCK, 8] float32; start: the tile's first index in the chunk; to_seed: numbers from the first
-    seed's factors to its own. Whole tiles are those of rows
-    that hold blocks; in others a block is made row by row, of which it is in two, or in up to five."""
+    """z of a seed on a tile, [BLOCK, 8] float32. start: the tile's first index in the chunk; to_seed: numbers from the
+    first seed's factors to its own. Whole tiles are of rows that hold blocks only; else a block is made row by row, of
+    which it is in two, or in up to five where these are short."""
     columns, column, of_column = matrix[2], matrix[3], matrix[5]
     e = start + lanes * 8
     down = _times(e, of_column[0], of_column[1])
@@ -136,8 +142,8 @@ def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.conste
 
 @triton.jit
 def _factor(x):
-    """The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below 2^-17
-    all such multiples have fewer bits; from there on numbers of 8 bits are such multiples."""
+    """The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below
+    2^-17 all such multiples have fewer bits; from there on numbers of 8 bits are such multiples."""
     x = tl.where(tl.abs(x) < 2.0**-17, (x + 0.75) - 0.75, x)
     bits = x.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)  # no NaN among them
@@ -148,9 +154,9 @@ def _factor(x):
 def fill_kernel(
     sides, chunks, seeds, values, of_seed, first_chunk, num_chunks, scale, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The factors of all seeds, a program for each chunk of a side and each seed. sides, chunks: FactorTable's, all of them;
-    values: the address of place 0 of the first seed; scale: of U."""
-    seed = tl.program_id(0) // num_chunks
+    """The factors of all seeds, a program for each chunk of a side and each seed. sides, chunks: FactorTable's, all of
+    them; values: the address of place 0 of the first seed; scale: of U."""
+    seed = (tl.program_id(0).to(tl.uint32) // num_chunks.to(tl.uint32)).to(tl.int32)
     chunk = chunks + 2 * (first_chunk + tl.program_id(0) - seed * num_chunks).to(tl.int64)
     row, number = sides + 4 * tl.load(chunk), tl.load(chunk + 1)
     tensor_id, is_right = tl.load((row + 1).to(tl.pointer_type(tl.uint32))), tl.load(row + 2) != 0
