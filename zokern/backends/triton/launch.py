@@ -92,6 +92,12 @@ def options(rule: Rule, rounding: str, packed: bool, distribution: str) -> dict[
     return {**LAUNCH_OPTIONS, "maxnreg": 128} if most else LAUNCH_OPTIONS
 
 
+def chain_options(distribution: str) -> dict[str, object]:
+    """The same of a chain, whose stages' numbers are all read at run time."""
+    most = distribution == "lowrank" and torch.version.hip is None
+    return {**LAUNCH_OPTIONS, "maxnreg": 168} if most else LAUNCH_OPTIONS
+
+
 def constants(rule: Rule) -> dict[str, object]:
     """What the kernel is compiled for, of a rule."""
     return {
@@ -220,7 +226,7 @@ def run_chain(table: Table, chain: Chain) -> None:
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 PACKED=_packed(table),
-                **LAUNCH_OPTIONS,
+                **chain_options(directions["DISTRIBUTION"]),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
