@@ -178,5 +178,6 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    assembly: dict[str, Any] = triton.compile(source, target=target, options=launch.options(rule, rounding, packed)).asm
+    chosen = launch.options(rule, rounding, packed, str(constants["DISTRIBUTION"]))
+    assembly: dict[str, Any] = triton.compile(source, target=target, options=chosen).asm
     return assembly
