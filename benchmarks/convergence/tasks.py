@@ -24,7 +24,8 @@ from zokern.finetune import data as texts
 from zokern.finetune import models
 from zokern.finetune.batches import Order
 from zokern.finetune.options import Options
-from zokern.finetune.tasks import Similarity, evaluate
+from zokern.finetune.similar import Similarity
+from zokern.finetune.tasks import evaluate
 
 
 class Task:

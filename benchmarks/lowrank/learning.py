@@ -58,7 +58,12 @@ def main() -> None:
         config, lr = TASKS[name], known[name]["methods"]["mezo"]["lr"]
         task: Task = Demo() if name == "demo" else LanguageModel(cache_home(), redo=args.redo_pretraining)
         task.reset()
-        results[name] = {"lr": lr, "budget": config["budget"], "start": task.evaluate("report")["loss"], "directions": {}}
+        results[name] = {
+            "lr": lr,
+            "budget": config["budget"],
+            "start": task.evaluate("report")["loss"],
+            "directions": {},
+        }
         with Progress(transient=True) as progress:
             for label, distribution in DIRECTIONS.items():
                 each = [train(task, config, distribution, lr, seed, progress) for seed in args.seeds]

@@ -29,7 +29,9 @@ FORWARDS = "two forwards"
 LR, EPS = 1e-7, 1e-3
 
 
-def candidates(model: torch.nn.Module, closure: Callable[[], torch.Tensor], rank: int) -> dict[str, Callable[[], object]]:
+def candidates(
+    model: torch.nn.Module, closure: Callable[[], torch.Tensor], rank: int
+) -> dict[str, Callable[[], object]]:
     def step(**settings: object) -> Callable[[], object]:
         opt = zokern.MeZO(model, LR, eps=EPS, **settings)
         return lambda: opt.step(closure)

@@ -20,7 +20,8 @@ from .counts import AMD, WAVE, Report, analyse, analyse_amd
 from .listing import read_sass
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_SOURCES = [ROOT / "csrc" / "cuda" / name for name in ("axpy.cu", "hizoo.cu", "moments.cu", "chain.cu")]
+CUDA_NAMES = ("axpy.cu", "hizoo.cu", "moments.cu", "chain.cu", "lowrank.cu", "lowrank_chain.cu")
+CUDA_SOURCES = [ROOT / "csrc" / "cuda" / name for name in CUDA_NAMES]
 DTYPES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16",
           "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # fmt: skip
 NUMBERS = {"distribution": ("normal", "rademacher", "any"), "rounding": ("nearest", "stochastic", "any"),
@@ -30,7 +31,8 @@ OF_RULE = r"_kernel<(?P<dtype>\w+), (?P<state>\w+), zk::gpu::(?P<rule>[\w<>]+)"
 NAMES = {  # of kernels, demangled, and as we call Triton's
     ("cuda", "pass"): rf"\S+::rule{OF_RULE}, \(\w+::Distribution\)(?P<distribution>\d), "
                       r"\(\w+::Rounding\)(?P<rounding>\d), \(\w+::cuda::Seeds\)(?P<seeds>\d)>",
-    ("cuda", "chain"): rf"\S+::chain{OF_RULE}>",
+    ("cuda", "chain"): rf"\S+::(?:(?P<distribution>low_rank)_)?chain{OF_RULE}>",
+    ("cuda", "low rank"): rf"\S+::(?P<distribution>low_rank){OF_RULE}, \(\w+::Rounding\)(?P<rounding>\d)>",
     ("triton", "pass"): r"triton (?P<rule>\w+)<(?P<dtype>\w+), (?P<distribution>\w+), (?P<rounding>\w+)>",
 }  # fmt: skip
 Row = dict[str, Any]
@@ -66,6 +68,8 @@ def analyse_cubin(cubin: Path, arch: int, title: str | None = None, stored: int 
     reports = []
     for mangled, kernel in read_sass(_run("nvdisasm", "-c", str(cubin))).items():
         name = title or demangle(mangled)
+        if name.endswith("fill_kernel"):
+            continue  # makes factors: few numbers for each pass
         reports.append(analyse(name, arch, kernel, stored or stored_size(name), *resources[mangled]))
     return reports
 
@@ -87,11 +91,13 @@ def kind(name: str) -> Row:
     """What a kernel is for, from its name; "any" of what it decides at run time."""
     for (backend, kernel), pattern in NAMES.items():
         if found := re.fullmatch(pattern, name):
-            told = {key: found.groupdict().get(key, "any") for key in NUMBERS}
+            told = {key: found.groupdict().get(key) or "any" for key in NUMBERS}
             told |= {key: NUMBERS[key][int(number)] for key, number in told.items() if number.isdigit()}
             rule, state = found["rule"], found.groupdict().get("state", "float")
-            return {"backend": backend, "kernel": kernel, "name": name, "rule": STRUCTS.get(rule, rule.lower()),
-                    "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told}  # fmt: skip
+            return {
+                "backend": backend, "kernel": kernel.replace("low rank", "pass"), "name": name,
+                "rule": STRUCTS.get(rule, rule.lower()), "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told,
+            }  # fmt: skip
     raise ValueError(f"{name} is no name of a kernel of ours")
 
 

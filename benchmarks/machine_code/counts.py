@@ -11,6 +11,10 @@ stochastic rounding of weights. An element of a chain of n such stages takes
 
     once + n * (stage + (seeds - 1) * further seed)        slots.
 
+A kernel of low-rank directions (csrc/cuda/lowrank.cu, lowrank_chain.cu) reads its directions: its loop over seeds has loops
+over further factors in it, for each way to read them. Counted is that of rows of whole blocks, with one factor; a further
+one takes slots_per_extra_rank.
+
 A report says of a kernel: name, arch, registers, stack_bytes, spills (loads and stores of local memory, anywhere in it);
 elements of an iteration, slots (issued instructions per element; of a chain, of a stage) and slots_per_extra_seed, None
 where there is no such loop; pipes and pipes_extra, the same by pipe; barriers in the loop; accesses, the bytes of each to
@@ -37,7 +41,10 @@ def analyse(name: str, arch: int, kernel: Kernel, stored_size: int, registers: i
         ValueError: where the loops are not those of a chain, which the kernel's name says that it is.
     """
     spills = sum(bool(re.match(r"LDL|STL", i.opcode)) for i in kernel.code())
-    counted = _chain(name, kernel) if "::chain_kernel<" in name else _pass(kernel, stored_size)
+    if "::low_rank" in name:
+        counted = _low_rank_chain(name, kernel) if "_chain_kernel<" in name else _low_rank(name, kernel, stored_size)
+    else:
+        counted = _chain(name, kernel) if "::chain_kernel<" in name else _pass(kernel, stored_size)
     resources = {"registers": registers, "stack_bytes": stack_bytes, "spills": spills}
     return {"name": name, "arch": arch, **resources, **counted}
 
@@ -167,6 +174,78 @@ def _chain(name: str, kernel: Kernel) -> Report:
     return _report(
         elements, per_element(one, elements), per_element(seed, _noise(seed)), one + rounded + once, once,
         once=per_element(once, elements), stochastic=per_element(rounded, elements),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- low rank
+
+
+def _wide_loads(code: Code) -> int:
+    return sum(i.global_bytes == 16 and not i.stored for i in code)
+
+
+def _blocks(loops: list[Loop]) -> frozenset[int]:
+    return frozenset().union(*(loop.blocks for loop in loops))
+
+
+def _of_factors(code: Code) -> tuple[int, ...]:
+    """The score of a way that reads rows of V by whole blocks."""
+    return _wide_loads(code), -len(code)
+
+
+def _outermost(kernel: Kernel, loop: Loop) -> list[Loop]:
+    """Of the loops inside that have loops inside."""
+    nested = [other for other in kernel.within(loop) if kernel.within(other)]
+    return [one for one in nested if not any(one.blocks < other.blocks for other in nested)]
+
+
+def _tile(name: str, kernel: Kernel) -> tuple[Loop, Code]:
+    """The loop in the loop over whole tiles, and what a tile takes around it."""
+    found = []
+    for tile in kernel.loops:
+        for inner in _outermost(kernel, tile):
+            once = kernel.way(tile, lambda code: (stored(code), -len(code)), uncounted=inner.blocks)
+            if {i.stored for i in once} - {0} == {16}:
+                found.append((tile, inner, once))
+    tiles = [tile for tile, _, _ in found]  # a fork stores within the loop over stages
+    outer = [some for some in found if not any(some[0].blocks < tile.blocks for tile in tiles)]
+    if len(outer) != 1:
+        raise ValueError(f"{name} has {len(outer)} loops over whole tiles with a nested loop in it; it should have one")
+    _, inner, once = outer[0]
+    return inner, once
+
+
+def _further_factor(kernel: Kernel, seeds: Loop) -> Pipes:
+    """Of the loop over factors that reads whole blocks: eight elements."""
+    ways = (kernel.way(loop, _of_factors) for loop in kernel.within(seeds))
+    return per_element(next(way for way in ways if _wide_loads(way)), 8)
+
+
+def _low_rank(name: str, kernel: Kernel, stored_size: int) -> Report:
+    seeds, once = _tile(name, kernel)
+    one = kernel.way(seeds, _of_factors, without=_blocks(kernel.within(seeds)))
+    elements = stored(once) // stored_size
+    return _report(
+        elements, per_element(once + one, elements), per_element(one, elements), once + one, once,
+        per_extra_rank=_further_factor(kernel, seeds),
+    )  # fmt: skip
+
+
+def _low_rank_chain(name: str, kernel: Kernel) -> Report:
+    stage, once = _tile(name, kernel)
+    of_rules = _outermost(kernel, stage)  # a perturbation has fewer sums
+    own = max(of_rules, key=lambda loop: ffma(kernel.way(loop, _of_factors, without=_blocks(kernel.within(loop)))))
+    others = _blocks([loop for loop in of_rules if loop != own]) | _blocks(kernel.within(own))
+
+    def staged(words: int) -> Any:
+        of_dense = _staged(words)
+        return lambda code: (_wide_loads(code), *of_dense(code))
+
+    one, rounded = (kernel.way(stage, staged(words), without=others) for words in (-1, 1))
+    seed = kernel.way(own, _of_factors, without=_blocks(kernel.within(own)))
+    return _report(
+        8, per_element(one, 8), per_element(seed, 8), one + rounded + once, once,
+        once=per_element(once, 8), stochastic=per_element(rounded, 8), per_extra_rank=_further_factor(kernel, own),
     )  # fmt: skip
 
 

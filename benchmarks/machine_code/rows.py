@@ -3,7 +3,8 @@
 A row is one kernel on one architecture: slots, slots_per_extra_seed and pipes (pipes_extra: of a further seed) are
 instructions per element, vector_bytes is the width of a global access in the hot loop, arch is 90 for sm_90 or the name of
 an AMD target. Of a chain's kernel ("kernel": "chain") they are those of a stage, slots_stochastic those of a stage with
-stochastic rounding, slots_once those of the tile around the stages (counts.py).
+stochastic rounding, slots_once those of the tile around the stages (counts.py). Kernels whose directions are of low rank
+("distribution": "low_rank") have slots_per_extra_rank too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .counts import AMD
 STORED = RESULTS / "machine_code.json"
 ARCHS = (80, 90, 100, 120)
 KEPT = ("arch", "slots", "slots_per_extra_seed", "registers", "spills", "scalar_spills", "vector_bytes", "pipes",
-        "pipes_extra", "slots_once", "pipes_once", "slots_stochastic", "pipes_stochastic")  # fmt: skip
+        "pipes_extra", "slots_once", "pipes_once", "slots_stochastic", "pipes_stochastic", "slots_per_extra_rank",
+        "pipes_per_extra_rank")  # fmt: skip
 Row = dict[str, Any]
 
 

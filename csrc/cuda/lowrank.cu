@@ -10,7 +10,8 @@ namespace {
 // As blocks_per_sm.
 template <class T, class S, class R, Rounding Q>
 constexpr int low_rank_blocks_per_sm() {
-  return R::kSums == 0 ? 5 : 3;
+  if (R::kSums == 0) return kSm120 && Q == Rounding::nearest ? 3 : 4;
+  return R::kSums == 3 && sizeof(S) == 2 && sizeof(T) == 2 ? 2 : 3;
 }
 
 // As parts_of_chunk: passes of 16-bit weights have no time for starts.

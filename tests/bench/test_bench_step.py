@@ -144,6 +144,24 @@ def test_pipelined_ways_are_timed_beside_the_others(tmp_path: Path) -> None:
     }
 
 
+def test_low_rank_directions_in_the_forward_are_timed_where_a_method_takes_them(tmp_path: Path) -> None:
+    wanted = settings(
+        models=("tiny-opt",), methods=("mezo", "hizoo"), placements=("inplace", "forward"), peers=False, rounds=1
+    )
+    run = Run(wanted, tmp_path / "step.json")
+    results = run.run()
+    assert set(results) == {"tiny-opt 2x8 mezo inplace", "tiny-opt 2x8 mezo forward", "tiny-opt 2x8 hizoo inplace"}
+    low = results["tiny-opt 2x8 mezo forward"]
+    assert (low["status"], low["forwards_per_step"]) == ("timed", 2)
+    assert low["passes_per_step"] == 1  # no probe goes over the weights
+    assert "full rank" in run.not_timed["hizoo forward"]
+    model = models.build("tiny-opt", torch.float32, CPU)
+    case = Case("tiny-opt", 2, 8, "mezo", "forward")
+    opt = make(case, model)
+    opt.step(models.closure("tiny-opt", model, 2, 8, CPU))
+    assert sum(t.nbytes for t in opt._placement.memory()) == needed_bytes(case, model)
+
+
 def test_passes_inside_the_closure_are_not_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that moves by 1 at each look: stream's passes of blocks lie between looks of the closure."""
     looks = iter(range(10**6))

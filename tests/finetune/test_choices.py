@@ -14,9 +14,9 @@ transformers = pytest.importorskip("transformers")
 from tests.finetune import test_finetune  # noqa: E402
 from tests.finetune.test_columns import written  # noqa: E402
 from zokern.finetune import FinetuneError, Options, data, finetune, identity  # noqa: E402
+from zokern.finetune.candidates import Choices, Spoken  # noqa: E402
 from zokern.finetune.examples import Example  # noqa: E402
 from zokern.finetune.framing import Frame  # noqa: E402
-from zokern.finetune.scored import Choices, Spoken  # noqa: E402
 from zokern.finetune.tasks import evaluate  # noqa: E402
 from zokern.tasks.metrics import METRICS  # noqa: E402
 

@@ -33,6 +33,7 @@ from zokern.finetune.batches import Order, Rows, cut  # noqa: E402
 from zokern.finetune.choosing import objective as picked  # noqa: E402
 from zokern.finetune.display import Display, Status  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
+from zokern.finetune.similar import Similarity  # noqa: E402
 from zokern.optim import METHODS  # noqa: E402
 
 ANIMALS, FRUITS = ["cat", "dog", "cow", "hen", "fox", "owl"], ["fig", "plum", "pear", "lime", "kiwi", "date"]
@@ -328,7 +329,7 @@ TEXTS = data.TextSet([text for text, _ in sentences(40)], [0 if label == "animal
 @torch.no_grad()
 def test_similarity_equals_its_definition(models_dir: Path) -> None:
     model, tok = load("bert", models_dir, "similarity", ["animal", "fruit"])
-    task = tasks.Similarity(model, tok, ["animal", "fruit"], 32, ["a big animal", "fruit"], temperature=0.5)
+    task = Similarity(model, tok, ["animal", "fruit"], 32, ["a big animal", "fruit"], temperature=0.5)
     task.add("eval", TEXTS)
 
     def embed(text: str) -> torch.Tensor:

@@ -21,11 +21,13 @@ from zokern.bench import models  # noqa: E402
 from zokern.finetune.answering import Answers  # noqa: E402
 from zokern.finetune.attention import NAME, attend_without_waiting  # noqa: E402
 from zokern.finetune.batches import Rows, cut  # noqa: E402
+from zokern.finetune.candidates import Choices  # noqa: E402
 from zokern.finetune.examples import Example  # noqa: E402
 from zokern.finetune.models import place  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
-from zokern.finetune.scored import Choices, Kept, Scored  # noqa: E402
-from zokern.finetune.tasks import Classifier, Similarity, Task  # noqa: E402
+from zokern.finetune.scored import Kept, Scored  # noqa: E402
+from zokern.finetune.similar import Similarity  # noqa: E402
+from zokern.finetune.tasks import Classifier, Task  # noqa: E402
 
 TINY = pytest.mark.parametrize("name", ["tiny-opt", "tiny-qwen", "tiny-encoder"])
 PADDED = [[3, 4, 5, 6], [7, 8], [9, 10, 11], [12, 13]]
@@ -61,8 +63,8 @@ def task_of(objective: str, device: torch.device) -> Task:
     if isinstance(task, Scored):
         ones = objective == "answer"
         texts = [Example(("x",), answers=("y",))] * 4 if ones else [Example(("x",), ("y", "z"), (i,)) for i in (0, 1)]
-        counts = torch.tensor([2, 1, 1, 1]).to(device)
-        task.kept = {"train": Kept(texts, list(range(0, 5, 1 if ones else 2)), counts, 2)}
+        counts, begins = [2, 1, 1, 1], list(range(0, 5, 1 if ones else 2))
+        task.kept = {"train": Kept(texts, begins, counts, torch.tensor(counts).to(device), 2)}
         task.frame, task.keeps = SimpleNamespace(encoder=False), True
     if isinstance(task, Similarity):
         task.temperature = 0.1

@@ -24,7 +24,8 @@ from tests.finetune import test_finetune  # noqa: E402
 from zokern.finetune import FinetuneError, Options, data, finetune  # noqa: E402
 from zokern.finetune.fitting import fit  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
-from zokern.finetune.tasks import Classifier, Similarity, cut_notes  # noqa: E402
+from zokern.finetune.similar import Similarity  # noqa: E402
+from zokern.finetune.tasks import Classifier, cut_notes  # noqa: E402
 
 TAIL = " It was"
 

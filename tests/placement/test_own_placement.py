@@ -276,6 +276,6 @@ class Nameless(directions.Direction):
     ids=lambda d: d.__name__ if isinstance(d, type) else type(d).__name__ if isinstance(d, directions.Direction) else None,
 )  # fmt: skip
 def test_what_is_no_direction_is_refused_with_both_forms_of_those_there_are(distribution: object) -> None:
-    said = r"distribution is .*'normal', 'rademacher', or zokern\.Normal\(\), zokern\.Rademacher\(\)"
+    said = r"is .*'normal', 'rademacher', 'lowrank:1'.* zokern\.Normal\(\), zokern\.Rademacher\(\), zokern\.LowRank"
     with pytest.raises(ValueError, match=said):
         zokern.MeZO(small(), 1e-2, distribution=distribution)

@@ -13,15 +13,18 @@ from zokern import placement
 from zokern.bench import models
 from zokern.bench.split import Graphed, Stepper, why_not_graphed
 from zokern.bench.step_peers import PEERS, Published
+from zokern.checking.cost import members_of
 from zokern.finetune.methods import build
 from zokern.finetune.options import Options
 from zokern.optim import ZerothOrderOptimizer
-from zokern.placement import sites, stream
+from zokern.placement import forward, sites, stream
+from zokern.placement.forward import Forward
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 
 GRAPHED = "graphed"
 PIPELINED = "-pipelined"  # behind the name of a placement
+FORWARD, DIRECTION = "forward", "lowrank:1"  # the placement that needs such a direction
 Groups = dict[tuple[int, int], list["Case"]]  # cases that take turns, by their tokens
 LR, EPS = 1e-7, 1e-3  # lr is not 0: an update that moves nothing is left out
 
@@ -95,11 +98,18 @@ class Case:
 
 
 def cases(
-    settings: Settings, placements: tuple[str, ...], graphed: Collection[str], model: str, rows: int, length: int
+    settings: Settings,
+    placements: tuple[str, ...],
+    graphed: Collection[str],
+    refused: Collection[str],
+    model: str,
+    rows: int,
+    length: int,
 ) -> Iterator[Case]:
     """The cases of one model and one token shape, which take turns. Published MeZO is always among the peers.
 
-    graphed: methods to time in a graph too, on the first of the placements that is not pipelined.
+    graphed: methods to time in a graph too, on the first of the placements that is not pipelined. refused: methods that
+    do not go with placement="forward".
     """
     for method, ways in PEERS.items() if settings.peers else ():
         if method == "mezo" or method in settings.methods:
@@ -108,7 +118,8 @@ def cases(
             )
     below = next((way for way in placements if not way.endswith(PIPELINED)), None)
     for method in settings.methods:
-        yield from (Case(model, rows, length, method, way) for way in placements)
+        own = [way for way in placements if way != FORWARD or method not in refused]
+        yield from (Case(model, rows, length, method, way) for way in own)
         if method in graphed and below is not None:
             yield Case(model, rows, length, method, GRAPHED, below)
 
@@ -126,14 +137,17 @@ def plan(settings: Settings) -> tuple[dict[str, Groups], dict[str, str]]:
         for method in settings.methods
     }
     graphed = [method for method, reason in reasons.items() if reason is None]
+    refused = {method: why for method in settings.methods if (why := _why_not_forward(method, tiny)) is not None}
     groups: dict[str, Groups] = {}
     for name in settings.models:
         module = models.build(name, dtype, torch.device("meta"))
         placements = resolve(settings.placements, module, dtype)
-        groups[name] = {t: list(cases(settings, placements, graphed, name, *t)) for t in settings.tokens}
+        groups[name] = {t: list(cases(settings, placements, graphed, refused, name, *t)) for t in settings.tokens}
     not_timed = {f"{method} {GRAPHED}": reason for method, reason in reasons.items() if reason is not None}
     if not graphed and len(told := set(not_timed.values())) == 1:
         not_timed = {GRAPHED: told.pop()}
+    if FORWARD in settings.placements:
+        not_timed |= {f"{method} {FORWARD}": why for method, why in refused.items()}
     return groups, not_timed
 
 
@@ -151,10 +165,18 @@ def make(case: Case, model: nn.Module) -> Stepper:
     return Graphed(optimizer) if case.way == GRAPHED else optimizer
 
 
+def _why_not_forward(method: str, model: nn.Module) -> str | None:
+    try:
+        _optimizer(Case("tiny-opt", 1, 1, method, FORWARD), model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
     chosen = Options(
         method=case.method, placement=case.placement, pipelined=case.way.endswith(PIPELINED), lr=LR, eps=EPS,
-        curvature_dtype=case.curvature or None,
+        curvature_dtype=case.curvature or None, distribution=DIRECTION if case.placement == FORWARD else None,
     )  # fmt: skip
     made: ZerothOrderOptimizer = build(model, chosen)
     return made
@@ -189,6 +211,8 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     copies = 0
     if isinstance(optimizer._placement, Stream):
         copies = stream.extra_bytes(model)
+    elif isinstance(optimizer._placement, Forward):
+        copies = forward.extra_bytes(optimizer._placement, members_of(optimizer))
     elif isinstance(optimizer._placement, Shadow):
         copies = sum(sites.padded_size(p) * p.element_size() for p in _trainable(model))
     return state_bytes(optimizer, model) + copies

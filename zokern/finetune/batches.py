@@ -63,10 +63,38 @@ class Group:
 
 
 @dataclass
+class Piece:
+    """Rows whose attention is done at once. places: (rows, longest), of each token among the N; 0 where there is none.
+    inside: (rows, longest), whether there is one."""
+
+    places: Tensor
+    inside: Tensor
+
+
+@dataclass
+class Packed:
+    """A part of a batch whose rows lie end to end (packing.py).
+
+    ids, positions: (1, N). owners: (N,), the place of each token in the pieces, flattened one after another.
+    reads: (k,), the tokens whose outputs are read. ends: (rows, most), where in `reads` each row has its own. said:
+    (rows, most), the token that is to follow there. counts: (rows,), how many of them each row has; the rest is padding.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    pieces: list[Piece]
+    owners: Tensor
+    reads: Tensor
+    ends: Tensor
+    said: Tensor
+    counts: Tensor
+
+
+@dataclass
 class Batch:
     """The groups of a batch, the permutation that puts their rows back in the order asked for, and the targets."""
 
-    groups: list[Group]
+    groups: Sequence[Group | Packed]
     order: Tensor
     targets: Tensor
 
@@ -75,8 +103,8 @@ class Batch:
         return torch.cat(parts).index_select(0, self.order)
 
 
-def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
-    """The batch of the rows with the indices `wanted`. targets: class indices, carried along."""
+def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int], *, whole: bool = False) -> Batch:
+    """The batch of the rows with the indices `wanted`. targets: class indices, carried along. whole: in one group."""
     device = rows.ids.device
     by_length = sorted(range(len(wanted)), key=lambda i: rows.lengths[wanted[i]])
     chosen = [wanted[i] for i in by_length]
@@ -87,8 +115,8 @@ def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int]) -> Batch:
     # In one transfer, for which nothing waits.
     numbers = upload(torch.tensor([*chosen, *lengths, *order, *targets], dtype=torch.long), device)
     all_rows, all_lengths, back, classes = numbers.split([len(wanted)] * 3 + [len(targets)])
-    size = _CPU_GROUP if device.type == "cpu" else len(wanted)
-    groups = []
+    size = _CPU_GROUP if device.type == "cpu" and not whole else len(wanted)
+    groups: list[Group] = []
     for start in range(0, len(wanted), size):
         part = slice(start, start + size)
         shortest, longest = lengths[start], lengths[part][-1]  # sorted

@@ -29,7 +29,7 @@ def _check(options: Options, console: Console) -> Result:
     loaded = load(options, functools.partial(line, console))
     task, order = loaded.task, Order(len(loaded.task.sets["train"][1]), options.seed)
     draws = [order.draw(options.batch_size) for _ in range(options.accumulate)]
-    batches = [task.batch("train", draw) for draw in draws]
+    batches = list(task.batches("train", draws))
     try:
         result = check_tensors(loaded.optimizer, task.aim, batches)
     except (TypeError, ValueError) as error:

@@ -105,6 +105,7 @@ def load(directory: Path, given: Mapping[str, Any] | None = None) -> Stored:
         if missing := [name for name in _ALWAYS if name not in values]:
             raise ValueError(f"it lacks {', '.join(map(repr, missing))}")
         run = values.pop(KEY, None)
+        values.setdefault("packing", "never")  # as it was before there was a choice: the same bits
         options = Options(**values)
         _check_defaults(options)
         options.check_stored()

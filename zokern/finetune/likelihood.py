@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokern.finetune.batches import Group
+from zokern.finetune.encoding import read_once
 
 
 def vocabulary(model: nn.Module, group: Group, first: int, *, keeps: bool) -> tuple[Tensor, int]:
@@ -37,7 +38,7 @@ def of_decoded(model: nn.Module, group: Group, read: Tensor, said: Tensor, count
 
     read, said: what the decoder reads and is to say, (rows, tokens) each. counts: how many tokens of each row count.
     """
-    logits = model(input_ids=group.ids, attention_mask=group.mask, decoder_input_ids=read).logits
+    logits = model(**read_once(model, group), decoder_input_ids=read).logits
     likelihood = F.log_softmax(logits.float(), dim=-1).gather(2, said.unsqueeze(2)).squeeze(2)
     inside = torch.arange(said.shape[1], device=said.device) < counts[:, None]
     return torch.where(inside, likelihood, 0.0).sum(1) / counts

@@ -167,7 +167,7 @@ class _Training:
     def _step(self) -> None:
         options = self.options
         draws = [self.order.draw(options.batch_size) for _ in range(options.accumulate)]
-        micro = [self.task.batch("train", draw) for draw in draws]
+        micro = list(self.task.batches("train", draws))
         with self.clock.measure("step"):
             loss = self.optimizer.step(self._closure, micro)
         if self.failed is not None:

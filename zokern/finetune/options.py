@@ -336,6 +336,14 @@ class Options:
         help="Number format of the weights. auto is float32 on a CPU and the checkpoint's own on a GPU.",
         panel=HARDWARE,
     )
+    packing: str = option(
+        default="auto",
+        kind=Choice(("auto", "always", "never")),
+        help="Whether the texts of a batch lie end to end, without padding, for similarity, prompt, choices and answer; of "
+        "an encoder-decoder, whether a text is read once for all that may follow it. The losses are the same to rounding. "
+        "auto: on a CPU, where the model is found to take it; the run says where not.",
+        panel=HARDWARE,
+    )
     threads: int | None = option(
         default=None, kind=Integer(1, 4096), help="CPU threads of torch. Default: as torch chooses.", panel=HARDWARE
     )

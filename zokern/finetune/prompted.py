@@ -8,11 +8,11 @@ from torch import nn
 
 from zokern.finetune import examples
 from zokern.finetune.answering import Answers
+from zokern.finetune.candidates import Choices, Spoken
 from zokern.finetune.framing import Frame
 from zokern.finetune.labels import few
 from zokern.finetune.options import Options
 from zokern.finetune.prompts import Prompt
-from zokern.finetune.scored import Choices, Spoken
 from zokern.finetune.tasks import Task
 
 

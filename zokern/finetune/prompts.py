@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from zokern.finetune import likelihood, virtual
-from zokern.finetune.batches import Batch, Group, cut
+from zokern.finetune.batches import Batch, Group, Packed, cut
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.examples import Text
 from zokern.finetune.fitting import Cut
 from zokern.finetune.framing import Frame
 from zokern.finetune.options import FinetuneError
-from zokern.finetune.tasks import Task, accepts
+from zokern.finetune.packer import accepts
+from zokern.finetune.packing import Wanted, pack
+from zokern.finetune.tasks import Task
 
 
 class Prompt(Task):
     """words[i]: the word of label i. limit: the model's, in tokens, words included. The rest: as of Frame."""
+
+    packs = True
 
     def __init__(
         self,
@@ -65,7 +69,14 @@ class Prompt(Task):
         """The prompts with the indices `wanted`; where words have several tokens, each prompt once per label."""
         rows, targets = self.sets[name]
         each = 1 if self.single else len(self.words)
-        return cut(rows, [i * each + c for i in wanted for c in range(each)], [targets[i] for i in wanted])
+        right = [targets[i] for i in wanted]
+        if self.packer is None:
+            return cut(rows, [i * each + c for i in wanted for c in range(each)], right)
+        if self.single:
+            return pack(rows, [Wanted([i], 0, [0]) for i in wanted], right)
+        counts = [len(word) for word in self.words]
+        indices = [list(range(i * each, (i + 1) * each)) for i in wanted]
+        return pack(rows, [Wanted(own, rows.lengths[own[0]] - counts[0], counts) for own in indices], right)
 
     def logits(self, batch: Batch) -> Tensor:
         """(texts, classes), in float32."""
@@ -73,13 +84,19 @@ class Prompt(Task):
             return batch.gather([self._last(group) for group in batch.groups])
         return batch.gather([self._likelihood(group) for group in batch.groups]).view(-1, len(self.words))
 
-    def _last(self, group: Group) -> Tensor:
+    def _last(self, group: Group | Packed) -> Tensor:
+        if isinstance(group, Packed):
+            assert self.packer is not None
+            return self.packer.lasts(group).index_select(1, self._first).float()
         end = group.lengths - 1
         logits, first = likelihood.vocabulary(self.model, group, group.shortest - 1, keeps=self._keeps)
         at_end = logits[torch.arange(len(end), device=end.device), end - first]
         return at_end.index_select(1, self._first).float()
 
-    def _likelihood(self, group: Group) -> Tensor:
+    def _likelihood(self, group: Group | Packed) -> Tensor:
+        if isinstance(group, Packed):
+            assert self.packer is not None
+            return self.packer.likelihoods(group)
         counts = self._counts.index_select(0, group.rows % len(self.words))
         return likelihood.of_ends(self.model, group, counts, max(map(len, self.words)), keeps=self._keeps)
 

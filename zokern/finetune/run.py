@@ -44,8 +44,9 @@ from zokern.finetune.display import Display, Shown, clock, percent
 from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output, claim
+from zokern.finetune.similar import Similarity
 from zokern.finetune.stopping import Stop, Stopped
-from zokern.finetune.tasks import Classifier, Similarity, Task, cut_notes
+from zokern.finetune.tasks import Classifier, Task, choose_packing, cut_notes
 from zokern.journal import tools as journal_tools
 from zokern.optim import ZerothOrderOptimizer
 from zokern.optim.causes import announce_quantised
@@ -73,6 +74,7 @@ class Summary:
     stopped: int | None = None  # the signal that came
     adapter: bool = False  # what was trained, and saved alone
     metric: str = "accuracy"  # what result.accuracy is
+    packed: bool = False  # whether the texts of a batch were
 
     @property
     def code(self) -> int:
@@ -153,6 +155,8 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     task.by_metric = options.minimise == "metric"
     for name, part in (("train", data.train), ("eval", data.eval)):
         task.add(name, part)
+    if (padded := choose_packing(task, options.packing)) is not None:
+        data.notes.append(f"texts are padded (--packing {options.packing}): {padded}")
     data.notes += cut_notes(task, longest(task.model, tokenizer) - virtual.room(task.model)) if task.cuts else []
     left_out: list[str] = []
     announce_quantised(task.model, left_out.append)  # here, and not by the optimizer too
@@ -278,7 +282,8 @@ class _Run:
         about, device = loaded.about, task.device
         summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
-                          self.stop.asked, adapted.is_adapted(task.model), task.metric.name)  # fmt: skip
+                          self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
+                          task.packer is not None)  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -357,7 +362,8 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
     return {
         "command": sys.argv,
         "options": options.as_json(),
-        "chosen": {"objective": summary.objective, "device": summary.device, "dtype": summary.dtype},
+        "chosen": {"objective": summary.objective, "device": summary.device, "dtype": summary.dtype,
+                   "packed": summary.packed},
         "data": data.record(),
         "versions": versions((*_PACKAGES, "peft") if summary.adapter else _PACKAGES),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),

@@ -6,21 +6,22 @@ Each task tokenises once, cuts batches, and turns a batch into logits (texts, cl
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zokern.finetune import adapted, text_pairs
+from zokern.finetune import text_pairs
 from zokern.finetune.batches import Batch, Group, Rows, cut
 from zokern.finetune.checkpoints import check_tokens
 from zokern.finetune.data import TextSet
 from zokern.finetune.examples import Text
 from zokern.finetune.fitting import Cut
 from zokern.finetune.options import FinetuneError
+from zokern.finetune.packed_attention import Unpackable
+from zokern.finetune.packer import Packer, accepts, proven
 from zokern.tasks import metrics
 from zokern.tasks.metrics import Metric
 
@@ -44,6 +45,9 @@ class Task:
     metric: Metric = metrics.METRICS["accuracy"]
     settings: list[str] | None = None  # what else the model's input depends on
     by_metric = False  # whether a step makes minus the metric smaller
+    packs = False  # whether rows may be packed
+    reads_logits = True  # whether logits are read then; else hidden states
+    packer: Packer | None = None  # where rows are packed
 
     def __init__(self, model: nn.Module, tokenizer: Any, labels: list[str], max_length: int) -> None:
         self.model = model
@@ -65,6 +69,15 @@ class Task:
         """The texts with the indices `wanted` of a set, ready for `logits`."""
         rows, targets = self.sets[name]
         return cut(rows, wanted, [targets[i] for i in wanted])
+
+    def batches(self, name: str, wanted: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        """Several batches, to be evaluated one after another with the same weights."""
+        return (self.batch(name, one) for one in wanted)
+
+    def pack(self) -> None:
+        """From here on rows are packed. Raises Unpackable where that is not possible."""
+        rows = [rows for rows, _ in self.sets.values()]
+        self.packer = proven(self.model, rows, scores=self.reads_logits)
 
     def logits(self, batch: Batch) -> Tensor:
         """(texts, classes), in float32."""
@@ -177,58 +190,12 @@ class Classifier(Task):
 
     def logits(self, batch: Batch) -> Tensor:
         """(texts, classes), in float32."""
-        return batch.gather([self._head(group) for group in batch.groups])
+        return batch.gather([self._head(group) for group in batch.groups if isinstance(group, Group)])
 
     def _head(self, group: Group) -> Tensor:
         types = {} if group.types is None else {"token_type_ids": group.types}
         logits: Tensor = self.model(input_ids=group.ids, attention_mask=group.mask, **types).logits
         return logits.float()
-
-
-class Similarity(Task):
-    """An encoder: cosine similarity between a text and a sentence about each label, divided by a temperature.
-
-    Both sides move with the weights, so the label sentences are rows of every batch, after the texts.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        labels: list[str],
-        max_length: int,
-        sentences: list[str],
-        temperature: float,
-    ) -> None:
-        super().__init__(model, tokenizer, labels, max_length)
-        self.temperature = temperature
-        self._label_tokens, cut = self._tokens(sentences)
-        if cut.count:
-            raise FinetuneError(
-                f"{cut.count} of the labels' sentences (--descriptions) have more tokens than --max-length {max_length}, "
-                f"the longest {cut.longest}; raise it, or shorten them"
-            )
-
-    def add(self, name: str, texts: TextSet) -> None:
-        """Tokenise a set once; the label sentences follow its texts."""
-        tokens, targets = self._tokenise(name, texts)
-        self.sets[name] = (self._pack(tokens + self._label_tokens), targets)
-
-    def batch(self, name: str, wanted: Sequence[int]) -> Batch:
-        """The texts with the indices `wanted`, followed by the label sentences."""
-        rows, targets = self.sets[name]
-        return cut(rows, [*wanted, *range(len(targets), len(rows.lengths))], [targets[i] for i in wanted])
-
-    def logits(self, batch: Batch) -> Tensor:
-        """(texts, classes): cosine / temperature, in float32."""
-        pooled = []
-        for group in batch.groups:
-            hidden = self.model(input_ids=group.ids, attention_mask=group.mask).last_hidden_state.float()
-            mask = group.mask.unsqueeze(-1).to(hidden.dtype)
-            pooled.append((hidden * mask).sum(1) / mask.sum(1))
-        embedded = F.normalize(batch.gather(pooled), dim=-1)
-        count = len(self.labels)
-        return embedded[:-count] @ embedded[-count:].T / self.temperature
 
 
 def cut_notes(task: Task, limit: int) -> list[str]:
@@ -243,9 +210,22 @@ def cut_notes(task: Task, limit: int) -> list[str]:
     )
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward takes a keyword argument of this name."""
-    return argument in inspect.signature(adapted.plain(model).forward).parameters
+def choose_packing(task: Task, way: str) -> str | None:
+    """Has rows packed, where --packing asks for that; returns why not, where `auto` finds that the model does not take it.
+
+    Raises FinetuneError where it does not, and `way` is "always".
+    """
+    if way == "never" or (way == "auto" and (not task.packs or task.device.type != "cpu")):
+        return None
+    try:
+        if not task.packs:
+            raise Unpackable("a head reads whole texts or pictures")
+        task.pack()
+    except Unpackable as error:
+        if way == "always":
+            raise FinetuneError(f"--packing always is not possible: {error}; take --packing auto") from error
+        return str(error)
+    return None
 
 
 @torch.no_grad()
@@ -258,9 +238,11 @@ def evaluate(task: Task, name: str, batch_size: int, between: Callable[[], None]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     loss = torch.zeros((), device=task.device)
     found = []
-    for start in range(0, len(by_length), batch_size):
+    wanted = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    batches = task.batches(name, wanted)
+    for _ in wanted:
         between()
-        found.append(task.judged(task.batch(name, by_length[start : start + batch_size])))
+        found.append(task.judged(next(batches)))
         loss += found[-1].loss
     told = [task.told(one) for one in found]  # where a device is waited for
     predictions, references = ([value for one in told for value in one[i]] for i in (0, 1))

@@ -66,7 +66,7 @@ class Built(Common, Method, torch.optim.Optimizer):
             self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
         sixteen_bit = has_sixteen_bit(self.param_groups)
         self._placement = placements.make(
-            values["placement"], self.module, sixteen_bit, self._passes, pipelined=self.pipelined
+            values["placement"], self.module, sixteen_bit, self._passes, scaled=self.scaled, pipelined=self.pipelined
         )
         if self.module is not None:
             causes.announce_quantised(self.module)

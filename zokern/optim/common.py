@@ -78,8 +78,8 @@ class Common(Settings):
         kind=Choice(placements.PLACEMENTS, placements.read),
         alias="placement",
         help="Where the perturbed weights live during a forward: in the weights' own memory (inplace), in a copy "
-        "(shadow), which keeps 16-bit weights exact, or in a copy of one block at a time (stream). auto is "
-        "inplace for float32, and exact for 16-bit weights.",
+        "(shadow), which keeps 16-bit weights exact, in a copy of one block at a time (stream), or nowhere: directions of "
+        "low rank are added in the products (forward). auto is inplace for float32, and exact for 16-bit weights.",
         kept=False,
     )
     pipelined: bool = setting(

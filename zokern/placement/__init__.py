@@ -6,6 +6,8 @@ shadow: in a copy of the active parameters, which the module sees while the clos
     written by updates alone: restore is free and exact. Costs the memory of the active parameters once more.
 stream: as shadow, but one block at a time, written just before the block runs: the memory of the largest block and of
     what lies outside the blocks.
+forward: weights are not written at all: products with them get two thin ones of the direction's factors (LowRank) added.
+    The memory of the factors, and of copies of norms and biases.
 auto: for float32 weights inplace. Where any has 16 bits: stream if the module's blocks are found and it can serve it,
     else shadow; inplace for parameters without a module. What was chosen for 16-bit weights is printed once. It is chosen
     anew when the weights' types change, and where stream refuses a closure that
@@ -24,6 +26,7 @@ from torch import nn
 from zokern import _checks
 from zokern.placement import stream
 from zokern.placement.base import Ahead, Placement, Refused, Rounding
+from zokern.placement.forward import SCALED, Forward
 from zokern.placement.inplace import InPlace
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
@@ -32,6 +35,7 @@ from zokern.sweep import Passes
 __all__ = [
     "PLACEMENTS",
     "Ahead",
+    "Forward",
     "InPlace",
     "Placement",
     "Refused",
@@ -43,7 +47,9 @@ __all__ = [
     "read",
 ]
 
-MADE: dict[str, type[InPlace | Shadow | Stream]] = {cls.name: cls for cls in (InPlace, Shadow, Stream)}
+MADE: dict[str, type[InPlace | Shadow | Stream | Forward]] = {
+    cls.name: cls for cls in (InPlace, Shadow, Stream, Forward)
+}
 PLACEMENTS = ("auto", *MADE)
 NEEDED = (*Placement.__annotations__, *(name for name in vars(Placement) if not name.startswith("_")))
 _announced: set[str] = set()
@@ -84,10 +90,16 @@ def read(wanted: object, name: str = "placement") -> object:
 
 
 def make(
-    wanted: object, module: nn.Module | None, sixteen_bit: bool, passes: Passes, *, pipelined: bool = False
+    wanted: object,
+    module: nn.Module | None,
+    sixteen_bit: bool,
+    passes: Passes,
+    *,
+    scaled: bool = False,
+    pipelined: bool = False,
 ) -> Placement:
     """The placement that `wanted`, which was `read`, names or is, bound; `sixteen_bit` says whether any parameter has a
-    16-bit type.
+    16-bit type. scaled: directions are divided by the root of a state.
 
     Raises:
         ValueError: for a placement that cannot serve the module, with the remedy.
@@ -98,6 +110,8 @@ def make(
             f"pipelined=True writes the next perturbation to copies while it updates, and placement={placement.name!r} has "
             "none; use placement='shadow' or 'stream' with an nn.Module"
         )
+    if scaled and isinstance(placement, Forward):
+        raise ValueError(SCALED)
     placement.bind(module, passes)
     return placement
 

@@ -44,6 +44,7 @@ class Exact(Perturbing):
     """
 
     module: nn.Module
+    name: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,10 +76,7 @@ class Exact(Perturbing):
 
     def perturb(self, sweep: Sweep, terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
-        terms_before, eps, numbers = self.latest
-        if numbers is None or terms_before is not terms or eps is not self.eps:
-            numbers = self._numbers(terms)
-            self.latest = terms, self.eps, numbers
+        numbers = self.numbers_of(terms)
         if self.ready:
             wanted = self._ready(terms)
             pairs = [
@@ -87,6 +85,14 @@ class Exact(Perturbing):
             sweep, out = Sweep([m for m, _ in pairs]), [t for _, t in pairs]
         torch.clear_autocast_cache()  # of casts of what the copies hold still
         self.passes.run(sweep, self.spec, numbers, out=out, counted=counted)
+
+    def numbers_of(self, terms: Terms) -> PassNumbers:
+        """Those of the pass to these terms, made once."""
+        terms_before, eps, numbers = self.latest
+        if numbers is None or terms_before is not terms or eps is not self.eps:
+            numbers = self._numbers(terms)
+            self.latest = terms, self.eps, numbers
+        return numbers
 
     def _numbers(self, terms: Terms) -> PassNumbers:
         return perturbation(self.eps, terms, self.still, self.passes.gate)
@@ -143,8 +149,8 @@ class Exact(Perturbing):
         }
 
 
-class Shadow(Exact):
-    name = "shadow"
+class Shown(Exact):
+    """While a closure runs, the module's entries for the active parameters are others, in all places that one has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,55 +159,30 @@ class Shadow(Exact):
         self.layout: object = None
         self.tree: object = None
         self.sites: list[sites.Site] = []  # in that tree
-        self.pairs: list[tuple[sites.Site, nn.Parameter]] = []  # each with its copy
+        self.pairs: list[tuple[sites.Site, nn.Parameter]] = []  # each with what is shown there
         self.presented = False
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
-        self.module, self.passes = sites.needed(module, "shadow"), passes
-        sites.refuse_unswappable(self.module, "shadow")
+        self.module, self.passes = sites.needed(module, self.name), passes
+        sites.refuse_unswappable(self.module, self.name)
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
         super().begin(sweep, eps, scaled=scaled)
-        copy_of = self._lay_out(sweep)
+        shown = self._lay_out(sweep)
         tree = sites.fingerprint(self.module), self.layout
         if tree != self.tree:
-            self.sites, self.tree = sites.find(self.module, sweep, "shadow"), tree
-        self.pairs = [(site, copy_of[id(site.param)]) for site in self.sites]
+            self.sites, self.tree = sites.find(self.module, sweep, self.name), tree
+        self.pairs = [(site, shown[id(site.param)]) for site in self.sites]
         hooks, module = self.hooks, self.module
         hooks.append(module.register_state_dict_pre_hook(lambda *_: self._around_state_dict(copies=False)))
         hooks.append(module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)))
 
-    def _lay_out(self, members: Sweep) -> dict[int, nn.Parameter]:
-        """Each member's copy, by the parameter's id."""
-        if self.moved(self.copies) or members.layout != self.layout:
-            self.copies, self.ready, self.probes = [], {}, []  # views of the pools, which may be replaced
-            self.layout = None
-            self.let_go()
-            sites.fit(self.pools, sites.sizes(members))
-            self.copies = sites.copies(members, self.pools)
-            self.layout, self.places = members.layout, list(map(Tensor.data_ptr, self.copies))
-        return {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
-
-    def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
-        self.pairs = []
-        return self._lay_out(sweep)
+    def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
+        """What is shown for each member, by the parameter's id."""
+        raise NotImplementedError
 
     def memory(self) -> list[Tensor]:
         return list(self.pools.values())
-
-    @contextlib.contextmanager
-    def present(self, terms: Terms) -> Iterator[None]:
-        if not terms:
-            yield
-            return
-        self.perturb(self.sweep, terms, self.copies)
-        try:
-            self._show(copies=True)
-            self.saving = False
-            yield
-            self.check_saved()
-        finally:
-            self._show(copies=False)
 
     def end(self) -> None:
         self.left = self  # until all is back
@@ -217,11 +198,44 @@ class Shadow(Exact):
         self.presented = copies
 
     def _enter(self, copies: bool) -> None:
-        for site, copy in self.pairs:
-            site.show(copy if copies else site.param)
+        for site, shown in self.pairs:
+            site.show(shown if copies else site.param)
 
     def _around_state_dict(self, *, copies: bool) -> None:
         """A state_dict() asked for while the copies are shown is of the weights."""
         self.saving = not copies
         if self.presented:
             self._enter(copies)
+
+
+class Shadow(Shown):
+    name = "shadow"
+
+    def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
+        """Each member's copy."""
+        if self.moved(self.copies) or members.layout != self.layout:
+            self.copies, self.ready, self.probes = [], {}, []  # views of the pools, which may be replaced
+            self.layout = None
+            self.let_go()
+            sites.fit(self.pools, sites.sizes(members))
+            self.copies = sites.copies(members, self.pools)
+            self.layout, self.places = members.layout, list(map(Tensor.data_ptr, self.copies))
+        return {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
+
+    def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
+        self.pairs = []
+        return self._lay_out(sweep)
+
+    @contextlib.contextmanager
+    def present(self, terms: Terms) -> Iterator[None]:
+        if not terms:
+            yield
+            return
+        self.perturb(self.sweep, terms, self.copies)
+        try:
+            self._show(copies=True)
+            self.saving = False
+            yield
+            self.check_saved()
+        finally:
+            self._show(copies=False)

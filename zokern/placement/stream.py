@@ -320,15 +320,15 @@ class Stream(Exact):
             gc.collect()  # it may be one that nobody can reach
             now = self._count_users()
             if any(n > own for n, own in zip(now, self.users, strict=True)):
-                freezing = _freezing()
-                refused = NotSeen if freezing else RefusedCall
+                frozen = freezing()
+                refused = NotSeen if frozen else RefusedCall
                 raise refused(
                     f"a view of the perturbed weights of {self.last.name} is still held after its forward, and "
                     "placement='stream' overwrites them now; "
                     + (
                         "torch._inductor.config.freezing makes constants of weights, which no placement can reach: "
                         "switch it off"
-                        if freezing
+                        if frozen
                         else "use placement='shadow' for this model, or clone it"
                     )
                 )
@@ -340,7 +340,7 @@ class Stream(Exact):
             unit.enter("weights" if clean else unit.shown)
 
 
-def _freezing() -> bool:
+def freezing() -> bool:
     """Whether torch's compiler, if it has been used, makes constants of weights."""
     inductor = sys.modules.get("torch._inductor.config")
     return inductor is not None and bool(inductor.freezing)

@@ -1,0 +1,188 @@
+"""A stand-in for a weight W that is perturbed by a matrix of low rank, of which only W and the factors are in memory.
+
+    W + sum_k scale[k] left[k]^T right[k],    left [K, m], right [K, n], W [m, n];   or [K, E, m], [K, E, n], [E, m, n]
+
+A module's entry for the parameter is a `PlusLowRank` while a closure runs. Whatever is computed with it comes here first:
+products and lookups (thin.py) are those with W and two thin ones; everything else gets the sum, written out. So no
+use of it is unperturbed, by whatever module, and torch's compiler looks through it: factors and scales are inputs of its
+graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from zokern.placement.base import RefusedCall
+
+Handler = Callable[..., Any]  # of a torch function: returns NotImplemented where the sum is to be written out
+HANDLERS: dict[Any, Handler] = {}
+USED = [
+    False
+]  # whether anything was computed with a stand-in since somebody has set it back; compiled code does not tell
+
+_GETTERS = (
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
+    "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu", "itemsize", "nbytes", "names", "grad",
+    "grad_fn", "output_nr", "_version", "_base", "_backward_hooks", "name", "retains_grad",
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
+    "is_floating_point", "is_complex", "__len__", "get_device", "is_inference", "_is_view", "has_names", "dim_order",
+    "is_conj", "is_neg", "_is_zerotensor", "is_shared", "is_pinned",
+)  # fmt: skip
+# What may be asked without looking at a value.
+ABOUT = {getattr(Tensor, name).__get__ for name in _GETTERS if hasattr(Tensor, name)}
+ABOUT |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
+ABOUT |= {Tensor.grad.__set__, Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[union-attr,attr-defined]
+ABOUT |= {torch.is_floating_point, torch.is_complex, torch.numel}
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class PlusLowRank(nn.Parameter):
+    """The sum of a weight and a matrix of low rank.
+
+    base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes
+    that products with `base` take. scale: float32 [K]. full: the sum, once something, `by`, has asked for it; from then on
+    everything is computed with it. write: makes it. parameter: its name.
+    """
+
+    base: Tensor
+    left: Tensor
+    right: Tensor
+    scale: Tensor
+    parameter: str
+    leaf: Tensor | None
+    full: Tensor | None
+    write: Callable[[], Tensor] | None
+    by: str
+
+    @staticmethod
+    def __new__(
+        cls, base: Tensor, left: Tensor, right: Tensor, scale: Tensor, name: str = "", requires_grad: bool = False
+    ) -> PlusLowRank:
+        made: PlusLowRank = torch.Tensor._make_wrapper_subclass(
+            cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, requires_grad=requires_grad
+        )
+        return made
+
+    def __init__(
+        self, base: Tensor, left: Tensor, right: Tensor, scale: Tensor, name: str = "", requires_grad: bool = False
+    ) -> None:
+        self.base, self.left, self.right, self.scale = base, left, right, scale
+        self.parameter, self.leaf, self.full, self.write, self.by = name, None, None, None, ""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["base", "left", "right", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Mapping[str, Tensor], about: None, size: Any, stride: Any) -> PlusLowRank:
+        return PlusLowRank(inner["base"], inner["left"], inner["right"], inner["scale"])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = {} if kwargs is None else kwargs
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **named)
+            if result is not NotImplemented:
+                if not torch.compiler.is_compiling():
+                    USED[0] = True
+                return result
+        if func in ABOUT or _is_looked_at():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **named)
+        if func == SET_DATA:
+            raise RefusedCall(
+                f"the closure gave {getattr(args[0], 'parameter', 'a parameter')} other data, which placement='forward' "
+                "cannot follow; do it before the step, or use placement='shadow'"
+            )
+        return _written_out(func, args, named)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) and isinstance(args[0], cls):
+            one = args[0]
+            same = PlusLowRank(one.base, one.left, one.right, one.scale, one.parameter)
+            same.full, same.write = one.full, (None if one.write is None else lambda: full(one, func.name()))
+            return same
+        if torch.compiler.is_compiling():
+            for value, about in zip(args, func._schema.arguments, strict=False):
+                if type(value) is cls and about.alias_info is not None and about.alias_info.is_write:
+                    _refuse_write(func.name())
+        return _written_out(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: Any) -> nn.Parameter:
+        return nn.Parameter(full(self).detach().clone(), self.requires_grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(full(self).detach(), self.requires_grad).__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<{self.parameter}, perturbed: {tuple(self.shape)} {self.dtype}>"
+
+
+def _is_looked_at() -> bool:
+    """Whether a compiler has stopped tracing and describes what it has found: it asks for what only it may see."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def full(one: PlusLowRank, by: str = "") -> Tensor:
+    """The sum, written out: once in a closure, and by formula where torch's compiler traces. by: for what."""
+    if one.full is not None:
+        return one.full
+    if one.write is None or torch.compiler.is_compiling():
+        return _by_formula(one)
+    one.full, one.by, USED[0] = made, _, _ = one.write(), by, True
+    return made
+
+
+def _by_formula(one: PlusLowRank) -> Tensor:
+    total, scaled = one.base.float(), one.left.float() * one.scale.reshape(-1, *[1] * (one.left.dim() - 1))
+    for k in range(scaled.shape[0]):
+        total = torch.addcmul(total, scaled[k].unsqueeze(-1), one.right[k].float().unsqueeze(-2))
+    return total.to(one.base.dtype)
+
+
+def _written_out(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    by = getattr(func, "__name__", "")
+    if torch.compiler.is_compiling() and ((by.endswith("_") and not by.endswith("__")) or "out" in named):
+        _refuse_write(by)
+    return func(*_sums(args, by), **_sums(named, by))
+
+
+def _refuse_write(by: str) -> NoReturn:
+    """A graph would write to a sum that nothing else reads."""
+    raise RefusedCall(f"compiled code writes to a perturbed weight ({by}); use placement='shadow' for this model")
+
+
+def _sums(given: Any, by: str) -> Any:
+    """Arguments, each stand-in among them as its sum."""
+    if type(given) is PlusLowRank:
+        return full(given, by)
+    if isinstance(given, (list, tuple)):
+        items = [_sums(item, by) for item in given]
+        return type(given)(*items) if hasattr(given, "_fields") else type(given)(items)
+    if isinstance(given, Mapping):
+        return {name: _sums(item, by) for name, item in given.items()}
+    return given
+
+
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    def note(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return note
+
+
+def is_open(*given: Any) -> bool:
+    """Whether these are stand-ins whose sum nobody has asked for."""
+    return all(type(one) is PlusLowRank and one.full is None for one in given)

@@ -1,0 +1,181 @@
+"""Products and lookups of a `PlusLowRank`: those of the weight, and two thin products for what is added to it.
+
+With W = base + sum_k scale[k] left[k]^T right[k], x W^T is x base^T + ((x right^T) scale) left. The thin part is made
+first, in float32 or rounded once, and the large product is added to it as it is summed: the output is rounded once. Under
+autocast, whose product has rounded already, it is added behind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zokern.placement.plus import PlusLowRank, full, handles, is_open
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def _coefficients(rows: Tensor, into: Tensor, scale: Tensor) -> Tensor:
+    """(rows into^T) scale, [N, K], float32 but for bfloat16, whose sums are rounded once. into [K, n]: float16 is widened,
+    as it may not hold the sums."""
+    if rows.dtype == torch.bfloat16:
+        return functional.linear(rows, into.to(torch.bfloat16)).float().mul_(scale)
+    return functional.linear(rows.float(), into.float()).mul_(scale)
+
+
+def _spread(p: Tensor, out_of: Tensor, bias: Tensor | None) -> Tensor:
+    """bias + p out_of, [N, m], in the dtype of `out_of`."""
+    p = p.to(out_of.dtype)
+    if out_of.shape[0] == 1:  # no product: each row is a multiple of one
+        return p * out_of if bias is None else torch.addcmul(bias, p, out_of)
+    return p @ out_of if bias is None else torch.addmm(bias, p, out_of)
+
+
+def _behind(out: Tensor, rows: Tensor, into: Tensor, scale: Tensor, out_of: Tensor) -> Tensor:
+    """out, which autocast has rounded, with the thin part added."""
+    with torch.autocast(out.device.type, enabled=False):
+        p = _coefficients(rows, into, scale)
+        flat = out.reshape(-1, out.shape[-1])
+        return _spread(p, out_of.to(out.dtype), flat).view(out.shape)
+
+
+def _product(rows: Tensor, matrix: Tensor, into: Tensor, scale: Tensor, out_of: Tensor, bias: Tensor | None) -> Tensor:
+    """bias + rows matrix + ((rows into^T) scale) out_of: rows [N, i], matrix [i, o], into [K, i], out_of [K, o]."""
+    return _spread(_coefficients(rows, into, scale), out_of, bias).addmm_(rows, matrix)
+
+
+def _castable(weight: PlusLowRank) -> Tensor:
+    return weight.base if weight.leaf is None or torch.compiler.is_compiling() else weight.leaf
+
+
+@handles(functional.linear)
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if type(x) not in PLAIN or not is_open(weight) or weight.base.dim() != 2 or type(bias) is PlusLowRank:
+        return NotImplemented
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(x.device.type):
+        out = functional.linear(x, _castable(weight), bias)
+        return _behind(out, rows, weight.right, weight.scale, weight.left)
+    out = _product(rows, weight.base.t(), weight.right, weight.scale, weight.left, bias)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@handles(torch.addmm, Tensor.addmm)
+def addmm(bias: Any, x: Any, weight: Any, **others: Any) -> Any:
+    """As GPT-2's Conv1D calls it."""
+    if others or type(x) not in PLAIN or type(bias) is PlusLowRank or not is_open(weight):
+        return NotImplemented
+    if torch.is_autocast_enabled(x.device.type):
+        return _behind(torch.addmm(bias, x, _castable(weight)), x, weight.left, weight.scale, weight.right)
+    return _product(x, weight.base, weight.left, weight.scale, weight.right, bias)
+
+
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(x: Any, weight: Any, **others: Any) -> Any:
+    if others or type(x) not in PLAIN or not is_open(weight) or weight.base.dim() != 2:
+        return NotImplemented
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(x.device.type):
+        return _behind(torch.matmul(x, _castable(weight)), rows, weight.left, weight.scale, weight.right)
+    out = _product(rows, weight.base, weight.left, weight.scale, weight.right, None)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@handles(functional.embedding)
+def embedding(ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *others: Any, **more: Any) -> Any:
+    """padding_idx, scale_grad_by_freq and sparse are of gradients alone; max_norm writes to the weight."""
+    if max_norm is not None or not is_open(weight) or weight.base.dim() != 2:
+        return NotImplemented
+    out = functional.embedding(ids, weight.base, padding_idx)
+    flat = ids.reshape(-1)
+    p = weight.left.index_select(1, flat).t().float() * weight.scale
+    rows = out.view(-1, out.shape[-1]).float()
+    with torch.autocast(out.device.type, enabled=False):
+        return _spread(p, weight.right.float(), rows).to(out.dtype).view(out.shape)
+
+
+# ------------------------------------------------------------------------------------------- parts of one, and transposes
+
+
+def _derived(one: PlusLowRank, base: Tensor, left: Tensor, right: Tensor, again: Any) -> PlusLowRank:
+    """again: of the sum, what `base` is of the weight."""
+    part = PlusLowRank(base, left, right, one.scale, one.parameter)
+    part.write = None if one.write is None else lambda: again(full(one))
+    return part
+
+
+def _turned(one: PlusLowRank) -> Any:
+    if not is_open(one) or torch.compiler.is_compiling():
+        return NotImplemented
+    return _derived(one, one.base.mT, one.right, one.left, lambda t: t.mT)
+
+
+@handles(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+def turned(one: Any, *others: Any) -> Any:
+    return _turned(one) if one.dim() == 2 else NotImplemented
+
+
+@handles(Tensor.detach, torch.detach)
+def detach(one: Any) -> Any:
+    if not is_open(one) or torch.compiler.is_compiling():
+        return NotImplemented
+    return _derived(one, one.base, one.left, one.right, lambda t: t.detach())
+
+
+@handles(Tensor.transpose, torch.transpose)
+def transpose(one: Any, dim0: Any, dim1: Any) -> Any:
+    last_two = {dim0 % one.dim(), dim1 % one.dim()} == {one.dim() - 2, one.dim() - 1}
+    return _turned(one) if last_two else NotImplemented
+
+
+@handles(Tensor.__getitem__)
+def getitem(one: Any, index: Any) -> Any:
+    """An expert, or some of them, of [E, m, n]; rows of a matrix."""
+    if not is_open(one) or torch.compiler.is_compiling():
+        return NotImplemented
+    whole = type(index) is int or (type(index) in PLAIN and not index.is_floating_point() and index.dtype != torch.bool)
+    if one.dim() == 3 and (whole or isinstance(index, slice)):
+        return _derived(one, one.base[index], one.left[:, index], one.right[:, index], lambda t: t[index])
+    if one.dim() == 2 and isinstance(index, slice):
+        return _derived(one, one.base[index], one.left[:, index], one.right, lambda t: t[index])
+    return NotImplemented
+
+
+@handles(torch.bmm, Tensor.bmm)
+def bmm(a: Any, b: Any, **others: Any) -> Any:
+    """Of weights taken one for each row or expert, on either side."""
+    one, x = (a, b) if type(a) is PlusLowRank else (b, a)
+    if others or type(x) not in PLAIN or not is_open(one) or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    left = (one.left.float() * one.scale.view(-1, 1, 1)).permute(1, 2, 0)  # [E, m, K]
+    right = one.right.float().permute(1, 0, 2)  # [E, K, n]
+    if one is a:
+        out, thin = torch.bmm(one.base, x), torch.bmm(left, torch.bmm(right, x.float()))
+    else:
+        out, thin = torch.bmm(x, one.base), torch.bmm(torch.bmm(x.float(), left), right)
+    return out.add_(thin)
+
+
+def _grouped(x: Any, one: Any, offs: Any = None, **others: Any) -> Any:
+    """Rows of x in groups that end at `offs`, each times its group's matrix [n, m]."""
+    if offs is None or any(value is not None for value in others.values()):
+        return NotImplemented
+    if type(x) not in PLAIN or x.dim() != 2 or not is_open(one) or one.base.dim() != 3:
+        return NotImplemented
+    assert GROUPED is not None
+    out = GROUPED(x, one.base, offs=offs)
+    group = torch.searchsorted(offs, torch.arange(x.shape[0], device=x.device, dtype=offs.dtype), right=True)
+    group = group.clamp_max(one.shape[0] - 1)  # rows behind the last group: what they are is not defined
+    thin = torch.zeros(out.shape, dtype=torch.float32, device=x.device)
+    for k in range(one.left.shape[0]):
+        p = (x.float() * one.left[k].index_select(0, group).float()).sum(-1, keepdim=True) * one.scale[k]
+        thin.addcmul_(p, one.right[k].index_select(0, group).float())
+    return out.add_(thin)
+
+
+GROUPED = getattr(torch, "_grouped_mm", None)  # what functional.grouped_mm calls
+if GROUPED is not None:
+    handles(GROUPED)(_grouped)
