@@ -41,6 +41,14 @@ def chain(rule: str, dtype: str, state: str = FP32) -> str:
     return f"zk::cuda::chain_kernel<{dtype}, {state}, zk::gpu::{rule}>"
 
 
+def low_rank(rule: str, dtype: str, rounding: int = ANY, state: str = FP32) -> str:
+    return f"zk::cuda::low_rank_kernel<{dtype}, {state}, zk::gpu::{rule}, (zk::Rounding){rounding}>"
+
+
+def low_rank_chain(rule: str, dtype: str, state: str = FP32) -> str:
+    return f"zk::cuda::low_rank_chain_kernel<{dtype}, {state}, zk::gpu::{rule}>"
+
+
 def triton(rule: str, dtype: str, distribution: str = "normal", rounding: str = "nearest") -> str:
     return f"triton {rule}<{dtype}, {distribution}, {rounding}>"
 
@@ -116,6 +124,30 @@ BLACKWELL: dict[str, tuple[float, float | None, int]] = {
 }
 # A stage of a chain that rounds stochastically, and the tile around all stages.
 STOCHASTIC_STAGES = {chain("Axpy", BF16): (39.5, 4), chain("HiZOO<false>", BF16): (60, 5), chain("Adam", BF16): (69, 6)}
+
+# Directions of low rank are read: issue slots per element for one seed of rank 1, for each further seed, for each further
+# factor of a seed; registers.
+LOW_RANK: dict[str, tuple[float, float, float, int]] = {
+    low_rank("Axpy", BF16, NEAREST): (10.5, 5.5, 2.5, 64),
+    low_rank("Axpy", FP16, NEAREST): (10.5, 5.5, 2.5, 64),
+    low_rank("Axpy", FP32, NEAREST): (9.5, 5.5, 2.5, 64),
+    low_rank("Axpy", BF16, STOCHASTIC): (20, 5.5, 2.5, 64),
+    low_rank("ScaledAxpy", BF16): (22.5, 6, 2.5, 80),
+    low_rank("HiZOO<false>", BF16): (30.5, 7.5, 2.5, 80),
+    low_rank("HiZOO<true>", BF16): (42.5, 9, 2.5, 80),
+    low_rank("HiZOO<true>", BF16, state=BF16): (54, 9, 2.5, 128),
+    low_rank("Helene", BF16): (31.5, 9, 2.5, 80),
+    low_rank("Momentum", BF16): (16, 7.5, 2.5, 80),
+    low_rank("Adam", BF16): (39, 7.5, 2.5, 80),
+    low_rank("AdaMeZO", BF16): (28, 9, 2.5, 80),
+    low_rank("Sign", BF16): (18.5, 7.5, 2.5, 80),
+    # Of a chain a stage.
+    low_rank_chain("Axpy", BF16): (14, 6, 2.5, 80),
+    low_rank_chain("Axpy", FP32): (12, 6, 2.5, 80),
+    low_rank_chain("HiZOO<true>", BF16): (46, 9, 2.5, 128),
+    low_rank_chain("Adam", BF16): (42, 7.5, 2.5, 128),
+    low_rank_chain("Helene", BF16): (35, 9, 2.5, 128),
+}
 
 needs_tools = pytest.mark.skipif(
     not all(compilers.find_tool(tool) for tool in ("cuobjdump", "nvdisasm")),
@@ -231,6 +263,25 @@ def test_no_chain_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> No
         assert 1 < sum(chains[name]["pipes_once"].values()) <= once
 
 
+@needs_tools
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_kernel_is_within_its_limits(name: str, cuda_reports: dict[str, dict[str, Any]]) -> None:
+    report, (slots, extra, factor, registers) = cuda_reports[name], LOW_RANK[name]
+    assert 5 < report["slots"] <= slots
+    assert 3 < report["slots_per_extra_seed"] <= extra
+    assert 1 < report["slots_per_extra_rank"] <= factor
+    assert report["registers"] <= registers
+
+
+@needs_tools
+def test_no_low_rank_kernel_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> None:
+    """The rule without sums has a kernel for each rounding, the others decide it at run time."""
+    low = {name: report for name, report in cuda_reports.items() if "::low_rank" in name}
+    passes, chains = 5 + 3 * (len(RULES) + sum(RULES.values())), 3 * (1 + len(RULES) - 1 + sum(RULES.values()) - 1)
+    assert len(low) == passes + chains
+    without_spills_or_waits(low)
+
+
 @pytest.mark.slow
 @needs_tools
 def test_no_kernel_of_the_build_reads_seeds_from_shared_memory_that_lie_elsewhere() -> None:
@@ -311,6 +362,52 @@ def test_counter_on_a_listing() -> None:
     assert report["spills"] == 0
     assert report["pipes"] == {"branch": 3 / 8, "memory": 2 / 8, "imad.wide": 1 / 8, "fp32": 1 / 8}
     assert report["pipes_extra"] == {"fp32": 1, "uniform": 1, "branch": 1}
+
+
+LOW_RANK_LISTING = """
+//--------------------- .nv.info    --------------------------
+//--------------------- .text.toy    --------------------------
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/               @P1 BRA `(.L_x_6) ;
+.L_x_1:
+        /*0030*/              @!P2 BRA `(.L_x_3) ;
+        /*0040*/                   LDG.E.128 R8, desc[UR4][R6.64] ;
+        /*0050*/                   FMUL R4, R5, R6 ;
+        /*0060*/              @!P3 BRA `(.L_x_5) ;
+.L_x_2:
+        /*0070*/                   LDG.E.128 R8, desc[UR4][R6.64] ;
+        /*0080*/                   FFMA R4, R5, R6, R4 ;
+        /*0090*/                   FFMA R4, R5, R6, R4 ;
+        /*00a0*/               @P4 BRA `(.L_x_2) ;
+        /*00b0*/                   BRA `(.L_x_5) ;
+.L_x_3:
+        /*00c0*/                   LDG.E R8, desc[UR4][R6.64] ;
+.L_x_4:
+        /*00d0*/                   FFMA R4, R5, R6, R4 ;
+        /*00e0*/               @P4 BRA `(.L_x_4) ;
+.L_x_5:
+        /*00f0*/                   FFMA R4, R5, R6, R4 ;
+        /*0100*/               @P5 BRA `(.L_x_1) ;
+.L_x_6:
+        /*0110*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0120*/               @P0 BRA `(.L_x_0) ;
+        /*0130*/                   EXIT ;
+"""
+
+
+def test_counter_of_low_rank_kernels() -> None:
+    """Around the loop over seeds 4 slots for 8 elements; in it the way of whole blocks with one factor, 6; a further factor
+    4."""
+    kernel = listing.read_sass(LOW_RANK_LISTING)["toy"]
+    report = counts.analyse("::low_rank_kernel<toy>", 90, kernel, 2, 32, 0)
+    told = (report["slots"], report["slots_per_extra_seed"], report["slots_per_extra_rank"])
+    assert told == (10 / 8, 6 / 8, 4 / 8)
+    assert (report["elements"], report["accesses"]) == (8, [16, 16])
+    flat = listing.read_sass(LISTING)["toy"]
+    with pytest.raises(ValueError, match="has 0 loops over whole tiles with a nested loop in it"):
+        counts.analyse("::low_rank_kernel<flat>", 90, flat, 2, 32, 0)
 
 
 def test_counter_adds_the_inner_loop_where_the_first_seed_is_in_it() -> None:

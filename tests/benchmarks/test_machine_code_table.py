@@ -69,6 +69,16 @@ def test_names_are_understood() -> None:
         "backend": "cuda", "kernel": "chain", "name": name, "rule": "hizoo", "dtype": "bfloat16", "state": "float32",
         "distribution": "any", "rounding": "any", "seeds": "any",
     }  # fmt: skip
+    name = "zk::cuda::low_rank_chain_kernel<__half, float, zk::gpu::Adam>"
+    assert rows.kind(name) == {
+        "backend": "cuda", "kernel": "chain", "name": name, "rule": "adam", "dtype": "float16", "state": "float32",
+        "distribution": "low_rank", "rounding": "any", "seeds": "any",
+    }  # fmt: skip
+    name = "zk::cuda::low_rank_kernel<float, __nv_bfloat16, zk::gpu::ScaledAxpy, (zk::Rounding)2>"
+    assert rows.kind(name) == {
+        "backend": "cuda", "kernel": "pass", "name": name, "rule": "scaled_axpy", "dtype": "float32",
+        "state": "bfloat16", "distribution": "low_rank", "rounding": "any", "seeds": "any",
+    }  # fmt: skip
     with pytest.raises(ValueError, match="no name of a kernel"):
         rows.kind("vector_add")
     assert {rows.kind(r["name"])["rule"] for r in ROWS} == set(RULES)
@@ -221,9 +231,9 @@ def test_the_csv_has_every_row_and_its_prediction() -> None:
         assert sum(float(line[pipe]) for pipe in stored["pipes"]) == pytest.approx(stored["slots"], abs=1e-3)
         for device, figures in model.DEVICES.items():
             mine = figures.arch == stored["arch"]
-            chain = stored["kernel"] == "chain"
+            chain, dense = stored["kernel"] == "chain", stored["distribution"] != "low_rank"
             assert (line[f"predicted_{device}"] != "") == (mine and not chain)
-            assert (line[f"sweep_of_8_{device}"] != "") == (mine and chain)
+            assert (line[f"sweep_of_8_{device}"] != "") == (mine and chain and dense)
     (h200,) = [i for i, stored in enumerate(ROWS) if stored is row()]
     assert lines[h200]["predicted_H200"] == f"{model.predicted_share(row(), 4, 'H200'):.3f}"
 

@@ -298,3 +298,8 @@ def quick(backend: str) -> Iterator[Case]:
         yield Case("sign", F32, layout="small", subnormal=True, seed=5)
         yield Case("axpy", F32, F32, "rademacher", layout="far")
         yield Case("axpy", BF16, F32, "normal", "stochastic", 2, "mixed", seed=3)
+        yield Case("axpy", BF16, F32, "lowrank:2", k=2, layout="low", seed=1)
+        yield Case("axpy", F16, F32, "lowrank:1", "stochastic", layout="low_thin", device_seeds=True, seed=2)
+        yield Case("axpy", F32, F32, "lowrank:4", layout="low_rows", out=True, enabled=1, seed=3)
+        yield Case("hizoo", BF16, BF16, "lowrank:3", "stochastic", 2, "low_small", square_of_sum=True, seed=4)
+        yield Case("adam", F16, F32, "lowrank:2", k=2, layout="low_small", stages=3, fork=True, seed=5)
