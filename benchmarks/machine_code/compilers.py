@@ -94,7 +94,8 @@ def kind(name: str) -> Row:
             told = {key: found.groupdict().get(key) or "any" for key in NUMBERS}
             told |= {key: NUMBERS[key][int(number)] for key, number in told.items() if number.isdigit()}
             rule, state = found["rule"], found.groupdict().get("state", "float")
-            return {"backend": backend, "kernel": kernel.replace("low rank", "pass"), "name": name, "rule": STRUCTS.get(rule, rule.lower()),
+            kernel = "pass" if kernel == "low rank" else kernel
+            return {"backend": backend, "kernel": kernel, "name": name, "rule": STRUCTS.get(rule, rule.lower()),
                     "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told}  # fmt: skip
     raise ValueError(f"{name} is no name of a kernel of ours")
 
