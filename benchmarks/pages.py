@@ -22,6 +22,8 @@ import benchmarks.gpu.page
 import benchmarks.kernels.page
 import benchmarks.layers.run
 import benchmarks.llm.page
+import benchmarks.lowrank.learning
+import benchmarks.lowrank.speed
 import benchmarks.machine_code.page
 import benchmarks.replay.run
 import benchmarks.rewards.run
@@ -56,7 +58,8 @@ def demo_lines() -> str:
 SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.steps.passes, benchmarks.gpu.page, benchmarks.layers.run,
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
-    benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run, docs.from_code,
+    benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run,
+    benchmarks.lowrank.learning, benchmarks.lowrank.speed, docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
 for subject in SUBJECTS:

@@ -5,13 +5,14 @@
 namespace zk {
 namespace ZK_ISA {
 
-// The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits.
+// The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below 2^-17
+// all such multiples have fewer bits; from there on numbers of 8 bits are such multiples.
 template <class L>
 ZK_FN typename L::f32 factor(typename L::f32 x) {
   using F = typename L::f32;
   const F size = L::as_float(L::bits(x) & 0x7fffffffu), middle = L::all(0.75f);
   const F on_grid = (x + middle) - middle;  // 0.75 has 2^-24 in its last place
-  const F y = L::where_above(L::all(0.125f), size, on_grid, x);
+  const F y = L::where_above(L::all(0x1p-17f), size, on_grid, x);
   return L::as_float(nearest_bf16_no_nan<L>(y) << 16);
 }
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from zokern import sweep
+from zokern import directions, sweep
 from zokern.contract.rules import RULES
-from zokern.directions import DIRECTIONS
 from zokern.passes.operands import Operands
 from zokern.passes.spec import PassNumbers, PassSpec
 
@@ -32,11 +31,16 @@ def launch(
     square_of_sum: bool = False,
     keep_second: bool = False,
     strides: Sequence[int] = (),
+    shapes: Sequence[Sequence[int]] = (),
     backend: str = "auto",
 ) -> int:
-    spec = PassSpec(RULES[rule], DIRECTIONS[distribution], rounding, square_of_sum, keep_second)
+    direction = directions.parse(distribution)
+    spec = PassSpec(RULES[rule], direction, rounding, square_of_sum, keep_second)
     numbers = PassNumbers(seeds, coefs, shared, rounding_seed, enabled)
-    return sweep.run(Operands(src, dst, states, tensor_ids, offsets, groups, strides=strides), spec, numbers, backend)
+    operands = Operands(
+        src, dst, states, tensor_ids, offsets, groups, (), strides, rank=directions.rank(direction), shapes=shapes
+    )
+    return sweep.run(operands, spec, numbers, backend)
 
 
 def launch_chain(
@@ -51,7 +55,9 @@ def launch_chain(
     probes: Sequence[Tensor | None] = (),
     enabled: Tensor | None = None,
     strides: Sequence[int] = (),
+    shapes: Sequence[Sequence[int]] = (),
     backend: str = "auto",
 ) -> int:
-    operands = Operands(tensors, None, states, tensor_ids, offsets, groups, probes, strides)
+    rank = directions.rank(stages[0][0].direction)
+    operands = Operands(tensors, None, states, tensor_ids, offsets, groups, probes, strides, rank=rank, shapes=shapes)
     return sweep.run_chain(operands, stages, RULES[rule], enabled=enabled, backend=backend)

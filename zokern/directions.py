@@ -60,7 +60,7 @@ class LowRank(Direction):
 
 
 DIRECTIONS: dict[str, Direction] = {direction.name: direction for direction in (Normal(), Rademacher())}
-SPELT = (*DISTRIBUTIONS, "lowrank:RANK")  # as a user writes them
+SPELT = (*DISTRIBUTIONS, "lowrank:1")  # as a user writes them; of any rank
 
 
 def rank(direction: Direction) -> int:
@@ -83,8 +83,8 @@ def parse(value: object, name: str = "distribution") -> Direction:
             return LowRank(rank_of(value))
         except ValueError:
             pass  # told below, under the argument's name
-    made = ", ".join(f"zokern.{type(d).__name__}()" for d in (*DIRECTIONS.values(), LowRank()))
+    made = ", ".join(f"zokern.{type(d).__name__}({rank(d) or ''})" for d in (*DIRECTIONS.values(), LowRank()))
     raise ValueError(
-        f"{name} is {value!r}; it must be one of {', '.join(map(repr, DIRECTIONS))} and 'lowrank:RANK' with RANK from 1 to "
-        f"{MAX_RANK}, or {made}"
+        f"{name} is {value!r}; it must be one of {', '.join(map(repr, SPELT))}, 1 being any rank up to {MAX_RANK}, or "
+        f"{made}"
     )

@@ -261,12 +261,16 @@ def _spread(values: list[float]) -> Settings:
     return {"mean": round(mean(values), 5), "std": round(stdev(values), 5), "each": [round(v, 5) for v in values]}
 
 
+def cache_home() -> Path:
+    """Where finished runs and the pre-trained model are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "zokern-convergence"
+
+
 def main() -> None:
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     parser = study.parser(
         __doc__, budget=(0, "forwards that a run may spend; 0: as TASKS says"),
         threads=(1, "of torch; on one, seconds mean most"),
-        cache=(home / "zokern-convergence", "where finished runs are kept"),
+        cache=(cache_home(), "where finished runs are kept"),
         redo=(False, "run what is in the cache again"), redo_pretraining=(False, "pre-train the language model again"),
         finished=(False, "run nothing: store the methods that are finished"),
     )  # fmt: skip

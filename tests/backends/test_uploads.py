@@ -36,7 +36,7 @@ STREAM = SimpleNamespace(cuda_stream=7)
 
 # Arguments of the extension's Pass, after its table and its flags.
 PASS = (
-    "seeds", "num_seeds", "seeds_on_host", "coefs", "scalars", "rounding_seed", "rounding_on_host", "enabled",
+    "seeds", "num_seeds", "seeds_on_host", "coefs", "scalars", "rounding_seed", "rounding_on_host", "enabled", "factors",
 )  # fmt: skip
 
 

@@ -32,6 +32,18 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "es": (zokern.ES, {"num_directions": 4, "maximize": True}),
     "es-antithetic": (zokern.ES, {"num_directions": 3, "antithetic": True, "shaping": "ranked"}),
 }
+LOW_RANK = {  # with a few cases each
+    "mezo-lowrank": (zokern.MeZO, {"weight_decay": 0.1, "num_samples": 2, "distribution": "lowrank:1"}),
+    "mezo-adam-lowrank": (zokern.MeZO, {"update": "adam", "distribution": "lowrank:2"}),
+    "mezo-adamezo-lowrank": (zokern.MeZO, {"update": "adamezo", "horizon": 3, "distribution": "lowrank:2"}),
+    "lezo-lowrank": (zokern.LeZO, {"num_dropped": 1, "distribution": "lowrank:1"}),
+    "hizoo-lowrank": (zokern.HiZOO, {"smoothing": 1e-2, "num_samples": 2, "distribution": "lowrank:2"}),
+    "helene-lowrank": (zokern.HELENE, {"hessian_interval": 2, "num_samples": 2, "distribution": "lowrank:1"}),
+    "gv-lowrank": (zokern.MeZOGV, {"candidates": 3, "smoothing": 0.1, "distribution": "lowrank:1"}),
+    "fzoo-lowrank": (zokern.FZOO, {"candidates": 3, "distribution": "lowrank:1"}),
+    "es-lowrank": (zokern.ES, {"num_directions": 3, "antithetic": True, "distribution": "lowrank:2"}),
+}
+ALL = METHODS | LOW_RANK
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = 4
 
@@ -71,4 +83,8 @@ def every() -> list[Case]:
         found.append(Case(method, "shadow", "float16", what="batches"))
     found += [Case("mezo", p, "float32", "stochastic") for p in ("inplace", "shadow", "stream")]
     found += [Case("helene", p, d, what="vector") for p in ("inplace", "stream") for d in DTYPES]
+    for method in LOW_RANK:
+        found += [Case(method, p, d) for p, d in (("inplace", "float32"), ("shadow", "float16"))]
+        found += [Case(method, "stream", "bfloat16", what=what) for what in ("resumed", "skipped", "broken", "saved")]
+        found.append(Case(method, "shadow", "bfloat16", what="pipelined", settings={"pipelined": True}))
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 import zokern
 from zokern import journal
 
-from .cases import DTYPES, METHODS, STEPS, Case
+from .cases import ALL, DTYPES, STEPS, Case
 from .model import EXAMPLES, Whole
 
 SKIPPED_STEP, BROKEN_STEP = 1, 2
@@ -29,7 +29,7 @@ class BreaksOff(Exception):
 
 def optimizer_of(case: Case) -> tuple[Whole, Any]:
     model = Whole(DTYPES[case.dtype])
-    method, settings = METHODS[case.method]
+    method, settings = ALL[case.method]
     settings = {
         "eps": 0.06, "seed": 1234, "placement": case.placement, "rounding": case.rounding,
         **settings, **case.settings,

@@ -45,7 +45,7 @@ def test_the_runs_differ() -> None:
         assert len(set(plain)) == len(plain)
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("method", cases.ALL)
 def test_runs_give_the_stored_bits(method: str, tmp_path: Path) -> None:
     unlike = []
     for case in of(method):
@@ -62,7 +62,7 @@ def test_runs_give_the_stored_bits(method: str, tmp_path: Path) -> None:
     assert unlike == []
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("method", cases.ALL)
 def test_stored_journals_replay_to_the_stored_weights(method: str, tmp_path: Path) -> None:
     unlike = []
     for case in of(method):

@@ -12,9 +12,9 @@ import torch
 from tests.devices import DTYPES
 from tests.launching import launch, launch_chain
 from tests.pairs import by_backend, label
+from zokern import directions
 from zokern.backends import native
 from zokern.contract.rules import RULES
-from zokern.directions import DIRECTIONS
 from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, rule_of_probes
 
 CHAINED = [rule for rule in RULES if rule != "scaled_axpy"]
@@ -32,7 +32,7 @@ def stage(
     shared = torch.rand(GROUPS, len(rule.scalars), generator=generator) * 0.5 + 0.5
     kind = PassSpec(
         rule,
-        DIRECTIONS[distribution],
+        directions.parse(distribution),
         "stochastic" if stochastic else "nearest",
         square_of_sum="V" in rule.coefs and draw.random() < 0.5,
         keep_second=rule.written == 2 and draw.random() < 0.5,

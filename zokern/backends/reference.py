@@ -77,4 +77,7 @@ def _moved(table: Table, src: int, dst: int = DST) -> Table:
     """The table with other columns as src and dst, without the tensors that have none."""
     rows = table.tensors.clone()
     rows[:, SRC], rows[:, DST] = table.tensors[:, src], table.tensors[:, dst]
-    return replace(table, tensors=rows[rows[:, DST] != 0])
+    kept, factors = rows[:, DST] != 0, table.factors
+    if factors is not None:
+        factors = replace(factors, rows=factors.rows[kept])
+    return replace(table, tensors=rows[kept], factors=factors)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zokern.directions import rank
 from zokern.optim import ZerothOrderOptimizer, drivers
 from zokern.optim.numbers import HostNumbers
 from zokern.passes.update import Seed, Terms
-from zokern.placement import sites, stream
-from zokern.sweep import Member
+from zokern.placement import Forward, sites, stream
+from zokern.placement.forward import extra_bytes
+from zokern.sweep import Member, Passes
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,18 @@ def cost(optimizer: ZerothOrderOptimizer, batches: int, forward_seconds: float) 
     states = sum(p.numel() * dtype.itemsize for p in trainable for dtype, _ in optimizer.state_spec.values())
     copies = sites.sizes([Member(p, 0, 0, "") for p in trainable])
     copied = sum(size * dtype.itemsize for (_, dtype), size in copies.items())
+    memory = {"inplace": 0, "shadow": copied if optimizer.module is not None else None, "stream": _streamed(optimizer)}
     shown = sum(bool(terms) for terms in probes) + 1  # a copy is made for each probe of other weights, then the update
+    passes = {"inplace": _moves(probes) + 1, "shadow": shown, "stream": shown}
+    if rank(optimizer._passes.direction):
+        passes["forward"], memory["forward"] = 1, _forward(optimizer)
     return Cost(
         type(optimizer).__name__,
         optimizer.forwards() * batches,
-        {"inplace": _moves(probes) + 1, "shadow": shown, "stream": shown},
+        passes,
         weights,
         states,
-        {"inplace": 0, "shadow": copied if optimizer.module is not None else None, "stream": _streamed(optimizer)},
+        memory,
         optimizer.forwards() * forward_seconds,
     )
 
@@ -80,6 +86,20 @@ def _moves(probes: list[Terms]) -> int:
         moves += any(wanted.get(seed, 0.0) != at.get(seed, 0.0) for seed in {**at, **wanted})
         at = wanted
     return moves
+
+
+def _forward(optimizer: ZerothOrderOptimizer) -> int | None:
+    if optimizer.module is None or optimizer.scaled:
+        return None
+    placement = Forward()
+    placement.bind(optimizer.module, Passes(optimizer._passes.direction, optimizer._passes.backend))
+    return extra_bytes(placement, members_of(optimizer))
+
+
+def members_of(optimizer: ZerothOrderOptimizer) -> list[Member]:
+    """Every trainable tensor, by name."""
+    names = optimizer._parameters.registry.names
+    return [Member(p, 0, g, names[id(p)]) for g, p in optimizer._parameters.trainable(optimizer)]
 
 
 def _streamed(optimizer: ZerothOrderOptimizer) -> int | None:

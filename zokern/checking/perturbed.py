@@ -14,7 +14,7 @@ from zokern.checking.subject import Tried
 from zokern.contract.streams import derive_seed
 from zokern.ops import add_noise_
 from zokern.optim import ZerothOrderOptimizer
-from zokern.placement import MADE, Placement
+from zokern.placement import MADE, Forward, Placement
 from zokern.sweep import Counters, Member, Passes, Sweep
 
 HOME = Path(zokern.placement.__file__).parent
@@ -33,7 +33,9 @@ class Perturbed:
         self.placement: Placement | None = None  # None where the weights themselves are perturbed
         if optimizer.placement in MADE:
             if optimizer.placement != "inplace":  # another object: what the optimizer's has ready stays so
-                self.placement = MADE[optimizer.placement]()
+                cls = MADE[optimizer.placement]
+                # One tensor alone may well be in no computation.
+                self.placement = cls(proves=False) if cls is Forward else cls()
                 self.placement.bind(optimizer.module, Passes(self.direction, self.backend))
         else:
             self.placement = optimizer._placement

@@ -41,7 +41,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something said of the whole. subject: "loss", "same function", "eps", "tensors", "training", "time" or "buffers"."""
+    """Something said of the whole. subject: "loss", "same function", "eps", "tensors", "training", "placement",
+    "time" or "buffers"."""
 
     subject: str
     text: str

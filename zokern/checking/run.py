@@ -14,7 +14,7 @@ from torch import Tensor
 from zokern import _checks
 from zokern.checking import eager, telling, verdict
 from zokern.checking.around import Around
-from zokern.checking.cost import cost
+from zokern.checking.cost import cost, members_of
 from zokern.checking.perturbed import Perturbed, refused_by
 from zokern.checking.progress import Progress
 from zokern.checking.result import NO_EFFECT, NOT_LOOKED_AT, REACTS, Finding, Result, Row
@@ -23,6 +23,7 @@ from zokern.checking.subject import Subject, Tried
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import MeZO, ZerothOrderOptimizer
 from zokern.optim.losses import Closure
+from zokern.placement import Forward
 
 GROWTH = 10.0
 LIMIT = 1.0  # largest perturbation, as a share of the tensor's rms
@@ -211,6 +212,8 @@ class _Check:
         findings = [*telling.of_loss(reacting, runs, self.module), *self.subject.findings]
         flat = bool(rows) and all(row.state == NO_EFFECT for row in rows.values())
         findings += telling.of_tensors(list(rows.values()), flat, reacting, runs)
+        if isinstance(self.perturbed.placement, Forward):
+            findings.append(telling.of_forward(self.perturbed.placement, members_of(self.optimizer)))
         if rows and len(rows) < len(tried):
             limit = "max_tensors" if len(rows) == self.max_tensors else f"max_seconds={self.max_seconds:g}"
             text = f"{len(rows)} of {len(tried)} tensors were looked at, evenly spread ({limit})"

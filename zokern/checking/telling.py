@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,7 +11,10 @@ from torch import nn
 from zokern.checking.result import NO_EFFECT, Finding, Row
 from zokern.checking.runs import Reacting, Runs
 from zokern.checking.subject import listed
+from zokern.contract.streams import matrices
 from zokern.optim.pairing import draws
+from zokern.placement import Forward
+from zokern.sweep import Member
 
 # Share of a dtype's elements that eps z has to change. Where the rest is rounded away, what is left of normal noise and
 # the noise that an update follows have a correlation of 0.97 at 0.7, 0.65 at 0.1 and 0.29 at 0.01.
@@ -32,6 +36,18 @@ def of_loss(reacting: Reacting, runs: Runs, module: nn.Module | None) -> list[Fi
         text = f"the closure changes {listed(list(runs.around.changed))}, and would do so with perturbed weights"
         found.append(Finding("buffers", text))
     return found
+
+
+def of_forward(placement: Forward, members: Sequence[Member]) -> Finding:
+    """What placement="forward" adds to products, and what it copies."""
+    lower, copied = placement.split(members)
+    text = f"forward adds to the products of {len(lower)} matrices, and copies {len(copied)} other tensors"
+    small = [members[i] for i in copied if matrices(members[i].param.shape, placement.rank) is None]
+    if len(small) < len(copied):
+        large = [members[i].name for i in copied if members[i].name not in {m.name for m in small}]
+        said = [f"{name} ({placement.copied[name]})" if name in placement.copied else name for name in large]
+        text += f", among them matrices that something else uses: {listed(said)}"
+    return Finding("placement", text)
 
 
 def spacing(value: float, dtype: torch.dtype) -> float:

@@ -170,8 +170,9 @@ def noise(
 
 
 def factor(x: Array) -> Array:
-    """float32 to the nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 bits."""
-    x = np.where(np.abs(x) < np.float32(0.125), (x + np.float32(0.75)) - np.float32(0.75), x)
+    """float32 to the nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits,
+    ties to even. Below 2^-17 all such multiples have fewer bits; from there on numbers of 8 bits are such multiples."""
+    x = np.where(np.abs(x) < np.float32(2.0**-17), (x + np.float32(0.75)) - np.float32(0.75), x)
     return _as_float(round_bf16(x).astype(np.uint32) << np.uint32(16))
 
 

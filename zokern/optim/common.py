@@ -59,8 +59,8 @@ class Common(Settings):
     distribution: InitVar[str | directions.Direction] = setting(
         default="normal",
         kind=Choice(directions.SPELT, directions.parse),
-        help="Of the directions; elements are independent normals, or rademacher signs +1 and -1, or make matrices of rank "
-        "RANK (lowrank:1). In Python also an object, as zokern.LowRank(1).",
+        help="Of the directions: independent normals, signs +1 and -1 (rademacher), or matrices of low rank: lowrank:1 of "
+        "rank 1, lowrank:4 of rank 4. In Python also an object, as zokern.LowRank(1).",
         kept=False,
     )
     seed: int = setting(
@@ -78,8 +78,8 @@ class Common(Settings):
         kind=Choice(placements.PLACEMENTS, placements.read),
         alias="placement",
         help="Where the perturbed weights live during a forward: in the weights' own memory (inplace), in a copy "
-        "(shadow), which keeps 16-bit weights exact, or in a copy of one block at a time (stream). auto is "
-        "inplace for float32, and exact for 16-bit weights.",
+        "(shadow), which keeps 16-bit weights exact, in a copy of one block at a time (stream), or nowhere: directions of "
+        "low rank are added in the products (forward). auto is inplace for float32, and exact for 16-bit weights.",
         kept=False,
     )
     pipelined: bool = setting(

@@ -57,6 +57,14 @@ class Factors:
         self.made: dict[tuple[int, int], _Made] = {}
         self.now: _Made | None = None
 
+    @staticmethod
+    def nbytes(members: Sequence[Member], rank: int) -> int:
+        """Of the pools, for one seed and as many rows as there are."""
+        stacks = [stack for m in members if (stack := matrices(m.param.shape, rank)) is not None]
+        of_seed = sum(padded(rank * e * side) for e, m, n in stacks for side in (m, n))
+        size = padded(rank * (1 + max(m.row for m in members))) + of_seed + SLACK
+        return size * sum(dtype.itemsize for dtype in {m.param.dtype for m in members} | {torch.float32})
+
     def of(self, rows: int, count: int) -> list[Views] | None:
         """What each member looks at, for this many rows of coefficients and seeds; None: as the last time."""
         one = self.made.get((rows, count))

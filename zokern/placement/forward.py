@@ -1,4 +1,4 @@
-"""Forwards see weights plus matrices of low rank that are never written out: a probe writes to no weight, and reads each once.
+"""Forwards see weights plus matrices of low rank, which are never written out: a probe writes to no weight.
 
 Along a direction of low rank, x (W + e U^T V)^T is x W^T plus two thin products. While a closure runs, the module's entries
 for such matrices are `PlusLowRank` (plus.py), which compute so; all other active parameters, norms and biases, are small
@@ -41,8 +41,8 @@ SCALED = (
 
 
 class Forward(Shown):
-    """proves: whether a probe that computes with none of the matrices is an error. copied: what was used otherwise, by name,
-    and by which function: matrices that are copies since."""
+    """proves: whether a probe that computes with none of the matrices is an error. copied: matrices that something else has
+    used, by name, and which function: they are copies since."""
 
     name = "forward"
 
@@ -73,8 +73,8 @@ class Forward(Shown):
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         if trainable and not any(matrices(p.shape, self.rank) for p in trainable):
             raise ValueError(
-                f"placement='forward' has nothing to do: no trainable matrix of {type(self.module).__name__} has both sides "
-                f"above rank {self.rank}; use placement='shadow', or a lower rank"
+                f"placement='forward' has nothing to do: no trainable matrix of {type(self.module).__name__} has both "
+                f"sides above rank {self.rank}; use placement='shadow', or a lower rank"
             )
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
@@ -95,14 +95,10 @@ class Forward(Shown):
         if layout != self.layout or self.moved(self.copies) or self.addresses != members.addresses:
             self.layout, self.copies, self.stand_ins, self.count = None, [], [], 0
             self.let_go()
-            owners: dict[int, list[nn.Module]] = {}
-            for site in sites.find(self.module, members, self.name):
-                owners.setdefault(id(site.param), []).append(site.owner)
-            lower = [i for i, m in enumerate(members) if self._is_lower(m, owners[id(m.param)])]
-            self._at = lower, [i for i in range(len(members)) if i not in set(lower)]
+            self._at = self.split(members)
             sites.fit(self.pools, sites.sizes(members.piece(self._at[1])))
             self.copies = sites.copies(members.piece(self._at[1]), self.pools)
-            self.stand_ins = self._stand_in(members.piece(lower))
+            self.stand_ins = self._stand_in(members.piece(self._at[0]))
             self.layout, self.addresses = layout, list(members.addresses)
             self.places = list(map(Tensor.data_ptr, self.copies))
         self.lower, self.dense = members.piece(self._at[0]), members.piece(self._at[1])
@@ -111,12 +107,24 @@ class Forward(Shown):
             **{id(m.param): one for m, one in zip(self.lower, self.stand_ins, strict=True)},
         }
 
+    def split(self, members: Sequence[Member]) -> tuple[list[int], list[int]]:
+        """Which of them get stand-ins, and which copies."""
+        owners: dict[int, list[nn.Module]] = {}
+        for site in sites.find(self.module, members, self.name):
+            owners.setdefault(id(site.param), []).append(site.owner)
+        lower = [i for i, m in enumerate(members) if self._is_lower(m, owners[id(m.param)])]
+        return lower, sorted(set(range(len(members))) - set(lower))
+
     def _is_lower(self, m: Member, owners: Sequence[nn.Module]) -> bool:
-        """Whether a stand-in is shown: of a whole, plain matrix, that its modules keep nowhere else (as nn.LSTM does)."""
+        """Whether it is a whole, plain matrix that its modules keep nowhere else (as nn.LSTM does) and do not write to (as
+        an embedding with max_norm does)."""
         if matrices(m.param.shape, self.rank) is None or m.offset or m.stride or id(m.param) in self._copied:
             return False
         plain = type(m.param) is nn.Parameter and m.param.layout == torch.strided and m.param.dtype in DTYPES
-        return plain and all(type(owner).__setattr__ is nn.Module.__setattr__ for owner in owners)
+        return plain and all(
+            type(owner).__setattr__ is nn.Module.__setattr__ and getattr(owner, "max_norm", None) is None
+            for owner in owners
+        )
 
     def _stand_in(self, lower: Sweep) -> list[PlusLowRank]:
         """Stand-ins, whose factors are yet to come."""
@@ -141,8 +149,8 @@ class Forward(Shown):
         """The sum that a stand-in is, written out."""
         if not self.presented:
             raise NotSeen(
-                f"{self.lower[i].name} was taken inside the closure and is used outside of it, where placement='forward' has "
-                "no perturbed weights"
+                f"{self.stand_ins[i].parameter} was taken inside the closure and is used outside of it, where "
+                "placement='forward' has no perturbed weights"
             )
         p = self.lower[i].param
         with torch.inference_mode(False):
@@ -210,11 +218,12 @@ class Forward(Shown):
         self.filled = seeds
 
     def _check_used(self) -> None:
-        if self.proves and self.stand_ins and not plus.USED[0] and not _has_compiled():
+        if self.proves and self.stand_ins and not plus.USED[0] and not has_compiled():
             raise NotSeen(
-                f"the closure computed with none of the matrices ({self.stand_ins[0].parameter}, ...) of the module that the "
-                "optimizer was given, so it runs something else: a copy, a trace, an export, an engine. Call the module "
-                "itself; where the other one shares its memory, placement='inplace' reaches it"
+                f"the closure computed with none of the {len(self.stand_ins)} matrices "
+                f"({self.stand_ins[0].parameter}, ...) of the module that the optimizer was given, so it runs something "
+                "else: a copy, a trace, an export, an engine. Call the module itself; where the other one shares its "
+                "memory, placement='inplace' reaches it"
             )
 
     def end(self) -> None:
@@ -224,8 +233,8 @@ class Forward(Shown):
             self.said = len(self.copied)
             name, by = list(self.copied.items())[-1]
             print(
-                f"zokern: placement='forward' perturbs a copy of {len(self.copied)} of {len(self.stand_ins)} matrices, which "
-                f"something else than a product or a lookup has used ({name}: {by}, ...)",
+                f"zokern: placement='forward' perturbs a copy of {len(self.copied)} of {len(self.stand_ins)} matrices, "
+                f"which something else than a product or a lookup has used ({name}: {by}, ...)",
                 file=sys.stderr,
             )
 
@@ -244,7 +253,18 @@ def _write(placement: weakref.ref[Forward], i: int) -> Tensor:
     return found.write(i)
 
 
-def _has_compiled() -> bool:
+def has_compiled() -> bool:
     """Whether torch's compiler has made code in this process, which does not tell what it uses."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
     return frames is not None and frames.FRAME_COUNTER > 0
+
+
+def extra_bytes(placement: Forward, members: Sequence[Member]) -> int:
+    """The memory that it needs beside these weights: copies, and the factors of one seed."""
+    lower, copied = placement.split(members)
+    sizes = sites.sizes([members[i] for i in copied])
+    total = sum(size * dtype.itemsize for (_, dtype), size in sizes.items())
+    by_device: dict[torch.device, list[Member]] = {}
+    for i in lower:
+        by_device.setdefault(members[i].param.device, []).append(members[i])
+    return total + sum(Factors.nbytes(own, placement.rank) for own in by_device.values())

@@ -4,13 +4,14 @@
 
 A module's entry for the parameter is a `PlusLowRank` while a closure runs. Whatever is computed with it comes here first:
 products and lookups (thin.py) are those with W and two thin ones; everything else gets the sum, written out. So no
-use of it is unperturbed, by whatever module, and torch's compiler looks through it: factors and scales are its graphs' inputs.
+use of it is unperturbed, by whatever module, and torch's compiler looks through it: factors and scales are inputs of its
+graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ USED = [
 _GETTERS = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
     "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu", "itemsize", "nbytes", "names", "grad",
-    "grad_fn", "output_nr", "_version", "_base", "_backward_hooks", "name", "retains_grad", "is_mtia", "is_vulkan", "is_ipu",
+    "grad_fn", "output_nr", "_version", "_base", "_backward_hooks", "name", "retains_grad",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
@@ -44,8 +45,9 @@ SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 class PlusLowRank(nn.Parameter):
     """The sum of a weight and a matrix of low rank.
 
-    base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes that products with `base` take. scale: float32 [K]. full: the sum, once
-    something, `by`, has asked for it; from then on everything is computed with it. write: makes it. parameter: its name.
+    base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes
+    that products with `base` take. scale: float32 [K]. full: the sum, once something, `by`, has asked for it; from then on
+    everything is computed with it. write: makes it. parameter: its name.
     """
 
     base: Tensor
@@ -111,6 +113,10 @@ class PlusLowRank(nn.Parameter):
             same = PlusLowRank(one.base, one.left, one.right, one.scale, one.parameter)
             same.full, same.write = one.full, (None if one.write is None else lambda: full(one, func.name()))
             return same
+        if torch.compiler.is_compiling():
+            for value, about in zip(args, func._schema.arguments, strict=False):
+                if type(value) is cls and about.alias_info is not None and about.alias_info.is_write:
+                    _refuse_write(func.name())
         return _written_out(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: Any) -> nn.Parameter:
@@ -130,11 +136,12 @@ def _is_looked_at() -> bool:
 
 def full(one: PlusLowRank, by: str = "") -> Tensor:
     """The sum, written out: once in a closure, and by formula where torch's compiler traces. by: for what."""
+    if one.full is not None:
+        return one.full
     if one.write is None or torch.compiler.is_compiling():
         return _by_formula(one)
-    if one.full is None:
-        one.full, one.by, USED[0] = one.write(), by, True
-    return one.full
+    one.full, one.by, USED[0] = made, _, _ = one.write(), by, True
+    return made
 
 
 def _by_formula(one: PlusLowRank) -> Tensor:
@@ -145,8 +152,15 @@ def _by_formula(one: PlusLowRank) -> Tensor:
 
 
 def _written_out(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    by = "" if torch.compiler.is_compiling() else getattr(func, "__qualname__", str(func))
+    by = getattr(func, "__name__", "")
+    if torch.compiler.is_compiling() and ((by.endswith("_") and not by.endswith("__")) or "out" in named):
+        _refuse_write(by)
     return func(*_sums(args, by), **_sums(named, by))
+
+
+def _refuse_write(by: str) -> NoReturn:
+    """A graph would write to a sum that nothing else reads."""
+    raise RefusedCall(f"compiled code writes to a perturbed weight ({by}); use placement='shadow' for this model")
 
 
 def _sums(given: Any, by: str) -> Any:

@@ -150,7 +150,7 @@ class Exact(Perturbing):
 
 
 class Shown(Exact):
-    """While a closure runs, the module's entries for the active parameters are other ones, each in all places of its own."""
+    """While a closure runs, the module's entries for the active parameters are others, in all places that one has."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Products and lookups of a `PlusLowRank`: those of the weight, and two thin products for what is added to it.
 
-With W = base + sum_k scale[k] left[k]^T right[k], x W^T is x base^T + ((x right^T) scale) left. The thin part is made first,
-in float32 or rounded once, and the large product is added to it as it is summed: the output is rounded once. Under autocast,
-whose product has rounded already, it is added behind.
+With W = base + sum_k scale[k] left[k]^T right[k], x W^T is x base^T + ((x right^T) scale) left. The thin part is made
+first, in float32 or rounded once, and the large product is added to it as it is summed: the output is rounded once. Under
+autocast, whose product has rounded already, it is added behind.
 """
 
 from __future__ import annotations
