@@ -68,11 +68,11 @@ class ZerothOrderOptimizer(Saving, Captured):
             batch_weights: of each entry, >= 0, for example its number of tokens; None means equal ones.
             reduction: "mean", the weighted mean of the entries, or "sum".
             loss_weights: of losses by name; those that are not listed weigh 1.
-            batched: all probes of a round in one forward, or at most that many. Needs placement="forward". The tensors of each
-                entry of `batches` are repeated along their first dimension, a block of rows for each probe, and the closure
-                returns the loss (or reward) of each example, 1-D, or a dict of such. A probe's loss is their mean, or
-                their sum with reduction="sum". Where a test finds that rows do not keep apart, probes are evaluated one
-                after another, with a warning; metrics["probes_per_forward"] tells.
+            batched: all probes of a round in one forward, or at most that many. Needs placement="forward". The closure
+                gets each entry of `batches` repeated along the first dimension, a block of rows for each probe, and
+                returns the loss (or reward) of each example, 1-D, or a dict of such: a probe's loss is their mean, with
+                reduction="sum" their sum. Where a test finds that rows mix, probes are evaluated one after another,
+                with a warning; metrics["probes_per_forward"] tells.
 
         Returns:
             The loss, 0-d, on the closure's device: the mean over the step's forwards. Nothing waits for the device.

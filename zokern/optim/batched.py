@@ -1,10 +1,10 @@
 """All probes of a round in one forward: `step(closure, batches, batched=True)`.
 
-Block k of a repeated batch's rows sees probe k. Whether a model and a closure keep the rows apart is tested before it is relied on, once for each kind
-of module, mode, batch and number of blocks: the probes are evaluated one after another, then together; and
-again together with the signs of some blocks' directions changed, so chosen that each block has its own pattern of changes.
-Losses of blocks with an unchanged direction must keep every bit, and each block's must be that of its probe alone, within
-rounding. Where one is not so, probes are evaluated one after another from then on, which is said once.
+Block k of a repeated batch's rows sees probe k. Whether a model and a closure keep the rows apart is tested before it is
+relied on, once for each kind of module, mode, batch and number of blocks: the probes are evaluated one after another, then
+together, and again together with the signs of some blocks' directions changed, so chosen that each block has its own
+pattern of changes. Losses of blocks with an unchanged direction must keep every bit, and each block's must be that of its
+probe alone, within rounding. Where one is not so, probes are evaluated one after another from then on, which is said once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ HALF_ROUNDING = 3e-2  # for 16-bit weights or losses
 
 @dataclass
 class Kind:
-    """What was found of one kind of forward. why_not: rows mix, and how it was seen. open: no loss has reacted to any direction yet."""
+    """What was found of one kind of forward. kinds: Rows'. why_not: it cannot be done, and why. open: no loss has reacted
+    to any direction yet."""
 
     kinds: dict[Hashable, set[bool]] = field(default_factory=dict)
     why_not: str = ""
@@ -54,8 +55,9 @@ class Batched:
         """
         if not isinstance(owner._placement, Forward):
             raise ValueError(
-                f"batched is given, and placement is {owner._placement.name!r}: only placement='forward' shows each row of a "
-                "batch the weights of its own direction; give it, with distribution=zokern.LowRank(1), or leave batched out"
+                f"batched is given, and placement is {owner._placement.name!r}: only placement='forward' shows each row of "
+                "a batch the weights of its own direction; give it, with distribution=zokern.LowRank(1), or leave batched "
+                "out"
             )
         tree = owner._placement.modules
         if tree != self.tree:
@@ -68,8 +70,8 @@ def refuse_draws(owner: Any) -> None:
         ValueError: always.
     """
     raise ValueError(
-        "batched is given, and paired_randomness=True asks for forwards that draw the same: rows of one forward draw each "
-        "their own; give paired_randomness='auto', or leave batched out"
+        "batched is given, and paired_randomness=True asks for forwards that draw the same: rows of one forward draw "
+        "each their own; give paired_randomness='auto', or leave batched out"
         if owner.paired_randomness is True
         else "batched is given, and a module of the model is in training mode and draws (dropout): rows of one forward draw "
         "each their own, so the losses would not compare; call model.eval(), or set the dropout to 0"
@@ -169,25 +171,23 @@ class Sharing:
             kind.kinds.setdefault(use, set()).update(found)
         reference = torch.stack(alone)
         spread = float(reference.max() - reference.min())
-        if draws is None and not self._agree(losses, reference, spread):
+        if draws is None and not self._agree(losses, reference, spread, rows.half):
             k = int((losses - reference).abs().nan_to_num(torch.inf).argmax())
             return (
                 f"a forward of all gives {float(losses[k]):.6g} as the loss of probe {k}, and a forward of it alone "
                 f"{float(reference[k]):.6g}: the model or the closure mixes the rows of a batch"
             )
         moved, why_not = self._change(probes, kind, losses, draws)
-        kind.open = not moved and not spread > 0.0
+        kind.open = not moved and (draws is not None or not spread > 0.0)
         return why_not
 
-    def _agree(self, losses: Tensor, reference: Tensor, spread: float) -> bool:
-        half = self.losses.half is not None or any(p.element_size() == 2 for p in self.probing.sweep.params)
+    def _agree(self, losses: Tensor, reference: Tensor, spread: float, half: bool) -> bool:
+        half = half or self.losses.half is not None or any(p.element_size() == 2 for p in self.probing.sweep.params)
         most = SHARE * spread + (HALF_ROUNDING if half else ROUNDING) * float(reference.abs().max())
         near = (losses - reference).abs() <= most
         return bool((near | (losses == reference) | (losses.isnan() & reference.isnan())).all())
 
-    def _change(
-        self, probes: list[Terms], kind: Kind, losses: Tensor, draws: _Generators | None
-    ) -> tuple[bool, str]:
+    def _change(self, probes: list[Terms], kind: Kind, losses: Tensor, draws: _Generators | None) -> tuple[bool, str]:
         """Whether any loss has reacted to its own direction; what is wrong. Run b changes the blocks k whose number k + 1
         has bit b, so that no two blocks change in the same runs."""
         count, some = len(probes), next(filter(None, probes))

@@ -23,9 +23,7 @@ def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], gather: Reduce 
     return at_once(rounds, lambda probes: [evaluate(terms) for terms in probes], gather)
 
 
-def at_once(
-    rounds: Rounds, evaluate: Callable[[list[Terms]], list[Tensor]], gather: Reduce | None = None
-) -> Estimate:
+def at_once(rounds: Rounds, evaluate: Callable[[list[Terms]], list[Tensor]], gather: Reduce | None = None) -> Estimate:
     """`evaluate` gets all probes of a round, `gather` their losses."""
     losses: list[Tensor] | None = None
     try:

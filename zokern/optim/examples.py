@@ -1,7 +1,7 @@
 """Losses of each example, of one probe or of many that share a forward.
 
-In a forward with N blocks of B rows, L_k of a micro-batch is the mean over the block's rows kB to (k+1)B - 1 of what the closure
-returns, or their sum with reduction="sum"; micro-batches are then put together as those of one loss each.
+In a forward with N blocks of B rows, L_k of a micro-batch is the mean over the block's rows kB to (k+1)B - 1 of what the
+closure returns, or their sum with reduction="sum"; micro-batches are then put together as those of one loss each.
 """
 
 from __future__ import annotations
@@ -89,7 +89,11 @@ class PerExample(Losses):
             numbers = [x.item() if isinstance(x, Tensor | np.ndarray | np.generic) else x for x in returned]
             returned = torch.tensor(numbers, dtype=torch.float64, device=CPU)
         if not isinstance(returned, Tensor) or returned.dim() != 1 or returned.shape[0] != wanted:
-            got = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else type(returned).__name__
+            got = (
+                f"a tensor of shape {tuple(returned.shape)}"
+                if isinstance(returned, Tensor)
+                else type(returned).__name__
+            )
             raise TypeError(
                 f"with batched, closure must return {which} of each example, a tensor of shape ({wanted},) for a batch of "
                 f"{rows.batch} rows repeated {rows.count} times; got {got}. Leave out the mean over the batch "
@@ -120,7 +124,10 @@ class PerExample(Losses):
     def _note(self, by_name: list[dict[str, Tensor]], count: int) -> None:
         before = {name: len(each) for name, each in self.named.items()}
         super()._note(by_name, count)
-        for name, each in self.named.items():  # one number for all blocks: as often as there are, for the mean over probes
+        for (
+            name,
+            each,
+        ) in self.named.items():  # one number for all blocks: as often as there are, for the mean over probes
             blocks = next(iter(by_name[0].values())).shape[0]
             if len(each) > before.get(name, 0):
                 each.extend([each[-1]] * (blocks - 1))

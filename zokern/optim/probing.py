@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import reach
+from zokern.optim.examples import PerExample
 from zokern.optim.losses import Losses
 from zokern.passes.update import Terms
 from zokern.placement.forward import Forward
@@ -37,6 +38,7 @@ class Probing:
             self._check(terms)
         placement, losses, device = self.owner._placement, self.losses, self.owner.numbers.device
         assert isinstance(placement, Forward)
+        assert isinstance(losses, PerExample)
         return self._run(
             placement.present_together(probes, rows), lambda: losses.of_blocks(self.counters, device, rows)
         )

@@ -1,8 +1,8 @@
 """A batch repeated N times along its first dimension, in blocks: rows 0 to B - 1, and again from row 0.
 
-What is repeated are the tensors and arrays whose first dimension is the batch's, lists of as many texts or numbers, and caches of
-transformers. Scalars, [1, T] and [1, 1, T, T], one-dimensional tensors of another length, and all that is no tensor stay as
-they are: all rows share them.
+What is repeated are the tensors and arrays whose first dimension is the batch's, lists of as many texts or numbers, and
+caches of transformers. Scalars, [1, T] and [1, 1, T, T], one-dimensional tensors of another length, and all that is no
+tensor stay as they are: all rows share them.
 """
 
 from __future__ import annotations

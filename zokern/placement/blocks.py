@@ -25,7 +25,15 @@ from zokern.placement.rows import NotInBlocks, Rows
 Handler = Callable[..., Any]  # of the function, its arguments and names; NotImplemented: block by block
 HANDLERS: dict[Any, Handler] = {}
 IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
-TO_ROWS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile, Tensor.tile}
+TO_ROWS = {
+    Tensor.expand,
+    Tensor.expand_as,
+    Tensor.repeat,
+    torch.broadcast_to,
+    Tensor.broadcast_to,
+    torch.tile,
+    Tensor.tile,
+}
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -76,9 +84,9 @@ class Blocks(nn.Parameter):
 
 
 class PerBlock(Blocks):
-    """values [N, *shape]."""
+    """each [N, *shape]."""
 
-    values: Tensor
+    each: Tensor
 
     @staticmethod
     def __new__(cls, values: Tensor, rows: Rows, name: str, requires_grad: bool = False) -> PerBlock:
@@ -88,10 +96,10 @@ class PerBlock(Blocks):
         return made
 
     def __init__(self, values: Tensor, rows: Rows, name: str, requires_grad: bool = False) -> None:
-        self.values, self.rows, self.parameter = values, rows, name
+        self.each, self.rows, self.parameter = values, rows, name
 
     def of_block(self, k: int) -> Tensor:
-        return self.values[k]
+        return self.each[k]
 
 
 class BlockMatrix(Blocks):

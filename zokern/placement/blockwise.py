@@ -1,8 +1,8 @@
 """What ordinary transformers do with stand-ins that have another value in each block of rows, for all blocks at once.
 
 A product with W + scale_k left_k^T right_k in block k is the product of all rows with W, which is read once, and for each
-block two thin products, done as batches: ((x_k right_k^T) scale_k) left_k. The thin part is made first, in float32 or rounded
-once, and the large product is added to it as it is summed.
+block two thin products, done as batches: ((x_k right_k^T) scale_k) left_k. The thin part is made first, in float32 or
+rounded once, and the large product is added to it as it is summed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Input:
     def __init__(self, x: Tensor, rows: Rows, use: tuple[str, str]) -> None:
         self.rows, self.shape, self.per_block = rows, x.shape[:-1], True
         if isinstance(x, PerBlock):
-            self.flat = x.values.reshape(-1, x.shape[-1])
+            self.flat = x.each.reshape(-1, x.shape[-1])
             self.each = self.flat.view(rows.count, -1, x.shape[-1])
             return
         if isinstance(x, Blocks):
@@ -62,7 +62,7 @@ class _Input:
 
 def _start(bias: Any, rows: Rows) -> Tensor | None:
     """A bias [m] as what broadcasts to [N, R, m]."""
-    return bias.values.unsqueeze(1) if isinstance(bias, PerBlock) else bias
+    return bias.each.unsqueeze(1) if isinstance(bias, PerBlock) else bias
 
 
 def _product(x: Tensor, weight: BlockMatrix, use: str, bias: Any, *, turned: bool) -> Any:
@@ -72,6 +72,7 @@ def _product(x: Tensor, weight: BlockMatrix, use: str, bias: Any, *, turned: boo
     given, start = _Input(x, rows, (weight.parameter, use)), _start(bias, rows)
     base = weight.base if turned else weight.base.t()
     if torch.is_autocast_enabled(x.device.type):
+        rows.half = True
         leaf = weight.base if weight.leaf is None else weight.leaf
         out = torch.matmul(given.flat, leaf if turned else leaf.t())
         with torch.autocast(out.device.type, enabled=False):
@@ -90,19 +91,19 @@ def _all(each: Tensor, rows: Rows) -> Tensor:
 
 def _dense(x: Tensor, weight: Any, name: str, use: str, bias: Any, *, turned: bool) -> Any:
     """With a weight [m, n] of which each block has another, or a plain one, and the bias is of blocks."""
-    rows = flagged(weight if isinstance(weight, Blocks) else bias)
-    given = _Input(x, rows, (name, use))
-    if isinstance(weight, Blocks):
-        each = weight.values if turned else weight.values.mT
+    rows = flagged(weight if isinstance(weight, PerBlock) else bias)
+    given, start = _Input(x, rows, (name, use)), _start(bias, rows)
+    if isinstance(weight, PerBlock):
+        each = weight.each if turned else weight.each.mT
         if torch.is_autocast_enabled(x.device.type):
+            rows.half = True
             out = torch.bmm(_all(given.each, rows), each)
-        elif bias is None:
+        elif start is None:
             return given.back(torch.bmm(_all(given.each, rows), each), name)
         else:
-            return given.back(torch.baddbmm(_start(bias, rows), _all(given.each, rows), each), name)
+            return given.back(torch.baddbmm(start, _all(given.each, rows), each), name)
     else:
         out = torch.matmul(given.flat, weight if turned else weight.t()).view(len(given.each), -1, bias.shape[-1])
-    start = _start(bias, rows)
     return given.back(out if start is None else out + start.to(out.dtype), name)
 
 
@@ -141,7 +142,9 @@ def matmul(func: Any, x: Any, weight: Any, **others: Any) -> Any:
 
 
 @handles(functional.embedding)
-def embedding(func: Any, ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *a: Any, **more: Any) -> Any:
+def embedding(
+    func: Any, ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *a: Any, **more: Any
+) -> Any:
     """padding_idx, scale_grad_by_freq and sparse are of gradients alone; max_norm writes to the weight."""
     if max_norm is not None or weight.dim() != 2 or isinstance(ids, Blocks):
         return NotImplemented
@@ -149,7 +152,7 @@ def embedding(func: Any, ids: Any, weight: Any, padding_idx: Any = None, max_nor
     are_rows = rows.are(ids, (weight.parameter, "embedding", 0))
     own = ids.reshape(rows.count, -1) if are_rows else ids.reshape(1, -1).expand(rows.count, -1)
     if isinstance(weight, PerBlock):
-        out = weight.values[torch.arange(rows.count, device=ids.device).unsqueeze(1), own]
+        out = weight.each[torch.arange(rows.count, device=ids.device).unsqueeze(1), own]
     else:
         plain = functional.embedding(ids, weight.base)
         p = weight.left.gather(2, own.unsqueeze(1).expand(-1, weight.left.shape[1], -1)).mT.float()
@@ -169,7 +172,7 @@ def _aligned(t: Any, rows: Rows, use: tuple[str, str, int], dims: int) -> tuple[
     """t as what broadcasts to [N, ...] of `dims` further dimensions; whether it is rows."""
     if isinstance(t, PerBlock):
         missing = dims - t.dim()
-        return (t.values if not missing else t.values.view(rows.count, *[1] * missing, *t.shape)), False
+        return (t.each if not missing else t.each.view(rows.count, *[1] * missing, *t.shape)), False
     if isinstance(t, Tensor) and rows.are(t, use):
         if t.dim() < dims:
             raise NotInBlocks(f"{use[1]} of {use[0]} moves the rows of a batch to another dimension")
@@ -195,7 +198,16 @@ def elementwise(func: Any, a: Any, b: Any, **named: Any) -> Any:
     return out.flatten(0, 1) if first or second else PerBlock(out, rows, one.parameter)
 
 
-@handles(Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__, Tensor.__itruediv__)
+@handles(
+    Tensor.add_,
+    Tensor.sub_,
+    Tensor.mul_,
+    Tensor.div_,
+    Tensor.__iadd__,
+    Tensor.__isub__,
+    Tensor.__imul__,
+    Tensor.__itruediv__,
+)
 def elementwise_in_place(func: Any, a: Any, b: Any, **named: Any) -> Any:
     if isinstance(a, Blocks) or isinstance(b, BlockMatrix):
         return NotImplemented
@@ -219,7 +231,7 @@ def one_by_one(func: Any, one: Any, *others: Any, **named: Any) -> Any:
         return _as_it_is(func, one, others, named)
     if not isinstance(one, PerBlock) or any(isinstance(t, Tensor) for t in (*others, *named.values())):
         return NotImplemented
-    return PerBlock(func(one.values, *others, **named), flagged(one), one.parameter)
+    return PerBlock(func(one.each, *others, **named), flagged(one), one.parameter)
 
 
 def _as_it_is(func: Any, one: BlockMatrix, others: Any, named: Any) -> Any:
@@ -282,13 +294,13 @@ def _derived(one: BlockMatrix, base: Tensor, left: Tensor, right: Tensor) -> Blo
 def turned(func: Any, one: Any) -> Any:
     if isinstance(one, BlockMatrix):
         return _derived(one, one.base.mT, one.right, one.left) if one.dim() == 2 else NotImplemented
-    return PerBlock(one.values.mT, one.rows, one.parameter) if one.dim() == 2 else NotImplemented
+    return PerBlock(one.each.mT, one.rows, one.parameter) if one.dim() == 2 else NotImplemented
 
 
 @handles(Tensor.transpose, torch.transpose)
 def transpose(func: Any, one: Any, dim0: Any, dim1: Any) -> Any:
     if isinstance(one, PerBlock):
-        return PerBlock(one.values.transpose(dim0 % one.dim() + 1, dim1 % one.dim() + 1), one.rows, one.parameter)
+        return PerBlock(one.each.transpose(dim0 % one.dim() + 1, dim1 % one.dim() + 1), one.rows, one.parameter)
     if one.dim() == 2 and {dim0 % 2, dim1 % 2} == {0, 1}:
         return _derived(one, one.base.mT, one.right, one.left)
     return NotImplemented
@@ -304,4 +316,5 @@ def getitem(func: Any, one: Any, index: Any) -> Any:
     parts = index if isinstance(index, tuple) else (index,)
     if not isinstance(one, PerBlock) or any(isinstance(part, Tensor | list) for part in parts):
         return NotImplemented
-    return PerBlock(one.values[(slice(None), *parts)], one.rows, one.parameter)
+    at = (slice(None), *parts)
+    return PerBlock(one.each[at], one.rows, one.parameter)

@@ -184,6 +184,11 @@ class Forward(Shown):
                     one.full = None
 
     @property
+    def written_out(self) -> set[int]:
+        """Ids of matrices that something else than products and lookups has used."""
+        return set(self._copied)
+
+    @property
     def modules(self) -> object:
         """Of the step: differs once a module or a parameter is another one."""
         return None if self.tree is None else self.tree[0]
@@ -239,7 +244,11 @@ class Forward(Shown):
             )
 
     def memory(self) -> list[Tensor]:
-        return [*super().memory(), *(t for factors in self.factors.values() for t in factors.memory()), *self.together.memory()]
+        return [
+            *super().memory(),
+            *(t for factors in self.factors.values() for t in factors.memory()),
+            *self.together.memory(),
+        ]
 
 
 def _same(a: Seed, b: Seed) -> bool:

@@ -22,12 +22,12 @@ from zokern.placement import plus, sites
 from zokern.placement.blocks import BlockMatrix, PerBlock
 from zokern.placement.factors import Factors
 from zokern.placement.rows import NotInBlocks, Rows
-from zokern.sweep import Sweep
+from zokern.sweep import Member, Sweep
 
 if TYPE_CHECKING:
     from zokern.placement.forward import Forward
 
-MOST = 1.0  # bytes of copies, as a share of the weights': more is not in the spirit of this placement
+ALWAYS = 64 << 20  # bytes that copies for all blocks may take; beyond it, as much as the weights
 
 
 class Together:
@@ -38,6 +38,8 @@ class Together:
         self.factor_pools: dict[torch.device, sites.Pools] = {}
         self.pools: sites.Pools = {}
         self.layout: object = None
+        self.lower: list[Member] = []
+        self.dense: list[Member] = []
         self.factors: list[Factors] = []
         self.matrices: list[BlockMatrix] = []
         self.small: list[PerBlock] = []
@@ -66,8 +68,8 @@ class Together:
         for stand_in in (*self.matrices, *self.small):
             stand_in.rows = rows
         self._aim(probes, width)
-        shown = {id(m.param): one for m, one in zip(owner.lower, self.matrices, strict=True)}
-        shown |= {id(m.param): one for m, one in zip(owner.dense, self.small, strict=True)}
+        shown: dict[int, nn.Parameter] = {id(m.param): one for m, one in zip(self.lower, self.matrices, strict=True)}
+        shown |= {id(m.param): one for m, one in zip(self.dense, self.small, strict=True)}
         before = owner.pairs
         owner.pairs = [(site, shown[id(site.param)]) for site in owner.sites]
         try:
@@ -84,14 +86,17 @@ class Together:
 
     def _lay_out(self, count: int, width: int) -> None:
         owner = self.owner
-        layout = owner.layout, [m.row for m in owner.sweep], count, width, list(owner.addresses)
+        written = owner.written_out
+        layout = owner.layout, count, width, list(owner.addresses), sorted(written)
         if layout == self.layout:
             return
         self.layout, self.factors, self.matrices, self.small, self.out, self.filled = None, [], [], [], [], []
         self.sweeps = []
+        self.lower = [m for m in owner.lower if id(m.param) not in written]
+        self.dense = [*owner.dense, *(m for m in owner.lower if id(m.param) in written)]
         self._small(count)
         by_device: dict[torch.device, list[int]] = {}
-        for i, m in enumerate(owner.lower):
+        for i, m in enumerate(self.lower):
             by_device.setdefault(m.param.device, []).append(i)
             one = BlockMatrix(m.param.detach(), Rows(count), m.name, m.param.requires_grad)
             one.leaf = nn.Parameter(m.param.detach(), m.param.requires_grad)
@@ -99,11 +104,11 @@ class Together:
             self.matrices.append(one)
         for device, at in by_device.items():
             pools = self.factor_pools.setdefault(device, {})
-            factors = Factors([owner.lower[i] for i in at], at, owner.rank, owner.passes.backend, pools)
+            factors = Factors([self.lower[i] for i in at], at, owner.rank, owner.passes.backend, pools)
             views = factors.of(len(owner.eps), count * width)
             assert views is not None
             for i, (left, right, scale) in zip(at, views, strict=True):
-                one, matrix = self.matrices[i], owner.lower[i].param.shape
+                one, matrix = self.matrices[i], self.lower[i].param.shape
                 one.left = left.view(count, width * owner.rank, *matrix[:-1])
                 one.right = right.view(count, width * owner.rank, *matrix[:-2], matrix[-1])
                 one.scale = scale.view(count, width * owner.rank)
@@ -112,13 +117,13 @@ class Together:
 
     def _small(self, count: int) -> None:
         """A copy for each block of all that has no stand-in with factors."""
-        dense = self.owner.dense
+        dense = self.dense
         wanted = {key: size * count for key, size in sites.sizes(dense).items()}
         copied = sum(m.param.nbytes for m in dense)
-        if count * copied > MOST * sum(m.param.nbytes for m in self.owner.sweep):
+        if count * copied > max(ALWAYS, sum(m.param.nbytes for m in self.owner.sweep)):
             raise NotInBlocks(
                 f"{len(dense)} tensors that are no matrices of products need {count} copies, "
-                f"{count * copied / 2**20:.0f} MiB: more than the weights"
+                f"{count * copied / 2**20:.0f} MiB, more than the weights"
             )
         sites.fit(self.pools, wanted)
         used = dict.fromkeys(wanted, 0)
@@ -134,7 +139,7 @@ class Together:
             self.small.append(one)
             for k in range(count):
                 self.out[k].append(values[k])
-        self.sweeps = [Sweep(list(dense)) for _ in range(count)]
+        self.sweeps = [Sweep(dense) for _ in range(count)]
 
     def _aim(self, probes: Sequence[Terms], width: int) -> None:
         """Every block's factors and scales, and its copies of what is small."""
@@ -147,14 +152,16 @@ class Together:
             multiples += [*terms.values(), *[0.0] * missing]
         coefs = _along(owner.eps, multiples)
         numbers = seed_tensor(seeds)
-        anew = len(seeds) != len(self.filled) or any(a is not b and a != b for a, b in zip(seeds, self.filled, strict=True))
+        anew = len(seeds) != len(self.filled) or any(
+            a is not b and a != b for a, b in zip(seeds, self.filled, strict=True)
+        )
         filled, self.filled = self.filled, []
         for factors in self.factors:
             factors.rescale(coefs)
             if anew or not filled:
                 factors.fill(numbers)
         self.filled = seeds
-        if len(owner.dense):
+        if self.dense:
             torch.clear_autocast_cache()
             for k, (sweep, out) in enumerate(zip(self.sweeps, self.out, strict=True)):
                 part = slice(k * width, (k + 1) * width)
@@ -168,12 +175,11 @@ class Together:
 
 def _along(eps: Tensor, multiples: Sequence[float | Tensor]) -> Tensor:
     """[R, K]: each row's eps times each multiple, rounded once to float32."""
-    device = next((t.device for t in multiples if isinstance(t, Tensor) and t.device != eps.device), eps.device)
-    if any(isinstance(t, Tensor) for t in multiples):
-        each = torch.stack(
-            [sent(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device=CPU), device) for t in multiples]
-        )
+    tensors = [t for t in multiples if isinstance(t, Tensor)]
+    device = next((t.device for t in tensors if t.device != eps.device), eps.device)
+    if tensors:
+        every = [t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device=CPU) for t in multiples]
+        each = torch.stack([sent(t, device) for t in every])
     else:
         each = torch.tensor(multiples, dtype=torch.float64, device=CPU)
     return (sent(eps, device).unsqueeze(1) * sent(each, device)).to(torch.float32)
-
