@@ -150,7 +150,8 @@ def flagged(one: Blocks) -> Rows:
 
 def split(x: Tensor, count: int) -> Tensor:
     """[R, ...] -> [N, R/N, ...], a view."""
-    return x.unflatten(0, (count, x.shape[0] // count))
+    made: Tensor = x.unflatten(0, (count, x.shape[0] // count))
+    return made
 
 
 def block_by_block(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
@@ -195,8 +196,9 @@ def _joined(results: list[Any], rows: Rows, parameter: str, name: str, of_rows: 
                 raise NotInBlocks(f"{name} of {parameter} makes one number of the rows of a block")
             joined.append(torch.cat(parts))
         else:
-            size = parts[0].shape[0] if parts[0].dim() else 0
-            if to_rows and size and size % (rows.count * rows.batch) == 0:  # repeated as often as there are rows
+            if to_rows and rows.have(
+                parts[0].shape, (parameter, name, "result")
+            ):  # repeated as often as there are rows
                 joined.append(torch.cat([split(part, rows.count)[k] for k, part in enumerate(parts)]))
             else:
                 joined.append(PerBlock(torch.stack(parts), rows, parameter))

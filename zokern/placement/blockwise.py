@@ -183,19 +183,24 @@ def _aligned(t: Any, rows: Rows, use: tuple[str, str, int], dims: int) -> tuple[
 @handles(
     torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, torch.mul,
     Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__, Tensor.__rtruediv__,
-    operator.add, operator.sub, operator.mul, operator.truediv, torch.maximum, torch.minimum, Tensor.__pow__, torch.pow,
+    operator.add, operator.sub, operator.mul, operator.truediv, torch.maximum, torch.minimum, torch.where, torch.addcmul, Tensor.__pow__, torch.pow,
     Tensor.pow,
 )  # fmt: skip
-def elementwise(func: Any, a: Any, b: Any, **named: Any) -> Any:
-    if isinstance(a, BlockMatrix) or isinstance(b, BlockMatrix) or isinstance(named.get("out"), Tensor):
+def elementwise(func: Any, *given: Any, **named: Any) -> Any:
+    """Each number of the result is of one number of each operand, which broadcast."""
+    one = next((t for t in given if isinstance(t, PerBlock)), None)
+    every = (*given, *named.values())
+    if (
+        one is None
+        or any(isinstance(t, BlockMatrix) for t in every)
+        or any(isinstance(t, Tensor) for t in named.values())
+    ):
         return NotImplemented
-    one = a if isinstance(a, PerBlock) else b
     rows, name = flagged(one), name_of(func)
-    dims = max(t.dim() for t in (a, b) if isinstance(t, Tensor))
-    x, first = _aligned(a, rows, (one.parameter, name, 0), dims)
-    y, second = _aligned(b, rows, (one.parameter, name, 1), dims)
-    out = func(x, y, **named)
-    return out.flatten(0, 1) if first or second else PerBlock(out, rows, one.parameter)
+    dims = max(t.dim() for t in given if isinstance(t, Tensor))
+    operands = [_aligned(t, rows, (one.parameter, name, i), dims) for i, t in enumerate(given)]
+    out = func(*(t for t, _ in operands), **named)
+    return out.flatten(0, 1) if any(are_rows for _, are_rows in operands) else PerBlock(out, rows, one.parameter)
 
 
 @handles(
@@ -304,6 +309,35 @@ def transpose(func: Any, one: Any, dim0: Any, dim1: Any) -> Any:
     if one.dim() == 2 and {dim0 % 2, dim1 % 2} == {0, 1}:
         return _derived(one, one.base.mT, one.right, one.left)
     return NotImplemented
+
+
+@handles(Tensor.permute, torch.permute)
+def permute(func: Any, one: Any, *dims: Any) -> Any:
+    if not isinstance(one, PerBlock):
+        return NotImplemented
+    order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    return PerBlock(one.each.permute(0, *(dim % one.dim() + 1 for dim in order)), one.rows, one.parameter)
+
+
+@handles(Tensor.unsqueeze, torch.unsqueeze)
+def unsqueeze(func: Any, one: Any, dim: Any) -> Any:
+    if not isinstance(one, PerBlock):
+        return NotImplemented
+    return PerBlock(one.each.unsqueeze(dim + 1 if dim >= 0 else dim), one.rows, one.parameter)
+
+
+@handles(Tensor.expand)
+def expand(func: Any, one: Any, *sizes: Any) -> Any:
+    """Also to the batch: then each block's rows get its own."""
+    if not isinstance(one, PerBlock):
+        return NotImplemented
+    wanted = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+    own = [*[1] * (len(wanted) - one.dim()), *one.shape]
+    wanted = [size if new == -1 else new for size, new in zip(own, wanted, strict=True)]
+    rows, each = one.rows, one.each.reshape(one.rows.count, *own)
+    if wanted and own[0] == 1 and rows.have(wanted, (one.parameter, "expand", 0)):
+        return each.expand(-1, wanted[0] // rows.count, *wanted[1:]).flatten(0, 1)
+    return PerBlock(each.expand(-1, *wanted), rows, one.parameter)
 
 
 @handles(Tensor.__getitem__)

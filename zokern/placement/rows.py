@@ -8,7 +8,7 @@ first forward with a single block tells: what then is an N-th as long is rows, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -18,8 +18,8 @@ class NotInBlocks(Exception):
 
 
 class Rows:
-    """Of a forward. count: of blocks, N. batch: how many rows a block's batch has. used: something was computed with a
-    stand-in; half: in 16 bits, as autocast has it. kinds: by use (the parameter, the function, which argument), whether what
+    """Of a forward. count: of blocks, N. batch: rows of a block's batch. used: something was computed with
+    a stand-in; half: in 16 bits, as autocast has it. kinds: by use (the parameter, the function, which argument), whether what
     came there was rows, shared, or both. alone: the first dimensions that came there in a forward with one block."""
 
     def __init__(self, count: int, kinds: dict[Hashable, set[bool]] | None = None) -> None:
@@ -31,8 +31,12 @@ class Rows:
 
     def are(self, x: Tensor, use: tuple[Hashable, ...]) -> bool:
         """Whether x is rows: a multiple of those of all blocks, N parts of equal length."""
-        size = x.shape[0] if x.dim() else 0
-        use = (*use, x.dim())
+        return self.have(x.shape, use)
+
+    def have(self, shape: Sequence[int], use: tuple[Hashable, ...]) -> bool:
+        """Whether a tensor of this shape would be."""
+        size = shape[0] if shape else 0
+        use = (*use, len(shape))
         if self.count == 1:
             self.alone.setdefault(use, set()).add(size)
             return size > 0 and size % self.batch == 0
