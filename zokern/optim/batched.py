@@ -73,8 +73,8 @@ def refuse_draws(owner: Any) -> None:
         "batched is given, and paired_randomness=True asks for forwards that draw the same: rows of one forward draw "
         "each their own; give paired_randomness='auto', or leave batched out"
         if owner.paired_randomness is True
-        else "batched is given, and a module of the model is in training mode and draws (dropout): rows of one forward draw "
-        "each their own, so the losses would not compare; call model.eval(), or set the dropout to 0"
+        else "batched is given, and a module of the model is in training mode and draws (dropout): rows of one forward "
+        "draw each their own, so the losses would not compare; call model.eval(), or set the dropout to 0"
     )
 
 

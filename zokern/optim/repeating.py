@@ -48,11 +48,11 @@ def size_of(batch: Any, which: str) -> int:
 
 
 def repeated(batch: Any, rows: int, count: int) -> Any:
-    """The batch `count` times."""
-    if count == 1:
-        return batch
+    """The batch `count` times. A cache is another one each time, as forwards write to it."""
 
     def one(leaf: Any) -> Any:
+        if count == 1 and not hasattr(leaf, "batch_select_indices"):
+            return leaf
         if isinstance(leaf, Tensor):
             own = leaf.dim() > 0 and leaf.shape[0] == rows
             return leaf.repeat(count, *[1] * (leaf.dim() - 1)) if own else leaf

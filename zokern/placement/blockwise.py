@@ -7,7 +7,6 @@ rounded once, and the large product is added to it as it is summed.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -172,7 +171,7 @@ def _aligned(t: Any, rows: Rows, use: tuple[str, str, int], dims: int) -> tuple[
     """t as what broadcasts to [N, ...] of `dims` further dimensions; whether it is rows."""
     if isinstance(t, PerBlock):
         missing = dims - t.dim()
-        return (t.each if not missing else t.each.view(rows.count, *[1] * missing, *t.shape)), False
+        return (t.each if not missing else t.each.reshape(rows.count, *[1] * missing, *t.shape)), False
     if isinstance(t, Tensor) and rows.are(t, use):
         if t.dim() < dims:
             raise NotInBlocks(f"{use[1]} of {use[0]} moves the rows of a batch to another dimension")
@@ -181,10 +180,9 @@ def _aligned(t: Any, rows: Rows, use: tuple[str, str, int], dims: int) -> tuple[
 
 
 @handles(
-    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, torch.mul,
-    Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__, Tensor.__rtruediv__,
-    operator.add, operator.sub, operator.mul, operator.truediv, torch.maximum, torch.minimum, torch.where, torch.addcmul, Tensor.__pow__, torch.pow,
-    Tensor.pow,
+    torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__,
+    torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__, Tensor.__rtruediv__,
+    torch.pow, Tensor.pow, Tensor.__pow__, torch.maximum, torch.minimum, torch.where, torch.addcmul,
 )  # fmt: skip
 def elementwise(func: Any, *given: Any, **named: Any) -> Any:
     """Each number of the result is of one number of each operand, which broadcast."""
@@ -228,7 +226,8 @@ def elementwise_in_place(func: Any, a: Any, b: Any, **named: Any) -> Any:
     Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.contiguous, Tensor.clone,
     Tensor.detach, torch.neg, Tensor.neg, Tensor.__neg__, torch.exp, Tensor.exp, torch.sigmoid, Tensor.sigmoid, torch.tanh,
     Tensor.tanh, torch.square, Tensor.square, torch.abs, Tensor.abs, torch.rsqrt, Tensor.rsqrt, functional.softplus,
-    functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu, Tensor.cpu, Tensor.cuda, torch.clone, torch.detach,
+    functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu, Tensor.cpu, Tensor.cuda, torch.clone,
+    torch.detach,
 )  # fmt: skip
 def one_by_one(func: Any, one: Any, *others: Any, **named: Any) -> Any:
     """Each element for itself."""

@@ -18,9 +18,9 @@ class NotInBlocks(Exception):
 
 
 class Rows:
-    """Of a forward. count: of blocks, N. batch: rows of a block's batch. used: something was computed with
-    a stand-in; half: in 16 bits, as autocast has it. kinds: by use (the parameter, the function, which argument), whether what
-    came there was rows, shared, or both. alone: the first dimensions that came there in a forward with one block."""
+    """Of a forward. count: of blocks, N. batch: rows of a block's batch. used: something was computed with a stand-in;
+    half: in 16 bits, as autocast has it. kinds: by use (the parameter, the function, which argument), whether what came
+    there was rows, shared, or both. alone: the first dimensions that came there in a forward with one block."""
 
     def __init__(self, count: int, kinds: dict[Hashable, set[bool]] | None = None) -> None:
         self.count, self.batch = count, 1
