@@ -227,6 +227,22 @@ def test_lengths_may_differ_from_step_to_step(monkeypatch):
     assert made.opt.counters["forwards"] == 6 + 2 + 3 + 3
 
 
+def test_groups_with_an_eps_of_their_own(monkeypatch):
+    def rounds(batched):
+        model = reader()
+        named = list(model.named_parameters())
+        groups = [{"params": named[1::2], "eps": 3e-2}, {"params": named[::2]}]
+        opt = optimizer(groups, "mezo", lr=0.0, num_samples=2, module=model)
+        opt.step(each(model), [batch()], batched=batched)
+        opt.step(each(model), [batch()], batched=batched)
+        return float(opt.metrics["projected_gradient"]), float(opt.metrics["probes_per_forward"])
+
+    (alone, _), (together, probes) = rounds(1), rounds(True)
+    assert probes == 4
+    assert together == pytest.approx(alone, rel=1e-4)
+    del monkeypatch
+
+
 def test_autocast(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         alone, together = run(monkeypatch, "fzoo", 1, lr=0.0), run(monkeypatch, "fzoo", True, lr=0.0)
@@ -342,6 +358,12 @@ def test_a_block_that_sees_another_direction_is_found(monkeypatch):
     with pytest.warns(ZokernWarning, match="changes with the direction|gives"):
         made = run(monkeypatch, "fzoo", True, closure=closure)
     assert made.losses == run(monkeypatch, "fzoo", 1, closure=closure).losses
+
+
+def test_losses_that_count_the_rows_of_the_batch_are_found(monkeypatch):
+    """No row sees another, and yet the losses are other ones."""
+    with pytest.warns(ZokernWarning, match="as the loss of probe"):
+        run(monkeypatch, "fzoo", True, closure=lambda model: lambda one: each(model)(one) * B / len(one["ids"]))
 
 
 def test_in_16_bits_too_where_losses_hardly_differ(monkeypatch):

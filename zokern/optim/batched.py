@@ -27,6 +27,7 @@ FACTORS = (-1.0, -30.0)  # of a direction that is changed; the second where the 
 SHARE = 0.05  # of the losses' spread over the probes that rounding may make
 ROUNDING = 1e-5  # of the losses' size, for float32
 HALF_ROUNDING = 3e-2  # for 16-bit weights or losses
+MIXED = "the model or the closure mixes the rows of a batch, as packing, routed experts and batch norms do"
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Sharing:
             k = int((losses - reference).abs().nan_to_num(torch.inf).argmax())
             return (
                 f"a forward of all gives {float(losses[k]):.6g} as the loss of probe {k}, and a forward of it alone "
-                f"{float(reference[k]):.6g}: the model or the closure mixes the rows of a batch"
+                f"{float(reference[k]):.6g}: {MIXED}"
             )
         moved, why_not = self._change(probes, kind, losses, draws)
         kind.open = not moved and (draws is not None or not spread > 0.0)
@@ -204,10 +205,7 @@ class Sharing:
                 for k, (before, after) in enumerate(zip(losses.tolist(), found.tolist(), strict=True)):
                     same = before == after or (before != before and after != after)
                     if not same and not changed[k]:
-                        return moved, (
-                            f"the loss of probe {k} changes with the direction of others: the model or the closure mixes "
-                            "the rows of a batch"
-                        )
+                        return moved, (f"the loss of probe {k} changes with the direction of others: {MIXED}")
                     moved = moved or not same
             if moved:
                 return True, ""

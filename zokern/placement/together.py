@@ -165,7 +165,8 @@ class Together:
             torch.clear_autocast_cache()
             for k, (sweep, out) in enumerate(zip(self.sweeps, self.out, strict=True)):
                 part = slice(k * width, (k + 1) * width)
-                given = PassNumbers(numbers[part], coefs[:, None, part], owner.still, None, owner.passes.gate)
+                own = coefs[:, None, part].contiguous()
+                given = PassNumbers(numbers[part], own, owner.still, None, owner.passes.gate)
                 owner.passes.run(sweep, owner.spec, given, out=out, counted=False)
 
     def memory(self) -> list[Tensor]:
