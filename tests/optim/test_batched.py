@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tests.models import seeded
 from zokern import journal
 from zokern._checks import ZokernWarning
 from zokern.optim.losses import Losses
+from zokern.placement import together as placement
 
 WORDS, WIDTH, B, T = 19, 12, 2, 5
 METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {  # and how many probes share a forward
@@ -196,6 +198,12 @@ def test_micro_batches_weights_and_names(monkeypatch):
         near(alone, together)
         for name in ("loss/a", "loss/b"):
             assert float(together.opt.metrics[name]) == pytest.approx(float(alone.opt.metrics[name]), rel=1e-6)
+    for steps in (1, 2):  # with what the test evaluates, and where a forward takes one probe more than another
+        alone, three = (
+            run(monkeypatch, "es", most, batches=two, closure=closure, lr=0.0, num_directions=4, steps=steps)
+            for most in (1, 3)
+        )
+        assert float(three.opt.metrics["loss/b"]) == pytest.approx(float(alone.opt.metrics["loss/b"]), rel=1e-6)
 
 
 def test_a_mean_is_of_the_rows_and_a_sum_is_their_sum(monkeypatch):
@@ -414,13 +422,78 @@ def test_a_use_that_was_not_tested_is_tested_first(monkeypatch):
     del monkeypatch
 
 
+def forwards(opt: Any, closure: Any, given: Any, **more: Any) -> int:
+    before = opt.counters["forwards"]
+    opt.step(closure, given, batched=True, **more)
+    return opt.counters["forwards"] - before
+
+
+def test_another_module_mode_closure_or_batch_is_tested_anew():
+    model = reader()
+    opt, closure, tested = optimizer(model, "fzoo", lr=0.0), each(model), 6 + 2 + 3
+    assert [forwards(opt, closure, [batch()]) for _ in range(2)] == [tested, 1]
+    model.train()
+    assert [forwards(opt, closure, [batch()]) for _ in range(2)] == [tested, 1]
+    assert [forwards(opt, lambda one: closure(one), [batch()]) for _ in range(2)] == [tested, 1]
+    assert [forwards(opt, closure, [{**batch(), "more": torch.ones(B)}]) for _ in range(2)] == [tested, 1]
+    assert [forwards(opt, closure, [batch(size=1)]) for _ in range(2)] == [tested, 1]
+    model.first = seeded(lambda: nn.LayerNorm(WIDTH, elementwise_affine=False))
+    left = set(map(id, model.parameters()))
+    opt.param_groups[0]["params"][:] = [p for p in opt.param_groups[0]["params"] if id(p) in left]
+    assert [forwards(opt, closure, [batch()]) for _ in range(2)] == [tested, 1]
+
+
+def test_the_test_leaves_the_generator_where_one_after_another_does():
+    def after(batched):
+        model = reader()
+        torch.manual_seed(1)
+        opt = optimizer(model, "fzoo", lr=0.0)
+        opt.step(lambda one: each(model)(one) + 1e-9 * torch.rand(len(one["ids"])), [batch()], batched=batched)
+        return torch.rand(3)
+
+    assert torch.equal(after(1), after(True))
+
+
+def test_copies_for_all_blocks_that_are_too_large(monkeypatch):
+    monkeypatch.setattr(placement, "ALWAYS", 0)
+    with pytest.warns(ZokernWarning, match="need 6 copies, .* MiB, more than the weights"):
+        made = run(monkeypatch, "fzoo", True)
+    assert made.losses == run(monkeypatch, "fzoo", 1).losses
+
+
+def test_a_write_to_what_all_blocks_share_is_evaluated_one_after_another(monkeypatch):
+    def closure(model):
+        def of(one):
+            total = torch.zeros(WIDTH)
+            total += model.third.weight
+            return each(model)(one) + total.sum()
+
+        return of
+
+    with pytest.warns(ZokernWarning, match="add_ writes third.weight to what all blocks share"):
+        run(monkeypatch, "fzoo", True, closure=closure)
+
+
+def test_compiled_code_is_left_out(monkeypatch):
+    stances = []
+
+    @contextlib.contextmanager
+    def noting(stance):
+        stances.append(stance)
+        yield
+
+    monkeypatch.setattr(torch.compiler, "set_stance", noting)
+    run(monkeypatch, "mezo", True, steps=2)
+    assert set(stances) == {"force_eager"}
+
+
 # --------------------------------------------------------------------------------------------------------- what is refused
 
 
 def refused(match: str, error: type[Exception], method: str = "fzoo", model: Any = None, **step: Any) -> None:
     model = reader() if model is None else model
-    placement = step.pop("options", {})
-    opt = optimizer(model, method, **placement)
+    settings = step.pop("options", {})
+    opt = optimizer(model, method, **settings)
     before = [p.detach().clone() for p in model.parameters()]
     step = {"closure": each(model), "batches": [batch()], "batched": True, **step}
     with pytest.raises(error, match=match):
