@@ -437,7 +437,7 @@ def test_another_module_mode_closure_or_batch_is_tested_anew():
     assert [forwards(opt, lambda one: closure(one), [batch()]) for _ in range(2)] == [tested, 1]
     assert [forwards(opt, closure, [{**batch(), "more": torch.ones(B)}]) for _ in range(2)] == [tested, 1]
     assert [forwards(opt, closure, [batch(size=1)]) for _ in range(2)] == [tested, 1]
-    model.first = seeded(lambda: nn.LayerNorm(WIDTH, elementwise_affine=False))
+    model.first = seeded(lambda: nn.LayerNorm(WIDTH, elementwise_affine=False)).train()
     left = set(map(id, model.parameters()))
     opt.param_groups[0]["params"][:] = [p for p in opt.param_groups[0]["params"] if id(p) in left]
     assert [forwards(opt, closure, [batch()]) for _ in range(2)] == [tested, 1]
@@ -448,7 +448,7 @@ def test_the_test_leaves_the_generator_where_one_after_another_does():
         model = reader()
         torch.manual_seed(1)
         opt = optimizer(model, "fzoo", lr=0.0)
-        opt.step(lambda one: each(model)(one) + 1e-9 * torch.rand(len(one["ids"])), [batch()], batched=batched)
+        opt.step(lambda one: each(model)(one) + 1e-9 * torch.rand(len(one["ids"]) + 1)[1:], [batch()], batched=batched)
         return torch.rand(3)
 
     assert torch.equal(after(1), after(True))
