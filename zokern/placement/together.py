@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from zokern.passes.spec import PassNumbers
 from zokern.passes.update import CPU, Seed, Terms, seed_tensor, sent
-from zokern.placement import blockwise as _handlers  # noqa: F401  blocks know them from there
+from zokern.placement import blockwise as _products  # noqa: F401  blocks know them from there
+from zokern.placement import elementwise as _numbers  # noqa: F401
 from zokern.placement import plus, sites
 from zokern.placement.blocks import BlockMatrix, PerBlock
 from zokern.placement.factors import Factors
