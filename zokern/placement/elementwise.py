@@ -1,4 +1,4 @@
-"""Norms, sums and products of numbers, parts and transposes, with stand-ins that have another value in each block of rows."""
+"""Norms, sums, parts and transposes, with stand-ins that have another value in each block of rows."""
 
 from __future__ import annotations
 
