@@ -13,6 +13,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from zokern.placement import thin as _products  # noqa: F401  plus knows them fr
 from zokern.placement.base import NotSeen, RefusedModule
 from zokern.placement.factors import Factors
 from zokern.placement.plus import PlusLowRank
+from zokern.placement.rows import Rows
 from zokern.placement.shadow import Shown
 from zokern.placement.stream import freezing
+from zokern.placement.together import Together
 from zokern.sweep import NOTHING, Member, Passes, Sweep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,6 +60,7 @@ class Forward(Shown):
         self.terms: Terms = {}
         self.count = 0  # of seeds, in what the stand-ins look at
         self.said = 0  # how many of `copied`
+        self.together = Together(self)
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         super().bind(module, passes)
@@ -179,6 +183,20 @@ class Forward(Shown):
                     self._copied[id(m.param)], self.copied[m.name] = m.param, one.by
                     one.full = None
 
+    @property
+    def written_out(self) -> set[int]:
+        """Ids of matrices that something else than products and lookups has used."""
+        return set(self._copied)
+
+    @property
+    def modules(self) -> object:
+        """Of the step: differs once a module or a parameter is another one."""
+        return None if self.tree is None else self.tree[0]
+
+    def present_together(self, probes: Sequence[Terms], rows: Rows) -> AbstractContextManager[None]:
+        """As `present`, of a probe for each block of a batch's rows."""
+        return self.together.present(probes, rows)
+
     def _follow(self) -> None:
         """The closure of the probe before has given weights another storage."""
         for one, m in zip(self.stand_ins, self.lower, strict=True):
@@ -226,7 +244,11 @@ class Forward(Shown):
             )
 
     def memory(self) -> list[Tensor]:
-        return [*super().memory(), *(t for factors in self.factors.values() for t in factors.memory())]
+        return [
+            *super().memory(),
+            *(t for factors in self.factors.values() for t in factors.memory()),
+            *self.together.memory(),
+        ]
 
 
 def _same(a: Seed, b: Seed) -> bool:
