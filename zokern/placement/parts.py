@@ -37,12 +37,14 @@ def _turned(one: PlusLowRank) -> Any:
     )
 
 
-@handles(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+@handles(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__, parts=True)  # type: ignore[attr-defined]
 def turned(input: Any, *others: Any) -> Any:
     return _turned(input) if input.dim() == 2 else NotImplemented
 
 
-@handles(Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims)
+@handles(
+    Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims, parts=True
+)
 def transpose(input: Any, dim0: Any, dim1: Any) -> Any:
     if not (isinstance(dim0, int) and isinstance(dim1, int)):
         return NotImplemented
@@ -50,14 +52,14 @@ def transpose(input: Any, dim0: Any, dim1: Any) -> Any:
     return _turned(input) if {dim0 % dims, dim1 % dims} == {dims - 2, dims - 1} else NotImplemented
 
 
-@handles(Tensor.permute, torch.permute)
+@handles(Tensor.permute, torch.permute, parts=True)
 def permute(input: Any, *dims: Any) -> Any:
     order = dims[0] if len(dims) == 1 else dims
     turns = ((1, 0), (-1, -2), (0, 2, 1), (0, -1, -2))
     return _turned(input) if tuple(order) in turns and len(order) == input.dim() else NotImplemented
 
 
-@handles(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+@handles(Tensor.detach, torch.detach, Tensor.data.__get__, parts=True)  # type: ignore[attr-defined]
 def detach(input: Any, *others: Any) -> Any:
     if not _is_whole(input):
         return NotImplemented
@@ -81,7 +83,7 @@ def _cast(func: Any, *given: Any, **named: Any) -> Any:
     return _derived(one, base, left, right, lambda t: func(t, *given[1:], **named), func.__name__)
 
 
-@handles(Tensor.__getitem__)
+@handles(Tensor.__getitem__, parts=True)
 def getitem(input: Any, index: Any) -> Any:
     """An expert, or some of them, of [E, m, n]; rows of a matrix."""
     one = input
@@ -115,4 +117,4 @@ CASTS = Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half, Tensor.type, Tens
 CUTS = Tensor.chunk, torch.chunk, Tensor.split, torch.split
 for handler, functions in ((_cast, CASTS), (_pieces, CUTS)):
     for function in functions:
-        handles(function)(functools.partial(handler, function))
+        handles(function, parts=True)(functools.partial(handler, function))

@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that have 
 PLAIN = (Tensor, nn.Parameter)
 Handler = Callable[..., Any]  # of a torch function: returns NotImplemented where the sum is to be written out
 HANDLERS: dict[Any, Handler] = {}
+PARTS: set[Any] = set()  # those functions that only make other stand-ins
 USED = [False]  # whether anything was computed with a stand-in since somebody has set it back
 TRACED = [
     False
@@ -99,7 +100,7 @@ class PlusLowRank(nn.Parameter):
         if handler is not None:
             result = handler(*args, **named)
             if result is not NotImplemented:
-                if not torch.compiler.is_compiling():
+                if not USED[0] and func not in PARTS and not torch.compiler.is_compiling():
                     USED[0] = True
                 return result
         if func in ABOUT or _is_looked_at():
@@ -194,16 +195,15 @@ def _sums(given: Any, by: str) -> Any:
     return given
 
 
-def handles(*functions: Any) -> Callable[[Handler], Handler]:
+def handles(*functions: Any, parts: bool = False) -> Callable[[Handler], Handler]:
     def note(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(functions, handler))
+        PARTS.update(functions if parts else ())
         return handler
 
     return note
 
 
-def is_open(*given: Any) -> bool:
-    """Whether these are stand-ins whose sum nobody has asked for."""
-    return all(
-        type(one) is PlusLowRank and one.full is None and (one.viewed is None or is_open(one.viewed)) for one in given
-    )
+def is_open(one: Any) -> bool:
+    """Whether this is a stand-in whose sum nobody has asked for."""
+    return type(one) is PlusLowRank and one.full is None and (one.viewed is None or is_open(one.viewed))
