@@ -13,11 +13,13 @@ from torch.nn import functional
 from torch.utils import checkpoint
 
 import zokern
+from tests.devices import DEVICE, missing
 from tests.models import all_bits, same_bits, seeded, small, tokens
 from tests.placement.test_forward import TERMS, error, losses_of, noisy, presented, rows
 from zokern.directions import LowRank
 from zokern.placement import plus
 from zokern.placement.base import NotSeen
+from zokern.placement.factors import Factors
 
 Use = Callable[[nn.Linear, Tensor], Tensor]
 
@@ -72,6 +74,26 @@ def again(reentrant: bool) -> Use:
 
 def of_all(m: nn.Linear) -> dict[str, Tensor]:
     return dict(m.named_parameters())
+
+
+class First(nn.Module):
+    """Of a tuple, the first."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class Both(nn.Bilinear):
+    def __init__(self) -> None:
+        super().__init__(12, 12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x)
 
 
 # Products alone, so that nothing is written out.
@@ -226,3 +248,64 @@ def test_a_compiler_that_has_seen_other_code_takes_no_proof_away(monkeypatch):
     model.compile(backend="eager")
     opt.step(lambda: model(tokens(0)))
     assert plus.TRACED[0]
+
+
+def test_a_probe_that_is_broken_off_as_its_factors_are_aimed(monkeypatch):
+    """Stand-ins that look at their factors in part are aimed anew."""
+    model, twin, seen = small(), small(), []
+    opt = zokern.MeZO(model, 0.0, eps=1e-2, seed=6, distribution=LowRank(1), placement="forward")
+    of = Factors.of
+    broken = lambda self, *shape: [*of(self, *shape)[:1], None]  # noqa: E731  its second matrix cannot be unpacked
+    with monkeypatch.context() as patch:
+        patch.setattr(Factors, "of", broken)
+        with pytest.raises(TypeError):
+            opt.step(lambda: model(tokens(0)))
+    opt.step(lambda: seen.append(float(loss := model(tokens(0)))) or loss)
+    assert seen == losses_of(twin, lambda: twin(tokens(0)), "forward", 1)
+
+
+def test_a_part_alone_proves_nothing(monkeypatch):
+    """Reading weights into a dictionary is not computing with them."""
+    monkeypatch.setattr(plus, "TRACED", [False])
+    model, other = small(), small()
+    opt = zokern.MeZO(model, 1e-2, distribution=LowRank(1), placement="forward")
+    with pytest.raises(NotSeen, match="computed with none"):
+        opt.step(lambda: [p.detach() for p in model.parameters()] and other(tokens(0)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_factors_have_the_same_bits_on_every_backend(backend):
+    if missing(backend) or DEVICE[backend].type != "cpu":
+        pytest.skip("this test is of CPU tensors")
+    found = []
+    for name in ("cpu", backend):
+        model = small()
+        found.append(losses_of(model, lambda model=model: model(tokens(0)), "forward", 1, backend=name))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.GRU(12, 7), lambda: nn.utils.spectral_norm(nn.Linear(12, 20)),
+    lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 2), Both,
+], ids=["GRU", "spectral_norm", "encoder's fast path", "Bilinear"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_modules_of_torch(make):
+    module, x = seeded(lambda: First(make())), rows(4, 6, 12)
+    with torch.no_grad():
+        clean, rounded = copy.deepcopy(module)(x), noisy(module, 1, TERMS)(x)
+        exact = noisy(module, 1, TERMS, torch.float64).double()(x.double())
+    for _ in range(2):
+        with presented(module):
+            seen = module(x)
+        assert error(seen, exact) <= 3 * error(rounded, exact) + 1e-7 * float(exact.norm())
+    assert error(clean, exact) > 1e-3 * float(exact.norm())
+
+
+def test_another_dtype_between_steps():
+    model = small()
+    opt = zokern.MeZO(model, 1e-3, eps=1e-2, seed=6, distribution=LowRank(1), placement="forward", rounding="nearest")
+    shown = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        opt.step(lambda: shown.append(model.head.weight.dtype) or model(tokens(0)).float())
+    assert shown == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32] * 2

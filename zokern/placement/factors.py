@@ -84,13 +84,11 @@ class Factors:
         size = padded(rank * (1 + max(m.row for m in members))) + of_seed + SLACK
         return size * sum(dtype.itemsize for dtype in {m.param.dtype for m in members} | {torch.float32})
 
-    def of(self, rows: int, count: int) -> list[Views] | None:
-        """What each member looks at, for this many rows of coefficients and seeds; None: as the last time."""
+    def of(self, rows: int, count: int) -> list[Views]:
+        """What each member looks at, for this many rows of coefficients and seeds: the same list for the same views."""
         one = self.made.get((rows, count))
         if one is None:
             one = self.made[rows, count] = self._make(rows, count)
-        if one is self.now:
-            return None
         self.now = one
         return one.views
 

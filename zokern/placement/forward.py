@@ -26,7 +26,7 @@ from zokern.placement import parts as _parts  # noqa: F401  what is computed wit
 from zokern.placement import plus, sites
 from zokern.placement import thin as _products  # noqa: F401
 from zokern.placement.base import NotSeen, RefusedModule
-from zokern.placement.factors import Factors, by_device
+from zokern.placement.factors import Factors, Views, by_device
 from zokern.placement.plus import DTYPES, OWN, PlusLowRank
 from zokern.placement.rows import Rows
 from zokern.placement.shadow import Shown
@@ -56,6 +56,7 @@ class Forward(Shown):
         self.stand_ins: list[PlusLowRank] = []
         self.written: set[int] = set()  # which of them something has asked for its sum, in this probe
         self.factors: dict[torch.device, Factors] = {}
+        self.aimed: dict[torch.device, list[Views]] = {}  # what the stand-ins look at
         self.addresses: list[int] = []
         self.filled: Sequence[Seed] = ()  # whose factors the buffers hold
         self.terms: Terms = {}
@@ -92,7 +93,7 @@ class Forward(Shown):
     def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
         layout = members.layout, [m.row for m in members], list(self._copied)
         if layout != self.layout or self.moved(self.copies) or self.addresses != members.addresses:
-            self.layout, self.copies, self.stand_ins = None, [], []
+            self.layout, self.copies, self.stand_ins, self.aimed = None, [], [], {}
             self.written.clear()
             self.let_go()
             self._at = self.split(members)
@@ -214,12 +215,14 @@ class Forward(Shown):
         seeds, coefs = tuple(self.terms), numbers.coefs[:, 0]
         filled, self.filled = self.filled, ()
         anew = len(seeds) != len(filled) or not all(map(_same, seeds, filled))
-        for factors in self.factors.values():
+        for device, factors in self.factors.items():
             views = factors.of(*coefs.shape)
-            if views is not None:
+            if self.aimed.get(device) is not views:
+                self.aimed.pop(device, None)  # until all of them do
                 for i, (left, right, scale) in zip(factors.at, views, strict=True):
                     one = self.stand_ins[i]
                     one.left, one.right, one.scale = left, right, scale
+                self.aimed[device] = views
             factors.rescale(coefs)
             if anew:
                 factors.fill(numbers.seeds)

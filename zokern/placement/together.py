@@ -107,7 +107,6 @@ class Together:
             pools = self.factor_pools.setdefault(device, {})
             factors = Factors([self.lower[i] for i in at], at, owner.rank, owner.passes.backend, pools)
             views = factors.of(len(owner.eps), count * width)
-            assert views is not None
             for i, (left, right, scale) in zip(at, views, strict=True):
                 one, matrix = self.matrices[i], self.lower[i].param.shape
                 one.left = left.view(count, width * owner.rank, *matrix[:-1])

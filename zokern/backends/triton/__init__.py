@@ -10,12 +10,15 @@ import importlib
 import re
 
 import torch
+from torch import Tensor
 
 from zokern.backends.transfer import on_device
+from zokern.passes.factors import FactorTable, Piece
 from zokern.passes.spec import Chain, PassNumbers, PassSpec
 from zokern.passes.table import Table
+from zokern.passes.update import sent
 
-__all__ = ["NAME", "near", "run", "unavailable_reason"]
+__all__ = ["NAME", "fill", "near", "run", "unavailable_reason"]
 
 NAME = "triton"
 MINIMUM_VERSION = (3, 4)
@@ -58,3 +61,10 @@ def run_chain(table: Table, chain: Chain) -> None:
     from .launch import run_chain as launch
 
     launch(table, chain)
+
+
+def fill(factors: FactorTable, piece: Piece, seeds: Tensor, address: int) -> None:
+    """The factors of these seeds to an address of the device: one launch, as above."""
+    from .launch import fill as launch
+
+    launch(factors, piece, sent(seeds, factors.sides.device), address)
