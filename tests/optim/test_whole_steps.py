@@ -26,7 +26,10 @@ from zokern.sweep import Member, Passes, Sweep
 SAMPLE = [
     ("mezo", "inplace", None), ("mezo-adam", "inplace", 0.0), ("mezo-adamezo", "shadow", None),
     ("helene", "shadow-pipelined", None), ("hizoo", "stream-pipelined", None), ("greedy-curved", "stream", 0.0),
+    ("mezo-adam", "forward", None),
 ]  # fmt: skip
+
+SCALED = ("hizoo", "hizoo-3", "hizoo-signs", "gv-curved", "greedy-curved")
 
 
 @pytest.mark.parametrize("kind", whole.KINDS)
@@ -43,6 +46,8 @@ def test_a_sample_of_places(name: str, place: str, lr: float | None, kind: str) 
 @pytest.mark.parametrize("lr", [None, 0.0], ids=["moves", "still"])
 def test_every_place(name: str, place: str, lr: float | None, record_property: Any) -> None:
     """Places are taken in turn by the cases: each line of zokern's is tried in many of them."""
+    if place == "forward" and name in SCALED:
+        pytest.skip("refused by the constructor: its directions have full rank")
     first = list(METHODS).index(name) + 5 * list(whole.PLACES).index(place) + (lr is None)
     for kind, stride in zip(whole.KINDS, (151, 173, 83), strict=True):
         tried, wrong = whole.run(name, place, lr, kind, stride, first)

@@ -32,6 +32,7 @@ import zokern
 from tests.methods import EPS, METHODS, SEED, Case, build, given
 from tests.models import small
 from zokern.optim import base, ledger, losses
+from zokern.placement.forward import Forward
 from zokern.placement.inplace import InPlace
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
@@ -42,6 +43,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "inplace": {"placement": "inplace"},
     "shadow": {"placement": "shadow"},
     "stream": {"placement": "stream"},
+    "forward": {"placement": "forward", "distribution": zokern.LowRank(1)},
     "shadow-pipelined": {"placement": "shadow", "pipelined": True},
     "stream-pipelined": {"placement": "stream", "pipelined": True},
 }
@@ -58,7 +60,7 @@ def _codes(*functions: Any) -> frozenset[CodeType]:
 
 # What puts everything right after an exception: it relies on torch, and nothing interrupts it, since signals are held.
 RECOVERY = _codes(
-    InPlace.end, Shadow.end, Stream.end, Passes.settle, ledger.Ledger.settle, ledger._take_off,
+    InPlace.end, Shadow.end, Forward.end, Stream.end, Passes.settle, ledger.Ledger.settle, ledger._take_off,
 )  # fmt: skip
 # The lines between a launch and its note, and those that hold and let go: a signal waits there, and nothing else can raise.
 CRITICAL = RECOVERY | _codes(
@@ -224,7 +226,7 @@ class World:
         losses = iter(given(self.case, t))
 
         def closure() -> Tensor:
-            if self.place.startswith("stream"):
+            if self.place.startswith(("stream", "forward")):
                 self.model()
             return torch.tensor(next(losses), dtype=torch.float64)
 

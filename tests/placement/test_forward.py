@@ -152,7 +152,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "read behind": (lambda: ReadElsewhere(lambda x, w: x + w.square().sum(), False), rows(7, 12), 1),
     "a row": (lambda: ReadElsewhere(lambda x, w: x + w[3], False), rows(7, 12), 1),
     "part read": (lambda: ReadElsewhere(lambda x, w: x + w[3:5].sum() + w.mT.std(), False), rows(7, 12), 1),
-    "as a matrix": (lambda: ReadElsewhere(lambda x, w: (w @ x.T).T, False), rows(7, 12), 1),
+    "as a matrix": (lambda: ReadElsewhere(lambda x, w: (w @ x.T).T, False), rows(7, 12), 0),
     "written to": (Renormed, rows(7, 12), 1),
     "max_norm": (lambda: nn.Embedding(30, 12, max_norm=0.5), words(2, 5), 0),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(12, 20)), rows(7, 12), 1),
@@ -234,7 +234,17 @@ def test_outputs_are_those_of_perturbed_weights(name, rank, terms, capfd):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["linear", "Conv1D", "embedding", "tied", "transposes", "read before", "fused, one", "fused, grouped turned"],
+    [
+        "linear",
+        "Conv1D",
+        "embedding",
+        "tied",
+        "transposes",
+        "as a matrix",
+        "read before",
+        "fused, one",
+        "fused, grouped turned",
+    ],
 )
 def test_sixteen_bit_weights_see_more_of_a_direction_than_rounded_copies(name, dtype):
     make, x, _ = MODULES[name]

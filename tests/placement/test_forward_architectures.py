@@ -19,8 +19,8 @@ EPS, SEED = 0.02, 7
 # Matrices that something else than a product or a lookup uses, and why; all others take directions in the forward.
 COPIED: dict[str, str] = {
     "GPT-OSS": r"\.experts\..*_bias",  # of all experts, looked up by a mask
-    "Mamba": r"\.mixer\.(A_log|dt_proj\.weight)",  # of the scan
-    "Jamba": r"\.mamba\.(A_log|dt_proj\.weight)",
+    "Mamba": r"\.mixer\.A_log",  # of the scan, a power
+    "Jamba": r"\.mamba\.A_log",
     "DeBERTa": r"\.rel_embeddings\.weight",  # normalised as it is
     "ViT": r"\.position_embeddings",  # added
     "Swin": r"\.relative_position_bias_table",

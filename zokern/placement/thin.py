@@ -87,6 +87,8 @@ def addmm(input: Any, mat1: Any, mat2: Any, **others: Any) -> Any:
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def matmul(input: Any, other: Any, **others: Any) -> Any:
+    if is_open(input) and input.base.dim() == 2 and not others and is_plain(other):
+        return _from_left(input, other)
     if type(input) is PlusLowRank or other.dim() == 3:
         same = not others and input.dim() == 3 and other.dim() == 3 and input.shape[0] == other.shape[0]
         return bmm(input, other) if same else NotImplemented
@@ -98,6 +100,14 @@ def matmul(input: Any, other: Any, **others: Any) -> Any:
         return _behind(torch.matmul(x, _castable(weight)), rows, weight.left, weight.scale, weight.right)
     out = _product(rows, weight.base, weight.left, weight.scale, weight.right, None)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _from_left(one: PlusLowRank, x: Tensor) -> Tensor:
+    """W x, [.., m, N] of x [.., n, N], or of a vector [n]: as some models of states have it."""
+    out = torch.matmul(one.base, x)
+    with torch.autocast(out.device.type, enabled=False):
+        scale = one.scale if x.dim() == 1 else one.scale.unsqueeze(-1)
+        return out.add_(torch.matmul(one.left.float().t(), torch.matmul(one.right.float(), x.float()).mul_(scale)))
 
 
 @handles(torch.mm, Tensor.mm)
