@@ -94,9 +94,10 @@ def kind(name: str) -> Row:
             told = {key: found.groupdict().get(key) or "any" for key in NUMBERS}
             told |= {key: NUMBERS[key][int(number)] for key, number in told.items() if number.isdigit()}
             rule, state = found["rule"], found.groupdict().get("state", "float")
-            kernel = "pass" if kernel == "low rank" else kernel
-            return {"backend": backend, "kernel": kernel, "name": name, "rule": STRUCTS.get(rule, rule.lower()),
-                    "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told}  # fmt: skip
+            return {
+                "backend": backend, "kernel": kernel.replace("low rank", "pass"), "name": name,
+                "rule": STRUCTS.get(rule, rule.lower()), "dtype": DTYPES[found["dtype"]], "state": DTYPES[state], **told,
+            }  # fmt: skip
     raise ValueError(f"{name} is no name of a kernel of ours")
 
 
@@ -177,5 +178,6 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    assembly: dict[str, Any] = triton.compile(source, target=target, options=launch.options(rule, rounding, packed)).asm
+    chosen = launch.options(rule, rounding, packed, str(constants["DISTRIBUTION"]))
+    assembly: dict[str, Any] = triton.compile(source, target=target, options=chosen).asm
     return assembly

@@ -33,7 +33,7 @@ if backend.unavailable_reason() is not None:
 import triton
 import triton.language as tl
 
-from zokern.backends.triton import checksum, interpreter, kernels, launch, noise, rounding
+from zokern.backends.triton import checksum, interpreter, kernels, launch, lowrank, noise, rounding
 
 DEVICE = str(devices.DEVICE["triton"])
 ANSWERS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "zk1.json").read_text())
@@ -477,7 +477,7 @@ LOW_RANK = {
         "axpy", torch.float16, torch.float32, "nearest", 2, 1, 0, False,
         [
             ((700,), 2 * 16400 - 300, 0, (3, 16400)),
-            ((700,), 2 * 16391 - 300, 0, (3, 16391)),
+            ((700,), 16393 - 300, 0, (3, 16393)),  # its second row begins one behind a block's first in a chunk
             ((90,), 5 * CHUNK - 40, 0, (5000, 37)),
         ],
     ),
@@ -517,6 +517,23 @@ def test_low_rank_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
             got = low_rank_results(case, backend)
         assert len(filled) == len(case[-1])
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@triton.jit
+def factor_kernel(x, out, n, SIZE: tl.constexpr):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + i, lowrank._factor(tl.load(x + i, mask=i < n, other=0.0)), mask=i < n)
+
+
+def test_low_rank_factors_are_rounded_to_the_grid() -> None:
+    """Halves of its steps, beside them, and where it becomes coarser than bfloat16 and finer."""
+    halves = torch.arange(0, 2000) * 2.0**-25
+    wide = torch.randn(4000, generator=torch.Generator().manual_seed(4)) * 2.0 ** torch.arange(-30, 2).repeat(125)
+    x = torch.cat([halves, halves * (1 + 2.0**-23), halves * (1 - 2.0**-24), wide])
+    x = torch.cat([x, -x]).to(DEVICE)
+    out = torch.empty_like(x)
+    run(factor_kernel, triton.cdiv(x.numel(), 4096), x, out, x.numel(), SIZE=4096)
+    assert torch.equal(out.cpu(), torch.from_numpy(reference.factor(x.cpu().numpy())))
 
 
 @pytest.mark.parametrize("rank", [1, 3])

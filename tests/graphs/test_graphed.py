@@ -106,6 +106,22 @@ def test_the_bits_are_those_of_eager_steps(emulated, case: Case, placement: str,
     assert not torch.equal(before.head.weight, b[0].head.weight)
 
 
+LOW_RANK = [
+    (name, case) for name, case in CAPTURED if not case.settings.get("smoothing") and "hizoo" not in case.method
+]
+
+
+@pytest.mark.parametrize("case", [c for _, c in LOW_RANK], ids=[n for n, _ in LOW_RANK])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_inside_the_forward_are_captured(emulated, case: Case, dtype: torch.dtype) -> None:
+    """Factors and scales are made anew in buffers that stay where they are, from seeds that the device has."""
+    data, low = batches(), {"distribution": zokern.LowRank(1)}
+    a, b = eager(case, "forward", dtype, data, **low), replayed(case, "forward", dtype, data, **low)
+    same(a, b)
+    assert a[1].counters == b[1].counters
+    assert not torch.equal(make(case, "forward", dtype, **low)[0].head.weight, b[0].head.weight)
+
+
 @pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
 @pytest.mark.parametrize("name", ["BatchNorm1d", "spectral_norm", "in place", "batch_norm"])
 def test_buffers_are_left_as_they_were(emulated, name: str, placement: str) -> None:

@@ -94,3 +94,26 @@ def test_materialised_by_hand() -> None:
         wanted = float(loss(by_hand))
     plus, _ = losses_of(opt, model, loss)
     assert abs(float(plus) - wanted) <= 4e-6 * wanted
+
+
+def test_a_lookup_that_writes_to_its_weight_gets_a_copy() -> None:
+    """max_norm scales the rows that are looked up, in place: in the sum written out, as under shadow."""
+
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Parameter(torch.randn(12, 8))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.embedding(ids, self.table, max_norm=1.0).square().sum()
+
+    ids, found = torch.tensor([1, 5, 1]), {}
+    for placement in ("forward", "shadow"):
+        model = Looked()
+        opt = optimizer(model, placement, 1)
+        losses = [losses_of(opt, model, lambda m: m(ids)) for _ in range(2)]
+        found[placement] = [*map(torch.stack, losses), model.table.detach()]
+    for mine, theirs in zip(found["forward"], found["shadow"], strict=True):
+        assert torch.equal(mine, theirs)
+    assert float(found["forward"][0].max()) == pytest.approx(3.0, abs=1e-4)  # three rows of norm 1

@@ -53,7 +53,18 @@ PAGES = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("accelerate", "check", "journal", "lightning", "lora", "methods", "passes", "trainer", "trl")
+        for name in (
+            "accelerate",
+            "check",
+            "journal",
+            "lightning",
+            "lora",
+            "lowrank",
+            "methods",
+            "passes",
+            "trainer",
+            "trl",
+        )
     ),
 ]
 EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py"))

@@ -1,4 +1,5 @@
 """A pass as two operators of torch.library, for whoever looks at what PyTorch does: compilers, modes, the profiler.
+What makes the factors of low-rank directions is a third, `zokern::fill_factors`.
 
 `zokern::pass_` and `zokern::pass_out` carry mutation annotations and fakes, so functions that call a pass compile under
 torch.compile(fullgraph=True). Operators take tensors, lists and plain values: records are taken apart and put together
@@ -39,6 +40,21 @@ def register(launch: Launch) -> None:
         _library.impl("pass_out", _pass_out, key)
     torch.library.register_fake("zokern::pass_", _fake, lib=_library)
     torch.library.register_fake("zokern::pass_out", _fake, lib=_library)
+
+
+Fill = Callable[[Tensor, Tensor, Tensor, Tensor, int, str], None]
+
+
+def register_fill(fill: Fill) -> Callable[..., None]:
+    """Defines the operator that `fill` does, once, and returns it."""
+    _library.define(
+        "fill_factors(Tensor(a!) buffer, Tensor sides, Tensor side_chunks, Tensor seeds, int rank, str backend) -> ()"
+    )
+    for key in ("CPU", "CUDA"):
+        _library.impl("fill_factors", fill, key)
+    torch.library.register_fake("zokern::fill_factors", _fake, lib=_library)
+    made: Callable[..., None] = torch.ops.zokern.fill_factors
+    return made
 
 
 def through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ from zokern import backends
 from zokern.backends import reference as reference_backend
 from zokern.contract import reference
 from zokern.contract.streams import matrices
-from zokern.passes.factors import SLACK, Ints, Piece, build, padded
+from zokern.passes import operators
+from zokern.passes.factors import SLACK, FactorTable, Ints, Piece, build, padded
 from zokern.passes.table import CHUNK, upload
 from zokern.passes.update import sent
 from zokern.placement.sites import Pools, fit
-from zokern.sweep import Member
+from zokern.sweep import Member, num_modes
 
 Views = tuple[Tensor, Tensor, Tensor]  # of a member: left [K r, m], right [K r, n] or with E in the middle, scale [K r]
 
@@ -32,6 +34,16 @@ class _Made:
     scales: Tensor
     views: list[Views]
     merged: list[tuple[Tensor, Tensor]]
+
+
+def _fill(buffer: Tensor, sides: Tensor, side_chunks: Tensor, seeds: Tensor, rank: int, backend: str) -> None:
+    """The factors of the seeds to the buffer [K, numbers of a seed], by the module that is a backend."""
+    table = FactorTable(rank, sides, sides, side_chunks, ())  # whose rows nothing reads
+    piece = Piece((0, 0), (0, len(side_chunks)), (0, buffer.shape[1]))
+    sys.modules[backend].fill(table, piece, seeds, buffer.data_ptr())
+
+
+_filled_through_torch = operators.register_fill(_fill)
 
 
 class Factors:
@@ -52,7 +64,6 @@ class Factors:
         )  # fmt: skip
         every = [one.places for one in self.table.tensors]
         self.of_seed = every[-1][1]
-        self.piece = Piece((0, 0), (0, len(self.table.side_chunks)), (0, self.of_seed))
         self.places = [begin for begin, _ in every]
         self.made: dict[tuple[int, int], _Made] = {}
         self.now: _Made | None = None
@@ -124,7 +135,10 @@ class Factors:
             self._by_contract(one.buffer, seeds.tolist())
         else:
             near = seeds if len(seeds) == 1 and seeds.is_cpu else sent(seeds, self.device)
-            self.backend.fill(self.table, self.piece, near, one.buffer.data_ptr())
+            # As a pass does: modes and the profiler see it through PyTorch's dispatcher.
+            seen = num_modes() > 0 or torch.autograd.profiler._is_profiler_enabled
+            fill = _filled_through_torch if seen else _fill
+            fill(one.buffer, self.table.sides, self.table.side_chunks, near, self.rank, self.backend.__name__)
         for other in one.others:
             other.copy_(one.buffer)  # exact
         for view, there in one.merged:

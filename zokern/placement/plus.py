@@ -78,6 +78,11 @@ class PlusLowRank(nn.Parameter):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["base", "left", "right", "scale"], None
 
+    def _stable_hash_for_caching(self) -> str:
+        """For the key under which torch keeps compiled code: what it was compiled for but not whose it is."""
+        shapes = (tuple(t.shape) for t in (self.base, self.left, self.right, self.scale))
+        return f"{type(self).__qualname__} {self.dtype} {self.left.dtype} {self.device.type} {[*shapes]}"
+
     @staticmethod
     def __tensor_unflatten__(inner: Mapping[str, Tensor], about: None, size: Any, stride: Any) -> PlusLowRank:
         return PlusLowRank(inner["base"], inner["left"], inner["right"], inner["scale"])

@@ -85,10 +85,17 @@ def _packed(table: Table) -> bool:
     return not INTERPRETED and in_pairs(triton.runtime.driver.active.get_current_target(), table.dtype)
 
 
-def options(rule: Rule, rounding: str, packed: bool) -> dict[str, object]:
-    """What a pass is compiled with. ptxas would take 96 registers for the one with the most numbers, and spill."""
+def options(rule: Rule, rounding: str, packed: bool, distribution: str) -> dict[str, object]:
+    """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill."""
     most = packed and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
+    most = most or (distribution == "lowrank" and rule.name != "axpy" and torch.version.hip is None)
     return {**LAUNCH_OPTIONS, "maxnreg": 128} if most else LAUNCH_OPTIONS
+
+
+def chain_options(distribution: str) -> dict[str, object]:
+    """The same of a chain, whose stages' numbers are all read at run time."""
+    most = distribution == "lowrank" and torch.version.hip is None
+    return {**LAUNCH_OPTIONS, "maxnreg": 168} if most else LAUNCH_OPTIONS
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -180,7 +187,7 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 PACKED=packed,
-                **options(spec.rule, spec.rounding, packed),
+                **options(spec.rule, spec.rounding, packed, directions["DISTRIBUTION"]),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
@@ -219,7 +226,7 @@ def run_chain(table: Table, chain: Chain) -> None:
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 PACKED=_packed(table),
-                **LAUNCH_OPTIONS,
+                **chain_options(directions["DISTRIBUTION"]),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
