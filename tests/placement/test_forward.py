@@ -20,7 +20,7 @@ from tests.methods import METHODS, build, given
 from tests.models import all_bits, bits, same_bits, seeded, small, tokens, toy
 from zokern.contract import reference
 from zokern.directions import LowRank
-from zokern.placement import Forward
+from zokern.placement import Forward, plus
 from zokern.sweep import Member, Passes, Sweep
 
 EPS = 0.03
@@ -434,7 +434,7 @@ def test_what_is_refused_by_the_constructor():
 
 
 def test_a_closure_that_runs_something_else_is_refused_before_a_weight_changes(monkeypatch):
-    monkeypatch.setattr("zokern.placement.forward.has_compiled", lambda: False)
+    monkeypatch.setattr(plus, "TRACED", [False])
     model = small()
     other, clean = copy.deepcopy(model), all_bits(model)
     opt = zokern.MeZO(model, 1e-2, distribution=LowRank(1), placement="forward")

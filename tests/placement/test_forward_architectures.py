@@ -18,7 +18,6 @@ transformers = pytest.importorskip("transformers")
 EPS, SEED = 0.02, 7
 # Matrices that something else than a product or a lookup uses, and why; all others take directions in the forward.
 COPIED: dict[str, str] = {
-    "DeepSeek-V3": r"\.mlp\.gate\.weight",  # the router's, in float32
     "GPT-OSS": r"\.experts\..*_bias",  # of all experts, looked up by a mask
     "Mamba": r"\.mixer\.(A_log|dt_proj\.weight)",  # of the scan
     "Jamba": r"\.mamba\.(A_log|dt_proj\.weight)",

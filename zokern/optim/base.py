@@ -21,17 +21,20 @@ from torch import Tensor
 
 from zokern import placement as placements
 from zokern.interrupts import HeldInterrupts
-from zokern.optim import drivers, reach
+from zokern.optim import drivers
+from zokern.optim.batched import Sharing
 from zokern.optim.captured import Captured
 from zokern.optim.events import Careful, StepEvent
+from zokern.optim.examples import PerExample, losses_of
 from zokern.optim.guards import primed
 from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
+from zokern.optim.probing import Probing
 from zokern.optim.saving import Saving
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
-from zokern.passes.update import CPU, Terms, sent
+from zokern.passes.update import CPU, sent
 from zokern.placement.shadow import Exact
 
 
@@ -50,6 +53,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         batch_weights: Iterable[float] | None = None,
         reduction: str = "mean",
         loss_weights: Mapping[str, float] | None = None,
+        batched: bool | int = False,
     ) -> Tensor:
         """One step.
 
@@ -64,6 +68,11 @@ class ZerothOrderOptimizer(Saving, Captured):
             batch_weights: of each entry, >= 0, for example its number of tokens; None means equal ones.
             reduction: "mean", the weighted mean of the entries, or "sum".
             loss_weights: of losses by name; those that are not listed weigh 1.
+            batched: all probes of a round in one forward, or at most that many. Needs placement="forward". The closure
+                gets each entry of `batches` repeated along the first dimension, a block of rows for each probe, and
+                returns the loss (or reward) of each example, 1-D, or a dict of such: a probe's loss is their mean, with
+                reduction="sum" their sum. Where a test finds that rows mix, probes are evaluated one after another,
+                with a warning; metrics["probes_per_forward"] tells.
 
         Returns:
             The loss, 0-d, on the closure's device: the mean over the step's forwards. Nothing waits for the device.
@@ -75,8 +84,8 @@ class ZerothOrderOptimizer(Saving, Captured):
         if closure is None and (self.step_done or primed(self)):
             self.step_done = False
             return self.metrics.get("loss", torch.zeros((), device=CPU))
-        losses = Losses(
-            closure, batches, batch_weights, reduction, loss_weights,
+        losses = losses_of(
+            batched, closure, batches, batch_weights, reduction, loss_weights,
             vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
         )  # fmt: skip
         if self._skips.seen is not None:
@@ -146,29 +155,12 @@ class ZerothOrderOptimizer(Saving, Captured):
         layout = self._parameters.layout(self) if self.listeners else {}
         lrs = tuple(float(group["lr"]) for group in self.param_groups) if self.listeners else ()
 
-        def evaluate(terms: Terms) -> Tensor:
-            if not reach.UNIT.issuperset(terms.values()):
-                reach.check_probe(terms, rates.eps, sweep.params)
-            with self._placement.present(terms):
-                try:
-                    interrupts.release()
-                    return losses.evaluate(counters, self.numbers.device)
-                finally:
-                    interrupts.holding = True
-                    interrupts.hold()
-                    if self._guards.busy:
-                        self._guards.probed()
-                    addresses = list(map(Tensor.data_ptr, sweep.params))
-                    if addresses != sweep.addresses:  # the closure has moved weights: what was there may be freed
-                        sweep.addresses = addresses
-                        sweep.forget()
-                        self._parameters.look_again()
-
+        probing = Probing(self, losses, rates.eps, interrupts)
         try:
             self._passes.gate = self.numbers.gate
             self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
             self._placement.begin(sweep, rates.eps, scaled=self.scaled)
-            self._apply(drivers.in_turn(self.rounds(), evaluate, losses.gather), losses, rates, ledger)
+            self._apply(self._driven(probing), losses, rates, ledger)
         finally:
             interrupts.holding = True  # also where a second signal has come between the closure and here
             done = ledger.returned or ledger.settle(self._passes)
@@ -189,6 +181,12 @@ class ZerothOrderOptimizer(Saving, Captured):
                     if self.listeners:
                         self._tell(step, told, ledger, layout, lrs)
 
+    def _driven(self, probing: Probing) -> Estimate:
+        losses = probing.losses
+        if isinstance(losses, PerExample):
+            return drivers.at_once(self.rounds(), Sharing(self._batched, probing), losses.gather)
+        return drivers.in_turn(self.rounds(), probing.alone, losses.gather)
+
     def _apply(self, estimate: Estimate, losses: Losses, rates: Rates, ledger: Ledger) -> None:
         """The step's last pass, and before it everything that has to agree with it."""
         numbers = self.numbers
@@ -196,7 +194,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         ledger.metrics = {
             "loss": every.mean().to(torch.float32),
             "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
-            **(losses.metrics() if losses.named else {}),
+            **losses.metrics(),
         }
         rates = rates.on(every.device)
         update = self.update(estimate, rates)

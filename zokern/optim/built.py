@@ -15,6 +15,7 @@ from zokern import placement as placements
 from zokern.directions import Direction, rank
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import carried, causes, parameters, reach, state
+from zokern.optim.batched import Batched
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
 from zokern.optim.guards import Guards, has_sixteen_bit
@@ -53,6 +54,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         self._passes = Passes(direction, values["backend"])
         self._skips = Skips()
         self._moves = Moves()
+        self._batched = Batched()
         self._looked = 0  # at which of the groups' numbers
         rates = {name: values[name] for name in parameters.RATES}
         torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), {**rates, carried.KEY: None})

@@ -20,6 +20,11 @@ Rounds = Generator[list[Terms], list[Tensor], Estimate]
 
 def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], gather: Reduce | None = None) -> Estimate:
     """One probe after another, in the order of the round; `gather` gets a round's losses at once."""
+    return at_once(rounds, lambda probes: [evaluate(terms) for terms in probes], gather)
+
+
+def at_once(rounds: Rounds, evaluate: Callable[[list[Terms]], list[Tensor]], gather: Reduce | None = None) -> Estimate:
+    """`evaluate` gets all probes of a round, `gather` their losses."""
     losses: list[Tensor] | None = None
     try:
         while True:
@@ -28,9 +33,7 @@ def in_turn(rounds: Rounds, evaluate: Callable[[Terms], Tensor], gather: Reduce 
             except StopIteration as done:  # of the method: a closure that raises it is no method that has ended
                 estimate: Estimate = done.value
                 return estimate
-            losses = []
-            for terms in probes:
-                losses.append(evaluate(terms))
+            losses = evaluate(probes)
             if gather is not None:
                 losses = gather(losses)
     finally:

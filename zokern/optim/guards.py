@@ -56,7 +56,7 @@ class Guards:
         if self._first:
             self._first = False
             if losses.batches is None and (steps := frameworks.loses_batches()):
-                self._warn("batches", causes.lost_batches(steps))
+                self.warn("batches", causes.lost_batches(steps))
         watch, params = self.watch, owner.active.sweep.params
         self._grads = params[0].grad, params[-1].grad
         self._draws = losses.draws = None
@@ -129,7 +129,7 @@ class Guards:
         if losses.half is not None:
             self._half = losses.half
             if "half" not in self._told:
-                self._warn("half", causes.half(losses.half))
+                self.warn("half", causes.half(losses.half))
         if "backward" not in self._told:
             params = owner.active.sweep.params
             copies: Sequence[Tensor] = getattr(owner._placement, "copies", ())
@@ -138,7 +138,7 @@ class Guards:
                 last is not None and last is not self._grads[1]
             )
             if losses.graph or grown or (copies and (copies[0].grad is not None or copies[-1].grad is not None)):
-                self._warn("backward", causes.BACKWARD)
+                self.warn("backward", causes.BACKWARD)
 
     def end(self, owner: Any, done: bool) -> None:
         """The step is over. done: its last pass was made."""
@@ -166,7 +166,7 @@ class Guards:
             for message in pending.values():
                 warnings.warn(message, ZokernWarning, stacklevel=5)
 
-    def _warn(self, subject: str, message: str) -> None:
+    def warn(self, subject: str, message: str) -> None:
         self._told.add(subject)
         self._pending[subject] = message
         self.due = True

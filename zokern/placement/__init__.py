@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from typing import Any
 
 from torch import nn
 
@@ -47,9 +48,7 @@ __all__ = [
     "read",
 ]
 
-MADE: dict[str, type[InPlace | Shadow | Stream | Forward]] = {
-    cls.name: cls for cls in (InPlace, Shadow, Stream, Forward)
-}
+MADE: dict[str, type[Any]] = {cls.name: cls for cls in (InPlace, Shadow, Stream, Forward)}
 PLACEMENTS = ("auto", *MADE)
 NEEDED = (*Placement.__annotations__, *(name for name in vars(Placement) if not name.startswith("_")))
 _announced: set[str] = set()

@@ -46,6 +46,14 @@ def _fill(buffer: Tensor, sides: Tensor, side_chunks: Tensor, seeds: Tensor, ran
 _filled_through_torch = operators.register_fill(_fill)
 
 
+def by_device(members: Sequence[Member]) -> dict[torch.device, list[int]]:
+    """Which of them are where."""
+    found: dict[torch.device, list[int]] = {}
+    for i, m in enumerate(members):
+        found.setdefault(m.param.device, []).append(i)
+    return found
+
+
 class Factors:
     """Of the members of one device: buffers that serve every number of seeds which needs no more than there is.
 

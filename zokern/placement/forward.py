@@ -13,6 +13,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,18 @@ from zokern.contract.streams import matrices
 from zokern.directions import rank
 from zokern.passes.spec import PassNumbers
 from zokern.passes.update import Seed, Terms
+from zokern.placement import parts as _parts  # noqa: F401  what is computed with a stand-in, and with its parts
 from zokern.placement import plus, sites
-from zokern.placement import thin as _products  # noqa: F401  plus knows them from there
+from zokern.placement import thin as _products  # noqa: F401
 from zokern.placement.base import NotSeen, RefusedModule
-from zokern.placement.factors import Factors
-from zokern.placement.plus import PlusLowRank
+from zokern.placement.factors import Factors, by_device
+from zokern.placement.plus import DTYPES, OWN, PlusLowRank
+from zokern.placement.rows import Rows
 from zokern.placement.shadow import Shown
 from zokern.placement.stream import freezing
+from zokern.placement.together import Together
 from zokern.sweep import NOTHING, Member, Passes, Sweep
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALED = (
     "placement='forward' perturbs along matrices of low rank, and this method along z / sqrt(h), which has full rank; use "
     "placement='shadow', or a method without a curvature"
@@ -51,12 +54,13 @@ class Forward(Shown):
         self.lower, self.dense = NOTHING, NOTHING  # the step's members with stand-ins, and the others
         self._at: tuple[list[int], list[int]] = [], []  # which they are
         self.stand_ins: list[PlusLowRank] = []
+        self.written: set[int] = set()  # which of them something has asked for its sum, in this probe
         self.factors: dict[torch.device, Factors] = {}
         self.addresses: list[int] = []
         self.filled: Sequence[Seed] = ()  # whose factors the buffers hold
         self.terms: Terms = {}
-        self.count = 0  # of seeds, in what the stand-ins look at
         self.said = 0  # how many of `copied`
+        self.together = Together(self)
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         super().bind(module, passes)
@@ -78,8 +82,7 @@ class Forward(Shown):
             raise ValueError(SCALED)
         if freezing():
             raise RefusedModule(
-                "torch._inductor.config.freezing makes constants of what placement='forward' writes anew for each probe: "
-                "switch it off"
+                "torch._inductor.config.freezing makes constants of what placement='forward' writes to: switch it off"
             )
         super().begin(sweep, eps, scaled=scaled)
         self.filled = ()
@@ -89,7 +92,8 @@ class Forward(Shown):
     def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
         layout = members.layout, [m.row for m in members], list(self._copied)
         if layout != self.layout or self.moved(self.copies) or self.addresses != members.addresses:
-            self.layout, self.copies, self.stand_ins, self.count = None, [], [], 0
+            self.layout, self.copies, self.stand_ins = None, [], []
+            self.written.clear()
             self.let_go()
             self._at = self.split(members)
             sites.fit(self.pools, sites.sizes(members.piece(self._at[1])))
@@ -117,29 +121,24 @@ class Forward(Shown):
         if matrices(m.param.shape, self.rank) is None or m.offset or m.stride or id(m.param) in self._copied:
             return False
         plain = type(m.param) is nn.Parameter and m.param.layout == torch.strided and m.param.dtype in DTYPES
-        return plain and all(
-            type(owner).__setattr__ is nn.Module.__setattr__ and getattr(owner, "max_norm", None) is None
-            for owner in owners
+        # A stand-in has the attributes that libraries hang on parameters, and its own.
+        return (
+            plain
+            and not OWN & m.param.__dict__.keys()
+            and all(
+                type(owner).__setattr__ is nn.Module.__setattr__ and getattr(owner, "max_norm", None) is None
+                for owner in owners
+            )
         )
 
     def _stand_in(self, lower: Sweep) -> list[PlusLowRank]:
         """Stand-ins, whose factors are yet to come."""
-        by_device: dict[torch.device, list[int]] = {}
-        for i, m in enumerate(lower):
-            by_device.setdefault(m.param.device, []).append(i)
         before, self.factors = self.factors, {}
-        for device, at in by_device.items():
+        for device, at in by_device(lower).items():
             pools = before[device].pools if device in before else {}
             self.factors[device] = Factors([lower[i] for i in at], at, self.rank, self.passes.backend, pools)
-        made, me = [], weakref.ref(self)
-        for i, m in enumerate(lower):
-            p = m.param
-            one = PlusLowRank(p.detach(), p.detach(), p.detach(), p.detach(), m.name, p.requires_grad)  # factors: _aim
-            one.leaf = nn.Parameter(p.detach(), p.requires_grad)
-            one.__dict__.update(p.__dict__)  # attributes that libraries hang on parameters
-            one.write = functools.partial(_write, me, i)
-            made.append(one)
-        return made
+        me = weakref.ref(self)
+        return [plus.standing_for(m.param, m.name, functools.partial(_write, me, i)) for i, m in enumerate(lower)]
 
     def write(self, i: int) -> nn.Parameter:
         """The sum that a stand-in is, written out."""
@@ -148,6 +147,7 @@ class Forward(Shown):
                 f"{self.stand_ins[i].parameter} was taken inside the closure and is used outside of it, where "
                 "placement='forward' has no perturbed weights"
             )
+        self.written.add(i)
         p = self.lower[i].param
         with torch.inference_mode(False):
             copy = nn.Parameter(torch.empty_like(p, requires_grad=False), p.requires_grad)
@@ -162,6 +162,7 @@ class Forward(Shown):
             yield
             return
         self.terms = terms
+        self._forget_sums()
         if self.addresses != self.sweep.addresses:
             self._follow()
         self._aim(self.numbers_of(terms))
@@ -174,10 +175,30 @@ class Forward(Shown):
             self._check_used()
         finally:
             self._show(copies=False)
-            for one, m in zip(self.stand_ins, self.lower, strict=True):
-                if one.full is not None:
-                    self._copied[id(m.param)], self.copied[m.name] = m.param, one.by
-                    one.full = None
+            self._forget_sums()
+
+    def _forget_sums(self) -> None:
+        """Of the probe that is over, also where it was broken off."""
+        for i in sorted(self.written):
+            one, m = self.stand_ins[i], self.lower[i]
+            if one.full is not None:
+                self._copied[id(m.param)], self.copied[m.name] = m.param, one.by
+            one.full = None
+        self.written.clear()
+
+    @property
+    def written_out(self) -> set[int]:
+        """Ids of matrices that something else than products and lookups has used."""
+        return set(self._copied)
+
+    @property
+    def modules(self) -> object:
+        """Of the step: differs once a module or a parameter is another one."""
+        return None if self.tree is None else self.tree[0]
+
+    def present_together(self, probes: Sequence[Terms], rows: Rows) -> AbstractContextManager[None]:
+        """As `present`, of a probe for each block of a batch's rows."""
+        return self.together.present(probes, rows)
 
     def _follow(self) -> None:
         """The closure of the probe before has given weights another storage."""
@@ -205,7 +226,7 @@ class Forward(Shown):
         self.filled = seeds
 
     def _check_used(self) -> None:
-        if self.proves and self.stand_ins and not plus.USED[0] and not has_compiled():
+        if self.proves and self.stand_ins and not plus.USED[0] and not plus.TRACED[0]:
             raise NotSeen(
                 f"the closure computed with none of the {len(self.stand_ins)} matrices "
                 f"({self.stand_ins[0].parameter}, ...) of the module that the optimizer was given, so it runs something "
@@ -226,7 +247,11 @@ class Forward(Shown):
             )
 
     def memory(self) -> list[Tensor]:
-        return [*super().memory(), *(t for factors in self.factors.values() for t in factors.memory())]
+        return [
+            *super().memory(),
+            *(t for factors in self.factors.values() for t in factors.memory()),
+            *self.together.memory(),
+        ]
 
 
 def _same(a: Seed, b: Seed) -> bool:
@@ -240,18 +265,8 @@ def _write(placement: weakref.ref[Forward], i: int) -> Tensor:
     return found.write(i)
 
 
-def has_compiled() -> bool:
-    """Whether torch's compiler has made code in this process, which does not tell what it uses."""
-    frames = sys.modules.get("torch._dynamo.convert_frame")
-    return frames is not None and frames.FRAME_COUNTER > 0
-
-
 def extra_bytes(placement: Forward, members: Sequence[Member]) -> int:
     """The memory that it needs beside these weights: copies, and the factors of one seed."""
-    lower, copied = placement.split(members)
-    sizes = sites.sizes([members[i] for i in copied])
-    total = sum(size * dtype.itemsize for (_, dtype), size in sizes.items())
-    by_device: dict[torch.device, list[Member]] = {}
-    for i in lower:
-        by_device.setdefault(members[i].param.device, []).append(members[i])
-    return total + sum(Factors.nbytes(own, placement.rank) for own in by_device.values())
+    lower, copied = ([members[i] for i in at] for at in placement.split(members))
+    total = sum(size * dtype.itemsize for (_, dtype), size in sites.sizes(copied).items())
+    return total + sum(Factors.nbytes([lower[i] for i in at], placement.rank) for at in by_device(lower).values())

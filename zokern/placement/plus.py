@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from zokern.placement.base import RefusedCall
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that have stand-ins
+PLAIN = (Tensor, nn.Parameter)
 Handler = Callable[..., Any]  # of a torch function: returns NotImplemented where the sum is to be written out
 HANDLERS: dict[Any, Handler] = {}
-USED = [
+USED = [False]  # whether anything was computed with a stand-in since somebody has set it back
+TRACED = [
     False
-]  # whether anything was computed with a stand-in since somebody has set it back; compiled code does not tell
+]  # whether torch's compiler has ever made code that looks at stand-ins, which does not tell that it does
 
 _GETTERS = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
@@ -47,7 +50,8 @@ class PlusLowRank(nn.Parameter):
 
     base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes
     that products with `base` take. scale: float32 [K]. full: the sum, once something, `by`, has asked for it; from then on
-    everything is computed with it. write: makes it. parameter: its name.
+    everything is computed with it. write: makes it. viewed: what this is a part of, whose sum is then this one's too.
+    parameter: its name.
     """
 
     base: Tensor
@@ -57,6 +61,7 @@ class PlusLowRank(nn.Parameter):
     parameter: str
     leaf: Tensor | None
     full: Tensor | None
+    viewed: PlusLowRank | None
     write: Callable[[], Tensor] | None
     by: str
 
@@ -67,15 +72,13 @@ class PlusLowRank(nn.Parameter):
         made: PlusLowRank = torch.Tensor._make_wrapper_subclass(
             cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, requires_grad=requires_grad
         )
-        return made
-
-    def __init__(
-        self, base: Tensor, left: Tensor, right: Tensor, scale: Tensor, name: str = "", requires_grad: bool = False
-    ) -> None:
-        self.base, self.left, self.right, self.scale = base, left, right, scale
-        self.parameter, self.leaf, self.full, self.write, self.by = name, None, None, None, ""
+        made.base, made.left, made.right, made.scale, made.parameter = base, left, right, scale, name
+        made.leaf = made.full = made.write = made.viewed = None
+        made.by = ""
+        return made  # without an __init__: nn.Parameter(one) would call it, with arguments of its own
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
+        TRACED[0] = True
         return ["base", "left", "right", "scale"], None
 
     def _stable_hash_for_caching(self) -> str:
@@ -125,13 +128,24 @@ class PlusLowRank(nn.Parameter):
         return _written_out(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: Any) -> nn.Parameter:
-        return nn.Parameter(full(self).detach().clone(), self.requires_grad)
+        return nn.Parameter(full(self, "deepcopy").detach().clone(), self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(full(self).detach(), self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(full(self, "pickle").detach(), self.requires_grad).__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"<{self.parameter}, perturbed: {tuple(self.shape)} {self.dtype}>"
+
+
+OWN = frozenset(PlusLowRank.__annotations__)  # attributes
+
+
+def standing_for(p: Tensor, name: str, write: Callable[[], Tensor]) -> PlusLowRank:
+    """With attributes that libraries hang on parameters, and factors that are yet to come."""
+    one = PlusLowRank(p.detach(), p.detach(), p.detach(), p.detach(), name, p.requires_grad)
+    one.leaf, one.write = nn.Parameter(p.detach(), p.requires_grad), write
+    one.__dict__.update(p.__dict__)
+    return one
 
 
 def _is_looked_at() -> bool:
@@ -190,4 +204,6 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
 
 def is_open(*given: Any) -> bool:
     """Whether these are stand-ins whose sum nobody has asked for."""
-    return all(type(one) is PlusLowRank and one.full is None for one in given)
+    return all(
+        type(one) is PlusLowRank and one.full is None and (one.viewed is None or is_open(one.viewed)) for one in given
+    )

@@ -157,7 +157,7 @@ class Shown(Exact):
         self.pools: sites.Pools = {}
         self.copies: list[nn.Parameter] = []
         self.layout: object = None
-        self.tree: object = None
+        self.tree: tuple[object, object] | None = None
         self.sites: list[sites.Site] = []  # in that tree
         self.pairs: list[tuple[sites.Site, nn.Parameter]] = []  # each with what is shown there
         self.presented = False

@@ -10,12 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from zokern.placement.plus import PlusLowRank, full, handles, is_open
+from zokern.placement.plus import PLAIN, PlusLowRank, handles, is_open
 
-PLAIN = (Tensor, nn.Parameter)
+
+def is_plain(x: Any) -> bool:
+    """Whether x has rows that can be taken together: sparse and nested tensors are multiplied by the sum."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
 def _coefficients(rows: Tensor, into: Tensor, scale: Tensor) -> Tensor:
@@ -52,8 +55,9 @@ def _castable(weight: PlusLowRank) -> Tensor:
 
 
 @handles(functional.linear)
-def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if type(x) not in PLAIN or not is_open(weight) or weight.base.dim() != 2 or type(bias) is PlusLowRank:
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    x = input
+    if not is_plain(x) or not is_open(weight) or weight.base.dim() != 2 or type(bias) is PlusLowRank:
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
@@ -64,18 +68,23 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 
 @handles(torch.addmm, Tensor.addmm)
-def addmm(bias: Any, x: Any, weight: Any, **others: Any) -> Any:
+def addmm(input: Any, mat1: Any, mat2: Any, **others: Any) -> Any:
     """As GPT-2's Conv1D calls it."""
-    if others or type(x) not in PLAIN or type(bias) is PlusLowRank or not is_open(weight):
+    bias, x, weight = input, mat1, mat2
+    if others or not is_plain(x) or type(bias) is PlusLowRank or not is_open(weight):
         return NotImplemented
     if torch.is_autocast_enabled(x.device.type):
         return _behind(torch.addmm(bias, x, _castable(weight)), x, weight.left, weight.scale, weight.right)
     return _product(x, weight.base, weight.left, weight.scale, weight.right, bias)
 
 
-@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(x: Any, weight: Any, **others: Any) -> Any:
-    if others or type(x) not in PLAIN or not is_open(weight) or weight.base.dim() != 2:
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matmul(input: Any, other: Any, **others: Any) -> Any:
+    if type(input) is PlusLowRank or other.dim() == 3:
+        same = not others and input.dim() == 3 and other.dim() == 3 and input.shape[0] == other.shape[0]
+        return bmm(input, other) if same else NotImplemented
+    x, weight = input, other
+    if others or not is_plain(x) or not is_open(weight) or weight.base.dim() != 2:
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
@@ -84,11 +93,17 @@ def matmul(x: Any, weight: Any, **others: Any) -> Any:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+@handles(torch.mm, Tensor.mm)
+def mm(input: Any, mat2: Any, **others: Any) -> Any:
+    return NotImplemented if input.dim() != 2 else matmul(input, mat2, **others)
+
+
 @handles(functional.embedding)
-def embedding(ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *others: Any, **more: Any) -> Any:
+def embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *others: Any, **more: Any) -> Any:
     """padding_idx, scale_grad_by_freq and sparse are of gradients alone; max_norm writes to the weight."""
     if max_norm is not None or not is_open(weight) or weight.base.dim() != 2:
         return NotImplemented
+    ids = input
     out = functional.embedding(ids, weight.base, padding_idx)
     flat = ids.reshape(-1)
     p = weight.left.index_select(1, flat).t().float() * weight.scale
@@ -97,73 +112,32 @@ def embedding(ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = No
         return _spread(p, weight.right.float(), rows).to(out.dtype).view(out.shape)
 
 
-# ------------------------------------------------------------------------------------------- parts of one, and transposes
-
-
-def _derived(one: PlusLowRank, base: Tensor, left: Tensor, right: Tensor, again: Any) -> PlusLowRank:
-    """again: of the sum, what `base` is of the weight."""
-    part = PlusLowRank(base, left, right, one.scale, one.parameter)
-    part.write = None if one.write is None else lambda: again(full(one))
-    return part
-
-
-def _turned(one: PlusLowRank) -> Any:
-    if not is_open(one) or torch.compiler.is_compiling():
-        return NotImplemented
-    return _derived(one, one.base.mT, one.right, one.left, lambda t: t.mT)
-
-
-@handles(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
-def turned(one: Any, *others: Any) -> Any:
-    return _turned(one) if one.dim() == 2 else NotImplemented
-
-
-@handles(Tensor.detach, torch.detach)
-def detach(one: Any) -> Any:
-    if not is_open(one) or torch.compiler.is_compiling():
-        return NotImplemented
-    return _derived(one, one.base, one.left, one.right, lambda t: t.detach())
-
-
-@handles(Tensor.transpose, torch.transpose)
-def transpose(one: Any, dim0: Any, dim1: Any) -> Any:
-    last_two = {dim0 % one.dim(), dim1 % one.dim()} == {one.dim() - 2, one.dim() - 1}
-    return _turned(one) if last_two else NotImplemented
-
-
-@handles(Tensor.__getitem__)
-def getitem(one: Any, index: Any) -> Any:
-    """An expert, or some of them, of [E, m, n]; rows of a matrix."""
-    if not is_open(one) or torch.compiler.is_compiling():
-        return NotImplemented
-    whole = type(index) is int or (type(index) in PLAIN and not index.is_floating_point() and index.dtype != torch.bool)
-    if one.dim() == 3 and (whole or isinstance(index, slice)):
-        return _derived(one, one.base[index], one.left[:, index], one.right[:, index], lambda t: t[index])
-    if one.dim() == 2 and isinstance(index, slice):
-        return _derived(one, one.base[index], one.left[:, index], one.right, lambda t: t[index])
-    return NotImplemented
+# ---------------------------------------------------------------------------------------------------- several matrices
 
 
 @handles(torch.bmm, Tensor.bmm)
-def bmm(a: Any, b: Any, **others: Any) -> Any:
+def bmm(input: Any, mat2: Any, **others: Any) -> Any:
     """Of weights taken one for each row or expert, on either side."""
-    one, x = (a, b) if type(a) is PlusLowRank else (b, a)
-    if others or type(x) not in PLAIN or not is_open(one) or torch.is_autocast_enabled(x.device.type):
+    one, x = (input, mat2) if type(input) is PlusLowRank else (mat2, input)
+    if others or not is_plain(x) or not is_open(one):
         return NotImplemented
+    out = torch.bmm(one.base, x) if one is input else torch.bmm(x, one.base)
+    with torch.autocast(out.device.type, enabled=False):
+        return out.add_(_batched(one, x, first=one is input))
+
+
+def _batched(one: PlusLowRank, x: Tensor, *, first: bool) -> Tensor:
+    """The thin part of a batch of products, whose first factor the weight is or not."""
     left = (one.left.float() * one.scale.view(-1, 1, 1)).permute(1, 2, 0)  # [E, m, K]
     right = one.right.float().permute(1, 0, 2)  # [E, K, n]
-    if one is a:
-        out, thin = torch.bmm(one.base, x), torch.bmm(left, torch.bmm(right, x.float()))
-    else:
-        out, thin = torch.bmm(x, one.base), torch.bmm(torch.bmm(x.float(), left), right)
-    return out.add_(thin)
+    return torch.bmm(left, torch.bmm(right, x.float())) if first else torch.bmm(torch.bmm(x.float(), left), right)
 
 
 def _grouped(x: Any, one: Any, offs: Any = None, **others: Any) -> Any:
     """Rows of x in groups that end at `offs`, each times its group's matrix [n, m]."""
     if offs is None or any(value is not None for value in others.values()):
         return NotImplemented
-    if type(x) not in PLAIN or x.dim() != 2 or not is_open(one) or one.base.dim() != 3:
+    if not is_plain(x) or x.dim() != 2 or not is_open(one) or one.base.dim() != 3:
         return NotImplemented
     assert GROUPED is not None
     out = GROUPED(x, one.base, offs=offs)
