@@ -1,5 +1,5 @@
-// Passes along directions of low rank on the GPU: where a block of eight elements lies in its matrix, and z of it out of
-// the factors. The traversal is that of kernels.cuh, and a thread has one block at a time.
+// Passes along directions of low rank on the GPU: where a block of eight elements lies in its matrix, and z of it out
+// of the factors. The traversal is that of kernels.cuh, and a thread has one block at a time.
 //
 // A chunk's first element takes a 64-bit division, its blocks none. The factors of a row are read again by every row,
 // from the caches: the row of V by eight elements at once, where eight lie in one row and on 16-byte boundaries.
@@ -13,8 +13,8 @@ namespace ZK_ISA {
 //
 // From 2^14 on, the quotient is 0 or 1, and the same with 2^14 for the size if what is left of it stays, as far as that
 // is less than 2^14. So n = start + x < 2^15 and 2 <= size <= 2^14. With f = ceil(2^32 / size) = (2^32 + e) / size,
-// e < size, n f / 2^32 is n / size + n e / (2^32 size): more by less than n / 2^32 < 2^-17, and up to the next integer it
-// is at least 1 / size >= 2^-14. The high word of the product is the quotient.
+// e < size, n f / 2^32 is n / size + n e / (2^32 size): more by less than n / 2^32 < 2^-17, and up to the next integer
+// it is at least 1 / size >= 2^-14. The high word of the product is the quotient.
 struct Quotient {
   uint32_t size, start, inverse;
   ZK_FN void find(int64_t first, int64_t whole) {

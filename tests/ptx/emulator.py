@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import cache
@@ -109,8 +111,20 @@ def _filling(function: Callable[..., None], emulator: Emulator) -> Callable[...,
             function(factors, piece, seeds, address)
         finally:
             emulator.allocations = before + [replace(a, writable=False, initialised=True) for a in made]
+        if wrong := _differ_from_cpu(factors, piece, seeds, made, address):
+            emulator.launches[-1].report.fault("factors", "fill", len(wrong), f"{wrong[0]} is not the CPU's")
 
     return fill
+
+
+def _differ_from_cpu(factors: Any, piece: Any, seeds: Tensor, made: list[Allocation], address: int) -> list[str]:
+    """The sides that have another bit than what the CPU makes: a pass shows few of a factor's bits."""
+    from zokern.backends import cpu
+
+    values = torch.empty(piece.of_seed * seeds.numel())
+    cpu.fill(factors, piece, seeds, values.data_ptr())
+    moved = values.data_ptr() - address
+    return [a.name for a in made if ctypes.string_at(a.address, a.size) != ctypes.string_at(a.address + moved, a.size)]
 
 
 def _sides(factors: Any, piece: Any, num_seeds: int, address: int) -> list[Allocation]:
