@@ -81,7 +81,8 @@ def signed(value: float, digits: int) -> str:
 def made_on(run: Record) -> str:
     """The processor or GPU and the versions of a run."""
     m = run["machine"]
-    where = m.get("gpu") or f"{m['threads']} threads of an {m['processor']} ({m['instruction_sets'][0]})"
+    threads = f"{m.get('threads')} thread{'' if m.get('threads') == 1 else 's'}"
+    where = m.get("gpu") or f"{threads} of an {m['processor']} ({m['instruction_sets'][0]})"
     return (
         f"One run on {where}, torch {m['torch']}, transformers {m['transformers']}, {run['date'][:10]}, "
         f"commit {run['commit'][:12]}"

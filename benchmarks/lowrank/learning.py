@@ -20,7 +20,7 @@ import zokern
 from benchmarks import study
 from benchmarks.convergence.run import EPS, SCHEDULE, TASKS, cache_home
 from benchmarks.convergence.tasks import Demo, LanguageModel, Task
-from benchmarks.parts import load, table
+from benchmarks.parts import load, made_on, table
 from zokern.bench.record import store
 from zokern.finetune.loop import factor
 
@@ -88,7 +88,8 @@ def learning_part() -> str:
             apart = "" if label == "dense" else f"{found['mean'] - dense['mean']:+.3f}".replace("-", "−")
             cells = f"{found['mean']:.3f} ± {found['std']:.3f}"
             rows.append([f"`{name}`, {task['budget']} forwards", label, cells, apart, f"{task['start']:.3f}"])
-    return table(["task", "directions", "held-out loss", "minus dense", "before"], rows)
+    told = table(["task", "directions", "held-out loss", "minus dense", "before"], rows)
+    return f"{made_on(run)}.\n\n{told}"
 
 
 PAGES = {"docs/lowrank.md": {"learning": learning_part}}

@@ -20,7 +20,7 @@ from rich.progress import track
 
 import zokern
 from benchmarks import study
-from benchmarks.parts import load, table
+from benchmarks.parts import load, made_on, table
 from zokern.bench import models
 from zokern.bench.record import store
 
@@ -104,7 +104,9 @@ def _rows(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def speed_part() -> str:
-    return _rows(load("lowrank-speed-cpu.json")["results"])
+    run = load("lowrank-speed-cpu.json")
+    head = f"{made_on(run)}; float32, rank {run['settings']['rank']}, medians of {run['settings']['rounds']} rounds."
+    return f"{head}\n\n{_rows(run['results'])}"
 
 
 PAGES = {"docs/lowrank.md": {"speed": speed_part}}

@@ -24,8 +24,11 @@ def pieces(
     """
     count = sum(map(Tensor.numel, seeds))
     rows, chunks, _ = table.place
-    for piece in factors.pieces(count):
-        values = torch.empty(count * piece.of_seed + SLACK, dtype=torch.float32, device=table.tensors.device)
+    cut = factors.pieces(count)
+    # One buffer for all pieces: none can fail for want of memory when others are done.
+    most = count * max((piece.of_seed for piece in cut), default=0)
+    values = torch.empty(most + SLACK, dtype=torch.float32, device=table.tensors.device)
+    for piece in cut:
         address = values.data_ptr()
         for some in seeds:
             if some.numel():
