@@ -58,6 +58,6 @@ def launch_chain(
     shapes: Sequence[Sequence[int]] = (),
     backend: str = "auto",
 ) -> int:
-    rank = directions.rank(stages[0][0].direction)
+    rank = directions.rank(stages[0][0].direction) if stages else 0
     operands = Operands(tensors, None, states, tensor_ids, offsets, groups, probes, strides, rank=rank, shapes=shapes)
     return sweep.run_chain(operands, stages, RULES[rule], enabled=enabled, backend=backend)

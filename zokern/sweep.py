@@ -335,7 +335,7 @@ class Passes:
             return
         backend, every, reached = (
             self.backend,
-            sweep.operands(spec.rule.states, out, rank=rank(spec.direction)),
+            sweep.operands(spec.rule.states, out, rank=spec.rank),
             _here.tables,
         )
         self.under_way, launches, before = None, 0, reached[0]

@@ -35,6 +35,7 @@ def forced(instructions: str) -> str:
     return instructions
 
 
+WHOLE = ((None, native.NO_FACTORS),)  # a table in one piece
 near = None  # `run` reads numbers of the host, and brings others there
 
 
@@ -43,23 +44,17 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     known = numbers.seeds.is_cpu and numbers.coefs.is_cpu and numbers.shared.is_cpu
     if not (known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu)):
         numbers = on_host(numbers)
-    if table.factors is None:
-        _run(table, spec, native.make_pass(table, spec, numbers))
-        return
-    for place, factors in factored.pieces(table, table.factors, [numbers.seeds], fill):
-        _run(table, spec, native.make_pass(table, spec, numbers, place, factors))
-
-
-def _run(table: Table, spec: PassSpec, made: object) -> None:
     named = os.environ.get(ENVIRONMENT)
-    native.extension.cpu_run(
-        made,
-        rule=spec.rule.id,
-        dtype=native.DTYPES[table.dtype],
-        state_dtype=native.DTYPES[table.state_dtype],
-        threads=torch.get_num_threads(),
-        instruction_set=AVAILABLE[0] if named is None else forced(named),
-    )
+    pieces = WHOLE if table.factors is None else factored.pieces(table, table.factors, [numbers.seeds], fill)
+    for place, factors in pieces:
+        native.extension.cpu_run(
+            native.make_pass(table, spec, numbers, place, factors),
+            rule=spec.rule.id,
+            dtype=native.DTYPES[table.dtype],
+            state_dtype=native.DTYPES[table.state_dtype],
+            threads=torch.get_num_threads(),
+            instruction_set=AVAILABLE[0] if named is None else forced(named),
+        )
 
 
 def run_chain(table: Table, chain: Chain) -> None:

@@ -12,6 +12,7 @@ the host never waits. A loss that is not finite makes the step skip itself on th
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -84,8 +85,8 @@ class ZerothOrderOptimizer(Saving, Captured):
         if closure is None and (self.step_done or primed(self)):
             self.step_done = False
             return self.metrics.get("loss", torch.zeros((), device=CPU))
-        losses = losses_of(
-            batched, closure, batches, batch_weights, reduction, loss_weights,
+        losses = (Losses if batched is False else functools.partial(losses_of, batched))(
+            closure, batches, batch_weights, reduction, loss_weights,
             vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
         )  # fmt: skip
         if self._skips.seen is not None:
@@ -160,7 +161,8 @@ class ZerothOrderOptimizer(Saving, Captured):
             self._passes.gate = self.numbers.gate
             self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
             self._placement.begin(sweep, rates.eps, scaled=self.scaled)
-            self._apply(self._driven(probing), losses, rates, ledger)
+            evaluate = Sharing(self._batched, probing) if isinstance(losses, PerExample) else probing.alone
+            self._apply(drivers.at_once(self.rounds(), evaluate, losses.gather), losses, rates, ledger)
         finally:
             interrupts.holding = True  # also where a second signal has come between the closure and here
             done = ledger.returned or ledger.settle(self._passes)
@@ -181,12 +183,6 @@ class ZerothOrderOptimizer(Saving, Captured):
                     if self.listeners:
                         self._tell(step, told, ledger, layout, lrs)
 
-    def _driven(self, probing: Probing) -> Estimate:
-        losses = probing.losses
-        if isinstance(losses, PerExample):
-            return drivers.at_once(self.rounds(), Sharing(self._batched, probing), losses.gather)
-        return drivers.in_turn(self.rounds(), probing.alone, losses.gather)
-
     def _apply(self, estimate: Estimate, losses: Losses, rates: Rates, ledger: Ledger) -> None:
         """The step's last pass, and before it everything that has to agree with it."""
         numbers = self.numbers
@@ -194,7 +190,7 @@ class ZerothOrderOptimizer(Saving, Captured):
         ledger.metrics = {
             "loss": every.mean().to(torch.float32),
             "projected_gradient": (estimate.projected / numbers.first_eps()).to(torch.float32),
-            **losses.metrics(),
+            **(losses.metrics() if losses.named or isinstance(losses, PerExample) else {}),
         }
         rates = rates.on(every.device)
         update = self.update(estimate, rates)

@@ -124,7 +124,7 @@ class Sharing:
         return losses
 
     def _in_turn(self, probes: Sequence[Terms]) -> list[Tensor]:
-        return [self.probing.alone(terms) for terms in probes]
+        return self.probing.alone(probes)
 
     def _together(self, probes: Sequence[Terms], rows: Rows) -> list[Tensor]:
         return self.probing.together(probes, rows)

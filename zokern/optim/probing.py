@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -26,26 +27,25 @@ class Probing:
         self.owner, self.losses, self.eps, self.interrupts = owner, losses, eps, interrupts
         self.counters, self.sweep = owner._passes.counters, owner.active.sweep
 
-    def alone(self, terms: Terms) -> Tensor:
-        """The loss of one probe."""
-        self._check(terms)
-        device = self.owner.numbers.device
-        return self._run(self.owner._placement.present(terms), lambda: self.losses.evaluate(self.counters, device))
+    def alone(self, probes: Sequence[Terms]) -> list[Tensor]:
+        """The loss of each, one after another."""
+        present, compute = self.owner._placement.present, self.losses.evaluate
+        compute, losses = functools.partial(compute, self.counters, self.owner.numbers.device), []
+        for terms in probes:
+            if not reach.UNIT.issuperset(terms.values()):
+                reach.check_probe(terms, self.eps, self.sweep.params)
+            losses.append(self._run(present(terms), compute))
+        return losses
 
     def together(self, probes: Sequence[Terms], rows: Rows) -> list[Tensor]:
         """Those of many, each in a block of the batch's rows. Needs placement="forward" and losses of each example."""
         for terms in probes:
-            self._check(terms)
+            reach.check_probe(terms, self.eps, self.sweep.params)
         placement, losses, device = self.owner._placement, self.losses, self.owner.numbers.device
         assert isinstance(placement, Forward)
         assert isinstance(losses, PerExample)
-        return self._run(
-            placement.present_together(probes, rows), lambda: losses.of_blocks(self.counters, device, rows)
-        )
-
-    def _check(self, terms: Terms) -> None:
-        if not reach.UNIT.issuperset(terms.values()):
-            reach.check_probe(terms, self.eps, self.sweep.params)
+        compute = functools.partial(losses.of_blocks, self.counters, device, rows)
+        return self._run(placement.present_together(probes, rows), compute)
 
     def _run(self, presented: AbstractContextManager[None], compute: Callable[[], Result]) -> Result:
         owner, interrupts, sweep = self.owner, self.interrupts, self.sweep

@@ -44,9 +44,14 @@ class PassSpec:
         return self.direction.name == "rademacher", self.rounding == "stochastic", self.square_of_sum, self.keep_second
 
     @functools.cached_property
+    def rank(self) -> int:
+        """Of its direction, 0 where elements are independent."""
+        return rank(self.direction)
+
+    @functools.cached_property
     def dense(self) -> PassSpec:
         """For tensors that take dense noise where the direction is of low rank."""
-        return replace(self, direction=DIRECTIONS["normal"]) if rank(self.direction) else self
+        return replace(self, direction=DIRECTIONS["normal"]) if self.rank else self
 
     @functools.cached_property
     def exact(self) -> PassSpec:
