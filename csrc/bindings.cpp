@@ -22,7 +22,8 @@ namespace {
 // Addresses of a table's rows and chunks, and the number of its chunks; a pass's flags in the order of pass.h's Pass.
 using Place = std::array<int64_t, 3>;
 using Flags = std::array<bool, 4>;
-// Addresses of a table's factor rows and of the factors, the numbers of a seed, and the rank; zeros where there are none.
+// Addresses of a table's factor rows and of the factors, the numbers of a seed, and the rank; zeros where there are
+// none.
 using FactorPlace = std::array<int64_t, 4>;
 
 zk::Factors make_factors(const FactorPlace& place) {

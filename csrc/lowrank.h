@@ -5,8 +5,8 @@
 namespace zk {
 namespace ZK_ISA {
 
-// The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below 2^-17
-// all such multiples have fewer bits; from there on numbers of 8 bits are such multiples.
+// The nearest number that float32, bfloat16 and float16 all hold: a multiple of 2^-24 of 8 significant bits. Below
+// 2^-17 all such multiples have fewer bits; from there on numbers of 8 bits are such multiples.
 template <class L>
 ZK_FN typename L::f32 factor(typename L::f32 x) {
   using F = typename L::f32;
@@ -18,8 +18,8 @@ ZK_FN typename L::f32 factor(typename L::f32 x) {
 
 // A tile of U or V of one seed; where it lies is as for a tensor's noise.
 template <class L, class Keys>
-ZK_FN void factor_tile(typename L::f32 (&x)[L::kVectors], const FactorSide& side, float scale, uint64_t base, uint32_t b,
-                       const Keys& keys) {
+ZK_FN void factor_tile(typename L::f32 (&x)[L::kVectors], const FactorSide& side, float scale, uint64_t base,
+                        uint32_t b, const Keys& keys) {
   Head head = chunk_head<kNormal>(base, uint32_t(side.id), keys);
   head.first_c2 ^= side.right != 0 ? kRight : kLeft;  // the purpose, which was 0
   normals_after<L>(x, base, b, head, keys);

@@ -37,11 +37,11 @@ struct ChunkRow {  // two int32, one row per chunk
 
 // Of a tensor whose direction is of low rank: a stack of matrices, z = sum_k U[k, i] V[k, j]; docs/noise.md.
 struct FactorRow {  // five int64, one row beside each TensorRow
-  int64_t columns;   // of a matrix; the whole, unsharded one's, as all that is here
-  int64_t rows;      // of a matrix
+  int64_t columns;  // of a matrix; the whole, unsharded one's, as all that is here
+  int64_t rows;     // of a matrix
   int64_t matrices;
-  int64_t left;      // where U [rank, matrices * rows] lies among the numbers of a seed
-  int64_t right;     // and V [rank, matrices * columns]; both at a multiple of 8
+  int64_t left;   // where U [rank, matrices * rows] lies among the numbers of a seed
+  int64_t right;  // and V [rank, matrices * columns]; both at a multiple of 8
 };
 
 // The factors of a pass, or of a chain's stage, in memory: small, and read where other passes draw.

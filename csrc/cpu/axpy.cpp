@@ -43,7 +43,8 @@ void fill_factors(const FactorFill& fill, int64_t first, int64_t last) {
     const ChunkRow& chunk = fill.chunks[item - k * fill.num_chunks];
     const FactorSide& side = fill.sides[chunk.tensor];
     const int64_t base = int64_t(chunk.number) * kChunk, end = std::min(side.numel - base, kChunk);
-    const uint32_t* words = fill.seeds == nullptr ? fill.first_keys.k[0] : reinterpret_cast<const uint32_t*>(fill.seeds + k);
+    const uint32_t* words =
+        fill.seeds == nullptr ? fill.first_keys.k[0] : reinterpret_cast<const uint32_t*>(fill.seeds + k);
     const SeedKeys keys{words[0], words[1]};
     float* out = fill.values + k * fill.of_seed + side.place + base;
     for (int64_t at = 0; at < end; at += Lanes::kTile) {

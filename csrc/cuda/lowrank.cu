@@ -1,7 +1,6 @@
 // The passes along directions of low rank, and the kernel that makes their factors.
-#include "lowrank.cuh"
-
 #include "launch.h"
+#include "lowrank.cuh"
 
 namespace zk {
 namespace cuda {

@@ -25,7 +25,9 @@ struct Quotient {
   }
   ZK_FN uint32_t of(uint32_t x) const { return __umulhi(start + x, inverse); }
   // From x on to where the quotient grows; where that is beyond the chunk, at least to there.
-  ZK_FN uint32_t left(uint32_t x, uint32_t quotient) const { return size * (quotient + 1) - (start + x); }
+  ZK_FN uint32_t left(uint32_t x, uint32_t quotient) const {
+    return size * (quotient + 1) - (start + x);
+  }
 };
 
 // A chunk of a stack of matrices, made by one thread of a block and read by all: four divisions are worth a barrier.
@@ -35,7 +37,7 @@ struct MatrixChunk {
   int64_t columns;                // of a matrix
   Quotient in_row, in_matrix;     // rows of the stack, and matrices, that begin between the chunk's first element and x
   uint32_t last;                  // the stack's last row, counted from the first element's
-  uint32_t eights;                // not 0: rows are whole blocks of eight
+  uint32_t eights;  // not 0: rows are whole blocks of eight
 
   ZK_FN void find(const FactorRow& shape, int64_t base) {
     columns = shape.columns;
@@ -103,7 +105,7 @@ struct FactorsOfBlock {
     float v[8];
     const auto first = [&](float u, const float* p) {
       load(v, p);
-      ZK_UNROLL
+    ZK_UNROLL
       for (int i = 0; i < 8; ++i) z[i] = u * v[i];
     };
     factors(left, right, first, [&](float u, const float* p) {

@@ -62,9 +62,7 @@ __global__ void __launch_bounds__(kThreads, (low_rank_chain_blocks_per_sm<S, R>(
   const Blocks blocks(span_of(t, row), base, t.aligned != 0);
   const gpu::Places<T, S> p = gpu::places<T, S, R>(t, base);
   T* probe = t.probe != 0 ? reinterpret_cast<T*>(t.probe + (base - t.offset) * int64_t(sizeof(T))) : nullptr;
-  const auto at = [&](uint32_t b) {
-    return FactorStages{staged, chain, {chunk, 8 * b}, uint32_t(t.id)};
-  };
+  const auto at = [&](uint32_t b) { return FactorStages{staged, chain, {chunk, 8 * b}, uint32_t(t.id)}; };
   using L = gpu::FactorLanes;
   constexpr auto D = Distribution::low_rank;
   blocks.each_whole(0, 1, [&](uint32_t b) {
