@@ -193,15 +193,10 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
         numbers = near
     reached = _here.tables
     for table in tables[first:] if first else tables:
-        chosen.run(table, _spec_for(table, spec), numbers)
+        own = spec.dense if table.factors is None else spec
+        chosen.run(table, own.exact if table.dtype == torch.float32 else own, numbers)
         reached[0] += 1
     return len(tables)
-
-
-def _spec_for(table: Table, spec: PassSpec) -> PassSpec:
-    if table.factors is None:
-        spec = spec.dense
-    return spec.exact if table.dtype == torch.float32 else spec
 
 
 def check_numbers(spec: PassSpec, numbers: PassNumbers, tables: Sequence[Table]) -> None:
@@ -271,7 +266,9 @@ def run_chain(
         torch.autograd.graph.increment_version(operands.written)
     reached = _here.tables
     for table in tables[first:] if first else tables:
-        own = [(_spec_for(table, spec), numbers) for spec, numbers in stages]
+        own = stages if table.factors is not None else [(spec.dense, numbers) for spec, numbers in stages]
+        if table.dtype == torch.float32:
+            own = [(spec.exact, numbers) for spec, numbers in own]
         chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))
         reached[0] += 1
     return len(tables)
@@ -333,11 +330,8 @@ class Passes:
         if not sweep.members:
             self.done += 1
             return
-        backend, every, reached = (
-            self.backend,
-            sweep.operands(spec.rule.states, out, rank=spec.rank),
-            _here.tables,
-        )
+        backend, every = self.backend, sweep.operands(spec.rule.states, out, rank=spec.rank)
+        reached = _here.tables
         self.under_way, launches, before = None, 0, reached[0]
         try:
             for operands in every:

@@ -35,7 +35,6 @@ def forced(instructions: str) -> str:
     return instructions
 
 
-WHOLE = ((None, native.NO_FACTORS),)  # a table in one piece
 near = None  # `run` reads numbers of the host, and brings others there
 
 
@@ -45,8 +44,8 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     if not (known and (rounding is None or rounding.is_cpu) and (enabled is None or enabled.is_cpu)):
         numbers = on_host(numbers)
     named = os.environ.get(ENVIRONMENT)
-    pieces = WHOLE if table.factors is None else factored.pieces(table, table.factors, [numbers.seeds], fill)
-    for place, factors in pieces:
+    cut = factored.WHOLE if table.factors is None else factored.pieces(table, table.factors, [numbers.seeds], fill)
+    for place, factors in cut:
         native.extension.cpu_run(
             native.make_pass(table, spec, numbers, place, factors),
             rule=spec.rule.id,
@@ -58,25 +57,17 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
 
 
 def run_chain(table: Table, chain: Chain) -> None:
-    chain = chain_on_host(chain)
-    if table.factors is None:
-        _run_chain(table, chain, native.make_chain(table, chain))
-        return
-    seeds = [numbers.seeds for _, numbers in chain.stages]
-    for place, factors in factored.pieces(table, table.factors, seeds, fill):
-        _run_chain(table, chain, native.make_chain(table, chain, place, factors))
-
-
-def _run_chain(table: Table, chain: Chain, made: object) -> None:
-    named = os.environ.get(ENVIRONMENT)
-    native.extension.cpu_run_chain(
-        made,
-        rule=chain.rule.id,
-        dtype=native.DTYPES[table.dtype],
-        state_dtype=native.DTYPES[table.state_dtype],
-        threads=torch.get_num_threads(),
-        instruction_set=AVAILABLE[0] if named is None else forced(named),
-    )
+    chain, named = chain_on_host(chain), os.environ.get(ENVIRONMENT)
+    cut = factored.WHOLE if table.factors is None else factored.pieces(table, table.factors, chain.seeds, fill)
+    for place, factors in cut:
+        native.extension.cpu_run_chain(
+            native.make_chain(table, chain, place, factors),
+            rule=chain.rule.id,
+            dtype=native.DTYPES[table.dtype],
+            state_dtype=native.DTYPES[table.state_dtype],
+            threads=torch.get_num_threads(),
+            instruction_set=AVAILABLE[0] if named is None else forced(named),
+        )
 
 
 def fill(factors: FactorTable, piece: Piece, seeds: Tensor, address: int) -> None:

@@ -71,37 +71,37 @@ def near(numbers: PassNumbers, device: torch.device) -> PassNumbers:
 
 
 def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
-    numbers = near(numbers, table.tensors.device)
-    if table.factors is None:
-        _run(table, spec, native.make_pass(table, spec, numbers))
-        return
-    for place, factors in factored.pieces(table, table.factors, [numbers.seeds], fill):
-        _run(table, spec, native.make_pass(table, spec, numbers, place, factors))
-
-
-def _run(table: Table, spec: PassSpec, made: object) -> None:
     device = table.tensors.device
-    stream = torch.cuda.current_stream(device)
-    native.extension.cuda_run(
-        made,
-        rule=spec.rule.id,
-        dtype=native.DTYPES[table.dtype],
-        state_dtype=native.DTYPES[table.state_dtype],
-        device=device.index,
-        stream=stream.cuda_stream,
-    )
+    numbers, stream = near(numbers, device), torch.cuda.current_stream(device)
+    cut = factored.WHOLE if table.factors is None else factored.pieces(table, table.factors, [numbers.seeds], fill)
+    for place, factors in cut:
+        native.extension.cuda_run(
+            native.make_pass(table, spec, numbers, place, factors),
+            rule=spec.rule.id,
+            dtype=native.DTYPES[table.dtype],
+            state_dtype=native.DTYPES[table.state_dtype],
+            device=device.index,
+            stream=stream.cuda_stream,
+        )
     table.read_on(stream)
 
 
 def run_chain(table: Table, chain: Chain) -> None:
-    there, parcel = chain_on_device(chain, table.tensors.device)
+    device = table.tensors.device
+    stream = torch.cuda.current_stream(device)
+    there, parcel = chain_on_device(chain, device)
     parcel.send()
-    if table.factors is None:
-        _run_chain(table, there, native.make_chain(table, there))
-        return
-    seeds = [numbers.seeds for _, numbers in there.stages]
-    for place, factors in factored.pieces(table, table.factors, seeds, fill):
-        _run_chain(table, there, native.make_chain(table, there, place, factors))
+    cut = factored.WHOLE if table.factors is None else factored.pieces(table, table.factors, there.seeds, fill)
+    for place, factors in cut:
+        native.extension.cuda_run_chain(
+            native.make_chain(table, there, place, factors),
+            rule=chain.rule.id,
+            dtype=native.DTYPES[table.dtype],
+            state_dtype=native.DTYPES[table.state_dtype],
+            device=device.index,
+            stream=stream.cuda_stream,
+        )
+    table.read_on(stream)
 
 
 def fill(factors: FactorTable, piece: Piece, seeds: Tensor, address: int) -> None:
@@ -112,17 +112,3 @@ def fill(factors: FactorTable, piece: Piece, seeds: Tensor, address: int) -> Non
         device=device.index,
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
-
-
-def _run_chain(table: Table, chain: Chain, made: object) -> None:
-    device = table.tensors.device
-    stream = torch.cuda.current_stream(device)
-    native.extension.cuda_run_chain(
-        made,
-        rule=chain.rule.id,
-        dtype=native.DTYPES[table.dtype],
-        state_dtype=native.DTYPES[table.state_dtype],
-        device=device.index,
-        stream=stream.cuda_stream,
-    )
-    table.read_on(stream)

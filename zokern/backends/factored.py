@@ -11,6 +11,7 @@ from zokern.backends import native
 from zokern.passes.factors import SLACK, FactorTable, Piece
 from zokern.passes.table import Table
 
+WHOLE: tuple[tuple[None, native.Factors], ...] = ((None, native.NO_FACTORS),)  # a table that has none: one piece
 # Writes the factors of these seeds of a piece to the address.
 Fill = Callable[[FactorTable, Piece, Tensor, int], None]
 

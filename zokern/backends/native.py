@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zokern.contract.rules import RULES, Rule
 from zokern.passes.spec import Chain, PassNumbers, PassSpec, rule_of_probes
@@ -102,10 +104,9 @@ def make_chain(table: Table, chain: Chain, place: Place | None = None, factors: 
 
 
 def stage_rows(chain: Chain, factors: Factors = NO_FACTORS) -> list[tuple[int, ...]]:
-    """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags; address of its factors, which lie
-    one after another: pass.h's Stage."""
-    counts = [numbers.seeds.numel() for _, numbers in chain.stages]
-    first = [sum(counts[:i]) for i in range(len(counts))]
+    """Addresses of seeds, coefs, scalars and rounding seeds; number of seeds; four flags; address of its factors, which
+    follow those of the stage before: pass.h's Stage."""
+    befores = itertools.accumulate(map(Tensor.numel, chain.seeds[:-1]), initial=0)
     return [
         (
             numbers.seeds.data_ptr(),
@@ -119,5 +120,5 @@ def stage_rows(chain: Chain, factors: Factors = NO_FACTORS) -> list[tuple[int, .
             spec.keep_second,
             factors[1] + 4 * factors[2] * before,
         )
-        for (spec, numbers), before in zip(chain.stages, first, strict=True)
+        for (spec, numbers), before in zip(chain.stages, befores, strict=True)
     ]

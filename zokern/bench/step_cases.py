@@ -137,7 +137,8 @@ def plan(settings: Settings) -> tuple[dict[str, Groups], dict[str, str]]:
         for method in settings.methods
     }
     graphed = [method for method, reason in reasons.items() if reason is None]
-    refused = {method: why for method in settings.methods if (why := _why_not_forward(method, tiny)) is not None}
+    asked = settings.methods if FORWARD in settings.placements else ()
+    refused = {method: why for method in asked if (why := _why_not_forward(method, tiny)) is not None}
     groups: dict[str, Groups] = {}
     for name in settings.models:
         module = models.build(name, dtype, torch.device("meta"))
@@ -146,9 +147,7 @@ def plan(settings: Settings) -> tuple[dict[str, Groups], dict[str, str]]:
     not_timed = {f"{method} {GRAPHED}": reason for method, reason in reasons.items() if reason is not None}
     if not graphed and len(told := set(not_timed.values())) == 1:
         not_timed = {GRAPHED: told.pop()}
-    if FORWARD in settings.placements:
-        not_timed |= {f"{method} {FORWARD}": why for method, why in refused.items()}
-    return groups, not_timed
+    return groups, not_timed | {f"{method} {FORWARD}": why for method, why in refused.items()}
 
 
 def resolve(placements: tuple[str, ...], module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:

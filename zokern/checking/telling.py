@@ -42,9 +42,8 @@ def of_forward(placement: Forward, members: Sequence[Member]) -> Finding:
     """What placement="forward" adds to products, and what it copies."""
     lower, copied = placement.split(members)
     text = f"forward adds to the products of {len(lower)} matrices, and copies {len(copied)} other tensors"
-    small = [members[i] for i in copied if matrices(members[i].param.shape, placement.rank) is None]
-    if len(small) < len(copied):
-        large = [members[i].name for i in copied if members[i].name not in {m.name for m in small}]
+    large = [members[i].name for i in copied if matrices(members[i].param.shape, placement.rank) is not None]
+    if large:
         said = [f"{name} ({placement.copied[name]})" if name in placement.copied else name for name in large]
         text += f", among them matrices that something else uses: {listed(said)}"
     return Finding("placement", text)

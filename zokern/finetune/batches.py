@@ -6,6 +6,7 @@ unbiased and a forward of short sentences does not pay for the longest one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -125,6 +126,27 @@ def cut(rows: Rows, wanted: Sequence[int], targets: Sequence[int], *, whole: boo
         mask = (torch.arange(longest, device=device) < all_lengths[part, None]).long()
         groups.append(Group(ids, mask, all_lengths[part], all_rows[part], shortest, types))
     return Batch(groups, back, classes)
+
+
+def in_parts(sizes: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Which texts go together: neighbours by length, of at most `most` in all, or one. sizes: what each takes."""
+    parts: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(sizes)), key=lengths.__getitem__):
+        if sizes[i] > room:
+            parts.append([])
+            room = most
+        parts[-1].append(i)
+        room -= sizes[i]
+    return parts
+
+
+def from_parts(parts: Sequence[Sequence[int]], counts: Sequence[int]) -> list[int]:
+    """The permutation that puts rows back which come text by text, in the order of the parts. counts: rows of each text."""
+    starts, at = [0] * len(counts), 0
+    for i in itertools.chain.from_iterable(parts):
+        starts[i], at = at, at + counts[i]
+    return [start + row for start, count in zip(starts, counts, strict=True) for row in range(count)]
 
 
 class Order:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zokern.finetune import adapted
-from zokern.finetune.batches import Batch, Group, Rows, cut
+from zokern.finetune.batches import Batch, Group, Rows, cut, from_parts, in_parts
 from zokern.passes.table import upload
 
 _ROWS = 64  # that a decoder says at once, but for a text that has more
@@ -28,20 +28,9 @@ class Encoded(Group):
 def once(rows: Rows, texts: Sequence[list[int]], targets: Sequence[int]) -> Batch:
     """The batch of the texts that have these rows each. Its groups are Encoded; their results are one for each row."""
     device = rows.ids.device
-    by_length = sorted(range(len(texts)), key=lambda i: rows.lengths[texts[i][0]])
-    parts: list[list[int]] = []
-    room = 0
-    for i in by_length:
-        if len(texts[i]) > room:
-            parts.append([])
-            room = _ROWS
-        parts[-1].append(i)
-        room -= len(texts[i])
-    groups: list[Encoded] = []
-    starts, at = [0] * len(texts), 0
+    counts, groups = list(map(len, texts)), []
+    parts = in_parts(counts, [rows.lengths[own[0]] for own in texts], _ROWS)
     for part in parts:
-        for i in part:
-            starts[i], at = at, at + len(texts[i])
         text = upload(torch.tensor([place for place, i in enumerate(part) for _ in texts[i]]), device)
         said = upload(torch.tensor([row for i in part for row in texts[i]]), device)
         for group in cut(rows, [texts[i][0] for i in part], [], whole=True).groups:
@@ -49,8 +38,7 @@ def once(rows: Rows, texts: Sequence[list[int]], targets: Sequence[int]) -> Batc
             groups.append(
                 Encoded(group.ids, group.mask, group.lengths, group.rows, group.shortest, text=text, said=said)
             )
-    order = [starts[i] + c for i, own in enumerate(texts) for c in range(len(own))]
-    back, classes = (upload(torch.tensor(list(one)), device) for one in (order, targets))
+    back, classes = (upload(torch.tensor(list(one)), device) for one in (from_parts(parts, counts), targets))
     return Batch(groups, back, classes)
 
 

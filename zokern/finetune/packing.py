@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokern.finetune.batches import Batch, Packed, Piece, Rows
+from zokern.finetune.batches import Batch, Packed, Piece, Rows, from_parts, in_parts
 from zokern.passes.table import upload
 
 TOKENS = 1024  # of a forward, but for a text that has more: matrix products are no faster with more
@@ -32,23 +32,11 @@ class Wanted:
 
 def pack(rows: Rows, texts: Sequence[Wanted], targets: Sequence[int]) -> Batch:
     """The batch of some texts' rows. Its groups are Packed; their results are one for each row, text by text."""
-    by_length = sorted(range(len(texts)), key=lambda i: rows.lengths[texts[i].indices[0]])
-    groups: list[list[Wanted]] = []
-    room = 0
-    for i in by_length:
-        size = sum(fed - begin for fed, begin in _fed(rows, texts[i]))
-        if size > room:
-            groups.append([])
-            room = TOKENS
-        groups[-1].append(texts[i])
-        room -= size
-    starts, at = [0] * len(texts), 0
-    for i in by_length:
-        starts[i], at = at, at + len(texts[i].indices)
-    order = [start + c for start, text in zip(starts, texts, strict=True) for c in range(len(text.indices))]
-    device = rows.ids.device
+    sizes = [sum(fed - begin for fed, begin in _fed(rows, text)) for text in texts]
+    parts = in_parts(sizes, [rows.lengths[text.indices[0]] for text in texts], TOKENS)
+    order, device = from_parts(parts, [len(text.indices) for text in texts]), rows.ids.device
     back, classes = (upload(torch.tensor(list(one)), device) for one in (order, targets))
-    return Batch([_packed(rows, group) for group in groups], back, classes)
+    return Batch([_packed(rows, [texts[i] for i in part]) for part in parts], back, classes)
 
 
 def _fed(rows: Rows, text: Wanted) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ probe alone, within rounding. Where one is not so, probes are evaluated one afte
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zokern.optim import repeating
 from zokern.optim.examples import PerExample
+from zokern.optim.pairing import Generators
 from zokern.optim.probing import Probing
 from zokern.passes.update import Terms
 from zokern.placement.forward import Forward
@@ -28,6 +29,7 @@ SHARE = 0.05  # of the losses' spread over the probes that rounding may make
 ROUNDING = 1e-5  # of the losses' size, for float32
 HALF_ROUNDING = 3e-2  # for 16-bit weights or losses
 MIXED = "the model or the closure mixes the rows of a batch, as packing, routed experts and batch norms do"
+Rewind = Callable[[], None] | None  # takes torch's generators back; None where no forward draws
 
 
 @dataclass
@@ -133,12 +135,14 @@ class Sharing:
 
     def _tested(self, probes: list[Terms], kind: Kind) -> list[Tensor]:
         """The losses one after another, and what the test finds, in `kind`."""
-        draws = _Generators({p.device for p in self.probing.sweep.params})
+        generators = Generators({p.device for p in self.probing.sweep.params})
+        before = generators.states()
         alone = self._in_turn(probes)
-        drew = draws.moved()
+        after = generators.states()
+        drew = not all(map(torch.equal, before, after))
         named = {name: list(each) for name, each in self.losses.named.items()}
         try:
-            why_not = self._test(probes, kind, alone, draws if drew else None)
+            why_not = self._test(probes, kind, alone, (lambda: generators.go_to(before)) if drew else None)
         except NotInBlocks as reason:
             why_not = str(reason)
         except Exception as error:
@@ -146,7 +150,7 @@ class Sharing:
         finally:
             self.losses.named = named
             if drew:
-                draws.end()
+                generators.go_to(after)
         if why_not:
             self._give_up(kind, why_not)
         return alone
@@ -159,27 +163,29 @@ class Sharing:
                 "batched", f"batched: probes are evaluated one after another, because {why_not}"
             )
 
-    def _test(self, probes: list[Terms], kind: Kind, alone: list[Tensor], draws: _Generators | None) -> str:
+    def _test(self, probes: list[Terms], kind: Kind, alone: list[Tensor], rewind: Rewind) -> str:
         """Why the rows do not keep apart; "" where they do."""
         count, single = len(probes), Rows(1)
-        self._begin(draws)
+        if rewind is not None:
+            rewind()
         self._together([next(filter(None, probes))], single)
         rows = Rows(count)
         rows.alone = single.alone
-        self._begin(draws)
+        if rewind is not None:
+            rewind()
         losses = torch.stack(self._together(probes, rows))
         for use, found in rows.kinds.items():
             kind.kinds.setdefault(use, set()).update(found)
         reference = torch.stack(alone)
         spread = float(reference.max() - reference.min())
-        if draws is None and not self._agree(losses, reference, spread, rows.half):
+        if rewind is None and not self._agree(losses, reference, spread, rows.half):
             k = int((losses - reference).abs().nan_to_num(torch.inf).argmax())
             return (
                 f"a forward of all gives {float(losses[k]):.6g} as the loss of probe {k}, and a forward of it alone "
                 f"{float(reference[k]):.6g}: {MIXED}"
             )
-        moved, why_not = self._change(probes, kind, losses, draws)
-        kind.open = not moved and (draws is not None or not spread > 0.0)
+        moved, why_not = self._change(probes, kind, losses, rewind)
+        kind.open = not moved and (rewind is not None or not spread > 0.0)
         return why_not
 
     def _agree(self, losses: Tensor, reference: Tensor, spread: float, half: bool) -> bool:
@@ -188,7 +194,7 @@ class Sharing:
         near = (losses - reference).abs() <= most
         return bool((near | (losses == reference) | (losses.isnan() & reference.isnan())).all())
 
-    def _change(self, probes: list[Terms], kind: Kind, losses: Tensor, draws: _Generators | None) -> tuple[bool, str]:
+    def _change(self, probes: list[Terms], kind: Kind, losses: Tensor, rewind: Rewind) -> tuple[bool, str]:
         """Whether any loss has reacted to its own direction; what is wrong. Run b changes the blocks k whose number k + 1
         has bit b, so that no two blocks change in the same runs."""
         count, some = len(probes), next(filter(None, probes))
@@ -200,7 +206,8 @@ class Sharing:
                     {seed: factor * a for seed, a in (terms or some).items()} if turn else terms
                     for terms, turn in zip(probes, changed, strict=True)
                 ]
-                self._begin(draws)
+                if rewind is not None:
+                    rewind()
                 found = torch.stack(self._together(other, Rows(count, kind.kinds)))
                 for k, (before, after) in enumerate(zip(losses.tolist(), found.tolist(), strict=True)):
                     same = before == after or (before != before and after != after)
@@ -210,36 +217,6 @@ class Sharing:
             if moved:
                 return True, ""
         return False, ""
-
-    def _begin(self, draws: _Generators | None) -> None:
-        if draws is not None:
-            draws.start()
-
-
-class _Generators:
-    """torch's, of the host and of the parameters' devices: as they were, and where one step's forwards leave them."""
-
-    def __init__(self, devices: set[torch.device]) -> None:
-        self.every = [torch.default_generator]
-        for device in devices:
-            if device.type == "cuda":
-                self.every.append(torch.cuda.default_generators[device.index or 0])
-        self.before = [one.get_state() for one in self.every]
-        self.after = self.before
-
-    def moved(self) -> bool:
-        self.after = [one.get_state() for one in self.every]
-        return not all(map(torch.equal, self.before, self.after))
-
-    def start(self) -> None:
-        self._go(self.before)
-
-    def end(self) -> None:
-        self._go(self.after)
-
-    def _go(self, states: list[Tensor]) -> None:
-        for one, state in zip(self.every, states, strict=True):
-            one.set_state(state)
 
 
 def _size(kinds: dict[Hashable, set[bool]]) -> int:

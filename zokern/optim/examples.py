@@ -6,7 +6,7 @@ closure returns, or their sum with reduction="sum"; micro-batches are then put t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zokern import _checks
-from zokern.optim import causes, repeating
+from zokern.optim import repeating
 from zokern.optim.losses import HALVES, Losses
 from zokern.passes.update import CPU
 from zokern.placement.rows import Rows
@@ -40,11 +40,11 @@ def losses_of(batched: object, *args: Any, **named: Any) -> Losses:
 
 class PerExample(Losses):
     """Of a step in which batched is given. sizes: the rows of each micro-batch. most: probes that a forward may take, None
-    for any number. largest: how many one took."""
+    for any number. largest: how many one took. rows: of the forward under way."""
 
     def __init__(self, *args: Any, most: int | None = None, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.most, self.largest = most, 1
+        self.most, self.largest, self.rows = most, 1, Rows(1)
         if self.batches is None:
             raise ValueError(
                 "batched repeats the tensors of batches for each direction, and batches are not given: give them, and a "
@@ -57,33 +57,23 @@ class PerExample(Losses):
 
     def of_blocks(self, counters: Counters, device: torch.device | None, rows: Rows) -> list[Tensor]:
         """The loss of each block, 0-d."""
+        self.rows = rows
+        return list(super().evaluate(counters, device).unbind())
+
+    def _arguments(self) -> Iterator[tuple[Any, ...]]:
         assert self.batches is not None
-        losses, by_name = [], []
         for batch, size in zip(self.batches, self.sizes, strict=True):
-            rows.batch = size
-            try:
-                returned = self.closure(repeating.repeated(batch, size, rows.count))
-            except RuntimeError as error:
-                if causes.is_of_backward(error):
-                    raise RuntimeError(causes.LEAVE_OUT) from error
-                raise
-            counters.forwards += 1
-            if isinstance(returned, Mapping):
-                by_name.append({name: self._each(one, device, rows, name) for name, one in returned.items()})
-                losses.append(self._weighted(by_name[-1]))
-            else:
-                losses.append(self._each(returned, device, rows))
-        if by_name:
-            self._note(by_name, len(losses))
-        return list(self._together(losses).unbind())
+            self.rows.batch = size
+            yield (repeating.repeated(batch, size, self.rows.count),)
 
     def metrics(self) -> dict[str, Tensor]:
         """Also "probes_per_forward", the most that shared one: 1 where they were evaluated one after another."""
         largest = torch.tensor(float(self.largest), device=self.each[0].device)
         return {**super().metrics(), "probes_per_forward": largest}
 
-    def _each(self, returned: Any, device: torch.device | None, rows: Rows, name: str | None = None) -> Tensor:
+    def _number(self, returned: Any, device: torch.device | None, name: str | None = None) -> Tensor:
         """The loss of each block of a micro-batch, float64 [N]."""
+        rows = self.rows
         which, wanted = "the loss" if name is None else f"the loss {name!r}", rows.count * rows.batch
         if isinstance(returned, Sequence | np.ndarray) and not isinstance(returned, str):
             numbers = [x.item() if isinstance(x, Tensor | np.ndarray | np.generic) else x for x in returned]
@@ -100,10 +90,7 @@ class PerExample(Losses):
                 "(reduction='none'), or leave out batched"
             )
         if self.loss_weights and name is None:
-            raise TypeError(
-                f"loss_weights are given for {', '.join(map(repr, self.loss_weights))}, and the closure returns one loss; "
-                "return a dict of losses by name"
-            )
+            raise self.unnamed()
         if returned.dtype.is_complex or returned.layout is not torch.strided:
             raise TypeError(f"closure must return {which} as real numbers in a dense tensor")
         if returned.dtype in HALVES:
@@ -124,10 +111,7 @@ class PerExample(Losses):
     def _note(self, by_name: list[dict[str, Tensor]], count: int) -> None:
         before = {name: len(each) for name, each in self.named.items()}
         super()._note(by_name, count)
-        for (
-            name,
-            each,
-        ) in self.named.items():  # one number for all blocks: as often as there are, for the mean over probes
-            blocks = next(iter(by_name[0].values())).shape[0]
+        for name, each in self.named.items():
+            # One number for all blocks: as often as there are, for the mean over probes.
             if len(each) > before.get(name, 0):
-                each.extend([each[-1]] * (blocks - 1))
+                each.extend([each[-1]] * (self.rows.count - 1))

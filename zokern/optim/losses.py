@@ -122,7 +122,7 @@ class Losses:
     def evaluate(self, counters: Counters, device: torch.device | None = None) -> Tensor:
         """The loss of the weights that the closure sees now. device: where it has to be; None for anywhere."""
         losses, by_name = [], []
-        for i, arguments in enumerate([()] if self.batches is None else zip(self.batches, strict=True)):
+        for i, arguments in enumerate(self._arguments()):
             if self.draws is not None:
                 self.draws.start(i)
             try:
@@ -140,6 +140,17 @@ class Losses:
         if by_name:
             self._note(by_name, len(losses))
         return losses[0] if self.batches is None else self._together(losses)
+
+    def unnamed(self) -> TypeError:
+        """What is wrong with one loss where losses have weights by name."""
+        return TypeError(
+            f"loss_weights are given for {', '.join(map(repr, self.loss_weights))}, and the closure returns one loss; "
+            "return a dict of losses by name"
+        )
+
+    def _arguments(self) -> Iterable[tuple[Any, ...]]:
+        """What the closure is called with, for each micro-batch."""
+        return [()] if self.batches is None else zip(self.batches, strict=True)
 
     def gather(self, losses: list[Tensor]) -> list[Tensor]:
         """A round's losses, as all processes have them; minus these where the step is to maximize."""
@@ -212,10 +223,7 @@ class Losses:
     def _number(self, loss: Any, device: torch.device | None, name: str | None = None) -> Tensor:
         """As float64, 0-d, or 1-D where the method takes vectors. name: of one loss among several."""
         if self.loss_weights and name is None:
-            raise TypeError(
-                f"loss_weights are given for {', '.join(map(repr, self.loss_weights))}, and the closure returns one loss; "
-                "return a dict of losses by name"
-            )
+            raise self.unnamed()
         which = "the loss" if name is None else f"the loss {name!r}"
         if device is not None and (not isinstance(loss, Tensor) or loss.device != device):
             raise TypeError(f"closure must return {which} as a tensor on {device} to be captured")

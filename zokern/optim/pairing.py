@@ -48,38 +48,45 @@ def announce(module: nn.Module) -> None:
         )
 
 
+class Generators:
+    """torch's, of the host and of these devices."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._every = [torch.default_generator]
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.init()
+                self._every.append(torch.cuda.default_generators[device.index or 0])
+
+    def states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._every]
+
+    def go_to(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._every, states, strict=True):
+            generator.set_state(state)
+
+
 class Draws:
     """Of one step: the generators' states at the start of each micro-batch of the first probe, and after it."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._generators = [torch.default_generator]
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.init()
-                self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._generators = Generators(devices)
         self._starts: list[list[Tensor]] = []
         self._after: list[Tensor] | None = None
 
     def start(self, i: int) -> None:
         """Of the i-th micro-batch of a probe."""
         if self._after is None:
-            self._starts.append(self._now())
+            self._starts.append(self._generators.states())
         else:
-            self._go(self._starts[i])
+            self._generators.go_to(self._starts[i])
 
     def probed(self) -> None:
         """A probe has ended."""
         if self._after is None:
-            self._after = self._now()
+            self._after = self._generators.states()
 
     def end(self) -> None:
         """The step has: the user's stream goes on."""
         if self._after is not None:
-            self._go(self._after)
-
-    def _now(self) -> list[Tensor]:
-        return [generator.get_state() for generator in self._generators]
-
-    def _go(self, states: list[Tensor]) -> None:
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
+            self._generators.go_to(self._after)

@@ -8,6 +8,7 @@ here, and nowhere else.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,15 +100,10 @@ def _operator(
 ) -> None:
     """What `through_torch` took apart, together again. prepared: nothing; graphs that version 0.1 recorded give it. shapes:
     each as the number of its sizes and these."""
-    states, direction, whole, rest = (
-        [state for state in (first, second) if state],
-        directions.parse(distribution),
-        [],
-        shapes,
-    )
-    while rest:
-        whole.append(tuple(rest[1 : 1 + rest[0]]))
-        rest = rest[1 + rest[0] :]
+    states, direction = [state for state in (first, second) if state], directions.parse(distribution)
+    sizes, whole = iter(shapes), []
+    for dims in sizes:
+        whole.append(tuple(itertools.islice(sizes, dims)))
     operands = Operands(
         src, dst, states, tensor_ids, offsets, groups, strides=strides, rank=directions.rank(direction), shapes=whole
     )

@@ -99,6 +99,11 @@ class Chain:
     enabled: Tensor | None = None
 
     @property
+    def seeds(self) -> list[Tensor]:
+        """Of each stage."""
+        return [numbers.seeds for _, numbers in self.stages]
+
+    @property
     def keep_second(self) -> bool:
         return not any(spec.rule.written == 2 and not spec.keep_second for spec, _ in self.stages)
 

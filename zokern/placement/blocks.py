@@ -195,11 +195,8 @@ def _joined(results: list[Any], rows: Rows, parameter: str, name: str, of_rows: 
             if not parts[0].dim():
                 raise NotInBlocks(f"{name} of {parameter} makes one number of the rows of a block")
             joined.append(torch.cat(parts))
+        elif to_rows and rows.have(parts[0].shape, (parameter, name, "result")):  # repeated as often as there are rows
+            joined.append(torch.cat([split(part, rows.count)[k] for k, part in enumerate(parts)]))
         else:
-            if to_rows and rows.have(
-                parts[0].shape, (parameter, name, "result")
-            ):  # repeated as often as there are rows
-                joined.append(torch.cat([split(part, rows.count)[k] for k, part in enumerate(parts)]))
-            else:
-                joined.append(PerBlock(torch.stack(parts), rows, parameter))
+            joined.append(PerBlock(torch.stack(parts), rows, parameter))
     return pytree.tree_unflatten(joined, trees[0][1])

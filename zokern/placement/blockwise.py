@@ -15,23 +15,9 @@ from torch.nn import functional
 
 from zokern.placement.blocks import BlockMatrix, Blocks, PerBlock, flagged, handles
 from zokern.placement.rows import NotInBlocks, Rows
+from zokern.placement.thin import coefficients, spread
 
 # ------------------------------------------------------------------------------------------------------------- products
-
-
-def _coefficients(x: Tensor, into: Tensor, scale: Tensor) -> Tensor:
-    """(x into^T) scale, [N, R, K], float32 but for bfloat16, whose sums are rounded once. x [N, R, i], into [N, K, i]."""
-    if x.dtype == torch.bfloat16:
-        return torch.bmm(x, into.to(torch.bfloat16).mT).float().mul_(scale.unsqueeze(1))
-    return torch.bmm(x.float(), into.float().mT).mul_(scale.unsqueeze(1))
-
-
-def _spread(p: Tensor, out_of: Tensor, start: Tensor | None) -> Tensor:
-    """start + p out_of, [N, R, m], in the dtype of `out_of` [N, K, m]. start: what broadcasts to the result."""
-    p = p.to(out_of.dtype)
-    if out_of.shape[1] == 1:  # no product: each row is a multiple of one
-        return p * out_of if start is None else torch.addcmul(start, p, out_of)
-    return torch.bmm(p, out_of) if start is None else torch.baddbmm(start, p, out_of)
 
 
 class _Input:
@@ -75,10 +61,12 @@ def _product(x: Tensor, weight: BlockMatrix, use: str, bias: Any, *, turned: boo
         leaf = weight.base if weight.leaf is None else weight.leaf
         out = torch.matmul(given.flat, leaf if turned else leaf.t())
         with torch.autocast(out.device.type, enabled=False):
-            thin = _spread(_coefficients(_all(given.each, rows), into, weight.scale), out_of.to(out.dtype), None)
+            thin = spread(
+                coefficients(_all(given.each, rows), into, weight.scale.unsqueeze(1)), out_of.to(out.dtype), None
+            )
             thin += out.view(len(given.each), -1, out.shape[-1])
             return given.back(thin if start is None else thin.add_(start.to(out.dtype)), weight.parameter)
-    thin = _spread(_coefficients(_all(given.each, rows), into, weight.scale), out_of, start)
+    thin = spread(coefficients(_all(given.each, rows), into, weight.scale.unsqueeze(1)), out_of, start)
     if type(base) is Tensor and len(given.each) == rows.count:
         return given.back(thin.view(-1, thin.shape[-1]).addmm_(given.flat, base), weight.parameter)
     return given.back(thin.add_((given.flat @ base).view(len(given.each), -1, thin.shape[-1])), weight.parameter)
@@ -157,7 +145,7 @@ def embedding(
         p = weight.left.gather(2, own.unsqueeze(1).expand(-1, weight.left.shape[1], -1)).mT.float()
         with torch.autocast(plain.device.type, enabled=False):
             start = plain.reshape(rows.count if are_rows else 1, -1, plain.shape[-1]).float()
-            out = _spread(p * weight.scale.unsqueeze(1), weight.right.float(), start.expand(rows.count, -1, -1))
+            out = spread(p * weight.scale.unsqueeze(1), weight.right.float(), start.expand(rows.count, -1, -1))
             out = out.to(plain.dtype)
     if are_rows:
         return out.view(*ids.shape, -1)

@@ -24,9 +24,8 @@ Handler = Callable[..., Any]  # of a torch function: returns NotImplemented wher
 HANDLERS: dict[Any, Handler] = {}
 PARTS: set[Any] = set()  # those functions that only make other stand-ins
 USED = [False]  # whether anything was computed with a stand-in since somebody has set it back
-TRACED = [
-    False
-]  # whether torch's compiler has ever made code that looks at stand-ins, which does not tell that it does
+# Whether torch's compiler has ever made code that looks at stand-ins, which does not tell that it does.
+TRACED = [False]
 
 _GETTERS = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",

@@ -22,35 +22,38 @@ def is_plain(x: Any) -> bool:
     return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
-def _coefficients(rows: Tensor, into: Tensor, scale: Tensor) -> Tensor:
+def coefficients(rows: Tensor, into: Tensor, scale: Tensor) -> Tensor:
     """(rows into^T) scale, [N, K], float32 but for bfloat16, whose sums are rounded once. into [K, n]: float16 is widened,
-    as it may not hold the sums."""
+    as it may not hold the sums. All with one dimension more in front for a batch of them."""
     if rows.dtype == torch.bfloat16:
-        return functional.linear(rows, into.to(torch.bfloat16)).float().mul_(scale)
+        return torch.matmul(rows, into.to(torch.bfloat16).mT).float().mul_(scale)
     if rows.dtype != into.dtype or rows.dtype != torch.float32:
         rows, into = rows.float(), into.float()
-    return functional.linear(rows, into).mul_(scale)
+    return torch.matmul(rows, into.mT).mul_(scale)
 
 
-def _spread(p: Tensor, out_of: Tensor, bias: Tensor | None) -> Tensor:
-    """bias + p out_of, [N, m], in the dtype of `out_of`."""
+def spread(p: Tensor, out_of: Tensor, start: Tensor | None) -> Tensor:
+    """start + p out_of, [N, m], in the dtype of `out_of` [K, m]; or with one dimension more in front. start: what
+    broadcasts to the result."""
     p = p if p.dtype == out_of.dtype else p.to(out_of.dtype)
-    if out_of.shape[0] == 1:  # no product: each row is a multiple of one
-        return p * out_of if bias is None else torch.addcmul(bias, p, out_of)
-    return p @ out_of if bias is None else torch.addmm(bias, p, out_of)
+    if out_of.shape[-2] == 1:  # no product: each row is a multiple of one
+        return p * out_of if start is None else torch.addcmul(start, p, out_of)
+    if start is None:
+        return p @ out_of
+    return torch.addmm(start, p, out_of) if out_of.dim() == 2 else torch.baddbmm(start, p, out_of)
 
 
 def _behind(out: Tensor, rows: Tensor, into: Tensor, scale: Tensor, out_of: Tensor) -> Tensor:
     """out, which autocast has rounded, with the thin part added."""
     with torch.autocast(out.device.type, enabled=False):
-        p = _coefficients(rows, into, scale)
+        p = coefficients(rows, into, scale)
         flat = out.reshape(-1, out.shape[-1])
-        return _spread(p, out_of.to(out.dtype), flat).view(out.shape)
+        return spread(p, out_of.to(out.dtype), flat).view(out.shape)
 
 
 def _product(rows: Tensor, matrix: Tensor, into: Tensor, scale: Tensor, out_of: Tensor, bias: Tensor | None) -> Tensor:
     """bias + rows matrix + ((rows into^T) scale) out_of: rows [N, i], matrix [i, o], into [K, i], out_of [K, o]."""
-    return _spread(_coefficients(rows, into, scale), out_of, bias).addmm_(rows, matrix)
+    return spread(coefficients(rows, into, scale), out_of, bias).addmm_(rows, matrix)
 
 
 def _castable(weight: PlusLowRank) -> Tensor:
@@ -126,7 +129,7 @@ def embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = 
     p = weight.left.index_select(1, flat).t().float() * weight.scale
     rows = out.view(-1, out.shape[-1]).float()
     with torch.autocast(out.device.type, enabled=False):
-        return _spread(p, weight.right.float(), rows).to(out.dtype).view(out.shape)
+        return spread(p, weight.right.float(), rows).to(out.dtype).view(out.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- several matrices

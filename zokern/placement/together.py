@@ -21,7 +21,7 @@ from zokern.placement import blockwise as _products  # noqa: F401  blocks know t
 from zokern.placement import elementwise as _numbers  # noqa: F401
 from zokern.placement import plus, sites
 from zokern.placement.blocks import BlockMatrix, PerBlock
-from zokern.placement.factors import Factors
+from zokern.placement.factors import Factors, by_device
 from zokern.placement.rows import NotInBlocks, Rows
 from zokern.sweep import Member, Sweep
 
@@ -96,14 +96,12 @@ class Together:
         self.lower = [m for m in owner.lower if id(m.param) not in written]
         self.dense = [*owner.dense, *(m for m in owner.lower if id(m.param) in written)]
         self._small(count)
-        by_device: dict[torch.device, list[int]] = {}
-        for i, m in enumerate(self.lower):
-            by_device.setdefault(m.param.device, []).append(i)
+        for m in self.lower:
             one = BlockMatrix(m.param.detach(), Rows(count), m.name, m.param.requires_grad)
             one.leaf = nn.Parameter(m.param.detach(), m.param.requires_grad)
             one.__dict__.update(m.param.__dict__)
             self.matrices.append(one)
-        for device, at in by_device.items():
+        for device, at in by_device(self.lower).items():
             pools = self.factor_pools.setdefault(device, {})
             factors = Factors([self.lower[i] for i in at], at, owner.rank, owner.passes.backend, pools)
             views = factors.of(len(owner.eps), count * width)

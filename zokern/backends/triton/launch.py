@@ -203,8 +203,7 @@ def run_chain(table: Table, chain: Chain) -> None:
     # Not where a stage's factors are, but how many seeds come before its own: the same for each piece.
     rows[:, -1] = rows[:, 4].cumsum(0) - rows[:, 4]
     stages = parcel.send(rows)
-    seeds = [numbers.seeds for _, numbers in there.stages]
-    for num_chunks, directions in launches(table, chain.stages[0][0].direction, seeds):
+    for num_chunks, directions in launches(table, chain.stages[0][0].direction, there.seeds):
         with _launch_context(device):
             chain_kernel[(num_chunks,)](
                 table.tensors,
