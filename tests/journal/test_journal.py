@@ -428,7 +428,8 @@ def record(body: bytes, crc: int) -> bytes:
     ("body", "word"),
     [
         (bytes([9]), r"kind 9 \(unknown\); install a newer zokern"),
-        (bytes([5]), r"kind 5 \(fold\); install a newer zokern"),
+        (bytes([6]), r"kind 6 \(ranks\); install a newer zokern"),
+        (bytes([5]), "index out of range"),
         (bytes([2]) + b"{", "no JSON"),
         (bytes([2]) + b"[1]", "no JSON object"),
         (bytes([2]) + json.dumps({"numbers": 1 << 40}).encode(), "memory is no whole number"),

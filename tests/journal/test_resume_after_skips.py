@@ -12,7 +12,7 @@ import torch
 from tests.methods import METHODS, build, equal, given, scripted, weights
 from tests.models import small
 from zokern import journal
-from zokern.journal.hashing import hash_of
+from zokern.hashing import hash_of
 
 
 @pytest.mark.parametrize("name", ["mezo", "mezo-adam", "mezo-adam-one-sided", "mezo-adamezo", "helene", "hizoo"])

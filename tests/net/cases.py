@@ -43,7 +43,13 @@ LOW_RANK = {  # with a few cases each
     "fzoo-lowrank": (zokern.FZOO, {"candidates": 3, "distribution": "lowrank:1"}),
     "es-lowrank": (zokern.ES, {"num_directions": 3, "antithetic": True, "distribution": "lowrank:2"}),
 }
-ALL = METHODS | LOW_RANK
+FOLDS = {  # updates that wait, with placement="forward"
+    "mezo-folds": (
+        zokern.MeZO, {"weight_decay": 0.1, "num_samples": 2, "distribution": "lowrank:2", "fold_every": 3},
+    ),
+    "fzoo-folds": (zokern.FZOO, {"candidates": 3, "distribution": "lowrank:1", "fold_every": 2}),
+}  # fmt: skip
+ALL = METHODS | LOW_RANK | FOLDS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = 4
 
@@ -87,4 +93,8 @@ def every() -> list[Case]:
         found += [Case(method, p, d) for p, d in (("inplace", "float32"), ("shadow", "float16"))]
         found += [Case(method, "stream", "bfloat16", what=what) for what in ("resumed", "skipped", "broken", "saved")]
         found.append(Case(method, "shadow", "bfloat16", what="pipelined", settings={"pipelined": True}))
+    for method in FOLDS:
+        found += [Case(method, "forward", d, what=what) for d, what in (
+            ("float32", "plain"), ("bfloat16", "plain"), ("float16", "resumed"), ("bfloat16", "skipped"),
+            ("float32", "broken"), ("bfloat16", "saved"), ("float32", "groups"), ("bfloat16", "by-hand"))]  # fmt: skip
     return found

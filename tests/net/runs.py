@@ -100,6 +100,11 @@ def do(case: Case, path: Path, saved: bytes | None = None) -> dict[str, Any]:
         opt.load_state_dict(loaded)
         found["saved"] = own.getvalue()
         steps(case, model, opt, 2, STEPS, figures)
+    elif case.what == "by-hand":
+        with journal.write(opt, path):
+            steps(case, model, opt, 0, 2, figures)
+            found["folded"] = opt.fold()
+            steps(case, model, opt, 2, STEPS, figures)
     else:
         with journal.write(opt, path):
             steps(case, model, opt, 0, STEPS, figures)

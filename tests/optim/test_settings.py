@@ -125,7 +125,7 @@ def test_signature_and_docstring_have_every_setting(cls: type[ZerothOrderOptimiz
     assert all(len(line) <= 124 for line in str(cls.__doc__).splitlines())
     opt = cls(model(), 1e-3)
     stored = {one.name for one in cls.settings.values() if one.kept and one.name not in Common.settings}
-    assert set(opt.options) == stored | {"distribution", "rounding", "layers", "maximize"}
+    assert set(opt.options) == stored | {"distribution", "rounding", "layers", "maximize", "fold_every"}
 
 
 def test_unknown_arguments_are_named_with_what_may_be_meant() -> None:

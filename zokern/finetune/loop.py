@@ -208,7 +208,8 @@ class _Training:
     def _assess(self) -> tuple[float, float]:
         start = time.perf_counter()
         try:
-            accuracy, loss = evaluate(self.task, "eval", self.options.eval_batch_size, self._check)
+            with self.optimizer.folded():
+                accuracy, loss = evaluate(self.task, "eval", self.options.eval_batch_size, self._check)
         finally:
             self.evaluating += time.perf_counter() - start
         self.status.accuracy = accuracy

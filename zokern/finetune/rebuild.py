@@ -39,7 +39,7 @@ def rebuild(
     """
     about = Reader(path).header.get("about") or {}
     whole = isinstance(about, dict) and "objective" in about
-    options = {"until": until, "verify": verify, "backend": backend, "progress": progress}
+    options = {"until": until, "verify": verify, "fold": True, "backend": backend, "progress": progress}
     place = output if output.name else output.absolute()
     kind, sources = ("directory" if whole else "file"), (Path(base), path)
     with failures.telling(f"--output {str(output)!r} cannot be written", "make room there, or give another name"):

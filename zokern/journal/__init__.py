@@ -12,9 +12,9 @@ The format is in format.py and docs/journal.md; what a file may say in checks.py
 
 from __future__ import annotations
 
+from zokern.hashing import hash_of
 from zokern.journal.appending import append
 from zokern.journal.format import JournalError
-from zokern.journal.hashing import hash_of
 from zokern.journal.reader import Reader
 from zokern.journal.replay import replay
 from zokern.journal.run import mark, resume, write

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from zokern.hashing import hash_of
 from zokern.journal import format as journal
 from zokern.journal.files import cut, locked
 from zokern.journal.fit import check, is_base
 from zokern.journal.format import SYNC_SECONDS, JournalError
-from zokern.journal.hashing import hash_of
 from zokern.journal.reader import Mark, Reader
 from zokern.journal.record import Recorder
 from zokern.journal.run import OF_A_RUN, recording, refuse_another_run

@@ -24,7 +24,7 @@ _HASH = re.compile(r"[0-9a-f]{32}")
 _WEIGHTS = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _STATES = {name: sorted({dtype for rule in RULES.values() if name in rule.states for dtype in rule.state_dtypes})
            for rule in RULES.values() for name in rule.states}  # fmt: skip
-_FLAGS = ("stochastic", "rounded", "square_of_sum", "keep_second")
+_FLAGS = ("stochastic", "rounded", "square_of_sum", "keep_second", "deferred")
 
 
 def header(value: Mapping[str, Any]) -> None:
@@ -95,8 +95,8 @@ def layout(value: Mapping[str, Any]) -> None:
         raise ValueError("two parameters have one name or one tensor id")
 
 
-def signature(value: Mapping[str, Any], states: Mapping[str, list[Any]]) -> int:
-    """The passes of a step; returns how many numbers its frame has. states: the header's."""
+def signature(value: Mapping[str, Any], states: Mapping[str, list[Any]], folds: bool = False) -> int:
+    """The passes of a step; returns how many numbers its frame has. states: the header's. folds: it has that feature."""
     memory = _integer(value.get("memory"), "memory", 0, MAX_NUMBERS)
     numbers = 2 * memory + _integer(value.get("groups"), "groups", 1, MAX_ROWS) + 1
     passes = value.get("passes")
@@ -125,6 +125,8 @@ def signature(value: Mapping[str, Any], states: Mapping[str, list[Any]]) -> int:
             raise ValueError(f"passes[{i}] has {sorted(unknown)[0]!r}, which this zokern does not know")
         if (one.get("keep_second") and rule.written < 2) or (one.get("square_of_sum") and "V" not in rule.coefs):
             raise ValueError(f"passes[{i}]: {rule.name} knows no such flag")
+        if one.get("deferred") and (not folds or rule.name != "axpy"):
+            raise ValueError(f"passes[{i}]: {rule.name} cannot wait, or the header lacks the feature 'fold'")
         if one.get("stochastic") and not one.get("rounded"):
             raise ValueError(f"passes[{i}]: stochastic without a seed to round with")
         numbers += rows * (len(rule.coefs) * len(seeds) + len(rule.scalars))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from zokern.hashing import hash_of
 from zokern.journal.format import JournalError
-from zokern.journal.hashing import hash_of
 from zokern.journal.player import Player
 from zokern.journal.reader import Reader, Step
 

@@ -10,8 +10,8 @@ moved without being noticed; and since the one before stands in the file too, go
 (search.py). In format 1 the checksum of a record is of its body alone; it is read, and a run taken up from one goes on so.
 
 The header's "features" are names of what a reader has to know beside this page, and a reader refuses those that it does not
-know: "lowrank", the directions of that name. The body's first byte is its kind (the low four bits) and flags (the high
-four):
+know: "lowrank", the directions of that name; "fold", updates that wait. The body's first byte is its kind (the low four
+bits) and flags (the high four):
 
     1  layout      JSON: an object that describes the parameters, from here on
     2  signature   JSON: the passes of a step, numbered from 0 in the order of these records
@@ -19,15 +19,17 @@ four):
                    a float32 for each bit that is set: those numbers that differ from the signature's last frame
 
     4  mark        JSON: {"step": steps done, "hash": of the weights}, for --verify
-    5  fold        reserved: directions that wait, added to the weights
+    5  fold        as a step: its pass adds all that waits to the weights, between steps; directions and rounding are
+                   counted from the last step
     6  ranks       reserved: the processes that evaluate a step's probes
     7  lag         reserved: how many steps a record comes after its step
     8  sampling    reserved: generators of a reward's samples
 
 A frame is all the numbers of a step: for each pass that wrote to the weights its coefficients [rows, coefs, seeds] and its
 scalars [rows, scalars] as the pass read them, then what the method remembers of the step (float64, as two halves each),
-then each parameter group's lr, then the loss. Flags of a step: 1 skipped, 2 broken off by an exception (what its passes
-did was undone, but for rounding).
+then each parameter group's lr, then the loss. A pass that is "deferred" in the signature was not done: the update waits,
+and is among the directions of the next pass that is done, or of a fold. Flags of a step: 1 skipped, 2 broken off by an
+exception (what its passes did was undone, but for rounding).
 """
 
 from __future__ import annotations
@@ -44,10 +46,10 @@ import numpy.typing as npt
 
 PREFIX = b"zkjrnl\x00"
 VERSION = 2
-LAYOUT, SIGNATURE, STEP, MARK = 1, 2, 3, 4
-RESERVED = {5: "fold", 6: "ranks", 7: "lag", 8: "sampling"}
-LOW_RANK = "lowrank"
-FEATURES = frozenset({LOW_RANK})  # that this reader knows
+LAYOUT, SIGNATURE, STEP, MARK, FOLD = 1, 2, 3, 4, 5
+RESERVED = {6: "ranks", 7: "lag", 8: "sampling"}
+LOW_RANK, FOLDS = "lowrank", "fold"
+FEATURES = frozenset({LOW_RANK, FOLDS})  # that this reader knows
 SKIPPED, BROKEN_OFF = 1, 2
 MAX_RECORD, MAX_JSON, MAX_SIGNATURES, MAX_NUMBERS = 1 << 24, 1 << 23, 1 << 16, 1 << 24
 SYNC_SECONDS = 10.0
@@ -91,12 +93,12 @@ def checksum(version: int, head: bytes, body: bytes, previous: int) -> int:
     return zlib.crc32(body, zlib.crc32(head, previous) if version > 1 else previous)
 
 
-def encode_step(signature: int, flags: int, frame: Frame, last: Frame) -> bytes:
-    """The body of a step's record. Numbers are compared as bits, so that NaN and -0.0 come back as they were."""
+def encode_step(signature: int, flags: int, frame: Frame, last: Frame, kind: int = STEP) -> bytes:
+    """The body of a step's record, or a fold's. Compared as bits, NaN and -0.0 come back as they were."""
     changed = frame.view(np.uint32) != last.view(np.uint32)
     mask: bytes = np.packbits(changed, bitorder="little").tobytes()
     values: bytes = frame[changed].astype("<f4").tobytes()
-    return bytes([STEP | flags << 4]) + varint(signature) + mask + values
+    return bytes([kind | flags << 4]) + varint(signature) + mask + values
 
 
 def decode_step(body: bytes, frames: list[Frame]) -> tuple[int, int, Frame]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from zokern import directions
 from zokern.contract.rules import RULES, Rule
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
-from zokern.journal.format import JournalError
+from zokern.journal.format import BROKEN_OFF, JournalError
 from zokern.journal.reader import Reader, Step
 from zokern.layers import draw
 from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, rule_of_probes
+from zokern.placement.pending import NONE, moves
 from zokern.sweep import Member, Passes, Sweep
 
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
@@ -40,6 +41,9 @@ class Player:
         self.seed = int(reader.header["seed"])
         self.members: list[Member] = []
         self.waiting: list[tuple[PassSpec, PassNumbers]] = []
+        self.pending = NONE  # updates that wait, of the parameters `of`
+        self.of: list[Member] = []
+        self.last = 0  # the step that was played last
         self.checked: object = None  # the layout that was last looked at
         self._chosen: dict[tuple[int, frozenset[int]], tuple[Any, Chosen, int]] = {}
 
@@ -85,7 +89,31 @@ class Player:
         """One step; returns the blocks that it left out."""
         dropped, chosen, _ = self.active(step)
         self._passes_of(step, chosen)
+        if not step.flags & BROKEN_OFF:
+            self._keep(step, chosen)
         return dropped
+
+    def _keep(self, step: Step, chosen: Chosen) -> None:
+        """What waits after a step: all steps between two folds have an update that does."""
+        updates, self.last = self.deferred(step), step.number
+        if not updates:
+            self.pending = NONE
+            return
+        for one in updates:
+            coefs, decay = one.coefs[:, 0], one.shared[:, 0]
+            self.pending = self.pending.plus(one.seeds.tolist(), coefs, decay, decays=True)
+        self.of = [Member(p, i, row, name) for p, i, row, name in chosen]
+
+    def fold(self) -> None:
+        """Adds what waits, as the optimizer's fold() after the last step would have."""
+        self.flush()
+        rounding = self.reader.header["options"].get("rounding", "auto")
+        seeds = [derive_seed(self.seed, self.last, stream) for stream in (ROUNDING_STREAM, STATE_STREAM)]
+        numbers = self.pending.numbers(self.pending.decay, {}, torch.tensor(seeds, dtype=torch.int64, device="cpu"))
+        if self.pending.steps and moves(numbers):
+            spec = PassSpec(RULES["axpy"], self.passes.direction, "nearest" if rounding == "nearest" else "stochastic")
+            self.passes.run(Sweep(self.of), spec, numbers)
+        self.pending = NONE
 
     def active(self, step: Step) -> tuple[set[int], Chosen, int]:
         """The blocks that a step left out; its parameters; the number of their rows.
@@ -121,7 +149,19 @@ class Player:
             chosen.append((p, tensor_id, rows.setdefault((group, key), len(rows)), name))
         return chosen, len(rows)
 
+    def deferred(self, step: Step) -> list[PassNumbers]:
+        """The updates of a step that wait."""
+        return [numbers for one, _, numbers in self._told(step) if one.get("deferred")]
+
     def _passes_of(self, step: Step, chosen: Chosen) -> None:
+        for one, spec, numbers in self._told(step):
+            if not one.get("deferred"):
+                kept = spec.rule.states
+                members = [Member(p, i, row, name, {s: self.states(p, s) for s in kept}) for p, i, row, name in chosen]
+                self._wait(members, (spec, numbers))
+
+    def _told(self, step: Step) -> Iterator[tuple[dict[str, Any], PassSpec, PassNumbers]]:
+        """The passes of a step, each as its signature has it, and what it was told."""
         at = 0
         for one in step.signature["passes"]:
             rule = RULES[one["rule"]]
@@ -129,9 +169,6 @@ class Player:
             shape = one["rows"], len(rule.coefs), len(seeds)
             coefs, at = _take(step.frame, at, shape)
             shared, at = _take(step.frame, at, (one["rows"], len(rule.scalars)))
-            members = [
-                Member(p, i, row, name, {s: self.states(p, s) for s in rule.states}) for p, i, row, name in chosen
-            ]
             rounding = (
                 derive_seed(self.seed, step.number, ROUNDING_STREAM),
                 derive_seed(self.seed, step.number, STATE_STREAM),
@@ -145,7 +182,7 @@ class Player:
             )
             told = torch.tensor(rounding, dtype=torch.int64, device="cpu") if one.get("rounded") else None
             seeds_of = torch.tensor(seeds, dtype=torch.int64, device="cpu")
-            self._wait(members, (spec, PassNumbers(seeds_of, coefs, shared, told)))
+            yield one, spec, PassNumbers(seeds_of, coefs, shared, told)
 
 
 def _rule_of(rules: set[Rule]) -> Rule | None:

@@ -24,6 +24,8 @@ import numpy as np
 from zokern.journal import checks
 from zokern.journal.format import (
     BROKEN_OFF,
+    FOLD,
+    FOLDS,
     LAYOUT,
     MARK,
     MAX_JSON,
@@ -49,18 +51,21 @@ _COPY = "take another copy of it"
 
 @dataclass
 class Step:
-    """A step as it was: the layout and the signature in force, and its frame."""
+    """A step as it was: the layout and the signature in force, and its frame. fold: it is none, but a fold after the step
+    of this number."""
 
     number: int
     flags: int
     layout: dict[str, Any]
     signature: dict[str, Any]
     frame: Frame
+    fold: bool = False
 
 
 class Mark(NamedTuple):
     """step, hash: as the record has them. done: steps that the journal has there. broken_off: whether a step that was
-    broken off stands between. end, crc: where the record ends, and its checksum. records: of steps, before it."""
+    broken off stands between. folded: whether a fold does. end, crc: where the record ends, and its checksum. records: of
+    steps, before it."""
 
     step: int
     hash: str
@@ -69,6 +74,7 @@ class Mark(NamedTuple):
     end: int
     crc: int
     records: int
+    folded: bool = False
 
 
 @dataclass
@@ -76,7 +82,7 @@ class Reader:
     """Reads a journal from its beginning, one record at a time; the header at once.
 
     After the last step, `state` is one of the four above, `end` is where the last good record ends, `crc` its checksum,
-    `size` the file's, `done` the number of steps, `records` also counts those that were broken off.
+    `size` the file's, `done` the number of steps, `records` also counts those that were broken off, and folds.
     """
 
     path: Path
@@ -164,7 +170,7 @@ class Reader:
         Raises:
             JournalError: where it is damaged.
         """
-        broken = False
+        broken = folded = False
         try:
             with self.path.open("rb") as file:
                 file.seek(self.end)
@@ -173,10 +179,10 @@ class Reader:
                     self.end, self.state = file.tell(), UNVERIFIED
                     step = None
                     try:
-                        if kind == STEP:
-                            step = self._step(body)
+                        if kind in (STEP, FOLD):
+                            step = self._step(body, fold=kind == FOLD)
                         else:
-                            self._describe(body, at, broken)
+                            self._describe(body, at, broken, folded)
                     except (ValueError, IndexError) as error:
                         if isinstance(error, JournalError):
                             raise
@@ -185,21 +191,25 @@ class Reader:
                             f"the record at byte {at}, after step {self.done}, is malformed: {error}"
                         ) from error
                     if step is not None:
-                        broken = bool(step.flags & BROKEN_OFF)
-                        self.done += not broken
+                        broken, folded = bool(step.flags & BROKEN_OFF), step.fold
+                        self.done += not broken and not step.fold
                         self.records += 1
                         yield step
         except OSError as error:
             raise JournalError(f"{self.path}: cannot be read ({error.strerror})") from error
 
-    def _step(self, body: bytes) -> Step:
+    def _step(self, body: bytes, *, fold: bool) -> Step:
         signature, flags, frame = decode_step(body, self.frames)
+        if fold and (flags or self.done == 0 or FOLDS not in self.header.get("features", [])):
+            raise ValueError(
+                "it is a fold, with flags, before the first step, or in a journal without the feature 'fold'"
+            )
         if not self.layout:
             raise ValueError("no layout says of which parameters the step is")
         self.frames[signature] = frame
-        return Step(self.done, flags, self.layout, self.signatures[signature], frame)
+        return Step(self.done - fold, flags, self.layout, self.signatures[signature], frame, fold)
 
-    def _describe(self, body: bytes, at: int, broken: bool) -> None:
+    def _describe(self, body: bytes, at: int, broken: bool, folded: bool) -> None:
         """What a record says that is not of a step."""
         kind = body[0]  # these have no flags
         if kind == LAYOUT:
@@ -208,7 +218,7 @@ class Reader:
             self.layout = layout
         elif kind == SIGNATURE:
             signature = self._json(body[1:], "signature", at)
-            numbers = checks.signature(signature, self.header["states"])
+            numbers = checks.signature(signature, self.header["states"], FOLDS in self.header.get("features", []))
             if len(self.signatures) == MAX_SIGNATURES or sum(map(len, self.frames)) + numbers > MAX_NUMBERS:
                 raise ValueError(
                     f"its signatures are more than {MAX_SIGNATURES}, or have more than {MAX_NUMBERS} numbers"
@@ -218,7 +228,8 @@ class Reader:
         elif kind == MARK:
             value = self._json(body[1:], "mark", at)
             checks.mark(value)
-            self.marks.append(Mark(value["step"], value["hash"], self.done, broken, self.end, self.crc, self.records))
+            here = self.done, broken, self.end, self.crc, self.records, folded
+            self.marks.append(Mark(value["step"], value["hash"], *here))
             self.state = WHOLE if value["step"] == self.done else UNVERIFIED
         else:
             name = RESERVED.get(kind, "unknown")

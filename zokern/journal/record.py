@@ -61,17 +61,27 @@ class Recorder:
         if self.following not in (None, event.step):  # nobody told of the one between
             self.broken = self.following
             self.before_step()
+        self._write_whole(event)
+        self.following = event.step + (event.ok is not None)
+        if self.arrive is not None and event.ok is not None:
+            self.arrive()
+            self.arrive = None
+
+    def folded(self, event: StepEvent) -> None:
+        """What waited was added to the weights, after the event's step."""
+        self.before_step()
+        self._write_whole(event, journal.FOLD)
+
+    def _write_whole(self, event: StepEvent, kind: int = journal.STEP) -> None:
+        """All of a record, or nothing of it."""
         self.broken, at, crc = event.step, self.writer.file.tell(), self.writer.crc
         try:
-            self._write(event)
+            self._write(event, kind)
         except BaseException:
             self._cut(at)
             self.writer.crc = crc
             raise
-        self.broken, self.following = None, event.step + (event.ok is not None)
-        if self.arrive is not None and event.ok is not None:
-            self.arrive()
-            self.arrive = None
+        self.broken = None
 
     def _cut(self, end: int) -> None:
         """Takes off what was written of a step, so that the file ends with the last whole one."""
@@ -79,17 +89,18 @@ class Recorder:
             self.writer.file.seek(end)
             self.writer.file.truncate()
 
-    def _write(self, event: StepEvent) -> None:
+    def _write(self, event: StepEvent, kind: int) -> None:
         done = [(spec, told) for spec, told in event.passes if told.enabled is None or int(told.enabled)]
-        broken_off = event.ok is None
+        fold = kind == journal.FOLD
+        broken_off = event.ok is None and not fold
         if broken_off and not done:
             return
-        flags = journal.BROKEN_OFF if event.ok is None else 0 if bool(event.ok) else journal.SKIPPED
+        flags = 0 if fold else journal.BROKEN_OFF if event.ok is None else 0 if bool(event.ok) else journal.SKIPPED
         self.known.update({seed: (event.step, k) for seed, k in event.drawn.items()})
-        if event.layout is not self.layout and event.layout != self.layout:
+        if not fold and event.layout is not self.layout and event.layout != self.layout:
             self.layout = event.layout
             self.writer.append_json(journal.LAYOUT, event.layout)
-        passes = [self._described(spec, told, event.step) for spec, told in done]
+        passes = [self._described(spec, told, event) for spec, told in done]
         values = [
             x.detach().cpu().numpy().astype(np.float32).reshape(-1)
             for _, told in done
@@ -98,24 +109,27 @@ class Recorder:
         loss = math.nan if event.loss is None else float(event.loss)
         memory = np.asarray(event.memory, np.float64).view(np.float32)
         frame = np.concatenate([*values, memory, np.asarray([*event.lrs, loss], np.float32)])
-        self._append(flags, passes, len(event.memory), len(event.lrs), frame)
+        self._append(kind, flags, passes, len(event.memory), len(event.lrs), frame)
 
-    def _described(self, spec: PassSpec, told: PassNumbers, step: int) -> dict[str, Any]:
+    def _described(self, spec: PassSpec, told: PassNumbers, event: StepEvent) -> dict[str, Any]:
         """What a signature has of a pass; flags that are not set are left out."""
         flags = {
             "stochastic": spec.rounding == "stochastic",
             "rounded": told.rounding_seed is not None,
             "square_of_sum": spec.square_of_sum,
             "keep_second": spec.keep_second,
+            "deferred": event.deferred,
         }
         return {
             "rule": spec.rule.name,
-            "seeds": [self._name(seed, step) for seed in told.seeds.tolist()],
+            "seeds": [self._name(seed, event.step) for seed in told.seeds.tolist()],
             "rows": told.shared.shape[0],
             **{name: value for name, value in flags.items() if value},
         }
 
-    def _append(self, flags: int, passes: list[dict[str, Any]], memory: int, groups: int, frame: journal.Frame) -> None:
+    def _append(
+        self, kind: int, flags: int, passes: list[dict[str, Any]], memory: int, groups: int, frame: journal.Frame
+    ) -> None:
         signature = {"passes": passes, "memory": memory, "groups": groups, "numbers": len(frame)}
         key = json.dumps(signature)
         if key not in self.numbers:
@@ -123,7 +137,7 @@ class Recorder:
             self.frames.append(np.zeros(len(frame), np.float32))
             self.writer.append_json(journal.SIGNATURE, signature)
         number = self.numbers[key]
-        self.writer.append(journal.encode_step(number, flags, frame, self.frames[number]))
+        self.writer.append(journal.encode_step(number, flags, frame, self.frames[number], kind))
         self.frames[number] = frame
 
     def _name(self, seed: int, step: int) -> tuple[int, int]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from zokern._checks import ZokernWarning
+from zokern.hashing import hash_of
 from zokern.journal.fit import check, check_marks, is_base
 from zokern.journal.format import BROKEN_OFF, JournalError
-from zokern.journal.hashing import hash_of
 from zokern.journal.player import Player, fresh_states
 from zokern.journal.reader import DAMAGED, TORN, WHOLE, Reader
 
@@ -42,6 +42,7 @@ def replay(
     *,
     until: int | None = None,
     verify: bool = True,
+    fold: bool = False,
     backend: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Replayed:
@@ -50,9 +51,12 @@ def replay(
     Args:
         path: the journal.
         model: with the weights that the run started from, as a module or as tensors by name; on any device.
-        until: how many of the run's steps to do; None for all. The journal may be damaged after these.
+        until: how many of the run's steps to do; None for all, with a fold by hand (`opt.fold()`) after the last. The
+            journal may be damaged after these.
         verify: compare the weights with the hashes in the journal, before the first step and after the last. A journal
             that has no hash of its last step is refused; with `until`, a ZokernWarning says that there is none.
+        fold: add the updates too that wait after the last of these steps (fold_every), as `opt.fold()` would: the weights
+            are those of the module's state_dict() there, and not p.data. The hashes are compared before.
         backend: as for the optimizers; all give the same bits.
         progress: called with the number of steps done, after each.
 
@@ -74,11 +78,13 @@ def replay(
             done = step.number + 1
         if progress is not None:
             progress(done)
-        if done == until:  # what follows may be damaged
+        if done == until:  # what follows may be damaged, or a fold
             break
     player.flush()
     if wanted is not None and hash_of(params.items()) != wanted:
         raise JournalError(f"{path}: the weights after {done} steps are not those that training had")
+    if fold:
+        player.fold()
     replayed = Replayed(done)
     replayed.verified, replayed.state = wanted is not None, reader.state
     return replayed
@@ -98,7 +104,7 @@ def _expected(reader: Reader, params: Mapping[str, Tensor], until: int | None) -
                 f"the run; what is there, {reader.done} steps, is replayed with verify=False (--no-verify)"
             )
         return reader.marks[-1].hash
-    found = [mark.hash for mark in reader.marks if mark.done == until and not mark.broken_off]
+    found = [mark.hash for mark in reader.marks if mark.done == until and not (mark.broken_off or mark.folded)]
     if not found:
         after = f"; {reader.explain()}" if reader.state in (TORN, DAMAGED) else ""
         warnings.warn(

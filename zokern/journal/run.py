@@ -14,12 +14,12 @@ import torch
 from zokern._checks import ZokernWarning
 from zokern._version import __version__
 from zokern.contract.streams import rank_of
+from zokern.hashing import hash_of
 from zokern.journal import format as journal
 from zokern.journal.beside import begun
 from zokern.journal.files import cut, locked
 from zokern.journal.fit import check, check_marks, is_base
-from zokern.journal.format import BROKEN_OFF, LOW_RANK, MARK, SKIPPED, SYNC_SECONDS, JournalError
-from zokern.journal.hashing import hash_of
+from zokern.journal.format import BROKEN_OFF, FOLDS, LOW_RANK, MARK, SKIPPED, SYNC_SECONDS, JournalError
 from zokern.journal.player import Player, memory_of
 from zokern.journal.reader import Reader
 from zokern.journal.record import Recorder
@@ -33,7 +33,10 @@ def run_of(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     """What a header says of a run, but for the weights that it started from."""
     return {
         "zokern": __version__,
-        "features": [LOW_RANK] if rank_of(optimizer.options["distribution"]) else [],
+        "features": [
+            *([LOW_RANK] if rank_of(optimizer.options["distribution"]) else []),
+            *([FOLDS] if optimizer.options["fold_every"] != 1 else []),
+        ],
         "contract": "zk1",
         "method": type(optimizer).__name__,
         "options": optimizer.options,
@@ -71,6 +74,7 @@ def write(
     path, optimizer = Path(path), frameworks.bare(optimizer)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
+    _refuse_waiting(optimizer, path)
     if not state.untouched(optimizer.state, optimizer.state_spec):
         raise JournalError(
             f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; start the "
@@ -86,6 +90,15 @@ def write(
             yield
         if recorder.arrive is not None:  # a run of no steps
             recorder.arrive()
+
+
+def _refuse_waiting(optimizer: ZerothOrderOptimizer, path: Path) -> None:
+    """A journal tells of the updates that wait since it was begun, and of no others."""
+    if optimizer.pending:
+        raise JournalError(
+            f"{path}: updates of {optimizer.pending} steps wait to be added to the weights, and a journal that begins here "
+            "would not have them: call opt.fold() first"
+        )
 
 
 @contextlib.contextmanager
@@ -139,6 +152,7 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
             anything is changed; if the weights on the way are not those that training had, after they were changed.
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
+    _refuse_waiting(optimizer, path)
     with locked(path) as file:
         reader, params = _fitting(optimizer, path), optimizer.weights()
         end, crc, layout, frames = _play(optimizer, reader, params)
@@ -174,7 +188,7 @@ def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
     history = optimizer.history()
     try:
         for step in Reader(path).steps():
-            if not step.flags & BROKEN_OFF:
+            if not step.flags & BROKEN_OFF and not step.fold:
                 optimizer.remember(step.number, memory_of(step), set(), not step.flags & SKIPPED)
     except (ValueError, IndexError, TypeError) as error:
         raise JournalError(
@@ -201,7 +215,7 @@ def _play(
     kept = reader.end, reader.crc, reader.layout, list(reader.frames)
 
     def compare() -> None:
-        if looked_at and looked_at[0].done == done:
+        if looked_at and looked_at[0].records == reader.records:
             player.flush()
             if hash_of(params.items()) != looked_at[0].hash:
                 raise JournalError(
@@ -219,9 +233,11 @@ def _play(
                 player.play(broken)
             pending.clear()
             dropped = player.play(step)
+            optimizer.remember_updates(step.number, player.deferred(step), folded=step.fold)
             kept = reader.end, reader.crc, reader.layout, list(reader.frames)
             skipped += bool(step.flags & SKIPPED)
-            optimizer.remember(step.number, memory_of(step), dropped, not step.flags & SKIPPED)
+            if not step.fold:
+                optimizer.remember(step.number, memory_of(step), dropped, not step.flags & SKIPPED)
             done = step.number + 1
             compare()
         if not pending:  # layouts, signatures and marks after the last step stay

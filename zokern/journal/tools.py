@@ -33,13 +33,14 @@ def parts(step: Step) -> dict[str, Any]:
 
 def summary(path: Path) -> dict[str, Any]:
     """What a journal is of, its state, how long it is, and its curves of loss and lr. Damage ends these: see `wrong`."""
-    reader, skipped, broken, wrong = Reader(path), 0, 0, ""
+    reader, skipped, broken, folds, wrong = Reader(path), 0, 0, 0, ""
     steps, losses, lrs = array("q"), array("d"), array("d")
     try:
         for step in reader.steps():
             skipped += bool(step.flags & SKIPPED)
             broken += bool(step.flags & BROKEN_OFF)
-            if not step.flags & BROKEN_OFF:
+            folds += step.fold
+            if not step.flags & BROKEN_OFF and not step.fold:
                 named = parts(step)
                 steps.append(step.number)
                 losses.append(named["loss"])
@@ -57,6 +58,7 @@ def summary(path: Path) -> dict[str, Any]:
         "lr": lrs,
         "skipped": skipped,
         "broken_off": broken,
+        "folds": folds,
         "state": reader.state,
         "explained": reader.explain(),
         "wrong": wrong,
@@ -113,6 +115,8 @@ def first_difference(a: Path, b: Path) -> str | None:
         where = f"at step {first.number}"
         if first.layout != second.layout:
             return f"{where}, in the parameters that are trained"
+        if first.fold != second.fold:
+            return f"after step {first.number}, where only one of them was folded by hand"
         if first.flags != second.flags or first.number != second.number:
             return f"{where}, in whether it was done: flags {first.flags} and {second.flags}"
         if first.signature != second.signature:

@@ -27,19 +27,19 @@ from zokern.optim.batched import Sharing
 from zokern.optim.captured import Captured
 from zokern.optim.events import Careful, StepEvent
 from zokern.optim.examples import PerExample, losses_of
+from zokern.optim.folds import Folds
 from zokern.optim.guards import primed
 from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.probing import Probing
-from zokern.optim.saving import Saving
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
-from zokern.passes.update import CPU, sent
+from zokern.passes.update import CPU, Update, sent
 from zokern.placement.shadow import Exact
 
 
-class ZerothOrderOptimizer(Saving, Captured):
+class ZerothOrderOptimizer(Folds, Captured):
     """Base class of the methods. Subclasses declare their settings (zokern/settings.py) and have `rounds` (method.py).
 
     The constructor is in built.py, state_dicts in saving.py, what a graph of a step needs in captured.py.
@@ -132,6 +132,8 @@ class ZerothOrderOptimizer(Saving, Captured):
             if version != self._parameters.version and isinstance(self._placement, Exact):
                 self._placement.forget()  # torch counts no `p.data = other`, which has another address
             self._guards.begin(self, losses)
+            if self._folding is not None:
+                self._folding.begin(self)
             if self._moves.active() is not self.active or self._moves.version != self._parameters.version:
                 self._begin_moves()
             if self._looked != self._parameters.looked:
@@ -209,8 +211,14 @@ class ZerothOrderOptimizer(Saving, Captured):
         later = type(self).applied is not ZerothOrderOptimizer.applied
         if self.listeners and not later:
             ledger.memory = tuple(self.memory())
+        whole: Update | None = update
+        if self._folding is not None:
+            whole = self._folding.take(self, update, ok, ledger)
         ledger.before, ledger.ok = self._passes.done, ok
-        self._placement.update(update, ok, rounding, ahead)
+        if whole is update:
+            self._placement.update(update, ok, rounding, ahead)
+        elif whole is not None:  # a fold: of other steps too, also where this one is not ok
+            self._placement.update(whole, torch.ones_like(ok), rounding)
         ledger.returned = True
         if later:
             self.metrics = dict(ledger.metrics)
@@ -236,7 +244,9 @@ class ZerothOrderOptimizer(Saving, Captured):
         if ledger.ok is not None:
             memory = tuple(self.memory()) if ledger.memory is None else ledger.memory
         loss = None if ledger.ok is None else ledger.metrics["loss"]
-        event = StepEvent(step, ledger.ok, tuple(told), self.numbers.drawn, loss, lrs, memory, layout)
+        deferred = ledger.ok is not None and ledger.deferred is not None
+        passes = (*told, *([ledger.deferred] if deferred and ledger.deferred else []))
+        event = StepEvent(step, ledger.ok, passes, self.numbers.drawn, loss, lrs, memory, layout, deferred)
         raised: BaseException | None = None
         for listener in tuple(self.listeners):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, cast
@@ -18,6 +19,7 @@ from zokern.optim import carried, causes, parameters, reach, state
 from zokern.optim.batched import Batched
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
+from zokern.optim.folding import Folding, refuse_folding
 from zokern.optim.guards import Guards, has_sixteen_bit
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
@@ -62,14 +64,20 @@ class Built(Common, Method, torch.optim.Optimizer):
         parameters.refuse_without_matrix(self.param_groups, rank(direction))
         self.settle()
         self.options["maximize"] = self.maximize
+        self.options["fold_every"] = self.fold_every
         self.options["layers"] = None
         if self.layers is not None:
             self.layers.bind(self.module)
             self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
         sixteen_bit = has_sixteen_bit(self.param_groups)
         self._placement = placements.make(
-            values["placement"], self.module, sixteen_bit, self._passes, scaled=self.scaled, pipelined=self.pipelined
-        )
+            values["placement"], self.module, sixteen_bit, self._passes, scaled=self.scaled, pipelined=self.pipelined,
+            waits=self.fold_every != 1,
+        )  # fmt: skip
+        self._folding: Folding | None = None
+        if self.fold_every != 1:
+            self._folding = Folding(self.fold_every, refuse_folding(self, self._placement))
+            self._folding.entries.owner = weakref.ref(self)
         if self.module is not None:
             causes.announce_quantised(self.module)
         all_of_it = isinstance(values["params"], torch.nn.Module)
@@ -127,6 +135,7 @@ class Built(Common, Method, torch.optim.Optimizer):
             **options,
             **{name: one.stored(one.default) for name, one in new.items() if one.default is not REQUIRED},
             "maximize": options.get("maximize", cls.takes_rewards),
+            "fold_every": options.get("fold_every", 1),
         }
 
     def weights(self) -> dict[str, Tensor]:

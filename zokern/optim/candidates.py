@@ -62,6 +62,9 @@ class _Candidates(ZerothOrderOptimizer):
     def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         """The rounds along the direction that the candidates' losses [M] select."""
 
+    def plain_updates(self) -> bool:
+        return self.smoothing is None
+
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         if self.smoothing is None:
             return super().update(estimate, rates)

@@ -27,6 +27,8 @@ class Captured(Built):
         """What keeps a step of this optimizer from being the same launches each time."""
         if self.layers is not None:
             return "layers leaves out other blocks in each step"
+        if self.fold_every != 1:
+            return f"fold_every={self.fold_every} gives each step's forwards further terms"
         if self.pipelined:
             return "pipelined=True fills a step's first copies in the step before"
         if self.listeners:

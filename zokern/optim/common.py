@@ -91,6 +91,13 @@ class Common(Settings):
         " were.",
         flags=("--pipelined",),
     )
+    fold_every: int = setting(
+        default=1,
+        kind=Integer(0, 1 << 20),
+        help="For forward, and updates without states: those of so many steps stay thin terms of the forwards, and one "
+        "pass adds them to the weights. Until then p.data lacks them (state_dict() has them, and opt.folded() shows them). "
+        "0 never folds by itself.",
+    )
     maximize: bool | None = setting(
         default=False,
         kind=Flag(),

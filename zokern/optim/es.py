@@ -83,6 +83,9 @@ class ES(ZerothOrderOptimizer):
         terms: dict[Seed, Tensor] = dict(zip(seeds, (-ascent / len(seeds)).unbind(), strict=True))  # the step descends
         return Estimate(terms, -ascent.mean())
 
+    def plain_updates(self) -> bool:
+        return True
+
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         return unscaled(estimate, rates) if self.scale == "released" else super().update(estimate, rates)
 

@@ -18,7 +18,8 @@ class StepEvent:
     step: its number, from 0. ok: whether its update did anything, 0-d, on the device; None if it was broken off. passes:
     those that wrote to the weights' own storage, in order. drawn: the step's directions by seed. loss: 0-d, None if it was
     broken off. lrs: each group's. memory: what the method needs again in later steps. layout: what a replay has to know of
-    the parameters; the same object while nothing has changed.
+    the parameters; the same object while nothing has changed. deferred: `passes` was not done, but waits to be folded into
+    the weights.
     """
 
     step: int
@@ -29,6 +30,7 @@ class StepEvent:
     lrs: tuple[float, ...]
     memory: tuple[float, ...]
     layout: Mapping[str, Any]
+    deferred: bool = False
 
 
 Listener = Callable[[StepEvent], None]
@@ -45,3 +47,11 @@ class Careful(Protocol):
 
     def before_load(self, same: bool) -> None:
         """A state_dict is about to be loaded; same: it is what the optimizer has."""
+
+
+@runtime_checkable
+class HearsFolds(Protocol):
+    """A listener that is told of folds between steps."""
+
+    def folded(self, event: StepEvent) -> None:
+        """A fold by hand; step: the last one that was done, passes: the fold's."""

@@ -56,6 +56,9 @@ class FZOO(ZerothOrderOptimizer):
         terms: dict[Seed, Tensor] = dict(zip(seeds, (change / n).unbind(), strict=True))
         return Estimate(terms, change.mean())
 
+    def plain_updates(self) -> bool:
+        return True
+
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         return unscaled(estimate, rates) if self.scale == "released" else super().update(estimate, rates)
 

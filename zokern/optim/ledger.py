@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.sweep import Passes
 
 
 class Ledger:
     """Of one step. ok: 0-d bool, whether its update does anything; None until the last pass is about to be launched, when
     `before` passes were done. returned: the last pass was made. metrics: of the step. memory: what a journal needs of it;
-    None where that is known only after the pass.
+    None where that is known only after the pass. deferred: the update, where it waits to be folded (folding.py).
     """
 
     ok: Tensor | None = None
@@ -26,6 +27,7 @@ class Ledger:
     returned = False
     metrics: Mapping[str, Tensor] = {}
     memory: tuple[float, ...] | None = None
+    deferred: tuple[PassSpec, PassNumbers] | None = None
     _undo: tuple[tuple[Any, ...], ...] = ()  # functions with their arguments
 
     def undo(self, take_back: Callable[[], object]) -> None:

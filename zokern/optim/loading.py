@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern._checks import ZokernWarning
-from zokern.optim import carried, state
+from zokern.optim import carried, saved_pending, state
 from zokern.optim.parameters import RATES, check_group
 from zokern.sweep import Counters
 
@@ -51,6 +51,7 @@ class Saved:
     skipped: int
     flat: int
     history: list[Any]
+    pending: saved_pending.SavedPending | None
     states: dict[Tensor, dict[str, Any]]
 
 
@@ -67,10 +68,10 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
         )
     _check(isinstance(own, Mapping), f"state_dict: 'zokern' is a {type(own).__name__}; it must be a dict")
     version = own.get("format")
-    if isinstance(version, Tensor) or version != state.FORMAT or own.get("contract") != "zk1":
+    if isinstance(version, Tensor) or version not in (state.FORMAT, state.WITH_PENDING) or own.get("contract") != "zk1":
         raise ValueError(
             f"state_dict has format {own.get('format')!r} and noise contract {own.get('contract')!r}; this version reads "
-            f"format {state.FORMAT} and contract 'zk1'"
+            f"formats {state.FORMAT} and {state.WITH_PENDING} and contract 'zk1'"
         )
     missing = [name for name in ENTRIES if name not in own]
     _check(not missing, f"state_dict: 'zokern' has no {', '.join(map(repr, missing))}; load it whole, as it was saved")
@@ -87,6 +88,7 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
         _checks.check_integer(own["skipped"], "state_dict: skipped", 0, _checks.MAX_SEED),
         _checks.check_integer(own.get("flat", 0), "state_dict: flat", 0, _checks.MAX_SEED),
         _listed(own["history"], "history"),
+        _pending(own),
         _states(given, own, ours),
     )
 
@@ -108,6 +110,15 @@ def same(a: Any, b: Any) -> bool:
 def _check(good: object, message: str) -> None:
     if not good:
         raise ValueError(message)
+
+
+def _pending(own: Mapping[str, Any]) -> saved_pending.SavedPending | None:
+    found = saved_pending.read(own.get("pending"))
+    _check(
+        (found is None) == (own["format"] == state.FORMAT),
+        "state_dict: 'format' and 'pending' do not fit; load it whole",
+    )
+    return found
 
 
 def _listed(value: Any, name: str) -> list[Any]:

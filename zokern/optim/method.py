@@ -50,6 +50,11 @@ class Method:
         """The pass that applies an estimate."""
         return sgd(estimate, rates)
 
+    def plain_updates(self) -> bool:
+        """Whether each update is a sum of directions that earlier ones and the weights have no part in, but for weight
+        decay: rule "axpy", no states. Such updates can wait (fold_every)."""
+        return not self.states() and type(self).update is Method.update
+
     def advice(self) -> str:
         """What to look at first where a step moves the weights by far too much; "" is for lr alone."""
         return ""

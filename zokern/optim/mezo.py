@@ -122,6 +122,9 @@ class MeZO(ZerothOrderOptimizer):
     def row_key(self, param: Tensor) -> Hashable:
         return self.layers.block_of(param) if self.layers is not None and self.rule in ("adam", "adamezo") else None
 
+    def plain_updates(self) -> bool:
+        return self.rule == "sgd"
+
     def update(self, estimate: Estimate, rates: Rates) -> Update:
         if isinstance(self._memory, moments.AdamCounts):
             return self._memory.update(estimate, rates, self.active.rows, self.betas, self.delta)

@@ -41,6 +41,9 @@ class Saving(Built):
             "history": self.history(),
             "states": [[bool(self.state.get(p)) for p in group["params"]] for group in self.param_groups],
         }
+        waiting = None if self._folding is None else self._folding.save(self)
+        if waiting is not None:
+            saved["zokern"] |= {"format": state.WITH_PENDING, "pending": waiting}
         saved["param_groups"][0][carried.KEY] = carried.packed(saved["zokern"])
         return saved
 
@@ -73,8 +76,10 @@ class Saving(Built):
 
     def _is_at(self, saved: loading.Saved) -> bool:
         """Whether the next step would be the same with what was saved."""
-        here = self.seed, self._passes.counters.steps, self._parameters.ids(self), self.history()
-        there = saved.seed, saved.counters.steps, saved.tensor_ids, saved.history
+        waiting = None if self._folding is None else self._folding.save(self)
+        here = self.seed, self._passes.counters.steps, self._parameters.ids(self), self.history(), waiting
+        kept = None if saved.pending is None else saved.pending.entry()
+        there = saved.seed, saved.counters.steps, saved.tensor_ids, saved.history, kept
         every = [p for group in self.param_groups for p in group["params"]]
         return loading.same(here, there) and all(
             loading.same(self.state.get(p, {}), saved.states.get(p, {})) for p in every
@@ -99,6 +104,8 @@ class Saving(Built):
             self.seed, self._passes.counters = saved.seed, saved.counters
             self._skips.load(saved.skipped)
             self._guards.flats = Flats(saved.flat)
+            if self._folding is not None:
+                self._folding.load(saved.pending)
         except BaseException:
             vars(self).update(kept)
             self.load_history(history)

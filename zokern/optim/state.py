@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 2
+WITH_PENDING = 3  # updates wait: who does not know of them must not go on without
 Spec = dict[str, tuple[torch.dtype, float]]  # name -> dtype and initial value
 
 

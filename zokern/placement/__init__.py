@@ -29,6 +29,7 @@ from zokern.placement import stream
 from zokern.placement.base import Ahead, Placement, Refused, Rounding
 from zokern.placement.forward import SCALED, Forward
 from zokern.placement.inplace import InPlace
+from zokern.placement.pending import ForwardPending
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 from zokern.sweep import Passes
@@ -96,14 +97,19 @@ def make(
     *,
     scaled: bool = False,
     pipelined: bool = False,
+    waits: bool = False,
 ) -> Placement:
     """The placement that `wanted`, which was `read`, names or is, bound; `sixteen_bit` says whether any parameter has a
-    16-bit type. scaled: directions are divided by the root of a state.
+    16-bit type. scaled: directions are divided by the root of a state. waits: updates may wait
+    to be folded, which "forward" alone can show.
 
     Raises:
         ValueError: for a placement that cannot serve the module, with the remedy.
     """
-    placement = MADE[_resolved(wanted, module, sixteen_bit)]() if isinstance(wanted, str) else _own(wanted)
+    if waits and wanted == Forward.name:
+        placement: Placement = ForwardPending()
+    else:
+        placement = MADE[_resolved(wanted, module, sixteen_bit)]() if isinstance(wanted, str) else _own(wanted)
     if pipelined and not isinstance(placement, Shadow | Stream):
         raise ValueError(
             f"pipelined=True writes the next perturbation to copies while it updates, and placement={placement.name!r} has "

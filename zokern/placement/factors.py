@@ -133,22 +133,24 @@ class Factors:
         one.merged.append((view, there))
         return there.view(-1, *view.shape[2:])
 
-    def fill(self, seeds: Tensor) -> None:
-        """seeds int64 [K], of the directions that the buffers are to hold."""
+    def fill(self, seeds: Tensor, first: int = 0) -> None:
+        """seeds int64 [K], of the directions that the buffers are to hold, from the `first` place on."""
         one = self.now
         assert one is not None
+        at = slice(first, first + len(seeds))
+        buffer = one.buffer[at]
         if self.backend is reference_backend:
-            self._by_contract(one.buffer, seeds.tolist())
+            self._by_contract(buffer, seeds.tolist())
         else:
             near = seeds if len(seeds) == 1 and seeds.is_cpu else sent(seeds, self.device)
             # As a pass does: modes and the profiler see it through PyTorch's dispatcher.
             seen = num_modes() > 0 or torch.autograd.profiler._is_profiler_enabled
             fill = _filled_through_torch if seen else _fill
-            fill(one.buffer, self.table.sides, self.table.side_chunks, near, self.rank, self.backend.__name__)
+            fill(buffer, self.table.sides, self.table.side_chunks, near, self.rank, self.backend.__name__)
         for other in one.others:
-            other.copy_(one.buffer)  # exact
+            other[at].copy_(buffer)  # exact
         for view, there in one.merged:
-            there.copy_(view)
+            there[at].copy_(view[at])
 
     def _by_contract(self, buffer: Tensor, seeds: Sequence[int]) -> None:
         for row, seed in zip(buffer, seeds, strict=True):
@@ -161,7 +163,7 @@ class Factors:
         return [*self.pools.values(), *(there for one in self.made.values() for _, there in one.merged)]
 
     def rescale(self, coefs: Tensor) -> None:
-        """coefs float32 [rows, K]."""
+        """coefs float32 [rows, K], of the first K places."""
         assert self.now is not None
-        scales = self.now.scales
+        scales = self.now.scales[:, : coefs.shape[1]]
         scales.copy_(coefs[:, :, None].expand_as(scales), non_blocking=self.device.type != "cpu")

@@ -45,6 +45,7 @@ class Forward(Shown):
     used, by name, and which function: they are copies since."""
 
     name = "forward"
+    factors_of: type[Factors] = Factors
 
     def __init__(self, *, proves: bool = True) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class Forward(Shown):
         before, self.factors = self.factors, {}
         for device, at in by_device(lower).items():
             pools = before[device].pools if device in before else {}
-            self.factors[device] = Factors([lower[i] for i in at], at, self.rank, self.passes.backend, pools)
+            self.factors[device] = self.factors_of([lower[i] for i in at], at, self.rank, self.passes.backend, pools)
         me = weakref.ref(self)
         return [plus.standing_for(m.param, m.name, functools.partial(_write, me, i)) for i, m in enumerate(lower)]
 
@@ -159,9 +160,11 @@ class Forward(Shown):
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:
-        if not terms:
+        with self._presented(terms) if terms else contextlib.nullcontext():
             yield
-            return
+
+    @contextlib.contextmanager
+    def _presented(self, terms: Terms) -> Iterator[None]:
         self.terms = terms
         self._forget_sums()
         if self.addresses != self.sweep.addresses:
@@ -197,6 +200,10 @@ class Forward(Shown):
         """Of the step: differs once a module or a parameter is another one."""
         return None if self.tree is None else self.tree[0]
 
+    def numbers_of_block(self, seeds: Tensor, coefs: Tensor) -> PassNumbers:
+        """Of the pass that writes a block's copies. seeds [K], coefs float32 [R, 1, K]: the block's directions."""
+        return PassNumbers(seeds, coefs, self.still, None, self.passes.gate)
+
     def present_together(self, probes: Sequence[Terms], rows: Rows) -> AbstractContextManager[None]:
         """As `present`, of a probe for each block of a batch's rows."""
         return self.together.present(probes, rows)
@@ -214,19 +221,21 @@ class Forward(Shown):
         """Factors and scales of these directions go to where the stand-ins look at them."""
         seeds, coefs = tuple(self.terms), numbers.coefs[:, 0]
         filled, self.filled = self.filled, ()
-        anew = len(seeds) != len(filled) or not all(map(_same, seeds, filled))
+        anew = len(seeds) != len(filled) or not all(map(same_seed, seeds, filled))
         for device, factors in self.factors.items():
-            views = factors.of(*coefs.shape)
-            if self.aimed.get(device) is not views:
-                self.aimed.pop(device, None)  # until all of them do
-                for i, (left, right, scale) in zip(factors.at, views, strict=True):
-                    one = self.stand_ins[i]
-                    one.left, one.right, one.scale = left, right, scale
-                self.aimed[device] = views
+            self._look_at(device, factors.of(*coefs.shape))
             factors.rescale(coefs)
             if anew:
                 factors.fill(numbers.seeds)
         self.filled = seeds
+
+    def _look_at(self, device: torch.device, views: list[Views]) -> None:
+        if self.aimed.get(device) is not views:
+            self.aimed.pop(device, None)  # until all of them do
+            for i, (left, right, scale) in zip(self.factors[device].at, views, strict=True):
+                one = self.stand_ins[i]
+                one.left, one.right, one.scale = left, right, scale
+            self.aimed[device] = views
 
     def _check_used(self) -> None:
         if self.proves and self.stand_ins and not plus.USED[0] and not plus.TRACED[0]:
@@ -257,7 +266,7 @@ class Forward(Shown):
         ]
 
 
-def _same(a: Seed, b: Seed) -> bool:
+def same_seed(a: Seed | None, b: Seed | None) -> bool:
     return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
 
 

@@ -1,6 +1,6 @@
 """A stand-in for a weight W that is perturbed by a matrix of low rank, of which only W and the factors are in memory.
 
-    W + sum_k scale[k] left[k]^T right[k],    left [K, m], right [K, n], W [m, n];   or [K, E, m], [K, E, n], [E, m, n]
+    D W + sum_k scale[k] left[k]^T right[k],    left [K, m], right [K, n], W [m, n];   or [K, E, m], [K, E, n], [E, m, n]
 
 A module's entry for the parameter is a `PlusLowRank` while a closure runs. Whatever is computed with it comes here first:
 products and lookups (thin.py) are those with W and two thin ones; everything else gets the sum, written out. So no
@@ -51,7 +51,7 @@ class PlusLowRank(nn.Parameter):
     base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes
     that products with `base` take. scale: float32 [K]. full: the sum, once something, `by`, has asked for it; from then on
     everything is computed with it. write: makes it. viewed: what this is a part of, whose sum is then this one's too.
-    parameter: its name.
+    parameter: its name. decay: float32, 0-d, D; None where that is 1.
     """
 
     base: Tensor
@@ -64,6 +64,7 @@ class PlusLowRank(nn.Parameter):
     viewed: PlusLowRank | None
     write: Callable[[], Tensor] | None
     by: str
+    decay: Tensor | None
 
     @staticmethod
     def __new__(
@@ -73,22 +74,25 @@ class PlusLowRank(nn.Parameter):
             cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, requires_grad=requires_grad
         )
         made.base, made.left, made.right, made.scale, made.parameter = base, left, right, scale, name
-        made.leaf = made.full = made.write = made.viewed = None
+        made.leaf = made.full = made.write = made.viewed = made.decay = None
         made.by = ""
         return made  # without an __init__: nn.Parameter(one) would call it, with arguments of its own
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         TRACED[0] = True
-        return ["base", "left", "right", "scale"], None
+        return ["base", "left", "right", "scale", *(["decay"] if self.decay is not None else [])], None
 
     def _stable_hash_for_caching(self) -> str:
         """For the key under which torch keeps compiled code: what it was compiled for but not whose it is."""
-        shapes = (tuple(t.shape) for t in (self.base, self.left, self.right, self.scale))
-        return f"{type(self).__qualname__} {self.dtype} {self.left.dtype} {self.device.type} {[*shapes]}"
+        shapes = [tuple(t.shape) for t in (self.base, self.left, self.right, self.scale)]
+        about = self.dtype, self.left.dtype, self.device.type, shapes, self.decay is not None
+        return f"{type(self).__qualname__} {about}"
 
     @staticmethod
     def __tensor_unflatten__(inner: Mapping[str, Tensor], about: None, size: Any, stride: Any) -> PlusLowRank:
-        return PlusLowRank(inner["base"], inner["left"], inner["right"], inner["scale"])
+        made = PlusLowRank(inner["base"], inner["left"], inner["right"], inner["scale"])
+        made.decay = inner.get("decay")
+        return made
 
     @classmethod
     def __torch_function__(
@@ -119,6 +123,7 @@ class PlusLowRank(nn.Parameter):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) and isinstance(args[0], cls):
             one = args[0]
             same = PlusLowRank(one.base, one.left, one.right, one.scale, one.parameter)
+            same.decay = one.decay
             same.full, same.write = one.full, (None if one.write is None else lambda: full(one, func.name()))
             return same
         if torch.compiler.is_compiling():
@@ -164,10 +169,15 @@ def full(one: PlusLowRank, by: str = "") -> Tensor:
 
 
 def _by_formula(one: PlusLowRank) -> Tensor:
-    total, scaled = one.base.float(), one.left.float() * one.scale.reshape(-1, *[1] * (one.left.dim() - 1))
+    total, scaled = kept(one, one.base.float()), one.left.float() * one.scale.reshape(-1, *[1] * (one.left.dim() - 1))
     for k in range(scaled.shape[0]):
         total = torch.addcmul(total, scaled[k].unsqueeze(-1), one.right[k].float().unsqueeze(-2))
     return total.to(one.base.dtype)
+
+
+def kept(one: PlusLowRank, rows: Tensor) -> Tensor:
+    """What a product with `base` takes in place of rows for one with D W."""
+    return rows if one.decay is None else rows * one.decay
 
 
 def _written_out(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Products and lookups of a `PlusLowRank`: those of the weight, and two thin products for what is added to it.
 
-With W = base + sum_k scale[k] left[k]^T right[k], x W^T is x base^T + ((x right^T) scale) left. The thin part is made
+With W = D base + sum_k scale[k] left[k]^T right[k], x W^T is D x base^T + ((x right^T) scale) left. The thin part is made
 first, in float32 or rounded once, and the large product is added to it as it is summed: the output is rounded once. Under
 autocast, whose product has rounded already, it is added behind; also in float32 along one direction of rank 1, which is
 fewer operations.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zokern.placement.plus import PLAIN, PlusLowRank, handles, is_open
+from zokern.placement.plus import PLAIN, PlusLowRank, handles, is_open, kept
 
 
 def is_plain(x: Any) -> bool:
@@ -51,9 +51,11 @@ def _behind(out: Tensor, rows: Tensor, into: Tensor, scale: Tensor, out_of: Tens
         return spread(p, out_of.to(out.dtype), flat).view(out.shape)
 
 
-def _product(rows: Tensor, matrix: Tensor, into: Tensor, scale: Tensor, out_of: Tensor, bias: Tensor | None) -> Tensor:
-    """bias + rows matrix + ((rows into^T) scale) out_of: rows [N, i], matrix [i, o], into [K, i], out_of [K, o]."""
-    return spread(coefficients(rows, into, scale), out_of, bias).addmm_(rows, matrix)
+def _product(
+    one: PlusLowRank, rows: Tensor, matrix: Tensor, into: Tensor, out_of: Tensor, bias: Tensor | None
+) -> Tensor:
+    """bias + D rows matrix + ((rows into^T) scale) out_of: rows [N, i], matrix [i, o], into [K, i], out_of [K, o]."""
+    return spread(coefficients(rows, into, one.scale), out_of, bias).addmm_(kept(one, rows), matrix)
 
 
 def _castable(weight: PlusLowRank) -> Tensor:
@@ -68,12 +70,12 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     casts = torch.is_autocast_enabled(x.device.type)
     if x.dtype == torch.float32 == weight.base.dtype and len(weight.left) == 1 and x.dim() > 1 and not casts:
         p = functional.linear(x, weight.right).mul_(weight.scale)
-        return functional.linear(x, weight.base, bias).addcmul_(p, weight.left)
+        return functional.linear(kept(weight, x), weight.base, bias).addcmul_(p, weight.left)
     rows = x.reshape(-1, x.shape[-1])
     if casts:
-        out = functional.linear(x, _castable(weight), bias)
+        out = functional.linear(kept(weight, x), _castable(weight), bias)
         return _behind(out, rows, weight.right, weight.scale, weight.left)
-    out = _product(rows, weight.base.t(), weight.right, weight.scale, weight.left, bias)
+    out = _product(weight, rows, weight.base.t(), weight.right, weight.left, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -84,8 +86,10 @@ def addmm(input: Any, mat1: Any, mat2: Any, **others: Any) -> Any:
     if others or not is_plain(x) or type(bias) is PlusLowRank or not is_open(weight):
         return NotImplemented
     if torch.is_autocast_enabled(x.device.type):
-        return _behind(torch.addmm(bias, x, _castable(weight)), x, weight.left, weight.scale, weight.right)
-    return _product(x, weight.base, weight.left, weight.scale, weight.right, bias)
+        return _behind(
+            torch.addmm(bias, kept(weight, x), _castable(weight)), x, weight.left, weight.scale, weight.right
+        )
+    return _product(weight, x, weight.base, weight.left, weight.right, bias)
 
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -100,14 +104,14 @@ def matmul(input: Any, other: Any, **others: Any) -> Any:
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
-        return _behind(torch.matmul(x, _castable(weight)), rows, weight.left, weight.scale, weight.right)
-    out = _product(rows, weight.base, weight.left, weight.scale, weight.right, None)
+        return _behind(torch.matmul(kept(weight, x), _castable(weight)), rows, weight.left, weight.scale, weight.right)
+    out = _product(weight, rows, weight.base, weight.left, weight.right, None)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _from_left(one: PlusLowRank, x: Tensor) -> Tensor:
     """W x, [.., m, N] of x [.., n, N], or of a vector [n]: as some models of states have it."""
-    out = torch.matmul(one.base, x)
+    out = torch.matmul(one.base, kept(one, x))
     with torch.autocast(out.device.type, enabled=False):
         scale = one.scale if x.dim() == 1 else one.scale.unsqueeze(-1)
         return out.add_(torch.matmul(one.left.float().t(), torch.matmul(one.right.float(), x.float()).mul_(scale)))
@@ -127,7 +131,7 @@ def embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = 
     out = functional.embedding(ids, weight.base, padding_idx)
     flat = ids.reshape(-1)
     p = weight.left.index_select(1, flat).t().float() * weight.scale
-    rows = out.view(-1, out.shape[-1]).float()
+    rows = kept(weight, out.view(-1, out.shape[-1]).float())
     with torch.autocast(out.device.type, enabled=False):
         return spread(p, weight.right.float(), rows).to(out.dtype).view(out.shape)
 
@@ -141,7 +145,7 @@ def bmm(input: Any, mat2: Any, **others: Any) -> Any:
     one, x = (input, mat2) if type(input) is PlusLowRank else (mat2, input)
     if others or not is_plain(x) or not is_open(one):
         return NotImplemented
-    out = torch.bmm(one.base, x) if one is input else torch.bmm(x, one.base)
+    out = torch.bmm(one.base, kept(one, x)) if one is input else torch.bmm(kept(one, x), one.base)
     with torch.autocast(out.device.type, enabled=False):
         return out.add_(_batched(one, x, first=one is input))
 
@@ -160,7 +164,7 @@ def _grouped(x: Any, one: Any, offs: Any = None, **others: Any) -> Any:
     if not is_plain(x) or x.dim() != 2 or not is_open(one) or one.base.dim() != 3:
         return NotImplemented
     assert GROUPED is not None
-    out = GROUPED(x, one.base, offs=offs)
+    out = GROUPED(kept(one, x), one.base, offs=offs)
     group = torch.searchsorted(offs, torch.arange(x.shape[0], device=x.device, dtype=offs.dtype), right=True)
     group = group.clamp_max(one.shape[0] - 1)  # rows behind the last group: what they are is not defined
     thin = torch.zeros(out.shape, dtype=torch.float32, device=x.device)

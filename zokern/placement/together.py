@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from zokern.passes.spec import PassNumbers
 from zokern.passes.update import CPU, Seed, Terms, seed_tensor, sent
 from zokern.placement import blockwise as _products  # noqa: F401  blocks know them from there
 from zokern.placement import elementwise as _numbers  # noqa: F401
@@ -164,7 +163,7 @@ class Together:
             for k, (sweep, out) in enumerate(zip(self.sweeps, self.out, strict=True)):
                 part = slice(k * width, (k + 1) * width)
                 own = coefs[:, None, part].contiguous()
-                given = PassNumbers(numbers[part], own, owner.still, None, owner.passes.gate)
+                given = owner.numbers_of_block(numbers[part], own)
                 owner.passes.run(sweep, owner.spec, given, out=out, counted=False)
 
     def memory(self) -> list[Tensor]:

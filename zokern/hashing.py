@@ -1,4 +1,4 @@
-"""A hash of weights: what a journal starts from, and what its replay must end with."""
+"""A hash of weights: what a journal starts from, what its replay must end with, and what waiting updates belong to."""
 
 from __future__ import annotations
 

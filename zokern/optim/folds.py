@@ -1,0 +1,76 @@
+"""What a user asks of updates that wait: how many, fold them now, show the weights with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from zokern.interrupts import HeldInterrupts
+from zokern.optim.events import Careful, HearsFolds, StepEvent
+from zokern.optim.saving import Saving
+from zokern.passes.spec import PassNumbers
+
+
+class Folds(Saving):
+    """Part of every optimizer; with fold_every=1 nothing ever waits."""
+
+    @property
+    def pending(self) -> int:
+        """Steps whose updates wait to be added to the weights; 0 where none does."""
+        return 0 if self._folding is None else self._folding.steps
+
+    @torch.no_grad()
+    def fold(self) -> int:
+        """Adds all updates that wait to the weights now, by one pass, whose rounding seeds are those of the last step.
+
+        Between steps only. A journal that is being written has a record of it.
+
+        Returns:
+            How many steps the updates were of; 0, and nothing is done, where none waits.
+
+        Raises:
+            RuntimeError: inside a step.
+            ValueError: for weights that are not those of a state_dict that was loaded.
+        """
+        if self._folding is None:
+            return 0
+        with HeldInterrupts(), self._turn.of("fold"):
+            for listener in self.listeners:
+                if isinstance(listener, Careful):
+                    listener.before_step()
+            count, done = self._folding.fold(self)
+            if count:
+                step = self._passes.counters.steps - 1
+                lrs = tuple(float(group["lr"]) for group in self.param_groups)
+                event = StepEvent(step, None, () if done is None else (done,), {}, None, lrs, (), {})
+                for listener in self.listeners:
+                    if isinstance(listener, HearsFolds):
+                        listener.folded(event)
+        return count
+
+    def remember_updates(self, step: int, updates: Sequence[PassNumbers], *, folded: bool) -> None:
+        """Of a step, when a run is taken up from its journal: those that wait. folded: it is a fold after that step."""
+        if self._folding is not None:
+            self._folding.remember(self, step, updates, folded=folded)
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside, between steps, the module computes with the weights as the run has them, waiting updates included:
+
+            with opt.folded():
+                answer = model.generate(prompt)
+
+        Nothing is written to the weights, and nothing stops waiting. The module's own entries are stand-ins: their values
+        (`p.data`, `p.clone()`) are what a fold would leave, but writing to them changes nothing. A gradient of the
+        weights is not computed. Where no update waits, the module is left as it is.
+
+        Raises:
+            RuntimeError: inside a step; and a step inside is refused.
+        """
+        if self._folding is None:
+            yield
+            return
+        with self._turn.of("folded"), self._folding.shown(self):
+            yield
