@@ -602,8 +602,9 @@ def test_probes_of_one_forward_see_what_waits(
     found = []
     for last in (True, False):
         model, seen = reader(dtype), []
+        own = each(model)
 
-        def closure(given: object, own: Callable[..., Tensor] = each(model), seen: list[Tensor] = seen) -> Tensor:
+        def closure(given: object, own: Callable[..., Tensor] = own, seen: list[Tensor] = seen) -> Tensor:
             seen.append(own(given))
             return seen[-1]
 
