@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zokern import journal
     from zokern._checks import ZokernWarning
     from zokern.checking import check
+    from zokern.deltas import add_deltas
     from zokern.directions import LowRank, Normal, Rademacher
     from zokern.graphs import GraphedStep
     from zokern.layers import RandomBlocks
@@ -41,6 +42,7 @@ __all__ = [
     "RandomBlocks",
     "ZokernWarning",
     "__version__",
+    "add_deltas",
     "add_noise_",
     "check",
     "journal",
@@ -55,6 +57,7 @@ _HOMES = {
     "Rademacher": "directions",
     "RandomBlocks": "layers",
     "ZokernWarning": "_checks",
+    "add_deltas": "deltas",
     "add_noise_": "ops",
     "check": "checking",
     "noise": "noise",

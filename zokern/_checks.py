@@ -26,6 +26,12 @@ def is_composed(t: Tensor) -> bool:
     return type(t).__name__ != "DTensor" and torch.utils._python_dispatch.is_traceable_wrapper_subclass(t)
 
 
+def is_quantised(p: Tensor) -> bool:
+    """Whether a parameter is one of torchao's or bitsandbytes' quantised ones, has whole numbers, or numbers of a byte."""
+    numbers = p.dtype.itemsize > 1 and (p.is_floating_point() or p.is_complex())
+    return is_composed(p) or not numbers or type(p).__name__ in ("Params4bit", "Int8Params")
+
+
 def check_integer(value: object, name: str, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")

@@ -18,7 +18,9 @@ def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name, t in sorted((part for one in tensors for part in _parts(*one)), key=lambda entry: entry[0]):
         total.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        flat = t.detach().reshape(-1).contiguous().view(torch.uint8)
+        one = t.detach()
+        one = one[(0,) * one.dim()] if one.numel() > 1 and not any(one.stride()) else one  # a delta has one number
+        flat = one.reshape(-1).contiguous().view(torch.uint8)
         for piece in flat.split(1 << 26):  # bounded memory for tensors from a device
             total.update(piece.cpu().numpy())
     return total.hexdigest()

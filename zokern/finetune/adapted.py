@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from zokern._checks import is_quantised
 from zokern.finetune import adapters
 from zokern.finetune.examples import PROMPTED
 from zokern.finetune.options import FinetuneError, Options
-from zokern.optim.causes import is_quantised
 
 TASKS = {"similarity": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS", **dict.fromkeys(PROMPTED, "CAUSAL_LM")}
 OUTPUTS = ("logits", "last_hidden_state")

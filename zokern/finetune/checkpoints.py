@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from zokern._checks import is_quantised
 from zokern.finetune import adapter_files
 from zokern.finetune.options import FinetuneError
-from zokern.optim.causes import is_quantised
 from zokern.scales import keep_codes
 
 

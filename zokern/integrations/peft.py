@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zokern.contract.streams import matrices
+from zokern.deltas import Delta
 from zokern.optim import ZerothOrderOptimizer, frameworks
 from zokern.optim.folding import Folding
 from zokern.passes.update import seed_tensor
@@ -125,6 +126,8 @@ def _is_turned(owner: nn.Module) -> bool:
 
 def _holds(site: sites.Site) -> bool:
     owner: Any = site.owner
+    if isinstance(site.param, Delta):
+        return True
     known = type(owner) in _KINDS or type(owner).__name__ == "Conv1D"
     return known and site.name == "weight" and getattr(owner, "max_norm", None) is None
 

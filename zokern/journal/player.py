@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zokern import directions
+from zokern import deltas, directions
 from zokern.contract.rules import RULES, Rule
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.journal.format import BROKEN_OFF, JournalError
@@ -107,6 +107,7 @@ class Player:
     def fold(self) -> None:
         """Adds what waits, as the optimizer's fold() after the last step would have."""
         self.flush()
+        deltas.refuse_fold(self.of)
         rounding = self.reader.header["options"].get("rounding", "auto")
         seeds = [derive_seed(self.seed, self.last, stream) for stream in (ROUNDING_STREAM, STATE_STREAM)]
         numbers = self.pending.numbers(self.pending.decay, {}, torch.tensor(seeds, dtype=torch.int64, device="cpu"))

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from zokern import deltas
 from zokern import placement as placements
 from zokern.directions import Direction, rank
 from zokern.interrupts import HeldInterrupts
@@ -69,6 +70,8 @@ class Built(Common, Method, torch.optim.Optimizer):
         if self.layers is not None:
             self.layers.bind(self.module)
             self.options["layers"] = {"num_dropped": self.layers.num_dropped, "blocks": self.layers.names}
+        for _, p in self._parameters.trainable(self):
+            self.check_writable(p)
         sixteen_bit = has_sixteen_bit(self.param_groups)
         self._placement = placements.make(
             values["placement"], self.module, sixteen_bit, self._passes, scaled=self.scaled, pipelined=self.pipelined,
@@ -137,6 +140,13 @@ class Built(Common, Method, torch.optim.Optimizer):
             "maximize": options.get("maximize", cls.takes_rewards),
             "fold_every": options.get("fold_every", 1),
         }
+
+    def check_writable(self, param: Tensor) -> None:
+        """
+        Raises:
+            ValueError: for one of `zokern.add_deltas` in an optimizer that would write to it.
+        """
+        deltas.check(param, self._parameters.registry.names[id(param)], self.fold_every, rank(self._passes.direction))
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name: the module's, or those of its groups."""

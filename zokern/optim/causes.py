@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from zokern._checks import is_composed
+from zokern import deltas
+from zokern._checks import is_quantised
 
 _announced: set[str] = set()
 BACKWARD = (
@@ -167,7 +168,11 @@ def announce_quantised(module: nn.Module, say: Callable[[str], object] | None = 
 def quantised(module: nn.Module) -> str:
     """How much of a module is trained that has quantised parameters; "" where it has none."""
     every = list(module.named_parameters())
-    left_out = [name for name, p in every if not p.requires_grad and is_quantised(p)]
+    beside = {name.removesuffix(deltas.NAME) for name, p in every if isinstance(p, deltas.Delta)}  # trained by these
+    left_out = [
+        name for name, p in every
+        if not p.requires_grad and is_quantised(p) and name[: name.rfind(".") + 1] not in beside
+    ]  # fmt: skip
     if not left_out:
         return ""
     floating = [p for _, p in every if p.is_floating_point() and not is_quantised(p)]
@@ -177,12 +182,6 @@ def quantised(module: nn.Module) -> str:
         f"trained; {len(left_out)} quantised tensors are left out "
         f"({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''}): zokern.scales(model) has their scales"
     )
-
-
-def is_quantised(p: Tensor) -> bool:
-    """Whether a parameter is one of torchao's or bitsandbytes' quantised ones, or has whole numbers."""
-    kind = type(p).__name__
-    return is_composed(p) or (not p.is_floating_point() and not p.is_complex()) or kind in ("Params4bit", "Int8Params")
 
 
 def is_of_backward(error: RuntimeError) -> bool:

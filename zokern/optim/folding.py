@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokern import deltas
 from zokern.contract.rules import RULES
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
+from zokern.deltas import Delta
 from zokern.hashing import hash_of
 from zokern.optim.ledger import Ledger
 from zokern.optim.saved_pending import SavedPending
@@ -119,6 +121,7 @@ class Folding:
         pending, passes = self.placement.pending, owner._passes
         if not pending.steps:
             return 0, None
+        deltas.refuse_fold(self.sweep)
         spec, seeds = self.rounding(owner)
         numbers = pending.numbers(pending.decay, {}, seeds)
         sweep = Sweep(self.sweep.members)
@@ -173,7 +176,7 @@ class Folding:
             return None
         members = list(self.sweep)
         weights = hash_of((str(m.tensor_id), m.param) for m in members)
-        folded = hash_of((str(m.tensor_id), self.copy(owner, m)) for m in members)
+        folded = hash_of((str(m.tensor_id), self.copy(owner, m)) for m in members if not isinstance(m.param, Delta))
         return SavedPending(pending, [(m.tensor_id, m.row) for m in members], weights, folded).entry()
 
     def load(self, saved: SavedPending | None) -> None:

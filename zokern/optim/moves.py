@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zokern._checks import ZokernWarning
+from zokern.deltas import Delta
 from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.optim.parameters import Active
@@ -100,6 +101,8 @@ def mean_square(params: Iterable[Tensor]) -> Tensor:
     """Of all elements that are not 0; 0 where there are none. float64, 0-d, on the first GPU that has any; never waits."""
     sums: dict[torch.device, list[Tensor]] = {}
     for p in params:
+        if isinstance(p, Delta):
+            continue
         flat = p.detach().reshape(1) if p.dim() == 0 else p.detach()
         for piece in flat.split(max(1, CHUNK // max(1, flat[0].numel()))):
             norm = torch.linalg.vector_norm(piece, dtype=torch.float32)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from zokern import _checks
+from zokern import _checks, deltas
 from zokern.contract.streams import matrices
 from zokern.kinds import Number
 from zokern.layers import RandomBlocks
@@ -145,6 +145,8 @@ def refuse_without_matrix(groups: Groups, rank: int) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Zero-size parameters are allowed here (they are skipped); everything else as for a pass."""
+    if isinstance(p, deltas.Delta):
+        return
     if type(p).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor (FSDP2, tensor parallel), and zokern's optimizers do not take those yet: keep the whole "
@@ -187,6 +189,9 @@ class Owner(Protocol):
 
     def row_key(self, param: Tensor) -> Hashable:
         """Parameters of one group whose keys differ get rows of numbers of their own."""
+
+    def check_writable(self, param: Tensor) -> None:
+        """Refuses one that its updates cannot be added to."""
 
 
 class Parameters:
@@ -274,6 +279,7 @@ class Parameters:
                 continue
             if changed or type(p) is not nn.Parameter:  # put into a group by somebody else
                 check_parameter(p, f"params: {self.registry.names[id(p)]}")
+                owner.check_writable(p)
             row = rows.setdefault((g, owner.row_key(p)), len(rows))
             kept = state.of(owner.state, p, self.spec)
             members.append(Member(p, self.registry.ids[id(p)], row, self.registry.names[id(p)], kept))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zokern.deltas import is_nothing
 from zokern.placement.blocks import BlockMatrix, Blocks, PerBlock, flagged, handles
 from zokern.placement.rows import NotInBlocks, Rows
 from zokern.placement.thin import coefficients, spread
@@ -55,6 +56,10 @@ def _product(x: Tensor, weight: BlockMatrix, use: str, bias: Any, *, turned: boo
     rows = flagged(weight)
     into, out_of = (weight.left, weight.right) if turned else (weight.right, weight.left)
     given, start = _Input(x, rows, (weight.parameter, use)), _start(bias, rows)
+    if type(weight.base) is Tensor and is_nothing(weight.base):
+        with torch.autocast(x.device.type, enabled=False):
+            thin = coefficients(_all(given.each, rows), into, weight.scale.unsqueeze(1))
+            return given.back(spread(thin, out_of, start), weight.parameter)
     base = weight.base if turned else weight.base.t()
     if torch.is_autocast_enabled(x.device.type):
         rows.half = True

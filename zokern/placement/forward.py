@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from zokern import deltas
 from zokern.contract.streams import matrices
 from zokern.directions import rank
 from zokern.passes.spec import PassNumbers
@@ -122,7 +123,11 @@ class Forward(Shown):
         an embedding with max_norm does)."""
         if matrices(m.param.shape, self.rank) is None or m.offset or m.stride or id(m.param) in self._copied:
             return False
-        plain = type(m.param) is nn.Parameter and m.param.layout == torch.strided and m.param.dtype in DTYPES
+        plain = (
+            type(m.param) in (nn.Parameter, deltas.Delta)
+            and m.param.layout == torch.strided
+            and m.param.dtype in DTYPES
+        )
         # A stand-in has the attributes that libraries hang on parameters, and its own.
         return (
             plain
@@ -149,8 +154,9 @@ class Forward(Shown):
                 f"{self.stand_ins[i].parameter} was taken inside the closure and is used outside of it, where "
                 "placement='forward' has no perturbed weights"
             )
-        self.written.add(i)
         p = self.lower[i].param
+        deltas.refuse_sum(p, self.lower[i].name)
+        self.written.add(i)
         with torch.inference_mode(False):
             copy = nn.Parameter(torch.empty_like(p, requires_grad=False), p.requires_grad)
         self.passes.run(Sweep([self.lower[i]]), self.spec, self.numbers_of(self.terms), out=[copy], counted=False)
