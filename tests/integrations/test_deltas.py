@@ -272,3 +272,14 @@ def test_other_uses_are_refused(tmp_path: Path) -> None:
 def test_what_is_trained_is_said_without_the_layers_that_have_deltas(capsys: pytest.CaptureFixture[str]) -> None:
     run(ready("bnb8"), "bnb8", 1)
     assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", ["int8", "bnb8"])
+def test_check_says_that_they_react(base: str) -> None:
+    model = ready(base)
+    result = zokern.check(zokern.MeZO(model, 1e-2, **LOW), loss_of(model, base))
+    assert result.ok, str(result)
+    assert [row.name for row in result.rows if row.state == "reacts"] == ["0.delta", "2.delta"]
+    assert result.cost.passes == {"forward": 0}
+    assert result.cost.weights == 0
+    assert {name for name, size in result.cost.memory.items() if size is not None} == {"forward"}

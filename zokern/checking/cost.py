@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zokern.deltas import Delta
 from zokern.directions import rank
 from zokern.optim import ZerothOrderOptimizer, drivers
 from zokern.optim.numbers import HostNumbers
@@ -22,14 +23,14 @@ class Cost:
     """Of one step of `method`.
 
     forwards: calls of the closure, a batch each. passes: over the active weights, by placement (pipelined=True saves one
-    where there is room). weights, states: bytes of the trainable weights, and of what the method keeps for them. memory:
-    bytes beside both, by placement, None where it cannot serve this model. seconds: of the forwards alone, as they were
-    here.
+    where there is room); with fold_every, those of a fold, shared out over its steps. weights, states: bytes of the
+    trainable weights, and of what the method keeps for them. memory: bytes beside both, by placement, None where it cannot
+    serve this model. seconds: of the forwards alone, as they were here.
     """
 
     method: str
     forwards: int
-    passes: Mapping[str, int]
+    passes: Mapping[str, float]
     weights: int
     states: int
     memory: Mapping[str, int | None]
@@ -38,17 +39,21 @@ class Cost:
 
 def cost(optimizer: ZerothOrderOptimizer, batches: int, forward_seconds: float) -> Cost:
     """batches: calls of the closure for each probe. forward_seconds: of one probe."""
-    probes = _probes(optimizer)
+    probes, every = _probes(optimizer), optimizer.fold_every
     trainable = [p for _, p in optimizer._parameters.trainable(optimizer)]
-    weights = sum(p.nbytes for p in trainable)
+    weights = sum(0 if isinstance(p, Delta) else p.nbytes for p in trainable)
     states = sum(p.numel() * dtype.itemsize for p in trainable for dtype, _ in optimizer.state_spec.values())
     copies = sites.sizes([Member(p, 0, 0, "") for p in trainable])
     copied = sum(size * dtype.itemsize for (_, dtype), size in copies.items())
     memory = {"inplace": 0, "shadow": copied if optimizer.module is not None else None, "stream": _streamed(optimizer)}
     shown = sum(bool(terms) for terms in probes) + 1  # a copy is made for each probe of other weights, then the update
-    passes = {"inplace": _moves(probes) + 1, "shadow": shown, "stream": shown}
+    passes: dict[str, float] = {"inplace": _moves(probes) + 1, "shadow": shown, "stream": shown}
+    if any(isinstance(p, Delta) for p in trainable):  # nothing can be written to
+        passes, memory = {}, dict.fromkeys(memory)
     if rank(optimizer._passes.direction):
-        passes["forward"], memory["forward"] = 1, _forward(optimizer)
+        drawn = {seed for terms in probes for seed in terms}
+        passes["forward"] = 1 / every if every else 0
+        memory["forward"] = _forward(optimizer, len(drawn) * every if every > 1 else 1)
     return Cost(
         type(optimizer).__name__,
         optimizer.forwards() * batches,
@@ -88,12 +93,13 @@ def _moves(probes: list[Terms]) -> int:
     return moves
 
 
-def _forward(optimizer: ZerothOrderOptimizer) -> int | None:
+def _forward(optimizer: ZerothOrderOptimizer, count: int) -> int | None:
+    """count: of directions whose factors are there together."""
     if optimizer.module is None or optimizer.scaled:
         return None
     placement = Forward()
     placement.bind(optimizer.module, Passes(optimizer._passes.direction, optimizer._passes.backend))
-    return extra_bytes(placement, members_of(optimizer))
+    return extra_bytes(placement, members_of(optimizer), count)
 
 
 def members_of(optimizer: ZerothOrderOptimizer) -> list[Member]:

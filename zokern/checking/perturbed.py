@@ -12,6 +12,7 @@ from torch import Tensor
 import zokern.placement
 from zokern.checking.subject import Tried
 from zokern.contract.streams import derive_seed
+from zokern.deltas import Delta
 from zokern.ops import add_noise_
 from zokern.optim import ZerothOrderOptimizer
 from zokern.placement import MADE, Forward, Placement
@@ -49,6 +50,8 @@ class Perturbed:
 
     def moved(self, one: Tried) -> float:
         """Share of the elements that eps z changes."""
+        if isinstance(one.tensor, Delta):
+            return 1.0
         there = torch.empty_like(one.tensor.detach())
         self.noisy(one, one.eps, there)
         return float((there != one.tensor).float().mean())

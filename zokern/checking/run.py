@@ -20,6 +20,7 @@ from zokern.checking.progress import Progress
 from zokern.checking.result import NO_EFFECT, NOT_LOOKED_AT, REACTS, Finding, Result, Row
 from zokern.checking.runs import Reacting, Runs
 from zokern.checking.subject import Subject, Tried
+from zokern.deltas import Delta
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import MeZO, ZerothOrderOptimizer
 from zokern.optim.losses import Closure
@@ -188,7 +189,8 @@ class _Check:
 
     def _why(self, one: Tried, size: float, refusal: str) -> tuple[bool, str]:
         read = self.watched.reads is not None and id(one.tensor) in self.watched.reads
-        if self.perturbed.placement is not None and (read or refusal):
+        read = read and not isinstance(one.tensor, Delta)  # which cannot be perturbed in place
+        if self.perturbed.placement is not None and (read or refusal) and not isinstance(one.tensor, Delta):
             with self.perturbed.in_place(one, size):
                 loss = self.runs()
             if self.reacting(loss):

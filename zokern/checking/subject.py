@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zokern.checking import adapters
 from zokern.checking.result import NOT_TRAINED, Finding, Row
+from zokern.deltas import NAME, Delta
 from zokern.optim import ZerothOrderOptimizer
 
 SMALL = {torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.quint4x2} | {
@@ -84,13 +85,16 @@ class Subject:
             if gone:
                 text = f"the model no longer has {listed(gone)}; make a new optimizer after changing the model"
                 say(Finding("training", text, True))
+        beside = {name.removesuffix(NAME) for one in self.tried if isinstance(one.tensor, Delta) for name in one.names}
         packed = [row.name for row in self.untrained if row.why.startswith(PACKED)]
+        packed = [name for name in packed if name[: name.rfind(".") + 1] not in beside]
         plain = [row for row in self.untrained if row.why == FROZEN]
         bases = [name for name in packed if "base_layer" in name.split(".")]
         if self.tried and len(packed) > len(bases) and not plain:
             text = (
                 f"{listed(packed)} cannot be trained, because the weights are quantised or packed, while everything else "
-                "is; make the optimizer before the model is quantised, or freeze what is not meant to be trained"
+                "is; make the optimizer before the model is quantised, freeze what is not meant to be trained, or call "
+                "zokern.add_deltas(model), which trains beside them"
             )
             say(Finding("training", text, True))
         for a, b in _overlapping(self.tried):
@@ -167,8 +171,9 @@ def _buffers(module: nn.Module | None) -> Iterator[Row]:
 
 def _overlapping(tried: list[Tried]) -> Iterator[tuple[str, str]]:
     spans = sorted(
-        (str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, one.names[0]) for one in tried for t in (one.tensor,)
-    )
+        (str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, one.names[0])
+        for one in tried for t in (one.tensor,) if not isinstance(t, Delta)
+    )  # fmt: skip
     for (place, _, end, a), (place2, begin, _, b) in itertools.pairwise(spans):
         if place == place2 and begin < end:
             yield a, b

@@ -98,7 +98,7 @@ def _cost(cost: Cost, placement: str) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column()
-    passes = ", ".join(f"{count} ({name})" for name, count in cost.passes.items())
+    passes = ", ".join(f"{count:.3g} ({name})" for name, count in cost.passes.items())
     memory = ", ".join(
         f"{name} {'cannot serve this model' if size is None else f'{size / 1e6:,.1f} MB'}"
         for name, size in cost.memory.items()

@@ -180,7 +180,8 @@ def quantised(module: nn.Module) -> str:
     return (
         f"{trained:,} of the {sum(p.numel() for p in floating):,} floating-point numbers of {type(module).__name__} are "
         f"trained; {len(left_out)} quantised tensors are left out "
-        f"({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''}): zokern.scales(model) has their scales"
+        f"({', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''}): zokern.scales(model) has their scales, and "
+        "zokern.add_deltas(model) trains beside them"
     )
 
 

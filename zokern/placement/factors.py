@@ -77,11 +77,11 @@ class Factors:
         self.now: _Made | None = None
 
     @staticmethod
-    def nbytes(members: Sequence[Member], rank: int) -> int:
-        """Of the pools, for one seed and as many rows as there are."""
+    def nbytes(members: Sequence[Member], rank: int, count: int = 1) -> int:
+        """Of the pools, for so many seeds and as many rows as there are."""
         stacks = [stack for m in members if (stack := matrices(m.param.shape, rank)) is not None]
         of_seed = sum(padded(rank * e * side) for e, m, n in stacks for side in (m, n))
-        size = padded(rank * (1 + max(m.row for m in members))) + of_seed + SLACK
+        size = padded(count * rank * (1 + max(m.row for m in members))) + count * of_seed + SLACK
         return size * sum(dtype.itemsize for dtype in {m.param.dtype for m in members} | {torch.float32})
 
     def of(self, rows: int, count: int) -> list[Views]:
