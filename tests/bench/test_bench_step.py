@@ -162,6 +162,23 @@ def test_low_rank_directions_in_the_forward_are_timed_where_a_method_takes_them(
     assert sum(t.nbytes for t in opt._placement.memory()) == needed_bytes(case, model)
 
 
+def test_folds_and_probes_in_one_forward_are_rows_too(tmp_path: Path) -> None:
+    ways = ("forward-folds", "forward-batched")
+    wanted = settings(models=("tiny-opt",), methods=("mezo", "fzoo", "hizoo"), placements=ways, peers=False, rounds=1)
+    run = Run(wanted, tmp_path / "step.json")
+    results = run.run()
+    names = {f"tiny-opt 2x8 {method} {way}" for method in ("mezo", "fzoo") for way in ways}
+    assert set(results) == names
+    assert {"hizoo forward-folds", "hizoo forward-batched"} <= set(run.not_timed)
+    for name, result in results.items():
+        folds = name.endswith("folds")
+        assert result["status"] == "timed"
+        assert result["placement"] == "forward"
+        assert result["passes_per_step"] == (1 / 8 if folds else 1)
+        assert result["forwards_per_step"] == (1 if not folds else 9 if "fzoo" in name else 2)
+        assert result["forwards"] > 0
+
+
 def test_passes_inside_the_closure_are_not_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that moves by 1 at each look: stream's passes of blocks lie between looks of the closure."""
     looks = iter(range(10**6))

@@ -132,10 +132,12 @@ def logits_bytes(name: str, rows: int, length: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """A closure that keeps apart what a step reads anew: calling it is loss(batch), a tensor on the batch's device."""
+    """A closure that keeps apart what a step reads anew: calling it is loss(batch), a tensor on the batch's device.
+    each: the losses [rows] of the same batch, whose mean that is."""
 
     loss: Callable[[Mapping[str, Tensor]], Tensor]
     batch: dict[str, Tensor]
+    each: Callable[[Mapping[str, Tensor]], Tensor]
 
     def __call__(self) -> Tensor:
         return self.loss(self.batch)
@@ -159,12 +161,20 @@ def closure(name: str, model: nn.Module, rows: int, length: int, device: torch.d
             loss: Tensor = model(input_ids=batch["ids"], labels=batch["ids"]).loss
             return loss
 
-        return Work(of_decoder, {"ids": ids})
+        def each_of_decoder(batch: Mapping[str, Tensor]) -> Tensor:
+            logits = model(input_ids=batch["ids"]).logits[:, :-1].float()
+            return F.cross_entropy(logits.transpose(1, 2), batch["ids"][:, 1:], reduction="none").mean(1)
+
+        return Work(of_decoder, {"ids": ids}, each_of_decoder)
     targets = torch.randint(CLASSES, (rows,), generator=generator).to(device)
     centres = F.normalize(torch.randn(CLASSES, shape.hidden, generator=generator), dim=-1).to(device)
 
-    def of_encoder(batch: Mapping[str, Tensor]) -> Tensor:
+    def each_of_encoder(batch: Mapping[str, Tensor]) -> Tensor:
         hidden = model(input_ids=batch["ids"]).last_hidden_state.float()
-        return F.cross_entropy(F.normalize(hidden.mean(1), dim=-1) @ centres.T / TEMPERATURE, batch["targets"])
+        scores = F.normalize(hidden.mean(1), dim=-1) @ centres.T / TEMPERATURE
+        return F.cross_entropy(scores, batch["targets"], reduction="none")
 
-    return Work(of_encoder, {"ids": ids, "targets": targets})
+    def of_encoder(batch: Mapping[str, Tensor]) -> Tensor:
+        return each_of_encoder(batch).mean()
+
+    return Work(of_encoder, {"ids": ids, "targets": targets}, each_of_encoder)

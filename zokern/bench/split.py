@@ -14,6 +14,7 @@ import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -59,16 +60,43 @@ class Graphed:
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """One step on the closure's batch; the closure must be the same each time."""
-        if not isinstance(closure, Work):
-            raise TypeError(f"closure must be a zokern.bench.models.Work, got {type(closure).__name__}")
+        work = _work(closure)
         if self._graph is None:
             try:
-                self._graph = graphed.GraphedStep(self.optimizer, closure.loss, closure.batch)
+                self._graph = graphed.GraphedStep(self.optimizer, work.loss, work.batch)
             except RuntimeError as error:
                 if isinstance(error.__cause__, torch.OutOfMemoryError):
                     raise error.__cause__ from error
                 raise NotCaptured(str(error)) from error
-        return self._graph(closure.batch)
+        return self._graph(work.batch)
+
+
+class Together:
+    """An optimizer whose steps evaluate all probes of a round in one forward. It gives one closure, whoever times it: what
+    a first step has tested holds for the next ones."""
+
+    def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
+        self.optimizer = optimizer
+        self._now: Work | None = None
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        return self.optimizer.counters
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        self._now = _work(closure)
+        loss: Tensor = self.optimizer.step(self._each, [self._now.batch], batched=True)
+        return loss
+
+    def _each(self, batch: Mapping[str, Tensor]) -> Tensor:
+        assert self._now is not None
+        return self._now.each(batch)
+
+
+def _work(closure: Callable[[], Tensor]) -> Work:
+    if not isinstance(closure, Work):
+        raise TypeError(f"closure must be a zokern.bench.models.Work, got {type(closure).__name__}")
+    return closure
 
 
 def why_not_graphed(optimizer: ZerothOrderOptimizer, device: torch.device) -> str | None:
@@ -91,7 +119,8 @@ def _around_passes(stepper: Stepper, around: Callable[[], contextlib.AbstractCon
         return call
 
     # Placements hold the optimizer's passes: an attribute of them reaches every one.
-    owner = stepper._passes if isinstance(stepper, ZerothOrderOptimizer) else stepper
+    inner = stepper.optimizer if isinstance(stepper, Together) else stepper
+    owner = inner._passes if isinstance(inner, ZerothOrderOptimizer) else inner
     both = {name: timed(getattr(owner, name)) for name in ("run", "chain", "pass_") if hasattr(owner, name)}
     vars(owner).update(both)
     try:
@@ -105,15 +134,21 @@ def measure(stepper: Stepper, closure: Callable[[], Tensor], device: torch.devic
     """Seconds of one step, the mean of `steps` in a row: "step" and its PARTS, which a step in one graph has not."""
     clock, inside = Clock(device), False
 
-    def forward() -> Tensor:
-        nonlocal inside
-        inside = True
-        try:
-            with clock.measure("closure"):
-                return closure()
-        finally:
-            inside = False
+    def timed(evaluated: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(*batch: Any) -> Tensor:
+            nonlocal inside
+            inside = True
+            try:
+                with clock.measure("closure"):
+                    return evaluated(*batch)
+            finally:
+                inside = False
 
+        return forward
+
+    forward: Callable[[], Tensor] = timed(closure)
+    if isinstance(closure, Work):
+        forward = replace(closure, loss=timed(closure.loss), each=timed(closure.each))
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what was queued before is not ours
     whole = isinstance(stepper, Graphed)

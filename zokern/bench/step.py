@@ -154,7 +154,7 @@ class Turns:
         for _ in range(split.Graphed.WARM_UP if isinstance(stepper, split.Graphed) else 1):
             stepper.step(entry.closure)
         before = dict(stepper.counters)
-        seconds = split.measure(stepper, entry.closure, self.device, self.settings.steps)
+        seconds = split.measure(stepper, entry.closure, self.device, entry.case.whole(self.settings.steps))
         optimizer = optimizer_of(stepper)
         if optimizer is not None and optimizer.skipped_steps:
             raise RuntimeError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from zokern import placement
 from zokern.bench import models
-from zokern.bench.split import Graphed, Stepper, why_not_graphed
+from zokern.bench.split import Graphed, Stepper, Together, why_not_graphed
 from zokern.bench.step_peers import PEERS, Published
 from zokern.checking.cost import members_of
 from zokern.finetune.methods import build
@@ -25,6 +25,8 @@ from zokern.placement.stream import Stream
 GRAPHED = "graphed"
 PIPELINED = "-pipelined"  # behind the name of a placement
 FORWARD, DIRECTION = "forward", "lowrank:1"  # the placement that needs such a direction
+FOLDS, TOGETHER = "forward-folds", "forward-batched"  # updates that wait; all probes of a round in one forward
+FOLD_EVERY = 8  # of FOLDS
 Groups = dict[tuple[int, int], list["Case"]]  # cases that take turns, by their tokens
 LR, EPS = 1e-7, 1e-3  # lr is not 0: an update that moves nothing is left out
 
@@ -83,7 +85,15 @@ class Case:
 
     @property
     def placement(self) -> str:
-        return self.below or self.way.removesuffix(PIPELINED)
+        return self.below or (FORWARD if self.is_forward else self.way.removesuffix(PIPELINED))
+
+    @property
+    def is_forward(self) -> bool:
+        return self.way in (FORWARD, FOLDS, TOGETHER)
+
+    def whole(self, steps: int) -> int:
+        """The fewest steps, at least so many, that are to be timed in a row."""
+        return -(-steps // FOLD_EVERY) * FOLD_EVERY if self.way == FOLDS else steps
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -101,24 +111,24 @@ def cases(
     settings: Settings,
     placements: tuple[str, ...],
     graphed: Collection[str],
-    refused: Collection[str],
+    refused: Collection[tuple[str, str]],
     model: str,
     rows: int,
     length: int,
 ) -> Iterator[Case]:
     """The cases of one model and one token shape, which take turns. Published MeZO is always among the peers.
 
-    graphed: methods to time in a graph too, on the first of the placements that is not pipelined. refused: methods that
-    do not go with placement="forward".
+    graphed: methods to time in a graph too, on the first of the placements as it is. refused: pairs of a method and a way
+    that do not go together.
     """
     for method, ways in PEERS.items() if settings.peers else ():
         if method == "mezo" or method in settings.methods:
             yield from (
                 Case(model, rows, length, method, way) for way in ways if way != "compiled" or settings.compiled
             )
-    below = next((way for way in placements if not way.endswith(PIPELINED)), None)
+    below = next((way for way in placements if way in placement.PLACEMENTS), None)
     for method in settings.methods:
-        own = [way for way in placements if way != FORWARD or method not in refused]
+        own = [way for way in placements if (method, way) not in refused]
         yield from (Case(model, rows, length, method, way) for way in own)
         if method in graphed and below is not None:
             yield Case(model, rows, length, method, GRAPHED, below)
@@ -137,8 +147,10 @@ def plan(settings: Settings) -> tuple[dict[str, Groups], dict[str, str]]:
         for method in settings.methods
     }
     graphed = [method for method, reason in reasons.items() if reason is None]
-    asked = settings.methods if FORWARD in settings.placements else ()
-    refused = {method: why for method in asked if (why := _why_not_forward(method, tiny)) is not None}
+    refused = {
+        (method, way): why for way in settings.placements for method in settings.methods
+        if (why := _why_not_forward(method, way, tiny)) is not None
+    }  # fmt: skip
     groups: dict[str, Groups] = {}
     for name in settings.models:
         module = models.build(name, dtype, torch.device("meta"))
@@ -147,7 +159,7 @@ def plan(settings: Settings) -> tuple[dict[str, Groups], dict[str, str]]:
     not_timed = {f"{method} {GRAPHED}": reason for method, reason in reasons.items() if reason is not None}
     if not graphed and len(told := set(not_timed.values())) == 1:
         not_timed = {GRAPHED: told.pop()}
-    return groups, not_timed | {f"{method} {FORWARD}": why for method, why in refused.items()}
+    return groups, not_timed | {f"{method} {way}": why for (method, way), why in refused.items()}
 
 
 def resolve(placements: tuple[str, ...], module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
@@ -161,12 +173,15 @@ def make(case: Case, model: nn.Module) -> Stepper:
     if case.is_peer:
         return PEERS[case.method][case.way](model, LR, EPS)
     optimizer = _optimizer(case, model)
-    return Graphed(optimizer) if case.way == GRAPHED else optimizer
+    return Graphed(optimizer) if case.way == GRAPHED else Together(optimizer) if case.way == TOGETHER else optimizer
 
 
-def _why_not_forward(method: str, model: nn.Module) -> str | None:
+def _why_not_forward(method: str, way: str, model: nn.Module) -> str | None:
+    case = Case("tiny-opt", 1, 1, method, way)
+    if not case.is_forward:
+        return None
     try:
-        _optimizer(Case("tiny-opt", 1, 1, method, FORWARD), model)
+        _optimizer(case, model)
     except ValueError as error:
         return str(error)
     return None
@@ -176,6 +191,7 @@ def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
     chosen = Options(
         method=case.method, placement=case.placement, pipelined=case.way.endswith(PIPELINED), lr=LR, eps=EPS,
         curvature_dtype=case.curvature or None, distribution=DIRECTION if case.placement == FORWARD else None,
+        fold_every=FOLD_EVERY if case.way == FOLDS else 1,
     )  # fmt: skip
     made: ZerothOrderOptimizer = build(model, chosen)
     return made
@@ -183,7 +199,7 @@ def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
 
 def optimizer_of(stepper: Stepper) -> ZerothOrderOptimizer | None:
     """zokern's optimizer in a stepper; None of a peer."""
-    inner = stepper.optimizer if isinstance(stepper, Graphed) else stepper
+    inner = stepper.optimizer if isinstance(stepper, Graphed | Together) else stepper
     return inner if isinstance(inner, ZerothOrderOptimizer) else None
 
 
@@ -211,7 +227,9 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     if isinstance(optimizer._placement, Stream):
         copies = stream.extra_bytes(model)
     elif isinstance(optimizer._placement, Forward):
-        copies = forward.extra_bytes(optimizer._placement, members_of(optimizer))
+        together = optimizer.forwards() if case.way == TOGETHER else 1
+        waiting = FOLD_EVERY * optimizer.forwards() if case.way == FOLDS else 1
+        copies = together * forward.extra_bytes(optimizer._placement, members_of(optimizer), waiting)
     elif isinstance(optimizer._placement, Shadow):
         copies = sum(sites.padded_size(p) * p.element_size() for p in _trainable(model))
     return state_bytes(optimizer, model) + copies
