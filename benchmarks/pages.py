@@ -24,6 +24,7 @@ import benchmarks.layers.run
 import benchmarks.lengths.run
 import benchmarks.llm.page
 import benchmarks.lowrank.learning
+import benchmarks.lowrank.populations
 import benchmarks.lowrank.speed
 import benchmarks.machine_code.page
 import benchmarks.replay.run
@@ -60,7 +61,8 @@ SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.steps.passes, benchmarks.gpu.page, benchmarks.layers.run,
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run,
-    benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lengths.run, docs.from_code,
+    benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
+    docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
 for subject in SUBJECTS:
