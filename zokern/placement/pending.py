@@ -150,7 +150,7 @@ class ForwardPending(Forward):
         self, device: torch.device, stand_ins: Sequence[PlusLowRank], members: Sequence[Member], decay: Tensor
     ) -> None:
         if self.pending.decays and (device not in self._decays or len(self._decays[device]) != len(decay)):
-            self._decays[device] = torch.empty(len(decay), device=device)
+            self._decays[device] = torch.empty(len(decay), dtype=torch.float32, device=device)
         if self.pending.decays:
             self._decays[device].copy_(decay, non_blocking=device.type != "cpu")
         for one, m in zip(stand_ins, members, strict=True):
@@ -189,11 +189,11 @@ class ForwardPending(Forward):
     def between(self, sweep: Sweep, fold: tuple[PassSpec, Tensor]) -> Iterator[None]:
         """Inside, between steps, the module is seen with what waits. Whatever needs a sum written out gets it as `fold`
         would round it: which arithmetic, and the seeds of its rounding."""
-        proves, self.proves = self.proves, False
-        known = dict(self._copied), dict(self.copied)
-        self.begin(sweep, torch.zeros(len(self.pending.decay), dtype=torch.float64, device=CPU), scaled=False)
-        self.spec, self.fold = fold[0], fold
+        proves, known = self.proves, (dict(self._copied), dict(self.copied))
         try:
+            self.proves = False
+            self.begin(sweep, torch.zeros(len(self.pending.decay), dtype=torch.float64, device=CPU), scaled=False)
+            self.spec, self.fold = fold[0], fold
             with self.present({}):
                 yield
         finally:
