@@ -157,3 +157,33 @@ def test_a_look_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     assert opt._placement.fold is None
     with pytest.raises(RuntimeError, match="computed with none"):
         opt.step(lambda: torch.zeros(()) + tokens(0).sum())
+
+
+def test_a_journal_is_not_written_on_with_folded_copies(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    model = small()
+    opt = built(model)
+    with journal.write(opt, path):
+        run(model, opt, 0, 6)
+        state, weights, folded = saved(opt), weights_of(model), model.state_dict()
+        run(model, opt, 6, 7)
+    content = path.read_bytes()
+    twin = small()
+    other = built(twin)
+    other.load_state_dict(state)
+    twin.load_state_dict(folded)
+    with (
+        pytest.raises(journal.JournalError, match="updates of 2 steps wait there, and of 0 in"),
+        journal.append(other, path),
+    ):
+        pass
+    assert path.read_bytes() == content
+    with journal.write(other, tmp_path / "b"):  # nothing waits for these
+        pass
+    other.load_state_dict(state)
+    twin.load_state_dict(weights, strict=False)
+    with journal.append(other, path):
+        run(twin, other, 6, 9)
+    base = small()
+    assert journal.replay(path, base).verified
+    assert same_bits(weights_of(base), weights_of(twin))

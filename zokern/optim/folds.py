@@ -21,6 +21,16 @@ class Folds(Saving):
         """Steps whose updates wait to be added to the weights; 0 where none does."""
         return 0 if self._folding is None else self._folding.steps
 
+    def count_waiting(self) -> int:
+        """As `pending`, but looks at the weights where a state_dict was loaded: they may have its updates already.
+
+        Raises:
+            ValueError: for weights that are not those of a state_dict that was loaded.
+        """
+        if self._folding is not None:
+            self._folding.settle(self)
+        return self.pending
+
     @torch.no_grad()
     def fold(self) -> int:
         """Adds all updates that wait to the weights now, by one pass, whose rounding seeds are those of the last step.
