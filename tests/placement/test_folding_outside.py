@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import zokern
 from tests.models import small, tokens
@@ -187,3 +188,16 @@ def test_a_journal_is_not_written_on_with_folded_copies(tmp_path: Path) -> None:
     base = small()
     assert journal.replay(path, base).verified
     assert same_bits(weights_of(base), weights_of(twin))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(("fold_every", "dtype"), [(1, torch.float32), (8, torch.float32), (8, torch.bfloat16)])
+def test_a_check_says_what_waiting_takes(fold_every: int, samples: int, dtype: torch.dtype) -> None:
+    model = nn.Sequential(*(nn.Linear(96, 64, bias=False), nn.Linear(64, 96, bias=False))).to(dtype)
+    opt = built(model, fold_every, num_samples=samples)
+    x = torch.ones(2, 96, dtype=dtype)
+    said = zokern.check(opt, lambda: model(x).float().square().mean()).cost.memory["forward"]
+    for _ in range(9):
+        opt.step(lambda: model(x).float().square().mean())
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in opt._placement.memory()}
+    assert said == pytest.approx(sum(kept.values()), rel=0.02)

@@ -48,7 +48,7 @@ def cost(optimizer: ZerothOrderOptimizer, batches: int, forward_seconds: float) 
     shown = sum(bool(terms) for terms in probes) + 1  # a copy is made for each probe of other weights, then the update
     passes = {"inplace": _moves(probes) + 1, "shadow": shown, "stream": shown}
     if rank(optimizer._passes.direction):
-        passes["forward"], memory["forward"] = 1, _forward(optimizer)
+        passes["forward"], memory["forward"] = 1, _forward(optimizer, probes)
     return Cost(
         type(optimizer).__name__,
         optimizer.forwards() * batches,
@@ -88,12 +88,16 @@ def _moves(probes: list[Terms]) -> int:
     return moves
 
 
-def _forward(optimizer: ZerothOrderOptimizer) -> int | None:
+def _forward(optimizer: ZerothOrderOptimizer, probes: list[Terms]) -> int | None:
+    """With the factors of all updates that wait; where only opt.fold() ends that, of one step's."""
     if optimizer.module is None or optimizer.scaled:
         return None
     placement = Forward()
     placement.bind(optimizer.module, Passes(optimizer._passes.direction, optimizer._passes.backend))
-    return extra_bytes(placement, members_of(optimizer))
+    in_turn = max(map(len, probes))
+    directions = len({seed for terms in probes for seed in terms})
+    waiting = 0 if optimizer.fold_every == 1 else max(optimizer.fold_every, 1) * directions
+    return extra_bytes(placement, members_of(optimizer), max(waiting, in_turn, 1))
 
 
 def members_of(optimizer: ZerothOrderOptimizer) -> list[Member]:
