@@ -201,3 +201,16 @@ def test_a_check_says_what_waiting_takes(fold_every: int, samples: int, dtype: t
         opt.step(lambda: model(x).float().square().mean())
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in opt._placement.memory()}
     assert said == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("keep_vars", [False, True])
+def test_parts_of_the_module_are_saved_inside_folded_too(keep_vars: bool) -> None:
+    """What is saved there is whole, and of use afterwards."""
+    model = small()
+    opt = built(model)
+    run(model, opt, 0, 3)
+    wanted = dict(model.layers.state_dict(keep_vars=keep_vars))
+    with opt.folded():
+        found = dict(model.layers.state_dict(keep_vars=keep_vars))
+    assert {type(value) for value in found.values()} == {nn.Parameter if keep_vars else torch.Tensor}
+    assert same_bits(wanted, found)

@@ -71,13 +71,14 @@ class FoldedEntries:
         if folding is None or owner is None or not folding.has_waiting(owner):
             return
         members = {id(m.param): m for m in folding.sweep}
+        if folding.placement.fold is not None:  # inside folded(), whose stand-ins are no use outside of it
+            members |= {id(one): members[id(site.param)] for site, one in folding.placement.pairs}
         for name, p in module._parameters.items():
             member = members.get(id(p))
             key = prefix + name
             if member is not None and key in saved:
                 copy = self._copy(folding, owner, member)
-                kept_vars = isinstance(saved[key], nn.Parameter)
-                saved[key] = nn.Parameter(copy, member.param.requires_grad) if kept_vars else copy
+                saved[key] = nn.Parameter(copy, member.param.requires_grad) if saved[key] is p else copy
 
     def _copy(self, folding: Folding, owner: Any, member: Any) -> Tensor:
         p, pending = member.param, folding.placement.pending
