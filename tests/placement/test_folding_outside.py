@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -214,3 +215,24 @@ def test_parts_of_the_module_are_saved_inside_folded_too(keep_vars: bool) -> Non
         found = dict(model.layers.state_dict(keep_vars=keep_vars))
     assert {type(value) for value in found.values()} == {nn.Parameter if keep_vars else torch.Tensor}
     assert same_bits(wanted, found)
+
+
+def test_a_journal_has_a_fold_after_which_something_was_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = small(), small()
+    opt = built(model)
+    with journal.write(opt, tmp_path / "a"):
+        run(model, opt, 0, 3)
+        once = opt._passes.run
+
+        def broken(*args: Any, **named: Any) -> None:
+            once(*args, **named)
+            raise MemoryError
+
+        monkeypatch.setattr(opt._passes, "run", broken)
+        with pytest.raises(MemoryError):
+            opt.fold()
+        monkeypatch.undo()
+        assert opt.pending == 0
+        run(model, opt, 3, 6)
+    assert journal.replay(tmp_path / "a", base).verified
+    assert same_bits(weights_of(base), weights_of(model))

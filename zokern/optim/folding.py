@@ -8,7 +8,7 @@ so that all processes and all replays fold alike. A fold is one pass with one ro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,22 +110,24 @@ class Folding:
 
     # ----------------------------------------------------------------------------------------------------- between steps
 
-    def fold(self, owner: Any) -> tuple[int, tuple[PassSpec, PassNumbers] | None]:
-        """Adds what waits to the weights now. How many steps it was of, and the pass, where there was something to do."""
+    def fold(self, owner: Any, tell: Callable[[tuple[tuple[PassSpec, PassNumbers], ...]], None]) -> int:
+        """Adds what waits to the weights now. Of how many steps it was. tell: is given the pass, if any, as soon as the
+        weights have it, also where something is raised."""
         self.settle(owner)
         pending, passes = self.placement.pending, owner._passes
         if not pending.steps:
-            return 0, None
+            return 0
         refuse_gone(self.placement.module, self.sweep, pending.steps)
         self.waiting.tell()
         spec, seeds = self.rounding(owner)
         numbers = pending.numbers(pending.decay, {}, seeds)
         sweep = Sweep(self.sweep.members)
-        done, begun, told = False, passes.begun, None
+        done, begun = False, passes.begun
+        told: tuple[tuple[PassSpec, PassNumbers], ...] = ()
         try:
             torch.clear_autocast_cache()
             if moves(numbers):
-                told = spec, numbers
+                told = ((spec, numbers),)
                 passes.run(sweep, spec, numbers)
             done = True
         finally:
@@ -133,7 +135,8 @@ class Folding:
                 passes.settle()
                 self.placement.pending, self._source = NONE, None
                 self.waiting.forget()
-        return pending.steps, told
+                tell(told)
+        return pending.steps
 
     def rounding(self, owner: Any) -> tuple[PassSpec, Tensor]:
         """How a fold between steps rounds: with the seeds of the last step, which no pass has used."""

@@ -10,7 +10,7 @@ import torch
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.events import Careful, HearsFolds, StepEvent
 from zokern.optim.saving import Saving
-from zokern.passes.spec import PassNumbers
+from zokern.passes.spec import PassNumbers, PassSpec
 
 
 class Folds(Saving):
@@ -50,15 +50,15 @@ class Folds(Saving):
             for listener in self.listeners:
                 if isinstance(listener, Careful):
                     listener.before_step()
-            count, done = self._folding.fold(self)
-            if count:
-                step = self._passes.counters.steps - 1
-                lrs = tuple(float(group["lr"]) for group in self.param_groups)
-                event = StepEvent(step, None, () if done is None else (done,), {}, None, lrs, (), {})
-                for listener in self.listeners:
-                    if isinstance(listener, HearsFolds):
-                        listener.folded(event)
-        return count
+            return self._folding.fold(self, self._tell_fold)
+
+    def _tell_fold(self, passes: tuple[tuple[PassSpec, PassNumbers], ...]) -> None:
+        step = self._passes.counters.steps - 1
+        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        event = StepEvent(step, None, passes, {}, None, lrs, (), {})
+        for listener in self.listeners:
+            if isinstance(listener, HearsFolds):
+                listener.folded(event)
 
     def remember_updates(self, step: int, updates: Sequence[PassNumbers], *, folded: bool) -> None:
         """Of a step, when a run is taken up from its journal: those that wait. folded: it is a fold after that step."""
