@@ -14,8 +14,9 @@ from torch import nn
 
 import zokern
 from tests.models import small, tokens
-from tests.placement.test_folding import built, run, same_bits, saved, weights_of
+from tests.placement.test_folding import built, given_losses, run, same_bits, saved, weights_of
 from zokern import journal
+from zokern.journal import tools
 from zokern.placement.base import RefusedModule
 
 WAITS = r"was changed .* 3 steps wait"
@@ -236,3 +237,19 @@ def test_a_journal_has_a_fold_after_which_something_was_raised(tmp_path: Path, m
         run(model, opt, 3, 6)
     assert journal.replay(tmp_path / "a", base).verified
     assert same_bits(weights_of(base), weights_of(model))
+
+
+def test_two_journals_differ_in_a_fold(tmp_path: Path) -> None:
+    for name, folds in (("a", ()), ("b", (1,)), ("c", (2,))):
+        model = small()
+        opt = built(model)
+        with journal.write(opt, tmp_path / name):
+            for t in range(3):
+                given_losses(model, opt, t)
+                if t in folds:
+                    opt.fold()
+    a, b, c = (tmp_path / name for name in "abc")
+    assert tools.first_difference(a, b) == "after step 1, where only one of them was folded by hand"
+    assert tools.first_difference(b, a) == "after step 1, where only one of them was folded by hand"
+    assert tools.first_difference(a, c) == f"after step 2, after which only {c} was folded by hand"
+    assert tools.first_difference(c, c) is None
