@@ -388,7 +388,9 @@ def test_modules_are_copied_and_pickled_without_what_waits() -> None:
         assert not torch.equal(model.state_dict()["norm.weight"], model.norm.weight)
     del opt
     gc.collect()
-    assert model.state_dict(keep_vars=True)["norm.weight"] is model.norm.weight
+    with pytest.warns(zokern.ZokernWarning, match=r"lacks the updates of 3 steps.*embedding\.weight"):
+        assert model.state_dict(keep_vars=True)["norm.weight"] is model.norm.weight
+    model.state_dict()  # told once
 
 
 def test_a_changed_weight_is_told_once() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import zokern
 from tests.models import all_bits, same_bits, seeded, small, tokens
 from tests.placement.test_forward import MODULES, losses_of
 
@@ -89,3 +90,21 @@ def test_a_compiled_closure_and_a_compiled_part():
     assert losses_of(model, lambda: whole(tokens(0)), "forward") == pytest.approx(wanted, rel=2e-5)
     model.layers[1].compile(backend="aot_eager")
     assert losses_of(model, lambda: model(tokens(0)), "forward") == pytest.approx(wanted, rel=2e-5)
+
+
+@pytest.mark.parametrize(("fold_every", "graphs"), [(4, 3), (0, 4)])
+def test_updates_that_wait_do_not_compile_each_step_anew(fold_every: int, graphs: int) -> None:
+    """Code is for all places of a window, those that nothing is in yet included; without windows for powers of two."""
+    model, plain = small(), small()
+    counter = CompileCounterWithBackend("eager")
+    model.compile(backend=counter, fullgraph=True)
+    found = []
+    for one in (model, plain):
+        opt = zokern.MeZO(one, lr=0.01, eps=0.03, seed=5, placement="forward", distribution="lowrank:1",
+                          weight_decay=0.3, fold_every=fold_every)  # fmt: skip
+        losses = [float(opt.step(lambda one=one, t=t: one(tokens(t)))) for t in range(6)]
+        with opt.folded(), torch.no_grad():
+            losses.append(float(one(tokens(10))))
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=2e-5)
+    assert counter.frame_count <= graphs

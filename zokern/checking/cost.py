@@ -51,9 +51,8 @@ def cost(optimizer: ZerothOrderOptimizer, batches: int, forward_seconds: float) 
     if any(isinstance(p, Delta) for p in trainable):  # nothing can be written to
         passes, memory = {}, dict.fromkeys(memory)
     if rank(optimizer._passes.direction):
-        drawn = {seed for terms in probes for seed in terms}
         passes["forward"] = 1 / every if every else 0
-        memory["forward"] = _forward(optimizer, len(drawn) * every if every > 1 else 1)
+        memory["forward"] = _forward(optimizer, probes)
     return Cost(
         type(optimizer).__name__,
         optimizer.forwards() * batches,
@@ -93,13 +92,16 @@ def _moves(probes: list[Terms]) -> int:
     return moves
 
 
-def _forward(optimizer: ZerothOrderOptimizer, count: int) -> int | None:
-    """count: of directions whose factors are there together."""
+def _forward(optimizer: ZerothOrderOptimizer, probes: list[Terms]) -> int | None:
+    """With the factors of all updates that wait; where only opt.fold() ends that, of one step's."""
     if optimizer.module is None or optimizer.scaled:
         return None
     placement = Forward()
     placement.bind(optimizer.module, Passes(optimizer._passes.direction, optimizer._passes.backend))
-    return extra_bytes(placement, members_of(optimizer), count)
+    in_turn = max(map(len, probes))
+    directions = len({seed for terms in probes for seed in terms})
+    waiting = 0 if optimizer.fold_every == 1 else max(optimizer.fold_every, 1) * directions
+    return extra_bytes(placement, members_of(optimizer), max(waiting, in_turn, 1))
 
 
 def members_of(optimizer: ZerothOrderOptimizer) -> list[Member]:

@@ -13,7 +13,7 @@ from zokern.hashing import hash_of
 from zokern.journal import format as journal
 from zokern.journal.files import cut, locked
 from zokern.journal.fit import check, is_base
-from zokern.journal.format import SYNC_SECONDS, JournalError
+from zokern.journal.format import BROKEN_OFF, SYNC_SECONDS, JournalError
 from zokern.journal.reader import Mark, Reader
 from zokern.journal.record import Recorder
 from zokern.journal.run import OF_A_RUN, recording, refuse_another_run
@@ -47,7 +47,8 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
             )
         params = optimizer.weights()
         mark = _mark_of(check(path, params, steps), params, steps)
-        end, crc = _go_to(reader, steps, mark)
+        end, crc, waiting = _go_to(reader, steps, mark)
+        _refuse_other_waiting(optimizer, path, waiting)
         layout, frames = reader.layout, list(reader.frames)
         cut(path, file, end, warn=False)
         recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
@@ -76,12 +77,28 @@ def _mark_of(reader: Reader, params: Mapping[str, Tensor], steps: int) -> Mark |
     return mark
 
 
-def _go_to(reader: Reader, steps: int, mark: Mark | None) -> tuple[int, int]:
-    """Reads to the end of the mark, or of the last of so many steps. Where that is, with the checksum there."""
-    if mark is not None:
-        for _ in itertools.islice(reader.steps(), mark.records):
-            pass
-        return mark.end, mark.crc
-    if steps > reader.done:
-        next(step for step in reader.steps() if reader.done == steps)
-    return reader.end, reader.crc
+def _go_to(reader: Reader, steps: int, mark: Mark | None) -> tuple[int, int, int]:
+    """Reads to the end of the mark, or of the last of so many steps. Where that is, with the checksum there, and how many
+    steps' updates wait there."""
+    waiting = 0
+    if mark is not None or steps > reader.done:
+        for step in reader.steps() if mark is None else itertools.islice(reader.steps(), mark.records):
+            if not step.flags & BROKEN_OFF:
+                waiting = waiting + 1 if any(one.get("deferred") for one in step.signature["passes"]) else 0
+            if mark is None and reader.done == steps:
+                break
+    return (reader.end, reader.crc, waiting) if mark is None else (mark.end, mark.crc, waiting)
+
+
+def _refuse_other_waiting(optimizer: ZerothOrderOptimizer, path: Path, waiting: int) -> None:
+    """
+    Raises:
+        JournalError: where other updates wait than the journal says, which its replay would do.
+    """
+    own = optimizer.count_waiting()
+    if own != waiting:
+        raise JournalError(
+            f"{path}: updates of {waiting} steps wait there, and of {own} in the optimizer, so a replay would have other "
+            "weights: load p.data as it was (module.state_dict() has folded copies), or make checkpoints at steps t with "
+            "(t + 1) divisible by fold_every"
+        )

@@ -94,9 +94,10 @@ def write(
 
 def _refuse_waiting(optimizer: ZerothOrderOptimizer, path: Path) -> None:
     """A journal tells of the updates that wait since it was begun, and of no others."""
-    if optimizer.pending:
+    waiting = optimizer.count_waiting()
+    if waiting:
         raise JournalError(
-            f"{path}: updates of {optimizer.pending} steps wait to be added to the weights, and a journal that begins here "
+            f"{path}: updates of {waiting} steps wait to be added to the weights, and a journal that begins here "
             "would not have them: call opt.fold() first"
         )
 

@@ -111,12 +111,14 @@ def first_difference(a: Path, b: Path) -> str | None:
             longer, step = (a, first) if second is None else (b, second)
             shorter = two if second is None else one
             ends = f"; {printable(shorter.path)}: {shorter.explain()}" if shorter.torn else ""
+            if step.fold:
+                return f"after step {step.number}, after which only {printable(longer)} was folded by hand{ends}"
             return f"at step {step.number}, which only {printable(longer)} has{ends}"
         where = f"at step {first.number}"
         if first.layout != second.layout:
             return f"{where}, in the parameters that are trained"
         if first.fold != second.fold:
-            return f"after step {first.number}, where only one of them was folded by hand"
+            return f"after step {min(first.number, second.number)}, where only one of them was folded by hand"
         if first.flags != second.flags or first.number != second.number:
             return f"{where}, in whether it was done: flags {first.flags} and {second.flags}"
         if first.signature != second.signature:

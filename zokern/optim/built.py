@@ -18,9 +18,10 @@ from zokern.directions import Direction, rank
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import carried, causes, parameters, reach, state
 from zokern.optim.batched import Batched
+from zokern.optim.can_wait import refuse_folding
 from zokern.optim.common import Common
 from zokern.optim.events import Listener
-from zokern.optim.folding import Folding, refuse_folding
+from zokern.optim.folding import Folding
 from zokern.optim.guards import Guards, has_sixteen_bit
 from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method

@@ -8,7 +8,7 @@ so that all processes and all replays fold alike. A fold is one pass with one ro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,11 @@ from zokern.hashing import hash_of
 from zokern.optim.ledger import Ledger
 from zokern.optim.saved_pending import SavedPending
 from zokern.optim.state_hooks import FoldedEntries
+from zokern.optim.waiting import Version, Waiting, alike, refuse_gone, versions
 from zokern.passes.spec import PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import CPU, Update, seed_tensor, sent
-from zokern.placement.pending import NONE, ForwardPending, moves
+from zokern.placement.pending import NONE, ForwardPending, Pending, moves
 from zokern.sweep import NOTHING, Member, Sweep
-
-CHANGED = (
-    "{name} was changed between two steps while the updates of {steps} steps wait to be added to it, and they still will "
-    "be: change weights after opt.fold(), or put them in opt.folded(). What p.data is until then lacks these updates"
-)
 
 
 class Folding:
@@ -40,9 +36,10 @@ class Folding:
         self.every, self.placement = every, placement
         self.sweep = NOTHING  # that the terms are of
         self.loaded: SavedPending | None = None  # terms of which is not known yet whether the weights have them
-        self.entries = FoldedEntries(self)
-        self._told = False  # of a changed weight
-        self._versions: list[tuple[int, int]] = []  # of the weights, as the last step has left them
+        self.waiting = Waiting()
+        self.entries = FoldedEntries(self, self.waiting)
+        self._source: SavedPending | None = None  # what was loaded last, until a step is done with it
+        self._unlike: list[Version] | None = None  # weights that what was loaded is not of
 
     @property
     def steps(self) -> int:
@@ -64,28 +61,25 @@ class Folding:
         self.settle(owner)
         pending = self.placement.pending
         if pending.steps:
-            if _alike(self.sweep) != _alike(owner.active.sweep):
+            if alike(self.sweep) != alike(owner.active.sweep):
                 raise RuntimeError(
                     f"other parameters are trained than before, and the updates of {pending.steps} steps wait to be added "
                     "to those: call opt.fold() before parameters or groups change"
                 )
-            versions = _versions(owner.active.sweep)
-            if self._versions and versions != self._versions:
-                changed = next(i for i, one in enumerate(versions) if one != self._versions[i])
-                self._tell(owner, CHANGED.format(name=self.sweep[changed].name, steps=pending.steps))
-        self.sweep = owner.active.sweep
+            message = self.waiting.news()
+            if message:
+                owner._guards.warn("changed", message)
+        self.sweep, self._source = owner.active.sweep, None
         self.placement.room = max(self.placement.room, self.every)  # each step has one direction at least
-
-    def _tell(self, owner: Any, message: str) -> None:
-        if not self._told:
-            self._told = True
-            owner._guards.warn("changed", message)
 
     def has_waiting(self, owner: Any) -> bool:
         """Whether anything is known to wait for the weights as they are."""
         with contextlib.suppress(ValueError):
             self.settle(owner)
-        return self.loaded is None and self.placement.pending.steps > 0
+        if self.loaded is not None or not self.placement.pending.steps:
+            return False
+        self.waiting.tell()
+        return True
 
     def take(self, owner: Any, update: Update, ok: Tensor, ledger: Ledger) -> Update | None:
         """A step's update, before it is done: what the step's last pass is to do; None where it waits.
@@ -100,9 +94,9 @@ class Folding:
         decay = torch.where(ok, update.shared["decay"].to(torch.float32), 1.0)
         before = self.placement.pending
         total = before.plus(update.seeds, coefs, decay, decays=_decays(owner.param_groups))
-        ledger.undo(lambda: setattr(self.placement, "pending", before))
+        ledger.undo(lambda: self._wait(before))
         if self.is_due(owner._passes.counters.steps):
-            self.placement.pending = NONE
+            self._wait(NONE)
             return Update(total.seeds, {"A": total.coefs}, {"decay": total.decay})
         spec = pass_spec(RULES["axpy"], owner._passes.direction)
         numbers = PassNumbers(seed_tensor(update.seeds), coefs.unsqueeze(1), decay.unsqueeze(1))
@@ -110,33 +104,42 @@ class Folding:
         self.placement.pending = total
         self.placement.room = self.every * len(update.seeds)
         self.entries.watch(site.owner for site in self.placement.sites)
-        self._versions = _versions(self.sweep)
+        self.waiting.note(self.sweep, total.steps)
         return None
+
+    def _wait(self, pending: Pending) -> None:
+        self.placement.pending, self.waiting.steps = pending, pending.steps
 
     # ----------------------------------------------------------------------------------------------------- between steps
 
-    def fold(self, owner: Any) -> tuple[int, tuple[PassSpec, PassNumbers] | None]:
-        """Adds what waits to the weights now. How many steps it was of, and the pass, where there was something to do."""
+    def fold(self, owner: Any, tell: Callable[[tuple[tuple[PassSpec, PassNumbers], ...]], None]) -> int:
+        """Adds what waits to the weights now. Of how many steps it was. tell: is given the pass, if any, as soon as the
+        weights have it, also where something is raised."""
         self.settle(owner)
         pending, passes = self.placement.pending, owner._passes
         if not pending.steps:
-            return 0, None
+            return 0
+        refuse_gone(self.placement.module, self.sweep, pending.steps)
         deltas.refuse_fold(self.sweep)
+        self.waiting.tell()
         spec, seeds = self.rounding(owner)
         numbers = pending.numbers(pending.decay, {}, seeds)
         sweep = Sweep(self.sweep.members)
-        done, begun, told = False, passes.begun, None
+        done, begun = False, passes.begun
+        told: tuple[tuple[PassSpec, PassNumbers], ...] = ()
         try:
             torch.clear_autocast_cache()
             if moves(numbers):
-                told = spec, numbers
+                told = ((spec, numbers),)
                 passes.run(sweep, spec, numbers)
             done = True
         finally:
             if done or passes.begun != begun:
                 passes.settle()
-                self.placement.pending, self._versions = NONE, []
-        return pending.steps, told
+                self.placement.pending, self._source = NONE, None
+                self.waiting.forget()
+                tell(told)
+        return pending.steps
 
     def rounding(self, owner: Any) -> tuple[PassSpec, Tensor]:
         """How a fold between steps rounds: with the seeds of the last step, which no pass has used."""
@@ -152,28 +155,34 @@ class Folding:
         self.settle(owner)
         with contextlib.ExitStack() as stack:
             if self.placement.pending.steps:
+                self.waiting.tell()
                 with torch.inference_mode(False), torch.no_grad():
                     stack.enter_context(self.placement.between(Sweep(self.sweep.members), self.rounding(owner)))
             yield
 
     @torch.no_grad()
     def copy(self, owner: Any, member: Member) -> Tensor:
-        """A weight as a fold would leave it now."""
-        p = member.param
+        """A weight as a fold would leave it now. No counter counts it."""
+        p, counters = member.param, owner._passes.counters
+        before = counters.launches, counters.elements_moved
         with torch.inference_mode(False):
             made = nn.Parameter(torch.empty_like(p, requires_grad=False), requires_grad=False)
         self.placement.folded(member, self.rounding(owner), made)
+        counters.launches, counters.elements_moved = before
         return made.detach()
 
     # ------------------------------------------------------------------------------------------------- saved and loaded
 
     def save(self, owner: Any) -> dict[str, Any] | None:
         """What a state_dict holds of what waits. Reads all weights."""
+        if self._source is not None:
+            self.settle(owner)
         if self.loaded is not None:
             return self.loaded.entry()
         pending = self.placement.pending
         if not pending.steps:
             return None
+        self.waiting.tell()
         members = list(self.sweep)
         weights = hash_of((str(m.tensor_id), m.param) for m in members)
         folded = hash_of((str(m.tensor_id), self.copy(owner, m)) for m in members if not isinstance(m.param, Delta))
@@ -181,7 +190,14 @@ class Folding:
 
     def load(self, saved: SavedPending | None) -> None:
         """Of a state_dict, or of a journal's run: whether the weights have it already is looked at when it is needed."""
-        self.loaded, self.placement.pending, self._versions = saved, NONE, []
+        self.loaded, self.placement.pending, self._source, self._unlike = saved, NONE, None, None
+        self.waiting.forget()
+        self._watch()
+
+    def _watch(self) -> None:
+        """A state_dict() of the module may be asked for before the next step."""
+        if self.steps:
+            self.entries.watch(module for module in self.placement.module.modules() if module._parameters)
 
     def remember(self, owner: Any, step: int, updates: Sequence[PassNumbers], *, folded: bool) -> None:
         """A step that a journal tells of, or a fold after it: its updates that wait."""
@@ -192,6 +208,7 @@ class Folding:
             decays = bool((one.shared != 1).any()) or _decays(owner.param_groups)
             coefs, decay = one.coefs[:, 0], one.shared[:, 0]
             self.placement.pending = self.placement.pending.plus(one.seeds.tolist(), coefs, decay, decays=decays)
+        self._watch()
 
     def settle(self, owner: Any) -> None:
         """Finds out whether the weights have what a loaded state_dict says is waiting.
@@ -199,59 +216,36 @@ class Folding:
         Raises:
             ValueError: where they are neither those that it was to be added to, nor those to which it was.
         """
+        if self._source is not None and self.waiting.changed():  # other weights were loaded: do they have it?
+            self.load(self._source)
         saved = self.loaded
         if saved is None and (not self.placement.pending.steps or self.sweep is not NOTHING):
             return
         active = owner._parameters.active(owner, owner.seed, owner._passes.counters.steps)
         if saved is None:  # of a journal, whose replay has made the weights
             self.sweep = active.sweep
+            self.waiting.note(active.sweep, self.placement.pending.steps)
             return
         if [(m.tensor_id, m.row) for m in active.sweep] != saved.members:
             raise ValueError(
                 f"state_dict has updates of {saved.pending.steps} steps that wait for other parameters than this optimizer "
                 "trains: freeze and group them as the run had them, or save it after opt.fold()"
             )
-        found = hash_of((str(m.tensor_id), m.param) for m in active.sweep)
+        here, found = versions(active.sweep.params), ""
+        if here != self._unlike:  # else they are those of the last time
+            found = hash_of((str(m.tensor_id), m.param) for m in active.sweep)
         if found not in (saved.weights, saved.folded):
+            self._unlike = here
             raise ValueError(
                 f"state_dict has updates of {saved.pending.steps} steps that wait, and the weights are neither those that "
                 "they were to be added to (p.data as the optimizer had it) nor those that have them (module.state_dict(), "
                 "asked for after the same step): load one of the two, as it was when the optimizer's state_dict was made"
             )
-        self.sweep, self.loaded, self._versions = active.sweep, None, []
+        self.sweep, self.loaded, self._source = active.sweep, None, saved
         self.placement.pending = saved.pending if found == saved.weights else NONE
-
-
-def _alike(sweep: Iterable[Member]) -> list[object]:
-    return [(id(m.param), m.tensor_id, m.row, m.param.shape) for m in sweep]
-
-
-def _versions(sweep: Sweep) -> list[tuple[int, int]]:
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in sweep.params]
+        self.waiting.note(active.sweep, self.placement.pending.steps)
 
 
 def _decays(groups: Iterable[Mapping[str, Any]]) -> bool:
     """Whether any group has a weight decay, as far as the host knows."""
     return any(isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0 for group in groups)
-
-
-def refuse_folding(owner: Any, placement: object) -> ForwardPending:
-    """The placement, where updates can wait.
-
-    Raises:
-        ValueError: naming what keeps them from it, with the remedy.
-    """
-    given = f"fold_every is {owner.fold_every}"
-    if not isinstance(placement, ForwardPending):
-        raise ValueError(
-            f"{given}, and placement={getattr(placement, 'name', placement)!r} shows no updates that wait: give "
-            "placement='forward' (by its name), or fold_every=1"
-        )
-    if owner.layers is not None:
-        raise ValueError(f"{given}, and layers moves other blocks in each step: leave layers out, or give fold_every=1")
-    if not owner.plain_updates():
-        raise ValueError(
-            f"{given}, and an update of {type(owner).__name__} as it is set needs the weights' states or sums, so that it "
-            "cannot wait: give fold_every=1, or a method or rule without states (update='sgd')"
-        )
-    return placement

@@ -10,7 +10,7 @@ import torch
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.events import Careful, HearsFolds, StepEvent
 from zokern.optim.saving import Saving
-from zokern.passes.spec import PassNumbers
+from zokern.passes.spec import PassNumbers, PassSpec
 
 
 class Folds(Saving):
@@ -20,6 +20,16 @@ class Folds(Saving):
     def pending(self) -> int:
         """Steps whose updates wait to be added to the weights; 0 where none does."""
         return 0 if self._folding is None else self._folding.steps
+
+    def count_waiting(self) -> int:
+        """As `pending`, but looks at the weights where a state_dict was loaded: they may have its updates already.
+
+        Raises:
+            ValueError: for weights that are not those of a state_dict that was loaded.
+        """
+        if self._folding is not None:
+            self._folding.settle(self)
+        return self.pending
 
     @torch.no_grad()
     def fold(self) -> int:
@@ -40,15 +50,15 @@ class Folds(Saving):
             for listener in self.listeners:
                 if isinstance(listener, Careful):
                     listener.before_step()
-            count, done = self._folding.fold(self)
-            if count:
-                step = self._passes.counters.steps - 1
-                lrs = tuple(float(group["lr"]) for group in self.param_groups)
-                event = StepEvent(step, None, () if done is None else (done,), {}, None, lrs, (), {})
-                for listener in self.listeners:
-                    if isinstance(listener, HearsFolds):
-                        listener.folded(event)
-        return count
+            return self._folding.fold(self, self._tell_fold)
+
+    def _tell_fold(self, passes: tuple[tuple[PassSpec, PassNumbers], ...]) -> None:
+        step = self._passes.counters.steps - 1
+        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        event = StepEvent(step, None, passes, {}, None, lrs, (), {})
+        for listener in self.listeners:
+            if isinstance(listener, HearsFolds):
+                listener.folded(event)
 
     def remember_updates(self, step: int, updates: Sequence[PassNumbers], *, folded: bool) -> None:
         """Of a step, when a run is taken up from its journal: those that wait. folded: it is a fold after that step."""

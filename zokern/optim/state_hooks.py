@@ -7,22 +7,33 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zokern.optim.waiting import Waiting
 
 if TYPE_CHECKING:
     from zokern.optim.folding import Folding
 
 
 class Hook:
-    """Of a module: outlives the optimizer that it is for, and is nothing then. A copy of the module, or one from a file,
-    has one that is nothing."""
+    """Of a module: outlives the optimizer that it is for, tells then what is lost with it, and is taken off by the next
+    one. A copy of the module, or one from a file, has one that is nothing."""
+
+    handle: RemovableHandle
 
     def __init__(self, entries: FoldedEntries | None = None) -> None:
         self.entries = None if entries is None else weakref.ref(entries)
+        self.waiting = None if entries is None else entries.waiting
 
     def __call__(self, module: nn.Module, saved: dict[str, Any], prefix: str, metadata: Any) -> None:
         entries = None if self.entries is None else self.entries()
         if entries is not None:
             entries.replace(module, saved, prefix)
+        elif self.waiting is not None:
+            self.waiting.tell_lost(module)
+
+    def is_over(self) -> bool:
+        return self.entries is None or self.entries() is None
 
     def __deepcopy__(self, memo: Any) -> Hook:
         return Hook()
@@ -31,11 +42,14 @@ class Hook:
         return Hook, ()
 
 
+HOOKS: weakref.WeakKeyDictionary[nn.Module, list[Hook]] = weakref.WeakKeyDictionary()  # that are on a module
+
+
 class FoldedEntries:
     """Hooks on the modules whose weights wait for updates. A tied weight has one copy, while anybody holds it."""
 
-    def __init__(self, folding: Folding) -> None:
-        self.folding = weakref.ref(folding)
+    def __init__(self, folding: Folding, waiting: Waiting) -> None:
+        self.folding, self.waiting = weakref.ref(folding), waiting
         self.owner: weakref.ref[Any] | None = None
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._made: dict[int, tuple[weakref.ref[Tensor], object, tuple[int, ...]]] = {}  # by the parameter's id
@@ -43,7 +57,12 @@ class FoldedEntries:
     def watch(self, modules: Iterable[nn.Module]) -> None:
         for module in modules:
             if module not in self._hooked:
-                module.register_state_dict_post_hook(Hook(self))
+                hooks = HOOKS.setdefault(module, [])
+                for hook in filter(Hook.is_over, hooks):
+                    hook.handle.remove()
+                own = Hook(self)
+                own.handle = module.register_state_dict_post_hook(own)
+                hooks[:] = [*(hook for hook in hooks if not hook.is_over()), own]
                 self._hooked.add(module)
 
     def replace(self, module: nn.Module, saved: dict[str, Any], prefix: str) -> None:
@@ -52,13 +71,14 @@ class FoldedEntries:
         if folding is None or owner is None or not folding.has_waiting(owner):
             return
         members = {id(m.param): m for m in folding.sweep}
+        if folding.placement.fold is not None:  # inside folded(), whose stand-ins are no use outside of it
+            members |= {id(one): members[id(site.param)] for site, one in folding.placement.pairs}
         for name, p in module._parameters.items():
             member = members.get(id(p))
             key = prefix + name
             if member is not None and key in saved:
                 copy = self._copy(folding, owner, member)
-                kept_vars = isinstance(saved[key], nn.Parameter)
-                saved[key] = nn.Parameter(copy, member.param.requires_grad) if kept_vars else copy
+                saved[key] = nn.Parameter(copy, member.param.requires_grad) if saved[key] is p else copy
 
     def _copy(self, folding: Folding, owner: Any, member: Any) -> Tensor:
         p, pending = member.param, folding.placement.pending

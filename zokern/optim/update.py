@@ -54,7 +54,7 @@ def stacked(terms: Terms) -> Tensor:
     """The values of terms, [K]."""
     values = list(terms.values())
     if set(map(type, values)) != {Tensor}:
-        values = [v if isinstance(v, Tensor) else torch.tensor(v, device=CPU) for v in values]
+        values = [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float32, device=CPU) for v in values]
     return torch.stack(values)  # type: ignore[arg-type]
 
 

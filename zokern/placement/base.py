@@ -87,7 +87,7 @@ class Perturbing:
         self.sweep = NOTHING
         self.left: object = None  # of a step that could not put everything back
         self.before = weakref.ref(NOTHING)  # the last step's
-        self.eps = self.still = torch.empty(0, device=CPU)
+        self.eps = self.still = torch.empty(0, dtype=torch.float32, device=CPU)
         self._ones: dict[tuple[int, torch.device], Tensor] = {}  # kept: a captured pass goes on reading them
         self.spec = PassSpec()
 
@@ -113,6 +113,6 @@ class Perturbing:
         self.sweep, self.eps = sweep, eps
         key = len(eps), eps.device
         if key not in self._ones:
-            self._ones[key] = torch.ones(len(eps), 1, device=eps.device)
+            self._ones[key] = torch.ones(len(eps), 1, dtype=torch.float32, device=eps.device)
         self.still = self._ones[key]
         self.spec = pass_spec(RULES["scaled_axpy" if scaled else "axpy"], self.passes.direction)

@@ -77,12 +77,16 @@ class Factors:
         self.now: _Made | None = None
 
     @staticmethod
-    def nbytes(members: Sequence[Member], rank: int, count: int = 1) -> int:
-        """Of the pools, for so many seeds and as many rows as there are."""
+    def nbytes(members: Sequence[Member], rank: int, seeds: int = 1) -> int:
+        """Of the pools, for so many seeds and as many rows as there are, and of what is merged."""
         stacks = [stack for m in members if (stack := matrices(m.param.shape, rank)) is not None]
         of_seed = sum(padded(rank * e * side) for e, m, n in stacks for side in (m, n))
-        size = padded(count * rank * (1 + max(m.row for m in members))) + count * of_seed + SLACK
-        return size * sum(dtype.itemsize for dtype in {m.param.dtype for m in members} | {torch.float32})
+        size = padded(rank * seeds * (1 + max(m.row for m in members))) + seeds * of_seed + SLACK
+        merged = 0
+        if seeds > 1 and rank > 1:
+            each = zip(members, stacks, strict=True)
+            merged = sum(seeds * rank * e * (m + n) * member.param.dtype.itemsize for member, (e, m, n) in each)
+        return merged + size * sum(dtype.itemsize for dtype in {m.param.dtype for m in members} | {torch.float32})
 
     def of(self, rows: int, count: int) -> list[Views]:
         """What each member looks at, for this many rows of coefficients and seeds: the same list for the same views."""

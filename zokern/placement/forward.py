@@ -283,10 +283,10 @@ def _write(placement: weakref.ref[Forward], i: int) -> Tensor:
     return found.write(i)
 
 
-def extra_bytes(placement: Forward, members: Sequence[Member], count: int = 1) -> int:
-    """The memory that it needs beside these weights: copies, and the factors of `count` seeds."""
+def extra_bytes(placement: Forward, members: Sequence[Member], seeds: int = 1) -> int:
+    """The memory that it needs beside these weights: copies, and the factors of so many seeds."""
     lower, copied = ([members[i] for i in at] for at in placement.split(members))
     total = sum(size * dtype.itemsize for (_, dtype), size in sites.sizes(copied).items())
     return total + sum(
-        Factors.nbytes([lower[i] for i in at], placement.rank, count) for at in by_device(lower).values()
+        Factors.nbytes([lower[i] for i in at], placement.rank, seeds) for at in by_device(lower).values()
     )

@@ -92,10 +92,17 @@ class Places(Factors):
             self.made.clear()
             self._views.clear()
             self.now = self.made[rows, len(self.held)] = self._make(rows, len(self.held))
+            for buffer in (self.now.buffer, *self.now.others, *(there for _, there in self.now.merged)):
+                buffer.zero_()  # places that nothing is in are looked at too, where code is compiled
         end = count * self.rank
         if (rows, count) not in self._views:
             self._views[rows, count] = [(left[:end], right[:end], scale[:end]) for left, right, scale in self.now.views]
         return self._views[rows, count]
+
+    def rescale(self, coefs: Tensor) -> None:
+        super().rescale(coefs)
+        assert self.now is not None
+        self.now.scales[:, coefs.shape[1] :].zero_()
 
     def fill_places(self, seeds: Sequence[Seed], given: Tensor) -> None:
         """The factors of these seeds, `given` as a tensor, to the first places, where they are not there."""
@@ -124,6 +131,13 @@ class ForwardPending(Forward):
         self.fold: tuple[PassSpec, Tensor] | None = None  # how sums are rounded while nobody probes
         self.together = TogetherPending(self)
         self._decays: dict[torch.device, Tensor] = {}  # float32 [R], where stand-ins look at it
+        self._traced = [False]  # whether torch's compiler has looked at a stand-in
+
+    def _stand_in(self, lower: Sweep) -> list[PlusLowRank]:
+        made = super()._stand_in(lower)
+        for one in made:
+            one.traced = self._traced
+        return made
 
     def _numbers(self, terms: Terms) -> PassNumbers:
         if not self.pending.steps:
@@ -141,7 +155,10 @@ class ForwardPending(Forward):
         for device, factors in self.factors.items():
             assert isinstance(factors, Places)
             factors.room = max(self.room, len(seeds)) if self.room else 2 * len(seeds)
-            self._look_at(device, factors.of(*coefs.shape))
+            views = factors.of(*coefs.shape)
+            if self._traced[0]:  # compiled for all places once, and not for each number of them
+                views = factors.of(len(coefs), len(factors.held))
+            self._look_at(device, views)
             factors.rescale(coefs)
             factors.fill_places(seeds, numbers.seeds)
             self._show_decay(device, [self.stand_ins[i] for i in factors.at], factors.members, numbers.shared[:, 0])
@@ -150,7 +167,7 @@ class ForwardPending(Forward):
         self, device: torch.device, stand_ins: Sequence[PlusLowRank], members: Sequence[Member], decay: Tensor
     ) -> None:
         if self.pending.decays and (device not in self._decays or len(self._decays[device]) != len(decay)):
-            self._decays[device] = torch.empty(len(decay), device=device)
+            self._decays[device] = torch.empty(len(decay), dtype=torch.float32, device=device)
         if self.pending.decays:
             self._decays[device].copy_(decay, non_blocking=device.type != "cpu")
         for one, m in zip(stand_ins, members, strict=True):
@@ -189,11 +206,11 @@ class ForwardPending(Forward):
     def between(self, sweep: Sweep, fold: tuple[PassSpec, Tensor]) -> Iterator[None]:
         """Inside, between steps, the module is seen with what waits. Whatever needs a sum written out gets it as `fold`
         would round it: which arithmetic, and the seeds of its rounding."""
-        proves, self.proves = self.proves, False
-        known = dict(self._copied), dict(self.copied)
-        self.begin(sweep, torch.zeros(len(self.pending.decay), dtype=torch.float64, device=CPU), scaled=False)
-        self.spec, self.fold = fold[0], fold
+        proves, known = self.proves, (dict(self._copied), dict(self.copied))
         try:
+            self.proves = False
+            self.begin(sweep, torch.zeros(len(self.pending.decay), dtype=torch.float64, device=CPU), scaled=False)
+            self.spec, self.fold = fold[0], fold
             with self.present({}):
                 yield
         finally:

@@ -51,7 +51,7 @@ class PlusLowRank(nn.Parameter):
     base: the weight. leaf: the same, as a leaf that requires a gradient, whose cast autocast keeps. left, right: in dtypes
     that products with `base` take. scale: float32 [K]. full: the sum, once something, `by`, has asked for it; from then on
     everything is computed with it. write: makes it. viewed: what this is a part of, whose sum is then this one's too.
-    parameter: its name. decay: float32, 0-d, D; None where that is 1.
+    parameter: its name. decay: float32, 0-d, D; None where that is 1. traced: is told when torch's compiler looks at it.
     """
 
     base: Tensor
@@ -65,6 +65,7 @@ class PlusLowRank(nn.Parameter):
     write: Callable[[], Tensor] | None
     by: str
     decay: Tensor | None
+    traced: list[bool] | None
 
     @staticmethod
     def __new__(
@@ -74,12 +75,14 @@ class PlusLowRank(nn.Parameter):
             cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, requires_grad=requires_grad
         )
         made.base, made.left, made.right, made.scale, made.parameter = base, left, right, scale, name
-        made.leaf = made.full = made.write = made.viewed = made.decay = None
+        made.leaf = made.full = made.write = made.viewed = made.decay = made.traced = None
         made.by = ""
         return made  # without an __init__: nn.Parameter(one) would call it, with arguments of its own
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         TRACED[0] = True
+        if self.traced is not None:
+            self.traced[0] = True
         return ["base", "left", "right", "scale", *(["decay"] if self.decay is not None else [])], None
 
     def _stable_hash_for_caching(self) -> str:
