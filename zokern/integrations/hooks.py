@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from zokern._checks import ZokernWarning
+from zokern.integrations import shown
 
 try:
     from transformers import TrainerCallback
@@ -35,6 +36,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         optimizer = trainer.zo_optimizer
         trainer.begin_books()
         trainer._begun = True
+        shown.writers(trainer.callback_handler.callbacks, trainer.folded)
         if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
             optimizer.paired_randomness = True  # its noise is no module's dropout
         if step and not optimizer.counters["steps"]:

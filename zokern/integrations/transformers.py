@@ -14,16 +14,18 @@ step, the whole step is made, each of its forwards over all of them; the loop's 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zokern.integrations import groups, refused
+from zokern.integrations import groups, refused, shown
 from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen
 from zokern.integrations.hooks import Hooks
@@ -78,6 +80,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         refused.order(cls, ForwardOnly)
         if "__init__" not in vars(cls):  # a trainer that comes first does not know our arguments
             type.__setattr__(cls, "__init__", _taking_own(cls))
+        _look(cls)
 
     def __init__(self, *args: Any, **named: Any) -> None:
         _set_own(self, named)
@@ -87,7 +90,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         self.begin_books()
         self.notes = vars(self).get("notes") or Notes()
         self._stepped = self._begun = False  # a step was made; a training has begun
-        self._journaled = Journaled()
+        self._journaled, self._shown = Journaled(), shown.Shown()
         super().__init__(*args, **named)
         refused.arguments(self.args)
         refused.accelerator(self.accelerator)
@@ -152,7 +155,8 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
         optimizer = self.zo_optimizer
         try:
-            loss = optimizer.step(closure, batches, **self.step_options(batches, num_items_in_batch))
+            with self._shown.already():
+                loss = optimizer.step(closure, batches, **self.step_options(batches, num_items_in_batch))
         finally:
             books.put_back()
         optimizer.step_done = self._stepped = True  # the loop calls optimizer.step() once more
@@ -209,20 +213,48 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
             return super().train(*args, **named)
         finally:
             self._micro = []
-            self._journaled.close()
             optimizer = refused.inner(self.optimizer)
             if optimizer is not None:
                 optimizer.step_done = False  # a callback may have broken the loop off before its own step()
+            self.end_run()
+
+    def folded(self) -> AbstractContextManager[None]:
+        """Inside, between steps, the model computes with updates that wait (fold_every): `with trainer.folded():` around
+        what a callback asks of it. Evaluation and predictions are inside; inside a step, and again, it is nothing."""
+        return self._shown.by(refused.inner(self.optimizer))
+
+    def end_run(self) -> None:
+        """Adds what waits to the weights, and ends the journal, which has that too."""
+        try:
+            optimizer = refused.inner(self.optimizer)
+            if optimizer is not None:
+                optimizer.fold()
+        finally:
+            self._journaled.close()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._begun and checkpoint is not None:  # an attempt was given up, and another begins with a smaller batch
-            self._journaled.close()
+            self.end_run()
             self._load_from_checkpoint(checkpoint)  # the Trainer would load all but the weights
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_best_model(self) -> None:
-        self._journaled.close()  # it ends with the weights that training had
-        super()._load_best_model()
+
+def _look(cls: type[ForwardOnly]) -> None:
+    """Where a trainer looks at the model, it has what waits; other weights come when nothing does. Also in the methods of
+    trainers that come first."""
+    for name in ("evaluation_loop", "prediction_step"):
+        shown.around(cls, name, ForwardOnly.folded)
+    shown.around(cls, "_load_best_model", _ended)
+
+
+@contextlib.contextmanager
+def _ended(trainer: ForwardOnly) -> Iterator[None]:
+    """The journal ends with the weights that training had."""
+    trainer.end_run()
+    yield
+
+
+_look(ForwardOnly)
 
 
 def _set_own(trainer: ForwardOnly, named: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def write(
 
 def _refuse_waiting(optimizer: ZerothOrderOptimizer, path: Path) -> None:
     """A journal tells of the updates that wait since it was begun, and of no others."""
-    if optimizer.pending:
+    if optimizer.arrived() is None and optimizer.pending:
         raise JournalError(
             f"{path}: updates of {optimizer.pending} steps wait to be added to the weights, and a journal that begins here "
             "would not have them: call opt.fold() first"
@@ -133,6 +133,8 @@ def mark(optimizer: ZerothOrderOptimizer) -> None:
 def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> None:
     """What a replay has to end with."""
     mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
+    if optimizer.pending:  # what module.state_dict() has
+        mark["folded"] = hash_of(optimizer.weights_folded())
     recorder.writer.append_json(MARK, mark)
     recorder.writer.sync()
 

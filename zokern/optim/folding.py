@@ -22,7 +22,7 @@ from zokern.optim.saved_pending import SavedPending
 from zokern.optim.state_hooks import FoldedEntries
 from zokern.passes.spec import PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import CPU, Update, seed_tensor, sent
-from zokern.placement.pending import NONE, ForwardPending, moves
+from zokern.placement.pending import NONE, ForwardPending, Pending, moves
 from zokern.sweep import NOTHING, Member, Sweep
 
 CHANGED = (
@@ -38,6 +38,7 @@ class Folding:
         self.every, self.placement = every, placement
         self.sweep = NOTHING  # that the terms are of
         self.loaded: SavedPending | None = None  # terms of which is not known yet whether the weights have them
+        self.had = NONE  # until the next step: what a loaded state_dict said was waiting, and the weights had
         self.entries = FoldedEntries(self)
         self._told = False  # of a changed weight
         self._versions: list[tuple[int, int]] = []  # of the weights, as the last step has left them
@@ -60,7 +61,7 @@ class Folding:
             ValueError: for weights that are not those of a state_dict that was loaded.
         """
         self.settle(owner)
-        pending = self.placement.pending
+        pending, self.had = self.placement.pending, NONE
         if pending.steps:
             if _alike(self.sweep) != _alike(owner.active.sweep):
                 raise RuntimeError(
@@ -119,21 +120,24 @@ class Folding:
         pending, passes = self.placement.pending, owner._passes
         if not pending.steps:
             return 0, None
-        spec, seeds = self.rounding(owner)
-        numbers = pending.numbers(pending.decay, {}, seeds)
-        sweep = Sweep(self.sweep.members)
-        done, begun, told = False, passes.begun, None
+        told, sweep = self.told(owner, pending), Sweep(self.sweep.members)
+        done, begun = False, passes.begun
         try:
             torch.clear_autocast_cache()
-            if moves(numbers):
-                told = spec, numbers
-                passes.run(sweep, spec, numbers)
+            if told is not None:
+                passes.run(sweep, *told)
             done = True
         finally:
             if done or passes.begun != begun:
                 passes.settle()
                 self.placement.pending, self._versions = NONE, []
         return pending.steps, told
+
+    def told(self, owner: Any, pending: Pending) -> tuple[PassSpec, PassNumbers] | None:
+        """The pass of a fold between steps; None where it changes nothing."""
+        spec, seeds = self.rounding(owner)
+        numbers = pending.numbers(pending.decay, {}, seeds)
+        return (spec, numbers) if moves(numbers) else None
 
     def rounding(self, owner: Any) -> tuple[PassSpec, Tensor]:
         """How a fold between steps rounds: with the seeds of the last step, which no pass has used."""
@@ -178,7 +182,7 @@ class Folding:
 
     def load(self, saved: SavedPending | None) -> None:
         """Of a state_dict, or of a journal's run: whether the weights have it already is looked at when it is needed."""
-        self.loaded, self.placement.pending, self._versions = saved, NONE, []
+        self.loaded, self.placement.pending, self._versions, self.had = saved, NONE, [], NONE
 
     def remember(self, owner: Any, step: int, updates: Sequence[PassNumbers], *, folded: bool) -> None:
         """A step that a journal tells of, or a fold after it: its updates that wait."""
@@ -216,7 +220,8 @@ class Folding:
                 "asked for after the same step): load one of the two, as it was when the optimizer's state_dict was made"
             )
         self.sweep, self.loaded, self._versions = active.sweep, None, []
-        self.placement.pending = saved.pending if found == saved.weights else NONE
+        found_without = found == saved.weights
+        self.placement.pending, self.had = (saved.pending, NONE) if found_without else (NONE, saved.pending)
 
 
 def _alike(sweep: Iterable[Member]) -> list[object]:
