@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from zokern._checks import ZokernWarning
-from zokern.integrations import shown
+from zokern.integrations import limits, shown
 
 try:
     from transformers import TrainerCallback
@@ -36,7 +36,8 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         optimizer = trainer.zo_optimizer
         trainer.begin_books()
         trainer._begun = True
-        shown.writers(trainer.callback_handler.callbacks, trainer.folded)
+        limits.averages(trainer.callback_handler.callbacks, optimizer.options["fold_every"])
+        shown.readers(trainer.callback_handler.callbacks, trainer.folded)
         if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
             optimizer.paired_randomness = True  # its noise is no module's dropout
         if step and not optimizer.counters["steps"]:

@@ -10,8 +10,12 @@ from typing import Any
 
 from zokern.optim import ZerothOrderOptimizer
 
-# Callbacks of TRL that write completions, and when they do so.
-WRITERS = {"LogCompletionsCallback": "on_step_end", "WeaveCallback": "on_evaluate"}
+# Callbacks of TRL that write completions or copy weights, and when they do so.
+READERS = {
+    "LogCompletionsCallback": "on_step_end",
+    "WeaveCallback": "on_evaluate",
+    "SyncRefModelCallback": "on_step_end",
+}
 
 
 class Shown:
@@ -57,11 +61,12 @@ def around(cls: type, name: str, context: Callable[[Any], AbstractContextManager
     type.__setattr__(cls, name, method)
 
 
-def writers(callbacks: Iterable[Any], context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Runs TRL's callbacks that write completions inside context()."""
+def readers(callbacks: Iterable[Any], context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Runs TRL's callbacks that look at the model between steps inside context()."""
     for one in callbacks:
-        event = next((WRITERS[c.__name__] for c in type(one).__mro__ if _is_trls(c) and c.__name__ in WRITERS), None)
-        if event is not None and event not in vars(one):
+        event = next((READERS[c.__name__] for c in type(one).__mro__ if _is_trls(c) and c.__name__ in READERS), None)
+        if event is not None:
+            vars(one).pop(event, None)  # of another trainer
             setattr(one, event, _inside(getattr(one, event), context))
 
 

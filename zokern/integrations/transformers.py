@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zokern.integrations import groups, refused, shown
+from zokern.integrations import constructors, groups, refused, shown
 from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen
 from zokern.integrations.hooks import Hooks
@@ -79,11 +77,11 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         super().__init_subclass__(**options)
         refused.order(cls, ForwardOnly)
         if "__init__" not in vars(cls):  # a trainer that comes first does not know our arguments
-            type.__setattr__(cls, "__init__", _taking_own(cls))
+            type.__setattr__(cls, "__init__", constructors.taking_own(cls, ForwardOnly))
         _look(cls)
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        _set_own(self, named)
+        constructors.set_own(self, named)
         refused.trainer(type(self))
         given = named.get("args", args[1] if len(args) > 1 else None)
         refused.arguments(given)
@@ -255,33 +253,6 @@ def _ended(trainer: ForwardOnly) -> Iterator[None]:
 
 
 _look(ForwardOnly)
-
-
-def _set_own(trainer: ForwardOnly, named: dict[str, Any]) -> None:
-    for name in ForwardOnly.OWN:
-        if name in named:
-            setattr(trainer, name, named.pop(name))
-
-
-def _taking_own(cls: type[ForwardOnly]) -> Callable[..., None]:
-    """A constructor that takes our arguments before the trainer's own sees them."""
-    inherited = cls.__init__
-
-    @functools.wraps(inherited)
-    def construct(self: ForwardOnly, *args: Any, **named: Any) -> None:
-        refused.trainer(cls)
-        _set_own(self, named)
-        super(cls, self).__init__(*args, **named)
-
-    theirs = inspect.signature(inherited)
-    known = [one for one in theirs.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    ours = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(ForwardOnly, name))
-        for name in ForwardOnly.OWN if name not in theirs.parameters
-    ]  # fmt: skip
-    rest = [one for one in theirs.parameters.values() if one.kind is inspect.Parameter.VAR_KEYWORD]
-    construct.__signature__ = theirs.replace(parameters=[*known, *ours, *rest])  # type: ignore[attr-defined]
-    return construct
 
 
 def _quieten(model: nn.Module) -> None:
