@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
@@ -48,8 +46,7 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
             raise JournalError(
                 f"{path}: it begins at step {first}, and the optimizer is at step {steps}; give its run's"
             )
-        params = optimizer.weights()
-        mark = _mark_of(check(path, params, steps), params, steps, folded=arrived is not None)
+        mark = _mark_of(check(path, optimizer.weights(), steps), optimizer, steps, folded=arrived is not None)
         end, crc = _go_to(reader, steps, mark)
         layout, frames = reader.layout, list(reader.frames)
         cut(path, file, end, warn=False)
@@ -61,28 +58,30 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
             yield
 
 
-def _mark_of(reader: Reader, params: Mapping[str, Tensor], steps: int, *, folded: bool) -> Mark | None:
+def _mark_of(reader: Reader, optimizer: ZerothOrderOptimizer, steps: int, *, folded: bool) -> Mark | None:
     """The first mark after `steps` steps that has the hash of these weights; None where there is none to compare with.
     folded: they are folded copies, of what waited then.
 
     Raises:
-        JournalError: if the run had other weights there.
+        JournalError: if the run had other weights there, or others waited to be added to them.
     """
     here = [mark for mark in reader.marks if mark.step == mark.done == steps]
+    params, whole = optimizer.weights(), ""
+    if optimizer.pending:
+        here = [mark for mark in here if not mark.folded]
+        whole = hash_of(optimizer.weights_folded()) if here else ""
     own = hash_of(params.items()) if here else ""
-    if folded:
-        mark = next((mark for mark in here if mark.whole == own or (mark.folded and mark.hash == own)), None)
-    else:
-        mark = next((mark for mark in here if mark.hash == own), None)
-    if mark is None:
-        # The weights of a step that broke off are gone at a checkpoint before it.
-        clean = any(not mark.broken_off for mark in here)
-        if clean or (steps == reader.header["first_step"] and not is_base(reader, params)):
-            raise JournalError(
-                f"{reader.path}: the optimizer's weights are not those that the run had after {steps} steps; load the "
-                "checkpoint's"
-            )
-    return mark
+    for mark in here:
+        if own == (mark.whole or mark.hash) if folded else (own, whole) == (mark.hash, mark.whole):
+            return mark
+    # The weights of a step that broke off are gone at a checkpoint before it.
+    clean = any(not mark.broken_off for mark in here)
+    if clean or (steps == reader.header["first_step"] and not is_base(reader, params)):
+        raise JournalError(
+            f"{reader.path}: the optimizer's weights are not those that the run had after {steps} steps; load the "
+            "checkpoint's"
+        )
+    return None
 
 
 def _go_to(reader: Reader, steps: int, mark: Mark | None) -> tuple[int, int]:
