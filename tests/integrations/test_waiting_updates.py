@@ -1,60 +1,33 @@
-"""Updates that wait (fold_every) in trainers: evaluation has them, a run ends with a fold, nothing is added twice."""
+"""Updates that wait (fold_every) in trainers: evaluation has them, and a run ends with a fold."""
 
 from __future__ import annotations
 
 import gc
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import zokern
 from tests.integrations.tiny import arguments, equal, llama, rows, weights, words
 from zokern import journal
-from zokern.journal import tools
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from tests.integrations.waits import WAITS, close, losses, played, trainer
+from zokern.integrations.shown import READERS
 from zokern.integrations.transformers import ForwardOnly, ZOTrainer
 from zokern.integrations.trl import RewardTrainer
 
-WAITS: dict[str, Any] = {"eps": 1e-1, "distribution": "lowrank:1", "placement": "forward", "fold_every": 4, "seed": 3}
 AT_ONCE = {**WAITS, "fold_every": 1}
-HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
     torch.set_num_threads(1)
-
-
-def trainer(folder: Path, model: Any = None, zo: Any = WAITS, cls: Any = ZOTrainer, **given: Any) -> Any:
-    own = {name: given.pop(name) for name in ("journal", "callbacks") if name in given}
-    args = arguments(folder, **{"weight_decay": 0.1, "learning_rate": 0.1, **given})
-    return cls(model or llama(), args, train_dataset=rows(), eval_dataset=rows(4), zo=zo, **own)
-
-
-def losses(run: Any, name: str = "eval_loss") -> torch.Tensor:
-    return torch.tensor([line[name] for line in run.state.log_history if name in line])
-
-
-def close(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    """To what the rounding of a loss is in a step: 1e-6 of it, by eps, times lr and z. A step moves weights by 0.05."""
-    return all(torch.allclose(x, y, rtol=0, atol=2e-5) for x, y in zip(weights(a), weights(b), strict=True))
-
-
-def played(folder: Path, model: torch.nn.Module) -> int:
-    """How many folds by hand the journal has, whose replay ends with the model's weights."""
-    base = llama(next(model.parameters()).dtype)
-    assert journal.replay(folder / "journal.zkj", base).verified
-    assert equal(weights(base), weights(model))
-    return int(tools.summary(folder / "journal.zkj")["folds"])
 
 
 def test_evaluation_has_what_waits_and_a_runs_end_folds(tmp_path: Path) -> None:
@@ -125,95 +98,6 @@ def test_a_step_inside_an_evaluation_is_refused(tmp_path: Path) -> None:
     assert run.zo_optimizer.pending == 0  # a run that breaks off is folded too
 
 
-class Seen(TrainerCallback):
-    """How many steps wait after each step, and whether the weights are still those that training began with."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, bool]] = []
-
-    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
-        self.start = weights(model)
-
-    def on_step_end(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
-        self.seen.append((optimizer.optimizer.pending, equal(weights(model), self.start)))
-
-
-@HALVES
-@pytest.mark.parametrize("written", [True, False], ids=["journal", "without"])
-def test_a_run_is_resumed_in_the_middle_of_a_window(tmp_path: Path, written: bool, dtype: torch.dtype) -> None:
-    """From folded copies, which get nothing twice. The journal has a fold there, and is gone back to again and again."""
-    given = {"save_strategy": "steps", "save_steps": 2, "journal": written}
-    whole = trainer(tmp_path, llama(dtype), **given)
-    whole.train()
-    last, middle = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (6, 2))
-    assert all(torch.equal(p, last[name]) for name, p in whole.model.named_parameters() if name in last)
-    for step, folds in ((2, 2), (4, 2), (2, 2)):
-        looks = Seen()
-        again = trainer(tmp_path, llama(dtype), callbacks=[looks], **given)
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        if step == 2:
-            assert looks.seen == [(1, True), (0, False), (1, False), (2, False)]
-            start = dict(zip((name for name, _ in again.model.named_parameters()), looks.start, strict=True))
-            assert all(torch.equal(start[name], middle[name]) for name in start if name in middle)
-        assert dtype == torch.bfloat16 or close(again.model, whole.model)
-        if written:
-            assert played(tmp_path, again.model) == folds
-            for until in (2, 4, 6):
-                assert journal.replay(tmp_path / "journal.zkj", llama(dtype), until=until).verified
-
-
-@HALVES
-def test_at_the_end_of_a_window_a_run_is_resumed_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    whole = trainer(tmp_path, llama(dtype), save_strategy="steps", save_steps=4)
-    whole.train()
-    again = trainer(tmp_path, llama(dtype), save_strategy="steps", save_steps=4)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert equal(weights(whole.model), weights(again.model))
-    assert played(tmp_path, again.model) == 1
-
-
-def test_a_journal_of_other_weights_is_refused(tmp_path: Path) -> None:
-    """Folded copies of another run, and a new journal where the run's is gone."""
-    run = trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
-    run.train()
-    (tmp_path / "journal.zkj").unlink()
-    other = trainer(tmp_path, zo={**WAITS, "eps": 2e-1}, max_steps=2, save_strategy="steps", save_steps=2)
-    other.train()
-    written = (tmp_path / "journal.zkj").read_bytes()
-    again = trainer(tmp_path, max_steps=3)
-    run.save_model(str(tmp_path / "checkpoint-2"))
-    with pytest.raises(ValueError, match="2 steps that wait, and the weights are neither"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert (tmp_path / "journal.zkj").read_bytes() == written
-
-
-def test_folded_copies_begin_a_journal_of_their_own(tmp_path: Path) -> None:
-    trainer(tmp_path / "a", save_strategy="steps", save_steps=2, max_steps=2).train()
-    again = trainer(tmp_path / "b", max_steps=4)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    base = llama()
-    base.load_state_dict(load_file(tmp_path / "a" / "checkpoint-2" / "model.safetensors"), strict=False)
-    assert journal.replay(tmp_path / "b" / "journal.zkj", base).verified
-    assert equal(weights(base), weights(again.model))
-
-
-def test_the_best_model_gets_nothing_added(tmp_path: Path) -> None:
-    """Its weights, bit for bit; the journal ends with the weights that training had."""
-    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    run = trainer(tmp_path, max_steps=7, learning_rate=1.0, load_best_model_at_end=True, **given)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "this step moves", zokern.ZokernWarning)
-        run.train()
-    best = Path(run.state.best_model_checkpoint)
-    assert best.name != "checkpoint-7"
-    saved, last = (load_file(at / "model.safetensors") for at in (best, tmp_path / "checkpoint-7"))
-    assert all(torch.equal(p, saved[name]) for name, p in run.model.named_parameters() if name in saved)
-    base = llama()
-    assert journal.replay(tmp_path / "journal.zkj", base).verified
-    assert all(torch.equal(p, last[name]) for name, p in base.named_parameters() if name in last)
-    assert run.zo_optimizer.fold() == 0
-
-
 def test_rewards_are_of_the_weights_with_what_waits(tmp_path: Path) -> None:
     """And completions that are written between steps."""
     asked = [{"prompt": f"w{i % 7} w{i % 5}"} for i in range(8)]
@@ -245,6 +129,8 @@ def test_callbacks_that_write_completions_or_copy_weights(tmp_path: Path) -> Non
     run.add_callback(trl.trainer.callbacks.SyncRefModelCallback(reference, None))
     run.train()
     assert equal(weights(reference), weights(run.model))
+    for name, event in READERS.items():
+        assert event in vars(getattr(trl.trainer.callbacks, name))
     run.add_callback(trl.BEMACallback())
     with pytest.raises(NotImplementedError, match="fold_every is 4, and BEMACallback averages the weights"):
         run.train()
