@@ -75,14 +75,19 @@ def test_what_a_user_calls_and_writes_has_it_too(tmp_path: Path) -> None:
             if state.global_step == 3:
                 with run.folded():
                     seen.append(loss(model))
+                assert run.zo_optimizer.pending == 3
                 run.prediction_step(model, {name: value[None] for name, value in rows(1)[0].items()}, True)
+
+        def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+            seen.append(loss(model))
+            assert run.zo_optimizer.pending == 0
 
     run = trainer(
         tmp_path, cls=Own, callbacks=[Looks()], eval_strategy="steps", eval_steps=3, max_steps=3, journal=False
     )
     run.train()
     folded = loss(run.model)
-    assert len(seen) == 4  # two by the callback, a batch of an evaluation, and its end
+    assert len(seen) == 5  # three by the callback, a batch of an evaluation, and its end
     assert all(abs(one - folded) < 1e-6 for one in seen)
     assert abs(loss(llama()) - folded) > 1e-3
 

@@ -25,6 +25,16 @@ _LEFT_OUT = (
 )
 
 
+class End(TrainerCallback):  # type: ignore[misc]
+    """trainer: a ForwardOnly. Comes before all other callbacks, so that they find the run's weights at its end."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_run()
+
+
 class Hooks(TrainerCallback):  # type: ignore[misc]
     """trainer: a ForwardOnly."""
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from zokern.integrations import constructors, groups, refused, shown
 from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen
-from zokern.integrations.hooks import Hooks
+from zokern.integrations.hooks import End, Hooks
 from zokern.integrations.notes import Notes
 from zokern.integrations.running import Journaled
 from zokern.optim import ZerothOrderOptimizer, pairing
@@ -99,6 +99,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
             refused.optimizer(self.optimizer, self.model, self.maximize)
         self._chosen = None if self.optimizer is not None else self._choice()
         self.add_callback(Hooks(self))
+        self.callback_handler.callbacks.insert(0, End(self))
 
     @property
     def zo_optimizer(self) -> ZerothOrderOptimizer:
