@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import zokern
 from tests.integrations.tiny import arguments, equal, llama, rows, weights, words
 from zokern import journal
 
@@ -90,6 +91,17 @@ def test_what_a_user_calls_and_writes_has_it_too(tmp_path: Path) -> None:
     assert len(seen) == 5  # three by the callback, a batch of an evaluation, and its end
     assert all(abs(one - folded) < 1e-6 for one in seen)
     assert abs(loss(llama()) - folded) > 1e-3
+
+
+def test_weights_that_an_evaluation_casts_are_folded_first(tmp_path: Path) -> None:
+    model = llama()
+    opt = zokern.MeZO(model, lr=0.1, **WAITS)
+    opt.step(lambda: model(**{name: value[None] for name, value in rows(1)[0].items()}).loss)
+    folded = {name: value.bfloat16() for name, value in model.state_dict().items()}
+    run = ZOTrainer(model, arguments(tmp_path, bf16_full_eval=True), eval_dataset=rows(4), optimizers=(opt, None))
+    run.evaluate()
+    assert all(torch.equal(p, folded[name]) for name, p in model.named_parameters())
+    assert opt.pending == 0
 
 
 def test_a_step_inside_an_evaluation_is_refused(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ class Shown:
     """Of one trainer. An evaluation calls others, and a step's forwards have what waits: inside, again is nothing."""
 
     def __init__(self) -> None:
-        self._inside = False
+        self.inside = False
 
     @contextlib.contextmanager
     def by(self, optimizer: ZerothOrderOptimizer | None) -> Iterator[None]:
         """Inside, the module computes with what waits in the optimizer, if there is one. A step inside is refused."""
-        if optimizer is None or self._inside:
+        if optimizer is None or self.inside:
             yield
             return
         with self.already(), optimizer.folded():
@@ -36,11 +36,11 @@ class Shown:
     @contextlib.contextmanager
     def already(self) -> Iterator[None]:
         """Of a step."""
-        before, self._inside = self._inside, True
+        before, self.inside = self.inside, True
         try:
             yield
         finally:
-            self._inside = before
+            self.inside = before
 
 
 def around(cls: type, name: str, context: Callable[[Any], AbstractContextManager[None]]) -> None:

@@ -241,9 +241,18 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 def _look(cls: type[ForwardOnly]) -> None:
     """Where a trainer looks at the model, it has what waits; other weights come when nothing does. Also in the methods of
     trainers that come first."""
-    for name in ("evaluation_loop", "prediction_step"):
-        shown.around(cls, name, ForwardOnly.folded)
+    shown.around(cls, "evaluation_loop", _evaluating)
+    shown.around(cls, "prediction_step", ForwardOnly.folded)
     shown.around(cls, "_load_best_model", _ended)
+
+
+def _evaluating(trainer: ForwardOnly) -> AbstractContextManager[None]:
+    """With bf16_full_eval, outside of train(), the Trainer casts the weights themselves: nothing may wait for them."""
+    optimizer, args = refused.inner(trainer.optimizer), trainer.args
+    casts = not trainer.is_in_train and (args.bf16_full_eval or args.fp16_full_eval)
+    if optimizer is not None and casts and not trainer._shown.inside:
+        optimizer.fold()
+    return trainer.folded()
 
 
 @contextlib.contextmanager
