@@ -146,6 +146,38 @@ def test_a_saved_run_goes_on_with_the_same_bits(tmp_path):
     assert torch.equal(again.opt.metrics["loss"], run.opt.metrics["loss"])
 
 
+def test_updates_that_wait_are_saved_once(tmp_path):
+    """In the middle of a window: what is saved has them, and a run that goes on from there adds nothing twice. What is
+    asked inside folded() sees them."""
+    waits = {"update": "sgd", "distribution": "lowrank:1", "placement": "forward", "fold_every": 4, "eps": 0.1}
+    run = Run(**waits)
+    prepared = run.accelerator.prepare(run.model)
+    run.go()
+    assert run.opt.pending == 3
+    before = weights(run.model)
+    run.accelerator.save_state(str(tmp_path / "state"))
+    run.accelerator.save_model(prepared, str(tmp_path / "model"), safe_serialization=False)
+    states = run.accelerator.get_state_dict(prepared), torch.load(tmp_path / "model" / "pytorch_model.bin")
+    plain = float(prepared(BATCHES[0]))
+    with run.opt.folded():
+        shown = float(run.accelerator.unwrap_model(prepared)(BATCHES[0]))
+    assert equal(weights(run.model), before)
+    run.go()
+    assert run.opt.pending == 2
+    again = Run(**waits)
+    again.accelerator.prepare(again.model)
+    again.accelerator.load_state(str(tmp_path / "state"))
+    for state in states:  # of the bits that a run goes on from
+        assert all(torch.equal(state[name], p) for name, p in again.model.named_parameters())
+    assert abs(float(again.model(BATCHES[0])) - shown) < 1e-6 < abs(plain - shown)
+    again.go()
+    assert (again.opt.pending, again.opt.counters["steps"]) == (2, 6)
+    assert run.opt.fold() == again.opt.fold() == 2
+    assert run.opt.pending == again.opt.pending == 0
+    for p, q in zip(run.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-6)
+
+
 def test_a_journal_is_of_the_optimizer_itself(tmp_path):
     run = Run(update="sgd")
     base = dict(small().named_parameters())

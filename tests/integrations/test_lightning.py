@@ -3,6 +3,7 @@ go on as ever."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,70 @@ def test_a_saved_run_goes_on_with_the_same_bits(dtype, tmp_path):
         assert sorted(moved) == sorted(len(batch) for batch in (BATCHES * 2)[used:])  # those that wait, too
         assert fit.global_step == fit.optimizers[0].counters["steps"] == 6
         assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.9**6)
+
+
+WAITS = {"update": "sgd", "distribution": "lowrank:1", "placement": "forward", "eps": 0.1, "lr": 0.03}
+
+
+class Looking(Tuner):
+    """What its validation and the end of that have seen after each step; a step looks at the model as validation does."""
+
+    def on_validation_epoch_end(self) -> None:
+        with torch.no_grad():
+            self.__dict__.setdefault("seen", []).append(float(self.net(BATCHES[0])))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.validation_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if not self.trainer.training:
+            self.__dict__.setdefault("seen", []).append(float(self.net(batch)))
+
+
+def test_updates_that_wait_are_shown_and_folded(tmp_path):
+    """Validation between steps has them, and a fit ends with a fold; a checkpoint in the middle of a window has folded
+    copies, to which nothing is added twice."""
+    modules = {}
+    for fold_every in (1, 4):
+        module = modules[fold_every] = Looking(fold_every=fold_every, **WAITS)
+        fit = trainer(1, callbacks=[Saving(tmp_path)], val_check_interval=1)
+        fit.fit(module, Loader(), Loader(BATCHES[:1]))
+        assert fit.optimizers[0].pending == 0
+    assert fit.optimizers[0].counters["passes"] == 2  # of 7 steps
+    plain, seen = (torch.tensor(module.seen) for module in modules.values())
+    assert torch.allclose(plain, seen, rtol=0, atol=1e-4)
+    assert (plain[::2].diff().abs() > 1e-3).all()  # else it would not show
+    last = torch.load(tmp_path / "0-6.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(p, last[name]) for name, p in module.named_parameters())
+    for saved, waiting in {"0-1": 0, "0-3": 1, "0-5": 0}.items():
+        again, fit = Looking(fold_every=4, **WAITS), trainer(1)
+        fit.fit(again, Loader(), ckpt_path=tmp_path / f"{saved}.ckpt", weights_only=True)
+        assert fit.optimizers[0].counters["steps"] == 7
+        for p, q in zip(again.parameters(), module.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=0, atol=1e-5)
+        assert not waiting or equal(weights(again.net), weights(module.net))  # nothing waited there
+    copy.deepcopy(module)
+
+
+def test_averages_of_weights_are_refused_while_updates_wait():
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    fit = trainer(1, callbacks=[StochasticWeightAveraging(1e-2)])
+    with pytest.raises(NotImplementedError, match="fold_every is 4, and StochasticWeightAveraging averages"):
+        fit.fit(Tuner(fold_every=4, **WAITS), Loader())
+
+
+def test_a_validation_that_raises_leaves_the_module_as_it_was():
+    class Raises(Tuner):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            raise KeyError("mine")
+
+    module, fit = Raises(fold_every=4, **WAITS), trainer(1, val_check_interval=1)
+    with pytest.raises(KeyError, match="mine"):
+        fit.fit(module, Loader(), Loader())
+    assert type(module.net.head.weight) is nn.Parameter
+    assert fit.optimizers[0].fold() == 1
 
 
 def test_micro_batches_that_no_step_uses_are_told():

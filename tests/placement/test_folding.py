@@ -526,6 +526,59 @@ def test_a_journal_is_replayed_and_taken_up(dtype: torch.dtype, tmp_path: Path) 
     assert tools.summary(path)["folds"] == 1
 
 
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("folded", [True, False])
+@HALVES
+def test_a_journal_is_written_on_from_a_checkpoint(
+    dtype: torch.dtype, folded: bool, marked: bool, tmp_path: Path
+) -> None:
+    """In the middle of a window, of a run that was folded by hand afterwards. From folded copies: with a fold there, once;
+    from the weights without what waits: bit for bit."""
+    path, model = tmp_path / "run.zkj", small(dtype)
+    opt = built(model)
+    with journal.write(opt, path):
+        run(model, opt, 0, 6)
+        if marked:
+            journal.mark(opt)
+        state, weights = saved(opt), copy.deepcopy(dict(model.state_dict() if folded else model.named_parameters()))
+        opt.fold()
+    whole, twin = small(dtype), small(dtype)
+    run(whole, built(whole), 0, 9)
+    other = built(twin)
+    other.load_state_dict(state)
+    twin.load_state_dict(weights, strict=False)
+    with journal.append(other, path):
+        run(twin, other, 6, 9)
+    assert other.arrived() is None
+    base = small(dtype)
+    assert journal.replay(path, base).verified
+    assert same_bits(weights_of(base), weights_of(twin))
+    assert tools.summary(path)["folds"] == int(folded)
+    assert folded or same_bits(weights_of(twin), weights_of(whole))
+    with journal.append(other, path):  # from here, and the fold is not told again
+        run(twin, other, 9, 10)
+    assert tools.summary(path)["folds"] == int(folded)
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_journal_is_not_written_on_from_others(folded: bool, tmp_path: Path) -> None:
+    """Folded copies of another run, and the same weights to which other updates wait to be added."""
+    path, model, twin = tmp_path / "run.zkj", small(), small()
+    opt, other = built(model), built(twin)
+    with journal.write(opt, path):
+        run(model, opt, 0, 6)
+    run(twin, other, 0, 5)
+    given_losses(twin, other, 5)
+    third = small()
+    again = built(third)
+    again.load_state_dict(saved(other))
+    third.load_state_dict(twin.state_dict() if folded else weights_of(twin), strict=False)
+    before = path.read_bytes()
+    with pytest.raises(journal.JournalError, match="not those that the run had after 6"), journal.append(again, path):
+        pass
+    assert path.read_bytes() == before
+
+
 def reader_hash(path: Path) -> str:
     reader = journal.Reader(path)
     list(reader.steps())

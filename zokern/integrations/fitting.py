@@ -46,6 +46,7 @@ def check(module: Any) -> None:
                 "configure_optimizers must return one of zokern's optimizers, for example zokern.MeZO(self, lr=1e-6), and "
                 f"returned a {type(optimizer).__name__}"
             )
+        limits.averages(trainer.callbacks, optimizer.options["fold_every"])
     if trainer.gradient_clip_val:
         raise NotImplementedError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip nothing, as there are no gradients; leave "

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from zokern._checks import ZokernWarning
+from zokern.integrations import limits, shown
 
 try:
     from transformers import TrainerCallback
@@ -24,6 +25,16 @@ _LEFT_OUT = (
 )
 
 
+class End(TrainerCallback):  # type: ignore[misc]
+    """trainer: a ForwardOnly. Comes before all other callbacks, so that they find the run's weights at its end."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_run()
+
+
 class Hooks(TrainerCallback):  # type: ignore[misc]
     """trainer: a ForwardOnly."""
 
@@ -35,6 +46,9 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         optimizer = trainer.zo_optimizer
         trainer.begin_books()
         trainer._begun = True
+        limits.averages(trainer.callback_handler.callbacks, optimizer.options["fold_every"])
+        limits.best(args.load_best_model_at_end, optimizer.options["fold_every"])
+        shown.readers(trainer.callback_handler.callbacks, trainer.folded)
         if trainer.neftune_noise_alpha is not None and optimizer.paired_randomness == "auto":
             optimizer.paired_randomness = True  # its noise is no module's dropout
         if step and not optimizer.counters["steps"]:

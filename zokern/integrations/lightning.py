@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from zokern.integrations import fitting
+from zokern.integrations import fitting, looks
 from zokern.integrations.logged import Logged, MicroBatch
 from zokern.integrations.waiting import Waiting
 from zokern.optim import frameworks
@@ -77,7 +77,7 @@ class ForwardOnly:
             )
         for name, around in _AROUND.items():
             written = getattr(cls, name)
-            own = name != "training_step" or written is not vars(base)[name]
+            own = name not in _THEIRS or written is not getattr(base, name)
             if own and not hasattr(written, "_of_zokern"):
                 wrapped = functools.wraps(written)(around(written))
                 wrapped._of_zokern = True  # type: ignore[attr-defined]
@@ -177,7 +177,8 @@ def _step(module: Any, work: _Work, written: Callable[..., Any], waiting: Waitin
 
     for one in waiting.batches:
         one.logged = {}  # a step before may have been broken off
-    loss = work.optimizer.step(closure, waiting.batches, batch_weights=waiting.weights or None)
+    with looks.already(module):
+        loss = work.optimizer.step(closure, waiting.batches, batch_weights=waiting.weights or None)
     work.waiting, work.made = Waiting(), True
     Logged(module, waiting.batches).tell()
     # Lightning divides by this, as a share of an accumulation; it is the loss of all of it.
@@ -205,7 +206,13 @@ def _setup(module: Any, stage: str) -> None:
         work.waiting, work.loaded = Waiting(), False
 
 
+def _on_fit_start(module: Any) -> None:
+    fitting.check(module)
+    looks.trains(module, module.trainer.optimizers[0])
+
+
 def _on_train_end(module: Any) -> None:
+    looks.fold(module)
     work = _work(module)
     work.waiting.tell("when the training ended", _UNUSED)
     work.waiting = Waiting()
@@ -225,10 +232,12 @@ def _on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
         work.waiting.weights = list(saved["weights"])
 
 
+_THEIRS = {"training_step", *looks.LOOKS}  # those that Lightning has itself are left as they are
 _AROUND: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "training_step": _training_step,
+    **dict.fromkeys(looks.LOOKS, looks.showing),
     "setup": _first(_setup),
-    "on_fit_start": _first(fitting.check),
+    "on_fit_start": _first(_on_fit_start),
     "on_train_end": _first(_on_train_end),
     "on_save_checkpoint": _first(_on_save_checkpoint),
     "on_load_checkpoint": _first(_on_load_checkpoint),

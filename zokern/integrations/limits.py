@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 MIXED_FLOAT16 = ("fp16", "16", "16-mixed")  # as accelerate and Lightning call it
 ENGINES = {
     "deepspeed": "DeepSpeed",
@@ -10,6 +12,7 @@ ENGINES = {
     "model_parallel": "a model-parallel strategy",
     "xla": "XLA",
 }
+AVERAGES = ("StochasticWeightAveraging", "WeightAveraging", "BEMACallback")  # Lightning's and TRL's
 
 
 def refuse(
@@ -48,4 +51,31 @@ def refuse(
         raise NotImplementedError(
             f"{integration}: mixed precision {precision!r} carries scales from one forward to the next, so the forwards of "
             "a step would not be the same function. Take bf16"
+        )
+
+
+def averages(callbacks: Iterable[object], fold_every: int) -> None:
+    """
+    Raises:
+        NotImplementedError: where updates wait, for a callback that averages the weights in memory, which lack them, and
+            may put its average in their place.
+    """
+    for one in callbacks if fold_every != 1 else ():
+        if any(kind.__name__ in AVERAGES for kind in type(one).__mro__):
+            raise NotImplementedError(
+                f"fold_every is {fold_every}, and {type(one).__name__} averages the weights in memory, which lack the "
+                "updates that wait: give fold_every=1, or leave the callback out"
+            )
+
+
+def best(load_best_model_at_end: bool, fold_every: int) -> None:
+    """
+    Raises:
+        NotImplementedError: where other weights would come in the end, for which nothing may wait, and updates never end
+            to wait.
+    """
+    if load_best_model_at_end and fold_every == 0:
+        raise NotImplementedError(
+            "fold_every is 0, and load_best_model_at_end puts the best weights in the place of those that all updates wait "
+            "for: give fold_every above 0, or load_best_model_at_end=False"
         )

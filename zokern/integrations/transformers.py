@@ -14,19 +14,19 @@ step, the whole step is made, each of its forwards over all of them; the loop's 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zokern.integrations import groups, refused
+from zokern.integrations import constructors, groups, refused, shown
 from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen
-from zokern.integrations.hooks import Hooks
+from zokern.integrations.hooks import End, Hooks
 from zokern.integrations.notes import Notes
 from zokern.integrations.running import Journaled
 from zokern.optim import ZerothOrderOptimizer, pairing
@@ -77,17 +77,18 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         super().__init_subclass__(**options)
         refused.order(cls, ForwardOnly)
         if "__init__" not in vars(cls):  # a trainer that comes first does not know our arguments
-            type.__setattr__(cls, "__init__", _taking_own(cls))
+            type.__setattr__(cls, "__init__", constructors.taking_own(cls, ForwardOnly))
+        _look(cls)
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        _set_own(self, named)
+        constructors.set_own(self, named)
         refused.trainer(type(self))
         given = named.get("args", args[1] if len(args) > 1 else None)
         refused.arguments(given)
         self.begin_books()
         self.notes = vars(self).get("notes") or Notes()
         self._stepped = self._begun = False  # a step was made; a training has begun
-        self._journaled = Journaled()
+        self._journaled, self._shown = Journaled(), shown.Shown()
         super().__init__(*args, **named)
         refused.arguments(self.args)
         refused.accelerator(self.accelerator)
@@ -98,6 +99,7 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
             refused.optimizer(self.optimizer, self.model, self.maximize)
         self._chosen = None if self.optimizer is not None else self._choice()
         self.add_callback(Hooks(self))
+        self.callback_handler.callbacks.insert(0, End(self))
 
     @property
     def zo_optimizer(self) -> ZerothOrderOptimizer:
@@ -152,7 +154,8 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
         optimizer = self.zo_optimizer
         try:
-            loss = optimizer.step(closure, batches, **self.step_options(batches, num_items_in_batch))
+            with self._shown.already():
+                loss = optimizer.step(closure, batches, **self.step_options(batches, num_items_in_batch))
         finally:
             books.put_back()
         optimizer.step_done = self._stepped = True  # the loop calls optimizer.step() once more
@@ -209,47 +212,58 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
             return super().train(*args, **named)
         finally:
             self._micro = []
-            self._journaled.close()
             optimizer = refused.inner(self.optimizer)
             if optimizer is not None:
                 optimizer.step_done = False  # a callback may have broken the loop off before its own step()
+            self.end_run()
+
+    def folded(self) -> AbstractContextManager[None]:
+        """Inside, between steps, the model computes with updates that wait (fold_every): `with trainer.folded():` around
+        what a callback asks of it. Evaluation and predictions are inside; inside a step, and again, it is nothing."""
+        return self._shown.by(refused.inner(self.optimizer))
+
+    def end_run(self) -> None:
+        """Adds what waits to the weights, unless that is never to be (fold_every=0), and ends the journal, which has that
+        too."""
+        try:
+            optimizer = refused.inner(self.optimizer)
+            if optimizer is not None and optimizer.fold_every:
+                optimizer.fold()
+        finally:
+            self._journaled.close()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._begun and checkpoint is not None:  # an attempt was given up, and another begins with a smaller batch
-            self._journaled.close()
+            self.end_run()
             self._load_from_checkpoint(checkpoint)  # the Trainer would load all but the weights
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_best_model(self) -> None:
-        self._journaled.close()  # it ends with the weights that training had
-        super()._load_best_model()
+
+def _look(cls: type[ForwardOnly]) -> None:
+    """Where a trainer looks at the model, it has what waits; other weights come when nothing does. Also in the methods of
+    trainers that come first."""
+    shown.around(cls, "evaluation_loop", _evaluating)
+    shown.around(cls, "prediction_step", ForwardOnly.folded)
+    shown.around(cls, "_load_best_model", _ended)
 
 
-def _set_own(trainer: ForwardOnly, named: dict[str, Any]) -> None:
-    for name in ForwardOnly.OWN:
-        if name in named:
-            setattr(trainer, name, named.pop(name))
+def _evaluating(trainer: ForwardOnly) -> AbstractContextManager[None]:
+    """With bf16_full_eval, outside of train(), the Trainer casts the weights themselves: nothing may wait for them."""
+    optimizer, args = refused.inner(trainer.optimizer), trainer.args
+    casts = not trainer.is_in_train and (args.bf16_full_eval or args.fp16_full_eval)
+    if optimizer is not None and casts and not trainer._shown.inside:
+        optimizer.fold()
+    return trainer.folded()
 
 
-def _taking_own(cls: type[ForwardOnly]) -> Callable[..., None]:
-    """A constructor that takes our arguments before the trainer's own sees them."""
-    inherited = cls.__init__
+@contextlib.contextmanager
+def _ended(trainer: ForwardOnly) -> Iterator[None]:
+    """The journal ends with the weights that training had."""
+    trainer.end_run()
+    yield
 
-    @functools.wraps(inherited)
-    def construct(self: ForwardOnly, *args: Any, **named: Any) -> None:
-        refused.trainer(cls)
-        _set_own(self, named)
-        super(cls, self).__init__(*args, **named)
 
-    theirs = inspect.signature(inherited)
-    known = [one for one in theirs.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    ours = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(ForwardOnly, name))
-        for name in ForwardOnly.OWN if name not in theirs.parameters
-    ]  # fmt: skip
-    rest = [one for one in theirs.parameters.values() if one.kind is inspect.Parameter.VAR_KEYWORD]
-    construct.__signature__ = theirs.replace(parameters=[*known, *ours, *rest])  # type: ignore[attr-defined]
-    return construct
+_look(ForwardOnly)
 
 
 def _quieten(model: nn.Module) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
@@ -28,11 +26,13 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
     optimizer: with the weights, the states and the step N of the checkpoint. What the journal has after that is cut off,
     and kept in a file beside it. Nothing is replayed. Where the journal has a hash of the weights after N steps (see
     `mark`), they are compared, and what stands before that hash stays, steps that were broken off too; elsewhere a replay
-    finds out at its end. sync: as for write.
+    finds out at its end. Folded copies (fold_every), loaded with a state_dict whose updates wait, are written down as a
+    fold after step N. sync: as for write.
 
     Raises:
         JournalError: before anything is changed: if the journal is damaged, is of another run, does not reach N, or had
             other weights after N steps; or if another process, or this optimizer, is writing a journal.
+        ValueError: for weights that are not those of a state_dict that was loaded, whose updates wait.
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
@@ -41,40 +41,49 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
         reader, steps = Reader(path), optimizer.counters["steps"]
         first = reader.done
         refuse_another_run(reader, optimizer, OF_A_RUN)
+        arrived = optimizer.arrived()
         if steps < first:
             raise JournalError(
                 f"{path}: it begins at step {first}, and the optimizer is at step {steps}; give its run's"
             )
-        params = optimizer.weights()
-        mark = _mark_of(check(path, params, steps), params, steps)
+        mark = _mark_of(check(path, optimizer.weights(), steps), optimizer, steps, folded=arrived is not None)
         end, crc, waiting = _go_to(reader, steps, mark)
-        _refuse_other_waiting(optimizer, path, waiting)
+        if arrived is None:
+            _refuse_other_waiting(optimizer, path, waiting)
         layout, frames = reader.layout, list(reader.frames)
         cut(path, file, end, warn=False)
         recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
         recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
+            if arrived is not None and not (mark is not None and mark.folded):
+                recorder.folded(arrived)
             yield
 
 
-def _mark_of(reader: Reader, params: Mapping[str, Tensor], steps: int) -> Mark | None:
+def _mark_of(reader: Reader, optimizer: ZerothOrderOptimizer, steps: int, *, folded: bool) -> Mark | None:
     """The first mark after `steps` steps that has the hash of these weights; None where there is none to compare with.
+    folded: they are folded copies, of what waited then.
 
     Raises:
-        JournalError: if the run had other weights there.
+        JournalError: if the run had other weights there, or others waited to be added to them.
     """
     here = [mark for mark in reader.marks if mark.step == mark.done == steps]
+    params, whole = optimizer.weights(), ""
+    if optimizer.pending:
+        here = [mark for mark in here if not mark.folded]
+        whole = hash_of(optimizer.weights_folded()) if here else ""
     own = hash_of(params.items()) if here else ""
-    mark = next((mark for mark in here if mark.hash == own), None)
-    if mark is None:
-        # The weights of a step that broke off are gone at a checkpoint before it.
-        clean = any(not mark.broken_off for mark in here)
-        if clean or (steps == reader.header["first_step"] and not is_base(reader, params)):
-            raise JournalError(
-                f"{reader.path}: the optimizer's weights are not those that the run had after {steps} steps; load the "
-                "checkpoint's"
-            )
-    return mark
+    for mark in here:
+        if own == (mark.whole or mark.hash) if folded else (own, whole) == (mark.hash, mark.whole):
+            return mark
+    # The weights of a step that broke off are gone at a checkpoint before it.
+    clean = any(not mark.broken_off for mark in here)
+    if clean or (steps == reader.header["first_step"] and not is_base(reader, params)):
+        raise JournalError(
+            f"{reader.path}: the optimizer's weights are not those that the run had after {steps} steps; load the "
+            "checkpoint's"
+        )
+    return None
 
 
 def _go_to(reader: Reader, steps: int, mark: Mark | None) -> tuple[int, int, int]:

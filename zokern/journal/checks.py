@@ -136,9 +136,11 @@ def signature(value: Mapping[str, Any], states: Mapping[str, list[Any]], folds: 
 
 
 def mark(value: Mapping[str, Any]) -> None:
-    """Steps done, and the hash of the weights after them."""
+    """Steps done, and the hash of the weights after them; where updates wait, also with these."""
     _integer(value.get("step"), "step", 0, MAX_STEP)
     _hash(value.get("hash"), "hash")
+    if "folded" in value:
+        _hash(value["folded"], "folded")
 
 
 def _integer(value: Any, name: str, low: int, high: int) -> int:

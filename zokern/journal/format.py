@@ -18,7 +18,8 @@ bits) and flags (the high four):
     3  step        varint number of a signature; a mask, one bit for each number of that signature's frame, lowest first;
                    a float32 for each bit that is set: those numbers that differ from the signature's last frame
 
-    4  mark        JSON: {"step": steps done, "hash": of the weights}, for --verify
+    4  mark        JSON: {"step": steps done, "hash": of the weights}, for --verify; where updates wait, "folded": the hash
+                   with them
     5  fold        as a step: its pass adds all that waits to the weights, between steps; directions and rounding are
                    counted from the last step
     6  ranks       reserved: the processes that evaluate a step's probes

@@ -65,7 +65,7 @@ class Step:
 class Mark(NamedTuple):
     """step, hash: as the record has them. done: steps that the journal has there. broken_off: whether a step that was
     broken off stands between. folded: whether a fold does. end, crc: where the record ends, and its checksum. records: of
-    steps, before it."""
+    steps, before it. whole: the hash of the weights with what waits, "" where nothing does."""
 
     step: int
     hash: str
@@ -75,6 +75,7 @@ class Mark(NamedTuple):
     crc: int
     records: int
     folded: bool = False
+    whole: str = ""
 
 
 @dataclass
@@ -228,7 +229,7 @@ class Reader:
         elif kind == MARK:
             value = self._json(body[1:], "mark", at)
             checks.mark(value)
-            here = self.done, broken, self.end, self.crc, self.records, folded
+            here = self.done, broken, self.end, self.crc, self.records, folded, value.get("folded", "")
             self.marks.append(Mark(value["step"], value["hash"], *here))
             self.state = WHOLE if value["step"] == self.done else UNVERIFIED
         else:

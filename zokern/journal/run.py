@@ -134,6 +134,8 @@ def mark(optimizer: ZerothOrderOptimizer) -> None:
 def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> None:
     """What a replay has to end with."""
     mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
+    if optimizer.pending:  # what module.state_dict() has
+        mark["folded"] = hash_of(optimizer.weights_folded())
     recorder.writer.append_json(MARK, mark)
     recorder.writer.sync()
 

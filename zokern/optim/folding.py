@@ -38,6 +38,7 @@ class Folding:
         self.loaded: SavedPending | None = None  # terms of which is not known yet whether the weights have them
         self.waiting = Waiting()
         self.entries = FoldedEntries(self, self.waiting)
+        self.had = NONE  # until the next step: what a loaded state_dict said was waiting, and the weights had
         self._source: SavedPending | None = None  # what was loaded last, until a step is done with it
         self._unlike: list[Version] | None = None  # weights that what was loaded is not of
 
@@ -59,7 +60,7 @@ class Folding:
             ValueError: for weights that are not those of a state_dict that was loaded.
         """
         self.settle(owner)
-        pending = self.placement.pending
+        pending, self.had = self.placement.pending, NONE
         if pending.steps:
             if alike(self.sweep) != alike(owner.active.sweep):
                 raise RuntimeError(
@@ -122,15 +123,11 @@ class Folding:
         refuse_gone(self.placement.module, self.sweep, pending.steps)
         deltas.refuse_fold(self.sweep)
         self.waiting.tell()
-        spec, seeds = self.rounding(owner)
-        numbers = pending.numbers(pending.decay, {}, seeds)
-        sweep = Sweep(self.sweep.members)
+        told, sweep = self.told(owner, pending), Sweep(self.sweep.members)
         done, begun = False, passes.begun
-        told: tuple[tuple[PassSpec, PassNumbers], ...] = ()
         try:
             torch.clear_autocast_cache()
-            if moves(numbers):
-                told = ((spec, numbers),)
+            for spec, numbers in told:
                 passes.run(sweep, spec, numbers)
             done = True
         finally:
@@ -140,6 +137,12 @@ class Folding:
                 self.waiting.forget()
                 tell(told)
         return pending.steps
+
+    def told(self, owner: Any, pending: Pending) -> tuple[tuple[PassSpec, PassNumbers], ...]:
+        """The pass of a fold between steps; none where it changes nothing."""
+        spec, seeds = self.rounding(owner)
+        numbers = pending.numbers(pending.decay, {}, seeds)
+        return ((spec, numbers),) if moves(numbers) else ()
 
     def rounding(self, owner: Any) -> tuple[PassSpec, Tensor]:
         """How a fold between steps rounds: with the seeds of the last step, which no pass has used."""
@@ -191,6 +194,7 @@ class Folding:
     def load(self, saved: SavedPending | None) -> None:
         """Of a state_dict, or of a journal's run: whether the weights have it already is looked at when it is needed."""
         self.loaded, self.placement.pending, self._source, self._unlike = saved, NONE, None, None
+        self.had = NONE
         self.waiting.forget()
         self._watch()
 
@@ -242,7 +246,8 @@ class Folding:
                 "asked for after the same step): load one of the two, as it was when the optimizer's state_dict was made"
             )
         self.sweep, self.loaded, self._source = active.sweep, None, saved
-        self.placement.pending = saved.pending if found == saved.weights else NONE
+        without = found == saved.weights
+        self.placement.pending, self.had = (saved.pending, NONE) if without else (NONE, saved.pending)
         self.waiting.note(active.sweep, self.placement.pending.steps)
 
 

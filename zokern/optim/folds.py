@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.events import Careful, HearsFolds, StepEvent
@@ -53,12 +54,37 @@ class Folds(Saving):
             return self._folding.fold(self, self._tell_fold)
 
     def _tell_fold(self, passes: tuple[tuple[PassSpec, PassNumbers], ...]) -> None:
-        step = self._passes.counters.steps - 1
-        lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        event = StepEvent(step, None, passes, {}, None, lrs, (), {})
+        event = self._event(passes)
         for listener in self.listeners:
             if isinstance(listener, HearsFolds):
                 listener.folded(event)
+
+    def _event(self, passes: tuple[tuple[PassSpec, PassNumbers], ...]) -> StepEvent:
+        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        return StepEvent(self._passes.counters.steps - 1, None, passes, {}, None, lrs, (), {})
+
+    @torch.no_grad()
+    def arrived(self) -> StepEvent | None:
+        """Until the next step: the fold that folded copies have, which were loaded with a state_dict whose updates wait. A
+        journal that the run is written on in has to be told of it. None where there is none.
+
+        Raises:
+            ValueError: for weights that are not those of a state_dict that was loaded.
+        """
+        if self._folding is None:
+            return None
+        self._folding.settle(self)
+        had = self._folding.had
+        return self._event(self._folding.told(self, had)) if had.steps else None
+
+    def weights_folded(self) -> Iterator[tuple[str, Tensor]]:
+        """`weights()`, with copies in the place of those that updates wait for, of the bits that `fold()` would leave."""
+        folding = self._folding
+        waits = folding is not None and folding.has_waiting(self)
+        members = {id(m.param): m for m in folding.sweep} if folding is not None and waits else {}
+        for name, p in self.weights().items():
+            member = members.get(id(p))
+            yield name, p if folding is None or member is None else folding.copy(self, member)
 
     def remember_updates(self, step: int, updates: Sequence[PassNumbers], *, folded: bool) -> None:
         """Of a step, when a run is taken up from its journal: those that wait. folded: it is a fold after that step."""
