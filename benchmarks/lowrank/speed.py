@@ -1,6 +1,6 @@
 """Times MeZO steps along low-rank directions inside the forward against dense steps, and against the forwards alone.
 
-    python -m benchmarks.lowrank.speed                          # the demo's model, five shapes of a batch, two threads
+    python -m benchmarks.lowrank.speed                          # the demo's model, four shapes of a batch, two threads
     python -m benchmarks.lowrank.speed --shapes 16x32 --rank 4 --windows 9
 
 All candidates of a shape take turns in one run on one model: two forwards as they are, a dense step in place, a dense step
@@ -26,7 +26,7 @@ from benchmarks.parts import load, made_on, table
 from zokern.bench import models
 from zokern.bench.record import store
 
-SHAPES = ["64x32", "16x32", "4x16", "2x16", "1x8"]
+SHAPES = ["16x32", "4x16", "2x16", "1x8"]
 FORWARDS, DENSE = "two forwards", "dense, inplace"
 WINDOW = 8  # rounds; and steps to a fold
 LR, EPS = 1e-7, 1e-3
