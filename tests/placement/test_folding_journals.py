@@ -13,7 +13,7 @@ from zokern import journal
 from zokern.journal import tools
 
 
-def test_a_journal_is_not_written_on_with_folded_copies(tmp_path: Path) -> None:
+def test_a_journal_is_written_on_with_folded_copies_and_not_where_other_updates_wait(tmp_path: Path) -> None:
     path = tmp_path / "a"
     model = small()
     opt = built(model)
@@ -25,15 +25,24 @@ def test_a_journal_is_not_written_on_with_folded_copies(tmp_path: Path) -> None:
     twin = small()
     other = built(twin)
     other.load_state_dict(state)
-    twin.load_state_dict(folded)
+    twin.load_state_dict(weights, strict=False)
+    other.fold()  # which the journal was not told of
     with (
         pytest.raises(journal.JournalError, match="updates of 2 steps wait there, and of 0 in"),
         journal.append(other, path),
     ):
         pass
     assert path.read_bytes() == content
+    other.load_state_dict(state)
+    twin.load_state_dict(folded)
     with journal.write(other, tmp_path / "b"):  # nothing waits for these
         pass
+    (tmp_path / "c").write_bytes(content)
+    with journal.append(other, tmp_path / "c"):  # which gets a record of the fold that they have
+        run(twin, other, 6, 9)
+    base = small()
+    assert journal.replay(tmp_path / "c", base).verified
+    assert same_bits(weights_of(base), weights_of(twin))
     other.load_state_dict(state)
     twin.load_state_dict(weights, strict=False)
     with journal.append(other, path):

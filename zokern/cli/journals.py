@@ -86,7 +86,7 @@ def show_lines(found: dict[str, Any]) -> list[str]:
         f"options     {options}",
         f"parameters  {found['parameters']:,} in {found['tensors']} tensors; base {header['base']}",
         f"steps       {len(found['steps'])} ({found['skipped']} skipped, {found['broken_off']} broken off)"
-        + (f", {found['folds']} folds by hand" if found["folds"] else ""),
+        + (f", {found['folds']} fold{'s' * (found['folds'] > 1)} by hand" if found["folds"] else ""),
         *([f"loss        {losses[0]:.4f} -> {losses[-1]:.4f}"] if losses else []),
         f"size        {found['bytes'] / 1000:,.1f} kB, format {found['version']}, "
         f"written by zokern {header.get('zokern', '(not said)')}",
