@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from zokern.deltas import Delta
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.events import Careful, HearsFolds, StepEvent
 from zokern.optim.saving import Saving
@@ -78,10 +79,12 @@ class Folds(Saving):
         return self._event(self._folding.told(self, had)) if had.steps else None
 
     def weights_folded(self) -> Iterator[tuple[str, Tensor]]:
-        """`weights()`, with copies in the place of those that updates wait for, of the bits that `fold()` would leave."""
+        """`weights()`, with copies in the place of those that updates wait for, of the bits that `fold()` would leave; a
+        delta (deltas.py) has none."""
         folding = self._folding
         waits = folding is not None and folding.has_waiting(self)
         members = {id(m.param): m for m in folding.sweep} if folding is not None and waits else {}
+        members = {key: m for key, m in members.items() if not isinstance(m.param, Delta)}
         for name, p in self.weights().items():
             member = members.get(id(p))
             yield name, p if folding is None or member is None else folding.copy(self, member)
