@@ -37,7 +37,7 @@ class Delta(nn.Parameter):
 
 
 def made(rows: int, columns: int, device: torch.device, requires_grad: bool = True) -> Delta:
-    zeros = torch.zeros((), device=device).expand(rows, columns)
+    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(rows, columns)
     one: Delta = torch.Tensor._make_subclass(Delta, zeros, requires_grad)
     return one
 

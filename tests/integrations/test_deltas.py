@@ -216,6 +216,21 @@ def test_autocast_and_a_compiled_model() -> None:
             assert float(a) == pytest.approx(float(b), rel=2e-2 if kind == "autocast" else 1e-5)
 
 
+def test_they_are_float32_under_any_default_dtype() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model = BASES["bnb8"]().requires_grad_(False)
+        torch.set_default_dtype(dtype)
+        try:
+            zokern.add_deltas(model)
+            opt = run(model, "bnb8", 2)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(opt._placement.pending.coefs)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_layers_by_name() -> None:
     model = torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear}) if _has_engine() else plain()
     assert zokern.add_deltas(model, ["2"]) == ["2"]
