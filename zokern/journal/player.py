@@ -17,7 +17,7 @@ from zokern.journal.format import BROKEN_OFF, JournalError
 from zokern.journal.reader import Reader, Step
 from zokern.layers import draw
 from zokern.passes.spec import MAX_CHAIN_SEEDS, MAX_STAGES, PassNumbers, PassSpec, rule_of_probes
-from zokern.placement.pending import NONE, moves
+from zokern.placement.pending import NONE, moves, rounded_by
 from zokern.sweep import Member, Passes, Sweep
 
 States = Callable[[Tensor, str], Tensor]  # the state of a parameter by name, made when it is first asked for
@@ -100,8 +100,7 @@ class Player:
             self.pending = NONE
             return
         for one in updates:
-            coefs, decay = one.coefs[:, 0], one.shared[:, 0]
-            self.pending = self.pending.plus(one.seeds.tolist(), coefs, decay, decays=True)
+            self.pending = self.pending.after(one, decays=True)
         self.of = [Member(p, i, row, name) for p, i, row, name in chosen]
 
     def fold(self) -> None:
@@ -109,10 +108,9 @@ class Player:
         self.flush()
         deltas.refuse_fold(self.of)
         rounding = self.reader.header["options"].get("rounding", "auto")
-        seeds = [derive_seed(self.seed, self.last, stream) for stream in (ROUNDING_STREAM, STATE_STREAM)]
-        numbers = self.pending.numbers(self.pending.decay, {}, torch.tensor(seeds, dtype=torch.int64, device="cpu"))
+        spec, seeds = rounded_by(self.seed, self.last, rounding, self.passes.direction)
+        numbers = self.pending.numbers(self.pending.decay, {}, seeds)
         if self.pending.steps and moves(numbers):
-            spec = PassSpec(RULES["axpy"], self.passes.direction, "nearest" if rounding == "nearest" else "stochastic")
             self.passes.run(Sweep(self.of), spec, numbers)
         self.pending = NONE
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from zokern import deltas
 from zokern.contract.rules import RULES
-from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.deltas import Delta
 from zokern.hashing import hash_of
 from zokern.optim.ledger import Ledger
@@ -24,8 +23,8 @@ from zokern.optim.saved_pending import SavedPending
 from zokern.optim.state_hooks import FoldedEntries
 from zokern.optim.waiting import Version, Waiting, alike, refuse_gone, versions
 from zokern.passes.spec import PassNumbers, PassSpec, pass_spec
-from zokern.passes.update import CPU, Update, seed_tensor, sent
-from zokern.placement.pending import NONE, ForwardPending, Pending, moves
+from zokern.passes.update import Update, seed_tensor, sent
+from zokern.placement.pending import NONE, ForwardPending, Pending, moves, rounded_by
 from zokern.sweep import NOTHING, Member, Sweep
 
 
@@ -62,7 +61,7 @@ class Folding:
         self.settle(owner)
         pending, self.had = self.placement.pending, NONE
         if pending.steps:
-            if alike(self.sweep) != alike(owner.active.sweep):
+            if self.sweep is not owner.active.sweep and alike(self.sweep) != alike(owner.active.sweep):
                 raise RuntimeError(
                     f"other parameters are trained than before, and the updates of {pending.steps} steps wait to be added "
                     "to those: call opt.fold() before parameters or groups change"
@@ -146,11 +145,8 @@ class Folding:
 
     def rounding(self, owner: Any) -> tuple[PassSpec, Tensor]:
         """How a fold between steps rounds: with the seeds of the last step, which no pass has used."""
-        name = "nearest" if owner.rounding == "nearest" else "stochastic"
         step = max(owner._passes.counters.steps - 1, 0)
-        seeds = [derive_seed(owner.seed, step, stream) for stream in (ROUNDING_STREAM, STATE_STREAM)]
-        spec = pass_spec(RULES["axpy"], owner._passes.direction, name)
-        return spec, torch.tensor(seeds, dtype=torch.int64, device=CPU)
+        return rounded_by(owner.seed, step, owner.rounding, owner._passes.direction)
 
     @contextlib.contextmanager
     def shown(self, owner: Any) -> Iterator[None]:
@@ -210,8 +206,7 @@ class Folding:
             return
         for one in updates:
             decays = bool((one.shared != 1).any()) or _decays(owner.param_groups)
-            coefs, decay = one.coefs[:, 0], one.shared[:, 0]
-            self.placement.pending = self.placement.pending.plus(one.seeds.tolist(), coefs, decay, decays=decays)
+            self.placement.pending = self.placement.pending.after(one, decays=decays)
         self._watch()
 
     def settle(self, owner: Any) -> None:

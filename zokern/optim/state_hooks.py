@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zokern.optim.waiting import Waiting
+from zokern.optim.waiting import Waiting, versions
 
 if TYPE_CHECKING:
     from zokern.optim.folding import Folding
@@ -82,7 +82,7 @@ class FoldedEntries:
 
     def _copy(self, folding: Folding, owner: Any, member: Any) -> Tensor:
         p, pending = member.param, folding.placement.pending
-        of = p.data_ptr(), 0 if p.is_inference() else p._version
+        of = versions([p])[0]
         if id(p) in self._made:
             held, by, (*there, version) = self._made[id(p)]
             copy = held()

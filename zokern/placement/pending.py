@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.contract.rules import RULES
+from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
+from zokern.directions import Direction
+from zokern.passes.spec import PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import CPU, Seed, Terms, along, seed_tensor, sent
 from zokern.placement.factors import Factors, Views
 from zokern.placement.forward import Forward, same_seed
@@ -60,6 +63,10 @@ class Pending:
             coefs = torch.cat([sent(self.coefs, coefs.device) * decay[:, None], coefs], dim=1)
             decay = sent(self.decay, decay.device) * decay
         return Pending((*self.seeds, *seeds), coefs, decay, self.steps + 1, self.decays or decays)
+
+    def after(self, one: PassNumbers, *, decays: bool) -> Pending:
+        """`plus` of an update as a journal has it."""
+        return self.plus(one.seeds.tolist(), one.coefs[:, 0], one.shared[:, 0], decays=decays)
 
     def numbers(
         self, eps: Tensor, terms: Terms, rounding_seeds: Tensor | None = None, enabled: Tensor | None = None
@@ -119,8 +126,7 @@ class Places(Factors):
 
 
 class ForwardPending(Forward):
-    """pending: what forwards see of earlier steps. per_step: how many seeds a step adds, room: how many wait at most, 0
-    where that is not known."""
+    """pending: what forwards see of earlier steps. room: how many seeds wait at most, 0 where that is not known."""
 
     factors_of = Places
 
@@ -229,6 +235,14 @@ class ForwardPending(Forward):
 
     def memory(self) -> list[Tensor]:
         return [*super().memory(), *self._decays.values()]
+
+
+def rounded_by(seed: int, step: int, rounding: str, direction: Direction) -> tuple[PassSpec, Tensor]:
+    """How a fold between steps rounds, after this step of the run with this seed: with the step's seeds, which no pass has
+    used. rounding: the optimizer's setting."""
+    seeds = [derive_seed(seed, step, stream) for stream in (ROUNDING_STREAM, STATE_STREAM)]
+    spec = pass_spec(RULES["axpy"], direction, "nearest" if rounding == "nearest" else "stochastic")
+    return spec, torch.tensor(seeds, dtype=torch.int64, device=CPU)
 
 
 def moves(numbers: PassNumbers) -> bool:
