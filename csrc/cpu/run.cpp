@@ -1,18 +1,16 @@
 // Chooses the instruction set at run time and splits the chunks over threads.
 //
-// Threads are started for a pass and joined at its end: 20 to 30 microseconds each against milliseconds of work, and
-// nothing is left behind that a fork (data loaders) could break. Small passes stay on the calling thread. Every thread
-// computes with round-to-nearest and no flush-to-zero, whatever the process has set, and puts the old state back.
+// Every thread computes with round-to-nearest and no flush-to-zero, whatever the process has set, and puts the old
+// state back.
 #include "run.h"
 
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 
 #include "../rule_info.h"
 #include "chain.h"
+#include "threads.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -56,6 +54,18 @@ ChunkFunction function_of(const Kernels& kernels, int rule, DType dtype, DType s
   return found;
 }
 
+// Less is not worth a second thread: some 20 microseconds of drawing.
+constexpr int64_t kAlone = 4 * kChunk;
+
+// Whether `times` the elements of these chunks, of the tensors or sides that they name, are more than that.
+template <class Row>
+bool is_small(const Row* rows, const ChunkRow* chunks, int64_t num_chunks, int64_t times) {
+  int64_t seen = 0;
+  for (int64_t i = 0; i < num_chunks && seen <= kAlone; ++i)
+    seen += std::max<int64_t>(times, 1) * std::min<int64_t>(rows[chunks[i].tensor].numel, kChunk);
+  return seen <= kAlone;
+}
+
 // Calls work(first, last) on pieces of [0, n) from `threads` threads; pieces are claimed in order of need.
 template <class Work>
 void parallel(int64_t n, int64_t piece, int threads, const Work& work) {
@@ -64,16 +74,9 @@ void parallel(int64_t n, int64_t piece, int threads, const Work& work) {
     const StandardFloats guard;
     for (int64_t i; (i = next.fetch_add(piece, std::memory_order_relaxed)) < n;) work(i, std::min(i + piece, n));
   };
-  threads = int(std::min<int64_t>(std::max(threads, 1), (n + piece - 1) / piece));
-  std::vector<std::thread> helpers;
-  helpers.reserve(size_t(std::max(threads - 1, 0)));
-  try {
-    for (int t = 1; t < threads; ++t) helpers.emplace_back(claim);
-  } catch (const std::system_error&) {
-    // No further thread to be had: those that started, and this one, do the work.
-  }
-  claim();
-  for (std::thread& helper : helpers) helper.join();
+  const int64_t pieces = (n + piece - 1) / piece;
+  using Claim = const decltype(claim);
+  on_threads(threads, pieces, [](void* data) { (*static_cast<Claim*>(data))(); }, (void*)&claim);
 }
 
 }  // namespace
@@ -95,7 +98,7 @@ std::vector<std::string> instruction_sets() {
 void run(const Pass& pass, int rule, DType dtype, DType state, int threads, const std::string& isa) {
   const ChunkFunction chunks = function_of(kernels(isa), rule, dtype, state);
   if (pass.enabled != nullptr && *pass.enabled == 0) return;
-  // Four chunks of 16384 elements are some 20 microseconds of work: less is not worth a thread or a claim.
+  if (is_small(pass.tensors, pass.chunks, pass.num_chunks, pass.num_seeds)) threads = 1;
   parallel(pass.num_chunks, 4, threads, [&](int64_t first, int64_t last) { chunks(pass, first, last); });
 }
 
@@ -106,11 +109,13 @@ void run_chain(const Chain& chain, int rule, DType dtype, DType state, int threa
   // A perturbation without states does not care how the rule's are stored.
   const DType its_state = rules()[size_t(perturbation)].states > 0 ? state : DType::f32;
   const StagePasses passes(chain, chunks, function_of(k, perturbation, dtype, its_state));
+  if (is_small(chain.tensors, chain.chunks, chain.num_chunks, chain.num_stages)) threads = 1;
   parallel(chain.num_chunks, 4, threads, [&](int64_t first, int64_t last) { passes.run(first, last); });
 }
 
 void fill_factors(const FactorFill& fill, int threads, const std::string& isa) {
   const Kernels& k = kernels(isa);
+  if (is_small(fill.sides, fill.chunks, fill.num_chunks, fill.num_seeds)) threads = 1;
   parallel(fill.num_chunks * fill.num_seeds, 4, threads,
            [&](int64_t first, int64_t last) { k.fill_factors(fill, first, last); });
 }

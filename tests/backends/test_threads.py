@@ -1,0 +1,76 @@
+"""The compiled CPU passes run on the threads of torch's operators, and on threads of their own in a forked child."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from zokern.backends import native
+
+pytestmark = pytest.mark.skipif(native.extension is None, reason="needs the compiled module")
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc and OpenMP's library")
+
+
+def _threads() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/task").iterdir()}
+
+
+@LINUX
+def test_no_thread_is_started_beside_those_of_torch() -> None:
+    ready, go, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        torch.ones(1 << 20).exp_()  # OpenMP has a team for each thread that calls it
+        ready.set()
+        go.wait(60)
+        while not looked:
+            native.extension.cpu_normal_checksum(0, 1 << 26, 2, native.extension.cpu_instruction_sets()[0])
+        done.set()
+
+    looked: list[set[str]] = []
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        caller = threading.Thread(target=work)
+        caller.start()
+        assert ready.wait(60)
+        before = _threads()
+        assert len(before) > 2, "torch has started no team: this test looks at nothing"
+        go.set()
+        seen: set[str] = set()
+        for _ in range(200):  # while it works: until `looked` is set it does nothing else
+            seen |= _threads()
+            done.wait(0.001)
+        looked.append(seen)
+        caller.join(60)
+        assert seen <= before
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+IN_A_CHILD = """
+import os, signal, sys
+import torch, zokern
+
+torch.set_num_threads(2)
+signal.alarm(60)
+torch.zeros(1 << 20).exp_()  # torch's team is there
+ours, childs = torch.zeros(1 << 20), torch.zeros(1 << 20)
+zokern.add_noise_([ours], tensor_ids=[1], seeds=[3], coefs=[1.0])
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # to wait for threads of a team that only the parent has is to wait for ever
+    zokern.add_noise_([childs], tensor_ids=[1], seeds=[3], coefs=[1.0])
+    same = ours.numpy().tobytes() == childs.numpy().tobytes()  # an operator of torch would wait
+    os._exit(0 if torch.get_num_threads() == 2 and same else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@LINUX
+def test_a_forked_child_does_not_wait_for_threads_that_it_lacks() -> None:
+    result = subprocess.run([sys.executable, "-c", IN_A_CHILD], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
