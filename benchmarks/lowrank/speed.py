@@ -11,6 +11,7 @@ over the forwards' of the same window. Stores benchmarks/results/lowrank-speed-c
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -22,7 +23,7 @@ from rich.progress import track
 
 import zokern
 from benchmarks import study
-from benchmarks.parts import load, made_on, table
+from benchmarks.parts import load, made_on, short_gpu, table
 from zokern.bench import models
 from zokern.bench.record import store
 
@@ -115,7 +116,41 @@ def speed_part() -> str:
     return f"{head}\n\n{_rows(run['results'])}"
 
 
-PAGES = {"docs/lowrank.md": {"speed": speed_part}}
+MEASURED = ("step-cuda-opt-13b.json", "opt-13b 16x256"), ("step-cuda-opt-13b-16x40.json", "opt-13b 16x40")
+PASSES = 3  # of a dense step in place: two to the probes, and the update
+
+
+def pays_part() -> str:
+    """What is left of dense steps that were measured, without passes that low-rank directions do not need."""
+    rows, runs = [], []
+    for name, case in MEASURED:
+        run = load(name)
+        one = run["results"][f"{case} mezo inplace"]
+        step, passes = one["step"]["median"], one["passes"]
+        update = passes / PASSES
+        lengths = math.prod(map(int, case.split()[1].split("x")))
+        faster = [f"{step / (step - passes + left):.2f}" for left in (update, update / WINDOW)]
+        rows.append([f"{lengths:,}", f"{1e3 * step:.0f} ms", f"{1e3 * passes:.0f} ms", *faster])
+        runs.append(run)
+    head = (
+        f"OPT-13B on the {short_gpu(runs[0])}, bfloat16: a MeZO step in place, measured, and times faster, predicted:"
+    )
+    columns = ["tokens a direction", "dense step", "of which passes", "low rank, forward", "and folded"]
+    return f"{head}\n\n{table(columns, rows)}"
+
+
+def memory_part() -> str:
+    """Beside inference, as `zokern bench step` has measured it."""
+    results = load("step-cpu.json")["results"]
+    told = [
+        f"{results[f'{case} mezo forward']['extra_share']:.1%} of the weights of {name}, and "
+        f"{results[f'{case} mezo forward-folds']['extra_share']:.1%} while the updates of {WINDOW} steps wait"
+        for case, name in (("demo 16x32", "the demo's model"), ("opt-125m 16x32", "OPT-125M"))
+    ]
+    return f"[Measured](steps.md) for MeZO and rank 1: {'; '.join(told)}."
+
+
+PAGES = {"docs/lowrank.md": {"speed": speed_part, "pays": pays_part, "memory": memory_part}}
 
 if __name__ == "__main__":
     main()

@@ -40,8 +40,8 @@ def waiting_part() -> str:
     step = run["results"]["demo 16x32 mezo inplace"]
     share = step["passes"] / step["step"]["median"]
     return (
-        f"With `OMP_WAIT_POLICY=PASSIVE` they sleep: in a run of its own, the passes take {1e3 * step['passes']:.1f} of "
-        f"the {1e3 * step['step']['median']:.0f} ms of the demo's MeZO step, {share:.1%}."
+        "In a run of its own with `OMP_WAIT_POLICY=PASSIVE`, in which they sleep, the passes take "
+        f"{1e3 * step['passes']:.1f} of the {1e3 * step['step']['median']:.0f} ms of the demo's MeZO step, {share:.1%}."
     )
 
 
