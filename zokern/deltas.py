@@ -97,7 +97,7 @@ def add_deltas(model: nn.Module, modules: Iterable[str] | None = None) -> list[s
         The names of the layers with a delta, in the model's order.
 
     Raises:
-        TypeError: for a model that is no nn.Module.
+        TypeError: for a model that is no nn.Module, or modules that are one string.
         ValueError: where there is no such layer, or a name is of none. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
@@ -110,17 +110,27 @@ def add_deltas(model: nn.Module, modules: Iterable[str] | None = None) -> list[s
                 "are, or name the layers in modules="
             )
     else:
+        if isinstance(modules, str):
+            raise TypeError(f"modules must be a list of names, got {modules!r}; give [{modules!r}]")
         found = _named(model, list(modules))
     for name in found:
         _add(model.get_submodule(name), name)
     return found
 
 
+def _meant(name: str, every: Mapping[str, nn.Module]) -> str:
+    """The whole names that end so, as a remedy."""
+    ends = [other for other in every if other.endswith(f".{name}")]
+    return (
+        f"; give whole names, as in named_modules(): {', '.join(ends[:3])}{', ...' * (len(ends) > 3)}" if ends else ""
+    )
+
+
 def _named(model: nn.Module, wanted: list[str]) -> list[str]:
     every = dict(model.named_modules())
     for name in wanted:
         if name not in every:
-            raise ValueError(f"modules: {type(model).__name__} has no module {name!r}")
+            raise ValueError(f"modules: {type(model).__name__} has no module {name!r}{_meant(name, every)}")
         if _sides(every[name]) is None:
             raise ValueError(
                 f"modules: {name!r} is a {type(every[name]).__name__}, without in_features and out_features: deltas are "

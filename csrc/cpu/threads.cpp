@@ -3,7 +3,9 @@
 // and is reached through the entry point that compilers call, in whichever OpenMP library the process has loaded.
 //
 // Where there is none, and in a child of a fork, which has inherited a team without its threads and would wait for them
-// for ever, threads are started for the pass and joined at its end, 20 to 30 microseconds each.
+// for ever, threads are started for the pass and joined at its end, 20 to 30 microseconds each. A child that loads this
+// library only after the fork cannot tell; torch's own operators hang there too, unless it has one thread, as a data
+// loader's worker does.
 #include "threads.h"
 
 #include <algorithm>

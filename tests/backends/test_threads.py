@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import zokern
 from zokern.backends import native
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason="needs the compiled module")
@@ -74,3 +75,26 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_does_not_wait_for_threads_that_it_lacks() -> None:
     result = subprocess.run([sys.executable, "-c", IN_A_CHILD], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+@LINUX
+def test_a_small_pass_stays_on_the_thread_that_asks_for_it() -> None:
+    counts = []
+
+    def work() -> None:  # OpenMP has no team for this thread yet
+        counts.append(len(_threads()))
+        for sizes in ([500] * 60, [1 << 20]):
+            tensors = [torch.zeros(size) for size in sizes]
+            zokern.add_noise_(tensors, tensor_ids=range(len(sizes)), seeds=[3], coefs=[1.0], backend="cpu")
+            counts.append(len(_threads()))
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        caller = threading.Thread(target=work)
+        caller.start()
+        caller.join(60)
+    finally:
+        torch.set_num_threads(threads_before)
+    before, small, large = counts
+    assert (small, large) == (before, before + 1)

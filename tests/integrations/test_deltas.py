@@ -173,7 +173,7 @@ def test_a_run_goes_on_from_its_state_and_from_its_journal(tmp_path: Path) -> No
     for opt in (by_state, by_journal):
         assert opt.pending == 5
         assert torch.equal(opt._placement.pending.coefs, whole._placement.pending.coefs)
-    assert journal.replay(tmp_path / "run.zkj", ready("int8")).verified
+    assert journal.replay(tmp_path / "run.zkj", ready("int8"), fold=False).verified
     with pytest.raises(RuntimeError, match="save_adapter"):
         journal.replay(tmp_path / "run.zkj", ready("int8"), fold=True)
     another = BASES["int8"]()
@@ -274,6 +274,14 @@ def test_other_uses_are_refused(tmp_path: Path) -> None:
         zokern.add_deltas(plain())
     with pytest.raises(ValueError, match="has no module '7'"):
         zokern.add_deltas(plain(), ["0", "7"])
+    with pytest.raises(TypeError, match=r"give \['0'\]"):
+        zokern.add_deltas(plain(), "0")
+    with pytest.raises(
+        ValueError, match=r"no module 'linear1'; give whole names, as in named_modules\(\): layers.0.linear1, layers"
+    ):
+        zokern.add_deltas(
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 1, 8), 5, enable_nested_tensor=False), ["linear1"]
+        )
     with pytest.raises(ValueError, match="'1' is a Tanh"):
         zokern.add_deltas(plain(), ["1"])
     with pytest.raises(ValueError, match="modules is empty"):

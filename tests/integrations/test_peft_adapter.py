@@ -66,7 +66,11 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
             save_adapter(opt, place)
     model = nn.Sequential(nn.Linear(8, 8))
     opt = zokern.MeZO(model, 1e-3, distribution=zokern.LowRank(1), placement="forward", fold_every=0)
+    with pytest.raises(RuntimeError, match="has done no step"):
+        save_adapter(opt, place)
     opt.step(lambda: model(torch.ones(2, 8)).square().sum())
     with pytest.raises(ValueError, match=r"0.bias was trained, a \(8,\) of Linear"):
         save_adapter(opt, place)
+    with pytest.raises(TypeError, match="placement='forward'; got Sequential"):
+        save_adapter(model, place)  # type: ignore[arg-type]
     assert not place.exists()

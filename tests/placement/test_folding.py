@@ -317,6 +317,8 @@ def test_folding_inside_a_step_is_refused() -> None:
     run(model, opt, 0, 1)
     with pytest.raises(RuntimeError, match="fold was called inside a step"):
         opt.step(lambda: opt.fold() or model(tokens(1)))
+    with pytest.raises(RuntimeError, match=r"check was called inside folded\(\)"), opt.folded():
+        zokern.check(opt, lambda: model(tokens(1)))
     with pytest.raises(RuntimeError, match="step was called inside a folded"), opt.folded():
         run(model, opt, 1, 2)
     assert opt.pending == 1
@@ -510,7 +512,7 @@ def test_a_journal_is_replayed_and_taken_up(dtype: torch.dtype, tmp_path: Path) 
     assert reader.header["features"] == ["lowrank", "fold"]
     for until in (6, None):
         base = small(dtype)
-        assert journal.replay(path, base, until=until).verified
+        assert journal.replay(path, base, until=until, fold=False).verified
         assert journal.hash_of(base.named_parameters()) == (here if until else reader_hash(path))
     twin = small(dtype)
     other = built(twin)
@@ -518,6 +520,8 @@ def test_a_journal_is_replayed_and_taken_up(dtype: torch.dtype, tmp_path: Path) 
         assert (done, other.pending) == (11, 3)
         assert run(model, opt, 11, 14) == run(twin, other, 11, 14)
     assert same_bits(weights_of(model), weights_of(twin))
+    with pytest.warns(zokern.ZokernWarning, match=r"the last 2 of 14 steps\) are not"):  # neither was asked for
+        journal.replay(path, small(dtype))
     tuned = small(dtype)
     assert journal.replay(path, tuned, fold=True).verified
     assert opt.pending == 2
@@ -551,7 +555,7 @@ def test_a_journal_is_written_on_from_a_checkpoint(
         run(twin, other, 6, 9)
     assert other.arrived() is None
     base = small(dtype)
-    assert journal.replay(path, base).verified
+    assert journal.replay(path, base, fold=False).verified
     assert same_bits(weights_of(base), weights_of(twin))
     assert tools.summary(path)["folds"] == int(folded)
     assert folded or same_bits(weights_of(twin), weights_of(whole))

@@ -73,7 +73,7 @@ def check(
 
     Raises:
         TypeError, ValueError: what the optimizer's constructor and its `step` would refuse, in their words.
-        RuntimeError: inside a step of this optimizer.
+        RuntimeError: inside a step of this optimizer, or inside its `folded()`.
 
     Memory: a copy of one tensor at a time (16-bit weights: two), and of the model's buffers, quantised ones left out.
     """
@@ -106,6 +106,8 @@ def _optimizer(model: object, eps: float | None, placement: object) -> ZerothOrd
     if isinstance(model, ZerothOrderOptimizer):
         if "numbers" in vars(model):
             raise RuntimeError("check was called inside a step of this optimizer; call it before the step")
+        if model._turn.lock.locked():
+            raise RuntimeError(f"check was called inside {model._turn.taken[0]}() of this optimizer; call it outside")
         for name, value in (("eps", eps), ("placement", placement)):
             if value is not None:
                 raise ValueError(f"{name} is the optimizer's own here; leave it out, or give the model instead")

@@ -46,13 +46,16 @@ def save_adapter(optimizer: ZerothOrderOptimizer, directory: str | Path) -> int:
         The largest rank.
 
     Raises:
-        RuntimeError: where nothing waits, or something was folded before.
+        TypeError: for what is no optimizer of zokern's.
+        RuntimeError: where no step was done, nothing waits, or something was folded before.
         ValueError: for what an adapter cannot hold, by name. Nothing is written then.
     """
     import peft
     from safetensors.torch import save_file
 
     optimizer = frameworks.bare(optimizer)
+    if not isinstance(optimizer, ZerothOrderOptimizer):
+        raise TypeError(f"optimizer must be one of zokern's, with placement='forward'; got {type(optimizer).__name__}")
     folding, module = optimizer._folding, optimizer.module
     if module is None or folding is None or folding.every != 0:
         raise RuntimeError(
@@ -61,6 +64,8 @@ def save_adapter(optimizer: ZerothOrderOptimizer, directory: str | Path) -> int:
         )
     folding.settle(optimizer)
     steps = optimizer.counters["steps"]
+    if not steps:
+        raise RuntimeError("the optimizer has done no step, so there is nothing to save")
     if not folding.steps or folding.steps != steps:
         raise RuntimeError(
             f"the updates of {folding.steps} of {steps} steps wait; an adapter has all, and what was folded is in the "

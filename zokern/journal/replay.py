@@ -42,7 +42,7 @@ def replay(
     *,
     until: int | None = None,
     verify: bool = True,
-    fold: bool = False,
+    fold: bool | None = None,
     backend: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Replayed:
@@ -56,7 +56,8 @@ def replay(
         verify: compare the weights with the hashes in the journal, before the first step and after the last. A journal
             that has no hash of its last step is refused; with `until`, a ZokernWarning says that there is none.
         fold: add the updates too that wait after the last of these steps (fold_every), as `opt.fold()` would: the weights
-            are those of the module's state_dict() there, and not p.data. The hashes are compared before.
+            are those of the module's state_dict() there, and not p.data. The hashes are compared before. False leaves
+            them out; None does too, with a ZokernWarning where any wait.
         backend: as for the optimizers; all give the same bits.
         progress: called with the number of steps done, after each.
 
@@ -85,6 +86,13 @@ def replay(
         raise JournalError(f"{path}: the weights after {done} steps are not those that training had")
     if fold:
         player.fold()
+    elif fold is None and player.pending.steps:
+        warnings.warn(
+            f"{path}: updates that wait there (fold_every; the last {player.pending.steps} of {done} steps) are not in the "
+            "weights now; give fold=True for those of the module's state_dict(), or fold=False for p.data",
+            ZokernWarning,
+            stacklevel=3,
+        )
     replayed = Replayed(done)
     replayed.verified, replayed.state = wanted is not None, reader.state
     return replayed
