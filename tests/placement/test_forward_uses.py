@@ -309,3 +309,52 @@ def test_another_dtype_between_steps():
         model.to(dtype)
         opt.step(lambda: shown.append(model.head.weight.dtype) or model(tokens(0)).float())
     assert shown == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+def _probed(model: nn.Module, opt: Any, batches: list[Tensor]) -> None:
+    for x in batches:
+        opt.step(lambda x=x: model(x).square().mean())
+
+
+class Turns(nn.Module):
+    """One of its experts for each batch, and a layer that nothing uses."""
+
+    def __init__(self, idle: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.idle = nn.Linear(8, 8) if idle else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[int(x[0, 0])](x)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("fold_every", [1, 4])
+def test_an_unused_matrix_is_told_by_name_and_experts_take_turns(
+    idle: bool, fold_every: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plus, "TRACED", [False])
+    model = Turns(idle)
+    opt = zokern.MeZO(model, 1e-4, distribution=zokern.LowRank(1), placement="forward", fold_every=fold_every)
+    batches = [torch.full((2, 8), float(i % 3)) for i in range(9)]
+    _probed(model, opt, batches)
+    assert "matrices" not in capsys.readouterr().err  # after 18 probes
+    _probed(model, opt, batches * 3)
+    told = capsys.readouterr().err
+    assert told.count("1 of 4 matrices (idle.weight) were in no product or lookup of 20 probes") == int(idle), told
+    assert told.count("matrices") == int(idle)
+
+
+def test_an_unused_matrix_is_told_also_where_its_module_is_changed_in_mid_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plus, "TRACED", [False])
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    alias = model[0].weight.detach().numpy()
+    opt = zokern.MeZO(model, 1e-4, distribution=zokern.LowRank(1), placement="forward")
+    x = torch.randn(4, 8)
+    _probed(model, opt, [x] * 30)
+    assert capsys.readouterr().err == ""
+    model[0].forward = lambda t: torch.from_numpy(t.numpy() @ alias.T)
+    _probed(model, opt, [x] * 30)
+    assert "1 of 2 matrices (0.weight)" in capsys.readouterr().err

@@ -33,6 +33,7 @@ from zokern.placement.rows import Rows
 from zokern.placement.shadow import Shown
 from zokern.placement.stream import freezing
 from zokern.placement.together import Together
+from zokern.placement.unused import Unused
 from zokern.sweep import NOTHING, Member, Passes, Sweep
 
 SCALED = (
@@ -63,6 +64,7 @@ class Forward(Shown):
         self.filled: Sequence[Seed] = ()  # whose factors the buffers hold
         self.terms: Terms = {}
         self.said = 0  # how many of `copied`
+        self.unused = Unused()
         self.together = Together(self)
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
@@ -251,6 +253,8 @@ class Forward(Shown):
                 "else: a copy, a trace, an export, an engine. Call the module itself; where the other one shares its "
                 "memory, placement='inplace' reaches it"
             )
+        if self.proves:
+            self.unused.look(self.stand_ins)
 
     def end(self) -> None:
         super().end()

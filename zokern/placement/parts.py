@@ -18,7 +18,7 @@ def _derived(
     """again: of the sum, what `base` is of the weight. by: the function. A view of the weight is a view of the sum too,
     once something has asked for that."""
     part = PlusLowRank(base, left, right, one.scale, one.parameter)
-    part.decay = one.decay
+    part.decay, part.seen = one.decay, one.seen
     part.write = None if one.write is None else lambda: again(full(one, by))
     if base.untyped_storage().data_ptr() == one.base.untyped_storage().data_ptr():
         part.viewed = one

@@ -52,6 +52,7 @@ class PlusLowRank(nn.Parameter):
     that products with `base` take. scale: float32 [K]. full: the sum, once something, `by`, has asked for it; from then on
     everything is computed with it. write: makes it. viewed: what this is a part of, whose sum is then this one's too.
     parameter: its name. decay: float32, 0-d, D; None where that is 1. traced: is told when torch's compiler looks at it.
+    seen: is told when something is computed with it, or with a part of it; of code that is compiled nobody hears.
     """
 
     base: Tensor
@@ -66,6 +67,7 @@ class PlusLowRank(nn.Parameter):
     by: str
     decay: Tensor | None
     traced: list[bool] | None
+    seen: list[bool]
 
     @staticmethod
     def __new__(
@@ -76,7 +78,7 @@ class PlusLowRank(nn.Parameter):
         )
         made.base, made.left, made.right, made.scale, made.parameter = base, left, right, scale, name
         made.leaf = made.full = made.write = made.viewed = made.decay = made.traced = None
-        made.by = ""
+        made.by, made.seen = "", [False]
         return made  # without an __init__: nn.Parameter(one) would call it, with arguments of its own
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -126,7 +128,7 @@ class PlusLowRank(nn.Parameter):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) and isinstance(args[0], cls):
             one = args[0]
             same = PlusLowRank(one.base, one.left, one.right, one.scale, one.parameter)
-            same.decay = one.decay
+            same.decay, same.seen = one.decay, one.seen
             same.full, same.write = one.full, (None if one.write is None else lambda: full(one, func.name()))
             return same
         if torch.compiler.is_compiling():
@@ -168,6 +170,7 @@ def full(one: PlusLowRank, by: str = "") -> Tensor:
     if one.write is None or torch.compiler.is_compiling():
         return _by_formula(one)
     one.full, one.by, USED[0] = made, _, _ = one.write(), by, True
+    one.seen[0] = True
     return made
 
 
@@ -180,6 +183,8 @@ def _by_formula(one: PlusLowRank) -> Tensor:
 
 def kept(one: PlusLowRank, rows: Tensor) -> Tensor:
     """What a product with `base` takes in place of rows for one with D W."""
+    if not torch.compiler.is_compiling():
+        one.seen[0] = True
     return rows if one.decay is None else rows * one.decay
 
 

@@ -63,10 +63,12 @@ def _castable(weight: PlusLowRank) -> Tensor:
     return weight.base if weight.leaf is None or torch.compiler.is_compiling() else weight.leaf
 
 
-def _alone(x: Tensor, into: Tensor, scale: Tensor, out_of: Tensor) -> Tensor:
+def _alone(one: PlusLowRank, x: Tensor, into: Tensor, out_of: Tensor) -> Tensor:
     """The thin part, in the dtype of `out_of`, where there is no more (deltas.py)."""
+    if not torch.compiler.is_compiling():
+        one.seen[0] = True
     with torch.autocast(x.device.type, enabled=False):
-        out = spread(coefficients(x.reshape(-1, x.shape[-1]), into, scale), out_of, None)
+        out = spread(coefficients(x.reshape(-1, x.shape[-1]), into, one.scale), out_of, None)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -76,7 +78,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not is_plain(x) or not is_open(weight) or weight.base.dim() != 2 or type(bias) is PlusLowRank:
         return NotImplemented
     if is_nothing(weight.base) and bias is None:
-        return _alone(x, weight.right, weight.scale, weight.left)
+        return _alone(weight, x, weight.right, weight.left)
     casts = torch.is_autocast_enabled(x.device.type)
     if x.dtype == torch.float32 == weight.base.dtype and len(weight.left) == 1 and x.dim() > 1 and not casts:
         p = functional.linear(x, weight.right).mul_(weight.scale)
@@ -113,7 +115,7 @@ def matmul(input: Any, other: Any, **others: Any) -> Any:
     if others or not is_plain(x) or not is_open(weight) or weight.base.dim() != 2:
         return NotImplemented
     if is_nothing(weight.base):
-        return _alone(x, weight.left, weight.scale, weight.right)
+        return _alone(weight, x, weight.left, weight.right)
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
         return _behind(torch.matmul(kept(weight, x), _castable(weight)), rows, weight.left, weight.scale, weight.right)
