@@ -117,7 +117,6 @@ def speed_part() -> str:
 
 
 MEASURED = ("step-cuda-opt-13b.json", "opt-13b 16x256"), ("step-cuda-opt-13b-16x40.json", "opt-13b 16x40")
-PASSES = 3  # of a dense step in place: two to the probes, and the update
 
 
 def pays_part() -> str:
@@ -127,8 +126,8 @@ def pays_part() -> str:
         run = load(name)
         one = run["results"][f"{case} mezo inplace"]
         step, passes = one["step"]["median"], one["passes"]
-        update = passes / PASSES
-        lengths = math.prod(map(int, case.split()[1].split("x")))
+        update = passes / one["passes_per_step"]
+        lengths = math.prod(map(int, one["tokens"].split("x")))
         faster = [f"{step / (step - passes + left):.2f}" for left in (update, update / WINDOW)]
         rows.append([f"{lengths:,}", f"{1e3 * step:.0f} ms", f"{1e3 * passes:.0f} ms", *faster])
         runs.append(run)

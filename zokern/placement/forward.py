@@ -104,6 +104,7 @@ class Forward(Shown):
             sites.fit(self.pools, sites.sizes(members.piece(self._at[1])))
             self.copies = sites.copies(members.piece(self._at[1]), self.pools)
             self.stand_ins = self._stand_in(members.piece(self._at[0]))
+            self.unused.probed = 0
             self.layout, self.addresses = layout, list(members.addresses)
             self.places = list(map(Tensor.data_ptr, self.copies))
         self.lower, self.dense = members.piece(self._at[0]), members.piece(self._at[1])

@@ -170,8 +170,13 @@ def full(one: PlusLowRank, by: str = "") -> Tensor:
     if one.write is None or torch.compiler.is_compiling():
         return _by_formula(one)
     one.full, one.by, USED[0] = made, _, _ = one.write(), by, True
-    one.seen[0] = True
+    note_use(one)
     return made
+
+
+def note_use(one: PlusLowRank) -> None:
+    if not torch.compiler.is_compiling():
+        one.seen[0] = True
 
 
 def _by_formula(one: PlusLowRank) -> Tensor:
@@ -183,8 +188,7 @@ def _by_formula(one: PlusLowRank) -> Tensor:
 
 def kept(one: PlusLowRank, rows: Tensor) -> Tensor:
     """What a product with `base` takes in place of rows for one with D W."""
-    if not torch.compiler.is_compiling():
-        one.seen[0] = True
+    note_use(one)
     return rows if one.decay is None else rows * one.decay
 
 

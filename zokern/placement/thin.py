@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zokern.deltas import is_nothing
-from zokern.placement.plus import PLAIN, PlusLowRank, handles, is_open, kept
+from zokern.placement.plus import PLAIN, PlusLowRank, handles, is_open, kept, note_use
 
 
 def is_plain(x: Any) -> bool:
@@ -65,8 +65,7 @@ def _castable(weight: PlusLowRank) -> Tensor:
 
 def _alone(one: PlusLowRank, x: Tensor, into: Tensor, out_of: Tensor) -> Tensor:
     """The thin part, in the dtype of `out_of`, where there is no more (deltas.py)."""
-    if not torch.compiler.is_compiling():
-        one.seen[0] = True
+    note_use(one)
     with torch.autocast(x.device.type, enabled=False):
         out = spread(coefficients(x.reshape(-1, x.shape[-1]), into, one.scale), out_of, None)
     return out.view(*x.shape[:-1], out.shape[-1])

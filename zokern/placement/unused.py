@@ -12,16 +12,13 @@ PROBES = 20  # one of them at least uses each matrix that a closure uses: expert
 
 
 class Unused:
-    """Of one placement. of: the stand-ins of the last probes. probed: how many these were. told: once is enough."""
+    """Of one placement. probed: the last probes, with one set of stand-ins. told: once is enough."""
 
     def __init__(self) -> None:
-        self.of: Sequence[PlusLowRank] = ()
         self.probed, self.told = 0, False
 
     def look(self, stand_ins: Sequence[PlusLowRank]) -> None:
         """After a probe with these: whether the last ones have used them all. Compiled code does not tell."""
-        if stand_ins is not self.of:  # as of other layers
-            self.of, self.probed = stand_ins, 0
         self.probed += 1
         if self.probed < PROBES or self.told or plus.TRACED[0]:
             return
