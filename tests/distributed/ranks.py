@@ -1,0 +1,119 @@
+"""Functions run by several processes at once, which are one gloo group on the loopback interface.
+
+The processes come from a server that has imported torch and zokern already and started no thread, so one costs some ten
+milliseconds. A function is one of a module's own, and takes what can be pickled.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "zokern.journal", "zokern._C"]
+)
+
+
+class Outcome(NamedTuple):
+    """What became of a rank. value: what its function returned. error: the exception's class and text, "" for none. where:
+    its traceback. code: of the process; minus the signal that ended it. seconds: that it took."""
+
+    value: Any
+    error: str
+    where: str
+    code: int | None
+    seconds: float
+
+
+def _rank(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world: int,
+    store: str,
+    timeout: float,
+    pipe: Connection,
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+    )  # fmt: skip
+    try:
+        pipe.send((function(*args), "", ""))
+    except BaseException as error:
+        pipe.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+    finally:
+        pipe.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def outcomes(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0
+) -> list[Outcome]:
+    """function(*args) on each rank of a group of `world`; each gets its rank from torch.distributed.
+
+    timeout: of the group's collectives, in seconds. limit: after which the processes are killed, and the test fails.
+    """
+    began, found = time.monotonic(), [(None, "", "")] * world
+    ends = [began] * world
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        pipes, processes = [], []
+        for rank in range(world):
+            ours, theirs = _server.Pipe(duplex=False)
+            process = _server.Process(
+                target=_rank, args=(function, args, rank, world, store, timeout, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            left = dict(zip(pipes, range(world), strict=True))
+            while left:
+                ready = wait(list(left), timeout=max(began + limit - time.monotonic(), 0.0))
+                if not ready:
+                    pytest.fail(f"ranks {sorted(left.values())} of {function.__name__} were not done after {limit:g} s")
+                for pipe in ready:
+                    rank = left.pop(pipe)  # type: ignore[arg-type]
+                    ends[rank] = time.monotonic()
+                    try:
+                        found[rank] = pipe.recv()  # type: ignore[union-attr]
+                    except EOFError:
+                        found[rank] = (None, "the process ended", "")
+            for process in processes:
+                process.join(max(began + limit - time.monotonic(), 0.1))
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    return [
+        Outcome(*found[rank], processes[rank].exitcode, ends[rank] - began)  # type: ignore[arg-type]
+        for rank in range(world)
+    ]
+
+
+def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0) -> list[Any]:
+    """What the function returned on each rank; fails with the traceback of one that raised."""
+    found = outcomes(world, function, *args, timeout=timeout, limit=limit)
+    for rank, outcome in enumerate(found):
+        if outcome.error:
+            pytest.fail(f"rank {rank} of {world}: {outcome.error}\n{outcome.where}")
+    return [outcome.value for outcome in found]
