@@ -70,11 +70,13 @@ def outcomes(
 
     timeout: of the group's collectives, in seconds. limit: after which the processes are killed, and the test fails.
     """
-    began, found = time.monotonic(), [(None, "", "")] * world
+    began = time.monotonic()
+    found: list[tuple[Any, str, str]] = [(None, "", "")] * world
     ends = [began] * world
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        pipes, processes = [], []
+        pipes: list[Connection] = []
+        processes = []
         for rank in range(world):
             ours, theirs = _server.Pipe(duplex=False)
             process = _server.Process(
@@ -90,11 +92,11 @@ def outcomes(
                 ready = wait(list(left), timeout=max(began + limit - time.monotonic(), 0.0))
                 if not ready:
                     pytest.fail(f"ranks {sorted(left.values())} of {function.__name__} were not done after {limit:g} s")
-                for pipe in ready:
-                    rank = left.pop(pipe)  # type: ignore[arg-type]
+                for pipe in [pipe for pipe in left if pipe in ready]:
+                    rank = left.pop(pipe)
                     ends[rank] = time.monotonic()
                     try:
-                        found[rank] = pipe.recv()  # type: ignore[union-attr]
+                        found[rank] = pipe.recv()
                     except EOFError:
                         found[rank] = (None, "the process ended", "")
             for process in processes:
@@ -104,10 +106,7 @@ def outcomes(
                 if process.is_alive():
                     process.kill()
                     process.join()
-    return [
-        Outcome(*found[rank], processes[rank].exitcode, ends[rank] - began)  # type: ignore[arg-type]
-        for rank in range(world)
-    ]
+    return [Outcome(*found[rank], processes[rank].exitcode, ends[rank] - began) for rank in range(world)]
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0) -> list[Any]:
