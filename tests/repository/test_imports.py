@@ -22,6 +22,7 @@ FLOORS = (
     ("ops",),
     ("noise", "layers", "scales"),
     ("placement",),
+    ("distributed",),
     ("optim",),
     ("checking", "journal", "graphs"),
     ("report", "integrations", "tasks"),

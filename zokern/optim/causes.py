@@ -12,6 +12,7 @@ from torch import nn
 
 from zokern import deltas
 from zokern._checks import is_quantised
+from zokern.distributed import shards
 
 _announced: set[str] = set()
 BACKWARD = (
@@ -141,7 +142,7 @@ def _spacing(owner: Any) -> str:
     for g, group in enumerate(owner.param_groups):
         for p in group["params"]:
             if p.requires_grad and p.element_size() == 2 and p.numel():
-                rms = float(p.detach().float().square().mean().sqrt())
+                rms = float(shards.local(p).detach().float().square().mean().sqrt())
                 apart = rms * torch.finfo(p.dtype).eps
                 eps = float(group["eps"])
                 if math.isfinite(apart) and eps < apart / 2:

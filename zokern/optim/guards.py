@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zokern import placement as placements
 from zokern._checks import ZokernWarning
+from zokern.distributed import shards
 from zokern.optim import causes, frameworks, pairing, state
 from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, STREAK, WHOLE, Flats
 from zokern.optim.ledger import Ledger
@@ -48,7 +49,7 @@ class Guards:
 
     def begin(self, owner: Any, losses: Losses) -> None:
         """The step's members are known. Refuses to train nothing; decides the placement; prepares the forwards."""
-        if not owner.active.sweep.members:
+        if not owner.active.rows:
             causes.refuse_idle(owner)
         if self.wanted == "auto" and (self._active is None or self._active() is not owner.active):
             self.decide(owner)
@@ -57,13 +58,14 @@ class Guards:
             self._first = False
             if losses.batches is None and (steps := frameworks.loses_batches()):
                 self.warn("batches", causes.lost_batches(steps))
-        watch, params = self.watch, owner.active.sweep.params
+        watch, params = self.watch, _trained(owner)
         self._grads = params[0].grad, params[-1].grad
         self._draws = losses.draws = None
         if owner.paired_randomness is True or (
             watch is not None and watch.random and self.pairs(owner.paired_randomness)
         ):
-            self._draws = losses.draws = pairing.Draws({p.device for p in params})
+            devices = {p.device for p in owner.active.sweep.params} or {params[0].device}
+            self._draws = losses.draws = pairing.Draws(devices)
         buffers = watch is not None and bool(watch.buffers.places)
         if watch is not None and buffers:
             watch.buffers.begin()
@@ -131,7 +133,7 @@ class Guards:
             if "half" not in self._told:
                 self.warn("half", causes.half(losses.half))
         if "backward" not in self._told:
-            params = owner.active.sweep.params
+            params = _trained(owner)
             copies: Sequence[Tensor] = getattr(owner._placement, "copies", ())
             first, last = (params[0].grad, params[-1].grad)
             grown = (first is not None and first is not self._grads[0]) or (
@@ -177,6 +179,14 @@ class Guards:
         return kept if self.flats.there is None else [self.flats.there, *kept]
 
 
+def _trained(owner: Any) -> list[Tensor]:
+    """What a backward pass would leave gradients at: of each tensor, also where this rank has no element of it."""
+    members = owner.active.sweep.members
+    if members:
+        return [members[0].held, members[-1].held]
+    return [next(p for _, p in owner._parameters.trainable(owner))] * 2
+
+
 def has_sixteen_bit(groups: Iterable[dict[str, Any]]) -> bool:
     return any(p.element_size() == 2 for group in groups for p in group["params"])
 
@@ -190,7 +200,7 @@ def primed(owner: Any) -> bool:
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     if any(p.grad is None for p in trained) or any(float(group["lr"]) != 0.0 for group in groups):
         return False
-    if any(bool(p.grad.any()) for p in trained):
+    if any(bool(shards.local(p.grad).any()) for p in trained):
         return False
     for p in trained:
         state.of(owner.state, p, owner.state_spec)

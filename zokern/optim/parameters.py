@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zokern import _checks, deltas
 from zokern.contract.streams import matrices
+from zokern.distributed import shards
 from zokern.kinds import Number
 from zokern.layers import RandomBlocks
 from zokern.optim import reach, state
@@ -147,10 +148,11 @@ def check_parameter(p: Tensor, name: str) -> None:
     """Zero-size parameters are allowed here (they are skipped); everything else as for a pass."""
     if isinstance(p, deltas.Delta):
         return
-    if type(p).__name__ == "DTensor":
+    p = shards.part(p, name).local
+    if type(p).__name__ == "FlatParameter":
         raise TypeError(
-            f"{name} is a DTensor (FSDP2, tensor parallel), and zokern's optimizers do not take those yet: keep the whole "
-            "model on each rank"
+            f"{name} is a FlatParameter of FullyShardedDataParallel (FSDP1), which lays all tensors of a module end to "
+            "end: shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which keeps each"
         )
     if type(p).__name__ == "FakeTensor":
         raise TypeError(
@@ -171,11 +173,15 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
 
 @dataclass(frozen=True)
 class Active:
-    """What a step moves: its members, the rows of their numbers, and the numbers of the blocks that it leaves out."""
+    """What a step moves: its members, the rows of their numbers, and the numbers of the blocks that it leaves out.
+
+    sizes: of the rows, in elements of whole tensors. On a rank that has no element of a tensor, it is no member.
+    """
 
     sweep: Sweep
     rows: Rows
     dropped: frozenset[int]
+    sizes: tuple[int, ...] = ()
 
 
 class Owner(Protocol):
@@ -242,8 +248,8 @@ class Parameters:
             self.version += 1
             self.check_groups(owner, owner.pipelined)  # what eps may be depends on the weights' type
         if changed or self._active is None or self._active.dropped != dropped:
-            members, rows = self._members(owner, dropped, changed)
-            self._active = Active(Sweep(members), rows, dropped)
+            members, sizes = self._members(owner, dropped, changed)
+            self._active = Active(Sweep(members, elsewhere=bool(sizes)), list(sizes), dropped, tuple(sizes.values()))
             self._seen = self._look(owner) if self.spec else seen  # anew: states may have been made
         return self._active
 
@@ -252,11 +258,12 @@ class Parameters:
         seen: list[object] = [id(owner.layers)]
         for group in owner.param_groups:
             for p in group["params"]:
-                seen.append((id(p), p.requires_grad, p.data_ptr(), p.shape, p.stride(), p.dtype))
+                mine = shards.local(p)
+                seen.append((id(p), p.requires_grad, id(mine), mine.data_ptr(), mine.shape, mine.stride(), p.dtype))
                 if self.spec and p in owner.state:
                     own = owner.state[p]
                     seen += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
-                             for name in self.spec if (t := own.get(name)) is not None]  # fmt: skip
+                             for name in self.spec if (t := shards.local(own.get(name))) is not None]  # fmt: skip
             seen.append(len(group["params"]))
         return seen
 
@@ -270,20 +277,31 @@ class Parameters:
                     self.registry.add(p)
                     yield g, p
 
-    def _members(self, owner: Owner, dropped: frozenset[int], changed: bool) -> tuple[list[Member], Rows]:
-        """changed: something is not as it was, so that all are looked at again: model.double() may have come between."""
+    def _members(
+        self, owner: Owner, dropped: frozenset[int], changed: bool
+    ) -> tuple[list[Member], dict[tuple[int, Hashable], int]]:
+        """And the sizes of their rows. changed: something is not as it was, so that all are looked at again: model.double()
+        may have come between."""
         members: list[Member] = []
         rows: dict[tuple[int, Hashable], int] = {}
+        sizes: dict[tuple[int, Hashable], int] = {}
         for g, p in self.trainable(owner):
             if owner.layers is not None and not owner.layers.is_active(p, dropped):
                 continue
             if changed or type(p) is not nn.Parameter:  # put into a group by somebody else
                 check_parameter(p, f"params: {self.registry.names[id(p)]}")
                 owner.check_writable(p)
-            row = rows.setdefault((g, owner.row_key(p)), len(rows))
+            key = g, owner.row_key(p)
+            row, name = rows.setdefault(key, len(rows)), self.registry.names[id(p)]
+            sizes[key] = sizes.get(key, 0) + p.numel()
             kept = state.of(owner.state, p, self.spec)
-            members.append(Member(p, self.registry.ids[id(p)], row, self.registry.names[id(p)], kept))
-        return members, list(rows)
+            mine = shards.part(p, f"params: {name}")
+            if mine.local is p:
+                members.append(Member(p, self.registry.ids[id(p)], row, name, kept))
+            elif mine.local.numel():
+                kept = {one: shards.local(t) for one, t in kept.items()}
+                members.append(Member(mine.local, self.registry.ids[id(p)], row, name, kept, *mine[1:], dtensor=p))
+        return members, sizes
 
     def layout(self, owner: Owner, *, anew: bool = False) -> dict[str, Any]:
         """What a replay has to know: ids, shapes, dtypes, groups, rows and blocks. anew: as they are, not as a step saw
