@@ -104,8 +104,8 @@ def check_tensor(t: object, name: str) -> Tensor:
         raise ValueError(f"{name} is {describe(t)} with layout {t.layout}; a pass needs a dense tensor with storage")
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
         raise TypeError(
-            f"{name} is a {type(t).__name__}; pass the plain tensor inside it (of a DTensor, which zokern's optimizers take "
-            "as it is: to_local(), with `offsets`, `strides` and `shapes`). A quantised one is left out after requires_grad_(False); zokern.scales(model) has its scales, "
+            f"{name} is a {type(t).__name__}; pass the plain tensor inside it (for a DTensor: to_local(), with `offsets` "
+            "and `strides`). A quantised one is left out after requires_grad_(False); zokern.scales(model) has its scales, "
             "and zokern.add_deltas(model) trains beside it"
         )
     if t.numel() == 0:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import zokern
 from tests.distributed.ranks import run
 from tests.methods import METHODS, build, play, scripted
-from zokern.distributed import shards
+from zokern import parts
 from zokern.optim import METHODS as REGISTERED
 
 SHAPES = {  # a column, a row, one element, chunks of a pass, sides that 2 and 3 do not divide, more dimensions
@@ -42,7 +42,7 @@ def last(shape: tuple[int, ...]) -> list[Any]:
 
 
 def turns(shape: tuple[int, ...]) -> list[Any]:
-    """Replicas among shards."""
+    """Replicas among parts."""
     from torch.distributed.tensor import Replicate
 
     return [Replicate()] if len(shape) == 1 else last(shape) if len(shape) == 2 else dim0(shape)
@@ -66,7 +66,7 @@ def cut(tensors: dict[str, Tensor], mesh: DeviceMesh, plan: Callable[..., list[A
 
 
 def full(t: Any) -> Tensor:
-    return t.detach().full_tensor() if shards.is_dtensor(t) else t.detach()
+    return t.detach().full_tensor() if parts.is_dtensor(t) else t.detach()
 
 
 def differing(mesh: DeviceMesh, plan: Callable[..., list[Any]], dtype: torch.dtype, name: str, **options: Any) -> str:

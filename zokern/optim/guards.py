@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokern import parts
 from zokern import placement as placements
 from zokern._checks import ZokernWarning
-from zokern.distributed import shards
 from zokern.optim import causes, frameworks, pairing, state
 from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, STREAK, WHOLE, Flats
 from zokern.optim.ledger import Ledger
@@ -200,7 +200,7 @@ def primed(owner: Any) -> bool:
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     if any(p.grad is None for p in trained) or any(float(group["lr"]) != 0.0 for group in groups):
         return False
-    if any(bool(shards.local(p.grad).any()) for p in trained):
+    if any(bool(parts.local(p.grad).any()) for p in trained):
         return False
     for p in trained:
         state.of(owner.state, p, owner.state_spec)

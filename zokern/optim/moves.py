@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokern import parts
 from zokern._checks import ZokernWarning
 from zokern.deltas import Delta
 from zokern.distributed import shards
@@ -106,12 +107,12 @@ def mean_square(params: Iterable[Tensor]) -> Tensor:
     for p in params:
         if isinstance(p, Delta):
             continue
-        if shards.is_dtensor(p):
+        if parts.is_dtensor(p):
             sharded.setdefault(p.device, []).append(p.detach())
         else:
             sums.setdefault(p.device, []).append(_squares(p.detach()))
     for device, tensors in sharded.items():
-        own = torch.stack([_squares(shards.local(t)) for t in tensors])
+        own = torch.stack([_squares(parts.local(t)) for t in tensors])
         sums.setdefault(device, []).extend(shards.totals(tensors, own))
     home = next((device for device in sums if device.type != "cpu"), torch.device("cpu"))
     total = torch.zeros(2, dtype=torch.float64, device=home)

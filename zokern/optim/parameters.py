@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from zokern import _checks, deltas
+from zokern import _checks, deltas, parts
 from zokern.contract.streams import matrices
-from zokern.distributed import shards
 from zokern.kinds import Number
 from zokern.layers import RandomBlocks
 from zokern.optim import reach, state
@@ -148,7 +147,7 @@ def check_parameter(p: Tensor, name: str) -> None:
     """Zero-size parameters are allowed here (they are skipped); everything else as for a pass."""
     if isinstance(p, deltas.Delta):
         return
-    p = shards.part(p, name).local
+    p = parts.part(p, name).local
     if type(p).__name__ == "FlatParameter":
         raise TypeError(
             f"{name} is a FlatParameter of FullyShardedDataParallel (FSDP1), which lays all tensors of a module end to "
@@ -258,12 +257,12 @@ class Parameters:
         seen: list[object] = [id(owner.layers)]
         for group in owner.param_groups:
             for p in group["params"]:
-                mine = shards.local(p)
+                mine = parts.local(p)
                 seen.append((id(p), p.requires_grad, id(mine), mine.data_ptr(), mine.shape, mine.stride(), p.dtype))
                 if self.spec and p in owner.state:
                     own = owner.state[p]
                     seen += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
-                             for name in self.spec if (t := shards.local(own.get(name))) is not None]  # fmt: skip
+                             for name in self.spec if (t := parts.local(own.get(name))) is not None]  # fmt: skip
             seen.append(len(group["params"]))
         return seen
 
@@ -295,11 +294,11 @@ class Parameters:
             row, name = rows.setdefault(key, len(rows)), self.registry.names[id(p)]
             sizes[key] = sizes.get(key, 0) + p.numel()
             kept = state.of(owner.state, p, self.spec)
-            mine = shards.part(p, f"params: {name}")
+            mine = parts.part(p, f"params: {name}")
             if mine.local is p:
                 members.append(Member(p, self.registry.ids[id(p)], row, name, kept))
             elif mine.local.numel():
-                kept = {one: shards.local(t) for one, t in kept.items()}
+                kept = {one: parts.local(t) for one, t in kept.items()}
                 members.append(Member(mine.local, self.registry.ids[id(p)], row, name, kept, *mine[1:], dtensor=p))
         return members, sizes
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokern.distributed import shards
+from zokern import parts
 
 FORMAT = 2
 WITH_PENDING = 3  # updates wait: who does not know of them must not go on without
@@ -29,7 +29,7 @@ def of(every: Mapping[Tensor, dict[str, Any]], param: Tensor, spec: Spec) -> dic
 
 def full_like(param: Tensor, initial: float, dtype: torch.dtype) -> Tensor:
     """Contiguous; of a DTensor a DTensor of the same mesh and placements."""
-    if shards.is_dtensor(param):
+    if parts.is_dtensor(param):
         return torch.full_like(param.detach(), initial, dtype=dtype)
     return torch.full(param.shape, initial, dtype=dtype, device=param.device)
 
@@ -37,7 +37,7 @@ def full_like(param: Tensor, initial: float, dtype: torch.dtype) -> Tensor:
 def untouched(every: Mapping[Tensor, dict[str, Any]], spec: Spec) -> bool:
     """Whether all states there, on this rank, still have their first values. Waits for the device."""
     return all(
-        name in spec and bool((shards.local(value) == spec[name][1]).all())
+        name in spec and bool((parts.local(value) == spec[name][1]).all())
         for own in every.values() for name, value in own.items()
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from zokern import parts
 from zokern.contract.rules import RULES
 from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import CPU, Terms, Update, is_known, packed, perturbation, seed_tensor
@@ -57,7 +58,7 @@ class Exact(Perturbing):
 
     def moved(self, copies: Iterable[Tensor]) -> bool:
         """Whether a closure has put a copy elsewhere, through .data."""
-        return self.places != [sites.memory_of(copy).data_ptr() for copy in copies]
+        return self.places != [parts.local(copy).data_ptr() for copy in copies]
 
     def forget(self) -> None:
         """States were loaded, or a tensor is another one: what was made ready for the next step is of others."""
@@ -223,7 +224,7 @@ class Shadow(Shown):
             self.let_go()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
-            self.out = list(map(sites.memory_of, self.copies))
+            self.out = list(map(parts.local, self.copies))
             self.layout, self.places = members.layout, list(map(Tensor.data_ptr, self.out))
         return {id(m.held): copy for m, copy in zip(members, self.copies, strict=True)}
 

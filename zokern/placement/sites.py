@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokern import parts
 from zokern.sweep import Member
 
 Pools = dict[tuple[torch.device, torch.dtype], Tensor]
@@ -141,15 +142,9 @@ def copies(members: Sequence[Member], pools: Pools) -> list[nn.Parameter]:
 
 def _like(held: Any, view: Tensor) -> Tensor:
     """What a module can have in the place of a parameter, with this memory: of a DTensor a DTensor."""
-    if type(held).__name__ != "DTensor":
+    if not parts.is_dtensor(held):
         return view
     made: Tensor = type(held).from_local(
         view, held.device_mesh, held.placements, run_check=False, shape=held.shape, stride=held.stride()
     )
     return made
-
-
-def memory_of(copy: Any) -> Tensor:
-    """What a pass writes to."""
-    own: Tensor = copy._local_tensor if type(copy).__name__ == "DTensor" else copy
-    return own

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from zokern import parts
 from zokern.layers import find_blocks
 from zokern.passes.update import Terms
 from zokern.placement import sites
@@ -209,7 +210,7 @@ class Stream(Exact):
         sites.fit(self.outside_pools, sites.sizes(units[0].sweep))
         for i, unit in enumerate(units):
             unit.copies = sites.copies(unit.sweep, self.block_pools if i else self.outside_pools)
-            unit.out = list(map(sites.memory_of, unit.copies))
+            unit.out = list(map(parts.local, unit.copies))
             shown = {
                 id(m.held): (copy, stand_in(m.held, m.name)) for m, copy in zip(unit.sweep, unit.copies, strict=True)
             }
