@@ -28,6 +28,7 @@ from zokern.optim.method import Method
 from zokern.optim.moves import Moves, mean_square
 from zokern.optim.parameters import Parameters
 from zokern.optim.turn import Turn
+from zokern.placement import fsdp
 from zokern.settings import REQUIRED, Setting, takes_settings
 from zokern.sweep import Passes
 
@@ -152,6 +153,7 @@ class Built(Common, Method, torch.optim.Optimizer):
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name: the module's, or those of its groups."""
         if self.module is not None:
+            fsdp.let_go(fsdp.modules_of(self.module))
             return dict(self.module.named_parameters())
         names = self._parameters.names(self)
         return {name: p for own, group in zip(names, self.param_groups, strict=True)

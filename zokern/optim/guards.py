@@ -23,6 +23,7 @@ from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, STREAK, WHOLE, Flats
 from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Losses
 from zokern.optim.watching import Watch
+from zokern.placement import fsdp
 
 
 class Guards:
@@ -44,6 +45,7 @@ class Guards:
         self._told: set[str] = set()
         self._half: torch.dtype | None = None  # of the losses, where one had 16 bits
         self._first = True  # no step has begun yet
+        self._sharded = self.watch is not None and bool(self.watch.sharded)  # for which the placement was made
 
     # ----------------------------------------------------------------------------------------------- before the forwards
 
@@ -51,6 +53,10 @@ class Guards:
         """The step's members are known. Refuses to train nothing; decides the placement; prepares the forwards."""
         if not owner.active.rows:
             causes.refuse_idle(owner)
+        if self.watch is not None and bool(self.watch.sharded) != self._sharded:  # by fully_shard, since
+            self._sharded = bool(self.watch.sharded)
+            if isinstance(self.wanted, str):
+                self._replace(owner, self.wanted, self.sixteen_bit)
         if self.wanted == "auto" and (self._active is None or self._active() is not owner.active):
             self.decide(owner)
             self._active = weakref.ref(owner.active)
@@ -69,7 +75,8 @@ class Guards:
         buffers = watch is not None and bool(watch.buffers.places)
         if watch is not None and buffers:
             watch.buffers.begin()
-        self.busy = buffers or self._draws is not None or "backward" in self._told
+        sharded = watch is not None and bool(watch.sharded)
+        self.busy = buffers or sharded or self._draws is not None or "backward" in self._told
 
     def decide(self, owner: Any) -> None:
         """What "auto" is for the weights' types as they are now."""
@@ -79,7 +86,9 @@ class Guards:
             self.sixteen_bit = sixteen_bit
 
     def _replace(self, owner: Any, wanted: str, sixteen_bit: bool) -> None:
-        made = placements.make(wanted, owner.module, sixteen_bit, owner._passes, pipelined=owner.pipelined)
+        made = placements.make(
+            wanted, owner.module, sixteen_bit, owner._passes, scaled=owner.scaled, pipelined=owner.pipelined
+        )
         if owner.listeners and made.name != owner._placement.name and "inplace" in (made.name, owner._placement.name):
             raise RuntimeError(
                 f"the weights' types have changed while a journal is written, and with them the placement, from "
@@ -113,6 +122,8 @@ class Guards:
 
     def probed(self) -> None:
         """A probe's closure has returned, or raised."""
+        if self.watch is not None and self.watch.sharded:
+            fsdp.let_go(self.watch.sharded)
         if self._draws is not None:
             self._draws.probed()
         if self.watch is not None and self.watch.buffers.tensors:

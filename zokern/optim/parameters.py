@@ -19,6 +19,7 @@ from zokern.kinds import Number
 from zokern.layers import RandomBlocks
 from zokern.optim import reach, state
 from zokern.optim.numbers import NUMBERS, Rows
+from zokern.placement import fsdp
 from zokern.sweep import Member, Sweep
 
 Groups = list[dict[str, Any]]
@@ -67,6 +68,15 @@ class Registry:
             del self.ids[one]
         self._keep = [p for p in self._keep if id(p) in self.ids]
 
+    def replace(self, p: Tensor, name: str) -> None:
+        """For a parameter that has taken the place of the one of this name, and has its id."""
+        for other, own in list(self.names.items()):
+            if own == name:
+                self.ids[id(p)], self.names[id(p)] = self.ids.pop(other), self.names.pop(other)
+                self._keep.append(p)
+                return
+        self.add(p, name)
+
     def adopt(self, p: Tensor, name: str) -> None:
         """As `add`, for a parameter that has come to have this name in the module: one that had it gives it away."""
         if id(p) not in self.ids and name in self._taken:
@@ -81,6 +91,10 @@ class Registry:
 def parse(params: object, shown: nn.Module | None = None) -> tuple[Groups, nn.Module | None, Registry]:
     """Groups for torch.optim.Optimizer from a module, or from what torch's optimizers take. shown: the module whose
     parameters those are, which then have its names and ids."""
+    for module in (params, shown):
+        if isinstance(module, nn.Module):
+            fsdp.refuse_flat(module)
+            fsdp.let_go(fsdp.modules_of(module))  # a root has other parameters after a forward
     if isinstance(params, nn.Module):
         if shown is not None and shown is not params:
             raise ValueError("params and module are two modules; give one, or groups of the parameters of `module`")
