@@ -52,6 +52,7 @@ __all__ = [
 
 MADE: dict[str, type[Any]] = {cls.name: cls for cls in (InPlace, Shadow, Stream, Forward)}
 PLACEMENTS = ("auto", *MADE)
+OF_SHARDS: dict[str, type[Any]] = {cls.name: cls for cls in (InPlace, Kept, Gathered)}  # for modules of FSDP2
 NEEDED = (*Placement.__annotations__, *(name for name in vars(Placement) if not name.startswith("_")))
 _announced: set[str] = set()
 _bound: dict[int, weakref.ref[object]] = {}  # objects of users that serve an optimizer, by id
@@ -76,7 +77,10 @@ def choose(module: nn.Module | None, sixteen_bit: bool, scaled: bool = False) ->
 def _choose_sharded(module: nn.Module, scaled: bool) -> tuple[str, str]:
     """Of a module of FSDP2 with 16-bit weights."""
     if scaled:
-        return "shadow", f"16-bit weights stay exact, for a copy of each rank's shards; {gathered.SCALED.split(', so')[0]}"
+        return (
+            "shadow",
+            f"16-bit weights stay exact, for a copy of each rank's shards; {gathered.SCALED.split(', so')[0]}",
+        )
     try:
         gathered.refuse(module)
     except ValueError as error:
@@ -140,15 +144,16 @@ def make(
 
 def _made(name: str, module: nn.Module | None, scaled: bool) -> Placement:
     """Of a module of FSDP2 the weights that forwards see are none of its own parameters."""
+    placement: Placement
     if not fsdp.modules_of(module):
-        placement: Placement = MADE[name]()
+        placement = MADE[name]()
         return placement
     if name == Forward.name:
         raise ValueError(gathered.FORWARD)
     if name == Gathered.name and scaled:
         raise ValueError(gathered.SCALED)
-    made: Placement = {Gathered.name: Gathered, Kept.name: Kept}.get(name, MADE[name])()
-    return made
+    placement = OF_SHARDS[name]()
+    return placement
 
 
 def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool, scaled: bool) -> str:

@@ -28,8 +28,8 @@ SCALED = (
     "placement='stream' cannot perturb gathered weights along them; use placement='shadow', which perturbs shards"
 )
 PIPELINED = (
-    "pipelined=True writes the next perturbation to copies of whole weights, and there are none of a module of FSDP2; leave "
-    "it out"
+    "pipelined=True writes the next perturbation to copies of whole weights, and there are none of a module of FSDP2; "
+    "leave it out"
 )
 FORWARD = (
     "placement='forward' puts stand-ins in the place of weights, and those of FSDP2 and tensor parallel are gathered and "
