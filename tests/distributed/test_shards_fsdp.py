@@ -264,8 +264,7 @@ def not_called() -> list[str]:
     told = []
 
     def closure() -> Tensor:
-        x = model.layers[0](model.embedding.weight.full_tensor() if parts.is_dtensor(model.embedding.weight) else None)
-        return x.float().square().mean()
+        return model.layers[0](torch.ones(3, 6).bfloat16()).float().square().mean()
 
     opt = zokern.MeZO(model, 1e-3, placement="stream")
     with pytest.raises(RuntimeError) as error:
@@ -283,6 +282,60 @@ def test_a_module_that_the_closure_leaves_out_is_refused_by_name() -> None:
         assert placement == "shadow"
 
 
+def penalised() -> list[Any]:
+    """A penalty on a block's weights, which are shards there."""
+    told: list[Any] = []
+    for place in ("before", "after"):
+        model = untied(torch.float32)
+        nested(model)
+
+        def closure(model: Any = model, place: str = place) -> Tensor:
+            weight = model.layers[0].inner.weight
+            penalty = weight.full_tensor().square().sum() if place == "before" else 0.0
+            loss = model(tokens(0))
+            return loss + (penalty if place == "before" else weight.to_local().square().sum())
+
+        before = [parts.local(p).clone() for p in model.parameters()]
+        opt = zokern.MeZO(model, 1e-3, eps=0.3, placement="stream")
+        with pytest.raises(RuntimeError) as error:
+            opt.step(closure)
+        told.append(str(error.value))
+        told.append(all(map(torch.equal, before, map(parts.local, model.parameters()))))
+        told.append(all(map(parts.is_dtensor, model.parameters())))
+    return told
+
+
+def test_shards_read_outside_their_block_are_refused_by_name() -> None:
+    for first, kept, shards, second, *others in run(2, penalised):
+        assert "layers.0.inner.weight was used outside its block's forward" in first
+        assert first == second
+        assert [kept, shards, *others] == [True] * 4
+
+
+def saving_inside() -> list[bool]:
+    found = []
+    for shard in (nested, kept, blocks_alone):
+        model = untied(torch.float32)
+        shard(model)
+        saved: list[Any] = []
+        opt = zokern.MeZO(model, 0.0, eps=0.3, placement="stream")
+        before = {name: full(p).clone() for name, p in model.named_parameters()}
+
+        def closure(model: nn.Module = model, saved: list[Any] = saved) -> Tensor:
+            first = model(tokens(0))
+            saved.append({name: full(t).clone() for name, t in model.state_dict().items()})
+            saved.append(bool(model(tokens(0)) == first))
+            return first
+
+        opt.step(closure)
+        found += [all(torch.equal(before[name], one[name]) for name in before) for one in saved[::2]] + saved[1::2]
+    return found
+
+
+def test_a_state_dict_inside_the_closure_is_of_the_weights() -> None:
+    assert run(2, saving_inside) == [[True] * 12] * 2
+
+
 def refusals() -> list[str]:
     told = []
     model = untied(torch.float32)
@@ -295,6 +348,9 @@ def refusals() -> list[str]:
         with pytest.raises(ValueError, match=r"placement|pipelined") as error:
             zokern.MeZO(model, 1e-3, **options)
         told.append(str(error.value))
+    with pytest.raises(ValueError, match=r"give the nn\.Module, or module= with its parameters"):
+        zokern.MeZO(model.parameters(), 1e-3)
+    zokern.MeZO(model.parameters(), 1e-3, module=model)
     with pytest.raises(ValueError, match="use placement='shadow'") as error:
         zokern.HiZOO(model, 1e-3, placement="stream")
     told.append(str(error.value))

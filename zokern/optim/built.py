@@ -196,6 +196,7 @@ class Built(Common, Method, torch.optim.Optimizer):
             try:
                 super().add_param_group(param_group)
                 group = self.param_groups[-1]
+                fsdp.refuse_alone(group["params"], self.module)
                 for p in group["params"]:
                     registry.add(p)
                     parameters.check_parameter(p, f"params: {registry.names[id(p)]}")

@@ -132,6 +132,7 @@ def parse(params: object, shown: nn.Module | None = None) -> tuple[Groups, nn.Mo
                 )
             registry.add(p, name)
         group["params"] = [p for _, p in named]
+    fsdp.refuse_alone((p for group in groups for p in group["params"]), shown)
     return groups, shown, registry
 
 

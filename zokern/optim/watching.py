@@ -57,14 +57,18 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether a module or a parameter was put in, taken out or replaced anywhere, or one unfrozen."""
-        if self.sharded:
-            fsdp.let_go(self.sharded)  # of what a forward between two steps has gathered
-            if not self._prepared:
-                fsdp.prepare(self.sharded)
-                self._prepared = True
+        self._let_go()
         if self._ids != list(map(id, chain.from_iterable(self._places))):
             return True
         return bool(self._frozen) and any(p.requires_grad for p in self._frozen)
+
+    def _let_go(self) -> None:
+        """Of what a forward between two steps has gathered."""
+        if self.sharded:
+            fsdp.let_go(self.sharded)
+            if not self._prepared:
+                fsdp.prepare(self.sharded)
+                self._prepared = True
 
     def take_in(self, owner: Owner) -> None:
         """Takes in what changed, where `changed` says so.
@@ -104,6 +108,7 @@ class Watch:
             owner.layers.bind_again(self.module)
         owner._parameters.forget()
         self._remember()
+        self._let_go()
         del held
 
     def _take_over(self, owner: Owner, p: Tensor, name: str) -> None:

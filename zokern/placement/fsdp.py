@@ -7,10 +7,12 @@ pass, which would let go of them, the next forward sees the old ones. So they ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
+
+from zokern.parts import is_dtensor
 
 
 def modules_of(module: nn.Module | None) -> list[Any]:
@@ -31,6 +33,22 @@ def refuse_flat(module: nn.Module) -> None:
                 f"params: {name or 'the module'} is a FullyShardedDataParallel (FSDP1), which lays its tensors end to end "
                 "and cuts them anywhere: shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
+
+
+def refuse_alone(params: Iterable[Any], module: nn.Module | None) -> None:
+    """
+    Raises:
+        ValueError: for shards without their module, where `fully_shard` was called on any: nobody would let go of what it
+            gathers, and forwards would see the old weights.
+    """
+    if module is not None or "torch.distributed.fsdp" not in sys.modules:
+        return
+    called = getattr(sys.modules.get("torch.distributed.fsdp._fully_shard._fully_shard"), "cls_to_fsdp_cls", True)
+    if called and any(map(is_dtensor, params)):
+        raise ValueError(
+            "params: some are shards, and FSDP2 keeps gathered weights of a root from one forward to the next, which have "
+            "to be let go of: give the nn.Module, or module= with its parameters"
+        )
 
 
 def states_of(modules: Sequence[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 Gathered (stream): a block's gathered weights are perturbed just before the block runs. They are a scratch that FSDP2 has
 anyway, so nothing is copied; each rank makes the noise of whole tensors, which costs a pass over them, and sends nothing.
+While a block's weights are not gathered, its places in the module refuse to be computed with, as under stream elsewhere.
 Kept (shadow): each rank's shards are perturbed where they are, and put back from a copy of them after each probe.
 """
 
@@ -20,7 +21,7 @@ from zokern.passes.update import Terms
 from zokern.placement import fsdp, sites
 from zokern.placement.base import NotSeen, Perturbing, RefusedCall
 from zokern.placement.shadow import Exact, Shown
-from zokern.placement.stream import refuse_compiled
+from zokern.placement.stream import refuse_compiled, stand_in
 from zokern.sweep import Member, Passes, Sweep
 
 SCALED = (
@@ -45,18 +46,26 @@ def refuse(module: nn.Module) -> None:
 
 @dataclass
 class Unit:
-    """What one call of `fully_shard` gathers. members: with a place that each has in the module. fresh: what is gathered
-    next, or was just now, is not perturbed yet."""
+    """What one call of `fully_shard` gathers. members: with a place that each has in the module. places: all of them, with
+    what stands there while nothing is gathered. fresh: what is gathered next, or was just now, is not perturbed yet."""
 
     name: str
     modules: list[Any] = field(default_factory=list)
     members: list[tuple[sites.Site, Member]] = field(default_factory=list)
+    places: list[tuple[sites.Site, nn.Parameter]] = field(default_factory=list)
     calls: int = 0
     fresh: bool = True
 
     def is_sharded(self) -> bool:
-        site, _ = self.members[0]
-        return site.owner._parameters.get(site.name) is site.param
+        site, outside = self.places[0]
+        entry = site.owner._parameters.get(site.name)
+        return entry is site.param or entry is outside
+
+    def show(self, *, outside: bool) -> None:
+        """Shards, or what refuses to be computed with; gathered weights stay."""
+        for site, one in self.places:
+            if site.owner._parameters.get(site.name) is (site.param if outside else one):
+                site.show(one if outside else site.param)
 
 
 class Gathered(Shown):
@@ -86,7 +95,8 @@ class Gathered(Shown):
         for unit in self.units:
             for one in unit.modules:  # before FSDP2's own hook, and after it
                 hooks.append(one.register_forward_pre_hook(_hook(self._before, unit), prepend=True))
-                hooks.append(one.register_forward_pre_hook(_hook(self._after, unit)))
+                hooks.append(one.register_forward_pre_hook(_hook(self._gathered, unit)))
+                hooks.append(one.register_forward_hook(_hook(self._after, unit), always_call=True))
 
     def _arrange(self, sweep: Sweep) -> None:
         """What gathers each member, and copies of those that nothing gathers."""
@@ -102,12 +112,16 @@ class Gathered(Shown):
         found = sites.find(self.module, sweep, "stream")
         members = {id(m.held): m for m in sweep}
         outside: list[sites.Site] = []
+        stand_ins: dict[int, nn.Parameter] = {}
         for site in found:
             home, member = homes.get((id(site.owner), site.name)), members[id(site.param)]
             if home is None:
                 outside.append(site)
-            elif all(other is not member for _, other in home.members):
-                home.members.append((site, member))
+            else:
+                if id(member.held) not in stand_ins:
+                    stand_ins[id(member.held)] = stand_in(member.held, member.name)
+                    home.members.append((site, member))
+                home.places.append((site, stand_ins[id(member.held)]))
         self.units = [unit for unit in units.values() if unit.members]
         self.copies, self.out, self.pairs = [], [], []
         self.let_go()
@@ -144,6 +158,11 @@ class Gathered(Shown):
             self.terms = {}
             self._show(copies=False)
 
+    def _enter(self, copies: bool) -> None:
+        super()._enter(copies)
+        for unit in self.units:
+            unit.show(outside=copies)
+
     def _check_called(self) -> None:
         idle = [unit.name for unit in self.units if unit.calls == 0]
         if idle and len(idle) == len(self.units):
@@ -162,6 +181,10 @@ class Gathered(Shown):
             unit.fresh = unit.fresh or unit.is_sharded()
 
     def _after(self, unit: Unit) -> None:
+        if self.terms:
+            unit.show(outside=True)
+
+    def _gathered(self, unit: Unit) -> None:
         """The weights are gathered: all of a tensor, or a rank's part of it in tensor parallel."""
         if not self.terms:
             return

@@ -51,6 +51,12 @@ class OutsideItsBlock(nn.Parameter):
     def data_ptr(self) -> int:
         _refuse(self.parameter)
 
+    def full_tensor(self, *_: Any, **__: Any) -> NoReturn:
+        """A DTensor's."""
+        _refuse(self.parameter)
+
+    to_local = redistribute = full_tensor
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":  # it would be lost
             _refuse(self.parameter)
@@ -78,7 +84,8 @@ def stand_in(param: Tensor, name: str) -> OutsideItsBlock:
         device=param.device,
         requires_grad=param.requires_grad,
     )
-    made.__dict__.update(param.__dict__)  # attributes that libraries hang on parameters
+    own = ("_local_tensor", "_spec")  # of a DTensor
+    made.__dict__.update({key: value for key, value in param.__dict__.items() if key not in own})  # of libraries
     made.parameter = name
     return made
 
