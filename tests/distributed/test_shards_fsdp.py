@@ -79,9 +79,9 @@ def seeing(model: nn.Module, step: int, values: Any, seen: list[float]) -> Calla
 
 
 def compared(
-    case: Case, shard: Shard, make: Callable[[torch.dtype], Any], dtype: torch.dtype, **options: Any
+    case: Case, shard: Shard, make: Callable[[torch.dtype], Any], dtype: torch.dtype, rel: float = 1e-6, **options: Any
 ) -> list[str]:
-    """What differs from a run of the whole model."""
+    """What differs from a run of the whole model. rel: what its losses may."""
     model, other = make(dtype), make(dtype)
     shard(model)
     opt, theirs = build(case, model, **options), build(case, other, **options)
@@ -92,7 +92,7 @@ def compared(
         with warnings.catch_warnings(action="ignore"):
             opt.step(seeing(model, step, given(case, step), seen))
             theirs.step(seeing(other, step, given(case, step), wanted))
-        if seen != pytest.approx(wanted, rel=1e-6):
+        if seen != pytest.approx(wanted, rel=rel):
             found.append(f"losses of step {step}: {seen}, and not {wanted}")
         if len(set(wanted)) < 2:
             found.append("the losses do not react")
