@@ -34,6 +34,12 @@ def local(t: Any) -> Tensor:
     return mine
 
 
+def whole(t: Any) -> Tensor:
+    """All elements of a DTensor, whose ranks have to ask together; any other tensor itself."""
+    every: Tensor = t.full_tensor() if is_dtensor(t) else t
+    return every
+
+
 def part(p: Tensor, name: str) -> Part:
     """This rank's part of a parameter. A tensor that is no DTensor is its own.
 

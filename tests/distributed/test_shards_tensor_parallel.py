@@ -14,7 +14,6 @@ from tests.distributed.ranks import run
 from tests.distributed.test_shards_fsdp import compared
 from tests.methods import METHODS, build, given, scripted
 from tests.models import WORDS, seeded, tokens
-from zokern import parts
 
 WIDTH = 8
 
