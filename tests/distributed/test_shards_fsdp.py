@@ -125,6 +125,10 @@ def test_every_method_with_sixteen_bits() -> None:
     assert run(2, every_case, list(METHODS), nested, torch.bfloat16, ["auto"]) == [[]] * 2
 
 
+def test_ranks_without_an_element_of_some_tensors() -> None:
+    assert run(5, every_case, ["mezo-adam"], nested, torch.float32, ["inplace", "shadow", "stream"]) == [[]] * 5
+
+
 def more_of_it() -> list[str]:
     found = compared(METHODS["mezo-adam"], nested, small, torch.bfloat16, layers=zokern.RandomBlocks(1))  # tied
     found += compared(METHODS["es"], nested, small, torch.bfloat16, distribution=zokern.LowRank(1))

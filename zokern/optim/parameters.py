@@ -263,7 +263,9 @@ class Parameters:
             self.check_groups(owner, owner.pipelined)  # what eps may be depends on the weights' type
         if changed or self._active is None or self._active.dropped != dropped:
             members, sizes = self._members(owner, dropped, changed)
-            self._active = Active(Sweep(members, elsewhere=bool(sizes)), list(sizes), dropped, tuple(sizes.values()))
+            here = [m for m in members if m.param.numel()]
+            absent = [m for m in members if not m.param.numel()]
+            self._active = Active(Sweep(here, absent), list(sizes), dropped, tuple(sizes.values()))
             self._seen = self._look(owner) if self.spec else seen  # anew: states may have been made
         return self._active
 
@@ -312,7 +314,7 @@ class Parameters:
             mine = parts.part(p, f"params: {name}")
             if mine.local is p:
                 members.append(Member(p, self.registry.ids[id(p)], row, name, kept))
-            elif mine.local.numel():
+            else:
                 kept = {one: parts.local(t) for one, t in kept.items()}
                 members.append(Member(mine.local, self.registry.ids[id(p)], row, name, kept, *mine[1:], dtensor=p))
         return members, sizes
