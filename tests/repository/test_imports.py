@@ -21,6 +21,7 @@ FLOORS = (
     ("sweep",),
     ("ops",),
     ("noise", "layers", "scales"),
+    ("distributed",),
     ("placement",),
     ("optim",),
     ("checking", "journal", "graphs"),

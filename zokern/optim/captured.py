@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from zokern.optim.built import Built
+from zokern.optim.ranked import Ranked
 from zokern.sweep import Counters
 
 
-class Captured(Built):
+class Captured(Ranked):
     def rows_changed(self) -> None:
         """What rows of numbers go by, `row_key`, is no longer the same."""
         self._parameters.forget()
