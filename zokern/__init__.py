@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zokern.checking import check
     from zokern.deltas import add_deltas
     from zokern.directions import LowRank, Normal, Rademacher
+    from zokern.distributed.exchange import RankError
     from zokern.graphs import GraphedStep
     from zokern.layers import RandomBlocks
     from zokern.noise import noise
@@ -40,6 +41,7 @@ __all__ = [
     "Normal",
     "Rademacher",
     "RandomBlocks",
+    "RankError",
     "ZokernWarning",
     "__version__",
     "add_deltas",
@@ -56,6 +58,7 @@ _HOMES = {
     "Normal": "directions",
     "Rademacher": "directions",
     "RandomBlocks": "layers",
+    "RankError": "distributed.exchange",
     "ZokernWarning": "_checks",
     "add_deltas": "deltas",
     "add_noise_": "ops",

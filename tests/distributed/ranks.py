@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
@@ -50,7 +51,7 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world,
+        "gloo", store=FileStore(store, world), rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
     try:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import zokern
 from zokern import kinds
 from zokern.cli import app, tuning
+from zokern.distributed.places import GroupKind, ParallelKind
 from zokern.finetune import FinetuneError, Options, methods, takers
 from zokern.kinds import Choice, DType, Flag, Integer, Kind, Number
 from zokern.optim import ENTRIES, METHODS, ZerothOrderOptimizer
@@ -61,6 +62,10 @@ def wrong(kind: Kind) -> Iterator[object]:
         yield from (0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9))
     elif isinstance(kind, Floor):
         yield from (-1.0, [1.0, -1.0], zokern.ByLayer(-1.0), "1")
+    elif isinstance(kind, GroupKind):
+        yield from ("nothing of the kind", 3, [0, 1])
+    elif isinstance(kind, ParallelKind):
+        yield from ("nothing of the kind", 3, (), ("data", "model"))
 
 
 def ends(kind: Kind) -> Iterator[Any]:

@@ -22,6 +22,7 @@ FLOORS = (
     ("sweep",),
     ("ops",),
     ("noise", "layers", "scales"),
+    ("distributed",),
     ("placement",),
     ("distributed",),
     ("optim",),

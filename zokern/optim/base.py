@@ -12,6 +12,7 @@ the host never waits. A loss that is not finite makes the step skip itself on th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,8 @@ from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import CPU, Update, sent
 from zokern.placement.shadow import Exact
+
+ALONE = contextlib.nullcontext()
 
 
 class ZerothOrderOptimizer(Folds, Captured):
@@ -85,29 +88,39 @@ class ZerothOrderOptimizer(Folds, Captured):
         if closure is None and (self.step_done or primed(self)):
             self.step_done = False
             return self.metrics.get("loss", torch.zeros((), device=CPU))
-        losses = (Losses if batched is False else functools.partial(losses_of, batched))(
-            closure, batches, batch_weights, reduction, loss_weights,
-            vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
-        )  # fmt: skip
-        if self._skips.seen is not None:
-            self._skips.warn()
-        if self._moves.coming is not None:
-            self._moves.tell(self.advice)
-        self._parameters.check_groups(self, self.pipelined)
-        with HeldInterrupts() as interrupts:
-            numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
-            self._step(losses, numbers, interrupts)
-            if self._skips.news:
-                self._skips.tell()
-        if self._guards.due:
-            self._guards.tell(self)
-        return self.metrics["loss"]
+        ranks = self._ranks if self._decided else self._take_part()
+        with ALONE if ranks is None else ranks.step(self):
+            losses = (Losses if batched is False else functools.partial(losses_of, batched))(
+                closure, batches, batch_weights, reduction, loss_weights,
+                vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
+                shared=ranks is not None,
+            )  # fmt: skip
+            if self._skips.seen is not None:
+                self._skips.warn()
+            if self._moves.coming is not None:
+                self._moves.tell(self.advice)
+            self._parameters.check_groups(self, self.pipelined)
+            with HeldInterrupts() as interrupts:
+                numbers = HostNumbers(self.param_groups, self.seed, self._passes.counters.steps, self.schedule)
+                self._step(losses, numbers, interrupts)
+                if self._skips.news:
+                    self._skips.tell()
+            if self._guards.due:
+                self._guards.tell(self)
+            return self.metrics["loss"]
 
     @torch.no_grad()
     def step_with(self, numbers: StepNumbers, closure: Closure) -> None:
         """A step with numbers from another source: a device's make it one that waits for nothing and can be captured."""
-        losses = Losses(closure, vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize)
-        with HeldInterrupts() as interrupts:
+        ranks = self._ranks if self._decided else self._take_part()
+        losses = Losses(
+            closure,
+            vectors=self.takes_vector_losses,
+            reduce=self.reduce,
+            maximize=self.maximize,
+            shared=ranks is not None,
+        )
+        with ALONE if ranks is None else ranks.step(self), HeldInterrupts() as interrupts:
             self._step(losses, numbers, interrupts)
             self._skips.tell()
 
@@ -164,6 +177,8 @@ class ZerothOrderOptimizer(Folds, Captured):
             self._passes.listener = (lambda *one: told.append(one)) if self.listeners else None
             self._placement.begin(sweep, rates.eps, scaled=self.scaled)
             evaluate = Sharing(self._batched, probing) if isinstance(losses, PerExample) else probing.alone
+            if self._ranks is not None:
+                evaluate = functools.partial(self._ranks.evaluate, self, losses, evaluate)
             self._apply(drivers.at_once(self.rounds(), evaluate, losses.gather), losses, rates, ledger)
         finally:
             interrupts.holding = True  # also where a second signal has come between the closure and here

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from zokern import deltas
 from zokern import placement as placements
 from zokern.directions import Direction, rank
+from zokern.distributed import places
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import carried, causes, parameters, reach, state
 from zokern.optim.batched import Batched
@@ -27,6 +28,7 @@ from zokern.optim.losses import Reduce, Skips
 from zokern.optim.method import Method
 from zokern.optim.moves import Moves, mean_square
 from zokern.optim.parameters import Parameters
+from zokern.optim.ranks import Ranks
 from zokern.optim.turn import Turn
 from zokern.placement import fsdp
 from zokern.settings import REQUIRED, Setting, takes_settings
@@ -47,6 +49,9 @@ class Built(Common, Method, torch.optim.Optimizer):
     def __init__(self, *args: Any, **named: Any) -> None:
         values = self.take(args, named)
         direction: Direction = values["distribution"]
+        self._wrapper = places.wrapper(values["params"])
+        if self._wrapper is not None:
+            values["params"] = self._wrapper.module  # whose names are those of every other run
         groups, self.module, registry = parameters.parse(values["params"], values["module"])
         self.layers = copy.copy(self.layers)  # it learns this module's blocks; the user's stays a setting
         self.options = {"distribution": direction.name, "rounding": self.rounding, **self.stored(self.own_settings())}
@@ -55,6 +60,8 @@ class Built(Common, Method, torch.optim.Optimizer):
         self.listeners: list[Listener] = []
         self.reduce: Reduce | None = None
         self.step_done = False
+        self._ranks: Ranks | None = None
+        self._decided = False  # who takes part
         self._parameters = Parameters(registry, self.states())
         self._passes = Passes(direction, values["backend"])
         self._skips = Skips()
@@ -66,6 +73,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         parameters.refuse_frozen(self.param_groups)
         parameters.refuse_without_matrix(self.param_groups, rank(direction))
         self.settle()
+        places.find(self.process_group, self.parallel, self._wrapper, self.module, self._tensors())  # or raises
         self.options["maximize"] = self.maximize
         self.options["fold_every"] = self.fold_every
         self.options["layers"] = None
@@ -149,6 +157,9 @@ class Built(Common, Method, torch.optim.Optimizer):
             ValueError: for one of `zokern.add_deltas` in an optimizer that would write to it.
         """
         deltas.check(param, self._parameters.registry.names[id(param)], self.fold_every, rank(self._passes.direction))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name: the module's, or those of its groups."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from zokern import _checks, backends, directions
 from zokern import placement as placements
 from zokern.contract.streams import ROUNDINGS
-from zokern.kinds import Choice, Flag, FlagOr, Instance, Integer, Kind
+from zokern.distributed.places import GroupKind, ParallelKind
+from zokern.kinds import Choice, Flag, FlagOr, Instance, Integer, Kind, Number
 from zokern.layers import RandomBlocks
 from zokern.optim.parameters import RATES
 from zokern.settings import Settings, setting
@@ -133,3 +134,28 @@ class Common(Settings):
         "every placement and `layers` work. Only what is listed is trained.",
         kept=False, flags=None,
     )  # fmt: skip
+    process_group: object = setting(
+        default="auto",
+        kind=GroupKind(),
+        help="The ranks that train one model, and tell each other their losses. auto: those of a DistributedDataParallel "
+        "wrapper, or of the mesh of sharded parameters; with several ranks and neither, an error asks for it. None is for "
+        "runs that do not know each other.",
+        flags=None,
+    )
+    parallel: str | tuple[str, ...] | None = setting(
+        default=None,
+        kind=ParallelKind(),
+        help="What the ranks share out. data: each has its own part of the batch. directions: all have the same batch, and "
+        "each evaluates some of a round's probes; the bits are those of one process that evaluates all. Given without a "
+        "group, it means all ranks of the job.",
+    )
+    exchange_timeout: float = setting(
+        default=50.0,
+        kind=Number(0.1, 1e6),
+        help="Seconds that a rank whose losses are ready waits for the others', or ten times as long as its own took.",
+    )
+    compare_every: int = setting(
+        default=0,
+        kind=Integer(0, 1 << 40),
+        help="Steps after which ranks compare hashes of their weights again; 0: before the first step alone.",
+    )

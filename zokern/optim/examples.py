@@ -101,12 +101,7 @@ class PerExample(Losses):
         return each.mean(dim=1) if self.reduction == "mean" else each.sum(dim=1)
 
     def _together(self, losses: list[Tensor]) -> Tensor:
-        every = torch.stack(losses)  # [micro-batches, N]
-        if self.weights is None:
-            return every.mean(dim=0) if self.reduction == "mean" else every.sum(dim=0)
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=CPU).to(every.device)
-        total = (every * weights.unsqueeze(1)).sum(dim=0)
-        return total / sum(self.weights) if self.reduction == "mean" else total
+        return self._mean(losses)
 
     def _note(self, by_name: list[dict[str, Tensor]], count: int) -> None:
         before = {name: len(each) for name, each in self.named.items()}

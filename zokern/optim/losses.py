@@ -12,6 +12,7 @@ are given.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import warnings
@@ -60,7 +61,7 @@ def _weights(given: Any, batches: list[Any] | None) -> list[float]:
     ]
     if len(weights) != len(batches):
         raise ValueError(f"batch_weights has {len(weights)} entries and batches has {len(batches)}; they go in pairs")
-    if not 0.0 < sum(weights) < math.inf:
+    if weights and not 0.0 < sum(weights) < math.inf:
         raise ValueError(f"batch_weights add up to {sum(weights)}; some must be above 0, and their sum a finite number")
     return weights
 
@@ -76,6 +77,8 @@ class Losses:
     """Of one step. `each`: every probe's loss so far, 0-d, as `gather` gave it; `named`: this process' losses by name.
 
     reduce: a round's losses on this process -> as many, with which all processes go on; None for one process alone.
+    shared: with other ranks. `evaluate` then gives the weighted sum over the micro-batches, of which there may be none, and
+    `weight` the weights' sum. partial: the closure may return None, where another rank has the loss.
 
     Raises:
         TypeError, ValueError: for what does not go together, and from `evaluate` for what a closure may not return.
@@ -92,6 +95,7 @@ class Losses:
         vectors: bool = False,
         reduce: Reduce | None = None,
         maximize: bool | None = False,
+        shared: bool = False,
     ) -> None:
         if closure is None or not callable(closure):
             raise TypeError(causes.NO_CLOSURE)
@@ -102,8 +106,9 @@ class Losses:
         self.draws: Draws | None = None
         self.half: torch.dtype | None = None  # of a loss with 16 bits
         self.graph = False  # a loss came with one
+        self.shared, self.partial, self.nothing = shared, False, 0
         self.batches = None if batches is None else _listed(batches, "batches")
-        if self.batches is not None and not self.batches:
+        if self.batches is not None and not self.batches and not shared:
             raise ValueError("batches is empty; leave the step out, or give what the closure is to be called with")
         self.weights = None if batch_weights is None else _weights(batch_weights, self.batches)
         self.reduction = reduction
@@ -119,6 +124,20 @@ class Losses:
         self.each: list[Tensor] = []
         self.named: dict[str, list[Tensor]] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Of a rank that is out of data."""
+        return self.batches is not None and not self.batches
+
+    @property
+    def weight(self) -> float:
+        """Of this rank's loss among the others'."""
+        if self.nothing:
+            return 0.0
+        if self.weights is not None:
+            return float(sum(self.weights))
+        return 1.0 if self.batches is None else float(len(self.batches))
+
     def evaluate(self, counters: Counters, device: torch.device | None = None) -> Tensor:
         """The loss of the weights that the closure sees now. device: where it has to be; None for anywhere."""
         losses, by_name = [], []
@@ -132,6 +151,9 @@ class Losses:
                     raise RuntimeError(causes.LEAVE_OUT) from error
                 raise
             counters.forwards += 1
+            if returned is None and self.partial:
+                self.nothing += 1
+                returned = 0.0
             if isinstance(returned, Mapping):
                 by_name.append({name: self._number(loss, device, name) for name, loss in returned.items()})
                 losses.append(self._weighted(by_name[-1]))
@@ -190,11 +212,14 @@ class Losses:
                     "of each example; return their mean or sum"
                 )
             return torch.cat(losses)
-        if self.weights is None:
-            every = torch.stack(losses)
-            return every.mean() if self.reduction == "mean" else every.sum()
-        total = torch.stack([loss * weight for loss, weight in zip(losses, self.weights, strict=True)]).sum()
-        return total / sum(self.weights) if self.reduction == "mean" else total
+        return self._mean(losses)
+
+    def _mean(self, losses: list[Tensor]) -> Tensor:
+        """Of the micro-batches' losses, or their sum, added in order: ranks with one each have the same bits."""
+        if self.weights is not None:
+            losses = [loss * weight for loss, weight in zip(losses, self.weights, strict=True)]
+        total = functools.reduce(torch.add, losses)
+        return total / self.weight if self.reduction == "mean" and not self.shared else total
 
     def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
         """The sum of losses by name."""

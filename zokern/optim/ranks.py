@@ -1,0 +1,186 @@
+"""A step of several ranks: probes shared out, losses put together in rank order.
+
+In each round every rank sends one vector, float64: a header (agreement.py), the weight of its part of the batch, and sums
+of losses. A probe's loss is sum_d s_d / sum_d w_d over the parts d of the batch, each sum in rank order, element by
+element. So the bits are the same on every rank, and those of one process with as many micro-batches. s_d is the weighted
+sum of rank d's micro-batches, w_d their weights' sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zokern.distributed.exchange import RankError
+from zokern.distributed.places import Places
+from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, Agreement, fingerprint, rates
+from zokern.optim.losses import Losses
+from zokern.passes.update import CPU, Terms, sent
+from zokern.placement.inplace import InPlace
+
+Evaluate = Callable[[list[Terms]], list[Tensor]]
+
+
+class Ranks(Agreement):
+    """Of one optimizer: which probes this rank evaluates, and what all ranks make of the losses."""
+
+    def __init__(self, places: Places) -> None:
+        super().__init__(places)
+        self.rounds = 1  # of a step, as far as is known
+        self.pending = False  # the others wait for this rank's numbers
+        self.steps = 0  # since the weights were compared
+
+    @contextmanager
+    def step(self, owner: Any) -> Iterator[None]:
+        """Around a step. Whatever this rank raises before its last exchange, the others are told."""
+        self.where, self.round, self.since = owner._passes.counters.steps, 0, time.monotonic()
+        self.pending, self.comparing, self.timeout = True, not self.compared, owner.exchange_timeout
+        try:
+            self.most = -(-max(owner.forwards(), 1) // self.places.shares)
+            self.look()
+            if self.comparing or (owner.compare_every and self.steps >= owner.compare_every):
+                self.compare(owner)
+                self.steps = 0
+            yield
+            self.rounds, self.steps = self.round, self.steps + 1
+        except RankError:
+            raise
+        except BaseException as error:
+            if self.pending:
+                self.tell(error)
+            raise
+
+    def wait(self) -> None:
+        """Until all ranks have come here, however long that takes."""
+        self.exchange.gather(torch.zeros(1, dtype=torch.float64, device=CPU), 1e7, "wait_for_ranks()")
+
+    # ---------------------------------------------------------------------------------------------------------- probes
+
+    def share_of(self, share: int, count: int) -> range:
+        """The probes of a round of so many that a share of the directions has."""
+        return range(share * count // self.places.shares, (share + 1) * count // self.places.shares)
+
+    def evaluate(self, owner: Any, losses: Losses, evaluate: Evaluate, probes: list[Terms]) -> list[Tensor]:
+        """The losses of a round's probes, as all ranks have them. `evaluate` has this rank's."""
+        self.pending = True
+        own = self.share_of(self.places.share[self.places.me], len(probes))
+        if len(own) > self.most:
+            raise ValueError(
+                f"{type(owner).__name__}.rounds() gives {len(probes)} probes, and its forwards() says {owner.forwards()} "
+                "for a whole step; make them agree"
+            )
+        losses.partial = self.stages or self.places.sharded
+        found = self._own(owner, losses, evaluate, probes, own)
+        if found:
+            self.device = found[0].device
+        about = _what(owner, losses, probes)
+        every = self.gather(self._numbers(owner, losses, found, fingerprint(about)))
+        header, apart = every.view(torch.int64)[:, :3], None
+        try:
+            vectors = bool(found) and found[0].dim() > 0
+            if not self.blind:
+                said = header.tolist()
+                self.check(owner, said, about)
+                vectors = any(one[1] == VECTORS for one in said)
+            else:
+                apart = (header[:, ::2] != header[:1, ::2]).any() | (header[:, 1] == RAISED).any()
+                if owner.numbers.device is None:
+                    self.note(header, apart)
+            if vectors:
+                return self._vectors(found, len(probes))
+            return self._together(every, apart, losses.reduction == "mean", len(probes))
+        finally:
+            self.round += 1
+            self.pending = self.round < self.rounds
+
+    def _own(self, owner: Any, losses: Losses, evaluate: Evaluate, probes: list[Terms], own: range) -> list[Tensor]:
+        """This rank's losses. In place all ranks take the same way, so that the weights are rounded alike on all."""
+        if losses.empty:
+            own = range(0)
+        elif not own and self.round == 0 and losses.draws is not None:
+            evaluate(probes[:1])  # what it draws is drawn on all ranks
+        if not isinstance(owner._placement, InPlace):
+            return evaluate([probes[i] for i in own]) if own else []
+        found: list[Tensor] = []
+        reached = 0
+        try:
+            for i, terms in enumerate(probes):
+                reached = i + 1
+                if i in own:
+                    found += evaluate([terms])
+                else:
+                    owner._placement.present(terms)
+        except BaseException:
+            for terms in probes[reached:]:
+                owner._placement.present(terms)
+            raise
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- exchanges
+
+    def _numbers(self, owner: Any, losses: Losses, found: list[Tensor], agreed: int) -> Tensor:
+        weight = losses.weight if self.places.counts[self.places.me] else 0.0
+        status = NOTHING if not found or not weight else VECTORS if found[0].dim() else FINE
+        own = self.header(status, agreed)
+        own[HEADER - 1] = weight
+        numbers = sent(torch.from_numpy(own), self.device)
+        if owner.numbers.device is not None:  # a captured step, whose number is in the device's memory
+            numbers.view(torch.int64)[0] = owner.numbers.step * 256 + self.round
+        if status == FINE:
+            numbers[HEADER : HEADER + len(found)] = torch.stack(found)
+        return numbers
+
+    def _together(self, every: Tensor, apart: Tensor | None, mean: bool, count: int) -> list[Tensor]:
+        """[ranks, L] -> the losses of the round's probes. apart: on a device, where nobody may look, whether ranks do not
+        agree; they are no numbers then, so that the step is left out on all ranks."""
+        whole: list[Tensor] = []
+        for share in range(self.places.shares):
+            total = _added(every[self._of_share(share)])
+            sums = total[HEADER:] / total[HEADER - 1] if mean else total[HEADER:]
+            whole += sums[: len(self.share_of(share, count))].unbind()
+        return whole if apart is None else [torch.where(apart, torch.nan, loss) for loss in whole]
+
+    def _of_share(self, share: int) -> list[int]:
+        """The places whose losses make up those of a share of the directions."""
+        places = self.places
+        return [i for i in range(places.size) if places.share[i] == share and places.counts[i]]
+
+    def _vectors(self, found: list[Tensor], count: int) -> list[Tensor]:
+        """The losses of each example, of all ranks one after another; two more exchanges, for methods that ask for them."""
+        length = len(found[0]) if found and self.places.counts[self.places.me] else 0
+        lengths = self.gather(torch.tensor([length], dtype=torch.int64, device=CPU)).flatten().tolist()
+        own = torch.zeros((self.most, max(lengths)), dtype=torch.float64, device=CPU)
+        for i, one in enumerate(found if length else ()):
+            own[i, :length] = one
+        every, whole = self.gather(own), []
+        for share in range(self.places.shares):
+            for k in range(len(self.share_of(share, count))):
+                whole.append(torch.cat([every[i, k, : lengths[i]] for i in self._of_share(share)]).to(self.device))
+        return whole
+
+
+def _what(owner: Any, losses: Losses, probes: Sequence[Terms]) -> dict[str, Any]:
+    """What all ranks have to agree on in a round, as far as the host knows it."""
+    return {
+        "the number of probes": len(probes),
+        "the seeds of the directions": [[seed for seed in terms if isinstance(seed, int)] for terms in probes],
+        **rates(owner),
+        "reduction": losses.reduction,
+        "maximize": losses.maximize,
+        "loss_weights": losses.loss_weights,
+        "batched": type(losses) is not Losses,
+    }
+
+
+def _added(rows: Tensor) -> Tensor:
+    """The sum over the first dimension, one row after another, element by element."""
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.add.accumulate(rows.numpy(), axis=0)[-1])
+    return functools.reduce(torch.add, rows.unbind())
