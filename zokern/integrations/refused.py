@@ -63,7 +63,6 @@ def arguments(args: Any) -> None:
         return
     engine = "deepspeed" if getattr(args, "deepspeed", None) else "fsdp" if getattr(args, "fsdp", None) else ""
     limits.refuse("ZOTrainer", precision="fp16" if getattr(args, "fp16", False) else "", engine=engine)
-    limits.refuse("ZOTrainer", world_size=args.world_size)
     if args.n_gpu > 1:
         raise NotImplementedError(
             f"ZOTrainer: the Trainer would copy the model to {args.n_gpu} GPUs in every forward. Run on one "
@@ -91,8 +90,8 @@ def accelerator(made: Any) -> None:
     """
     engine = str(getattr(made.distributed_type, "value", made.distributed_type))
     limits.refuse(
-        "ZOTrainer", world_size=made.num_processes, engine=engine, precision=made.mixed_precision,
-        scaler=getattr(made, "scaler", None) is not None,
+        "ZOTrainer", engine=engine, precision=made.mixed_precision, scaler=getattr(made, "scaler", None) is not None,
+        cut=limits.cut(getattr(made, "parallelism_config", None)),
     )  # fmt: skip
 
 
