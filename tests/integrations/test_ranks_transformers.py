@@ -142,7 +142,9 @@ def accumulated(folder: str) -> tuple[list[Tensor], list[Tensor]]:
     for t in range(3):
         sums = [[of[2 * t], of[2 * t + 1]] for of in every]
         opt.step(
-            lambda both: sum(by(**batch, num_items_in_batch=n).loss.double() for batch, n in both), sums, reduction="sum"
+            lambda both: sum(by(**batch, num_items_in_batch=n).loss.double() for batch, n in both),
+            sums,
+            reduction="sum",
         )
     return weights(model), weights(by)
 

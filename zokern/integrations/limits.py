@@ -16,9 +16,7 @@ ENGINES = {
 AVERAGES = ("StochasticWeightAveraging", "WeightAveraging", "BEMACallback")  # Lightning's and TRL's
 
 
-def refuse(
-    integration: str, *, precision: str = "", scaler: bool = False, engine: str = "", cut: str = ""
-) -> None:
+def refuse(integration: str, *, precision: str = "", scaler: bool = False, engine: str = "", cut: str = "") -> None:
     """Asks whether zokern can train under these facts, and changes nothing.
 
     Args:

@@ -62,14 +62,17 @@ def of_settings(settings: dict[str, Any], processes: int, integration: str) -> P
 
 def unwrapped(accelerator: Any, module: nn.Module | None) -> None:
     """From now on the accelerator leaves a module without DistributedDataParallel, which has memory for all gradients, and
-    sends buffers round in each forward. None: all that it prepares."""
+    sends buffers round in each forward; what that does first, giving all the weights of the first process, is done here. None: all models that it prepares to be
+    trained."""
     prepare_model = accelerator.prepare_model
 
     @functools.wraps(prepare_model)
     def prepare(model: nn.Module, *args: Any, **named: Any) -> Any:
-        if (module is None or model is module) and len(args) < 2:
-            named["evaluation_mode"] = True
-        return prepare_model(model, *args, **named)
+        if (module is not None and model is not module) or len(args) > 1 or named.get("evaluation_mode"):
+            return prepare_model(model, *args, **named)
+        made = prepare_model(model, *args, evaluation_mode=True, **named)
+        same_start(model)
+        return made
 
     accelerator.prepare_model = prepare
 
@@ -141,7 +144,7 @@ def same_start(module: nn.Module) -> None:
             tensor.detach().copy_(sent)
 
 
-def check_same(parts: Parts, batches: Iterable[Any]) -> None:
+def check_same(parts: Parts, batches: Iterable[Any], remedy: str) -> None:
     """Whether the processes that share the directions have been handed the same micro-batches. All of them call; waits for
     the device.
 
@@ -161,6 +164,6 @@ def check_same(parts: Parts, batches: Iterable[Any]) -> None:
         other, known = first.setdefault(own, (rank, found))
         if found != known:
             raise RankError(
-                f"parallel is 'directions', and the batch of rank {rank} is not that of rank {other}: every rank has to be "
-                "handed the same examples in the same order; nothing has been changed"
+                f"parallel is 'directions', and the batch of rank {rank} is not that of rank {other}, and all have to be "
+                f"handed the same examples in the same order: {remedy}; nothing has been changed"
             )

@@ -24,6 +24,9 @@ except ImportError as error:
     ) from error
 
 
+_SAMPLER = "take the same data, data_seed and seed on all of them, and no sampler that shares out the data itself"
+
+
 class Nothing(dict):  # type: ignore[type-arg]
     """In the place of a micro-batch, for a process that is out of data: one without rows, which loops may count."""
 
@@ -56,7 +59,6 @@ class Together(Trainer):  # type: ignore[misc]
         """A training begins."""
         if self.accelerator.num_processes > 1:
             self.zo_optimizer.wait_for_ranks()
-            parts.same_start(self.model)
             self._compared = self.parts.copies == 1
             self._apart = True
 
@@ -66,7 +68,7 @@ class Together(Trainer):  # type: ignore[misc]
             self.zo_optimizer.wait_for_ranks()
             self._apart = False
             if not self._compared:
-                parts.check_same(self.parts, batches)
+                parts.check_same(self.parts, batches, _SAMPLER)
                 self._compared = True
 
     @contextlib.contextmanager
