@@ -10,7 +10,13 @@ from unittest import mock
 
 from tests.distributed import ranks
 
-FRAMEWORKS = ("transformers.trainer", "transformers.models.llama.modeling_llama", "zokern.integrations.transformers")
+FRAMEWORKS = (
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "zokern.integrations.transformers",
+    "lightning",
+    "zokern.integrations.lightning",
+)
 _servers: dict[tuple[str, ...], Any] = {}
 
 

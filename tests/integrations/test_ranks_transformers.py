@@ -82,7 +82,7 @@ def test_ranks_with_a_micro_batch_each_have_the_bits_of_one_process(tmp_path: Pa
     assert equal(weights(base), alone["weights"])
 
 
-def Means() -> Any:  # noqa: N802
+def Means() -> Any:
     from zokern.integrations.transformers import ZOTrainer
 
     class Trainer(ZOTrainer):

@@ -35,6 +35,7 @@ except ImportError as error:
     raise ImportError("zokern.integrations.accelerate needs accelerate: pip install accelerate") from error
 
 _MISSING: Any = object()
+_ALONE = parts.Parts()
 _NO_CLOSURE = (
     "step needs a closure and a batch, for example opt.step(lambda b: model(**b).loss, batch), in place of "
     "accelerator.backward(loss) and opt.step(): zokern evaluates the loss itself, several times a step, without gradients"
@@ -131,7 +132,7 @@ def _refuse_wrapper(accelerator: Accelerator, optimizer: ZerothOrderOptimizer) -
     for model in accelerator._models if optimizer._wrapper is None else ():
         if any(True for _ in model.buffers()) and any(id(p) in own for p in model.parameters()):
             raise ValueError(
-                "parallel='directions': accelerator.prepare has put the model in DistributedDataParallel by now, which sends "
+                "parallel='directions': accelerator.prepare has put the model in DistributedDataParallel, which sends "
                 "buffers round in each forward, and processes do unequal numbers of them. Call "
                 "zokern.integrations.accelerate.prepare(accelerator, optimizer) before accelerator.prepare(model)"
             )
@@ -151,7 +152,7 @@ class ForwardOnlyOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
     _is_accelerate_prepared = True  # accelerator.prepare lets it be
 
     def __init__(
-        self, optimizer: ZerothOrderOptimizer, share: parts.Parts = parts.Parts(), schedulers: Sequence[Any] = ()
+        self, optimizer: ZerothOrderOptimizer, share: parts.Parts = _ALONE, schedulers: Sequence[Any] = ()
     ) -> None:
         super().__init__(optimizer, device_placement=False)  # its states follow the parameters themselves
         self._parts, self._schedulers = share, schedulers
@@ -217,7 +218,7 @@ class ForwardOnlyOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
     def _begin(self, batches: list[Any]) -> None:
         """Before the first step: the others may have got here later."""
-        if self._parts != parts.Parts():
+        if self._parts != _ALONE:
             self.optimizer.wait_for_ranks()
         if self._parts.copies > 1:
             parts.check_same(self._parts, batches, _LOADER)

@@ -1,14 +1,14 @@
-"""Several processes that train one model, in frameworks on accelerate: which part of each batch is whose, models that need no
-wrapper, and the same weights to start from."""
+"""Several processes that train one model under a framework: which part of each batch is whose, models that need no wrapper,
+and the same weights to start from."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -17,7 +17,8 @@ from zokern.distributed.exchange import RankError
 from zokern.hashing import hash_of
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """count: parts of each batch. own: this process', from 0. copies: processes that have the same part, and share the
     directions."""
 
@@ -37,8 +38,8 @@ def of(found: places.Places | None, processes: int, integration: str) -> Parts:
     if found is None or found.size != processes:
         said = "None" if found is None else f"of {found.size} ranks"
         raise ValueError(
-            f"{integration}: process_group is {said}, and each of {processes} processes is handed a part of every batch, so "
-            "they would train apart: leave process_group out, with parallel='data' or parallel='directions', or give a "
+            f"{integration}: process_group is {said}, and each of {processes} processes is handed a part of every batch, "
+            "so they would train apart: leave process_group out, with parallel='data' or parallel='directions', or give a "
             "group or a DeviceMesh of all of them"
         )
     count = max(found.data) + 1
@@ -62,8 +63,8 @@ def of_settings(settings: dict[str, Any], processes: int, integration: str) -> P
 
 def unwrapped(accelerator: Any, module: nn.Module | None) -> None:
     """From now on the accelerator leaves a module without DistributedDataParallel, which has memory for all gradients, and
-    sends buffers round in each forward; what that does first, giving all the weights of the first process, is done here. None: all models that it prepares to be
-    trained."""
+    sends buffers round in each forward; what that does first, giving all the weights of the first process, is done here.
+    None: all models that it prepares to be trained."""
     prepare_model = accelerator.prepare_model
 
     @functools.wraps(prepare_model)
@@ -151,12 +152,7 @@ def check_same(parts: Parts, batches: Iterable[Any], remedy: str) -> None:
     Raises:
         RankError: on every process, naming one whose batch is another.
     """
-    tensors = [
-        (f"{i}.{name}", value)
-        for i, batch in enumerate(batches)
-        for name, value in (batch.items() if isinstance(batch, Mapping) else [("", batch)])
-        if isinstance(value, Tensor)
-    ]
+    tensors = list(_tensors("", list(batches)))
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (parts.own, hash_of(tensors)))
     first: dict[int, tuple[int, str]] = {}
@@ -167,3 +163,12 @@ def check_same(parts: Parts, batches: Iterable[Any], remedy: str) -> None:
                 f"parallel is 'directions', and the batch of rank {rank} is not that of rank {other}, and all have to be "
                 f"handed the same examples in the same order: {remedy}; nothing has been changed"
             )
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """In what holds a batch."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(f"{name}.{key}", one)
