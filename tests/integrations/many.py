@@ -16,6 +16,9 @@ FRAMEWORKS = (
     "zokern.integrations.transformers",
     "lightning",
     "zokern.integrations.lightning",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "sentence_transformers",
 )
 _servers: dict[tuple[str, ...], Any] = {}
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zokern.distributed import places
 from zokern.integrations import limits, parts
 from zokern.integrations.waiting import Waiting
 from zokern.optim.base import ZerothOrderOptimizer
@@ -90,9 +91,9 @@ def prepare(accelerator: Accelerator, optimizer: Any) -> ForwardOnlyOptimizer:
         cut=limits.cut(accelerator.parallelism_config),
     )
     share = parts.of(inner._places(), accelerator.num_processes, "accelerate")
-    if accelerator.num_processes > 1:
-        if share.copies > 1:
-            _refuse_wrapper(accelerator, inner)
+    if share.copies > 1:
+        _refuse_wrapper(accelerator, inner)
+    if places.initialised():
         parts.unwrapped(accelerator, inner.module)
     if inner.module is not None:
         keep_codes(inner.module)

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from zokern.distributed import places
 from zokern.integrations import parts
 from zokern.integrations.parts import Parts
 
@@ -46,6 +47,8 @@ class Together(Trainer):  # type: ignore[misc]
         Raises:
             ValueError, RuntimeError: for an optimizer whose ranks are not these processes.
         """
+        if places.initialised():  # also torchrun with one process has a wrapper otherwise
+            parts.unwrapped(self.accelerator, None)
         processes = self.accelerator.num_processes
         if processes == 1:
             return
@@ -53,7 +56,6 @@ class Together(Trainer):  # type: ignore[misc]
             self.parts = parts.of(self.zo_optimizer._places(), processes, "ZOTrainer")
         else:
             self.parts = parts.of_settings(self._chosen.settings, processes, "ZOTrainer")
-        parts.unwrapped(self.accelerator, None)
 
     def begin_together(self) -> None:
         """A training begins."""
@@ -91,6 +93,15 @@ class Together(Trainer):  # type: ignore[misc]
         has counted its own tokens, and the Trainer means the mean over processes."""
         counted = num_items_in_batch is not None and self.args.average_tokens_across_devices
         return 1.0 if counted else 1.0 / self.parts.count
+
+    def of_all_ranks(self, lists: dict[str, list[float]]) -> dict[str, list[float]]:
+        """What each process has seen, one after another. All of them call."""
+        if self.accelerator.num_processes == 1:
+            return lists
+        every: list[Any] = [None] * self.accelerator.num_processes
+        dist.all_gather_object(every, lists)
+        names = {name: None for one in every for name in one}
+        return {name: [value for one in every for value in one.get(name, ())] for name in names}
 
     # ----------------------------------------------------------------------------------------- what the Trainer asks for
 
