@@ -64,12 +64,12 @@ class Counters:
 class Sweep(Sequence[Member]):
     """Members, sorted out once by device, and the operands of each kind of pass over them, made when first needed.
 
-    Nothing about the tensors may change while it is used: their makers make another sweep then. elsewhere: other ranks have
-    members of it, so that a pass over none here is one all the same.
+    Nothing about the tensors may change while it is used: their makers make another sweep then. absent: tensors that other
+    ranks have all elements of; a pass over none but these is one all the same.
     """
 
-    def __init__(self, members: Sequence[Member], elsewhere: bool = False) -> None:
-        self.members, self.elsewhere = members, elsewhere
+    def __init__(self, members: Sequence[Member], absent: Sequence[Member] = ()) -> None:
+        self.members, self.absent = members, absent
         by_device: dict[torch.device, list[int]] = {}
         for i, member in enumerate(members):
             by_device.setdefault(member.param.device, []).append(i)
@@ -92,7 +92,8 @@ class Sweep(Sequence[Member]):
     @functools.cached_property
     def layout(self) -> tuple[object, ...]:
         """What copies of the members depend on: which parameters, and what they are like."""
-        return tuple((id(m.held), m.param.shape, m.param.dtype, m.param.device) for m in self.members)
+        every = (*self.members, *self.absent)
+        return tuple((id(m.held), m.param.shape, m.param.dtype, m.param.device) for m in every)
 
     def piece(self, at: Sequence[int]) -> Sweep:
         """The members with these numbers: the same sweep for the same list."""
@@ -335,7 +336,7 @@ class Passes:
 
         counted False: a piece of a sweep that the caller counts.
         """
-        if not sweep.members and not sweep.elsewhere:
+        if not sweep.members and not sweep.absent:
             self.done += 1
             return
         backend, every = self.backend, sweep.operands(spec.rule.states, out, rank=spec.rank)

@@ -132,6 +132,12 @@ def test_tensor_parallel_with_sixteen_bits_and_low_rank() -> None:
     assert run(2, runs, tensor_parallel, ["mezo-momentum"], torch.bfloat16, ["auto", "shadow"], options) == [[]] * 2
 
 
+def test_copies_that_are_filled_ahead() -> None:
+    options = {"pipelined": True}
+    found = run(2, runs, tensor_parallel, ["mezo"], torch.float32, ["shadow", "stream"], options)
+    assert found == [[]] * 2
+
+
 @pytest.mark.parametrize("shard", [both, replicated], ids=lambda shard: shard.__name__)
 def test_meshes_of_two_dimensions(shard: Any) -> None:
     assert run(4, runs, shard, ["mezo-adam"], torch.float32, ALL) == [[]] * 4

@@ -64,7 +64,7 @@ class Guards:
             self._first = False
             if losses.batches is None and (steps := frameworks.loses_batches()):
                 self.warn("batches", causes.lost_batches(steps))
-        watch, params = self.watch, _trained(owner)
+        watch, params = self.watch, owner.active.ends
         self._grads = params[0].grad, params[-1].grad
         self._draws = losses.draws = None
         if owner.paired_randomness is True or (
@@ -144,7 +144,7 @@ class Guards:
             if "half" not in self._told:
                 self.warn("half", causes.half(losses.half))
         if "backward" not in self._told:
-            params = _trained(owner)
+            params = owner.active.ends
             copies: Sequence[Tensor] = getattr(owner._placement, "copies", ())
             first, last = (params[0].grad, params[-1].grad)
             grown = (first is not None and first is not self._grads[0]) or (
@@ -188,14 +188,6 @@ class Guards:
         """What it keeps on the devices between steps."""
         kept = [] if self.watch is None else self.watch.buffers.memory()
         return kept if self.flats.there is None else [self.flats.there, *kept]
-
-
-def _trained(owner: Any) -> list[Tensor]:
-    """What a backward pass would leave gradients at: of each tensor, also where this rank has no element of it."""
-    members = owner.active.sweep.members
-    if members:
-        return [members[0].held, members[-1].held]
-    return [next(p for _, p in owner._parameters.trainable(owner))] * 2
 
 
 def has_sixteen_bit(groups: Iterable[dict[str, Any]]) -> bool:

@@ -189,13 +189,15 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
 class Active:
     """What a step moves: its members, the rows of their numbers, and the numbers of the blocks that it leaves out.
 
-    sizes: of the rows, in elements of whole tensors. On a rank that has no element of a tensor, it is no member.
+    sizes: of the rows, in elements of whole tensors. On a rank that has no element of a tensor, it is no member. ends: the
+    first and the last tensor, as modules hold them.
     """
 
     sweep: Sweep
     rows: Rows
     dropped: frozenset[int]
     sizes: tuple[int, ...] = ()
+    ends: tuple[Tensor, ...] = ()
 
 
 class Owner(Protocol):
@@ -263,7 +265,10 @@ class Parameters:
             self.check_groups(owner, owner.pipelined)  # what eps may be depends on the weights' type
         if changed or self._active is None or self._active.dropped != dropped:
             members, sizes = self._members(owner, dropped, changed)
-            self._active = Active(Sweep(members, elsewhere=bool(sizes)), list(sizes), dropped, tuple(sizes.values()))
+            here = [m for m in members if m.param.numel()]
+            absent = [m for m in members if not m.param.numel()]
+            ends = tuple(m.held for m in (members[0], members[-1])) if members else ()
+            self._active = Active(Sweep(here, absent), list(sizes), dropped, tuple(sizes.values()), ends)
             self._seen = self._look(owner) if self.spec else seen  # anew: states may have been made
         return self._active
 
@@ -272,12 +277,14 @@ class Parameters:
         seen: list[object] = [id(owner.layers)]
         for group in owner.param_groups:
             for p in group["params"]:
-                mine = parts.local(p)
+                mine = p if type(p) is nn.Parameter else parts.local(p)
                 seen.append((id(p), p.requires_grad, id(mine), mine.data_ptr(), mine.shape, mine.stride(), p.dtype))
                 if self.spec and p in owner.state:
                     own = owner.state[p]
-                    seen += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
-                             for name in self.spec if (t := parts.local(own.get(name))) is not None]  # fmt: skip
+                    kept = [
+                        t if type(t) is Tensor else parts.local(t) for t in map(own.get, self.spec) if t is not None
+                    ]
+                    seen += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype) for t in kept]
             seen.append(len(group["params"]))
         return seen
 
@@ -312,7 +319,7 @@ class Parameters:
             mine = parts.part(p, f"params: {name}")
             if mine.local is p:
                 members.append(Member(p, self.registry.ids[id(p)], row, name, kept))
-            elif mine.local.numel():
+            else:
                 kept = {one: parts.local(t) for one, t in kept.items()}
                 members.append(Member(mine.local, self.registry.ids[id(p)], row, name, kept, *mine[1:], dtensor=p))
         return members, sizes

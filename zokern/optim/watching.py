@@ -57,7 +57,8 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether a module or a parameter was put in, taken out or replaced anywhere, or one unfrozen."""
-        self._let_go()
+        if self.sharded:
+            self._let_go()
         if self._ids != list(map(id, chain.from_iterable(self._places))):
             return True
         return bool(self._frozen) and any(p.requires_grad for p in self._frozen)

@@ -109,8 +109,9 @@ class Gathered(Shown):
             unit = units.setdefault(id(state), Unit(names[id(one)] or type(one).__name__))
             unit.modules.append(one)
             homes.update(dict.fromkeys(_places(state), unit))
-        found = sites.find(self.module, sweep, "stream")
-        members = {id(m.held): m for m in sweep}
+        every = (*sweep, *sweep.absent)  # a rank computes with the whole of what it has no element of
+        found = sites.find(self.module, every, "stream")
+        members = {id(m.held): m for m in every}
         outside: list[sites.Site] = []
         stand_ins: dict[int, nn.Parameter] = {}
         for site in found:
@@ -249,7 +250,7 @@ class Kept(Exact):
             plain = [m._replace(dtensor=None) for m in sweep]
             self.kept = [copy.detach() for copy in sites.copies(plain, self.pools)]
             copied = [m._replace(param=copy) for m, copy in zip(sweep, self.kept, strict=True)]
-            self.source, self.layout = Sweep(copied, sweep.elsewhere), key
+            self.source, self.layout = Sweep(copied, sweep.absent), key
         self.hooks.append(self.module.register_state_dict_pre_hook(self._refuse_saving))
         for copy, p in zip(self.kept, sweep.params, strict=True):
             copy.copy_(p)

@@ -58,7 +58,7 @@ class Exact(Perturbing):
 
     def moved(self, copies: Iterable[Tensor]) -> bool:
         """Whether a closure has put a copy elsewhere, through .data."""
-        return self.places != [parts.local(copy).data_ptr() for copy in copies]
+        return self.places != list(map(Tensor.data_ptr, copies))
 
     def forget(self) -> None:
         """States were loaded, or a tensor is another one: what was made ready for the next step is of others."""
@@ -218,7 +218,7 @@ class Shadow(Shown):
 
     def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
         """Each member's copy."""
-        if self.moved(self.copies) or members.layout != self.layout:
+        if self.moved(self.out) or members.layout != self.layout:
             self.copies, self.out, self.ready, self.probes = [], [], {}, []  # views of the pools, which may be replaced
             self.layout = None
             self.let_go()

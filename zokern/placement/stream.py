@@ -203,7 +203,7 @@ class Stream(Exact):
     def _lay_out(self, members: Sweep) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
         layout = sites.fingerprint(self.module), members.layout
-        if layout == self.layout and not self.moved(copy for unit in self.kept for copy in unit.copies):
+        if layout == self.layout and not self.moved(out for unit in self.kept for out in unit.out):
             for unit in self.kept:
                 unit.sweep = members.piece(unit.at)
             return self.kept
