@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -57,13 +58,18 @@ def _rank(
         timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
     try:
-        pipe.send((function(*args), "", ""))
+        _send(pipe, (function(*args), "", ""))
     except BaseException as error:
-        pipe.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        _send(pipe, (None, f"{type(error).__name__}: {error}", traceback.format_exc()))
     finally:
         pipe.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _send(pipe: Connection, found: tuple[Any, str, str]) -> None:
+    """Tensors by value: a pipe's own way shares their memory, which is gone with the process that has it."""
+    pipe.send_bytes(pickle.dumps(found))
 
 
 def outcomes(
@@ -99,7 +105,7 @@ def outcomes(
                     rank = left.pop(pipe)
                     ends[rank] = time.monotonic()
                     try:
-                        found[rank] = pipe.recv()
+                        found[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         found[rank] = (None, "the process ended", "")
             for process in processes:
