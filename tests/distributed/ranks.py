@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from tests.methods import build
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "zokern.journal", "zokern._C"]
@@ -123,3 +125,13 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
         if outcome.error:
             pytest.fail(f"rank {rank} of {world}: {outcome.error}\n{outcome.where}")
     return [outcome.value for outcome in found]
+
+
+def alone(cls: Any, *args: Any, **options: Any) -> Any:
+    """An optimizer whose closure gives the same losses on every rank, so that none is exchanged."""
+    return cls(*args, process_group=None, **options)
+
+
+def build_alone(case: Any, params: Any, **options: Any) -> Any:
+    """tests.methods.build, likewise."""
+    return build(case, params, process_group=None, **options)

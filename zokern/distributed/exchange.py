@@ -52,8 +52,8 @@ class Exchange:
         self.collectives = self.sent = 0
 
     def gather(self, own: Tensor, seconds: float, what: str) -> Tensor:
-        """own: [L], on the host or on a device; returns [ranks, L]. seconds: that a rank on the host waits for the others.
-        what: they are to come to, in words.
+        """own: of one shape on all ranks, on the host or on a device; returns [ranks, *shape]. seconds: that a rank on the
+        host waits for the others. what: they are to come to, in words.
 
         Raises:
             RankError: where a rank does not come.
@@ -66,15 +66,15 @@ class Exchange:
         self.collectives += 1
         self.sent += own.nbytes
         every = torch.empty((self.places.size, *own.shape), dtype=own.dtype, device=own.device)
-        if own.device.type != "cpu" and not self._through_host(own):
-            dist.all_gather_into_tensor(every.view(-1), own, group=self.places.parent)
+        if own.device.type != "cpu" and self.places.backend(own.device.type) is not None:
+            dist.all_gather_into_tensor(every.view(-1), own.view(-1), group=self.places.parent)
             return every
         host = every if every.device.type == "cpu" else torch.empty(every.shape, dtype=every.dtype)
         try:
             group = _on_hosts(self.places.ranks, seconds)
             options = dist.distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
             options.timeout = datetime.timedelta(seconds=seconds)
-            group._allgather_base(host.view(-1), own.cpu(), options).wait()
+            group._allgather_base(host.view(-1), own.cpu().view(-1), options).wait()
         except RuntimeError as error:  # a rank is gone or late, and with it the group
             forget(self.places.ranks)
             self.broken = f"{self._missing(error, seconds)} {what}"
@@ -94,14 +94,9 @@ class Exchange:
             raise RankError(f"{self.broken} (torch: {_first_line(error)})") from error
         return every
 
-    def _through_host(self, own: Tensor) -> bool:
-        """Whether the group has no way between devices."""
-        parent = dist.group.WORLD if self.places.parent is None else self.places.parent
-        return own.device.type not in dist.get_backend_config(parent)
-
     def _missing(self, error: RuntimeError, seconds: float) -> str:
         if _is_late(error):
-            return f"a rank has not come within {seconds:.0f} s to"
+            return f"a rank has not come within {seconds:.3g} s to"
         return "the connection to a rank was lost at"
 
 

@@ -27,6 +27,11 @@ class GroupKind(Kind):
     def check(self, value: Any, name: str) -> Any:
         if value is None or value == "auto" or is_group(value) or is_mesh(value):
             return value
+        if dist.is_available() and type(value) is int and value == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"{name} is what new_group() returns outside of the group, and this is rank {dist.get_rank()}: give each "
+                "rank a group that it is in, or None"
+            )
         got = repr(value) if isinstance(value, str | bool | int | float) else f"a {type(value).__name__}"
         raise TypeError(
             f"{name} is {got}; it must be 'auto', a process group, a DeviceMesh, or None for independent runs"
@@ -93,6 +98,13 @@ class Places:
 
     def named(self, place: int) -> str:
         return f"rank {self.ranks[place]}"
+
+    def backend(self, device: str) -> str | None:
+        """What moves tensors on devices of this type between the ranks; None where nothing does."""
+        group = dist.group.WORLD if self.parent is None else self.parent
+        found = dist.distributed_c10d._get_default_group() if group is None else group
+        config = dist.BackendConfig(dist.get_backend_config(found))  # type: ignore[arg-type]
+        return config.get_device_backend_map().get(device)
 
     def describe(self) -> str:
         """For people, once."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
+from zokern.journal import ranks
 from zokern.journal.files import cut, locked
 from zokern.journal.fit import check, is_base
 from zokern.journal.format import BROKEN_OFF, SYNC_SECONDS, JournalError
@@ -37,7 +38,8 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
     path, optimizer = Path(path), frameworks.bare(optimizer)
     if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
         raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
-    with locked(path) as file:
+    weights = list(optimizer.weights().values())
+    with ranks.own(path, weights, reads=True) as path, ranks.together(locked(path), weights) as file:
         reader, steps = Reader(path), optimizer.counters["steps"]
         first = reader.done
         refuse_another_run(reader, optimizer, OF_A_RUN)

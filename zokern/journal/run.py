@@ -16,6 +16,7 @@ from zokern._version import __version__
 from zokern.contract.streams import rank_of
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
+from zokern.journal import ranks
 from zokern.journal.beside import begun
 from zokern.journal.files import cut, locked
 from zokern.journal.fit import check, check_marks, is_base
@@ -80,7 +81,8 @@ def write(
             f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; start the "
             "journal before the first step, or take the run up from its own journal with resume"
         )
-    with begun(path, force) as (file, arrive):
+    weights = list(optimizer.weights().values())
+    with ranks.own(path, weights) as path, ranks.together(begun(path, force), weights) as (file, arrive):
         header = {**run_of(optimizer), "base": hash_of(optimizer.weights().items()), "about": about or {}}
         writer = journal.start(file, header, sync=sync)
         recorder = Recorder(writer, optimizer.seed, optimizer.layout())
@@ -156,7 +158,8 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
     _refuse_waiting(optimizer, path)
-    with locked(path) as file:
+    weights = list(optimizer.weights().values())
+    with ranks.own(path, weights, reads=True) as path, ranks.together(locked(path), weights) as file:
         reader, params = _fitting(optimizer, path), optimizer.weights()
         end, crc, layout, frames = _play(optimizer, reader, params)
         cut(path, file, end, warn=reader.torn)

@@ -41,8 +41,14 @@ class Agreement:
         self.where = self.round = self.most = 0
         self.compared = self.comparing = self.stages = False
         self.since, self.timeout = time.monotonic(), 0.0
+        self.wrong: Tensor | None = None  # on a device: the first headers that did not agree
         self.looked: Arriving | None = None
         self.device = CPU  # of the losses
+
+    @property
+    def blind(self) -> bool:
+        """Whether the losses are on a device, so that nobody may wait to look at what the others say."""
+        return self.device.type != "cpu"
 
     def header(self, status: int, fingerprint: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """A rank's numbers, without its losses. All are equally long: gloo ends a process that gets a vector of another
@@ -82,10 +88,13 @@ class Agreement:
                 f"no rank has a loss in step {self.where}: batches is empty on all of them, or all closures return None"
             )
 
-    def note(self, header: Tensor) -> None:
-        """That of a step whose numbers are on a device, for a later look."""
+    def note(self, header: Tensor, apart: Tensor) -> None:
+        """Of a round whose numbers are on a device: the first header that does not agree is kept for a later look."""
+        if self.wrong is None:
+            self.wrong = torch.full_like(header, -1)
+        self.wrong = torch.where(apart & (self.wrong[0, 0] < 0), header, self.wrong)
         if self.looked is None:
-            self.looked = Arriving(header.contiguous())
+            self.looked = Arriving(self.wrong)
 
     def look(self) -> None:
         """
@@ -95,10 +104,12 @@ class Agreement:
         if self.looked is None or (header := self.looked.values()) is None:
             return
         self.looked = None
+        if header[0][0] < 0:
+            return
         raised = [self.places.named(i) for i, one in enumerate(header) if one[1] == RAISED]
-        if raised or any(one[::2] != header[0][::2] for one in header):
-            why = f"{' and '.join(raised)} raised in it" if raised else "ranks did other steps, or with other numbers"
-            raise RankError(f"step {header[0][0] >> 8} was left out on all ranks: {why}")
+        why = f"{' and '.join(raised)} raised in it" if raised else "ranks did other steps, or with other numbers"
+        self.exchange.broken = f"step {header[0][0] >> 8} was left out on all ranks, and those since: {why}"
+        raise RankError(f"{self.exchange.broken}. Start them again from the base weights and the journal")
 
     # --------------------------------------------------------------------------------------------------------- failures
 
@@ -109,8 +120,10 @@ class Agreement:
             return
         try:
             self.gather(sent(torch.from_numpy(self.header(RAISED, 0)), CPU if self.comparing else self.device))
-            if self.comparing or self.device.type == "cpu":
+            if self.comparing or not self.blind:
                 self.exchange.objects(f"{type(error).__name__}: {str(error)[:500]}")
+            else:  # the others hear of it later, and have gone on
+                self.exchange.broken = f"this rank raised in step {self.where}"
         except RankError:
             pass  # this rank's own error says more
 
@@ -179,9 +192,13 @@ class Agreement:
                 f"{self.places.named(0)} ({len({n for n, _ in wrong})} of {len(hashes[0])} tensors differ): load the same "
                 "checkpoint on every rank, or seed torch before the model is made; nothing has been changed"
             )
+        first = {name for _, name, *_ in abouts[0]["tensors"]}
         for one, own in zip(abouts, names, strict=True):
-            only = sorted(own ^ names[0])
-            one["tensors"] = f"{len(own)} tensors" + (f", others at {', '.join(only[:3])}" if only else "")
+            trained = {name for _, name, *_ in one["tensors"]}
+            only = sorted((own ^ names[0]) | (trained ^ first))
+            one["tensors"] = f"{len(trained)} trained of {len(own)}" + (
+                f", others at {', '.join(only[:3])}" if only else ""
+            )
             one["weights"] = ""
         self._differ(abouts)
 
