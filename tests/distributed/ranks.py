@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -55,9 +56,9 @@ def _rank(
         timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
     try:
-        pipe.send((function(*args), "", ""))
+        pipe.send_bytes(pickle.dumps((function(*args), "", "")))  # torch's own way needs this process to stay
     except BaseException as error:
-        pipe.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((None, f"{type(error).__name__}: {error}", traceback.format_exc())))
     finally:
         pipe.close()
         if dist.is_initialized():
@@ -97,7 +98,7 @@ def outcomes(
                     rank = left.pop(pipe)
                     ends[rank] = time.monotonic()
                     try:
-                        found[rank] = pipe.recv()
+                        found[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         found[rank] = (None, "the process ended", "")
             for process in processes:
