@@ -205,7 +205,7 @@ class Agreement:
 
 
 def _whole(owner: Any) -> list[tuple[str, Tensor]]:
-    """The tensors that this rank has whole: no shards, and none of a pipeline's other stages, which have no numbers here."""
+    """This rank's whole tensors: no shards, and none of a pipeline's other stages, which have no numbers here."""
     return [(name, p) for name, p in owner.weights().items() if not is_dtensor(p) and not p.is_meta]
 
 
