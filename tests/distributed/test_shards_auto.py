@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import zokern
 from tests.distributed.ranks import build_alone, run
@@ -20,7 +21,7 @@ from zokern.optim.losses import Losses
 
 
 def losses_of(rank: int, step: int) -> list[float]:
-    return given(METHODS["mezo-adam"], 100 * rank + step)
+    return given(METHODS["mezo"], 100 * rank + step)
 
 
 def as_micro_batches(shard: Any, make: Any, counting: list[int], dtype: torch.dtype) -> bool:
@@ -67,7 +68,49 @@ def no_directions() -> list[str]:
 
 def test_ranks_that_share_a_forward_cannot_share_out_directions() -> None:
     for told in run(2, no_directions):
-        assert all("whose ranks do each forward together" in text for text in told)
+        assert all("its ranks do each forward together, and cannot do different ones" in text for text in told)
+
+
+def on_a_submesh(what: str) -> Any:
+    """Shards on one dimension of a mesh; the other one is of replicas, which no parameter tells of."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("directions", "shards"))
+    model = untied(torch.bfloat16)
+    own = mesh["shards"] if what != "apart" else init_device_mesh("cpu", (4,))
+    if what == "apart":
+        own = torch.distributed.device_mesh.DeviceMesh("cpu", [0, 1] if dist.get_rank() < 2 else [2, 3])
+    for layer in model.layers:
+        fully_shard(layer, mesh=own)
+    fully_shard(model, mesh=own)
+    if what == "apart":
+        with pytest.raises(RuntimeError) as error:
+            zokern.MeZO(model, 1e-3)
+        return str(error.value)
+    case = METHODS["mezo"]
+    whole = {"process_group": mesh} if what == "directions" else {}
+    opt = build(case, model, **whole)
+    other = untied(torch.bfloat16)
+    theirs = build_alone(case, other, placement="shadow")
+    for step in range(2):
+        d, rank = divmod(dist.get_rank(), 2)
+        if what == "directions":  # two probes each, of four; both ranks of a row have a part of the batch
+            losses = [losses_of(r, step) for r in range(2)]
+            opt.step(seeing(model, step, losses[rank][2 * d : 2 * d + 2], []))
+        else:
+            losses = [losses_of(r, step) for r in range(4)]
+            opt.step(seeing(model, step, losses[dist.get_rank()], []))
+        theirs.step(lambda script: torch.tensor(next(script), dtype=torch.float64), [iter(one) for one in losses])
+    return same(model, other)
+
+
+def test_replicas_of_shards_that_only_the_mesh_tells_of() -> None:
+    assert run(4, on_a_submesh, "data") == [True] * 4
+    assert run(4, on_a_submesh, "directions") == [True] * 4
+
+
+def test_shards_of_a_part_of_the_job_are_refused_where_nothing_tells_of_the_rest() -> None:
+    assert all("has 2 ranks, and the job 4" in text for text in run(4, on_a_submesh, "apart"))
 
 
 def a_stage_without_a_loss() -> list[bool]:
