@@ -303,6 +303,28 @@ def test_without_counting_tokens_over_ranks_each_rank_weighs_the_same(tmp_path: 
     assert losses[0] != pytest.approx(losses[2], rel=1e-6)
 
 
+def raising(folder: str) -> str:
+    from zokern.integrations.transformers import ZOTrainer
+
+    class Raising(ZOTrainer):
+        def compute_loss(self, *args: Any, **named: Any) -> Any:
+            if self.args.process_index == 1 and self.state.global_step == 2:
+                raise ArithmeticError("a bad row")
+            return super().compute_loss(*args, **named)
+
+    trainer = Raising(llama(), arguments(Path(folder)), train_dataset=rows())
+    with pytest.raises((ArithmeticError, zokern.RankError)) as raised:
+        trainer.train()
+    assert trainer.args.average_tokens_across_devices
+    return str(raised.value)
+
+
+def test_an_error_on_one_rank_ends_all_of_them(tmp_path: Path) -> None:
+    first, second = run(2, raising, str(tmp_path))
+    assert second == "a bad row"
+    assert first.startswith("rank 1 raised ArithmeticError: a bad row in step 2")
+
+
 def other_batches(folder: str) -> str:
     with pytest.raises(zokern.RankError) as raised:
         trained(folder, zo={"parallel": "directions"}, data_seed=dist.get_rank())
