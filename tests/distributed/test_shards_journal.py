@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import zokern
-from tests.distributed.ranks import build_alone, run
+from tests.distributed.ranks import run
 from tests.distributed.test_shards_fsdp import full, nested, seeing, untied
-from tests.methods import METHODS, given
+from tests.methods import METHODS, build, given
 from zokern.hashing import hash_of
 
 CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
@@ -31,7 +31,9 @@ def made(name: str, *, sharded: bool = True) -> tuple[nn.Module, Any]:
     given_options = dict(options)
     if given_options.pop("num_dropped", None):
         given_options["layers"] = zokern.RandomBlocks(1)
-    return model, build_alone(METHODS[method], model, **given_options)
+    if not sharded:
+        given_options["process_group"] = None
+    return model, build(METHODS[method], model, **given_options)
 
 
 def steps(name: str, model: nn.Module, opt: Any, numbers: range) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from zokern.kinds import Kind
+from zokern.parts import is_dtensor
 
 PARALLEL = ("data", "directions")
 
@@ -163,7 +164,7 @@ def find(group: Any, parallel: Any, wrapped: Any, module: nn.Module | None, para
     if wrapped is not None:
         _check_wrapper(wrapped, parallel)
         return _of_group(wrapped.process_group, parallel, "the DDP wrapper's group")
-    sharded = [p for p in params if type(p).__name__ == "DTensor"]
+    sharded = [p for p in params if is_dtensor(p)]
     if sharded:
         return _of_shards(sharded, module, parallel)
     if dist.get_world_size() == 1:

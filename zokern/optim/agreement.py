@@ -21,6 +21,7 @@ from zokern.distributed.places import Places
 from zokern.hashing import hash_of
 from zokern.optim.arriving import Arriving
 from zokern.optim.numbers import HYPER, NUMBERS
+from zokern.parts import is_dtensor
 from zokern.passes.update import CPU, sent
 
 HEADER = 4  # with the weight of the rank's losses
@@ -204,8 +205,8 @@ class Agreement:
 
 
 def _whole(owner: Any) -> list[tuple[str, Tensor]]:
-    """The tensors that each rank has whole."""
-    return [(name, p) for name, p in owner.weights().items() if type(p).__name__ != "DTensor"]
+    """This rank's whole tensors: no shards, and none of a pipeline's other stages, which have no numbers here."""
+    return [(name, p) for name, p in owner.weights().items() if not is_dtensor(p) and not p.is_meta]
 
 
 def _about(owner: Any, places: Places) -> dict[str, Any]:
