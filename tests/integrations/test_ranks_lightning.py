@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+import zokern
 from tests.integrations.many import run
 from tests.methods import equal, weights
 from tests.models import tokens
@@ -92,6 +93,39 @@ def resumed(folder: str) -> list[Tensor]:
 def test_resumes_from_lightnings_checkpoint_on_all_ranks(tmp_path: Path) -> None:
     a, b = run(2, resumed, str(tmp_path))
     assert equal(a, b)
+
+
+class Saved:
+    """Of the middle of an accumulation."""
+
+    def __new__(cls, path: str) -> Any:
+        import lightning
+
+        class Save(lightning.Callback):
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+                if batch_idx == 2:
+                    trainer.save_checkpoint(path)
+
+        return Save()
+
+
+def taken_up_within(folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    path = f"{folder}/within.ckpt"
+    _, whole = fit(folder, 2, max_steps=3, taken_up=True, callbacks=[Saved(path)])
+    _, again = fit(folder, 2, max_steps=3, taken_up=True, resume=path)
+    assert again.forwards == whole.forwards[4 * 2 :]
+    return weights(whole.net), weights(again.net)
+
+
+def left_within(folder: str) -> None:
+    with pytest.warns(zokern.ZokernWarning, match="wait in each of 2 processes, and now there are 1"):
+        fit(folder, 2, max_steps=3, taken_up=True, resume=f"{folder}/within.ckpt")
+
+
+def test_micro_batches_that_wait_are_saved_for_each_rank(tmp_path: Path) -> None:
+    for whole, again in run(2, taken_up_within, str(tmp_path)):
+        assert equal(whole, again)
+    run(1, left_within, str(tmp_path))
 
 
 def refusals(folder: str) -> list[str]:

@@ -101,13 +101,13 @@ def test_means_of_micro_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cls", ["ZOTrainer", "Means"])
 def test_a_rank_out_of_data_waits_for_the_others(tmp_path: Path, cls: str) -> None:
-    """23 rows are 12 micro-batches, of which the last has one row; 5 ranks have 3, 3, 2, 2 and 2 of them."""
-    same = {"data": 23, "max_steps": -1, "num_train_epochs": 2, "cls": cls}
-    alone = one(tmp_path, gradient_accumulation_steps=5, **same)
-    found = together(5, tmp_path, accelerator_config={"even_batches": False}, **same)
-    assert [rank["forwards"] for rank in found] == [12, 12, 8, 8, 8]
+    """19 rows are 10 micro-batches, of which the last has one row; the ranks have 4, 3 and 3 of them."""
+    same = {"data": 19, "max_steps": -1, "num_train_epochs": 2, "cls": cls}
+    alone = one(tmp_path, gradient_accumulation_steps=3, **same)
+    found = together(3, tmp_path, accelerator_config={"even_batches": False}, **same)
+    assert [rank["forwards"] for rank in found] == [16, 12, 12]
     for rank in found:
-        assert rank["steps"] == alone["steps"] == 6
+        assert rank["steps"] == alone["steps"] == 8
         assert equal(rank["weights"], alone["weights"])
 
 
@@ -115,9 +115,9 @@ def test_batches_that_are_filled_up_or_dropped(tmp_path: Path) -> None:
     """As accelerate hands them out: all ranks do the same steps."""
     for drop in (False, True):
         found = together(
-            3, tmp_path, data=20, max_steps=-1, num_train_epochs=2, dataloader_drop_last=drop, logging_steps=50
+            2, tmp_path, data=22, max_steps=-1, num_train_epochs=2, dataloader_drop_last=drop, logging_steps=50
         )
-        assert {rank["steps"] for rank in found} == {6 if drop else 8}
+        assert {rank["steps"] for rank in found} == {10 if drop else 12}
         assert all(equal(rank["weights"], found[0]["weights"]) for rank in found)
 
 
@@ -295,12 +295,34 @@ def test_an_optimizer_that_is_given(tmp_path: Path) -> None:
 def test_without_counting_tokens_over_ranks_each_rank_weighs_the_same(tmp_path: Path) -> None:
     """As the Trainer's average_tokens_across_devices=False means it: the mean over ranks of their own means."""
     same = {"logging_steps": 1, "lr_scheduler_type": "constant", "learning_rate": 1e-6}
-    found = together(3, tmp_path, average_tokens_across_devices=False, **same)
-    means, whole = one(tmp_path, cls="Means", gradient_accumulation_steps=3, **same), together(3, tmp_path, **same)
+    found = together(2, tmp_path, average_tokens_across_devices=False, **same)
+    means, whole = one(tmp_path, cls="Means", gradient_accumulation_steps=2, **same), together(2, tmp_path, **same)
     assert all(equal(rank["weights"], found[0]["weights"]) for rank in found)
     losses = [[line["loss"] for line in of["log"]] for of in (found[0], means, whole[0])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] != pytest.approx(losses[2], rel=1e-6)
+
+
+def raising(folder: str) -> str:
+    from zokern.integrations.transformers import ZOTrainer
+
+    class Raising(ZOTrainer):
+        def compute_loss(self, *args: Any, **named: Any) -> Any:
+            if self.args.process_index == 1 and self.state.global_step == 2:
+                raise ArithmeticError("a bad row")
+            return super().compute_loss(*args, **named)
+
+    trainer = Raising(llama(), arguments(Path(folder)), train_dataset=rows())
+    with pytest.raises((ArithmeticError, zokern.RankError)) as raised:
+        trainer.train()
+    assert trainer.args.average_tokens_across_devices
+    return str(raised.value)
+
+
+def test_an_error_on_one_rank_ends_all_of_them(tmp_path: Path) -> None:
+    first, second = run(2, raising, str(tmp_path))
+    assert second == "a bad row"
+    assert first.startswith("rank 1 raised ArithmeticError: a bad row in step 2")
 
 
 def other_batches(folder: str) -> str:

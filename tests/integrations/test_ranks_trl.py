@@ -82,7 +82,7 @@ def rewarded(folder: str, accumulation: int) -> tuple[list[Tensor], list[float],
         eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=2,
     )  # fmt: skip
     trainer = RewardTrainer(
-        model, even, args, data, data[:8], words(), zo={"num_directions": 2, "eps": 0.3},
+        model, even, args, data, data[:7], words(), zo={"num_directions": 2, "eps": 0.3},
         generation={"max_new_tokens": 5, "suppress_tokens": [0, 1, 2]},
     )  # fmt: skip
     trainer.train()

@@ -146,6 +146,16 @@ def test_arguments_that_the_trainer_makes_itself(tmp_path: Path, monkeypatch: py
         ZOTrainer(llama(), train_dataset=rows())
 
 
+def test_a_model_that_is_loaded_in_shards() -> None:
+    from zokern.integrations import refused
+
+    model = llama()
+    refused.sharded(model)
+    model.lm_head.weight.__class__ = type("DTensor", (torch.nn.Parameter,), {})
+    with pytest.raises(NotImplementedError, match="does not train under a model that is loaded in shards"):
+        refused.sharded(model)
+
+
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 def test_what_the_environment_has_chosen(engine: str) -> None:
     from types import SimpleNamespace

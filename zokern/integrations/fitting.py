@@ -84,6 +84,13 @@ def leave_bare(strategy: Any, mixin: type) -> None:
     strategy.configure_ddp = configure_ddp
 
 
+def of_all_ranks(trainer: Any, arguments: list[Any], weights: list[float]) -> list[dict[str, Any]]:
+    """The micro-batches that wait in each process, which all of them call for."""
+    every: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(every, {"arguments": arguments, "weights": weights})
+    return every
+
+
 def check_lengths(trainer: Any) -> None:
     """
     Raises:

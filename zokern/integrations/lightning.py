@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from zokern._checks import ZokernWarning
 from zokern.integrations import fitting, looks, parts
 from zokern.integrations.logged import Logged, MicroBatch
 from zokern.integrations.waiting import Waiting
@@ -35,6 +37,10 @@ _SAVED = "zokern_waiting"  # in a checkpoint: arguments of the training steps of
 _SAMPLER = (
     "give Trainer(use_distributed_sampler=False), and seed what shuffles the same on all of them, as "
     "lightning.seed_everything does"
+)
+_OTHERS = (
+    "the checkpoint has micro-batches that wait in each of {} processes, and now there are {}: they are in no step. Resume "
+    "with as many, or save where an accumulation ends"
 )
 _UNUSED = "the last of an epoch ends an accumulation, but a training that is stopped within one leaves them"
 
@@ -256,13 +262,23 @@ def _on_train_end(module: Any) -> None:
 def _on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     _apart(module)
     waiting = _work(module).waiting
-    if waiting:
+    trainer = _trainer(module)
+    if trainer is not None and trainer.world_size > 1 and _fits(module):  # one of them writes it, all come here
+        every = fitting.of_all_ranks(trainer, [one.on_host(module).args for one in waiting.batches], waiting.weights)
+        if waiting:
+            checkpoint[_SAVED] = {"ranks": every}
+    elif waiting:
         checkpoint[_SAVED] = {"arguments": [one.args for one in waiting.batches], "weights": waiting.weights}
 
 
 def _on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     work, saved = _work(module), checkpoint.get(_SAVED)
     if saved is not None and _fits(module):  # load_from_checkpoint takes the weights alone
+        ranks = saved.get("ranks", [saved])
+        if len(ranks) != module.trainer.world_size:
+            warnings.warn(_OTHERS.format(len(ranks), module.trainer.world_size), ZokernWarning, stacklevel=2)
+            return
+        saved = ranks[module.trainer.global_rank]
         work.loaded = True
         work.waiting.batches = [MicroBatch(tuple(args)) for args in saved["arguments"]]
         work.waiting.weights = list(saved["weights"])

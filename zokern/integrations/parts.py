@@ -139,6 +139,8 @@ def same_start(module: nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         if type(tensor.data) is not Tensor or tensor.device.type == "meta":
             continue  # quantised, and read from the same file
+        if tensor.numel() > 1 and not any(tensor.stride()):
+            continue  # a delta has one number
         sent = tensor.detach().contiguous()
         dist.broadcast(sent, src=0)
         if sent.data_ptr() != tensor.data_ptr():

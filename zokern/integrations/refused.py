@@ -82,6 +82,17 @@ def arguments(args: Any) -> None:
             raise ValueError(f"loss_type={one!r} {DETACHED_LOSS[one]}")
 
 
+def sharded(model: Any) -> None:
+    """
+    Raises:
+        NotImplementedError: for a model that is loaded in parts.
+    """
+    if getattr(model, "is_distributed_loading_by_transformers", False) or any(
+        type(p).__name__ == "DTensor" for p in model.parameters()
+    ):
+        limits.refuse("ZOTrainer", cut="a model that is loaded in shards (distributed_config, tp_plan)")
+
+
 def accelerator(made: Any) -> None:
     """What the environment may have chosen, past the arguments.
 

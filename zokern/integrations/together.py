@@ -103,6 +103,14 @@ class Together(Trainer):  # type: ignore[misc]
         names = {name: None for one in every for name in one}
         return {name: [value for one in every for value in one.get(name, ())] for name in names}
 
+    def without_repeats(self, batch: Any) -> Any:
+        """A batch of an evaluation, without the rows by which the last ones are filled up on several processes."""
+        state, size = self.accelerator.gradient_state, len(batch["rows"])
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        left = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+        return {name: value[:left] for name, value in batch.items()}
+
     # ----------------------------------------------------------------------------------------- what the Trainer asks for
 
     def get_tp_size(self) -> int:

@@ -61,9 +61,13 @@ class ForwardOnly(Together):
             resumed writes on in it. An earlier run's is renamed. Not in hyperparameter_search. Default: True.
         dropout: False leaves out dropout and what else draws in training mode, as the papers do. Default: True.
 
+    Under torchrun several processes train one model, each with its part of the batches; zo={"parallel": "directions"}
+    gives all the same batches, and each some of a step's probes (docs/trainer.md). The first writes the journal.
+
     Raises:
-        TypeError, ValueError: at construction, for what cannot work, with the way out: more than one process or GPU, fp16
-            with its loss scaler, DeepSpeed, FSDP, trainers whose loss is a ratio to a detached copy (GRPO and its kin).
+        TypeError, ValueError: at construction, for what cannot work, with the way out: more than one GPU in a process, fp16
+            with its loss scaler, DeepSpeed, FSDP, trainers whose loss is a ratio to a detached copy (GRPO and its kin), an
+            optimizer whose process_group is None or of other ranks than all.
     """
 
     zo: str | Mapping[str, Any] | None = None
@@ -93,6 +97,7 @@ class ForwardOnly(Together):
         super().__init__(*args, **named)
         refused.arguments(self.args)
         refused.accelerator(self.accelerator)
+        refused.sharded(self.model)
         keep_codes(self.model)
         if self.optimizer is not None:
             if self.zo is not None:
