@@ -44,6 +44,15 @@ def check(options: Options) -> None:
         options.check()
 
 
+def restarted(options: Options) -> bool:
+    """Whether torchrun (--max-restarts) has started the processes again, and the run that broke off can go on. What is in
+    --output is that run's, as it had to be empty before; with --force it may be an earlier one's."""
+    if options.force or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    there = [options.output / name for name in ("options.json", "journal.zkj")]
+    return (_team or Team()).from_first(lambda: all(path.is_file() and path.stat().st_size > 0 for path in there))
+
+
 @dataclass
 class Team:
     """The ranks of a run. group, store: torch.distributed's, for what is said beside the steps; None for one process."""
@@ -73,8 +82,8 @@ class Team:
         if self.size > 1 and way is None:
             raise FinetuneError(
                 f"this is a run of {self.size} processes, and nothing says what they share: give --parallel data (each "
-                "rank takes its part of every batch) or --parallel directions (all take the same batch, each a share of the "
-                "directions)"
+                "rank takes its part of every batch) or --parallel directions (all take the same batch, each a share of "
+                "the directions)"
             )
         if way is not None and way not in WAYS:
             raise FinetuneError(f"--parallel is {way!r}; allowed for the command: {' or '.join(WAYS)}")
@@ -202,7 +211,8 @@ class Team:
     def note(self, error: BaseException) -> None:
         """This rank has failed alone: the first one will say so."""
         if self.size > 1 and not self.first:
-            self.store.set("failed", f"rank {self.rank}: {str(error) or type(error).__name__}")
+            what = str(error) if isinstance(error, FinetuneError) else f"{type(error).__name__}: {error}"
+            self.store.set("failed", f"rank {self.rank}: {what}")
 
     def noted(self) -> str:
         """What a rank has said before it left; "" for nothing."""
