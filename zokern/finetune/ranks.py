@@ -7,6 +7,7 @@ there are several processes only.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import os
 import signal
@@ -270,9 +271,12 @@ def join(device: str = "auto") -> Team:
     try:
         if not dist.is_initialized():
             on_gpus = device != "cpu" and torch.cuda.is_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-        import datetime
-
+            # torchrun (2.13) has one store for all its restarts, where the ranks of an earlier one would be found.
+            store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))  # type: ignore[attr-defined]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+            backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30), group_desc="zokern finetune")
     except (RuntimeError, ValueError) as error:
         raise FinetuneError(
