@@ -121,6 +121,8 @@ def _alone(context: typer.Context, **values: Any) -> None:
             from zokern.finetune.checked import check as checked
 
             raise typer.Exit(0 if checked(options).ok else 1)
+        if not resume and ranks.restarted(options):
+            resume = True
         if not resume:
             ranks.check(options)
         from zokern.finetune.run import run

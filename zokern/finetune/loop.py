@@ -131,6 +131,10 @@ class _Training:
                     self._step()
             except (KeyboardInterrupt, RankError) as error:
                 self._stopped_in_training(error)
+            except Exception:
+                if self.team.size > 1 and self.optimizer._ranks is not None and not self.optimizer._ranks.compared:
+                    self.team.every(None)  # the others have been told of it, and ask whether it was a signal
+                raise
             finally:
                 if self.options.journal:
                     self.optimizer.listeners.remove(self._told)

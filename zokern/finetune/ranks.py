@@ -7,6 +7,7 @@ there are several processes only.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import os
 import signal
@@ -42,6 +43,15 @@ def check(options: Options) -> None:
         options.check_stored()
     else:
         options.check()
+
+
+def restarted(options: Options) -> bool:
+    """Whether torchrun (--max-restarts) has started the processes again, and the run that broke off can go on. What is in
+    --output is that run's, as it had to be empty before; with --force it may be an earlier one's."""
+    if options.force or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    there = [options.output / name for name in ("options.json", "journal.zkj")]
+    return (_team or Team()).from_first(lambda: all(path.is_file() and path.stat().st_size > 0 for path in there))
 
 
 @dataclass
@@ -202,7 +212,8 @@ class Team:
     def note(self, error: BaseException) -> None:
         """This rank has failed alone: the first one will say so."""
         if self.size > 1 and not self.first:
-            self.store.set("failed", f"rank {self.rank}: {str(error) or type(error).__name__}")
+            what = str(error) if isinstance(error, FinetuneError) else f"{type(error).__name__}: {error}"
+            self.store.set("failed", f"rank {self.rank}: {what}")
 
     def noted(self) -> str:
         """What a rank has said before it left; "" for nothing."""
@@ -260,9 +271,12 @@ def join(device: str = "auto") -> Team:
     try:
         if not dist.is_initialized():
             on_gpus = device != "cpu" and torch.cuda.is_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-        import datetime
-
+            # torchrun (2.13) has one store for all its restarts, where the ranks of an earlier one would be found.
+            store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))  # type: ignore[attr-defined]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+            backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30), group_desc="zokern finetune")
     except (RuntimeError, ValueError) as error:
         raise FinetuneError(

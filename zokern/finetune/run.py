@@ -239,7 +239,7 @@ class _Run:
         try:
             return self._go(resume, given)
         except RankError as error:
-            raise FinetuneError(self._what_is_there(self.team.noted() or str(error), resume)) from error
+            raise FinetuneError(self._what_is_there(self._why(error), resume)) from error
         except KeyboardInterrupt:
             if noted := self.team.noted():  # the launcher ends all where one has failed
                 raise FinetuneError(self._what_is_there(noted, resume)) from None
@@ -258,6 +258,12 @@ class _Run:
                 raise
             where = f"--output {str(self.output.directory)!r} cannot be written ({why})"
             raise FinetuneError(self._what_is_there(where, resume)) from error
+
+    def _why(self, error: RankError) -> str:
+        """What other ranks have said, in the exchange or before they left without one."""
+        together = None if self.optimizer is None else self.optimizer._ranks
+        told = together is not None and not together.exchange.broken and not together.compared
+        return str(error) if told else self.team.noted() or str(error)
 
     def _what_is_there(self, head: str, resume: bool) -> str:
         """What an error or a signal has left, and the command that goes on."""
