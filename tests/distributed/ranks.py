@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -21,6 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from tests.methods import build
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
@@ -55,13 +58,18 @@ def _rank(
         timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
     try:
-        pipe.send((function(*args), "", ""))
+        _send(pipe, (function(*args), "", ""))
     except BaseException as error:
-        pipe.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        _send(pipe, (None, f"{type(error).__name__}: {error}", traceback.format_exc()))
     finally:
         pipe.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _send(pipe: Connection, found: tuple[Any, str, str]) -> None:
+    """Tensors by value: a pipe's own way shares their memory, which is gone with the process that has it."""
+    pipe.send_bytes(pickle.dumps(found))
 
 
 def outcomes(
@@ -97,7 +105,7 @@ def outcomes(
                     rank = left.pop(pipe)
                     ends[rank] = time.monotonic()
                     try:
-                        found[rank] = pipe.recv()
+                        found[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         found[rank] = (None, "the process ended", "")
             for process in processes:
@@ -117,3 +125,13 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
         if outcome.error:
             pytest.fail(f"rank {rank} of {world}: {outcome.error}\n{outcome.where}")
     return [outcome.value for outcome in found]
+
+
+def alone(cls: Any, *args: Any, **options: Any) -> Any:
+    """An optimizer whose closure gives the same losses on every rank, so that none is exchanged."""
+    return cls(*args, process_group=None, **options)
+
+
+def build_alone(case: Any, params: Any, **options: Any) -> Any:
+    """tests.methods.build, likewise."""
+    return build(case, params, process_group=None, **options)

@@ -219,6 +219,40 @@ def test_others_can_wait_for_what_one_does_alone() -> None:
     assert [outcome.error for outcome in outcomes(2, alone, "rank 0 evaluates and the others wait")] == ["", ""]
 
 
+def waits_in_a_step(first: bool) -> None:
+    model = small()
+    opt = zokern.MeZO(model, 1e-2, parallel="data")
+    for t in range(3):
+        if t == (0 if first else 2) and dist.get_rank() == 1:
+            opt.wait_for_ranks()
+        opt.step(lambda: model(tokens(0)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rank_that_waits_where_the_others_step_is_told(first: bool) -> None:
+    found = outcomes(3, waits_in_a_step, first)
+    where = "comparing weights" if first else "a step"
+    told(found, f"the place is '{where}' on rank 0 and 'opt.wait_for_ranks()' on rank 1", but=-1)
+
+
+def other_batches(what: str) -> tuple[str, list[Tensor]]:
+    model = small()
+    opt = zokern.MeZO(model, 1e-2, parallel="directions", placement="shadow")
+    before, rank = weights(model), dist.get_rank()
+    batches = [tokens(0)] * (2 if what == "count" and rank == 1 else 1)
+    named = {"batch_weights": [1.0 + rank]} if what == "weight" else {}
+    with pytest.raises(zokern.RankError) as error:
+        opt.step(model, batches, **named)
+    assert equal(before, weights(model))
+    return str(error.value), []
+
+
+@pytest.mark.parametrize(("what", "said"), [("count", "they weigh 1 and 2"), ("weight", "they weigh 1 and 2")])
+def test_ranks_that_share_directions_have_the_same_batches(what: str, said: str) -> None:
+    for text, _ in run(2, other_batches, what):
+        assert f"batches are not the same on rank 0 and rank 1, which share out the directions: {said}" in text
+
+
 # ------------------------------------------------------------------------------------------------------ unequal beginnings
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zokern
-from tests.distributed.ranks import run
-from tests.methods import METHODS, Case, build, play, scripted
+from tests.distributed.ranks import alone, build_alone, run
+from tests.methods import METHODS, play, scripted
 from zokern import parts
 from zokern.optim import METHODS as REGISTERED
 
@@ -69,17 +69,12 @@ def full(t: Any) -> Tensor:
     return t.detach().full_tensor() if parts.is_dtensor(t) else t.detach()
 
 
-def alone(case: Case, params: Any, **options: Any) -> Any:
-    """Losses are given to each rank, so that none has to tell them to the others."""
-    return build(case, params, process_group=None, **options)
-
-
 def differing(mesh: DeviceMesh, plan: Callable[..., list[Any]], dtype: torch.dtype, name: str, **options: Any) -> str:
     """Which tensors and states end with other bits than where they are whole; "" for none."""
     case, tensors = METHODS[name], whole(dtype)
     mine = cut(tensors, mesh, plan)
     theirs = [(key, nn.Parameter(t.clone())) for key, t in tensors.items()]
-    opt, other = alone(case, mine, **options), alone(case, theirs, **options)
+    opt, other = build_alone(case, mine, **options), build_alone(case, theirs, **options)
     with warnings.catch_warnings(action="ignore"):
         play(case, opt, range(3))
         play(case, other, range(3))
@@ -156,7 +151,7 @@ def refused() -> list[str]:
     for t in every:
         other = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
         with pytest.raises(ValueError, match="params: odd is a DTensor") as error:
-            zokern.MeZO([("good", other), ("odd", nn.Parameter(t))], lr=1e-3)
+            alone(zokern.MeZO, [("good", other), ("odd", nn.Parameter(t))], lr=1e-3)
         told.append(str(error.value))
     return told
 
@@ -177,13 +172,13 @@ def sizes_of_steps() -> list[Any]:
     mesh = init_device_mesh("cpu", (2,))
     tensors = {"a": torch.cat([torch.full((4, 2), 1e-6), torch.full((4, 2), 10.0)]), "b": torch.ones(1)}
     told: list[Any] = []
-    opt = zokern.MeZO(cut(tensors, mesh, dim0), lr=0.1, eps=0.5)
+    opt = alone(zokern.MeZO, cut(tensors, mesh, dim0), lr=0.1, eps=0.5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         opt.step(scripted([100.0, 0.0]))
     told += [opt.large_steps, [str(one.message) for one in caught], opt._moves.rms, opt.counters["passes"]]
     for eps in (1e8, 1.0):
-        tiny = zokern.MeZO(cut(tensors, mesh, dim0), lr=0.1, eps=eps, placement="inplace")
+        tiny = alone(zokern.MeZO, cut(tensors, mesh, dim0), lr=0.1, eps=eps, placement="inplace")
         try:
             tiny.step(scripted([1.0, 0.9]))
             told.append("")
@@ -208,7 +203,7 @@ def nothing_here() -> tuple[int, dict[str, int], list[int]]:
     mesh = init_device_mesh("cpu", (2,))
     mine = cut({"a": torch.ones(1), "b": torch.ones(1, 3)}, mesh, dim0)
     heard: list[int] = []
-    opt = zokern.MeZO(mine, lr=0.1, update="adam")
+    opt = alone(zokern.MeZO, mine, lr=0.1, update="adam")
     opt.listeners.append(lambda event: heard.append(len(event.passes)))
     opt.step(scripted([1.0, 0.9]))
     opt.step(scripted([1.0, 0.8]))

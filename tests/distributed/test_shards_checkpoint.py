@@ -12,8 +12,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from tests.distributed.ranks import run
-from tests.distributed.test_shards import alone
+from tests.distributed.ranks import build_alone, run
 from tests.distributed.test_shards_fsdp import full, nested, same, seeing, untied
 from tests.methods import METHODS, given, play
 from zokern import parts
@@ -36,7 +35,7 @@ def save(folder: str, way: str) -> list[bool]:
     for name in NAMES:
         model = untied(torch.bfloat16)
         nested(model)
-        opt = alone(METHODS[name], model)
+        opt = build_alone(METHODS[name], model)
         steps(name, opt, model, range(3))
         with warnings.catch_warnings(action="ignore"):
             checkpoint.save(both(model, opt, way), checkpoint_id=Path(folder) / name)
@@ -55,7 +54,7 @@ def go_on(folder: str, way: str) -> list[str]:
             for p in model.parameters():
                 p.zero_()
         nested(model)
-        opt, theirs = alone(METHODS[name], model, seed=99), alone(METHODS[name], other)
+        opt, theirs = build_alone(METHODS[name], model, seed=99), build_alone(METHODS[name], other)
         read = both(model, opt, way)
         with warnings.catch_warnings(action="ignore"):
             checkpoint.load(read, checkpoint_id=Path(folder) / name)
@@ -84,7 +83,7 @@ def whole_states() -> list[bool]:
     case = METHODS["mezo-adam"]
     model, other, third = untied(torch.float32), untied(torch.float32), untied(torch.float32)
     nested(model)
-    opt, theirs, last = alone(case, model), alone(case, other), alone(case, third)
+    opt, theirs, last = build_alone(case, model), build_alone(case, other), build_alone(case, third)
     play(case, theirs, range(2))
     opt.load_state_dict(theirs.state_dict())
     play(case, opt, range(2, 3))
@@ -106,7 +105,7 @@ def wrong_states() -> list[str]:
     case = METHODS["mezo-adam"]
     model = untied(torch.float32)
     nested(model)
-    opt = alone(case, model)
+    opt = build_alone(case, model)
     play(case, opt, range(1))
     state = opt.state_dict()
     local = parts.local(state["state"][0]["v"])

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.distributed.ranks import run
-from tests.distributed.test_shards import alone
+from tests.distributed.ranks import alone, build_alone, run
 from tests.methods import METHODS, Case, given, scripted
 from tests.models import Toy, seeded, small, tokens
 from zokern import parts
@@ -88,7 +87,7 @@ def compared(
     """What differs from a run of the whole model. rel: what its losses may."""
     model, other = make(dtype), make(dtype)
     shard(model)
-    opt, theirs = alone(case, model, **options), alone(case, other, **options)
+    opt, theirs = build_alone(case, model, **options), build_alone(case, other, **options)
     found = []
     for step in range(2):
         seen: list[float] = []
@@ -143,7 +142,7 @@ def parts_of_a_batch() -> list[bool]:
         model, other = untied(torch.float32), untied(torch.float32)
         nested(model)
         opt = zokern.MeZO(model, 1e-3, eps=0.1, placement=placement)
-        theirs = zokern.MeZO(other, 1e-3, eps=0.1, placement=placement, process_group=None)
+        theirs = alone(zokern.MeZO, other, 1e-3, eps=0.1, placement=placement)
         for step in range(2):
             mine = tokens(2 * step + torch.distributed.get_rank())
             loss = opt.step(lambda model=model, mine=mine: model(mine))
@@ -212,7 +211,7 @@ def reacting(placement: str) -> list[str]:
             if shard is not None:
                 shard(model)
             losses: list[float] = []
-            opt = zokern.MeZO(model, 1e-3, eps=0.3, placement=placement, process_group=None)
+            opt = alone(zokern.MeZO, model, 1e-3, eps=0.3, placement=placement)
 
             def closure(batch: Tensor, model: nn.Module = model, losses: list[float] = losses) -> Tensor:
                 losses.append(model(batch).item())
@@ -238,7 +237,7 @@ def exact() -> list[Any]:
         model = untied(torch.bfloat16)
         nested(model)
         before = [parts.local(p).clone() for p in model.parameters()]
-        opt = zokern.MeZO(model, 0.0, eps=0.3, placement=placement, num_samples=2)
+        opt = alone(zokern.MeZO, model, 0.0, eps=0.3, placement=placement, num_samples=2)
         gathered: list[int] = []
         for block in model.layers:
             block.inner.register_forward_hook(lambda *_, m=model, seen=gathered: seen.append(count_gathered(m)))
@@ -272,8 +271,8 @@ def broken() -> list[str]:
         for shard in (nested, kept):
             model, other = untied(torch.float32), untied(torch.float32)
             shard(model)
-            opt = zokern.MeZO(model, 1e-3, eps=0.1, placement=placement)
-            theirs = zokern.MeZO(other, 1e-3, eps=0.1, placement="shadow", process_group=None)
+            opt = alone(zokern.MeZO, model, 1e-3, eps=0.1, placement=placement)
+            theirs = alone(zokern.MeZO, other, 1e-3, eps=0.1, placement="shadow")
             before = [parts.local(p).clone() for p in model.parameters()]
             for at in range(3):
                 handle = model.layers[1].inner.register_forward_hook(_raising(at))
@@ -327,11 +326,11 @@ def not_called() -> list[str]:
     def closure() -> Tensor:
         return model.layers[0](torch.ones(3, 6).bfloat16()).float().square().mean()
 
-    opt = zokern.MeZO(model, 1e-3, placement="stream")
+    opt = alone(zokern.MeZO, model, 1e-3, placement="stream")
     with pytest.raises(RuntimeError) as error:
         opt.step(closure)
     told.append(str(error.value))
-    opt = zokern.MeZO(model, 1e-3)
+    opt = alone(zokern.MeZO, model, 1e-3)
     opt.step(closure)
     told.append(opt.placement)
     return told
@@ -357,7 +356,7 @@ def penalised() -> list[Any]:
             return loss + (penalty if place == "before" else weight.to_local().square().sum())
 
         before = [parts.local(p).clone() for p in model.parameters()]
-        opt = zokern.MeZO(model, 1e-3, eps=0.3, placement="stream")
+        opt = alone(zokern.MeZO, model, 1e-3, eps=0.3, placement="stream")
         with pytest.raises(RuntimeError) as error:
             opt.step(closure)
         told.append(str(error.value))
@@ -379,7 +378,7 @@ def saving_inside() -> list[bool]:
         model = untied(torch.float32)
         shard(model)
         saved: list[Any] = []
-        opt = zokern.MeZO(model, 0.0, eps=0.3, placement="stream")
+        opt = alone(zokern.MeZO, model, 0.0, eps=0.3, placement="stream")
         before = {name: full(p).clone() for name, p in model.named_parameters()}
 
         def closure(model: nn.Module = model, saved: list[Any] = saved) -> Tensor:
@@ -407,17 +406,17 @@ def refusals() -> list[str]:
         {"placement": "stream", "pipelined": True},
     ):
         with pytest.raises(ValueError, match=r"placement|pipelined") as error:
-            zokern.MeZO(model, 1e-3, **options)
+            alone(zokern.MeZO, model, 1e-3, **options)
         told.append(str(error.value))
     with pytest.raises(ValueError, match=r"check: embedding\.weight is a DTensor, cut up over ranks"):
         zokern.check(zokern.MeZO(model, 1e-3), lambda: model(tokens(0)))
     with pytest.raises(ValueError, match=r"give the nn\.Module, or module= with its parameters"):
-        zokern.MeZO(model.parameters(), 1e-3)
-    zokern.MeZO(model.parameters(), 1e-3, module=model)
+        alone(zokern.MeZO, model.parameters(), 1e-3)
+    alone(zokern.MeZO, model.parameters(), 1e-3, module=model)
     with pytest.raises(ValueError, match="use placement='shadow'") as error:
-        zokern.HiZOO(model, 1e-3, placement="stream")
+        alone(zokern.HiZOO, model, 1e-3, placement="stream")
     told.append(str(error.value))
-    opt = zokern.MeZO(model, 1e-3, placement="shadow")
+    opt = alone(zokern.MeZO, model, 1e-3, placement="shadow")
     with pytest.raises(RuntimeError, match="inside the closure") as caught:
         opt.step(lambda: len(model.state_dict()))
     told.append(str(caught.value))
@@ -437,7 +436,7 @@ def test_what_cannot_be_is_refused() -> None:
 def sharded_later() -> list[Any]:
     found: list[Any] = []
     model = untied(torch.float32)
-    opt = zokern.MeZO(model, 1e-3, process_group=None)
+    opt = alone(zokern.MeZO, model, 1e-3)
     nested(model)
     with pytest.raises(RuntimeError) as error:
         opt.step(lambda: model(tokens(0)))
@@ -445,7 +444,10 @@ def sharded_later() -> list[Any]:
     # accelerate puts the shards into the groups
     case = METHODS["mezo-adam"]
     model, other = untied(torch.bfloat16), untied(torch.bfloat16)
-    opt, theirs = alone(case, model, layers=zokern.RandomBlocks(1)), alone(case, other, layers=zokern.RandomBlocks(1))
+    opt, theirs = (
+        build_alone(case, model, layers=zokern.RandomBlocks(1)),
+        build_alone(case, other, layers=zokern.RandomBlocks(1)),
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     nested(model)
     now = dict(model.named_parameters())
@@ -474,9 +476,9 @@ def of_gathered() -> list[bool]:
     nested(model)
     with torch.no_grad():
         model(tokens(0))
-    opt = alone(case, model)
+    opt = build_alone(case, model)
     named = [(name, p) for name, p in other.named_parameters()]
-    theirs = alone(case, [{"params": named}], module=other)
+    theirs = build_alone(case, [{"params": named}], module=other)
     for step in range(2):
         opt.step(seeing(model, step, given(case, step), []))
         theirs.step(seeing(other, step, given(case, step), []))

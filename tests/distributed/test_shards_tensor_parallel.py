@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zokern
-from tests.distributed.ranks import run
-from tests.distributed.test_shards import alone
+from tests.distributed.ranks import build_alone, run
 from tests.distributed.test_shards_fsdp import compared
 from tests.methods import METHODS, given, scripted
 from tests.models import WORDS, seeded, tokens
@@ -183,8 +182,8 @@ def stages(dtype: torch.dtype, placement: str, layers: bool) -> list[bool]:
     other = network(dtype)
     options = {"layers": zokern.RandomBlocks(1)} if layers else {}
     mine = [(name, p) for name, p in whole.named_parameters() if not p.is_meta]
-    opt = alone(case, mine, module=whole, placement=placement, **options)
-    theirs = alone(
+    opt = build_alone(case, mine, module=whole, placement=placement, **options)
+    theirs = build_alone(
         case, other, placement=placement, **{**options, **({"layers": zokern.RandomBlocks(1)} if layers else {})}
     )
     schedule = ScheduleGPipe(PipelineStage(stage, rank, 2, torch.device("cpu")), 2, loss_fn=entropy)

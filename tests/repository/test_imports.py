@@ -22,7 +22,6 @@ FLOORS = (
     ("sweep",),
     ("ops",),
     ("noise", "layers", "scales"),
-    ("distributed",),
     ("placement",),
     ("distributed",),
     ("optim",),

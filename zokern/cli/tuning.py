@@ -10,7 +10,7 @@ import typer
 
 from zokern import cli
 from zokern.failing import end, fail
-from zokern.finetune import adapters, takers
+from zokern.finetune import adapters, ranks, takers
 from zokern.finetune.options import (
     ADAPTER,
     DATA,
@@ -45,6 +45,7 @@ MORE = {  # what a run makes of settings besides
     f"million parameters: {_rates()}. With an adapter and mezo: "
     f"{', '.join(f'{name} {kind.lr:g}' for name, kind in adapters.KINDS.items())}; with others in proportion.",
     "eps": f"With an adapter: {', '.join(f'{name} {kind.eps:g}' for name, kind in adapters.KINDS.items())}.",
+    "parallel": "For several processes: torchrun --nproc-per-node 2 -m zokern finetune ... --parallel data.",
     "seed": "Also of the data order and of a new head; the held-out texts do not depend on it.",
 }
 PANELS = ("", DATA, ADAPTER, METHOD, OF_SOME, SCHEDULE, EVALUATION, OUTPUT, HARDWARE)
@@ -97,6 +98,17 @@ def _describe(field: dataclasses.Field[Any]) -> Described:
 
 
 def _run(context: typer.Context, **values: Any) -> None:
+    if not ranks.launched():
+        _alone(context, **values)
+        return
+    try:
+        ranks.end_together(lambda: _alone(context, **values), values["device"], typer.Exit)
+    except FinetuneError as error:
+        fail(str(error))
+
+
+def _alone(context: typer.Context, **values: Any) -> None:
+    """What this process does of the command."""
     resume, check = values.pop("resume"), values.pop("check")
     given = {name: value for name, value in values.items() if _is_given(context, name)}
     options = Options(**values)
@@ -104,11 +116,15 @@ def _run(context: typer.Context, **values: Any) -> None:
         if check:
             if resume:
                 raise FinetuneError("--check looks at a new run; leave out --resume")
+            if ranks.launched():
+                raise FinetuneError("--check looks at one process; leave out torchrun")
             from zokern.finetune.checked import check as checked
 
             raise typer.Exit(0 if checked(options).ok else 1)
+        if not resume and ranks.restarted(options):
+            resume = True
         if not resume:
-            options.check()
+            ranks.check(options)
         from zokern.finetune.run import run
 
         summary = run(options, resume=resume, given=given)

@@ -29,12 +29,14 @@ _WHAT = {
 
 @dataclasses.dataclass
 class Stored:
-    """The content of options.json. hashes: None in an older file. ends: values of --steps before it grew."""
+    """The content of options.json. hashes: None in an older file. ends: values of --steps before it grew. ranks: processes
+    that began it."""
 
     options: Options
     hashes: dict[str, str] | None
     ends: list[int]
     grown: bool = False
+    ranks: int = 1
 
 
 def hashes(data: Data, task: Task) -> dict[str, str]:
@@ -109,7 +111,7 @@ def load(directory: Path, given: Mapping[str, Any] | None = None) -> Stored:
         options = Options(**values)
         _check_defaults(options)
         options.check_stored()
-        found = Stored(dataclasses.replace(options, output=Path(directory), force=False), *_run(run))
+        found = Stored(dataclasses.replace(options, output=Path(directory), force=False), **_run(run))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise FinetuneError(f"--resume: {path} cannot be read ({why}); give the --output of a run") from error
@@ -123,13 +125,13 @@ def _check_defaults(options: Options) -> None:
             raise ValueError(f"{flag(field.name)} is null")
 
 
-def _run(run: Any) -> tuple[dict[str, str] | None, list[int]]:
+def _run(run: Any) -> dict[str, Any]:
     if run is None:
-        return None, []
-    found, ends = run["hashes"], run.get("ends", [])
-    if not isinstance(found, dict) or not all(isinstance(x, int) for x in ends):
+        return {"hashes": None, "ends": []}
+    found, ends, ranks = run["hashes"], run.get("ends", []), run.get("ranks", 1)
+    if not isinstance(found, dict) or not all(isinstance(x, int) for x in (*ends, ranks)):
         raise ValueError(f"{KEY!r} in it is damaged")
-    return found, ends
+    return {"hashes": found, "ends": ends, "ranks": ranks}
 
 
 def _with(found: Stored, given: Mapping[str, Any]) -> Stored:
@@ -152,7 +154,7 @@ def _with(found: Stored, given: Mapping[str, Any]) -> Stored:
         raise FinetuneError(f"--resume: --steps is {steps}; allowed: at least {options.steps}, which the run there has")
     if steps > options.steps:
         ends = [*found.ends, options.steps]
-        return Stored(dataclasses.replace(options, steps=steps), found.hashes, ends, grown=True)
+        return dataclasses.replace(found, options=dataclasses.replace(options, steps=steps), ends=ends, grown=True)
     return found
 
 
@@ -169,4 +171,5 @@ def _taken(name: str, options: Options) -> Any:
 
 def file(found: Stored) -> dict[str, Any]:
     """The content of options.json."""
-    return {**stored(found.options), KEY: {"hashes": found.hashes, "ends": found.ends}}
+    ranks = {"ranks": found.ranks} if found.ranks > 1 else {}
+    return {**stored(found.options), KEY: {"hashes": found.hashes, "ends": found.ends, **ranks}}

@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zokern.distributed.exchange import RankError
 from zokern.finetune.batches import Batch, Order
 from zokern.finetune.clock import Clock, memory
 from zokern.finetune.display import Display, Status
 from zokern.finetune.options import Options
 from zokern.finetune.output import Output
+from zokern.finetune.ranks import Team
 from zokern.finetune.records import planned, score, scored
 from zokern.finetune.stopping import Stop
 from zokern.finetune.tasks import Task, evaluate
@@ -69,22 +71,31 @@ def train(
     stop: Stop,
     save: Callable[[], None],
     begun: Begun | None = None,
+    team: Team | None = None,
 ) -> Result:
     """Run the steps that are left up to options.steps, or fewer after a signal. The weights are clean on return.
 
-    save: called after the last step, before the last evaluation.
+    save: called after the last step, before the last evaluation. team: the ranks that do them together.
     """
-    return _Training(task, optimizer, options, output, display, stop, begun or Begun()).run(save)
+    return _Training(task, optimizer, options, output, display, stop, begun or Begun(), team or Team()).run(save)
 
 
 class _Training:
     """A run of the loop. step: how many are done; evaluating: seconds of that; before, after: held out."""
 
     def __init__(
-        self, task: Task, optimizer: Any, options: Options, output: Output, display: Display, stop: Stop, begun: Begun
+        self,
+        task: Task,
+        optimizer: Any,
+        options: Options,
+        output: Output,
+        display: Display,
+        stop: Stop,
+        begun: Begun,
+        team: Team,
     ) -> None:
         self.task, self.optimizer, self.options, self.output, self.display = task, optimizer, options, output, display
-        self.stop, done = stop, begun.done
+        self.stop, self.team, done = stop, team, begun.done
         self.schedule = factor(options.lr_schedule, options.warmup_steps, options.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         self.scheduler.last_epoch, self.scheduler._step_count = done, done + 1
@@ -118,8 +129,12 @@ class _Training:
             try:
                 while self.step < self.options.steps:
                     self._step()
-            except KeyboardInterrupt:
-                self._stopped_in_training()
+            except (KeyboardInterrupt, RankError) as error:
+                self._stopped_in_training(error)
+            except Exception:
+                if self.team.size > 1 and self.optimizer._ranks is not None and not self.optimizer._ranks.compared:
+                    self.team.every(None)  # the others have been told of it, and ask whether it was a signal
+                raise
             finally:
                 if self.options.journal:
                     self.optimizer.listeners.remove(self._told)
@@ -138,7 +153,14 @@ class _Training:
         accuracy, loss = zip(self.before, self.after, strict=True)
         return Result(self.step, self.interrupted, accuracy, loss, seconds, self.since)
 
-    def _stopped_in_training(self) -> None:
+    def _stopped_in_training(self, error: BaseException) -> None:
+        """All ranks leave a step together, also where the signal came to one of them."""
+        if self.team.size > 1:
+            if self.optimizer._ranks is None or self.optimizer._ranks.exchange.broken:
+                raise error
+            self.stop.asked = next((one for one in self.team.every(self.stop.asked) if one is not None), None)
+            if self.stop.asked is None:
+                raise error
         self.interrupted = True
         if self.step == 0:
             raise KeyboardInterrupt
@@ -167,9 +189,10 @@ class _Training:
     def _step(self) -> None:
         options = self.options
         draws = [self.order.draw(options.batch_size) for _ in range(options.accumulate)]
+        draws, weights = self.team.share(draws, options)
         micro = list(self.task.batches("train", draws))
         with self.clock.measure("step"):
-            loss = self.optimizer.step(self._closure, micro)
+            loss = self.optimizer.step(self._closure, self._unless_stopped(micro), batch_weights=weights)
         if self.failed is not None:
             raise self.failed
         if not options.journal:
@@ -177,7 +200,14 @@ class _Training:
         if options.eval_every and self.step % options.eval_every == 0 and self.step < options.steps:
             self.after = self._assess()
         self.scheduler.step()
-        self.stop.raise_if_asked()
+        if self.team.size == 1:
+            self.stop.raise_if_asked()
+
+    def _unless_stopped(self, micro: list[Batch]) -> Iterator[Batch]:
+        """Inside a step, where the other ranks hear of it."""
+        if self.team.size > 1:
+            self.stop.raise_if_asked()
+        yield from micro
 
     def _told(self, event: StepEvent) -> None:
         """A step's line is written before the journal has the step: a run that goes on never misses one.
@@ -209,7 +239,9 @@ class _Training:
         start = time.perf_counter()
         try:
             with self.optimizer.folded():
-                accuracy, loss = evaluate(self.task, "eval", self.options.eval_batch_size, self._check)
+                accuracy, loss = self.team.from_first(
+                    lambda: evaluate(self.task, "eval", self.options.eval_batch_size, self._check)
+                )
         finally:
             self.evaluating += time.perf_counter() - start
         self.status.accuracy = accuracy
@@ -223,8 +255,14 @@ class _Training:
             "lr": float(group["lr"]),
             "eps": float(group["eps"]),
             "seconds": round(time.perf_counter() - self.begun - self.evaluating, 4),
-            "forwards": self.optimizer.counters["forwards"],
+            "forwards": self._forwards(),
         }
+
+    def _forwards(self) -> int:
+        """Of this process; where ranks share out the directions, of all of them."""
+        if self.team.size > 1 and self.options.parallel == "directions":
+            return int(self.step * self.optimizer.forwards() * self.options.accumulate)
+        return int(self.optimizer.counters["forwards"])
 
     def _report(self) -> None:
         losses, status = torch.stack(self.recent).float(), self.status

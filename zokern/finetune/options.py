@@ -280,7 +280,12 @@ class Options:
         panel=METHOD,
     )
     steps: int = option(default=500, kind=Integer(1), help="Optimizer steps.")
-    batch_size: int = option(default=16, kind=Integer(1), help="Texts a forward.")
+    batch_size: int = option(
+        default=16,
+        kind=Integer(1),
+        help="Texts a forward. With --parallel data, those of all ranks together: W ranks do what one process does with "
+        "--accumulate W and a W-th of the texts.",
+    )
     accumulate: int = option(
         default=1,
         kind=Integer(1),

@@ -38,6 +38,7 @@ class Output:
     def __init__(self, directory: Path, say: Say) -> None:
         self.directory, self._say = directory, say
         self.records: list[Record] = []
+        self.start = "zokern"  # the command, as it is started
         self.saved = self.incomplete = self.journaled = False
         self._home = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         self.lost: list[str] = []
@@ -120,7 +121,7 @@ class Output:
     @property
     def again(self) -> str:
         """The command that goes on."""
-        return f"zokern finetune --resume --output {shlex.quote(str(self.directory))}"
+        return f"{self.start} finetune --resume --output {shlex.quote(str(self.directory))}"
 
     # -------------------------------------------------------------------------------------------------------------- writing
 

@@ -14,6 +14,7 @@ from zokern.finetune import former, identity, records
 from zokern.finetune.loop import Begun, factor
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output
+from zokern.finetune.ranks import Team
 from zokern.finetune.tasks import Task, evaluate
 from zokern.journal import tools
 from zokern.optim import ZerothOrderOptimizer
@@ -40,13 +41,12 @@ def go_on(
     output: Output,
     stack: contextlib.ExitStack,
     say: Callable[[str, str], None],
+    team: Team,
 ) -> Begun:
-    """Takes up the run whose journal is in `output`, and writes on; `stack` ends that."""
+    """Takes up the run whose journal is in `output`, and writes on; `stack` ends that. On every rank: the first one has the
+    files."""
     options = found.options
-    output.look_back()
-    before = None
-    if not any(record["kind"] == "eval" and record["step"] == 0 for record in output.records):
-        before = _evaluated(task, optimizer, options)  # while the weights are those of the start
+    before = team.from_first(lambda: _before(task, optimizer, options, output))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         done = stack.enter_context(journal.resume(optimizer, output.journal))
@@ -57,13 +57,35 @@ def go_on(
         raise FinetuneError(
             f"--resume: --steps is {options.steps} in options.json, and {done} are done; put at least that there"
         )
+    begun, forwards, output.records = team.from_first(lambda: _look_back(optimizer, found, output, before, done, say))
+    optimizer.set_counters({**optimizer.counters, "forwards": forwards})
+    return begun
+
+
+def _before(task: Task, optimizer: ZerothOrderOptimizer, options: Options, output: Output) -> records.Record | None:
+    """The evaluation before the first step, where it is lost, while the weights are those of the start."""
+    output.look_back()
+    if any(record["kind"] == "eval" and record["step"] == 0 for record in output.records):
+        return None
+    return _evaluated(task, optimizer, options)
+
+
+def _look_back(
+    optimizer: ZerothOrderOptimizer,
+    found: identity.Stored,
+    output: Output,
+    before: records.Record | None,
+    done: int,
+    say: Callable[[str, str], None],
+) -> tuple[Begun, int, list[records.Record]]:
+    """Where the run is, how many forwards it has had, and its lines, which are written again."""
+    options = found.options
     kept = records.kept(output.records, options, done, found.ends)
     if before is not None:
         kept.insert(0, before)
     each = optimizer.forwards() * options.accumulate
     last = max(kept, key=lambda record: record["step"])
     forwards = last["forwards"] + (done - last["step"]) * each
-    optimizer.set_counters({**optimizer.counters, "forwards": forwards})
     passed = tools.summary(output.journal)
     losses = dict(zip(passed["steps"], passed["loss"], strict=True))
     lost = kept
@@ -81,7 +103,7 @@ def go_on(
             f"--steps grows from {old} to {options.steps}: from here on the {options.lr_schedule} schedule is that of "
             f"{options.steps} steps, and lr goes from {was:g} to {now:g}; the steps done keep theirs",
         )
-    return Begun(done, [losses[step] for step in range(since, done) if step in losses])
+    return Begun(done, [losses[step] for step in range(since, done) if step in losses]), forwards, output.records
 
 
 def _lost(before: list[records.Record], after: list[records.Record], options: Options, done: int) -> Iterator[str]:

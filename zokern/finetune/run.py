@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from zokern import journal
+from zokern.distributed.exchange import RankError
 from zokern.finetune import (
     adapted,
     adapter_about,
@@ -33,6 +34,7 @@ from zokern.finetune import (
     plots,
     preset,
     prompted,
+    ranks,
     resuming,
     surroundings,
     virtual,
@@ -41,9 +43,11 @@ from zokern.finetune import data as texts
 from zokern.finetune.checkpoints import longest
 from zokern.finetune.clock import peak_memory
 from zokern.finetune.display import Display, Shown, clock, percent
+from zokern.finetune.elsewhere import Elsewhere
 from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output, claim
+from zokern.finetune.ranks import Team
 from zokern.finetune.similar import Similarity
 from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Task, choose_packing, cut_notes
@@ -75,6 +79,7 @@ class Summary:
     adapter: bool = False  # what was trained, and saved alone
     metric: str = "accuracy"  # what result.accuracy is
     packed: bool = False  # whether the texts of a batch were
+    ranks: int = 1  # processes that trained together
 
     @property
     def code(self) -> int:
@@ -103,21 +108,39 @@ def run(
 
     resume: the run in options.output, which broke off, goes on with the same bits, and with its own options. given: those
     that the user has set besides; they have to be the same, but that steps may be more.
+
+    Of several ranks each one calls it. The first one prints and writes; all return.
     """
-    console = console or Console(file=cast(IO[str], Shown(sys.stdout)))
     if not resume:
-        options.check()
-    with surroundings.kept(), Stop().installed() as stop:
+        ranks.check(options)
+    with surroundings.kept(), Stop().installed() as stop, ranks.joined(options.device) as team:
+        console = console or Console(file=cast(IO[str], Shown(sys.stdout)), quiet=not team.first)
         models.import_transformers()
         plots.require()
-        if resume and not options.output.is_dir():
-            raise FinetuneError(
-                f"--resume: {options.output / 'options.json'} cannot be read (there is no such directory); give the "
-                "--output of a run"
-            )
-        say = functools.partial(display.say, console)
-        with claim(options.output, force=options.force, resume=resume, say=say) as output:
-            return _Run(options, console, output, stop).guarded(resume, given)
+        if not resume:
+            team.check(options)
+        return _in_output(options, console, stop, team, resume, given)
+
+
+def _in_output(
+    options: Options, console: Console, stop: Stop, team: Team, resume: bool, given: Mapping[str, Any] | None
+) -> Summary:
+    with contextlib.ExitStack() as stack:
+        places: list[Output] = []
+
+        def begin() -> None:
+            if resume and not options.output.is_dir():
+                raise FinetuneError(
+                    f"--resume: {options.output / 'options.json'} cannot be read (there is no such directory); give the "
+                    "--output of a run"
+                )
+            say = functools.partial(display.say, console)
+            places.append(stack.enter_context(claim(options.output, force=options.force, resume=resume, say=say)))
+
+        team.from_first(begin)  # on the first rank alone
+        output = places[0] if team.first else Elsewhere(options.output)
+        output.start = team.start
+        return _Run(options, console, output, stop, team).guarded(resume, given)
 
 
 class Loaded(NamedTuple):
@@ -130,13 +153,17 @@ class Loaded(NamedTuple):
     about: dict[str, Any]
 
 
-def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
-    """Model, data and optimizer of a run. Nothing is written. say: prints a line under a name: what was chosen."""
+def load(options: Options, say: Callable[[str, str], None], team: Team | None = None) -> Loaded:
+    """Model, data and optimizer of a run. Nothing is written. say: prints a line under a name: what was chosen. team: the
+    ranks, of which each has its own device."""
+    team = team or Team()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     begun = time.perf_counter()
     options = preset.applied(options)
-    device = models.choose_device(options.device)
+    device = models.choose_device(team.local(options.device))
+    if team.size > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
     config = models.load_config(options.model)
     dtype = models.choose_dtype(options.dtype, config, device)
     objective, reason = options.objective, "as asked for"
@@ -179,6 +206,8 @@ def load(options: Options, say: Callable[[str, str], None]) -> Loaded:
     aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
     say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer, adapted.kind_of(task.model)))
+    if team.size > 1:
+        say("ranks", team.described(options))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
     return Loaded(task, tokenizer, optimizer, data, about)
 
@@ -201,15 +230,19 @@ def _tuned(task: Task) -> int:
 class _Run:
     """One run in its output directory."""
 
-    def __init__(self, options: Options, console: Console, output: Output, stop: Stop) -> None:
-        self.options, self.console, self.output, self.stop = options, console, output, stop
+    def __init__(self, options: Options, console: Console, output: Output, stop: Stop, team: Team) -> None:
+        self.options, self.console, self.output, self.stop, self.team = options, console, output, stop, team
         self.optimizer: ZerothOrderOptimizer | None = None
 
     def guarded(self, resume: bool, given: Mapping[str, Any] | None) -> Summary:
         """The run; what goes wrong is told with what there is."""
         try:
             return self._go(resume, given)
+        except RankError as error:
+            raise FinetuneError(self._what_is_there(self._why(error), resume)) from error
         except KeyboardInterrupt:
+            if noted := self.team.noted():  # the launcher ends all where one has failed
+                raise FinetuneError(self._what_is_there(noted, resume)) from None
             raise Stopped(self._what_is_there("stopped", resume), self.stop.code) from None
         except journal.JournalError as error:
             if self.output.journaled:
@@ -225,6 +258,12 @@ class _Run:
                 raise
             where = f"--output {str(self.output.directory)!r} cannot be written ({why})"
             raise FinetuneError(self._what_is_there(where, resume)) from error
+
+    def _why(self, error: RankError) -> str:
+        """What other ranks have said, in the exchange or before they left without one."""
+        together = None if self.optimizer is None else self.optimizer._ranks
+        told = together is not None and not together.exchange.broken and not together.compared
+        return str(error) if told else self.team.noted() or str(error)
 
     def _what_is_there(self, head: str, resume: bool) -> str:
         """What an error or a signal has left, and the command that goes on."""
@@ -243,16 +282,19 @@ class _Run:
         line(self.console, name, value)
 
     def _go(self, resume: bool, given: Mapping[str, Any] | None) -> Summary:
-        say, output = self._say, self.output
-        found = identity.Stored(self.options, None, [])
+        say, output, team = self._say, self.output, self.team
+        found = identity.Stored(self.options, None, [], ranks=team.size)
         if resume:
-            found = identity.load(output.directory, given)
+            found = self._found(given)
         options = self.options = found.options
-        if resume:
-            resuming.check(output, options)
-        loaded = load(options, say)
+        loaded = load(options, say, team)
         task, tokenizer, data, optimizer = loaded.task, loaded.tokenizer, loaded.data, loaded.optimizer
         now = identity.hashes(data, task)
+        if any(one != now for one in team.every(now)):
+            raise FinetuneError(
+                f"the ranks have other texts or tokens, or in another order (--data {options.data!r}); give all of them "
+                "the same files"
+            )
         if resume and found.hashes is not None:
             identity.compare(found.hashes, now, preset.applied(options))
         self.optimizer = optimizer
@@ -264,7 +306,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             start = None
             if resume:
-                start = resuming.go_on(task, optimizer, found, output, stack, say)
+                start = resuming.go_on(task, optimizer, found, output, stack, say, team)
             else:
                 output.begin(identity.file(found))
                 if options.journal:
@@ -277,13 +319,13 @@ class _Run:
                 output.mend()
                 output.save_model(task.model, tokenizer)
 
-            result = train(task, optimizer, options, output, shown, self.stop, save, start)
+            result = train(task, optimizer, options, output, shown, self.stop, save, start, team)
         output.mend()
         about, device = loaded.about, task.device
         summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
                           self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
-                          task.packer is not None)  # fmt: skip
+                          task.packer is not None, team.size)  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -297,6 +339,24 @@ class _Run:
         if self.stop.asked is not None and not result.interrupted:
             say("", f"{self.stop.name} came when the steps were done; the result is complete")
         return summary
+
+    def _found(self, given: Mapping[str, Any] | None) -> identity.Stored:
+        """The run that is to go on, as the first rank's directory has it."""
+
+        def read() -> identity.Stored:
+            found = identity.load(self.output.directory, given)
+            resuming.check(self.output, found.options)
+            return found
+
+        found = self.team.from_first(read)
+        self.team.check(found.options, resume=True)
+        if found.ranks != self.team.size:
+            self._say(
+                "",
+                f"the run began with {found.ranks} processes and goes on with {self.team.size}: from here on losses may be "
+                "rounded otherwise than there",
+            )
+        return found
 
 
 def _steps_in(path: Path) -> int:
@@ -367,6 +427,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
         "data": data.record(),
         "versions": versions((*_PACKAGES, "peft") if summary.adapter else _PACKAGES),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
+                    "ranks": summary.ranks,
                     "gpu": torch.cuda.get_device_name(summary.device) if summary.device.startswith("cuda") else None},
         "summary": {
             "steps": result.steps,
@@ -405,6 +466,8 @@ def _print(summary: Summary, say: Any) -> None:
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
     since = f"; since step {result.since}" if result.since else ""
+    if summary.ranks > 1:
+        say("ranks", f"{summary.ranks} processes trained together; times and memory are those of the first")
     say("time", f"{took}{since}: forwards {shares['forwards']}, passes over the weights {shares['passes']}")
     say("", f"evaluations {seconds['evaluations']:.1f} s more")
     say("memory", f"{summary.memory / 2**20:,.0f} MiB {kind} at the peak")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
-from zokern.journal import ranks
-from zokern.journal.files import cut, locked
+from zokern.journal.files import cut
 from zokern.journal.fit import check, is_base
 from zokern.journal.format import BROKEN_OFF, SYNC_SECONDS, JournalError
+from zokern.journal.ranks import agreed, at_hand
 from zokern.journal.reader import Mark, Reader
 from zokern.journal.record import Recorder
-from zokern.journal.run import OF_A_RUN, recording, refuse_another_run
+from zokern.journal.run import OF_A_RUN, recording, refuse_another_run, refuse_second
 from zokern.optim import frameworks
 from zokern.optim.base import ZerothOrderOptimizer
 
@@ -36,28 +36,31 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
         ValueError: for weights that are not those of a state_dict that was loaded, whose updates wait.
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
-    if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
-        raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
-    weights = list(optimizer.weights().values())
-    with ranks.own(path, weights, reads=True) as path, ranks.together(locked(path), weights) as file:
-        reader, steps = Reader(path), optimizer.counters["steps"]
-        first = reader.done
-        refuse_another_run(reader, optimizer, OF_A_RUN)
-        arrived = optimizer.arrived()
-        if steps < first:
-            raise JournalError(
-                f"{path}: it begins at step {first}, and the optimizer is at step {steps}; give its run's"
-            )
-        mark = _mark_of(check(path, optimizer.weights(), steps), optimizer, steps, folded=arrived is not None)
-        end, crc, waiting = _go_to(reader, steps, mark)
-        if arrived is None:
-            _refuse_other_waiting(optimizer, path, waiting)
-        layout, frames = reader.layout, list(reader.frames)
-        cut(path, file, end, warn=False)
-        recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
-        recorder.know(reader.signatures, frames)
+    with contextlib.ExitStack() as held:
+        with at_hand(optimizer, path, "journal.append", held) as (here, file):
+            with agreed(optimizer, "journal.append", path) as same:
+                refuse_second(optimizer, path)
+                reader, steps = Reader(here), optimizer.counters["steps"]
+                first = reader.done
+                refuse_another_run(reader, optimizer, OF_A_RUN)
+                arrived = optimizer.arrived()
+                if steps < first:
+                    raise JournalError(
+                        f"{here}: it begins at step {first}, and the optimizer is at step {steps}; give its run's"
+                    )
+                mark = _mark_of(check(here, optimizer.weights(), steps), optimizer, steps, folded=arrived is not None)
+                end, crc, waiting = _go_to(reader, steps, mark)
+                if arrived is None:
+                    _refuse_other_waiting(optimizer, here, waiting)
+                same["the number of steps done"] = steps
+            layout, frames, recorder = reader.layout, list(reader.frames), None
+            with agreed(optimizer, "journal.append", path):
+                if file is not None:
+                    cut(path, file, end, warn=False)
+                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
+                    recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
-            if arrived is not None and not (mark is not None and mark.folded):
+            if recorder is not None and arrived is not None and not (mark is not None and mark.folded):
                 recorder.folded(arrived)
             yield
 

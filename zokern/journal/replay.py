@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zokern._checks import ZokernWarning
 from zokern.hashing import hash_of
-from zokern.journal import ranks
+from zokern.journal import sharded
 from zokern.journal.fit import check, check_marks, is_base
 from zokern.journal.format import BROKEN_OFF, JournalError
 from zokern.journal.player import Player, fresh_states
@@ -74,7 +74,7 @@ def replay(
             verified, or is not what training had. Weights are changed in the last case only.
     """
     params = named(model)
-    with ranks.own(Path(path), params.values(), reads=True) as path:
+    with sharded.at_hand(Path(path), params.values()) as path:
         return _replay(path, params, until, verify, fold, backend, progress)
 
 

@@ -16,12 +16,12 @@ from zokern._version import __version__
 from zokern.contract.streams import rank_of
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
-from zokern.journal import ranks
 from zokern.journal.beside import begun
-from zokern.journal.files import cut, locked
+from zokern.journal.files import cut
 from zokern.journal.fit import check, check_marks, is_base
 from zokern.journal.format import BROKEN_OFF, FOLDS, LOW_RANK, MARK, SKIPPED, SYNC_SECONDS, JournalError
 from zokern.journal.player import Player, memory_of
+from zokern.journal.ranks import Elsewhere, agreed, at_hand, hashed_together, is_first, left
 from zokern.journal.reader import Reader
 from zokern.journal.record import Recorder
 from zokern.optim import frameworks, state
@@ -73,24 +73,27 @@ def write(
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
-    if any(isinstance(listener, Recorder) for listener in optimizer.listeners):
-        raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
-    _refuse_waiting(optimizer, path)
-    if not state.untouched(optimizer.state, optimizer.state_spec):
-        raise JournalError(
-            f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; start the "
-            "journal before the first step, or take the run up from its own journal with resume"
-        )
-    weights = list(optimizer.weights().values())
-    with ranks.own(path, weights) as path, ranks.together(begun(path, force), weights) as (file, arrive):
-        header = {**run_of(optimizer), "base": hash_of(optimizer.weights().items()), "about": about or {}}
-        writer = journal.start(file, header, sync=sync)
-        recorder = Recorder(writer, optimizer.seed, optimizer.layout())
-        writer.append_json(journal.LAYOUT, recorder.layout)
-        recorder.arrive = arrive
+    with contextlib.ExitStack() as stack:
+        with agreed(optimizer, "journal.write", path) as same:
+            refuse_second(optimizer, path)
+            _refuse_waiting(optimizer, path)
+            if not state.untouched(optimizer.state, optimizer.state_spec):
+                raise JournalError(
+                    f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; "
+                    "start the journal before the first step, or take the run up from its own journal with resume"
+                )
+            same.update(run_of(optimizer), base=hash_of(optimizer.weights().items()))
+            header = {**same, "about": about or {}}
+        recorder = None
+        with agreed(optimizer, "journal.write", path):
+            if is_first(optimizer):
+                file, arrive = stack.enter_context(begun(path, force))
+                recorder = Recorder(journal.start(file, header, sync=sync), optimizer.seed, optimizer.layout())
+                recorder.writer.append_json(journal.LAYOUT, recorder.layout)
+                recorder.arrive = arrive
         with recording(optimizer, recorder, path):
             yield
-        if recorder.arrive is not None:  # a run of no steps
+        if recorder is not None and recorder.arrive is not None:  # a run of no steps
             recorder.arrive()
 
 
@@ -104,42 +107,75 @@ def _refuse_waiting(optimizer: ZerothOrderOptimizer, path: Path) -> None:
         )
 
 
+def refuse_second(optimizer: ZerothOrderOptimizer, path: Path) -> None:
+    """
+    Raises:
+        JournalError: where this optimizer is writing a journal.
+    """
+    if any(isinstance(listener, Recorder | Elsewhere) for listener in optimizer.listeners):
+        raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
+
+
 @contextlib.contextmanager
-def recording(optimizer: ZerothOrderOptimizer, recorder: Recorder, path: Path) -> Iterator[None]:
-    optimizer.listeners.append(recorder)
+def recording(optimizer: ZerothOrderOptimizer, recorder: Recorder | None, path: Path) -> Iterator[None]:
+    """recorder: None on all ranks but the first."""
+    listener = Elsewhere() if recorder is None else recorder
+    optimizer.listeners.append(listener)
     try:
         yield
-    finally:
-        optimizer.listeners.remove(recorder)
-        if recorder.broken is None:
-            _mark(optimizer, recorder)
-        if os.fstat(recorder.writer.file.fileno()).st_nlink == 0:
-            what = f"{path} was removed while it was written: there is no journal of this run"
-            warnings.warn(what, ZokernWarning, stacklevel=5)
+    except BaseException as error:
+        optimizer.listeners.remove(listener)
+        try:
+            if recorder is not None and recorder.broken is not None:
+                left(optimizer, error)
+            elif not hashed_together(optimizer):  # the other ranks may be elsewhere
+                _end(optimizer, recorder, path)
+        finally:
+            _warn_of_removal(recorder, path)
+        raise
+    optimizer.listeners.remove(listener)
+    with agreed(optimizer, "the end of the journal", path):
+        _end(optimizer, recorder, path)
+        _warn_of_removal(recorder, path)
+
+
+def _end(optimizer: ZerothOrderOptimizer, recorder: Recorder | None, path: Path) -> None:
+    if recorder is None or recorder.broken is None:
+        _mark(optimizer, recorder)
+
+
+def _warn_of_removal(recorder: Recorder | None, path: Path) -> None:
+    if recorder is not None and os.fstat(recorder.writer.file.fileno()).st_nlink == 0:
+        what = f"{path} was removed while it was written: there is no journal of this run"
+        warnings.warn(what, ZokernWarning, stacklevel=6)
 
 
 def mark(optimizer: ZerothOrderOptimizer) -> None:
     """Writes a hash of the weights as they are to the journal that the optimizer is writing: a replay `until` this step is
-    verified then, and a run can be taken up from a checkpoint of this step with `append`. Reads all weights.
+    verified then, and a run can be taken up from a checkpoint of this step with `append`. Reads all weights. Of several
+    ranks the first one writes, and all have to call it where each has a part of the weights.
 
     Raises:
         JournalError: if no journal is being written, or the last step's record could not be.
     """
     optimizer = frameworks.bare(optimizer)
-    recorder = next((one for one in optimizer.listeners if isinstance(one, Recorder)), None)
-    if recorder is None:
+    found = next((one for one in optimizer.listeners if isinstance(one, Recorder | Elsewhere)), None)
+    if found is None:
         raise JournalError("mark: this optimizer is writing no journal; begin one with zokern.journal.write")
-    recorder.before_step()
-    _mark(optimizer, recorder)
+    found.before_step()
+    _mark(optimizer, found if isinstance(found, Recorder) else None)
 
 
-def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder) -> None:
-    """What a replay has to end with."""
+def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder | None) -> None:
+    """What a replay has to end with. recorder: None on a rank that does not write."""
+    if recorder is None and not hashed_together(optimizer):
+        return
     mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
     if optimizer.pending:  # what module.state_dict() has
         mark["folded"] = hash_of(optimizer.weights_folded())
-    recorder.writer.append_json(MARK, mark)
-    recorder.writer.sync()
+    if recorder is not None:
+        recorder.writer.append_json(MARK, mark)
+        recorder.writer.sync()
 
 
 @contextlib.contextmanager
@@ -157,14 +193,21 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
             anything is changed; if the weights on the way are not those that training had, after they were changed.
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
-    _refuse_waiting(optimizer, path)
-    weights = list(optimizer.weights().values())
-    with ranks.own(path, weights, reads=True) as path, ranks.together(locked(path), weights) as file:
-        reader, params = _fitting(optimizer, path), optimizer.weights()
-        end, crc, layout, frames = _play(optimizer, reader, params)
-        cut(path, file, end, warn=reader.torn)
-        recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
-        recorder.know(reader.signatures, frames)
+    with contextlib.ExitStack() as held:
+        with at_hand(optimizer, path, "journal.resume", held) as (here, file):
+            with agreed(optimizer, "journal.resume", path) as same:
+                refuse_second(optimizer, path)
+                _refuse_waiting(optimizer, path)
+                reader, params = _fitting(optimizer, here), optimizer.weights()
+                same.update(run_of(optimizer))
+            with agreed(optimizer, "journal.resume", path):
+                end, crc, layout, frames = _play(optimizer, reader, params)
+            recorder = None
+            with agreed(optimizer, "journal.resume", path):
+                if file is not None:
+                    cut(path, file, end, warn=reader.torn)
+                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
+                    recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
             yield optimizer.counters["steps"]
 

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from zokern.distributed.exchange import RankError
 from zokern.distributed.places import Places
-from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, Agreement, fingerprint, rates
+from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, WAITS, Agreement, fingerprint, rates
 from zokern.optim.losses import Losses
 from zokern.passes.update import CPU, Terms, sent
 from zokern.placement.inplace import InPlace
 
+FOREVER = 1e7  # seconds
 Evaluate = Callable[[list[Terms]], list[Tensor]]
 
 
@@ -40,10 +41,9 @@ class Ranks(Agreement):
     @contextmanager
     def step(self, owner: Any) -> Iterator[None]:
         """Around a step. Whatever this rank raises before its last exchange, the others are told."""
-        self.where, self.round, self.since = owner._passes.counters.steps, 0, time.monotonic()
-        self.pending, self.comparing, self.timeout = True, not self.compared, owner.exchange_timeout
+        self.at(owner)
+        self.pending = True
         try:
-            self.most = -(-max(owner.forwards(), 1) // self.places.shares)
             self.look()
             if self.comparing or (owner.compare_every and self.steps >= owner.compare_every):
                 self.compare(owner)
@@ -57,9 +57,22 @@ class Ranks(Agreement):
                 self.tell(error)
             raise
 
-    def wait(self) -> None:
-        """Until all ranks have come here, however long that takes."""
-        self.exchange.gather(torch.zeros(1, dtype=torch.float64, device=CPU), 1e7, "wait_for_ranks()")
+    def wait(self, owner: Any) -> None:
+        """Until all ranks have come here, however long that takes.
+
+        Raises:
+            RankError: where one is elsewhere.
+        """
+        self.at(owner)
+        own = torch.from_numpy(self.header(WAITS, 0))
+        every = self.exchange.gather(own, FOREVER, "opt.wait_for_ranks()")
+        self.check(every.view(torch.int64)[:, :3].tolist(), {"the place": "opt.wait_for_ranks()"})
+
+    def at(self, owner: Any) -> None:
+        """Where this rank is, for what it tells the others next."""
+        self.where, self.round, self.since = owner._passes.counters.steps, 0, time.monotonic()
+        self.comparing, self.timeout = not self.compared, owner.exchange_timeout
+        self.most = -(-max(owner.forwards(), 1) // self.places.shares)
 
     # ---------------------------------------------------------------------------------------------------------- probes
 
@@ -76,7 +89,7 @@ class Ranks(Agreement):
                 f"{type(owner).__name__}.rounds() gives {len(probes)} probes, and its forwards() says {owner.forwards()} "
                 "for a whole step; make them agree"
             )
-        losses.partial = self.stages or self.places.sharded
+        losses.partial = self.stages or not self.places.counts[self.places.me]
         found = self._own(owner, losses, evaluate, probes, own)
         if found:
             self.device = found[0].device
@@ -87,7 +100,7 @@ class Ranks(Agreement):
             vectors = bool(found) and found[0].dim() > 0
             if not self.blind:
                 said = header.tolist()
-                self.check(owner, said, about)
+                self.check(said, about, every[:, HEADER - 1].tolist())
                 vectors = any(one[1] == VECTORS for one in said)
             else:
                 apart = (header[:, ::2] != header[:1, ::2]).any() | (header[:, 1] == RAISED).any()
