@@ -15,7 +15,8 @@ from zokern.journal.format import BROKEN_OFF, SYNC_SECONDS, JournalError
 from zokern.journal.ranks import agreed, at_hand
 from zokern.journal.reader import Mark, Reader
 from zokern.journal.record import Recorder
-from zokern.journal.run import OF_A_RUN, recording, refuse_another_run, refuse_second
+from zokern.journal.recording import recording, refuse_second
+from zokern.journal.run import OF_A_RUN, refuse_another_run
 from zokern.optim import frameworks
 from zokern.optim.base import ZerothOrderOptimizer
 
