@@ -65,9 +65,11 @@ def write(
     with weights from which a run without states goes on. `about`: anything that the header should hold besides, as JSON.
     `sync`: seconds between waits for the disk; a machine that dies loses at most the steps of these. A process that dies
     loses none. `force`: an earlier journal at `path` is replaced with the first step; until then the new one is written
-    beside it, and an earlier one stays where the run dies before.
+    beside it, and an earlier one stays where the run dies before. Of several ranks each one calls this and leaves it: the
+    first writes, and `path` is not looked at on the others.
 
     Raises:
+        RankError: where another rank cannot begin, or is elsewhere.
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
@@ -113,7 +115,9 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
     optimizer: as the run's was at its start: same method, options and parameters, and the weights that it started from.
     Yields the number of steps done. What the file has after the last step that was done is cut off, and kept in a file
     beside it: a record that was torn, with a warning, or a step that an exception broke off. lr, eps and weight_decay stay
-    the optimizer's own: set a scheduler to the step. sync: as for write. A file of format 1 is written on as that.
+    the optimizer's own: set a scheduler to the step. sync: as for write. A file of format 1 is written on as that. Of
+    several ranks each one calls this, with the weights that the run started from; the file is the first one's, and the
+    others get its bytes from there.
 
     Raises:
         JournalError: if the journal is damaged, does not fit the optimizer, or another process is writing it, before
