@@ -27,6 +27,8 @@ import benchmarks.lowrank.learning
 import benchmarks.lowrank.populations
 import benchmarks.lowrank.speed
 import benchmarks.machine_code.page
+import benchmarks.ranks.scale
+import benchmarks.ranks.speed
 import benchmarks.replay.run
 import benchmarks.rewards.run
 import benchmarks.rounding.page
@@ -62,6 +64,7 @@ SUBJECTS = (
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
+    benchmarks.ranks.speed, benchmarks.ranks.scale,
     docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}

@@ -30,7 +30,8 @@ class Member(NamedTuple):
 
     offset: global index of its first element, not 0 for a shard. stride: of a shard of a matrix along its last dimension,
     global distance between the starts of neighbouring rows: the size of a row of the whole matrix. 0 for others. shape: of
-    the whole tensor where this is a shard, () where it is whole.
+    the whole tensor where this is a shard, () where it is whole. dtensor: that `param` is this rank's part of, None where
+    there is none.
     """
 
     param: Tensor
@@ -41,6 +42,12 @@ class Member(NamedTuple):
     offset: int = 0
     stride: int = 0
     shape: tuple[int, ...] = ()
+    dtensor: Tensor | None = None
+
+    @property
+    def held(self) -> Tensor:
+        """What a module and a parameter group have of it."""
+        return self.param if self.dtensor is None else self.dtensor
 
 
 @dataclass
@@ -57,11 +64,12 @@ class Counters:
 class Sweep(Sequence[Member]):
     """Members, sorted out once by device, and the operands of each kind of pass over them, made when first needed.
 
-    Nothing about the tensors may change while it is used: their makers make another sweep then.
+    Nothing about the tensors may change while it is used: their makers make another sweep then. absent: tensors that other
+    ranks have all elements of; a pass over none but these is one all the same.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = members
+    def __init__(self, members: Sequence[Member], absent: Sequence[Member] = ()) -> None:
+        self.members, self.absent = members, absent
         by_device: dict[torch.device, list[int]] = {}
         for i, member in enumerate(members):
             by_device.setdefault(member.param.device, []).append(i)
@@ -84,7 +92,8 @@ class Sweep(Sequence[Member]):
     @functools.cached_property
     def layout(self) -> tuple[object, ...]:
         """What copies of the members depend on: which parameters, and what they are like."""
-        return tuple((id(m.param), m.param.shape, m.param.dtype, m.param.device) for m in self.members)
+        every = (*self.members, *self.absent)
+        return tuple((id(m.held), m.param.shape, m.param.dtype, m.param.device) for m in every)
 
     def piece(self, at: Sequence[int]) -> Sweep:
         """The members with these numbers: the same sweep for the same list."""
@@ -327,7 +336,7 @@ class Passes:
 
         counted False: a piece of a sweep that the caller counts.
         """
-        if not sweep.members:
+        if not sweep.members and not sweep.absent:
             self.done += 1
             return
         backend, every = self.backend, sweep.operands(spec.rule.states, out, rank=spec.rank)

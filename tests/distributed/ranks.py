@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from tests.methods import build
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "zokern.journal", "zokern._C"]
@@ -56,13 +58,18 @@ def _rank(
         timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
     try:
-        pipe.send_bytes(pickle.dumps((function(*args), "", "")))  # torch's own way needs this process to stay
+        _send(pipe, (function(*args), "", ""))
     except BaseException as error:
-        pipe.send_bytes(pickle.dumps((None, f"{type(error).__name__}: {error}", traceback.format_exc())))
+        _send(pipe, (None, f"{type(error).__name__}: {error}", traceback.format_exc()))
     finally:
         pipe.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _send(pipe: Connection, found: tuple[Any, str, str]) -> None:
+    """Tensors by value: a pipe's own way shares their memory, which is gone with the process that has it."""
+    pipe.send_bytes(pickle.dumps(found))
 
 
 def outcomes(
@@ -118,3 +125,13 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 6
         if outcome.error:
             pytest.fail(f"rank {rank} of {world}: {outcome.error}\n{outcome.where}")
     return [outcome.value for outcome in found]
+
+
+def alone(cls: Any, *args: Any, **options: Any) -> Any:
+    """An optimizer whose closure gives the same losses on every rank, so that none is exchanged."""
+    return cls(*args, process_group=None, **options)
+
+
+def build_alone(case: Any, params: Any, **options: Any) -> Any:
+    """tests.methods.build, likewise."""
+    return build(case, params, process_group=None, **options)

@@ -311,7 +311,6 @@ def test_what_is_no_optimizer_of_zokern_is_refused():
 @pytest.mark.parametrize(
     ("fact", "value", "message"),
     [
-        ("num_processes", 2, "accelerate: 2 processes would each train"),
         ("mixed_precision", "fp16", "mixed precision 'fp16' has a GradScaler"),
         ("distributed_type", accelerate.DistributedType.DEEPSPEED, "does not train under DeepSpeed"),
     ],

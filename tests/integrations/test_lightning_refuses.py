@@ -109,12 +109,6 @@ def test_a_strategy_that_cuts_up_the_weights_is_refused(kind, message):
         trainer(strategy=kind("cpu")).fit(Tuner(), Loader())
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(lightning.Trainer, "world_size", property(lambda self: 2))
-    with pytest.raises(NotImplementedError, match="Lightning: 2 processes would each train a model of their own"):
-        trainer().fit(Tuner(), Loader())
-
-
 def test_a_compiled_module_is_refused():
     module = torch.compile(Tuner(), backend="eager")
     with pytest.raises(NotImplementedError, match=r"self\.model = torch\.compile\(model\)"):

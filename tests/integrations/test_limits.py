@@ -15,15 +15,15 @@ from zokern.integrations import limits
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"world_size": 3}, "X: 3 processes.*Run one process"),
+        ({"cut": "tensor parallelism"}, "X: zokern does not train under tensor parallelism.*Leave it out"),
         ({"scaler": True}, "mixed precision 'fp16' has a GradScaler.*Take bf16"),
         ({"precision": "16-mixed"}, "'16-mixed' has a GradScaler"),
         ({"precision": "fp8"}, "'fp8' carries scales"),
         ({"precision": "transformer-engine-float16"}, "carries scales"),
-        ({"engine": "FSDP"}, "under FSDP.*Run one process"),
+        ({"engine": "FSDP"}, "under FSDP.*each process that torchrun starts may have the whole"),
         ({"engine": "Megatron-LM"}, "under Megatron-LM"),
         ({"engine": "model_parallel"}, "under a model-parallel strategy"),
-        ({"engine": "XLA", "world_size": 2}, "under XLA"),
+        ({"engine": "XLA"}, "under XLA"),
     ],
 )
 def test_limits(facts, message):
@@ -33,8 +33,16 @@ def test_limits(facts, message):
 
 def test_what_is_within_the_limits():
     limits.refuse("X")
-    limits.refuse("X", world_size=1, precision="bf16", engine="NO")
+    limits.refuse("X", precision="bf16", engine="NO")
     limits.refuse("X", precision="16-true", engine="MULTI_GPU")
+
+
+def test_what_accelerate_cuts_up():
+    class Config:
+        tp_size, cp_size, sp_size, dp_shard_size, dp_replicate_size = 2, 1, None, 4, 8
+
+    assert limits.cut(Config()) == "tensor and sharded data parallelism"
+    assert limits.cut(None) == ""
 
 
 def test_frameworks_are_imported_by_their_own_file_alone():

@@ -104,10 +104,6 @@ def test_what_carries_no_signal_is_refused_by_its_name_in_trl(tmp_path: Path) ->
         Tuner(llama(), arguments(tmp_path), train_dataset=rows())
 
 
-class Ranks(TrainingArguments):
-    world_size = 2
-
-
 class Gpus(TrainingArguments):
     n_gpu = 2
 
@@ -125,7 +121,6 @@ def no_check(self: Any) -> None:
         ({"fsdp": "full_shard"}, NotImplementedError, "ZOTrainer: zokern does not train under FSDP"),
         ({"loss_type": "dft"}, ValueError, "loss_type='dft' weighs tokens by detached"),
         ({"loss_type": ["sigmoid", "dft"]}, ValueError, "loss_type='dft' weighs tokens by detached"),
-        ({"cls": Ranks}, NotImplementedError, "2 processes would each train a model of their own"),
         ({"cls": Gpus}, NotImplementedError, "to 2 GPUs in every forward.*CUDA_VISIBLE_DEVICES=0"),
     ],
 )
@@ -151,13 +146,23 @@ def test_arguments_that_the_trainer_makes_itself(tmp_path: Path, monkeypatch: py
         ZOTrainer(llama(), train_dataset=rows())
 
 
+def test_a_model_that_is_loaded_in_shards() -> None:
+    from zokern.integrations import refused
+
+    model = llama()
+    refused.sharded(model)
+    model.lm_head.weight.__class__ = type("DTensor", (torch.nn.Parameter,), {})
+    with pytest.raises(NotImplementedError, match="does not train under a model that is loaded in shards"):
+        refused.sharded(model)
+
+
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 def test_what_the_environment_has_chosen(engine: str) -> None:
     from types import SimpleNamespace
 
     from zokern.integrations import refused
 
-    made = SimpleNamespace(distributed_type=engine, num_processes=1, mixed_precision="no", scaler=None)
+    made = SimpleNamespace(distributed_type=engine, mixed_precision="no", scaler=None)
     with pytest.raises(NotImplementedError, match="does not train under"):
         refused.accelerator(made)
     made.distributed_type, made.mixed_precision = "NO", "fp16"
@@ -166,8 +171,8 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
     made.mixed_precision, made.scaler = "no", object()
     with pytest.raises(NotImplementedError, match="GradScaler"):
         refused.accelerator(made)
-    made.scaler, made.num_processes = None, 2
-    with pytest.raises(NotImplementedError, match="2 processes"):
+    made.scaler, made.parallelism_config = None, SimpleNamespace(tp_size=2)
+    with pytest.raises(NotImplementedError, match="does not train under tensor parallelism"):
         refused.accelerator(made)
 
 

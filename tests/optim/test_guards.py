@@ -781,14 +781,6 @@ def test_names_of_wrapped_modules():
     mezo(Wrapper()).load_state_dict(saved)
 
 
-def test_a_sharded_tensor_is_refused_without_dead_ends():
-    class DTensor(Tensor):
-        pass
-
-    with pytest.raises(TypeError, match="optimizers do not take those yet: keep the whole model on each rank"):
-        mezo([torch.ones(3).as_subclass(DTensor).requires_grad_()])
-
-
 def test_a_whole_compiled_closure_under_stream_runs_quietly():
     torch._dynamo.reset()
     model, twin = seeded(lambda: Toy(depth=10)), seeded(lambda: Toy(depth=10))

@@ -12,7 +12,8 @@ ROOT = Path(zokern.__file__).parent
 # From the ground up; rooms on one floor do not know each other.
 FLOORS = (
     ("_checks", "_version", "_moved", "drawing", "failing", "interrupts"),
-    ("kinds", "hashing", "deltas"),
+    ("kinds", "parts", "deltas"),
+    ("hashing",),
     ("settings",),
     ("contract",),
     ("directions",),
@@ -21,8 +22,8 @@ FLOORS = (
     ("sweep",),
     ("ops",),
     ("noise", "layers", "scales"),
-    ("distributed",),
     ("placement",),
+    ("distributed",),
     ("optim",),
     ("checking", "journal", "graphs"),
     ("report", "integrations", "tasks"),

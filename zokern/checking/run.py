@@ -24,6 +24,7 @@ from zokern.deltas import Delta
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import MeZO, ZerothOrderOptimizer
 from zokern.optim.losses import Closure
+from zokern.parts import is_dtensor
 from zokern.placement import Forward
 
 GROWTH = 10.0
@@ -72,7 +73,7 @@ def check(
         A `Result`: rows, verdicts, `ok`; `print` shows it as a table.
 
     Raises:
-        TypeError, ValueError: what the optimizer's constructor and its `step` would refuse, in their words.
+        TypeError, ValueError: what the optimizer's constructor and its `step` would refuse, in their words; for shards.
         RuntimeError: inside a step of this optimizer, or inside its `folded()`.
 
     Memory: a copy of one tensor at a time (16-bit weights: two), and of the model's buffers, quantised ones left out.
@@ -87,6 +88,7 @@ def check(
             "check needs a closure that returns the loss, for example zokern.check(model, lambda: model(x).loss)"
         )
     eager.refuse_scripts(optimizer.module)
+    _refuse_shards(optimizer)
     subject = Subject(optimizer)
     devices = {one.tensor.device for one in subject.tried}
     with HeldInterrupts() as interrupts:
@@ -116,6 +118,17 @@ def _optimizer(model: object, eps: float | None, placement: object) -> ZerothOrd
         raise TypeError(f"model is a {type(model).__name__}; give an optimizer of zokern, or the model")
     given: dict[str, Any] = {"eps": eps, "placement": placement}
     return MeZO(model, lr=0.0, **{name: value for name, value in given.items() if value is not None})
+
+
+def _refuse_shards(optimizer: ZerothOrderOptimizer) -> None:
+    """Ranks would not stop after the same tensor: a check ends after some time, and looks at values."""
+    found = next((p for group in optimizer.param_groups for p in group["params"] if is_dtensor(p)), None)
+    if found is not None:
+        name = optimizer._parameters.registry.names[id(found)]
+        raise ValueError(
+            f"check: {name} is a DTensor, cut up over ranks, and check looks at whole tensors: call it on one "
+            "process, with the model before it is sharded, or a smaller one of the same modules"
+        )
 
 
 def spread(count: int) -> list[int]:

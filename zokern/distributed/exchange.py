@@ -52,8 +52,8 @@ class Exchange:
         self.collectives = self.sent = 0
 
     def gather(self, own: Tensor, seconds: float, what: str) -> Tensor:
-        """own: of one shape on all ranks, on the host or on a device; returns [ranks, *shape]. seconds: that a rank on the host waits for the others.
-        what: they are to come to, in words.
+        """own: of one shape on all ranks, on the host or on a device; returns [ranks, *shape]. seconds: that a rank on the
+        host waits for the others. what: they are to come to, in words.
 
         Raises:
             RankError: where a rank does not come.
@@ -66,7 +66,7 @@ class Exchange:
         self.collectives += 1
         self.sent += own.nbytes
         every = torch.empty((self.places.size, *own.shape), dtype=own.dtype, device=own.device)
-        if own.device.type != "cpu" and not self._through_host(own):
+        if own.device.type != "cpu" and self.places.backend(own.device.type) is not None:
             dist.all_gather_into_tensor(every.view(-1), own.view(-1), group=self.places.parent)
             return self._in_order(every)
         host = every if every.device.type == "cpu" else torch.empty(every.shape, dtype=every.dtype)
@@ -103,14 +103,9 @@ class Exchange:
         order = self._order()
         return every if order == list(range(len(order))) else torch.stack([every[i] for i in order])
 
-    def _through_host(self, own: Tensor) -> bool:
-        """Whether the group has no way between devices."""
-        parent = dist.group.WORLD if self.places.parent is None else self.places.parent
-        return own.device.type not in dist.get_backend_config(parent)
-
     def _missing(self, error: RuntimeError, seconds: float) -> str:
         if _is_late(error):
-            return f"a rank has not come within {seconds:.0f} s to"
+            return f"a rank has not come within {seconds:.3g} s to"
         return "the connection to a rank was lost at"
 
 

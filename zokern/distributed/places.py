@@ -3,6 +3,7 @@ meshes of the parameters."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from zokern.kinds import Kind
+from zokern.parts import is_dtensor
+from zokern.placement import fsdp
 
 PARALLEL = ("data", "directions")
 
@@ -27,6 +30,11 @@ class GroupKind(Kind):
     def check(self, value: Any, name: str) -> Any:
         if value is None or value == "auto" or is_group(value) or is_mesh(value):
             return value
+        if dist.is_available() and type(value) is int and value == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"{name} is what new_group() returns outside of the group, and this is rank {dist.get_rank()}: give each "
+                "rank a group that it is in, or None"
+            )
         got = repr(value) if isinstance(value, str | bool | int | float) else f"a {type(value).__name__}"
         raise TypeError(
             f"{name} is {got}; it must be 'auto', a process group, a DeviceMesh, or None for independent runs"
@@ -94,6 +102,13 @@ class Places:
     def named(self, place: int) -> str:
         return f"rank {self.ranks[place]}"
 
+    def backend(self, device: str) -> str | None:
+        """What moves tensors on devices of this type between the ranks; None where nothing does."""
+        group = dist.group.WORLD if self.parent is None else self.parent
+        found = dist.distributed_c10d._get_default_group() if group is None else group
+        config = dist.BackendConfig(dist.get_backend_config(found))  # type: ignore[arg-type]
+        return config.get_device_backend_map().get(device)
+
     def describe(self) -> str:
         """For people, once."""
         parts, shares = max(self.data) + 1, self.shares
@@ -136,8 +151,9 @@ def find(group: Any, parallel: Any, wrapped: Any, module: nn.Module | None, para
     if not initialised():
         _check_alone(group)
         return None
+    sharded = [p for p in params if is_dtensor(p)]
     if is_mesh(group):
-        return _of_mesh(group, parallel)
+        return _of_mesh(group, parallel, sharded, module)
     if isinstance(parallel, tuple):
         if len(parallel) > 1:
             raise ValueError(
@@ -151,7 +167,6 @@ def find(group: Any, parallel: Any, wrapped: Any, module: nn.Module | None, para
     if wrapped is not None:
         _check_wrapper(wrapped, parallel)
         return _of_group(wrapped.process_group, parallel, "the DDP wrapper's group")
-    sharded = [p for p in params if type(p).__name__ == "DTensor"]
     if sharded:
         return _of_shards(sharded, module, parallel)
     if dist.get_world_size() == 1:
@@ -204,7 +219,8 @@ def _of_group(group: Any, parallel: str | None, source: str) -> Places | None:
     )
 
 
-def _of_mesh(mesh: Any, parallel: Any) -> Places | None:
+def _of_mesh(mesh: Any, parallel: Any, sharded: Sequence[Any], module: nn.Module | None) -> Places | None:
+    """Along dimensions in which ranks share a forward (tensor parallel) nothing is shared out, and one of them counts."""
     names = mesh.mesh_dim_names or ()
     if parallel is None:
         kinds = [("directions" if names and names[d] == "directions" else "data") for d in range(mesh.ndim)]
@@ -221,13 +237,20 @@ def _of_mesh(mesh: Any, parallel: Any) -> Places | None:
             f"process_group is a mesh of the ranks {list(ranks)}, and this is rank {dist.get_rank()}: give each rank a "
             "mesh that it is in, or None"
         )
+    split, fully = _cut(mesh, sharded, module)
+    for d in split:
+        if kinds[d] == "directions":
+            raise ValueError(f"parallel is 'directions' for dimension {d} of the mesh, {SHARED}")
     if len(ranks) == 1:
         return None
-    numbers = {kind: _numbered(mesh.mesh, [d for d, one in enumerate(kinds) if one == kind]) for kind in PARALLEL}
-    shape = " x ".join(f"{size} {kind}" for size, kind in zip(mesh.mesh.shape, kinds, strict=True))
+    joint = split - fully
+    along = {kind: [d for d, one in enumerate(kinds) if one == kind and d not in joint] for kind in PARALLEL}
+    shape = " x ".join(
+        f"{size} {'forward' if d in joint else kinds[d]}" for d, size in enumerate(tuple(mesh.mesh.shape))
+    )
     return Places(
-        ranks, ranks.index(dist.get_rank()), numbers["data"], numbers["directions"], (True,) * len(ranks),
-        f"a mesh of {shape}",
+        ranks, ranks.index(dist.get_rank()), _numbered(mesh.mesh, along["data"]), _numbered(mesh.mesh, along["directions"]),
+        tuple(number == 0 for number in _numbered(mesh.mesh, sorted(joint))), f"a mesh of {shape}", sharded=bool(sharded),
     )  # fmt: skip
 
 
@@ -249,54 +272,51 @@ def _check_wrapper(wrapped: Any, parallel: str | None) -> None:
         )
 
 
+SHARED = (
+    "in which the parameters are sharded: its ranks do each forward together, and cannot do different ones; give a "
+    "DeviceMesh as process_group that has a dimension of whole replicas"
+)
+
+
 def _of_shards(params: Sequence[Any], module: nn.Module | None, parallel: str | None) -> Places | None:
-    """From the mesh of sharded parameters. Along dimensions of FSDP, and along those in which no parameter is sharded, each
-    rank has its own part of the batch. Along the others (tensor parallel) ranks do one forward together."""
+    """From the mesh of sharded parameters, with all dimensions of the mesh that it was cut from. Along those of FSDP, and
+    along those in which no parameter is sharded, each rank has its own part of the batch."""
     if parallel == "directions":
-        raise ValueError(
-            "parallel is 'directions', and the parameters are shards, whose ranks do each forward together: leave parallel "
-            "out, or give a DeviceMesh as process_group, with one entry of parallel for each dimension"
+        raise ValueError(f"parallel is 'directions', and the mesh of the parameters has dimensions {SHARED}")
+    mesh = _root_of(max((p.device_mesh for p in params), key=lambda one: one.ndim))
+    if mesh.size() != dist.get_world_size():
+        raise RuntimeError(
+            f"the mesh of the sharded parameters has {mesh.size()} ranks, and the job {dist.get_world_size()}: what the "
+            "others do is not known. Give process_group: a DeviceMesh of all that train one model, or this mesh"
         )
-    mesh = max((p.device_mesh for p in params), key=lambda one: one.ndim)
-    split = [False] * mesh.ndim
-    names = mesh.mesh_dim_names or ()
+    found = _of_mesh(mesh, "data", params, module)
+    return None if found is None else dataclasses.replace(found, source=f"the sharded parameters' mesh: {found.source}")
+
+
+def _root_of(mesh: Any) -> Any:
+    """The mesh that a mesh is a part of."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    return dist.device_mesh._mesh_resources.get_root_mesh(mesh)  # torch before 2.8
+
+
+def _cut(mesh: Any, params: Sequence[Any], module: nn.Module | None) -> tuple[set[int], set[int]]:
+    """The dimensions of a mesh along which a parameter is sharded, and those along which FSDP2 shards."""
+    split: set[int] = set()
     for p in params:
-        for d, placement in enumerate(p.placements):
-            if p.device_mesh == mesh:
-                split[d] = split[d] or not placement.is_replicate()
-            elif names and p.device_mesh.mesh_dim_names:  # of fewer dimensions: those of the same name
-                for name, at in zip(p.device_mesh.mesh_dim_names, p.placements, strict=True):
-                    if name in names:
-                        split[names.index(name)] |= not at.is_replicate()
-    fully = _dims_of_fsdp(module, mesh)
-    data = [d for d in range(mesh.ndim) if not split[d] or d in fully]
-    joint = [d for d in range(mesh.ndim) if d not in data]
-    ranks = tuple(mesh.mesh.flatten().tolist())
-    if len(ranks) == 1:
-        return None
-    counts = tuple(number == 0 for number in _numbered(mesh.mesh, joint))
-    return Places(
-        ranks, ranks.index(dist.get_rank()), _numbered(mesh.mesh, data), (0,) * len(ranks), counts,
-        "the mesh of the sharded parameters", sharded=True,
-    )  # fmt: skip
+        for d, placement in zip(_dims(p.device_mesh, mesh), p.placements, strict=True):
+            if d is not None and not placement.is_replicate():
+                split.add(d)
+    fully: set[int] = set()
+    for state in fsdp.states_of(fsdp.modules_of(module)) if module is not None else ():
+        for group in fsdp.groups_of(state):
+            fully |= {d for d in _dims(group.mesh_info.mesh, mesh) if d is not None}
+    return split, fully
 
 
-def _dims_of_fsdp(module: nn.Module | None, mesh: Any) -> set[int]:
-    """The dimensions of a mesh along which FSDP2 shards a module."""
-    if module is None:
-        return set()
-    from torch.distributed import fsdp
-
-    found: set[int] = set()
-    for one in module.modules():
-        if isinstance(one, fsdp.FSDPModule):
-            for group in getattr(one._get_fsdp_state(), "_fsdp_param_groups", None) or [
-                one._get_fsdp_state()._fsdp_param_group
-            ]:
-                if group is not None:
-                    own = group.mesh_info.mesh
-                    if own == mesh or own.ndim == mesh.ndim:
-                        found |= set(range(mesh.ndim))
-                    elif own.mesh_dim_names and mesh.mesh_dim_names:
-                        found |= {mesh.mesh_dim_names.index(n) for n in own.mesh_dim_names if n in mesh.mesh_dim_names}
-    return found
+def _dims(own: Any, mesh: Any) -> list[int | None]:
+    """Of each dimension of a mesh, which dimension of another it is; None where it is none of them."""
+    if own == mesh:
+        return list(range(mesh.ndim))
+    names = mesh.mesh_dim_names or ()
+    return [names.index(name) if name in names else None for name in own.mesh_dim_names or (None,) * own.ndim]

@@ -7,6 +7,10 @@
             loss = opt.step(lambda b: model(**b).loss, batch)    # None until the accumulation is complete
             scheduler.step()
 
+Several processes (accelerate launch, torchrun) train one model where the optimizer says what they share out, made after the
+Accelerator: zokern.MeZO(model, lr=1e-6, parallel="data"). Its model gets no DistributedDataParallel if it is prepared after
+the optimizer. For parallel="directions" the training's DataLoader comes from `prepare_loader`.
+
 accelerate 1.x: its own wrapper calls an optimizer's step with the last closure of each accumulation alone, which is right
 where gradients have been added up before, and loses all other micro-batches where there are none.
 """
@@ -14,12 +18,13 @@ where gradients have been added up before, and loses all other micro-batches whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from zokern.integrations import limits
+from zokern.distributed import places
+from zokern.integrations import limits, parts
 from zokern.integrations.waiting import Waiting
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.scales import keep_codes
@@ -31,6 +36,7 @@ except ImportError as error:
     raise ImportError("zokern.integrations.accelerate needs accelerate: pip install accelerate") from error
 
 _MISSING: Any = object()
+_ALONE = parts.Parts()
 _NO_CLOSURE = (
     "step needs a closure and a batch, for example opt.step(lambda b: model(**b).loss, batch), in place of "
     "accelerator.backward(loss) and opt.step(): zokern evaluates the loss itself, several times a step, without gradients"
@@ -44,6 +50,9 @@ _UNUSED = (
     "give the DataLoader to accelerator.prepare (then the end of the data is a step too), or end the loop where "
     "accelerator.sync_gradients is True"
 )
+_LOADER = (
+    "its DataLoader has to come from zokern.integrations.accelerate.prepare_loader(accelerator, optimizer, loader)"
+)
 _UNSAVED = (
     "a checkpoint does not have them, so a run that goes on from it is another one; save where accelerator.sync_gradients "
     "is True"
@@ -54,13 +63,15 @@ def prepare(accelerator: Accelerator, optimizer: Any) -> ForwardOnlyOptimizer:
     """The optimizer for a loop with `accelerator.accumulate()`, known to the accelerator: it saves and loads it.
 
     Args:
-        accelerator: an accelerate.Accelerator, of one process.
+        accelerator: an accelerate.Accelerator.
         optimizer: a zokern optimizer, or what `accelerator.prepare` made of one, which is replaced in the accelerator
             and in its schedulers. Both orders work: before `accelerator.prepare` of the rest, or after it.
 
     Raises:
         TypeError: for what is no Accelerator, or no optimizer of zokern.
-        NotImplementedError: for what no integration can do yet (limits.py): several processes, fp16, engines.
+        ValueError: where several processes run, and the optimizer's ranks are not all of them; for a DDP wrapper that sends
+            buffers round under parallel="directions".
+        NotImplementedError: for what no integration can do yet (limits.py): fp16, engines.
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}")
@@ -74,20 +85,58 @@ def prepare(accelerator: Accelerator, optimizer: Any) -> ForwardOnlyOptimizer:
         )
     limits.refuse(
         "accelerate",
-        world_size=accelerator.num_processes,
         precision=accelerator.mixed_precision,
         scaler=accelerator.scaler is not None,
         engine=accelerator.distributed_type.value,
+        cut=limits.cut(accelerator.parallelism_config),
     )
+    share = parts.of(inner._places(), accelerator.num_processes, "accelerate")
+    if share.copies > 1:
+        _refuse_wrapper(accelerator, inner)
+    if places.initialised():
+        parts.unwrapped(accelerator, inner.module)
     if inner.module is not None:
         keep_codes(inner.module)
-    made = ForwardOnlyOptimizer(inner)
+    made = ForwardOnlyOptimizer(inner, share, accelerator._schedulers)
     for known in [one for one in accelerator._optimizers if one.optimizer is inner]:
         _replace(accelerator._optimizers, known, made)
         for scheduler in accelerator._schedulers:
             _replace(scheduler.optimizers, known, made)
     accelerator.prepare_optimizer(made)
     return made
+
+
+def prepare_loader(accelerator: Accelerator, optimizer: ForwardOnlyOptimizer, loader: Any) -> Any:
+    """The DataLoader of the training, prepared: each process gets its part of the batches, and those that share the
+    directions get the same. Without parallel="directions" it is `accelerator.prepare(loader)`, and so are the loaders of
+    evaluations always, whose results `gather_for_metrics` puts together.
+
+    Raises:
+        TypeError: for an optimizer that `prepare` has not made.
+        ValueError: where directions are shared, for dispatch_batches=True, which cuts batches up.
+    """
+    if not isinstance(optimizer, ForwardOnlyOptimizer):
+        raise TypeError(
+            f"optimizer must come from zokern.integrations.accelerate.prepare, got {type(optimizer).__name__}"
+        )
+    with parts.handing_out(accelerator, optimizer._parts):
+        return accelerator.prepare(loader)
+
+
+def _refuse_wrapper(accelerator: Accelerator, optimizer: ZerothOrderOptimizer) -> None:
+    """
+    Raises:
+        ValueError: where the model has a DDP wrapper by now, in which processes with unequal numbers of forwards would wait
+            for each other's buffers.
+    """
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in accelerator._models if optimizer._wrapper is None else ():
+        if any(True for _ in model.buffers()) and any(id(p) in own for p in model.parameters()):
+            raise ValueError(
+                "parallel='directions': accelerator.prepare has put the model in DistributedDataParallel, which sends "
+                "buffers round in each forward, and processes do unequal numbers of them. Call "
+                "zokern.integrations.accelerate.prepare(accelerator, optimizer) before accelerator.prepare(model)"
+            )
 
 
 def _replace(these: list[Any], old: object, new: object) -> None:
@@ -103,8 +152,12 @@ class ForwardOnlyOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
     _is_accelerate_prepared = True  # accelerator.prepare lets it be
 
-    def __init__(self, optimizer: ZerothOrderOptimizer) -> None:
+    def __init__(
+        self, optimizer: ZerothOrderOptimizer, share: parts.Parts = _ALONE, schedulers: Sequence[Any] = ()
+    ) -> None:
         super().__init__(optimizer, device_placement=False)  # its states follow the parameters themselves
+        self._parts, self._schedulers = share, schedulers
+        self._begun = False  # a step has been made
         self._waiting = Waiting()
         weakref.finalize(self, self._waiting.tell, "when the optimizer was given up", _UNUSED)
 
@@ -147,6 +200,8 @@ class ForwardOnlyOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
                 raise TypeError(_NO_BATCH)
             if weight is not None or reduction != "mean":
                 raise ValueError("weight and reduction are of a batch, and none is given; give it after the closure")
+            if not self._begun:
+                self._begin([])
             return self.optimizer.step(closure, loss_weights=loss_weights)  # type: ignore[no-any-return]
         if not callable(closure):
             raise TypeError(f"closure must be a function of a batch, got {type(closure).__name__}")
@@ -155,10 +210,36 @@ class ForwardOnlyOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         if not self.gradient_state.sync_gradients:
             self._waiting.become(waiting)
             return None
+        if not self._begun:
+            self._begin(waiting.batches)
         weights = waiting.weights or None
         loss = self.optimizer.step(closure, waiting.batches, batch_weights=weights, **options)
         self._waiting.become(Waiting())
         return loss  # type: ignore[no-any-return]
+
+    def _begin(self, batches: list[Any]) -> None:
+        """Before the first step: the others may have got here later."""
+        if self._parts != _ALONE:
+            self.optimizer.wait_for_ranks()
+        if self._parts.copies > 1:
+            parts.check_same(self._parts, batches, _LOADER)
+            self._slow_down()
+        self._begun = True
+
+    def _slow_down(self) -> None:
+        """A prepared scheduler moves as often in a step as there are processes, since each has its part of the data.
+
+        Raises:
+            ValueError: for a mesh of both kinds, where it would have to move another number of times.
+        """
+        for scheduler in (one for one in self._schedulers if self in one.optimizers):
+            if self._parts.count > 1 and not scheduler.split_batches:
+                raise ValueError(
+                    "a prepared scheduler moves once for each process in a step, which is not right where some share the "
+                    "directions: leave it out of accelerator.prepare, and call its step() where "
+                    "accelerator.sync_gradients is True"
+                )
+            scheduler.split_batches = True
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's. Warns where micro-batches wait, which it does not have."""

@@ -46,6 +46,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         optimizer = trainer.zo_optimizer
         trainer.begin_books()
         trainer._begun = True
+        trainer.begin_together()
         limits.averages(trainer.callback_handler.callbacks, optimizer.options["fold_every"])
         limits.best(args.load_best_model_at_end, optimizer.options["fold_every"])
         shown.readers(trainer.callback_handler.callbacks, trainer.folded)
@@ -55,8 +56,11 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
             warnings.warn(_NO_OPTIMIZER.format(step), ZokernWarning, stacklevel=2)
             optimizer.resumed(step, 0)
             step = 0  # a journal of its own
-        if trainer.journal and not state.is_hyper_param_search:
+        if trainer.journal and trainer.is_world_process_zero() and not state.is_hyper_param_search:
             trainer._journaled.begin(optimizer, args.output_dir, step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._apart = args.world_size > 1
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._micro = []  # of an epoch that was broken off
@@ -77,3 +81,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._journaled.mark()
+        self.trainer._apart = args.world_size > 1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._apart = args.world_size > 1

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from zokern.integrations import fitting, looks
+from zokern._checks import ZokernWarning
+from zokern.integrations import fitting, looks, parts
 from zokern.integrations.logged import Logged, MicroBatch
 from zokern.integrations.waiting import Waiting
 from zokern.optim import frameworks
@@ -31,12 +34,21 @@ if not any(map(importlib.util.find_spec, _NAMES)):
     raise ImportError("zokern.integrations.lightning needs Lightning: pip install lightning")
 
 _SAVED = "zokern_waiting"  # in a checkpoint: arguments of the training steps of micro-batches that wait
+_SAMPLER = (
+    "give Trainer(use_distributed_sampler=False), and seed what shuffles the same on all of them, as "
+    "lightning.seed_everything does"
+)
+_OTHERS = (
+    "the checkpoint has micro-batches that wait in each of {} processes, and now there are {}: they are in no step. Resume "
+    "with as many, or save where an accumulation ends"
+)
 _UNUSED = "the last of an epoch ends an accumulation, but a training that is stopped within one leaves them"
 
 
 class _Work:
     """What the mixin knows of one module. optimizer: whose step Lightning makes now; made: it has been made. now: the
-    micro-batch that a probe evaluates."""
+    micro-batch that a probe evaluates. parts: who has which part of the batches; apart: processes may have done unequal
+    work since the last step; compared: they have been handed the same batches, where they are to be."""
 
     def __init__(self) -> None:
         self.waiting = Waiting()
@@ -44,6 +56,18 @@ class _Work:
         self.optimizer: Any = None
         self.made = False
         self.now: MicroBatch | None = None
+        self.parts = parts.Parts()
+        self.apart = self.compared = False
+
+    def meet(self, batches: list[Any]) -> None:
+        """Before a step. Where processes may have done unequal work, they wait for each other."""
+        if self.apart:
+            self.apart = False
+            if self.parts != parts.Parts():
+                self.optimizer.wait_for_ranks()
+            if self.parts.copies > 1 and not self.compared:
+                parts.check_same(self.parts, batches, _SAMPLER)
+                self.compared = True
 
 
 class ForwardOnly:
@@ -60,9 +84,14 @@ class ForwardOnly:
     `on_before_optimizer_step`, `configure_gradient_clipping`. An `optimizer_step` of your own ends in
     `super().optimizer_step(...)`.
 
+    Several processes (strategy="ddp") train one model where the optimizer says what they share out:
+    zokern.MeZO(self, lr=1e-6, parallel="data"), or "directions" with Trainer(use_distributed_sampler=False). Lightning's
+    strategy makes no DistributedDataParallel then, whose gradients would have memory.
+
     Raises, before anything is trained:
         TypeError: for the wrong order of base classes, an optimizer that is not zokern's, a training_step that takes a
             dataloader_iter, automatic_optimization = False.
+        ValueError: for processes with unequal numbers of batches, and an optimizer whose ranks are not all of them.
         NotImplementedError: for what no integration can do yet (limits.py), gradient clipping, a compiled LightningModule.
     """
 
@@ -133,7 +162,8 @@ def _training_step(written: Callable[..., Any]) -> Callable[..., Any]:
         waiting = work.waiting.and_one(one, self.micro_batch_weight(args[0]), {})
         if work.optimizer is None:
             work.waiting = waiting
-            return None
+            # Lightning refuses None in several processes, where a step that is left out would leave the others waiting.
+            return torch.zeros((), device=self.device) if self.trainer.world_size > 1 else None
         return _step(self, work, written, waiting)
 
     return training_step
@@ -175,6 +205,7 @@ def _step(module: Any, work: _Work, written: Callable[..., Any], waiting: Waitin
             raise TypeError(f"training_step returned a dict without 'loss', it has {', '.join(map(repr, returned))}")
         return returned["loss"]
 
+    work.meet([one.args[0] for one in waiting.batches])
     for one in waiting.batches:
         one.logged = {}  # a step before may have been broken off
     with looks.already(module):
@@ -204,11 +235,21 @@ def _setup(module: Any, stage: str) -> None:
         work = _work(module)
         work.waiting.tell("when another fit began", _UNUSED)
         work.waiting, work.loaded = Waiting(), False
+        fitting.leave_bare(module.trainer.strategy, ForwardOnly)
 
 
 def _on_fit_start(module: Any) -> None:
-    fitting.check(module)
+    work = _work(module)
+    work.parts, work.apart, work.compared = fitting.check(module), True, False
     looks.trains(module, module.trainer.optimizers[0])
+
+
+def _on_train_start(module: Any) -> None:
+    fitting.check_lengths(module.trainer)
+
+
+def _apart(module: Any) -> None:
+    _work(module).apart = True
 
 
 def _on_train_end(module: Any) -> None:
@@ -219,14 +260,25 @@ def _on_train_end(module: Any) -> None:
 
 
 def _on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
+    _apart(module)
     waiting = _work(module).waiting
-    if waiting:
+    trainer = _trainer(module)
+    if trainer is not None and trainer.world_size > 1 and _fits(module):  # one of them writes it, all come here
+        every = fitting.of_all_ranks(trainer, [one.on_host(module).args for one in waiting.batches], waiting.weights)
+        if waiting:
+            checkpoint[_SAVED] = {"ranks": every}
+    elif waiting:
         checkpoint[_SAVED] = {"arguments": [one.args for one in waiting.batches], "weights": waiting.weights}
 
 
 def _on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     work, saved = _work(module), checkpoint.get(_SAVED)
     if saved is not None and _fits(module):  # load_from_checkpoint takes the weights alone
+        ranks = saved.get("ranks", [saved])
+        if len(ranks) != module.trainer.world_size:
+            warnings.warn(_OTHERS.format(len(ranks), module.trainer.world_size), ZokernWarning, stacklevel=2)
+            return
+        saved = ranks[module.trainer.global_rank]
         work.loaded = True
         work.waiting.batches = [MicroBatch(tuple(args)) for args in saved["arguments"]]
         work.waiting.weights = list(saved["weights"])
@@ -238,6 +290,9 @@ _AROUND: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     **dict.fromkeys(looks.LOOKS, looks.showing),
     "setup": _first(_setup),
     "on_fit_start": _first(_on_fit_start),
+    "on_train_start": _first(_on_train_start),
+    "on_train_epoch_start": _first(_apart),
+    "on_validation_model_train": _first(_apart),
     "on_train_end": _first(_on_train_end),
     "on_save_checkpoint": _first(_on_save_checkpoint),
     "on_load_checkpoint": _first(_on_load_checkpoint),

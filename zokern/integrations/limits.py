@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 MIXED_FLOAT16 = ("fp16", "16", "16-mixed")  # as accelerate and Lightning call it
 ENGINES = {
@@ -15,32 +16,26 @@ ENGINES = {
 AVERAGES = ("StochasticWeightAveraging", "WeightAveraging", "BEMACallback")  # Lightning's and TRL's
 
 
-def refuse(
-    integration: str, *, world_size: int = 1, precision: str = "", scaler: bool = False, engine: str = ""
-) -> None:
+def refuse(integration: str, *, precision: str = "", scaler: bool = False, engine: str = "", cut: str = "") -> None:
     """Asks whether zokern can train under these facts, and changes nothing.
 
     Args:
         integration: who asks, the first word of the message.
-        world_size: the number of processes that train together.
         precision: the framework's own name of its mixed precision, for example "no", "bf16", "16-mixed".
         scaler: whether it scales losses by a GradScaler.
         engine: the framework's name of what holds the weights; those in ENGINES cut them up or own their steps. Upper and
             lower case, "-" and "_" are the same.
+        cut: what else holds the weights or the batches in parts, in words; "" for nothing.
 
     Raises:
-        NotImplementedError: for more than one process, float16 with a GradScaler, 8-bit floats, and the engines of ENGINES.
+        NotImplementedError: for float16 with a GradScaler, 8-bit floats, the engines of ENGINES, and what is cut.
     """
-    kind = ENGINES.get(engine.lower().replace("-", "_"))
-    if kind is not None:
+    kind = ENGINES.get(engine.lower().replace("-", "_"), cut)
+    if kind:
         raise NotImplementedError(
             f"{integration}: zokern does not train under {kind}, which holds the weights in parts or makes the steps "
-            "itself. Run one process without it: forward passes alone need the memory of inference, so the model often fits"
-        )
-    if world_size > 1:
-        raise NotImplementedError(
-            f"{integration}: {world_size} processes would each train a model of their own, since there are no gradients "
-            "that the framework could average. Run one process; training on several is not there yet"
+            "itself. Leave it out: forward passes alone need the memory of inference, so the model often fits, and each "
+            "process that torchrun starts may have the whole of it"
         )
     if scaler or precision.lower() in MIXED_FLOAT16:
         raise NotImplementedError(
@@ -52,6 +47,13 @@ def refuse(
             f"{integration}: mixed precision {precision!r} carries scales from one forward to the next, so the forwards of "
             "a step would not be the same function. Take bf16"
         )
+
+
+def cut(config: Any) -> str:
+    """What accelerate's parallelism_config, or None, cuts up, in words; "" for nothing."""
+    sizes = {"tp": "tensor", "cp": "context", "sp": "sequence", "dp_shard": "sharded data"}
+    found = [word for name, word in sizes.items() if (getattr(config, f"{name}_size", 1) or 1) > 1]
+    return f"{' and '.join(found)} parallelism" if found else ""
 
 
 def averages(callbacks: Iterable[object], fold_every: int) -> None:

@@ -25,8 +25,13 @@ class MicroBatch:
 
     def moved(self, module: Any) -> MicroBatch:
         """On the module's device."""
-        batch = module.transfer_batch_to_device(self.args[0], module.device, 0)
-        return MicroBatch((batch, *self.args[1:]))
+        return self._on(module, module.device)
+
+    def on_host(self, module: Any) -> MicroBatch:
+        return self._on(module, torch.device("cpu"))
+
+    def _on(self, module: Any, device: torch.device) -> MicroBatch:
+        return MicroBatch((module.transfer_batch_to_device(self.args[0], device, 0), *self.args[1:]))
 
     def log(self, name: str, value: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A forward's value, with log()'s other arguments."""

@@ -63,7 +63,6 @@ def arguments(args: Any) -> None:
         return
     engine = "deepspeed" if getattr(args, "deepspeed", None) else "fsdp" if getattr(args, "fsdp", None) else ""
     limits.refuse("ZOTrainer", precision="fp16" if getattr(args, "fp16", False) else "", engine=engine)
-    limits.refuse("ZOTrainer", world_size=args.world_size)
     if args.n_gpu > 1:
         raise NotImplementedError(
             f"ZOTrainer: the Trainer would copy the model to {args.n_gpu} GPUs in every forward. Run on one "
@@ -83,6 +82,17 @@ def arguments(args: Any) -> None:
             raise ValueError(f"loss_type={one!r} {DETACHED_LOSS[one]}")
 
 
+def sharded(model: Any) -> None:
+    """
+    Raises:
+        NotImplementedError: for a model that is loaded in parts.
+    """
+    if getattr(model, "is_distributed_loading_by_transformers", False) or any(
+        type(p).__name__ == "DTensor" for p in model.parameters()
+    ):
+        limits.refuse("ZOTrainer", cut="a model that is loaded in shards (distributed_config, tp_plan)")
+
+
 def accelerator(made: Any) -> None:
     """What the environment may have chosen, past the arguments.
 
@@ -91,8 +101,8 @@ def accelerator(made: Any) -> None:
     """
     engine = str(getattr(made.distributed_type, "value", made.distributed_type))
     limits.refuse(
-        "ZOTrainer", world_size=made.num_processes, engine=engine, precision=made.mixed_precision,
-        scaler=getattr(made, "scaler", None) is not None,
+        "ZOTrainer", engine=engine, precision=made.mixed_precision, scaler=getattr(made, "scaler", None) is not None,
+        cut=limits.cut(getattr(made, "parallelism_config", None)),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from zokern.integrations.chosen import Chosen
 from zokern.integrations.hooks import End, Hooks
 from zokern.integrations.notes import Notes
 from zokern.integrations.running import Journaled
+from zokern.integrations.together import Nothing, Together, handing_out
 from zokern.optim import ZerothOrderOptimizer, pairing
 from zokern.scales import keep_codes
 
@@ -41,7 +42,7 @@ except ImportError as error:
     ) from error
 
 
-class ForwardOnly(Trainer):  # type: ignore[misc]
+class ForwardOnly(Together):
     """Makes a trainer take zeroth-order steps: `class ZOSFTTrainer(SFTTrainer, ForwardOnly)`, the other trainer first.
 
     A step evaluates the trainer's own `compute_loss` at perturbed weights, over all micro-batches of the step, and moves
@@ -60,9 +61,13 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
             resumed writes on in it. An earlier run's is renamed. Not in hyperparameter_search. Default: True.
         dropout: False leaves out dropout and what else draws in training mode, as the papers do. Default: True.
 
+    Under torchrun several processes train one model, each with its part of the batches; zo={"parallel": "directions"}
+    gives all the same batches, and each some of a step's probes (docs/trainer.md). The first writes the journal.
+
     Raises:
-        TypeError, ValueError: at construction, for what cannot work, with the way out: more than one process or GPU, fp16
-            with its loss scaler, DeepSpeed, FSDP, trainers whose loss is a ratio to a detached copy (GRPO and its kin).
+        TypeError, ValueError: at construction, for what cannot work, with the way out: more than one GPU in a process, fp16
+            with its loss scaler, DeepSpeed, FSDP, trainers whose loss is a ratio to a detached copy (GRPO and its kin), an
+            optimizer whose process_group is None or of other ranks than all.
     """
 
     zo: str | Mapping[str, Any] | None = None
@@ -92,12 +97,14 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
         super().__init__(*args, **named)
         refused.arguments(self.args)
         refused.accelerator(self.accelerator)
+        refused.sharded(self.model)
         keep_codes(self.model)
         if self.optimizer is not None:
             if self.zo is not None:
                 raise ValueError("zo and optimizers are both given; leave one out")
             refused.optimizer(self.optimizer, self.model, self.maximize)
         self._chosen = None if self.optimizer is not None else self._choice()
+        self.join_ranks()
         self.add_callback(Hooks(self))
         self.callback_handler.callbacks.insert(0, End(self))
 
@@ -139,23 +146,26 @@ class ForwardOnly(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collects a micro-batch; with the last one of a step makes the step. Returns its loss, 0 before."""
-        self._micro.append(self._prepare_inputs(inputs))
+        if not isinstance(inputs, Nothing):
+            self._micro.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro = self._micro, []
         self.set_mode(model)
-        books = Books(self, len(batches))
+        books, options = Books(self, len(batches)), self.step_options(batches, num_items_in_batch)
+        share = self.rank_share(num_items_in_batch) if options.get("reduction") == "sum" else 1.0
 
         def closure(batch: Any) -> Any:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self.forward_alone():
                 loss = self.probe(model, copy.copy(batch), num_items_in_batch)
             books.counted()
-            return loss
+            return loss if share == 1.0 else loss * share
 
         optimizer = self.zo_optimizer
+        self.meet(batches)
         try:
             with self._shown.already():
-                loss = optimizer.step(closure, batches, **self.step_options(batches, num_items_in_batch))
+                loss = optimizer.step(closure, batches, **options)
         finally:
             books.put_back()
         optimizer.step_done = self._stepped = True  # the loop calls optimizer.step() once more
@@ -245,6 +255,7 @@ def _look(cls: type[ForwardOnly]) -> None:
     shown.around(cls, "evaluation_loop", _evaluating)
     shown.around(cls, "prediction_step", ForwardOnly.folded)
     shown.around(cls, "_load_best_model", _ended)
+    shown.around(cls, "get_train_dataloader", handing_out)
 
 
 def _evaluating(trainer: ForwardOnly) -> AbstractContextManager[None]:

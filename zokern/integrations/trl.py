@@ -28,6 +28,8 @@ from zokern.integrations.rewards import Reward, Rewards, columns, no_table
 from zokern.integrations.transformers import ZOTrainer
 from zokern.optim.flat import IN_A_ROW
 
+_SIZES = "sizes of the batches"
+
 
 class RewardTrainer(ZOTrainer):
     """Climbs the mean reward of what a language model writes:
@@ -146,7 +148,7 @@ class RewardTrainer(ZOTrainer):
 
     def tell(self, logs: dict[str, float]) -> None:
         super().tell(logs)
-        logs.update((name, mean(values)) for name, values in self._seen.items())
+        logs.update((name, mean(values)) for name, values in self.of_all_ranks(dict(self._seen)).items())
         self._seen.clear()
         optimizer = self.zo_optimizer
         steps, flat = optimizer.counters["steps"], optimizer.flat_steps
@@ -163,7 +165,9 @@ class RewardTrainer(ZOTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.without_repeats(self._prepare_inputs(inputs))
+        if not inputs["rows"]:
+            return torch.zeros((), device=self.args.device), None, None
         with torch.no_grad(), self.compute_loss_context_manager():
             reward = self._total(self.judge(model, inputs, self._held))
         self._sizes.append(float(len(inputs["rows"])))
@@ -181,8 +185,9 @@ class RewardTrainer(ZOTrainer):
         self._sizes.clear()
         out = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self.notes.tell()
-        sizes = torch.tensor(self._sizes, dtype=torch.float64)
-        for name, values in self._held.items():
+        held = self.of_all_ranks({**self._held, _SIZES: self._sizes})
+        sizes = torch.tensor(held.pop(_SIZES), dtype=torch.float64)
+        for name, values in held.items():
             each = torch.tensor(values, dtype=torch.float64)
             own = sizes if len(each) == len(sizes) else torch.ones_like(each)  # a function's own, not one a batch
             out.metrics[f"{metric_key_prefix}_{name}"] = float((each * own).sum() / own.sum())

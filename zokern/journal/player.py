@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zokern import deltas, directions
+from zokern import deltas, directions, parts
 from zokern.contract.rules import RULES, Rule
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.journal.format import BROKEN_OFF, JournalError
@@ -45,6 +45,7 @@ class Player:
         self.of: list[Member] = []
         self.last = 0  # the step that was played last
         self.checked: object = None  # the layout that was last looked at
+        self._parts: dict[int, parts.Part] = {}  # by the parameter's id
         self._chosen: dict[tuple[int, frozenset[int]], tuple[Any, Chosen, int]] = {}
 
     def flush(self) -> None:
@@ -101,7 +102,7 @@ class Player:
             return
         for one in updates:
             self.pending = self.pending.after(one, decays=True)
-        self.of = [Member(p, i, row, name) for p, i, row, name in chosen]
+        self.of = self._members(chosen, ())
 
     def fold(self) -> None:
         """Adds what waits, as the optimizer's fold() after the last step would have."""
@@ -155,9 +156,19 @@ class Player:
     def _passes_of(self, step: Step, chosen: Chosen) -> None:
         for one, spec, numbers in self._told(step):
             if not one.get("deferred"):
-                kept = spec.rule.states
-                members = [Member(p, i, row, name, {s: self.states(p, s) for s in kept}) for p, i, row, name in chosen]
-                self._wait(members, (spec, numbers))
+                self._wait(self._members(chosen, spec.rule.states), (spec, numbers))
+
+    def _members(self, chosen: Chosen, kept: Sequence[str]) -> list[Member]:
+        """Of what this rank has elements of."""
+        members: list[Member] = []
+        for p, i, row, name in chosen:
+            if id(p) not in self._parts:
+                self._parts[id(p)] = parts.part(p, name)
+            part = self._parts[id(p)]
+            if part.local.numel():
+                states = {s: parts.local(self.states(p, s)) for s in kept}
+                members.append(Member(part.local, i, row, name, states, *part[1:]))
+        return members
 
     def _told(self, step: Step) -> Iterator[tuple[dict[str, Any], PassSpec, PassNumbers]]:
         """The passes of a step, each as its signature has it, and what it was told."""
@@ -213,7 +224,7 @@ def fresh_states(header: Mapping[str, Any]) -> States:
         dtype, initial = header["states"][name]
         key = id(p), name
         if key not in made:
-            made[key] = torch.full(p.shape, initial, dtype=getattr(torch, dtype), device=p.device)
+            made[key] = torch.full(parts.local(p).shape, initial, dtype=getattr(torch, dtype), device=p.device)
         return made[key]
 
     return of

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from zokern._checks import ZokernWarning
 from zokern.hashing import hash_of
+from zokern.journal import sharded
 from zokern.journal.fit import check, check_marks, is_base
 from zokern.journal.format import BROKEN_OFF, JournalError
 from zokern.journal.player import Player, fresh_states
 from zokern.journal.reader import DAMAGED, TORN, WHOLE, Reader
+from zokern.placement import fsdp
 
 
 class Replayed(int):
@@ -32,7 +34,10 @@ def named(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"model is a {type(model).__name__}; give a module, or tensors by name. A run of a list of parameters names "
             'them in order: {f"parameter {i}": p for i, p in enumerate(params)}'
         )
-    return dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
+    if isinstance(model, nn.Module):
+        fsdp.let_go(fsdp.modules_of(model))
+        return dict(model.named_parameters())
+    return dict(model)
 
 
 @torch.no_grad()
@@ -68,7 +73,20 @@ def replay(
         JournalError: if the journal is damaged or malformed, the weights are not those it starts from, its result cannot be
             verified, or is not what training had. Weights are changed in the last case only.
     """
-    path, params = Path(path), named(model)
+    params = named(model)
+    with sharded.at_hand(Path(path), params.values()) as path:
+        return _replay(path, params, until, verify, fold, backend, progress)
+
+
+def _replay(
+    path: Path,
+    params: dict[str, Tensor],
+    until: int | None,
+    verify: bool,
+    fold: bool | None,
+    backend: str,
+    progress: Callable[[int], None] | None,
+) -> Replayed:
     reader = check(path, params, until)
     wanted = _expected(reader, params, until) if verify else None
     player = Player(Reader(path), params, fresh_states(reader.header), backend)
@@ -91,7 +109,7 @@ def replay(
             f"{path}: updates that wait there (fold_every; the last {player.pending.steps} of {done} steps) are not in the "
             "weights now; give fold=True for those of the module's state_dict(), or fold=False for p.data",
             ZokernWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     replayed = Replayed(done)
     replayed.verified, replayed.state = wanted is not None, reader.state
@@ -118,6 +136,6 @@ def _expected(reader: Reader, params: Mapping[str, Tensor], until: int | None) -
         warnings.warn(
             f"{reader.path}: not verified, as the journal has no hash of the weights after step {until}{after}",
             ZokernWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return found[-1] if found else None

@@ -21,12 +21,13 @@ from zokern.distributed.places import Places
 from zokern.hashing import hash_of
 from zokern.optim.arriving import Arriving
 from zokern.optim.numbers import HYPER, NUMBERS
+from zokern.parts import is_dtensor
 from zokern.passes.update import CPU, sent
 
 HEADER = 4  # with the weight of the rank's losses
 # What a rank says: its losses' sums follow; it has raised; losses of each example follow; it compares weights; it has no
-# loss in this round.
-FINE, RAISED, VECTORS, COMPARES, NOTHING = range(5)
+# loss in this round; it waits for the others between two steps.
+FINE, RAISED, VECTORS, COMPARES, NOTHING, WAITS = range(6)
 PATIENCE = 10  # a rank waits as long as this many of its own rounds took, where that is more than exchange_timeout
 COMPARING = 255  # where the number of a round stands
 COMPARED = HEADER + 2  # numbers in that exchange, whatever the settings are
@@ -41,8 +42,14 @@ class Agreement:
         self.where = self.round = self.most = 0
         self.compared = self.comparing = self.stages = False
         self.since, self.timeout = time.monotonic(), 0.0
+        self.wrong: Tensor | None = None  # on a device: the first headers that did not agree
         self.looked: Arriving | None = None
         self.device = CPU  # of the losses
+
+    @property
+    def blind(self) -> bool:
+        """Whether the losses are on a device, so that nobody may wait to look at what the others say."""
+        return self.device.type != "cpu"
 
     def header(self, status: int, fingerprint: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """A rank's numbers, without its losses. All are equally long: gloo ends a process that gets a vector of another
@@ -62,8 +69,8 @@ class Agreement:
 
     # ------------------------------------------------------------------------------------------------ what a round says
 
-    def check(self, owner: Any, header: list[list[int]], about: dict[str, Any]) -> None:
-        """about: what all have to agree on.
+    def check(self, header: list[list[int]], about: dict[str, Any], weights: Sequence[float] = ()) -> None:
+        """about: what all have to agree on. weights: of each rank's losses.
 
         Raises:
             RankError: on every rank, where one has raised, or does something else.
@@ -74,18 +81,40 @@ class Agreement:
         kinds = {one[1] for one in header} - {NOTHING}
         if len(kinds) > 1 or any(one[::2] != header[0][::2] for one in header):
             kind = {FINE: "one", VECTORS: "of each example"}.get(header[self.places.me][1], "")
-            doing = {"the step": self.where, "the round": self.round, "the kind of loss": kind, **about}
+            place = {"the place": "comparing weights" if self.comparing else "a step"}
+            doing = {**place, "the step": self.where, "the round": self.round, "the kind of loss": kind, **about}
             self._differ(self.exchange.objects(doing))
+        self._check_parts(weights)
         if not kinds:
             self.compared = False
             raise RankError(
                 f"no rank has a loss in step {self.where}: batches is empty on all of them, or all closures return None"
             )
 
-    def note(self, header: Tensor) -> None:
-        """That of a step whose numbers are on a device, for a later look."""
+    def _check_parts(self, weights: Sequence[float]) -> None:
+        """Ranks that share out the directions of one part of the batch have the same batch.
+
+        Raises:
+            RankError: where its weight, or its number of micro-batches, is not the same.
+        """
+        first: dict[int, int] = {}
+        for i, weight in enumerate(weights):
+            other = first.setdefault(self.places.data[i], i) if self.places.counts[i] else i
+            if weights[other] != weight:
+                self.compared = False
+                raise RankError(
+                    f"batches are not the same on {self.places.named(other)} and {self.places.named(i)}, which share out "
+                    f"the directions: they weigh {weights[other]:g} and {weight:g} in step {self.where}. Give both the "
+                    "same; the weights are those of before the step"
+                )
+
+    def note(self, header: Tensor, apart: Tensor) -> None:
+        """Of a round whose numbers are on a device: the first header that does not agree is kept for a later look."""
+        if self.wrong is None:
+            self.wrong = torch.full_like(header, -1)
+        self.wrong = torch.where(apart & (self.wrong[0, 0] < 0), header, self.wrong)
         if self.looked is None:
-            self.looked = Arriving(header.contiguous())
+            self.looked = Arriving(self.wrong)
 
     def look(self) -> None:
         """
@@ -95,10 +124,12 @@ class Agreement:
         if self.looked is None or (header := self.looked.values()) is None:
             return
         self.looked = None
+        if header[0][0] < 0:
+            return
         raised = [self.places.named(i) for i, one in enumerate(header) if one[1] == RAISED]
-        if raised or any(one[::2] != header[0][::2] for one in header):
-            why = f"{' and '.join(raised)} raised in it" if raised else "ranks did other steps, or with other numbers"
-            raise RankError(f"step {header[0][0] >> 8} was left out on all ranks: {why}")
+        why = f"{' and '.join(raised)} raised in it" if raised else "ranks did other steps, or with other numbers"
+        self.exchange.broken = f"step {header[0][0] >> 8} was left out on all ranks, and those since: {why}"
+        raise RankError(f"{self.exchange.broken}. Start them again from the base weights and the journal")
 
     # --------------------------------------------------------------------------------------------------------- failures
 
@@ -109,8 +140,10 @@ class Agreement:
             return
         try:
             self.gather(sent(torch.from_numpy(self.header(RAISED, 0)), CPU if self.comparing else self.device))
-            if self.comparing or self.device.type == "cpu":
+            if self.comparing or not self.blind:
                 self.exchange.objects(f"{type(error).__name__}: {str(error)[:500]}")
+            else:  # the others hear of it later, and have gone on
+                self.exchange.broken = f"this rank raised in step {self.where}"
         except RankError:
             pass  # this rank's own error says more
 
@@ -156,7 +189,7 @@ class Agreement:
         about = _about(owner, self.places)
         every = self.gather(torch.from_numpy(self.header(COMPARES, fingerprint(about))))
         header = every.view(torch.int64)[:, :3].tolist()
-        self.check(owner, [[*one[:2], 0] for one in header], {})
+        self.check([[*one[:2], 0] for one in header], {})
         if any(one != header[0] for one in header):
             self._differ_at_start(owner, about)
         self.compared, self.comparing = True, False
@@ -179,16 +212,20 @@ class Agreement:
                 f"{self.places.named(0)} ({len({n for n, _ in wrong})} of {len(hashes[0])} tensors differ): load the same "
                 "checkpoint on every rank, or seed torch before the model is made; nothing has been changed"
             )
+        first = {name for _, name, *_ in abouts[0]["tensors"]}
         for one, own in zip(abouts, names, strict=True):
-            only = sorted(own ^ names[0])
-            one["tensors"] = f"{len(own)} tensors" + (f", others at {', '.join(only[:3])}" if only else "")
+            trained = {name for _, name, *_ in one["tensors"]}
+            only = sorted((own ^ names[0]) | (trained ^ first))
+            one["tensors"] = f"{len(trained)} trained of {len(own)}" + (
+                f", others at {', '.join(only[:3])}" if only else ""
+            )
             one["weights"] = ""
         self._differ(abouts)
 
 
 def _whole(owner: Any) -> list[tuple[str, Tensor]]:
-    """The tensors that each rank has whole."""
-    return [(name, p) for name, p in owner.weights().items() if type(p).__name__ != "DTensor"]
+    """This rank's whole tensors: no shards, and none of a pipeline's other stages, which have no numbers here."""
+    return [(name, p) for name, p in owner.weights().items() if not is_dtensor(p) and not p.is_meta]
 
 
 def _about(owner: Any, places: Places) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from zokern.optim.moves import Moves, mean_square
 from zokern.optim.parameters import Parameters
 from zokern.optim.ranks import Ranks
 from zokern.optim.turn import Turn
+from zokern.placement import fsdp
 from zokern.settings import REQUIRED, Setting, takes_settings
 from zokern.sweep import Passes
 
@@ -163,6 +164,7 @@ class Built(Common, Method, torch.optim.Optimizer):
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name: the module's, or those of its groups."""
         if self.module is not None:
+            fsdp.let_go(fsdp.modules_of(self.module))
             return dict(self.module.named_parameters())
         names = self._parameters.names(self)
         return {name: p for own, group in zip(names, self.param_groups, strict=True)
@@ -205,6 +207,7 @@ class Built(Common, Method, torch.optim.Optimizer):
             try:
                 super().add_param_group(param_group)
                 group = self.param_groups[-1]
+                fsdp.refuse_alone(group["params"], self.module)
                 for p in group["params"]:
                     registry.add(p)
                     parameters.check_parameter(p, f"params: {registry.names[id(p)]}")

@@ -39,7 +39,21 @@ class Captured(Ranked):
                 "from the "
                 "same generator states; call model.eval(), or give paired_randomness=False"
             )
-        return super().why_not_graphed()
+        return self._why_ranks_cannot() or super().why_not_graphed()
+
+    def _why_ranks_cannot(self) -> str | None:
+        found = self._places()
+        if found is None:
+            return None
+        device = next(self._tensors()).device.type
+        if found.backend(device) != "nccl":
+            return (
+                f"its ranks tell each other their losses through {found.backend(device) or 'the host'}, which no graph can "
+                'hold: init_process_group("cpu:gloo,cuda:nccl")'
+            )
+        if self.compare_every:
+            return "compare_every reads all weights on the host; leave it out"
+        return None
 
     def captured_tensors(self) -> list[Tensor]:
         """What a captured step works on beside the parameters."""

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from zokern import deltas
+from zokern import deltas, parts
 from zokern._checks import is_quantised
 
 _announced: set[str] = set()
@@ -141,7 +141,7 @@ def _spacing(owner: Any) -> str:
     for g, group in enumerate(owner.param_groups):
         for p in group["params"]:
             if p.requires_grad and p.element_size() == 2 and p.numel():
-                rms = float(p.detach().float().square().mean().sqrt())
+                rms = float(parts.local(p).detach().float().square().mean().sqrt())
                 apart = rms * torch.finfo(p.dtype).eps
                 eps = float(group["eps"])
                 if math.isfinite(apart) and eps < apart / 2:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokern import parts
 from zokern import placement as placements
 from zokern._checks import ZokernWarning
 from zokern.optim import causes, frameworks, pairing, state
@@ -22,6 +23,7 @@ from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, STREAK, WHOLE, Flats
 from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Losses
 from zokern.optim.watching import Watch
+from zokern.placement import fsdp
 
 
 class Guards:
@@ -43,13 +45,18 @@ class Guards:
         self._told: set[str] = set()
         self._half: torch.dtype | None = None  # of the losses, where one had 16 bits
         self._first = True  # no step has begun yet
+        self._sharded = self.watch is not None and bool(self.watch.sharded)  # for which the placement was made
 
     # ----------------------------------------------------------------------------------------------- before the forwards
 
     def begin(self, owner: Any, losses: Losses) -> None:
         """The step's members are known. Refuses to train nothing; decides the placement; prepares the forwards."""
-        if not owner.active.sweep.members:
+        if not owner.active.rows:
             causes.refuse_idle(owner)
+        if self.watch is not None and bool(self.watch.sharded) != self._sharded:  # by fully_shard, since
+            self._sharded = bool(self.watch.sharded)
+            if isinstance(self.wanted, str):
+                self._replace(owner, self.wanted, self.sixteen_bit)
         if self.wanted == "auto" and (self._active is None or self._active() is not owner.active):
             self.decide(owner)
             self._active = weakref.ref(owner.active)
@@ -57,17 +64,19 @@ class Guards:
             self._first = False
             if losses.batches is None and (steps := frameworks.loses_batches()):
                 self.warn("batches", causes.lost_batches(steps))
-        watch, params = self.watch, owner.active.sweep.params
+        watch, params = self.watch, owner.active.ends
         self._grads = params[0].grad, params[-1].grad
         self._draws = losses.draws = None
         if owner.paired_randomness is True or (
             watch is not None and watch.random and self.pairs(owner.paired_randomness)
         ):
-            self._draws = losses.draws = pairing.Draws({p.device for p in params})
+            devices = {p.device for p in owner.active.sweep.params} or {params[0].device}
+            self._draws = losses.draws = pairing.Draws(devices)
         buffers = watch is not None and bool(watch.buffers.places)
         if watch is not None and buffers:
             watch.buffers.begin()
-        self.busy = buffers or self._draws is not None or "backward" in self._told
+        sharded = watch is not None and bool(watch.sharded)
+        self.busy = buffers or sharded or self._draws is not None or "backward" in self._told
 
     def decide(self, owner: Any) -> None:
         """What "auto" is for the weights' types as they are now."""
@@ -77,7 +86,9 @@ class Guards:
             self.sixteen_bit = sixteen_bit
 
     def _replace(self, owner: Any, wanted: str, sixteen_bit: bool) -> None:
-        made = placements.make(wanted, owner.module, sixteen_bit, owner._passes, pipelined=owner.pipelined)
+        made = placements.make(
+            wanted, owner.module, sixteen_bit, owner._passes, scaled=owner.scaled, pipelined=owner.pipelined
+        )
         if owner.listeners and made.name != owner._placement.name and "inplace" in (made.name, owner._placement.name):
             raise RuntimeError(
                 f"the weights' types have changed while a journal is written, and with them the placement, from "
@@ -111,6 +122,8 @@ class Guards:
 
     def probed(self) -> None:
         """A probe's closure has returned, or raised."""
+        if self.watch is not None and self.watch.sharded:
+            fsdp.let_go(self.watch.sharded)
         if self._draws is not None:
             self._draws.probed()
         if self.watch is not None and self.watch.buffers.tensors:
@@ -131,7 +144,7 @@ class Guards:
             if "half" not in self._told:
                 self.warn("half", causes.half(losses.half))
         if "backward" not in self._told:
-            params = owner.active.sweep.params
+            params = owner.active.ends
             copies: Sequence[Tensor] = getattr(owner._placement, "copies", ())
             first, last = (params[0].grad, params[-1].grad)
             grown = (first is not None and first is not self._grads[0]) or (
@@ -190,7 +203,7 @@ def primed(owner: Any) -> bool:
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     if any(p.grad is None for p in trained) or any(float(group["lr"]) != 0.0 for group in groups):
         return False
-    if any(bool(p.grad.any()) for p in trained):
+    if any(bool(parts.local(p.grad).any()) for p in trained):
         return False
     for p in trained:
         state.of(owner.state, p, owner.state_spec)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokern import _checks
+from zokern import _checks, parts
 from zokern._checks import ZokernWarning
 from zokern.optim import carried, saved_pending, state
 from zokern.optim.parameters import RATES, check_group
@@ -98,7 +98,8 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return (
             isinstance(a, Tensor) and isinstance(b, Tensor)
-            and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.to(b.device), b)
+            and a.shape == b.shape and a.dtype == b.dtype
+            and torch.equal(parts.local(a).to(b.device), parts.local(b))  # one rank alone may ask
         )  # fmt: skip
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
@@ -229,8 +230,7 @@ def _states(given: Mapping[str, Any], own: Mapping[str, Any], ours: Ours) -> dic
                 _check_state(value, one, name, p, ours.spec[one][0])
         if values:
             kept[p] = {
-                one: value.to(p.device, copy=True) if isinstance(value, Tensor) else value
-                for one, value in values.items()
+                one: _like(p, value, name) if isinstance(value, Tensor) else value for one, value in values.items()
             }
     if kept and without and ours.every_step:
         warnings.warn(
@@ -240,6 +240,27 @@ def _states(given: Mapping[str, Any], own: Mapping[str, Any], ours: Ours) -> dic
             stacklevel=5,
         )
     return kept
+
+
+def _everywhere(good: Any) -> bool:
+    """Of shards on all ranks, which ask together, so that all raise or none; bool() of a DTensor is of a rank's own."""
+    every = good.all()
+    return bool(every.full_tensor() if parts.is_dtensor(every) else every)
+
+
+def _like(p: Tensor, value: Any, name: str) -> Tensor:
+    """A copy that lies as the parameter does: a DTensor's has its shards."""
+    made: Tensor
+    if not parts.is_dtensor(p):
+        whole: Tensor = value.full_tensor() if parts.is_dtensor(value) else value
+        return whole.to(p.device, copy=True)
+    if parts.is_dtensor(value):
+        made = value.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        return made.to(p.device, copy=True)
+    made = state.full_like(p, 0.0, value.dtype)
+    if parts.local(made).numel():
+        parts.local(made).copy_(value[tuple(slice(first, first + n) for first, n in parts.spans(p, name))])
+    return made
 
 
 def _check_state(value: Any, what: str, name: str, p: Tensor, dtype: torch.dtype) -> None:
@@ -254,10 +275,9 @@ def _check_state(value: Any, what: str, name: str, p: Tensor, dtype: torch.dtype
         raise ValueError(
             f"state_dict: {what} of {name} is {_checks.describe(value)}; it must be a dense tensor with storage"
         )
-    finite = torch.isfinite(value).all()
     _check(
-        finite,
+        _everywhere(torch.isfinite(value)),
         f"state_dict: {what} of {name} has values that are not finite: the run had diverged; take an earlier one",
     )
     if what in NEVER_NEGATIVE:
-        _check((value >= 0).all(), f"state_dict: {what} of {name} has values below 0, which no run leaves")
+        _check(_everywhere(value >= 0), f"state_dict: {what} of {name} has values below 0, which no run leaves")

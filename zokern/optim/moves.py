@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokern import parts
 from zokern._checks import ZokernWarning
 from zokern.deltas import Delta
+from zokern.distributed import shards
 from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.optim.parameters import Active
@@ -98,20 +100,35 @@ def added(update: Update, lr: Tensor) -> Tensor:
 
 
 def mean_square(params: Iterable[Tensor]) -> Tensor:
-    """Of all elements that are not 0; 0 where there are none. float64, 0-d, on the first GPU that has any; never waits."""
+    """Of all elements that are not 0; 0 where there are none. float64, 0-d, on the first GPU that has any; never waits,
+    but where tensors are sharded for the other ranks, which get the same bits."""
     sums: dict[torch.device, list[Tensor]] = {}
+    sharded: dict[torch.device, list[Tensor]] = {}
     for p in params:
         if isinstance(p, Delta):
             continue
-        flat = p.detach().reshape(1) if p.dim() == 0 else p.detach()
-        for piece in flat.split(max(1, CHUNK // max(1, flat[0].numel()))):
-            norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
-            sums.setdefault(p.device, []).extend((norm.to(torch.float64).square(), torch.count_nonzero(piece)))
+        if parts.is_dtensor(p):
+            sharded.setdefault(p.device, []).append(p.detach())
+        else:
+            sums.setdefault(p.device, []).append(_squares(p.detach()))
+    for device, tensors in sharded.items():
+        own = torch.stack([_squares(parts.local(t)) for t in tensors])
+        sums.setdefault(device, []).extend(shards.totals(tensors, own))
     home = next((device for device in sums if device.type != "cpu"), torch.device("cpu"))
     total = torch.zeros(2, dtype=torch.float64, device=home)
     for each in sums.values():
-        total += sent(torch.stack([one.to(torch.float64) for one in each]).view(-1, 2).sum(dim=0), home)
+        total += sent(torch.stack(each).sum(dim=0), home)
     return total[0] / total[1].clamp(min=1.0)
+
+
+def _squares(t: Tensor) -> Tensor:
+    """The sum of its squares, and how many are not 0: float64 [2]."""
+    total = torch.zeros(2, dtype=torch.float64, device=t.device)
+    flat = t.reshape(1) if t.dim() == 0 else t
+    for piece in flat.split(max(1, CHUNK // max(1, flat[0].numel()))) if t.numel() else ():
+        norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
+        total += torch.stack((norm.to(torch.float64).square(), torch.count_nonzero(piece).to(torch.float64)))
+    return total
 
 
 class Moves:
@@ -126,6 +143,7 @@ class Moves:
         self.version = -1  # of the parameters that it is of
         self.active: Callable[[], Active | None] = lambda: None  # held weakly: it holds states
         self._square = 0.0  # `square`, where the host has it
+        self._whole: tuple[object, ...] = ()  # of the weights, what is the same on all ranks
         self._parts: list[float] = []  # of the rows of `active` in its elements
         self._shares: Tensor | None = None  # the same, on the device; None for one row
         self._steps = 0
@@ -142,22 +160,25 @@ class Moves:
 
     def begin(self, version: int, params: Iterable[Tensor], active: Active) -> None:
         """Before a step does anything: the weights are clean. version: of the parameters; params: the trained ones."""
-        if version != self.version:
+        if version != self.version and self._is_new(params := list(params)):
             square = mean_square(params)
             if self.square is None or self.square.device != square.device:
                 self.square = square
             else:
                 self.square.copy_(square)  # where it is: a captured step may read it
             self._square = self.square.item() if self.square.device.type == "cpu" else 0.0
-            self.version = version
+        self.version = version
         if active is not self.active():
-            sizes = [0] * len(active.rows)
-            for member in active.sweep:
-                sizes[member.row] += member.param.numel()
-            total = max(1, sum(sizes))
-            self._parts = [size / total for size in sizes]
-            self._shares = torch.tensor(self._parts, dtype=torch.float64, device=CPU) if len(sizes) > 1 else None
+            total = max(1, sum(active.sizes))
+            self._parts = [size / total for size in active.sizes]
+            self._shares = torch.tensor(self._parts, dtype=torch.float64, device=CPU) if len(self._parts) > 1 else None
             self.active = weakref.ref(active)
+
+    def _is_new(self, params: list[Tensor]) -> bool:
+        """Whether their size has to be looked at again. That of shards takes all ranks, so it depends on what all see; a
+        rank's own part may come to lie elsewhere."""
+        before, self._whole = self._whole, shards.whole_look(params)
+        return not self._whole or self._whole != before
 
     def note(
         self, update: Update, lr: Tensor, ok: Tensor, gate: Tensor | None, advice: Callable[[], str], ledger: Ledger

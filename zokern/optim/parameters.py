@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from zokern import _checks, deltas
+from zokern import _checks, deltas, parts
 from zokern.contract.streams import matrices
 from zokern.kinds import Number
 from zokern.layers import RandomBlocks
 from zokern.optim import reach, state
 from zokern.optim.numbers import NUMBERS, Rows
+from zokern.placement import fsdp
 from zokern.sweep import Member, Sweep
 
 Groups = list[dict[str, Any]]
@@ -67,6 +68,15 @@ class Registry:
             del self.ids[one]
         self._keep = [p for p in self._keep if id(p) in self.ids]
 
+    def replace(self, p: Tensor, name: str) -> None:
+        """For a parameter that has taken the place of the one of this name, and has its id."""
+        for other, own in list(self.names.items()):
+            if own == name:
+                self.ids[id(p)], self.names[id(p)] = self.ids.pop(other), self.names.pop(other)
+                self._keep.append(p)
+                return
+        self.add(p, name)
+
     def adopt(self, p: Tensor, name: str) -> None:
         """As `add`, for a parameter that has come to have this name in the module: one that had it gives it away."""
         if id(p) not in self.ids and name in self._taken:
@@ -81,6 +91,10 @@ class Registry:
 def parse(params: object, shown: nn.Module | None = None) -> tuple[Groups, nn.Module | None, Registry]:
     """Groups for torch.optim.Optimizer from a module, or from what torch's optimizers take. shown: the module whose
     parameters those are, which then have its names and ids."""
+    for module in (params, shown):
+        if isinstance(module, nn.Module):
+            fsdp.refuse_flat(module)
+            fsdp.let_go(fsdp.modules_of(module))  # a root has other parameters after a forward
     if isinstance(params, nn.Module):
         if shown is not None and shown is not params:
             raise ValueError("params and module are two modules; give one, or groups of the parameters of `module`")
@@ -118,6 +132,7 @@ def parse(params: object, shown: nn.Module | None = None) -> tuple[Groups, nn.Mo
                 )
             registry.add(p, name)
         group["params"] = [p for _, p in named]
+    fsdp.refuse_alone((p for group in groups for p in group["params"]), shown)
     return groups, shown, registry
 
 
@@ -147,10 +162,11 @@ def check_parameter(p: Tensor, name: str) -> None:
     """Zero-size parameters are allowed here (they are skipped); everything else as for a pass."""
     if isinstance(p, deltas.Delta):
         return
-    if type(p).__name__ == "DTensor":
+    p = parts.part(p, name).local
+    if type(p).__name__ == "FlatParameter":
         raise TypeError(
-            f"{name} is a DTensor (FSDP2, tensor parallel), and zokern's optimizers do not take those yet: keep the whole "
-            "model on each rank"
+            f"{name} is a FlatParameter of FullyShardedDataParallel (FSDP1), which lays all tensors of a module end to "
+            "end: shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which keeps each"
         )
     if type(p).__name__ == "FakeTensor":
         raise TypeError(
@@ -171,11 +187,17 @@ def check_group(group: Mapping[str, Any], index: int) -> None:
 
 @dataclass(frozen=True)
 class Active:
-    """What a step moves: its members, the rows of their numbers, and the numbers of the blocks that it leaves out."""
+    """What a step moves: its members, the rows of their numbers, and the numbers of the blocks that it leaves out.
+
+    sizes: of the rows, in elements of whole tensors. On a rank that has no element of a tensor, it is no member. ends: the
+    first and the last tensor, as modules hold them.
+    """
 
     sweep: Sweep
     rows: Rows
     dropped: frozenset[int]
+    sizes: tuple[int, ...] = ()
+    ends: tuple[Tensor, ...] = ()
 
 
 class Owner(Protocol):
@@ -242,8 +264,11 @@ class Parameters:
             self.version += 1
             self.check_groups(owner, owner.pipelined)  # what eps may be depends on the weights' type
         if changed or self._active is None or self._active.dropped != dropped:
-            members, rows = self._members(owner, dropped, changed)
-            self._active = Active(Sweep(members), rows, dropped)
+            members, sizes = self._members(owner, dropped, changed)
+            here = [m for m in members if m.param.numel()]
+            absent = [m for m in members if not m.param.numel()]
+            ends = tuple(m.held for m in (members[0], members[-1])) if members else ()
+            self._active = Active(Sweep(here, absent), list(sizes), dropped, tuple(sizes.values()), ends)
             self._seen = self._look(owner) if self.spec else seen  # anew: states may have been made
         return self._active
 
@@ -252,11 +277,14 @@ class Parameters:
         seen: list[object] = [id(owner.layers)]
         for group in owner.param_groups:
             for p in group["params"]:
-                seen.append((id(p), p.requires_grad, p.data_ptr(), p.shape, p.stride(), p.dtype))
+                mine = p if type(p) is nn.Parameter else parts.local(p)
+                seen.append((id(p), p.requires_grad, id(mine), mine.data_ptr(), mine.shape, mine.stride(), p.dtype))
                 if self.spec and p in owner.state:
                     own = owner.state[p]
-                    seen += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
-                             for name in self.spec if (t := own.get(name)) is not None]  # fmt: skip
+                    kept = [
+                        t if type(t) is Tensor else parts.local(t) for t in map(own.get, self.spec) if t is not None
+                    ]
+                    seen += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype) for t in kept]
             seen.append(len(group["params"]))
         return seen
 
@@ -270,20 +298,31 @@ class Parameters:
                     self.registry.add(p)
                     yield g, p
 
-    def _members(self, owner: Owner, dropped: frozenset[int], changed: bool) -> tuple[list[Member], Rows]:
-        """changed: something is not as it was, so that all are looked at again: model.double() may have come between."""
+    def _members(
+        self, owner: Owner, dropped: frozenset[int], changed: bool
+    ) -> tuple[list[Member], dict[tuple[int, Hashable], int]]:
+        """And the sizes of their rows. changed: something is not as it was, so that all are looked at again: model.double()
+        may have come between."""
         members: list[Member] = []
         rows: dict[tuple[int, Hashable], int] = {}
+        sizes: dict[tuple[int, Hashable], int] = {}
         for g, p in self.trainable(owner):
             if owner.layers is not None and not owner.layers.is_active(p, dropped):
                 continue
             if changed or type(p) is not nn.Parameter:  # put into a group by somebody else
                 check_parameter(p, f"params: {self.registry.names[id(p)]}")
                 owner.check_writable(p)
-            row = rows.setdefault((g, owner.row_key(p)), len(rows))
+            key = g, owner.row_key(p)
+            row, name = rows.setdefault(key, len(rows)), self.registry.names[id(p)]
+            sizes[key] = sizes.get(key, 0) + p.numel()
             kept = state.of(owner.state, p, self.spec)
-            members.append(Member(p, self.registry.ids[id(p)], row, self.registry.names[id(p)], kept))
-        return members, list(rows)
+            mine = parts.part(p, f"params: {name}")
+            if mine.local is p:
+                members.append(Member(p, self.registry.ids[id(p)], row, name, kept))
+            else:
+                kept = {one: parts.local(t) for one, t in kept.items()}
+                members.append(Member(mine.local, self.registry.ids[id(p)], row, name, kept, *mine[1:], dtensor=p))
+        return members, sizes
 
     def layout(self, owner: Owner, *, anew: bool = False) -> dict[str, Any]:
         """What a replay has to know: ids, shapes, dtypes, groups, rows and blocks. anew: as they are, not as a step saw

@@ -53,7 +53,7 @@ class Ranked(Built):
         or evaluating, which may take longer than exchange_timeout. Does nothing for one process alone."""
         ranks = self._ranks if self._decided else self._take_part()
         if ranks is not None:
-            ranks.wait()
+            ranks.wait(self)
 
     def exchanged(self) -> dict[str, int]:
         """ "collectives" and "bytes" that this rank has sent so far, all of its exchanges together."""

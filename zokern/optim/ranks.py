@@ -20,11 +20,12 @@ from torch import Tensor
 
 from zokern.distributed.exchange import RankError
 from zokern.distributed.places import Places
-from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, Agreement, fingerprint, rates
+from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, WAITS, Agreement, fingerprint, rates
 from zokern.optim.losses import Losses
 from zokern.passes.update import CPU, Terms, sent
 from zokern.placement.inplace import InPlace
 
+FOREVER = 1e7  # seconds
 Evaluate = Callable[[list[Terms]], list[Tensor]]
 
 
@@ -40,11 +41,10 @@ class Ranks(Agreement):
     @contextmanager
     def step(self, owner: Any) -> Iterator[None]:
         """Around a step. Whatever this rank raises before its last exchange, the others are told."""
-        self.where, self.round, self.since = owner._passes.counters.steps, 0, time.monotonic()
-        self.pending, self.comparing, self.timeout = True, not self.compared, owner.exchange_timeout
+        self.at(owner)
+        self.pending = True
         try:
-            self.most = -(-max(owner.forwards(), 1) // self.places.shares)
-            self._look()
+            self.look()
             if self.comparing or (owner.compare_every and self.steps >= owner.compare_every):
                 self.compare(owner)
                 self.steps = 0
@@ -57,16 +57,22 @@ class Ranks(Agreement):
                 self.tell(error)
             raise
 
-    def _look(self) -> None:
-        try:
-            self.look()
-        except RankError as error:  # the others may not have looked yet
-            self.tell(error)
-            raise
+    def wait(self, owner: Any) -> None:
+        """Until all ranks have come here, however long that takes.
 
-    def wait(self) -> None:
-        """Until all ranks have come here, however long that takes."""
-        self.exchange.gather(torch.zeros(1, dtype=torch.float64, device=CPU), 1e7, "wait_for_ranks()")
+        Raises:
+            RankError: where one is elsewhere.
+        """
+        self.at(owner)
+        own = torch.from_numpy(self.header(WAITS, 0))
+        every = self.exchange.gather(own, FOREVER, "opt.wait_for_ranks()")
+        self.check(every.view(torch.int64)[:, :3].tolist(), {"the place": "opt.wait_for_ranks()"})
+
+    def at(self, owner: Any) -> None:
+        """Where this rank is, for what it tells the others next."""
+        self.where, self.round, self.since = owner._passes.counters.steps, 0, time.monotonic()
+        self.comparing, self.timeout = not self.compared, owner.exchange_timeout
+        self.most = -(-max(owner.forwards(), 1) // self.places.shares)
 
     # ---------------------------------------------------------------------------------------------------------- probes
 
@@ -83,15 +89,26 @@ class Ranks(Agreement):
                 f"{type(owner).__name__}.rounds() gives {len(probes)} probes, and its forwards() says {owner.forwards()} "
                 "for a whole step; make them agree"
             )
-        losses.partial = self.stages or self.places.sharded
+        losses.partial = self.stages or not self.places.counts[self.places.me]
         found = self._own(owner, losses, evaluate, probes, own)
         if found:
             self.device = found[0].device
         about = _what(owner, losses, probes)
         every = self.gather(self._numbers(owner, losses, found, fingerprint(about)))
+        header, apart = every.view(torch.int64)[:, :3], None
         try:
-            vectors = self._checked(owner, every, about, bool(found) and found[0].dim() > 0)
-            return self._vectors(found, len(probes)) if vectors else self._together(every, losses, len(probes))
+            vectors = bool(found) and found[0].dim() > 0
+            if not self.blind:
+                said = header.tolist()
+                self.check(said, about, every[:, HEADER - 1].tolist())
+                vectors = any(one[1] == VECTORS for one in said)
+            else:
+                apart = (header[:, ::2] != header[:1, ::2]).any() | (header[:, 1] == RAISED).any()
+                if owner.numbers.device is None:
+                    self.note(header, apart)
+            if vectors:
+                return self._vectors(found, len(probes))
+            return self._together(every, apart, losses.reduction == "mean", len(probes))
         finally:
             self.round += 1
             self.pending = self.round < self.rounds
@@ -133,30 +150,15 @@ class Ranks(Agreement):
             numbers[HEADER : HEADER + len(found)] = torch.stack(found)
         return numbers
 
-    def _checked(self, owner: Any, every: Tensor, about: dict[str, Any], vectors: bool) -> bool:
-        """Whether losses of each example follow."""
-        header = every.view(torch.int64)[:, :3]
-        if every.device.type == "cpu":
-            said = header.tolist()
-            self.check(owner, said, about)
-            return any(one[1] == VECTORS for one in said)
-        if owner.numbers.device is None:
-            self.note(header)
-        return vectors
-
-    def _together(self, every: Tensor, losses: Losses, count: int) -> list[Tensor]:
-        """[ranks, L] -> the losses of the round's probes. On a device, where nobody may look: not a number where ranks do
-        not agree, so that the step is left out on all of them."""
+    def _together(self, every: Tensor, apart: Tensor | None, mean: bool, count: int) -> list[Tensor]:
+        """[ranks, L] -> the losses of the round's probes. apart: on a device, where nobody may look, whether ranks do not
+        agree; they are no numbers then, so that the step is left out on all ranks."""
         whole: list[Tensor] = []
         for share in range(self.places.shares):
             total = _added(every[self._of_share(share)])
-            sums = total[HEADER:] / total[HEADER - 1] if losses.reduction == "mean" else total[HEADER:]
+            sums = total[HEADER:] / total[HEADER - 1] if mean else total[HEADER:]
             whole += sums[: len(self.share_of(share, count))].unbind()
-        if every.device.type == "cpu":
-            return whole
-        header = every.view(torch.int64)[:, :3]
-        apart = (header[:, ::2] != header[:1, ::2]).any() | (header[:, 1] == RAISED).any()
-        return [torch.where(apart, torch.nan, loss) for loss in whole]
+        return whole if apart is None else [torch.where(apart, torch.nan, loss) for loss in whole]
 
     def _of_share(self, share: int) -> list[int]:
         """The places whose losses make up those of a share of the directions."""

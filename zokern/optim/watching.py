@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from zokern import parts
 from zokern.layers import RandomBlocks
 from zokern.optim import parameters
 from zokern.optim.buffers import Buffers
 from zokern.optim.pairing import may_draw
+from zokern.placement import fsdp
 
 
 class Owner(Protocol):
@@ -23,13 +25,14 @@ class Owner(Protocol):
 
     param_groups: list[dict[str, Any]]
     layers: RandomBlocks | None
+    state: Any
     _parameters: parameters.Parameters
 
 
 class Watch:
     """Of one module. all_of_it: the optimizer was given the module, and not groups of its parameters.
 
-    random: the submodules that may draw. buffers: what forwards may change besides.
+    random: the submodules that may draw. buffers: what forwards may change besides. sharded: those of FSDP2.
     """
 
     def __init__(self, module: nn.Module, *, all_of_it: bool) -> None:
@@ -48,13 +51,25 @@ class Watch:
         self.known = {id(p): name for name, p in named.items()}
         self._frozen = [p for p in named.values() if not p.requires_grad]
         self.random = [m for m in modules if may_draw(m)]
+        self.sharded = fsdp.modules_of(self.module)
+        self._prepared = False
         self.buffers = Buffers(self.module)
 
     def changed(self) -> bool:
         """Whether a module or a parameter was put in, taken out or replaced anywhere, or one unfrozen."""
+        if self.sharded:
+            self._let_go()
         if self._ids != list(map(id, chain.from_iterable(self._places))):
             return True
         return bool(self._frozen) and any(p.requires_grad for p in self._frozen)
+
+    def _let_go(self) -> None:
+        """Of what a forward between two steps has gathered."""
+        if self.sharded:
+            fsdp.let_go(self.sharded)
+            if not self._prepared:
+                fsdp.prepare(self.sharded)
+                self._prepared = True
 
     def take_in(self, owner: Owner) -> None:
         """Takes in what changed, where `changed` says so.
@@ -74,6 +89,9 @@ class Watch:
                     f"parameter {name} is not in the module any more ({what}), and this optimizer trains it; make a new "
                     "optimizer after changing the module"
                 )
+        for p in own:
+            if parts.is_dtensor(p) and id(p) in now and id(p) not in owner._parameters.registry.ids:
+                self._take_over(owner, p, now[id(p)])
         grouped = set(map(id, own))
         was_frozen = set(map(id, self._frozen))
         new = [
@@ -91,4 +109,15 @@ class Watch:
             owner.layers.bind_again(self.module)
         owner._parameters.forget()
         self._remember()
+        self._let_go()
         del held
+
+    def _take_over(self, owner: Owner, p: Tensor, name: str) -> None:
+        """A shard that somebody has put into a group for the parameter of this name, as accelerate does: it has its id."""
+        with_states = [other for other in owner.state if owner._parameters.registry.names.get(id(other)) == name]
+        if with_states:
+            raise RuntimeError(
+                f"parameter {name} was sharded after steps had been done, and what this optimizer keeps of it is of the "
+                "whole tensor; shard the module before the first step"
+            )
+        owner._parameters.registry.replace(p, name)

@@ -25,9 +25,10 @@ from typing import Any
 from torch import nn
 
 from zokern import _checks
-from zokern.placement import stream
+from zokern.placement import fsdp, gathered, stream
 from zokern.placement.base import Ahead, Placement, Refused, Rounding
 from zokern.placement.forward import SCALED, Forward
+from zokern.placement.gathered import Gathered, Kept
 from zokern.placement.inplace import InPlace
 from zokern.placement.pending import ForwardPending
 from zokern.placement.shadow import Shadow
@@ -51,23 +52,40 @@ __all__ = [
 
 MADE: dict[str, type[Any]] = {cls.name: cls for cls in (InPlace, Shadow, Stream, Forward)}
 PLACEMENTS = ("auto", *MADE)
+OF_SHARDS: dict[str, type[Any]] = {cls.name: cls for cls in (InPlace, Kept, Gathered)}  # for modules of FSDP2
 NEEDED = (*Placement.__annotations__, *(name for name in vars(Placement) if not name.startswith("_")))
 _announced: set[str] = set()
 _bound: dict[int, weakref.ref[object]] = {}  # objects of users that serve an optimizer, by id
 
 
-def choose(module: nn.Module | None, sixteen_bit: bool) -> tuple[str, str]:
+def choose(module: nn.Module | None, sixteen_bit: bool, scaled: bool = False) -> tuple[str, str]:
     """What "auto" stands for, and why."""
     if not sixteen_bit:
         return "inplace", "float32 weights round too little to drift"
     if module is None:
         return "inplace", "there is no module to show copies to, so 16-bit weights will drift: pass the nn.Module"
+    if fsdp.modules_of(module):
+        return _choose_sharded(module, scaled)
     try:
         stream.refuse(module)
     except ValueError as error:
         return "shadow", f"16-bit weights stay exact; {error}"
     extra = stream.extra_bytes(module) / max(sum(p.nbytes for p in module.parameters()), 1)
     return "stream", f"16-bit weights stay exact, for {extra:.1%} of the model's memory"
+
+
+def _choose_sharded(module: nn.Module, scaled: bool) -> tuple[str, str]:
+    """Of a module of FSDP2 with 16-bit weights."""
+    if scaled:
+        return (
+            "shadow",
+            f"16-bit weights stay exact, for a copy of each rank's shards; {gathered.SCALED.split(', so')[0]}",
+        )
+    try:
+        gathered.refuse(module)
+    except ValueError as error:
+        return "shadow", f"16-bit weights stay exact, for a copy of each rank's shards; {error}"
+    return "stream", "16-bit weights stay exact: what FSDP2 gathers is perturbed, and nothing copied"
 
 
 def read(wanted: object, name: str = "placement") -> object:
@@ -109,7 +127,10 @@ def make(
     if waits and wanted == Forward.name:
         placement: Placement = ForwardPending()
     else:
-        placement = MADE[_resolved(wanted, module, sixteen_bit)]() if isinstance(wanted, str) else _own(wanted)
+        name = _resolved(wanted, module, sixteen_bit, scaled) if isinstance(wanted, str) else ""
+        placement = _made(name, module, scaled) if name else _own(wanted)
+    if pipelined and isinstance(placement, Gathered | Kept):
+        raise ValueError(gathered.PIPELINED)
     if pipelined and not isinstance(placement, Shadow | Stream):
         raise ValueError(
             f"pipelined=True writes the next perturbation to copies while it updates, and placement={placement.name!r} has "
@@ -121,9 +142,23 @@ def make(
     return placement
 
 
-def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool) -> str:
+def _made(name: str, module: nn.Module | None, scaled: bool) -> Placement:
+    """Of a module of FSDP2 the weights that forwards see are none of its own parameters."""
+    placement: Placement
+    if not fsdp.modules_of(module):
+        placement = MADE[name]()
+        return placement
+    if name == Forward.name:
+        raise ValueError(gathered.FORWARD)
+    if name == Gathered.name and scaled:
+        raise ValueError(gathered.SCALED)
+    placement = OF_SHARDS[name]()
+    return placement
+
+
+def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool, scaled: bool) -> str:
     if name == "auto":
-        name, reason = choose(module, sixteen_bit)
+        name, reason = choose(module, sixteen_bit, scaled)
         if sixteen_bit and name not in _announced:
             _announced.add(name)
             print(f"zokern: placement='auto' is {name!r} here ({reason})", file=sys.stderr)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from zokern import parts
 from zokern.contract.rules import RULES
 from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import CPU, Terms, Update, is_known, packed, perturbation, seed_tensor
@@ -178,7 +179,7 @@ class Shown(Exact):
         hooks.append(module.register_state_dict_post_hook(lambda *_: self._around_state_dict(copies=True)))
 
     def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
-        """What is shown for each member, by the parameter's id."""
+        """What is shown for each member, by the id of what the module has."""
         raise NotImplementedError
 
     def memory(self) -> list[Tensor]:
@@ -211,27 +212,33 @@ class Shown(Exact):
 class Shadow(Shown):
     name = "shadow"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.out: list[Tensor] = []  # the copies' memory: they may be DTensors
+
     def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
         """Each member's copy."""
-        if self.moved(self.copies) or members.layout != self.layout:
-            self.copies, self.ready, self.probes = [], {}, []  # views of the pools, which may be replaced
+        if self.moved(self.out) or members.layout != self.layout:
+            self.copies, self.out, self.ready, self.probes = [], [], {}, []  # views of the pools, which may be replaced
             self.layout = None
             self.let_go()
             sites.fit(self.pools, sites.sizes(members))
             self.copies = sites.copies(members, self.pools)
-            self.layout, self.places = members.layout, list(map(Tensor.data_ptr, self.copies))
-        return {id(m.param): copy for m, copy in zip(members, self.copies, strict=True)}
+            self.out = list(map(parts.local, self.copies))
+            self.layout, self.places = members.layout, list(map(Tensor.data_ptr, self.out))
+        return {id(m.held): copy for m, copy in zip(members, self.copies, strict=True)}
 
     def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
         self.pairs = []
-        return self._lay_out(sweep)
+        self._lay_out(sweep)
+        return {id(m.param): out for m, out in zip(sweep, self.out, strict=True)}
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:
         if not terms:
             yield
             return
-        self.perturb(self.sweep, terms, self.copies)
+        self.perturb(self.sweep, terms, self.out)
         try:
             self._show(copies=True)
             self.saving = False

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zokern import parts
 from zokern.sweep import Member
 
 Pools = dict[tuple[torch.device, torch.dtype], Tensor]
@@ -61,7 +63,7 @@ def find(module: nn.Module, members: Sequence[Member], placement: str) -> list[S
     Raises:
         RuntimeError: naming a parameter that the module does not hold any more.
     """
-    wanted = {id(m.param) for m in members}
+    wanted = {id(m.held) for m in members}
     sites = [
         Site(owner, name, param)
         for owner in module.modules()
@@ -70,7 +72,7 @@ def find(module: nn.Module, members: Sequence[Member], placement: str) -> list[S
     ]
     seen = {id(site.param) for site in sites}
     for member in members:
-        if id(member.param) not in seen:
+        if id(member.held) not in seen:
             raise RuntimeError(
                 f"parameter {member.name} is not in the module any more, so placement={placement!r} cannot show its "
                 "perturbed copy; make a new optimizer after changing the module"
@@ -129,7 +131,20 @@ def copies(members: Sequence[Member], pools: Pools) -> list[nn.Parameter]:
         start = used.get(key, 0)
         used[key] = start + padded_size(m.param)
         view = pools[key][start : start + m.param.numel()].view(m.param.shape)
-        copy = nn.Parameter(view, requires_grad=m.param.requires_grad)
-        copy.__dict__.update(m.param.__dict__)  # attributes that libraries hang on parameters
+        copy = nn.Parameter(_like(m.held, view), requires_grad=m.held.requires_grad)
+        own = copy.__dict__.keys()  # a DTensor's are its memory and its placements
+        copy.__dict__.update(
+            {name: value for name, value in m.held.__dict__.items() if name not in own}
+        )  # of libraries
         made.append(copy)
+    return made
+
+
+def _like(held: Any, view: Tensor) -> Tensor:
+    """What a module can have in the place of a parameter, with this memory: of a DTensor a DTensor."""
+    if not parts.is_dtensor(held):
+        return view
+    made: Tensor = type(held).from_local(
+        view, held.device_mesh, held.placements, run_check=False, shape=held.shape, stride=held.stride()
+    )
     return made

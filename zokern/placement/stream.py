@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from zokern import parts
 from zokern.layers import find_blocks
 from zokern.passes.update import Terms
 from zokern.placement import sites
@@ -50,6 +51,12 @@ class OutsideItsBlock(nn.Parameter):
     def data_ptr(self) -> int:
         _refuse(self.parameter)
 
+    def full_tensor(self, *_: Any, **__: Any) -> NoReturn:
+        """A DTensor's."""
+        _refuse(self.parameter)
+
+    to_local = redistribute = full_tensor
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":  # it would be lost
             _refuse(self.parameter)
@@ -77,7 +84,8 @@ def stand_in(param: Tensor, name: str) -> OutsideItsBlock:
         device=param.device,
         requires_grad=param.requires_grad,
     )
-    made.__dict__.update(param.__dict__)  # attributes that libraries hang on parameters
+    own = ("_local_tensor", "_spec")  # of a DTensor
+    made.__dict__.update({key: value for key, value in param.__dict__.items() if key not in own})  # of libraries
     made.parameter = name
     return made
 
@@ -91,6 +99,7 @@ class Unit:
     at: list[int] = field(default_factory=list)  # which of the step's members
     sweep: Sweep = NOTHING
     copies: list[nn.Parameter] = field(default_factory=list)
+    out: list[Tensor] = field(default_factory=list)  # the copies' memory: they may be DTensors
     places: list[sites.Site] = field(default_factory=list)
     pairs: list[tuple[sites.Site, nn.Parameter, OutsideItsBlock]] = field(default_factory=list)  # copy, stand-in
     shown: str = "weights"
@@ -118,7 +127,7 @@ def units_of(module: nn.Module, members: Sweep) -> list[Unit]:
     units = {None: Unit("outside the blocks", None)} | {i: Unit(*entry) for i, entry in enumerate(blocks)}
     home = {p: next(iter(at)) if len(at) == 1 else None for p, at in homes.items()}
     for i, m in enumerate(members):
-        units[home[id(m.param)]].at.append(i)
+        units[home[id(m.held)]].at.append(i)
     for site in found:
         units[home[id(site.param)]].places.append(site)
     for unit in units.values():
@@ -194,13 +203,13 @@ class Stream(Exact):
     def _lay_out(self, members: Sweep) -> list[Unit]:
         """The units of these members, each with its copies; those of the last time where nothing has changed."""
         layout = sites.fingerprint(self.module), members.layout
-        if layout == self.layout and not self.moved(copy for unit in self.kept for copy in unit.copies):
+        if layout == self.layout and not self.moved(out for unit in self.kept for out in unit.out):
             for unit in self.kept:
                 unit.sweep = members.piece(unit.at)
             return self.kept
         refuse_compiled(self.module)  # it may have been since
         for unit in self.kept:  # views of the pools, which may be replaced; the hooks of this step hold the units
-            unit.copies, unit.pairs = [], []
+            unit.copies, unit.out, unit.pairs = [], [], []
         self.kept, self.ready, self.probes, self.layout = [], {}, [], None
         self.let_go()
         units = units_of(self.module, members)
@@ -208,18 +217,19 @@ class Stream(Exact):
         sites.fit(self.outside_pools, sites.sizes(units[0].sweep))
         for i, unit in enumerate(units):
             unit.copies = sites.copies(unit.sweep, self.block_pools if i else self.outside_pools)
+            unit.out = list(map(parts.local, unit.copies))
             shown = {
-                id(m.param): (copy, stand_in(m.param, m.name)) for m, copy in zip(unit.sweep, unit.copies, strict=True)
+                id(m.held): (copy, stand_in(m.held, m.name)) for m, copy in zip(unit.sweep, unit.copies, strict=True)
             }
             unit.pairs = [(site, *shown[id(site.param)]) for site in unit.places]
         self.kept, self.layout = units, layout
-        self.places = [copy.data_ptr() for unit in units for copy in unit.copies]
+        self.places = [out.data_ptr() for unit in units for out in unit.out]
         return units
 
     def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
         """What lies outside the blocks, and the first block: others have no room before they run."""
         units = self._lay_out(sweep)
-        return {id(m.param): copy for unit in units[:2] for m, copy in zip(unit.sweep, unit.copies, strict=True)}
+        return {id(m.param): out for unit in units[:2] for m, out in zip(unit.sweep, unit.out, strict=True)}
 
     @property
     def copies(self) -> list[nn.Parameter]:
@@ -236,7 +246,7 @@ class Stream(Exact):
             return
         outside, *blocks = self.units
         self.passes.counters.passes += 1  # one sweep over the active parameters, in pieces
-        self.perturb(outside.sweep, terms, outside.copies, counted=False)
+        self.perturb(outside.sweep, terms, outside.out, counted=False)
         self.terms, self.last, self.saving = terms, None, False
         try:
             outside.show("copies")
@@ -299,7 +309,7 @@ class Stream(Exact):
             if other is not unit:
                 for member in other.sweep:
                     self.ready.pop(id(member.param), None)
-        self.perturb(unit.sweep, self.terms, unit.copies, counted=False)
+        self.perturb(unit.sweep, self.terms, unit.out, counted=False)
         self.users = self._count_users()  # the pass' own views among them, which are kept for the next
         unit.calls += 1
         unit.show("copies")
