@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,24 @@ def test_what_is_wrong_is_said_once(finished: Options, several: Ranks, tmp_path:
         assert not options.output.exists()
     with pytest.raises(FinetuneError, match="torchrun --nproc-per-node 2"):
         finetune(dataclasses.replace(options, parallel="data"))
+
+
+def test_no_rank_ends_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends all at the first that has failed."""
+    monkeypatch.setattr(ranks, "TOGETHER", 60.0)
+    first, second = (ranks.Team(rank, 2, store=dist.HashStore()) for rank in (0, 1))
+    second.store = first.store
+    for code in (1, 0):
+        first.store.delete_key("ended")
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(second.end, code)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            assert first.end(143) == 143
+            assert waiting.result(timeout=30) == 143
+    monkeypatch.setattr(ranks, "TOGETHER", 0.0)
+    first.store.delete_key("ended")
+    assert second.end(1) == 1  # the first one hangs
 
 
 @pytest.mark.parametrize("disturbance", [out_of_memory, killed])

@@ -54,6 +54,7 @@ def finetune() -> None:
     """Fine-tune a Hugging Face model with forward passes only: to classify texts, choose among candidates, or answer.
 
     With no options: a sentence encoder learns to sort docstrings by topic, in about two minutes on two cores, offline.
+    Several processes: torchrun --nproc-per-node 2 -m zokern finetune ... --parallel data (or directions).
     Ctrl-C, SIGTERM and SIGHUP stop the run and save what it has. --check looks at model and loss first. Exit codes: 0, 1
     for an error or what --check finds wrong, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """

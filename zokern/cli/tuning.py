@@ -10,7 +10,7 @@ import typer
 
 from zokern import cli
 from zokern.failing import end, fail
-from zokern.finetune import adapters, ranks, takers
+from zokern.finetune import adapters, launching, takers
 from zokern.finetune.options import (
     ADAPTER,
     DATA,
@@ -98,11 +98,11 @@ def _describe(field: dataclasses.Field[Any]) -> Described:
 
 
 def _run(context: typer.Context, **values: Any) -> None:
-    if not ranks.launched():
+    if not launching.launched():
         _alone(context, **values)
         return
     try:
-        ranks.end_together(lambda: _alone(context, **values), values["device"], typer.Exit)
+        launching.end_together(lambda: _alone(context, **values), values["device"], typer.Exit)
     except FinetuneError as error:
         fail(str(error))
 
@@ -116,15 +116,15 @@ def _alone(context: typer.Context, **values: Any) -> None:
         if check:
             if resume:
                 raise FinetuneError("--check looks at a new run; leave out --resume")
-            if ranks.launched():
+            if launching.launched():
                 raise FinetuneError("--check looks at one process; leave out torchrun")
             from zokern.finetune.checked import check as checked
 
             raise typer.Exit(0 if checked(options).ok else 1)
-        if not resume and ranks.restarted(options):
+        if not resume and launching.restarted(options):
             resume = True
         if not resume:
-            ranks.check(options)
+            launching.check(options)
         from zokern.finetune.run import run
 
         summary = run(options, resume=resume, given=given)

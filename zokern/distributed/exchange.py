@@ -68,7 +68,7 @@ class Exchange:
         every = torch.empty((self.places.size, *own.shape), dtype=own.dtype, device=own.device)
         if own.device.type != "cpu" and self.places.backend(own.device.type) is not None:
             dist.all_gather_into_tensor(every.view(-1), own.view(-1), group=self.places.parent)
-            return every
+            return self._in_order(every)
         host = every if every.device.type == "cpu" else torch.empty(every.shape, dtype=every.dtype)
         try:
             group = _on_hosts(self.places.ranks, seconds)
@@ -81,7 +81,7 @@ class Exchange:
             raise RankError(
                 f"{self.broken}. Weights are those of before the step; {_advice(error)}. (torch: {_first_line(error)})"
             ) from error
-        return host.to(every.device)
+        return self._in_order(host).to(every.device)
 
     def objects(self, own: object) -> list[Any]:
         """One object of each rank; for what goes wrong, where time does not count."""
@@ -92,7 +92,16 @@ class Exchange:
             forget(self.places.ranks)
             self.broken = "a rank was lost while the ranks told each other what went wrong"
             raise RankError(f"{self.broken} (torch: {_first_line(error)})") from error
-        return every
+        return [every[i] for i in self._order()]
+
+    def _order(self) -> list[int]:
+        """Where in a group each place is: torch sorts the ranks of a new group, and a mesh need not."""
+        group = sorted(self.places.ranks)
+        return [group.index(rank) for rank in self.places.ranks]
+
+    def _in_order(self, every: Tensor) -> Tensor:
+        order = self._order()
+        return every if order == list(range(len(order))) else torch.stack([every[i] for i in order])
 
     def _missing(self, error: RuntimeError, seconds: float) -> str:
         if _is_late(error):

@@ -29,12 +29,12 @@ from zokern.finetune import (
     failures,
     identity,
     images,
+    launching,
     methods,
     models,
     plots,
     preset,
     prompted,
-    ranks,
     resuming,
     surroundings,
     virtual,
@@ -112,8 +112,8 @@ def run(
     Of several ranks each one calls it. The first one prints and writes; all return.
     """
     if not resume:
-        ranks.check(options)
-    with surroundings.kept(), Stop().installed() as stop, ranks.joined(options.device) as team:
+        launching.check(options)
+    with surroundings.kept(), Stop().installed() as stop, launching.joined(options.device) as team:
         console = console or Console(file=cast(IO[str], Shown(sys.stdout)), quiet=not team.first)
         models.import_transformers()
         plots.require()

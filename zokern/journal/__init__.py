@@ -16,7 +16,8 @@ from zokern.hashing import hash_of
 from zokern.journal.appending import append
 from zokern.journal.format import JournalError
 from zokern.journal.reader import Reader
+from zokern.journal.recording import mark
 from zokern.journal.replay import replay
-from zokern.journal.run import mark, resume, write
+from zokern.journal.run import resume, write
 
 __all__ = ["JournalError", "Reader", "append", "hash_of", "mark", "replay", "resume", "write"]

@@ -15,7 +15,8 @@ from zokern.journal.format import BROKEN_OFF, SYNC_SECONDS, JournalError
 from zokern.journal.ranks import agreed, at_hand
 from zokern.journal.reader import Mark, Reader
 from zokern.journal.record import Recorder
-from zokern.journal.run import OF_A_RUN, recording, refuse_another_run, refuse_second
+from zokern.journal.recording import recording, refuse_second
+from zokern.journal.run import OF_A_RUN, refuse_another_run
 from zokern.optim import frameworks
 from zokern.optim.base import ZerothOrderOptimizer
 
@@ -28,7 +29,7 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
     and kept in a file beside it. Nothing is replayed. Where the journal has a hash of the weights after N steps (see
     `mark`), they are compared, and what stands before that hash stays, steps that were broken off too; elsewhere a replay
     finds out at its end. Folded copies (fold_every), loaded with a state_dict whose updates wait, are written down as a
-    fold after step N. sync: as for write.
+    fold after step N. sync: as for write. Of several ranks each one calls this; the file is the first one's.
 
     Raises:
         JournalError: before anything is changed: if the journal is damaged, is of another run, does not reach N, or had

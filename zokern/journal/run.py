@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zokern._checks import ZokernWarning
 from zokern._version import __version__
 from zokern.contract.streams import rank_of
 from zokern.hashing import hash_of
@@ -19,11 +16,12 @@ from zokern.journal import format as journal
 from zokern.journal.beside import begun
 from zokern.journal.files import cut
 from zokern.journal.fit import check, check_marks, is_base
-from zokern.journal.format import BROKEN_OFF, FOLDS, LOW_RANK, MARK, SKIPPED, SYNC_SECONDS, JournalError
+from zokern.journal.format import BROKEN_OFF, FOLDS, LOW_RANK, SKIPPED, SYNC_SECONDS, JournalError
 from zokern.journal.player import Player, memory_of
-from zokern.journal.ranks import Elsewhere, agreed, at_hand, hashed_together, is_first, left
+from zokern.journal.ranks import agreed, at_hand, is_first
 from zokern.journal.reader import Reader
 from zokern.journal.record import Recorder
+from zokern.journal.recording import recording, refuse_second
 from zokern.optim import frameworks, state
 from zokern.optim.base import ZerothOrderOptimizer
 
@@ -67,9 +65,11 @@ def write(
     with weights from which a run without states goes on. `about`: anything that the header should hold besides, as JSON.
     `sync`: seconds between waits for the disk; a machine that dies loses at most the steps of these. A process that dies
     loses none. `force`: an earlier journal at `path` is replaced with the first step; until then the new one is written
-    beside it, and an earlier one stays where the run dies before.
+    beside it, and an earlier one stays where the run dies before. Of several ranks each one calls this and leaves it: the
+    first writes, and `path` is not looked at on the others.
 
     Raises:
+        RankError: where another rank cannot begin, or is elsewhere.
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
     """
     path, optimizer = Path(path), frameworks.bare(optimizer)
@@ -107,77 +107,6 @@ def _refuse_waiting(optimizer: ZerothOrderOptimizer, path: Path) -> None:
         )
 
 
-def refuse_second(optimizer: ZerothOrderOptimizer, path: Path) -> None:
-    """
-    Raises:
-        JournalError: where this optimizer is writing a journal.
-    """
-    if any(isinstance(listener, Recorder | Elsewhere) for listener in optimizer.listeners):
-        raise JournalError(f"{path}: this optimizer is writing a journal already; end that one first")
-
-
-@contextlib.contextmanager
-def recording(optimizer: ZerothOrderOptimizer, recorder: Recorder | None, path: Path) -> Iterator[None]:
-    """recorder: None on all ranks but the first."""
-    listener = Elsewhere() if recorder is None else recorder
-    optimizer.listeners.append(listener)
-    try:
-        yield
-    except BaseException as error:
-        optimizer.listeners.remove(listener)
-        try:
-            if recorder is not None and recorder.broken is not None:
-                left(optimizer, error)
-            elif not hashed_together(optimizer):  # the other ranks may be elsewhere
-                _end(optimizer, recorder, path)
-        finally:
-            _warn_of_removal(recorder, path)
-        raise
-    optimizer.listeners.remove(listener)
-    with agreed(optimizer, "the end of the journal", path):
-        _end(optimizer, recorder, path)
-        _warn_of_removal(recorder, path)
-
-
-def _end(optimizer: ZerothOrderOptimizer, recorder: Recorder | None, path: Path) -> None:
-    if recorder is None or recorder.broken is None:
-        _mark(optimizer, recorder)
-
-
-def _warn_of_removal(recorder: Recorder | None, path: Path) -> None:
-    if recorder is not None and os.fstat(recorder.writer.file.fileno()).st_nlink == 0:
-        what = f"{path} was removed while it was written: there is no journal of this run"
-        warnings.warn(what, ZokernWarning, stacklevel=6)
-
-
-def mark(optimizer: ZerothOrderOptimizer) -> None:
-    """Writes a hash of the weights as they are to the journal that the optimizer is writing: a replay `until` this step is
-    verified then, and a run can be taken up from a checkpoint of this step with `append`. Reads all weights. Of several
-    ranks the first one writes, and all have to call it where each has a part of the weights.
-
-    Raises:
-        JournalError: if no journal is being written, or the last step's record could not be.
-    """
-    optimizer = frameworks.bare(optimizer)
-    found = next((one for one in optimizer.listeners if isinstance(one, Recorder | Elsewhere)), None)
-    if found is None:
-        raise JournalError("mark: this optimizer is writing no journal; begin one with zokern.journal.write")
-    found.before_step()
-    _mark(optimizer, found if isinstance(found, Recorder) else None)
-
-
-def _mark(optimizer: ZerothOrderOptimizer, recorder: Recorder | None) -> None:
-    """What a replay has to end with. recorder: None on a rank that does not write."""
-    if recorder is None and not hashed_together(optimizer):
-        return
-    mark = {"step": optimizer.counters["steps"], "hash": hash_of(optimizer.weights().items())}
-    if optimizer.pending:  # what module.state_dict() has
-        mark["folded"] = hash_of(optimizer.weights_folded())
-    if recorder is not None:
-        recorder.writer.append_json(MARK, mark)
-        recorder.writer.sync()
-
-
 @contextlib.contextmanager
 def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = SYNC_SECONDS) -> Iterator[int]:
     """Takes a run up where its journal ends, and writes on: the weights, states and the step of the optimizer become what
@@ -186,7 +115,9 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
     optimizer: as the run's was at its start: same method, options and parameters, and the weights that it started from.
     Yields the number of steps done. What the file has after the last step that was done is cut off, and kept in a file
     beside it: a record that was torn, with a warning, or a step that an exception broke off. lr, eps and weight_decay stay
-    the optimizer's own: set a scheduler to the step. sync: as for write. A file of format 1 is written on as that.
+    the optimizer's own: set a scheduler to the step. sync: as for write. A file of format 1 is written on as that. Of
+    several ranks each one calls this, with the weights that the run started from; the file is the first one's, and the
+    others get its bytes from there.
 
     Raises:
         JournalError: if the journal is damaged, does not fit the optimizer, or another process is writing it, before
