@@ -56,7 +56,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
             warnings.warn(_NO_OPTIMIZER.format(step), ZokernWarning, stacklevel=2)
             optimizer.resumed(step, 0)
             step = 0  # a journal of its own
-        if trainer.journal and trainer.is_world_process_zero() and not state.is_hyper_param_search:
+        if trainer.journal and not state.is_hyper_param_search:
             trainer._journaled.begin(optimizer, args.output_dir, step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

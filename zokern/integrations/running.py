@@ -7,6 +7,8 @@ import contextlib
 import warnings
 from pathlib import Path
 
+import torch.distributed as dist
+
 from zokern import journal
 from zokern._checks import ZokernWarning
 from zokern.optim import ZerothOrderOptimizer, state
@@ -34,7 +36,8 @@ class Journaled:
             return
         path = Path(folder) / NAME
         states = not state.untouched(optimizer.state, optimizer.state_spec)
-        if states and not path.exists():
+        (exists,) = _of_the_first(optimizer, path.exists())
+        if states and not exists:
             warnings.warn(
                 f"{path} is not there, and a journal cannot begin at step {optimizer.counters['steps']} of a run with "
                 "states: none is written",
@@ -43,10 +46,11 @@ class Journaled:
             )
             return
         with contextlib.ExitStack() as stack:
-            if path.exists() and (step or states):
+            if exists and (step or states):
                 stack.enter_context(journal.append(optimizer, path))
             else:
-                _rename(path)
+                if optimizer.rank == 0:
+                    _rename(path)
                 stack.enter_context(journal.write(optimizer, path))
             self._optimizer, self._stack = optimizer, stack.pop_all()
 
@@ -60,6 +64,14 @@ class Journaled:
         stack, self._stack, self._optimizer = self._stack, None, None
         if stack is not None:
             stack.close()
+
+
+def _of_the_first(optimizer: ZerothOrderOptimizer, *found: bool) -> list[bool]:
+    """What the first of several processes has found: it has the journal, and all do the same with it."""
+    told = list(found)
+    if optimizer.num_ranks > 1:
+        dist.broadcast_object_list(told, src=0)
+    return told
 
 
 def _rename(path: Path) -> None:
