@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import zokern
 from zokern import kinds
 from zokern.cli import app, tuning
-from zokern.distributed.places import GroupKind, ParallelKind
+from zokern.distributed.kinds import GroupKind, ParallelKind
 from zokern.finetune import FinetuneError, Options, methods, takers
 from zokern.kinds import Choice, DType, Flag, Integer, Kind, Number
 from zokern.optim import ENTRIES, METHODS, ZerothOrderOptimizer

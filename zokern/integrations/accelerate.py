@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zokern.distributed import places
+from zokern.distributed import finding
 from zokern.integrations import limits, parts
 from zokern.integrations.waiting import Waiting
 from zokern.optim.base import ZerothOrderOptimizer
@@ -93,7 +93,7 @@ def prepare(accelerator: Accelerator, optimizer: Any) -> ForwardOnlyOptimizer:
     share = parts.of(inner._places(), accelerator.num_processes, "accelerate")
     if share.copies > 1:
         _refuse_wrapper(accelerator, inner)
-    if places.initialised():
+    if finding.initialised():
         parts.unwrapped(accelerator, inner.module)
     if inner.module is not None:
         keep_codes(inner.module)

@@ -12,8 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zokern.distributed import places
+from zokern.distributed import finding
 from zokern.distributed.exchange import RankError
+from zokern.distributed.places import Places
 from zokern.hashing import hash_of
 
 
@@ -27,7 +28,7 @@ class Parts:
     copies: int = 1
 
 
-def of(found: places.Places | None, processes: int, integration: str) -> Parts:
+def of(found: Places | None, processes: int, integration: str) -> Parts:
     """found: of the optimizer, None for independent runs. processes: of the framework.
 
     Raises:
@@ -58,7 +59,7 @@ def of_settings(settings: dict[str, Any], processes: int, integration: str) -> P
     group = settings.get("process_group", "auto")
     if group == "auto" and settings.get("parallel") is None:
         settings["parallel"] = "data"
-    return of(places.find(group, settings.get("parallel"), None, None, ()), processes, integration)
+    return of(finding.find(group, settings.get("parallel"), None, None, ()), processes, integration)
 
 
 def unwrapped(accelerator: Any, module: nn.Module | None) -> None:

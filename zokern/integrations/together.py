@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from zokern.distributed import places
+from zokern.distributed import finding
 from zokern.integrations import parts
 from zokern.integrations.parts import Parts
 
@@ -47,7 +47,7 @@ class Together(Trainer):  # type: ignore[misc]
         Raises:
             ValueError, RuntimeError: for an optimizer whose ranks are not these processes.
         """
-        if places.initialised():  # also torchrun with one process has a wrapper otherwise
+        if finding.initialised():  # also torchrun with one process has a wrapper otherwise
             parts.unwrapped(self.accelerator, None)
         processes = self.accelerator.num_processes
         if processes == 1:

@@ -21,7 +21,8 @@ from zokern.distributed.exchange import RankError
 from zokern.distributed.pieces import from_first
 from zokern.journal.files import locked
 from zokern.journal.format import JournalError
-from zokern.optim.agreement import FINE, PATIENCE, RAISED, fingerprint
+from zokern.optim.agreed import fingerprint
+from zokern.optim.agreement import FINE, PATIENCE, RAISED
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.events import StepEvent
 from zokern.optim.ranks import Ranks

@@ -7,7 +7,6 @@ exchange, so all go on to a second one in which they tell each other why, and al
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -19,9 +18,8 @@ from torch import Tensor
 from zokern.distributed.exchange import Exchange, RankError
 from zokern.distributed.places import Places
 from zokern.hashing import hash_of
+from zokern.optim.agreed import at_start, fingerprint, whole
 from zokern.optim.arriving import Arriving
-from zokern.optim.numbers import HYPER, NUMBERS
-from zokern.parts import is_dtensor
 from zokern.passes.update import CPU, sent
 
 HEADER = 4  # with the weight of the rank's losses
@@ -186,7 +184,7 @@ class Agreement:
             RankError: on every rank, naming what differs and where.
         """
         self.comparing = True
-        about = _about(owner, self.places)
+        about = at_start(owner, self.places)
         every = self.gather(torch.from_numpy(self.header(COMPARES, fingerprint(about))))
         header = every.view(torch.int64)[:, :3].tolist()
         self.check([[*one[:2], 0] for one in header], {})
@@ -195,7 +193,7 @@ class Agreement:
         self.compared, self.comparing = True, False
 
     def _differ_at_start(self, owner: Any, about: dict[str, Any]) -> None:
-        said = self.exchange.objects((about, {name: hash_of([(name, p)]) for name, p in _whole(owner)}))
+        said = self.exchange.objects((about, {name: hash_of([(name, p)]) for name, p in whole(owner)}))
         abouts, hashes = [one[0] for one in said], [one[1] for one in said]
         names = [set(one) for one in hashes]
         if all(not (a & b) for i, a in enumerate(names) for b in names[:i]):
@@ -221,43 +219,6 @@ class Agreement:
             )
             one["weights"] = ""
         self._differ(abouts)
-
-
-def _whole(owner: Any) -> list[tuple[str, Tensor]]:
-    """This rank's whole tensors: no shards, and none of a pipeline's other stages, which have no numbers here."""
-    return [(name, p) for name, p in owner.weights().items() if not is_dtensor(p) and not p.is_meta]
-
-
-def _about(owner: Any, places: Places) -> dict[str, Any]:
-    """What all ranks have to start with."""
-    return {
-        "method": type(owner).__name__,
-        "seed": owner.seed,
-        "the list of ranks": list(places.ranks),
-        "each rank's part of the batch": list(places.data),
-        "each rank's share of the directions": list(places.share),
-        "placement": {"stream": "shadow"}.get(owner.placement, owner.placement),
-        **{f"setting {name}": value for name, value in owner.options.items()},
-        **rates(owner),
-        "the number of steps done": owner.counters["steps"],
-        "tensors": [p[:4] for p in owner.layout()["params"]],
-        "weights": hash_of(_whole(owner)),
-    }
-
-
-def rates(owner: Any) -> dict[str, float]:
-    """lr, eps and weight_decay of each group, as far as they are the host's."""
-    return {
-        f"{name} of group {g}": float(group[name])
-        for g, group in enumerate(owner.param_groups)
-        for name in HYPER
-        if type(group[name]) in NUMBERS
-    }
-
-
-def fingerprint(about: dict[str, Any]) -> int:
-    """A hash that travels as an int64."""
-    return int.from_bytes(hashlib.blake2b(repr(about).encode(), digest_size=7).digest(), "little")
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from zokern import deltas
 from zokern import placement as placements
 from zokern.directions import Direction, rank
-from zokern.distributed import places
+from zokern.distributed import finding
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import carried, causes, parameters, reach, state
 from zokern.optim.batched import Batched
@@ -49,7 +49,7 @@ class Built(Common, Method, torch.optim.Optimizer):
     def __init__(self, *args: Any, **named: Any) -> None:
         values = self.take(args, named)
         direction: Direction = values["distribution"]
-        self._wrapper = places.wrapper(values["params"])
+        self._wrapper = finding.wrapper(values["params"])
         if self._wrapper is not None:
             values["params"] = self._wrapper.module  # whose names are those of every other run
         groups, self.module, registry = parameters.parse(values["params"], values["module"])
@@ -73,7 +73,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         parameters.refuse_frozen(self.param_groups)
         parameters.refuse_without_matrix(self.param_groups, rank(direction))
         self.settle()
-        places.find(self.process_group, self.parallel, self._wrapper, self.module, self._tensors())  # or raises
+        finding.find(self.process_group, self.parallel, self._wrapper, self.module, self._tensors())  # or raises
         self.options["maximize"] = self.maximize
         self.options["fold_every"] = self.fold_every
         self.options["layers"] = None

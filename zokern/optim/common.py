@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zokern import _checks, backends, directions
 from zokern import placement as placements
 from zokern.contract.streams import ROUNDINGS
-from zokern.distributed.places import GroupKind, ParallelKind
+from zokern.distributed.kinds import GroupKind, ParallelKind
 from zokern.kinds import Choice, Flag, FlagOr, Instance, Integer, Kind, Number
 from zokern.layers import RandomBlocks
 from zokern.optim.parameters import RATES

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from zokern.distributed import places
+from zokern.distributed import finding
+from zokern.distributed.places import Places
 from zokern.optim.built import Built
 from zokern.optim.ranks import Ranks
 
 
 class Ranked(Built):
-    def _places(self) -> places.Places | None:
+    def _places(self) -> Places | None:
         """
         Raises:
             RuntimeError, ValueError: where it is not known who takes part.
         """
         if self.reduce is not None and self.process_group == "auto" and self.parallel is None:
             return None  # the user's own
-        return places.find(self.process_group, self.parallel, self._wrapper, self.module, self._tensors())
+        return finding.find(self.process_group, self.parallel, self._wrapper, self.module, self._tensors())
 
     def _take_part(self) -> Ranks | None:
         """Once, before the first step."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from zokern.distributed.exchange import RankError
 from zokern.distributed.places import Places
-from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, WAITS, Agreement, fingerprint, rates
+from zokern.optim.agreed import fingerprint, in_a_round
+from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, WAITS, Agreement
 from zokern.optim.losses import Losses
 from zokern.passes.update import CPU, Terms, sent
 from zokern.placement.inplace import InPlace
@@ -93,7 +94,7 @@ class Ranks(Agreement):
         found = self._own(owner, losses, evaluate, probes, own)
         if found:
             self.device = found[0].device
-        about = _what(owner, losses, probes)
+        about = in_a_round(owner, losses, probes)
         every = self.gather(self._numbers(owner, losses, found, fingerprint(about)))
         header, apart = every.view(torch.int64)[:, :3], None
         try:
@@ -177,19 +178,6 @@ class Ranks(Agreement):
             for k in range(len(self.share_of(share, count))):
                 whole.append(torch.cat([every[i, k, : lengths[i]] for i in self._of_share(share)]).to(self.device))
         return whole
-
-
-def _what(owner: Any, losses: Losses, probes: Sequence[Terms]) -> dict[str, Any]:
-    """What all ranks have to agree on in a round, as far as the host knows it."""
-    return {
-        "the number of probes": len(probes),
-        "the seeds of the directions": [[seed for seed in terms if isinstance(seed, int)] for terms in probes],
-        **rates(owner),
-        "reduction": losses.reduction,
-        "maximize": losses.maximize,
-        "loss_weights": losses.loss_weights,
-        "batched": type(losses) is not Losses,
-    }
 
 
 def _added(rows: Tensor) -> Tensor:
