@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zokern
 from tests.distributed.ranks import build_alone, run
@@ -77,9 +77,10 @@ def on_a_submesh(what: str) -> Any:
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("directions", "shards"))
     model = untied(torch.bfloat16)
-    own = mesh["shards"] if what != "apart" else init_device_mesh("cpu", (4,))
+    own = mesh["shards"]
     if what == "apart":
-        own = torch.distributed.device_mesh.DeviceMesh("cpu", [0, 1] if dist.get_rank() < 2 else [2, 3])
+        halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        own = DeviceMesh.from_group(halves[dist.get_rank() // 2], "cpu")
     for layer in model.layers:
         fully_shard(layer, mesh=own)
     fully_shard(model, mesh=own)

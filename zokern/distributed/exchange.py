@@ -26,6 +26,9 @@ class RankError(RuntimeError):
 _groups: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
 
 
+TELLING = 60.0  # seconds that ranks have to say what went wrong
+
+
 def forget(ranks: tuple[int, ...]) -> None:
     """A group has failed; whoever needs it again makes another."""
     _groups.get(dist.group.WORLD, {}).pop(ranks, None)
@@ -39,6 +42,7 @@ def _on_hosts(ranks: tuple[int, ...], seconds: float) -> Any:
             list(ranks), backend="gloo", timeout=datetime.timedelta(seconds=seconds), use_local_synchronization=True,
             group_desc="zokern",
         )  # fmt: skip
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=TELLING), known[ranks])
     return known[ranks]
 
 
@@ -87,7 +91,7 @@ class Exchange:
         """One object of each rank; for what goes wrong, where time does not count."""
         every: list[Any] = [None] * self.places.size
         try:
-            dist.all_gather_object(every, own, group=_on_hosts(self.places.ranks, 60.0))
+            dist.all_gather_object(every, own, group=_on_hosts(self.places.ranks, TELLING))
         except RuntimeError as error:
             forget(self.places.ranks)
             self.broken = "a rank was lost while the ranks told each other what went wrong"
