@@ -327,13 +327,13 @@ def parts_later(what: str) -> tuple[str, list[Tensor]]:
         if other and t == 1:
             if what == "lr":
                 opt.param_groups[0]["lr"] = 0.5
+            elif what == "lr, a tensor":
+                opt.param_groups[0]["lr"] = torch.tensor(0.5)
             elif what == "a weight":
                 with torch.no_grad():
                     model.norm.bias[3] += 1e-6
         if what == "reduction" and t == 1:
             more = {"batches": [tokens(0)], "reduction": "sum" if other else "mean"}
-        if what == "more probes" and other and t == 1:
-            opt.num_samples = 2
         try:
             opt.step(closure, **more)
         except zokern.RankError as error:
@@ -349,6 +349,10 @@ def parts_later(what: str) -> tuple[str, list[Tensor]]:
     ("what", "said"),
     [
         ("lr", "1: the ranks do not do the same in step 1: lr of group 0 is 0.01 on rank 0 and 0.5 on rank 2"),
+        (
+            "lr, a tensor",
+            "1: the ranks do not do the same in step 1: lr of group 0 is 0.01 on rank 0 and 0.5 on rank 2",
+        ),
         ("reduction", "1: the ranks do not do the same in step 1: reduction is 'mean' on rank 0 and 'sum' on rank 2"),
         ("a weight", "2: weights are not the same on all ranks: 'norm.bias' of rank 2"),
     ],

@@ -41,10 +41,10 @@ def at_start(owner: Any, places: Places) -> dict[str, Any]:
 def rates(owner: Any) -> dict[str, float]:
     """lr, eps and weight_decay of each group, as far as they are the host's."""
     return {
-        f"{name} of group {g}": float(group[name])
+        f"{name} of group {g}": float(value)
         for g, group in enumerate(owner.param_groups)
         for name in HYPER
-        if type(group[name]) in NUMBERS
+        if type(value := group[name]) in NUMBERS or value.device.type == "cpu"
     }
 
 
