@@ -18,12 +18,16 @@ import zokern
 from tests.methods import METHODS, Case
 from tests.models import Net
 from zokern import backends, sweep
+from zokern.distributed.exchange import Exchange
+from zokern.distributed.places import Places
 from zokern.graphs.live import DeviceNumbers
-from zokern.optim import parameters
+from zokern.optim import agreement, parameters
+from zokern.optim.agreement import Agreement
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.flat import Flats
 from zokern.optim.losses import Skips
 from zokern.optim.moves import Moves
+from zokern.optim.ranks import Ranks
 from zokern.passes.operands import Operands
 
 DEVICE = torch.device("meta")
@@ -147,6 +151,50 @@ def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, place
 
     step()
     step()  # as GraphedStep's warm-up: what is kept on the device is there now
+    with Transfers() as transfers:
+        step()
+    assert transfers.seen == []
+
+
+class Nowhere(Exchange):
+    """Gathers on the device, and sends nothing."""
+
+    def gather(self, own: Tensor, seconds: float, what: str) -> Tensor:
+        assert own.device == DEVICE
+        return torch.empty((self.places.size, *own.shape), dtype=own.dtype, device=DEVICE)
+
+
+def of_ranks(opt: ZerothOrderOptimizer, parallel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes it one of three ranks, which have compared their weights."""
+    monkeypatch.setattr(Agreement, "look", lambda self: None)  # what the others say comes by a CUDA event too
+    monkeypatch.setattr(agreement, "Arriving", lambda there: None)
+    one, each = (0, 0, 0), (0, 1, 2)
+    data, share = (each, one) if parallel == "data" else (one, each)
+    opt._ranks, opt._decided = Ranks(Places(each, 1, data, share, (True,) * 3, "a test")), True
+    opt._ranks.exchange, opt._ranks.compared = Nowhere(opt._ranks.places), True
+
+
+@pytest.mark.parametrize("parallel", ["data", "directions"])
+@pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
+def test_a_step_of_several_ranks_asks_the_device_for_nothing(case: Case, parallel: str, monkeypatch) -> None:
+    model, opt = on_device(case, "shadow", monkeypatch)
+    of_ranks(opt, parallel, monkeypatch)
+    with Transfers() as transfers:
+        for _ in range(3):
+            opt.step(lambda: loss_of(model))
+    assert opt.counters["steps"] == 3
+    assert set(transfers.seen) == {("cpu", "meta")}
+    assert transfers.waited == []
+    if case.remembers:
+        return
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
+
+    def step() -> None:
+        live.begin()
+        opt.step_with(live, lambda: loss_of(model))
+
+    step()
+    step()
     with Transfers() as transfers:
         step()
     assert transfers.seen == []

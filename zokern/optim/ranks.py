@@ -144,9 +144,14 @@ class Ranks(Agreement):
         status = NOTHING if not found or not weight else VECTORS if found[0].dim() else FINE
         own = self.header(status, agreed)
         own[HEADER - 1] = weight
-        numbers = sent(torch.from_numpy(own), self.device)
-        if owner.numbers.device is not None:  # a captured step, whose number is in the device's memory
+        if owner.numbers.device is None:
+            numbers = sent(torch.from_numpy(own), self.device)
+        else:  # a captured step, whose number is in the device's memory, and to which the host may send nothing
+            numbers = torch.zeros(len(own), dtype=torch.float64, device=self.device)
             numbers.view(torch.int64)[0] = owner.numbers.step * 256 + self.round
+            for at, value in ((1, status), (2, agreed)):
+                numbers.view(torch.int64)[at].fill_(value)
+            numbers[HEADER - 1].fill_(weight)
         if status == FINE:
             numbers[HEADER : HEADER + len(found)] = torch.stack(found)
         return numbers
@@ -156,10 +161,10 @@ class Ranks(Agreement):
         agree; they are no numbers then, so that the step is left out on all ranks."""
         whole: list[Tensor] = []
         for share in range(self.places.shares):
-            total = _added(every[self._of_share(share)])
+            total = _added(every, self._of_share(share))
             sums = total[HEADER:] / total[HEADER - 1] if mean else total[HEADER:]
             whole += sums[: len(self.share_of(share, count))].unbind()
-        return whole if apart is None else [torch.where(apart, torch.nan, loss) for loss in whole]
+        return whole if apart is None else [loss.masked_fill(apart, torch.nan) for loss in whole]
 
     def _of_share(self, share: int) -> list[int]:
         """The places whose losses make up those of a share of the directions."""
@@ -180,8 +185,9 @@ class Ranks(Agreement):
         return whole
 
 
-def _added(rows: Tensor) -> Tensor:
-    """The sum over the first dimension, one row after another, element by element."""
-    if rows.device.type == "cpu":
-        return torch.from_numpy(np.add.accumulate(rows.numpy(), axis=0)[-1])
-    return functools.reduce(torch.add, rows.unbind())
+def _added(every: Tensor, at: list[int]) -> Tensor:
+    """The sum of these rows, one after another, element by element."""
+    if every.device.type == "cpu":
+        return torch.from_numpy(np.add.accumulate(every.numpy()[at], axis=0)[-1])
+    rows = every.unbind()
+    return functools.reduce(torch.add, [rows[i] for i in at])
