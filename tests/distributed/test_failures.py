@@ -102,6 +102,31 @@ def test_an_argument_that_is_refused_is_told_too(first: bool) -> None:
     assert max(outcome.seconds for outcome in found) < 20
 
 
+def refused_outside_a_forward(what: str) -> list[Tensor]:
+    """Rank 1 raises before its first forward of a step, once; in place, where the others have been perturbed by then."""
+    model = small()
+    opt = zokern.MeZO(model, 1e-2, parallel="data", placement="inplace", num_samples=2)
+    for t in range(4):
+        wrong = dist.get_rank() == 1 and t == 1
+        batches: Any = [tokens(t)]
+        if what == "batches" and wrong:
+            batches = (1 / 0 for _ in range(1))
+        closure: Any = None if what == "closure" and wrong else model
+        try:
+            opt.step(closure, batches)
+        except (TypeError, ZeroDivisionError, zokern.RankError):
+            assert t == 1
+    assert opt.counters["steps"] == 3
+    return weights(model)
+
+
+@pytest.mark.parametrize("what", ["batches", "closure"])
+def test_in_place_all_ranks_go_the_same_way_where_one_raises_before_it(what: str) -> None:
+    a, b, c = run(3, refused_outside_a_forward, what)
+    assert equal(a, b)
+    assert equal(a, c)
+
+
 # ------------------------------------------------------------------------------------------- killed, hanging, missing ones
 
 
@@ -125,8 +150,11 @@ def killed(at: int, placement: str) -> tuple[str, bool, float]:
             began = time.monotonic()
             clean = opt.counters["steps"] == at // 4
             same = all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(before, weights(model), strict=True))
+            now, forwards = weights(model), calls
             with pytest.raises(zokern.RankError, match=r"have not exchanged a number since: start them again"):
                 opt.step(closure)
+            assert equal(now, weights(model))
+            assert calls == forwards
             return str(error), clean and same, time.monotonic() - began
         before = weights(model)
 
@@ -332,6 +360,16 @@ def parts_later(what: str) -> tuple[str, list[Tensor]]:
             elif what == "a weight":
                 with torch.no_grad():
                     model.norm.bias[3] += 1e-6
+            elif what == "frozen":
+                model.layers[0].gain.requires_grad_(False)
+            elif what == "loaded":
+                opt.load_state_dict(opt.state_dict())
+            elif what == "rounding":
+                opt.rounding = "nearest"
+            elif what == "more probes":
+                opt.num_samples = 3
+            elif what == "seed":
+                opt.seed = 5
         if what == "reduction" and t == 1:
             more = {"batches": [tokens(0)], "reduction": "sum" if other else "mean"}
         try:
@@ -355,6 +393,20 @@ def parts_later(what: str) -> tuple[str, list[Tensor]]:
         ),
         ("reduction", "1: the ranks do not do the same in step 1: reduction is 'mean' on rank 0 and 'sum' on rank 2"),
         ("a weight", "2: weights are not the same on all ranks: 'norm.bias' of rank 2"),
+        (
+            "frozen",
+            "1: the ranks do not do the same in step 1: the number of trained tensors is 13 on rank 0 and 12 on",
+        ),
+        (
+            "loaded",
+            "1: the ranks do not do the same in step 1: the place is 'a step' on rank 0 and 'comparing weights' on",
+        ),
+        (
+            "more probes",
+            "1: the ranks do not do the same in step 1: the place is 'a step' on rank 0 and 'comparing weights",
+        ),
+        ("rounding", "1: the ranks do not do the same in step 1: rounding is 'auto' on rank 0 and 'nearest' on rank 2"),
+        ("seed", "1: the ranks do not do the same in step 1: the seeds of the directions is "),
     ],
 )
 def test_ranks_that_part_later_are_told(what: str, said: str) -> None:
@@ -362,6 +414,71 @@ def test_ranks_that_part_later_are_told(what: str, said: str) -> None:
     for text, _ in found:
         assert text.startswith(said), text
     assert equal(found[0][1], found[1][1])
+
+
+def together() -> list[Tensor]:
+    """What all ranks change alike, they go on with."""
+    model = small()
+    opt = zokern.MeZO(model, 1e-2, parallel="data", placement="shadow")
+    for t in range(6):
+        if t == 1:
+            opt.num_samples = 5
+        if t == 2:
+            opt.load_state_dict(opt.state_dict())
+        if t == 3:
+            model.norm.bias.requires_grad_(False)
+        if t == 4:
+            opt.num_samples = 1
+        opt.step(lambda: model(tokens(dist.get_rank())))
+    with pytest.raises(ValueError, match="cannot change after the first step"):
+        opt.parallel = "directions"
+    return weights(model)
+
+
+def test_what_all_ranks_change_alike_is_no_fault() -> None:
+    a, b = run(2, together)
+    assert equal(a, b)
+
+
+def other_generators() -> str:
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5)).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    opt = zokern.MeZO(model, 1e-2, parallel="directions")
+    with pytest.raises(zokern.RankError) as error:
+        opt.step(lambda: model(torch.ones(4)).sum())
+    return str(error.value)
+
+
+def test_ranks_that_share_directions_draw_the_same() -> None:
+    assert all("the state of torch's generator (torch.manual_seed) is " in text for text in run(2, other_generators))
+
+
+def other_lengths() -> tuple[str, int]:
+    model = nn.Linear(3, 1)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+        model.bias.fill_(0.5)
+    opt = zokern.HELENE(model, 1e-3, hessian_interval=1, parallel="data")
+    calls = iter(range(9))
+
+    def closure() -> Tensor:
+        rows = 3 if dist.get_rank() == 1 and next(calls) == 1 else 2
+        return model(torch.ones(rows, 3)).squeeze(1)
+
+    with pytest.raises((TypeError, zokern.RankError)) as error:
+        opt.step(closure)
+    opt.step(lambda: model(torch.ones(2, 3)).squeeze(1))
+    return str(error.value), opt.counters["steps"]
+
+
+def test_losses_of_each_example_of_other_lengths_are_told() -> None:
+    (first, steps), (second, others) = run(2, other_lengths)
+    assert "rank 1 raised TypeError: closure returned losses of 2 examples for one probe" in first
+    assert second.startswith("closure returned losses of 2 examples for one probe")
+    assert steps == others == 1
 
 
 def no_data() -> str:

@@ -22,8 +22,9 @@ class RankError(RuntimeError):
 
 
 # Groups of this module's own, by the ranks: so no other collective of the job can come between two exchanges. A job that
-# ends and begins anew has others.
-_groups: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
+# ends and begins anew has others. torch holds them until destroy_process_group(): one that lives on to the end of the
+# process may abort it.
+_groups: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
 
 
 TELLING = 60.0  # seconds that ranks have to say what went wrong
@@ -31,19 +32,22 @@ TELLING = 60.0  # seconds that ranks have to say what went wrong
 
 def forget(ranks: tuple[int, ...]) -> None:
     """A group has failed; whoever needs it again makes another."""
-    _groups.get(dist.group.WORLD, {}).pop(ranks, None)
+    known = _groups.get(dist.group.WORLD)
+    if known is not None:
+        known.pop(ranks, None)
 
 
 def _on_hosts(ranks: tuple[int, ...], seconds: float) -> Any:
     """The gloo group of these ranks. All of them come here at the same time."""
-    known = _groups.setdefault(dist.group.WORLD, {})
-    if ranks not in known:
-        known[ranks] = dist.new_group(
+    known = _groups.setdefault(dist.group.WORLD, weakref.WeakValueDictionary())
+    group = known.get(ranks)
+    if group is None:
+        group = known[ranks] = dist.new_group(
             list(ranks), backend="gloo", timeout=datetime.timedelta(seconds=seconds), use_local_synchronization=True,
             group_desc="zokern",
         )  # fmt: skip
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=TELLING), known[ranks])
-    return known[ranks]
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=TELLING), group)
+    return group
 
 
 class Exchange:
@@ -55,6 +59,17 @@ class Exchange:
         self.broken = ""
         self.collectives = self.sent = 0
 
+    def check(self) -> None:
+        """
+        Raises:
+            RankError: where nothing can be gathered any more.
+        """
+        if self.broken:
+            raise RankError(
+                f"{self.broken}, and the ranks have not exchanged a number since: start them again from the base weights "
+                "and the journal"
+            )
+
     def gather(self, own: Tensor, seconds: float, what: str) -> Tensor:
         """own: of one shape on all ranks, on the host or on a device; returns [ranks, *shape]. seconds: that a rank on the
         host waits for the others. what: they are to come to, in words.
@@ -62,11 +77,7 @@ class Exchange:
         Raises:
             RankError: where a rank does not come.
         """
-        if self.broken:
-            raise RankError(
-                f"{self.broken}, and the ranks have not exchanged a number since: start them again from the base weights "
-                "and the journal"
-            )
+        self.check()
         self.collectives += 1
         self.sent += own.nbytes
         every = torch.empty((self.places.size, *own.shape), dtype=own.dtype, device=own.device)

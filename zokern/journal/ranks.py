@@ -81,7 +81,7 @@ def agreed(optimizer: ZerothOrderOptimizer, doing: str, path: Path) -> Iterator[
     if raised := [i for i, one in enumerate(header) if one[1] == RAISED]:
         _raise_too(ranks, raised, doing, path)
     if any(one != header[0] for one in header):
-        ranks._differ(ranks.exchange.objects({"the round": doing, **about}))
+        ranks._differ(ranks.exchange.objects({"the place": doing, **about}))
 
 
 def tell(ranks: Ranks, error: BaseException, begun: float, doing: str) -> None:

@@ -21,6 +21,16 @@ def whole(owner: Any) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in owner.weights().items() if not is_dtensor(p) and not p.is_meta]
 
 
+def _states(owner: Any) -> list[tuple[str, Tensor]]:
+    """What the method keeps for each whole tensor."""
+    return [
+        (f"{name}: {key}", value)
+        for name, p in whole(owner)
+        for key, value in owner.state.get(p, {}).items()
+        if isinstance(value, Tensor)
+    ]
+
+
 def at_start(owner: Any, places: Places) -> dict[str, Any]:
     """What all ranks have to start with."""
     return {
@@ -34,7 +44,9 @@ def at_start(owner: Any, places: Places) -> dict[str, Any]:
         **rates(owner),
         "the number of steps done": owner.counters["steps"],
         "tensors": [p[:4] for p in owner.layout()["params"]],
+        "setting compare_every": owner.compare_every,
         "weights": hash_of(whole(owner)),
+        "states": hash_of(_states(owner)),
     }
 
 
@@ -53,9 +65,15 @@ def fingerprint(about: dict[str, Any]) -> int:
     return int.from_bytes(hashlib.blake2b(repr(about).encode(), digest_size=7).digest(), "little")
 
 
-def in_a_round(owner: Any, losses: Losses, probes: Sequence[Terms]) -> dict[str, Any]:
-    """What all ranks have to agree on in a round, as far as the host knows it."""
+def in_a_round(owner: Any, losses: Losses, probes: Sequence[Terms], whole: bool, drawn: str) -> dict[str, Any]:
+    """What all ranks have to agree on in a round, as far as the host knows it. whole: they train the same tensors. drawn: a
+    hash of where torch's generator was, where ranks share out directions and forwards draw."""
+    ids = [member.tensor_id for member in owner.active.sweep] if whole else []
     return {
+        "the number of trained tensors": len(ids),
+        "the ids of the trained tensors": ids,
+        "rounding": owner.rounding,
+        "the state of torch's generator (torch.manual_seed)": drawn,
         "the number of probes": len(probes),
         "the seeds of the directions": [[seed for seed in terms if isinstance(seed, int)] for terms in probes],
         **rates(owner),

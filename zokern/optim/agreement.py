@@ -21,6 +21,7 @@ from zokern.hashing import hash_of
 from zokern.optim.agreed import at_start, fingerprint, whole
 from zokern.optim.arriving import Arriving
 from zokern.passes.update import CPU, sent
+from zokern.placement.inplace import InPlace
 
 HEADER = 4  # with the weight of the rank's losses
 # What a rank says: its losses' sums follow; it has raised; losses of each example follow; it compares weights; it has no
@@ -28,7 +29,7 @@ HEADER = 4  # with the weight of the rank's losses
 FINE, RAISED, VECTORS, COMPARES, NOTHING, WAITS = range(6)
 PATIENCE = 10  # a rank waits as long as this many of its own rounds took, where that is more than exchange_timeout
 COMPARING = 255  # where the number of a round stands
-COMPARED = HEADER + 2  # numbers in that exchange, whatever the settings are
+SHORTEST = HEADER + 2  # numbers of a rank, before it is known how many are needed
 
 
 class Agreement:
@@ -49,10 +50,15 @@ class Agreement:
         """Whether the losses are on a device, so that nobody may wait to look at what the others say."""
         return self.device.type != "cpu"
 
+    def needed(self, owner: Any) -> int:
+        """Numbers of one rank in a round, at most."""
+        count: int = owner.forwards()
+        return -(-max(count, 1) // self.places.shares)
+
     def header(self, status: int, fingerprint: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """A rank's numbers, without its losses. All are equally long: gloo ends a process that gets a vector of another
-        length than it has sent."""
-        numbers = np.zeros(COMPARED if self.comparing else HEADER + self.most)
+        """A rank's numbers, without its losses. All are as long as was agreed upon last: gloo ends a process that gets a
+        vector of another length than it has sent."""
+        numbers = np.zeros(max(SHORTEST, HEADER + self.most))
         at = COMPARING if self.comparing else min(self.round, COMPARING - 1)
         numbers.view(np.int64)[:3] = self.where << 8 | at, status, fingerprint
         return numbers
@@ -185,12 +191,13 @@ class Agreement:
         """
         self.comparing = True
         about = at_start(owner, self.places)
+        needed = self.needed(owner)
         every = self.gather(torch.from_numpy(self.header(COMPARES, fingerprint(about))))
         header = every.view(torch.int64)[:, :3].tolist()
         self.check([[*one[:2], 0] for one in header], {})
         if any(one != header[0] for one in header):
             self._differ_at_start(owner, about)
-        self.compared, self.comparing = True, False
+        self.compared, self.comparing, self.most = True, False, needed
 
     def _differ_at_start(self, owner: Any, about: dict[str, Any]) -> None:
         said = self.exchange.objects((about, {name: hash_of([(name, p)]) for name, p in whole(owner)}))
@@ -208,7 +215,7 @@ class Agreement:
             raise RankError(
                 f"weights are not the same on all ranks: {name!r} of {self.places.named(i)} is not that of "
                 f"{self.places.named(0)} ({len({n for n, _ in wrong})} of {len(hashes[0])} tensors differ): load the same "
-                "checkpoint on every rank, or seed torch before the model is made; nothing has been changed"
+                f"checkpoint on every rank, or seed torch before the model is made{_in_place(owner)}"
             )
         first = {name for _, name, *_ in abouts[0]["tensors"]}
         for one, own in zip(abouts, names, strict=True):
@@ -224,3 +231,13 @@ class Agreement:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]} ..."
+
+
+def _in_place(owner: Any) -> str:
+    """What may be the reason, after an error."""
+    if not isinstance(owner._placement, InPlace) or not owner.counters["steps"]:
+        return ""
+    return (
+        ". After an error in a step, weights that were perturbed in place are restored up to rounding, and not on every "
+        "rank by the same way; placement='shadow' keeps every bit"
+    )

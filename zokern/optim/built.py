@@ -158,6 +158,22 @@ class Built(Common, Method, torch.optim.Optimizer):
         """
         deltas.check(param, self._parameters.registry.names[id(param)], self.fold_every, rank(self._passes.direction))
 
+    def compare_anew(self) -> None:
+        """Ranks compare their weights before the next step: those of this one may be others now."""
+        if self._ranks is not None:
+            self._ranks.compared = False
+
+    def keep_ranks(self) -> None:
+        """
+        Raises:
+            ValueError: where the ranks have been found.
+        """
+        if self._decided:
+            raise ValueError(
+                "process_group and parallel cannot change after the first step: save state_dict(), and load it into a new "
+                "optimizer"
+            )
+
     def _tensors(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
@@ -212,6 +228,7 @@ class Built(Common, Method, torch.optim.Optimizer):
                     registry.add(p)
                     parameters.check_parameter(p, f"params: {registry.names[id(p)]}")
                 parameters.check_group(group, len(self.param_groups) - 1)
+                self.compare_anew()
             except BaseException:
                 self.param_groups[:] = before
                 registry.keep(known)

@@ -140,6 +140,7 @@ class Common(Settings):
         help="The ranks that train one model, and tell each other their losses. auto: those of a DistributedDataParallel "
         "wrapper, or of the mesh of sharded parameters; with several ranks and neither, an error asks for it. None is for "
         "runs that do not know each other.",
+        changed="keep_ranks",
         flags=None,
     )
     parallel: str | tuple[str, ...] | None = setting(
@@ -148,6 +149,7 @@ class Common(Settings):
         help="What the ranks share out. data: each has its own part of the batch. directions: all have the same batch, and "
         "each evaluates some of a round's probes; the bits are those of one process that evaluates all. Given without a "
         "group, it means all ranks of the job.",
+        changed="keep_ranks",
     )
     exchange_timeout: float = setting(
         default=50.0,

@@ -8,10 +8,11 @@ sum of rank d's micro-batches, w_d their weights' sum.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from zokern.distributed.exchange import RankError
 from zokern.distributed.places import Places
+from zokern.interrupts import HeldInterrupts
 from zokern.optim.agreed import fingerprint, in_a_round
 from zokern.optim.agreement import FINE, HEADER, NOTHING, RAISED, VECTORS, WAITS, Agreement
 from zokern.optim.losses import Losses
+from zokern.optim.numbers import HostNumbers
 from zokern.passes.update import CPU, Terms, sent
 from zokern.placement.inplace import InPlace
 
@@ -38,12 +41,15 @@ class Ranks(Agreement):
         self.rounds = 1  # of a step, as far as is known
         self.pending = False  # the others wait for this rank's numbers
         self.steps = 0  # since the weights were compared
+        self.walked = self.walking = False  # in place: this round's perturbations
+        self.drawn = ""
 
-    @contextmanager
+    @contextlib.contextmanager
     def step(self, owner: Any) -> Iterator[None]:
         """Around a step. Whatever this rank raises before its last exchange, the others are told."""
+        self.exchange.check()
         self.at(owner)
-        self.pending = True
+        self.pending, self.walked, self.drawn = True, False, ""
         try:
             self.look()
             if self.comparing or (owner.compare_every and self.steps >= owner.compare_every):
@@ -55,8 +61,20 @@ class Ranks(Agreement):
             raise
         except BaseException as error:
             if self.pending:
+                self._walk(owner)
                 self.tell(error)
             raise
+
+    def _walk(self, owner: Any) -> None:
+        """In place the others have been through the round's perturbations, and this rank has raised before it came to
+        them: it goes the same way, so that all weights are rounded alike."""
+        if self.walked or self.comparing or not isinstance(owner._placement, InPlace):
+            return
+        self.walking = True
+        with contextlib.suppress(Exception), HeldInterrupts() as interrupts:  # its own error is the one that is told
+            numbers = HostNumbers(owner.param_groups, owner.seed, self.where, owner.schedule)
+            owner._step(Losses(lambda: 0.0, shared=True), numbers, interrupts)
+        self.walking = False
 
     def wait(self, owner: Any) -> None:
         """Until all ranks have come here, however long that takes.
@@ -72,8 +90,7 @@ class Ranks(Agreement):
     def at(self, owner: Any) -> None:
         """Where this rank is, for what it tells the others next."""
         self.where, self.round, self.since = owner._passes.counters.steps, 0, time.monotonic()
-        self.comparing, self.timeout = not self.compared, owner.exchange_timeout
-        self.most = -(-max(owner.forwards(), 1) // self.places.shares)
+        self.comparing, self.timeout = not self.compared or self.needed(owner) != self.most, owner.exchange_timeout
 
     # ---------------------------------------------------------------------------------------------------------- probes
 
@@ -91,10 +108,18 @@ class Ranks(Agreement):
                 "for a whole step; make them agree"
             )
         losses.partial = self.stages or not self.places.counts[self.places.me]
+        if losses.draws is not None and self.places.shares > 1 and not self.round:
+            self.drawn = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).hexdigest()
         found = self._own(owner, losses, evaluate, probes, own)
         if found:
             self.device = found[0].device
-        about = in_a_round(owner, losses, probes)
+        if len({loss.shape for loss in found}) > 1:
+            raise TypeError(
+                f"closure returned losses of {len(found[0])} examples for one probe and of another number for another; "
+                "return the same for all"
+            )
+        whole = not (self.stages or self.places.sharded)
+        about = in_a_round(owner, losses, probes, whole, self.drawn)
         every = self.gather(self._numbers(owner, losses, found, fingerprint(about)))
         header, apart = every.view(torch.int64)[:, :3], None
         try:
@@ -116,6 +141,10 @@ class Ranks(Agreement):
 
     def _own(self, owner: Any, losses: Losses, evaluate: Evaluate, probes: list[Terms], own: range) -> list[Tensor]:
         """This rank's losses. In place all ranks take the same way, so that the weights are rounded alike on all."""
+        if self.walking:
+            for terms in probes:
+                owner._placement.present(terms)
+            raise RankError("all has been gone through")
         if losses.empty:
             own = range(0)
         elif not own and self.round == 0 and losses.draws is not None:
@@ -123,7 +152,7 @@ class Ranks(Agreement):
         if not isinstance(owner._placement, InPlace):
             return evaluate([probes[i] for i in own]) if own else []
         found: list[Tensor] = []
-        reached = 0
+        reached, self.walked = 0, True
         try:
             for i, terms in enumerate(probes):
                 reached = i + 1

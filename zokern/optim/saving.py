@@ -66,6 +66,7 @@ class Saving(Built):
             self._load(state_dict, saved)
             if isinstance(self._placement, Exact):
                 self._placement.forget()
+            self.compare_anew()
 
     def _ours(self) -> loading.Ours:
         names = self._parameters.names(self)
