@@ -440,6 +440,32 @@ def test_what_all_ranks_change_alike_is_no_fault() -> None:
     assert equal(a, b)
 
 
+def inside_a_step(what: str) -> tuple[str, int]:
+    model = small()
+    opt = zokern.MeZO(model, 1e-2, parallel="data")
+    opt.step(lambda: model(tokens(0)))
+
+    def closure() -> Tensor:
+        if dist.get_rank() == 1 and what == "step":
+            opt.step(lambda: model(tokens(0)))
+        elif dist.get_rank() == 1:
+            opt.wait_for_ranks()
+        return model(tokens(0))
+
+    with pytest.raises(RuntimeError) as error:
+        opt.step(closure)
+    opt.step(lambda: model(tokens(0)))
+    return str(error.value), opt.counters["steps"]
+
+
+@pytest.mark.parametrize("what", ["step", "wait_for_ranks"])
+def test_nothing_is_exchanged_inside_a_step(what: str) -> None:
+    (first, steps), (second, others) = run(2, inside_a_step, what)
+    assert f"rank 1 raised RuntimeError: {what} was called inside a step of the same optimizer" in first
+    assert second.startswith(f"{what} was called inside a step of the same optimizer")
+    assert steps == others == 2
+
+
 def other_generators() -> str:
     torch.manual_seed(dist.get_rank())
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5)).train()

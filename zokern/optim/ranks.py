@@ -47,8 +47,7 @@ class Ranks(Agreement):
     @contextlib.contextmanager
     def step(self, owner: Any) -> Iterator[None]:
         """Around a step. Whatever this rank raises before its last exchange, the others are told."""
-        self.exchange.check()
-        self.at(owner)
+        self._begin(owner)
         self.pending, self.walked, self.drawn = True, False, ""
         try:
             self.look()
@@ -82,13 +81,20 @@ class Ranks(Agreement):
         Raises:
             RankError: where one is elsewhere.
         """
-        self.at(owner)
+        self._begin(owner, "wait_for_ranks")
         own = torch.from_numpy(self.header(WAITS, 0))
         every = self.exchange.gather(own, FOREVER, "opt.wait_for_ranks()")
         self.check(every.view(torch.int64)[:, :3].tolist(), {"the place": "opt.wait_for_ranks()"})
 
-    def at(self, owner: Any) -> None:
-        """Where this rank is, for what it tells the others next."""
+    def _begin(self, owner: Any, what: str = "step") -> None:
+        """Where this rank is, for what it tells the others next.
+
+        Raises:
+            RankError, RuntimeError: where nothing can be told any more, and inside a step.
+        """
+        self.exchange.check()
+        if owner._turn.lock.locked():
+            owner._turn.refuse(what)
         self.where, self.round, self.since = owner._passes.counters.steps, 0, time.monotonic()
         self.comparing, self.timeout = not self.compared or self.needed(owner) != self.most, owner.exchange_timeout
 
