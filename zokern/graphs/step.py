@@ -38,7 +38,8 @@ class GraphedStep:
 
     Args:
         optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True, and while no
-            journal is written: those do other work in each step, or have to know its numbers on the host.
+            journal is written: those do other work in each step, or have to know its numbers on the host. Of several ranks,
+            on an nccl group and without compare_every.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
             Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
