@@ -49,14 +49,16 @@ def _rank(
     world: int,
     store: str,
     timeout: float,
+    join: bool,
     pipe: Connection,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=FileStore(store, world), rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
-    )  # fmt: skip
+    if join:
+        dist.init_process_group(
+            "gloo", store=FileStore(store, world), rank=rank, world_size=world,
+            timeout=datetime.timedelta(seconds=timeout),
+        )  # fmt: skip
     try:
         _send(pipe, (function(*args), "", ""))
     except BaseException as error:
@@ -73,11 +75,12 @@ def _send(pipe: Connection, found: tuple[Any, str, str]) -> None:
 
 
 def outcomes(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0, join: bool = True
 ) -> list[Outcome]:
     """function(*args) on each rank of a group of `world`; each gets its rank from torch.distributed.
 
     timeout: of the group's collectives, in seconds. limit: after which the processes are killed, and the test fails.
+    join: into a group; else each does that itself.
     """
     began = time.monotonic()
     found: list[tuple[Any, str, str]] = [(None, "", "")] * world
@@ -89,7 +92,7 @@ def outcomes(
         for rank in range(world):
             ours, theirs = _server.Pipe(duplex=False)
             process = _server.Process(
-                target=_rank, args=(function, args, rank, world, store, timeout, theirs), daemon=True
+                target=_rank, args=(function, args, rank, world, store, timeout, join, theirs), daemon=True
             )
             process.start()
             theirs.close()
@@ -118,9 +121,11 @@ def outcomes(
     return [Outcome(*found[rank], processes[rank].exitcode, ends[rank] - began) for rank in range(world)]
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0) -> list[Any]:
+def run(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0, join: bool = True
+) -> list[Any]:
     """What the function returned on each rank; fails with the traceback of one that raised."""
-    found = outcomes(world, function, *args, timeout=timeout, limit=limit)
+    found = outcomes(world, function, *args, timeout=timeout, limit=limit, join=join)
     for rank, outcome in enumerate(found):
         if outcome.error:
             pytest.fail(f"rank {rank} of {world}: {outcome.error}\n{outcome.where}")

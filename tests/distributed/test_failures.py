@@ -19,7 +19,7 @@ from tests.distributed.ranks import Outcome, outcomes, run
 from tests.methods import METHODS, build, equal, weights
 from tests.models import small, tokens
 
-SHORT = 0.7  # seconds of exchange_timeout, where a rank is to be missed
+SHORT = 0.5  # seconds of exchange_timeout, where a rank is to be missed
 
 
 def told(found: list[Outcome], *said: str, but: int) -> None:

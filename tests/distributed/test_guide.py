@@ -33,7 +33,6 @@ def free_port() -> int:
 
 def program(text: str, folder: str, port: int) -> dict[str, Any]:
     """Runs it as a rank's main program; returns its model's weights, whole, and its optimizer's counters."""
-    dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.chdir(folder)
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -60,7 +59,7 @@ def test_the_guide_has_its_programs() -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_programs_of_the_guide_run(name: str, tmp_path: Path) -> None:
-    a, b = run(2, program, BLOCKS[name], str(tmp_path), free_port())
+    a, b = run(2, program, BLOCKS[name], str(tmp_path), free_port(), join=False)
     assert all(map(torch.equal, a.pop("weights"), b.pop("weights")))
     assert a == b
     assert a["steps"] > 0
@@ -71,8 +70,8 @@ def test_a_restart_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     text = BLOCKS["restart"]
     short = text.replace('["steps"] < 20', '["steps"] < 7')
     assert short != text
-    run(2, program, short, str(tmp_path), free_port())
-    whole = run(3, program, text, str(tmp_path), free_port())
+    run(2, program, short, str(tmp_path), free_port(), join=False)
+    whole = run(3, program, text, str(tmp_path), free_port(), join=False)
     assert [one["steps"] for one in whole] == [20] * 3
     assert all(map(torch.equal, whole[0]["weights"], whole[2]["weights"]))
     import zokern
