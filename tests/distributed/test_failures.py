@@ -19,7 +19,7 @@ from tests.distributed.ranks import Outcome, outcomes, run
 from tests.methods import METHODS, build, equal, weights
 from tests.models import small, tokens
 
-SHORT = 0.5  # seconds of exchange_timeout, where a rank is to be missed
+SHORT = 1.0  # seconds of exchange_timeout, where a rank is to be missed
 
 
 def told(found: list[Outcome], *said: str, but: int) -> None:
@@ -193,7 +193,7 @@ def test_a_rank_that_hangs_is_missed_in_time() -> None:
     found = outcomes(3, hangs)
     told(found, f"a rank has not come within {SHORT:g} s to the losses of step 2", "exchange_timeout", but=1)
     assert found[1].error.startswith("RankError: ")  # once it comes: the others have gone
-    assert max(found[rank].seconds for rank in (0, 2)) < 3 * SHORT + 3
+    assert max(found[rank].seconds for rank in (0, 2)) < 3 * SHORT + 10
 
 
 def slow_everywhere() -> int:
@@ -240,7 +240,7 @@ def test_a_rank_alone_is_an_error_in_time(what: str, missed_by: tuple[int, ...])
     for rank in missed_by:
         assert found[rank].error.startswith("RankError: "), found[rank]
         assert "has not come within" in found[rank].error or "connection to a rank was lost" in found[rank].error
-        assert found[rank].seconds < 5 * SHORT + 3
+        assert found[rank].seconds < 5 * SHORT + 10
 
 
 def test_others_can_wait_for_what_one_does_alone() -> None:
