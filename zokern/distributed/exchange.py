@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,9 @@ class Exchange:
         self.places = places
         self.broken = ""
         self.collectives = self.sent = 0
+        # Where in a group each place is: torch sorts the ranks of a new group, and a mesh need not.
+        group = {rank: i for i, rank in enumerate(sorted(places.ranks))}
+        self._order = [group[rank] for rank in places.ranks]
 
     def check(self) -> None:
         """
@@ -104,19 +107,39 @@ class Exchange:
         try:
             dist.all_gather_object(every, own, group=_on_hosts(self.places.ranks, TELLING))
         except RuntimeError as error:
-            forget(self.places.ranks)
-            self.broken = "a rank was lost while the ranks told each other what went wrong"
-            raise RankError(f"{self.broken} (torch: {_first_line(error)})") from error
-        return [every[i] for i in self._order()]
+            self._lost(error, "a rank was lost while the ranks told each other what went wrong")
+        return [every[i] for i in self._order]
 
-    def _order(self) -> list[int]:
-        """Where in a group each place is: torch sorts the ranks of a new group, and a mesh need not."""
-        group = sorted(self.places.ranks)
-        return [group.index(rank) for rank in self.places.ranks]
+    def from_first(self, part: Tensor, seconds: float, what: str) -> None:
+        """part: on the host, of one shape on all ranks; filled with the first rank's. seconds: that a rank waits. what:
+        this is, in words.
+
+        Raises:
+            RankError: where a rank is lost.
+        """
+        self.collectives += 1
+        try:
+            group = _on_hosts(self.places.ranks, seconds)
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = self._order[0], 0
+            options.timeout = datetime.timedelta(seconds=seconds)
+            group.broadcast([part], options).wait()
+        except RuntimeError as error:
+            self._lost(error, f"a rank was lost while {what} was sent to all")
+
+    def _lost(self, error: RuntimeError, what: str) -> NoReturn:
+        """
+        Raises:
+            RankError: always; nothing can be gathered any more.
+        """
+        forget(self.places.ranks)
+        self.broken = what
+        raise RankError(f"{what} (torch: {_first_line(error)})") from error
 
     def _in_order(self, every: Tensor) -> Tensor:
-        order = self._order()
-        return every if order == list(range(len(order))) else torch.stack([every[i] for i in order])
+        if self._order == sorted(self._order):
+            return every
+        return torch.stack([every[i] for i in self._order])
 
     def _missing(self, error: RuntimeError, seconds: float) -> str:
         if _is_late(error):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
 from typing import BinaryIO
 
 import torch
-import torch.distributed as dist
 
-from zokern.distributed.exchange import Exchange, RankError, _first_line, _on_hosts, forget
+from zokern.distributed.exchange import Exchange
 
 PIECE = 1 << 20  # bytes
 
@@ -38,7 +36,7 @@ def from_first(
             except OSError as error:
                 failed = failed or error
             exchange.sent += len(part)
-        _send(exchange, part, seconds, what)
+        exchange.from_first(part, seconds, what)
         if source is None and failed is None:
             try:
                 sink(part.numpy().tobytes())
@@ -46,17 +44,3 @@ def from_first(
                 failed = error
     if failed is not None:
         raise failed
-
-
-def _send(exchange: Exchange, part: torch.Tensor, seconds: float, what: str) -> None:
-    exchange.collectives += 1
-    try:
-        group = _on_hosts(exchange.places.ranks, seconds)
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = dist.get_group_rank(group, exchange.places.ranks[0]), 0
-        options.timeout = datetime.timedelta(seconds=seconds)
-        group.broadcast([part], options).wait()
-    except RuntimeError as error:
-        forget(exchange.places.ranks)
-        exchange.broken = f"a rank was lost while {what} was sent to all"
-        raise RankError(f"{exchange.broken} (torch: {_first_line(error)})") from error

@@ -106,10 +106,9 @@ def _headers(ranks: Ranks, status: int, agreed: int, begun: float, doing: str) -
 
 
 def _raise_too(ranks: Ranks, raised: list[int], doing: str, path: Path) -> NoReturn:
-    ranks.compared = False
-    said = ranks.exchange.objects(None)
-    told = "; ".join(f"{ranks.places.named(i)} raised {said[i]}" for i in raised)
-    if all(str(said[i]).startswith(JournalError.__name__) for i in raised):
+    each = ranks.said_by(raised)
+    told = "; ".join(each)
+    if all(one.split(" raised ", 1)[1].startswith(JournalError.__name__) for one in each):
         raise JournalError(f"{path}: {told} at {doing}")
     raise RankError(f"{told} at {doing} of {path}")
 

@@ -151,16 +151,20 @@ class Agreement:
         except RankError:
             pass  # this rank's own error says more
 
+    def said_by(self, raised: Sequence[int]) -> list[str]:
+        """What the ranks that have raised tell the others, who are here: all compare weights before they go on."""
+        self.compared = False
+        said = self.exchange.objects(None)
+        return [f"{self.places.named(i)} raised {said[i]}" for i in raised]
+
     def _hear(self, raised: Sequence[int]) -> NoReturn:
         """
         Raises:
             RankError: with what the others raised.
         """
-        self.compared = False
-        said = self.exchange.objects(None)
-        told = "; ".join(f"{self.places.named(i)} raised {said[i]}" for i in raised)
         raise RankError(
-            f"{told} in step {self.where}: all ranks have left the step, and the weights are those of before it"
+            f"{'; '.join(self.said_by(raised))} in step {self.where}: all ranks have left the step, and the weights are "
+            "those of before it"
         )
 
     def _differ(self, said: Sequence[dict[str, Any]]) -> NoReturn:

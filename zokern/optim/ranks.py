@@ -43,6 +43,11 @@ class Ranks(Agreement):
         self.steps = 0  # since the weights were compared
         self.walked = self.walking = False  # in place: this round's perturbations
         self.drawn = ""
+        # By the share of the directions: the places whose losses make up those of its probes.
+        self._of_share: list[list[int]] = [[] for _ in range(places.shares)]
+        for i, (share, counts) in enumerate(zip(places.share, places.counts, strict=True)):
+            if counts:
+                self._of_share[share].append(i)
 
     @contextlib.contextmanager
     def step(self, owner: Any) -> Iterator[None]:
@@ -196,15 +201,10 @@ class Ranks(Agreement):
         agree; they are no numbers then, so that the step is left out on all ranks."""
         whole: list[Tensor] = []
         for share in range(self.places.shares):
-            total = _added(every, self._of_share(share))
+            total = _added(every, self._of_share[share])
             sums = total[HEADER:] / total[HEADER - 1] if mean else total[HEADER:]
             whole += sums[: len(self.share_of(share, count))].unbind()
         return whole if apart is None else [loss.masked_fill(apart, torch.nan) for loss in whole]
-
-    def _of_share(self, share: int) -> list[int]:
-        """The places whose losses make up those of a share of the directions."""
-        places = self.places
-        return [i for i in range(places.size) if places.share[i] == share and places.counts[i]]
 
     def _vectors(self, found: list[Tensor], count: int) -> list[Tensor]:
         """The losses of each example, of all ranks one after another; two more exchanges, for methods that ask for them."""
@@ -216,7 +216,7 @@ class Ranks(Agreement):
         every, whole = self.gather(own), []
         for share in range(self.places.shares):
             for k in range(len(self.share_of(share, count))):
-                whole.append(torch.cat([every[i, k, : lengths[i]] for i in self._of_share(share)]).to(self.device))
+                whole.append(torch.cat([every[i, k, : lengths[i]] for i in self._of_share[share]]).to(self.device))
         return whole
 
 
