@@ -16,6 +16,7 @@ from tests.distributed.ranks import run
 from tests.methods import METHODS, build, equal, weights
 from tests.models import Toy, seeded, small, tokens
 from zokern.optim.helene import HELENE
+from zokern.optim.losses import Losses
 
 STEPS = 3
 # Where perturbed weights are, with the options that this takes.
@@ -335,3 +336,23 @@ def test_one_exchange_a_round_of_a_few_bytes(name: str, rounds: int) -> None:
         assert collectives == 10 * rounds
         assert sent == 10 * rounds * (32 + 8 * forwards)
         assert forwards > 2 or sent <= 10 * 64
+
+
+def put_together() -> list[list[float]]:
+    """What a step goes on with where the ranks' losses are 1, 2^-53 and 2^-53: of all ranks, and of one process."""
+    each, found = (1.0, 2.0**-53, 2.0**-53), []
+    gather = Losses.gather
+    for settings in ({"parallel": "data"}, {"process_group": None}):
+        seen: list[float] = []
+        Losses.gather = lambda self, losses, seen=seen: seen.extend(map(float, losses)) or gather(self, losses)  # type: ignore[method-assign]
+        own = [each[dist.get_rank()]] if "parallel" in settings else list(each)
+        opt = zokern.MeZO(small(), 1e-3, **settings)
+        opt.step(lambda loss: torch.tensor(loss, dtype=torch.float64), own, reduction="sum")
+        found.append(seen)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_are_added_in_the_order_of_ranks() -> None:
+    """The two small ones first would make 1 + 2^-52, which float32 weights do not show."""
+    assert run(3, put_together) == [[[1.0, 1.0], [1.0, 1.0]]] * 3
