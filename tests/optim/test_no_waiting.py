@@ -6,6 +6,9 @@ An eager step may send numbers there if the host does not wait for their arrival
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +18,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
+from tests.late import Late
 from tests.methods import METHODS, Case
 from tests.models import Net
-from zokern import backends, sweep
+from zokern import backends, journal, sweep
 from zokern.distributed.exchange import Exchange
 from zokern.distributed.places import Places
 from zokern.graphs.live import DeviceNumbers
+from zokern.journal import behind, recording, run
 from zokern.optim import agreement, parameters
 from zokern.optim.agreement import Agreement
 from zokern.optim.base import ZerothOrderOptimizer
@@ -154,6 +159,48 @@ def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, place
     with Transfers() as transfers:
         step()
     assert transfers.seen == []
+
+
+class Ones(Late):
+    """What a journal gets of a device without values: that steps were done."""
+
+    def __init__(self, there: Tensor) -> None:
+        super().__init__(there)
+        self.values = torch.ones(there.shape)
+
+
+@pytest.fixture
+def journalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What writes a journal of a model without values."""
+    monkeypatch.setattr(behind, "Arriving", Ones)
+    monkeypatch.setattr(Ones, "polls", 2)
+    for module in (run, recording):  # which read the weights, at the beginning and at the end
+        monkeypatch.setattr(module, "hash_of", lambda pairs: "0" * 32)
+    return functools.partial(journal.write, path=tmp_path / "run.zkj")
+
+
+@pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
+def test_a_journalled_step_asks_the_device_for_nothing(case: Case, journalled, tmp_path, monkeypatch) -> None:
+    model, opt = on_device(case, "shadow", monkeypatch)
+    with journalled(opt):
+        with Transfers() as transfers:
+            for _ in range(10):
+                opt.step(lambda: loss_of(model))
+        assert set(transfers.seen) == {("cpu", "meta")}
+        assert transfers.waited == []
+        assert journal.progress(opt) == journal.Progress(behind=2, waits=0)
+    assert sum(1 for _ in journal.Reader(tmp_path / "run.zkj").steps()) == 10
+
+
+def test_a_thousand_journalled_steps_wait_for_nothing(journalled, tmp_path, monkeypatch) -> None:
+    model, opt = on_device(METHODS["mezo"], "inplace", monkeypatch)
+    loss = loss_of(model)
+    with journalled(opt):
+        for _ in range(1000):
+            opt.step(lambda: loss)
+        assert journal.progress(opt).waits == 0
+        assert 0 < journal.progress(opt).behind <= behind.LAG
+    assert sum(1 for _ in journal.Reader(tmp_path / "run.zkj").steps()) == 1000
 
 
 class Nowhere(Exchange):

@@ -130,6 +130,7 @@ class Writer:
 
     def __init__(self, file: BinaryIO, crc: int, version: int = VERSION, sync: float = SYNC_SECONDS) -> None:
         self.file, self.crc, self.version, self._sync_seconds = file, crc, version, sync
+        self.at = file.tell()  # where the last record ends
         self._synced = time.monotonic()
 
     def append(self, body: bytes) -> None:
@@ -159,14 +160,15 @@ class Writer:
         self._synced = time.monotonic()
 
     def _write(self, data: bytes) -> None:
-        begin, rest = self.file.tell(), memoryview(data)
+        rest = memoryview(data)
         try:
             while rest:
                 rest = rest[self.file.write(rest) :]
         except BaseException:
-            self.file.seek(begin)
+            self.file.seek(self.at)
             self.file.truncate()
             raise
+        self.at += len(data)
 
 
 def start(file: BinaryIO, header: dict[str, Any], version: int = VERSION, sync: float = SYNC_SECONDS) -> Writer:

@@ -26,7 +26,7 @@ from zokern.interrupts import HeldInterrupts
 from zokern.optim import drivers
 from zokern.optim.batched import Sharing
 from zokern.optim.captured import Captured
-from zokern.optim.events import Careful, StepEvent
+from zokern.optim.events import StepEvent
 from zokern.optim.examples import PerExample, losses_of
 from zokern.optim.folds import Folds
 from zokern.optim.guards import primed
@@ -34,6 +34,7 @@ from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.probing import Probing
+from zokern.optim.told import now
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import CPU, Update, sent
@@ -131,7 +132,7 @@ class ZerothOrderOptimizer(Folds, Captured):
         try:
             turn.taken = "step", threading.get_ident()
             for listener in self.listeners:
-                if isinstance(listener, Careful):
+                if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
                     listener.before_step()
             if numbers.device is not None:
                 self._skips.count = sent(self._skips.count, numbers.device)
@@ -169,7 +170,7 @@ class ZerothOrderOptimizer(Folds, Captured):
         counters, sweep, ledger = self._passes.counters, self.active.sweep, Ledger()
         step = counters.steps
         layout = self._parameters.layout(self) if self.listeners else {}
-        lrs = tuple(float(group["lr"]) for group in self.param_groups) if self.listeners else ()
+        lrs = tuple(now(group["lr"]) for group in self.param_groups) if self.listeners else ()
 
         probing = Probing(self, losses, rates.eps, interrupts)
         try:
@@ -252,10 +253,10 @@ class ZerothOrderOptimizer(Folds, Captured):
         told: list[tuple[PassSpec, PassNumbers]],
         ledger: Ledger,
         layout: Mapping[str, Any],
-        lrs: tuple[float, ...],
+        lrs: tuple[float | Tensor, ...],
     ) -> None:
         """Every listener is told, also where one of them raises."""
-        memory: tuple[float, ...] = ()
+        memory: tuple[float | Tensor, ...] = ()
         if ledger.ok is not None:
             memory = tuple(self.memory()) if ledger.memory is None else ledger.memory
         loss = None if ledger.ok is None else ledger.metrics["loss"]
