@@ -1,4 +1,4 @@
-"""A device whose numbers come late, on the CPU: every tensor counts as far away, and copies arrive when a test lets them."""
+"""A device whose numbers come late, on the CPU: every tensor counts as far away, copies arrive when a test lets them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A journal that falls behind a device: the same bytes as one that does not, always a prefix of the run, all of it at the end."""
+"""A journal that falls behind a device: the bytes of one that does not, always a prefix of the run, all of it at last."""
 
 from __future__ import annotations
 
@@ -182,18 +182,22 @@ def test_a_device_that_fails(tmp_path, monkeypatch) -> None:
     late = on_a_late_device(monkeypatch, 0)
     model, path = toy(), tmp_path / "run.zkj"
     optimizer = build("mezo", model)
+
+    def fails() -> None:
+        with journal.write(optimizer, path, lag=4):
+            for _ in range(4):
+                optimizer.step(model)
+            monkeypatch.setattr(behind, "Arriving", Lost)
+            monkeypatch.setattr(Lost, "polls", None)
+            for _ in range(3):
+                optimizer.step(model)
+            raise ZeroDivisionError
+
     with (
         pytest.warns(zokern.ZokernWarning, match=r"ends before step 4, and 3 more steps.*illegal memory access"),
         pytest.raises(ZeroDivisionError),
-        journal.write(optimizer, path, lag=4),
     ):
-        for _ in range(4):
-            optimizer.step(model)
-        monkeypatch.setattr(behind, "Arriving", Lost)
-        monkeypatch.setattr(Lost, "polls", None)
-        for _ in range(3):
-            optimizer.step(model)
-        raise ZeroDivisionError
+        fails()
     assert late.copies == 4
     assert sum(1 for _ in journal.Reader(path).steps()) == 4
 
@@ -241,17 +245,17 @@ def test_a_full_disk_after_the_step(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("way", ["write", "resume", "append"])
 def test_a_lag_that_is_none(value: float, way: str, tmp_path) -> None:
     run(tmp_path / "run.zkj", number=1)
-    with pytest.raises(ValueError, match="lag is .*whole number of steps or a float of seconds"):
-        with getattr(journal, way)(build("mezo", toy(torch.bfloat16)), tmp_path / "new.zkj", lag=value):
-            pass
+    block = getattr(journal, way)(build("mezo", toy(torch.bfloat16)), tmp_path / "new.zkj", lag=value)
+    with pytest.raises(ValueError, match=r"lag is .*whole number of steps or a float of seconds"), block:
+        pass
     assert not (tmp_path / "new.zkj").exists()
 
 
 def test_a_lag_of_another_type(tmp_path) -> None:
     for value in (True, "2", None):
-        with pytest.raises(TypeError, match="lag must be a whole number of steps or a float of seconds, got"):
-            with journal.write(build("mezo", toy()), tmp_path / "new.zkj", lag=value):  # type: ignore[arg-type]
-                pass
+        block = journal.write(build("mezo", toy()), tmp_path / "new.zkj", lag=value)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="lag must be a whole number of steps or a float of seconds, got"), block:
+            pass
 
 
 @pytest.mark.parametrize("ask", [journal.flush, journal.progress])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from zokern.interrupts import HeldInterrupts
+from zokern.journal import alike
 from zokern.journal import format as journal
-from zokern.journal.behind import LAG, Behind
+from zokern.journal.behind import LAG, Arrived, Behind, Entry
 from zokern.journal.signatures import Directions, Signatures, floats
 from zokern.optim import told
 from zokern.optim.events import StepEvent
@@ -82,7 +84,7 @@ class Recorder:
         """Writes all that is done; waits for the device. Nothing, where a record could not be written."""
         with HeldInterrupts():
             while len(self.behind) and self.broken is None:
-                self._write_all(self.behind.taken(wait=True))
+                self._ask(functools.partial(self.behind.take, wait=True))
 
     def give_up(self) -> int:
         """What has not been written never will be; how many steps and folds it was."""
@@ -93,18 +95,54 @@ class Recorder:
             self._write_whole(event, kind)
             return
         self.behind.put(event, kind)
-        self._write_all(self.behind.taken(wait=False))
+        self._ask(functools.partial(self.behind.take, wait=False))
         while self.behind.late() and self.broken is None:
-            self._write_all(self.behind.wait())
+            self._ask(self.behind.wait)
 
-    def _write_all(self, arrived: Iterable[tuple[StepEvent, int]]) -> None:
+    def _ask(self, what: Callable[[Callable[[Arrived], None]], None]) -> None:
+        """Has what has come written."""
+        first = self.behind.first
         try:
-            for event, kind in arrived:
-                self._write_whole(event, kind)
-        except BaseException:
-            if self.broken is None:  # what failed was the device, or the copy
-                self.broken = self.behind.first
+            what(self._write_arrived)
+        except Warning:  # that is an error: everything has been written
             raise
+        except BaseException:
+            if self.broken is None and first is not None:  # what failed was the device, or the copy
+                self.broken = (self.behind.first or first).event.step
+            raise
+
+    def _write_arrived(self, arrived: Arrived) -> None:
+        for run in alike.runs(arrived, self.layout):
+            found = alike.alike(arrived, run)
+            if found is not None and self._write_alike(arrived.entries[run.i : run.j], found):
+                continue
+            for i in range(run.i, run.j):
+                event, kind, _ = arrived.entries[i]
+                self._write_whole(told.with_tensors(event, arrived.together.tensors(i, arrived.vectors)), kind)
+
+    def _write_alike(self, entries: Sequence[Entry], found: alike.Alike) -> bool:
+        """All of their records in one go, or nothing of them; False where they have no signature yet, or several."""
+        frames, signatures = found.frames, self.signatures
+        seeds = [drawn.tolist() for drawn in found.seeds]
+        numbers = {
+            signatures.known(entry.event, entry.event.passes, [drawn[i] for drawn in seeds], frames.shape[1])
+            for i, entry in enumerate(entries)
+        }
+        number = numbers.pop()
+        if numbers or number is None:
+            return False
+        self.broken = entries[0].event.step
+        self.writer.append_all(alike.bodies(number, frames, signatures.frames[number]))
+        signatures.frames[number] = frames[-1]
+        self.broken = None
+        self._arrived()
+        return True
+
+    def _arrived(self) -> None:
+        """A step is in the file."""
+        if self.arrive is not None:
+            self.arrive()
+            self.arrive = None
 
     def _write_whole(self, event: StepEvent, kind: int) -> None:
         """All of a record, or nothing of it."""
@@ -116,9 +154,8 @@ class Recorder:
             self.writer.at, self.writer.crc = at, crc
             raise
         self.broken = None
-        if self.arrive is not None and event.ok is not None:
-            self.arrive()
-            self.arrive = None
+        if event.ok is not None:
+            self._arrived()
 
     def _cut(self, end: int) -> None:
         """Takes off what was written of a step, so that the file ends with the last whole one."""
@@ -133,12 +170,14 @@ class Recorder:
         if broken_off and not done:
             return
         flags = 0 if fold else journal.BROKEN_OFF if event.ok is None else 0 if bool(event.ok) else journal.SKIPPED
-        if not fold and event.layout is not self.layout and event.layout != self.layout:
+        if not fold and event.layout is not self.layout:
+            if event.layout != self.layout:
+                self.writer.append_json(journal.LAYOUT, event.layout)
             self.layout = event.layout
-            self.writer.append_json(journal.LAYOUT, event.layout)
         frame = self._frame(event, done)
         signatures = self.signatures
-        number = signatures.number(event, done, len(frame))
+        seeds = [told.seeds.tolist() for _, told in done]
+        number = signatures.number(event, done, seeds, len(frame))
         self.writer.append(journal.encode_step(number, flags, frame, signatures.frames[number], kind))
         signatures.frames[number] = frame
 

@@ -70,8 +70,8 @@ def write(
     The journal has to begin with the run, or with weights from which a run without states goes on. `about`: anything that
     the header should hold besides, as JSON. `sync`: seconds between waits for the disk; a machine that dies loses at most
     the steps of these. A process that dies loses what `lag` says. `force`: an earlier journal at `path` is replaced with
-    the first step; until then the new one is written beside it, and an earlier one stays where the run dies before. Of several
-    ranks each one calls this and leaves it: the first writes, and `path` is not looked at on the others.
+    the first step; until then the new one is written beside it, and an earlier one stays where the run dies before. Of
+    several ranks each one calls this and leaves it: the first writes, and `path` is not looked at on the others.
 
     Raises:
         TypeError, ValueError: for a lag that is none.

@@ -73,26 +73,36 @@ class Signatures:
         self.numbers = {json.dumps(signature): i for i, signature in enumerate(signatures[: len(frames)])}
         self.frames = [np.array(frame) for frame in frames]
 
-    def number(self, event: StepEvent, done: Done, numbers: int) -> int:
-        """Of the signature of a step with these passes; `numbers`: of its frame. Written where it is new."""
-        directions, step = self.directions, event.step
-        directions.learn(event.drawn, step)
-        names = [[directions.name(seed, step) for seed in told.seeds.tolist()] for _, told in done]
-        key = (
-            numbers, len(event.memory), len(event.lrs), event.deferred,
-            *[
-                (id(spec), told.rounding_seed is None, told.shared.shape[0], *named)
-                for (spec, told), named in zip(done, names, strict=True)
-            ],
-        )  # fmt: skip
+    def number(self, event: StepEvent, done: Done, seeds: Sequence[Sequence[int]], numbers: int) -> int:
+        """Of the signature of a step with these passes, whose directions have these seeds; `numbers`: of its frame. Written
+        where it is new."""
+        key, names = self._key(event, done, seeds, numbers)
         found = self._quick.get(key)
         if found is None:
             passes = [_described(*one, named, event.deferred) for one, named in zip(done, names, strict=True)]
-            signature = {"passes": passes, "memory": key[1], "groups": key[2], "numbers": numbers}
+            groups, memory = len(event.lrs), len(event.memory)
+            signature = {"passes": passes, "memory": memory, "groups": groups, "numbers": numbers}
             if len(self._quick) > 4 * SEARCHED_STEPS:
                 self._quick.clear()
             found = self._quick[key] = self._written(signature), [spec for spec, _ in done]
         return found[0]
+
+    def known(self, event: StepEvent, done: Done, seeds: Sequence[Sequence[int]], numbers: int) -> int | None:
+        """The same, None where it is new."""
+        found = self._quick.get(self._key(event, done, seeds, numbers)[0])
+        return None if found is None else found[0]
+
+    def _key(
+        self, event: StepEvent, done: Done, seeds: Sequence[Sequence[int]], numbers: int
+    ) -> tuple[Hashable, list[list[tuple[int, int]]]]:
+        name, step = self.directions.name, event.step
+        self.directions.learn(event.drawn, step)
+        names = [[name(seed, step) for seed in drawn] for drawn in seeds]
+        own = [
+            (id(spec), told.rounding_seed is None, told.shared.shape[0], *named)
+            for (spec, told), named in zip(done, names, strict=True)
+        ]
+        return (numbers, len(event.memory), len(event.lrs), event.deferred, *own), names
 
     def _written(self, signature: dict[str, Any]) -> int:
         key = json.dumps(signature)

@@ -1,20 +1,41 @@
-"""The numbers of a StepEvent that are on a device, in one row of float32: as the event has them, and back on the host."""
+"""The numbers of events, together on their way from a device to the host: which tensors an event has, and where they go.
+
+Tensors of one type, of several events, are one vector; those of a device make one copy. A captured step has put all of its
+tensors into one row already, which is then one of the vectors' parts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from zokern.optim.events import StepEvent
 
-WIDE = (torch.int64, torch.float64)  # two of a row's floats each, bit for bit, and before the others: aligned
-Row = npt.NDArray[np.float32]
+WIDE = (torch.int64, torch.float64)  # two of a row's floats each, bit for bit
+Numbers = npt.NDArray[Any]
+
+
+class Vector(NamedTuple):
+    """Which of the vectors: of tensors on a device or not, and of this type; or of rows of captured steps."""
+
+    far: bool
+    dtype: torch.dtype
+    rows: bool = False
+
+
+class Place(NamedTuple):
+    """Of a tensor: from `start` on, in the part of the vector that its event has, `size` of the vector's numbers."""
+
+    vector: Vector
+    start: int
+    size: int
 
 
 def is_far(t: Tensor) -> bool:
@@ -29,20 +50,20 @@ def now(number: float | Tensor) -> float | Tensor:
     return float(number)
 
 
-def tensors(event: StepEvent, wanted: Callable[[Tensor], bool]) -> list[Tensor]:
-    """Those that are wanted, in the order in which `with_tensors` asks for them."""
+def tensors(event: StepEvent) -> list[Tensor]:
+    """All of them, in the order in which `with_tensors` puts them back."""
     found: list[Any] = [event.ok, event.loss, *event.lrs, *event.memory]
     for _, told in event.passes:
         found += (told.seeds, told.coefs, told.shared, told.enabled)
-    return [t for t in found if isinstance(t, Tensor) and wanted(t)]
+    return [t for t in found if isinstance(t, Tensor)]
 
 
-def with_tensors(event: StepEvent, taken: Sequence[Tensor], wanted: Callable[[Tensor], bool]) -> StepEvent:
-    """The event with `taken` in the places of `tensors(event, wanted)`."""
+def with_tensors(event: StepEvent, taken: Iterable[Tensor]) -> StepEvent:
+    """The event with `taken` in the places of `tensors(event)`."""
     rest = iter(taken)
 
     def of(t: Any) -> Any:
-        return next(rest) if isinstance(t, Tensor) and wanted(t) else t
+        return next(rest) if isinstance(t, Tensor) else t
 
     ok, loss, lrs, memory = of(event.ok), of(event.loss), tuple(map(of, event.lrs)), tuple(map(of, event.memory))
     passes = []
@@ -63,41 +84,128 @@ def is_here(event: StepEvent) -> bool:
     return not any(isinstance(t, Tensor) and is_far(t) for t in (event.ok, event.loss, *event.lrs, *event.memory))
 
 
-def row_of(event: StepEvent) -> list[Tensor]:
-    """What torch.cat makes the event's row of; nothing where all of it is on the host."""
-    if event.row is not None:
-        return [event.row] if is_far(event.row) else []
-    return packed(tensors(event, is_far))
+# ------------------------------------------------------------------------------------------------ rows of captured steps
 
 
-def on_the_host(event: StepEvent, row: Tensor) -> StepEvent:
-    """The event with the numbers of its row, float32, as it has come from the device."""
-    there = None if event.row is None else event.row.device
-    wanted = is_far if there is None else (lambda t: t.device == there)
-    return with_tensors(event, unpacked(tensors(event, wanted), row), wanted)
+def row(every: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Those on a device as one row, float32, of an even number: wide ones first, so that they are aligned."""
+    own = [t for t in every if t.device == device]
+    parts = [t.reshape(-1).view(torch.float32) for t in own if t.dtype in WIDE]
+    parts += [t.reshape(-1).to(torch.float32) for t in own if t.dtype not in WIDE]
+    made = torch.cat(parts)
+    return made if len(made) % 2 == 0 else torch.cat([made, made.new_zeros(1)])
 
 
-def packed(every: Sequence[Tensor]) -> list[Tensor]:
-    """What a row is put together from with torch.cat."""
-    wide = [t.reshape(-1).view(torch.float32) for t in every if t.dtype in WIDE]
-    return wide + [t.reshape(-1).to(torch.float32) for t in every if t.dtype not in WIDE]
-
-
-def unpacked(every: Sequence[Tensor], row: Tensor) -> list[Tensor]:
-    """Views of a row, float32 [width], in the places of the tensors that it was packed from; those that were neither wide
-    nor float32 as float32."""
-    return [
-        (part.view(t.dtype) if t.dtype in WIDE else part).view(t.shape)
-        for t, part in zip(every, _parts(every, row), strict=True)
-    ]
-
-
-def _parts(every: Sequence[Tensor], row: Tensor) -> Iterator[Tensor]:
-    wide, narrow = 0, sum(2 * t.numel() for t in every if t.dtype in WIDE)
+def _in_row(every: Sequence[Tensor], device: torch.device) -> Iterator[tuple[int, int]]:
+    """Where each is in the row, and how many floats; (0, 0) for those that are elsewhere."""
+    wide, narrow = 0, sum(2 * t.numel() for t in every if t.device == device and t.dtype in WIDE)
     for t in every:
-        if t.dtype in WIDE:
-            yield row[wide : wide + 2 * t.numel()]
+        if t.device != device:
+            yield 0, 0
+        elif t.dtype in WIDE:
+            yield wide, 2 * t.numel()
             wide += 2 * t.numel()
         else:
-            yield row[narrow : narrow + t.numel()]
+            yield narrow, t.numel()
             narrow += t.numel()
+
+
+def views(every: Sequence[Tensor], row: Tensor) -> list[Tensor]:
+    """In the place of each tensor that a row was made of its view of the row: wide ones as they were, others as float32."""
+    made = []
+    for t, (start, count) in zip(every, _in_row(every, row.device), strict=True):
+        part = row[start : start + count]
+        own = t.device == row.device
+        made.append((part.view(t.dtype) if t.dtype in WIDE else part).view(t.shape) if own else t)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------- several together
+
+
+def places(event: StepEvent, every: Sequence[Tensor]) -> tuple[Place, ...]:
+    """Of an event's tensors: those of events with equal ones are at the same distances."""
+    if event.row is None:
+        return _places(tuple([(t.dtype, is_far(t), t.numel()) for t in every]))
+    vector, device = Vector(is_far(event.row), torch.float32, True), event.row.device
+    others = iter(_places(tuple([(t.dtype, is_far(t), t.numel()) for t in every if t.device != device])))
+    inside = _in_row(every, device)
+    return tuple(
+        [Place(vector, *at) if t.device == device else next(others) for t, at in zip(every, inside, strict=True)]
+    )
+
+
+@functools.lru_cache(maxsize=64)  # one for each kind of step
+def _places(kinds: tuple[tuple[torch.dtype, bool, int], ...]) -> tuple[Place, ...]:
+    ends: dict[Vector, int] = {}
+    found = []
+    for dtype, far, size in kinds:
+        vector = Vector(far, dtype)
+        start = ends.get(vector, 0)
+        ends[vector] = start + size
+        found.append(Place(vector, start, size))
+    return tuple(found)
+
+
+class Together:
+    """The tensors of some events, as vectors."""
+
+    def __init__(self, events: Sequence[StepEvent]) -> None:
+        self.every = list(map(tensors, events))
+        self.places = [places(event, every) for event, every in zip(events, self.every, strict=True)]
+        self.parts: dict[Vector, list[Tensor]] = {}
+        self.starts: list[dict[Vector, int]] = []  # of each event's part
+        self.ends: dict[Vector, int] = {}
+        for event, every, where in zip(events, self.every, self.places, strict=True):
+            self.starts.append(dict(self.ends))
+            own: dict[Vector, int] = {}
+            if event.row is not None:
+                vector = Vector(is_far(event.row), torch.float32, True)
+                self.parts.setdefault(vector, []).append(event.row)
+                own[vector] = len(event.row)
+            for t, (vector, start, size) in zip(every, where, strict=True):
+                if not vector.rows:
+                    if vector not in self.parts:
+                        self.parts[vector] = []
+                    self.parts[vector].append(t)
+                    own[vector] = start + size
+            for vector, size in own.items():
+                self.ends[vector] = self.ends.get(vector, 0) + size
+
+    def far(self) -> Tensor | None:
+        """All that is on a device, as one tensor there, float32."""
+        made = []
+        for vector, parts in self.parts.items():
+            if vector.far:
+                flat = _flatten_dense_tensors(parts)
+                made.append(flat.view(torch.float32) if vector.dtype in WIDE else flat.to(torch.float32))
+        devices = {t.device for t in made}
+        if len(devices) > 1:
+            made = [t.to(made[0].device, non_blocking=True) for t in made]
+        return torch.cat(made) if made else None
+
+    def vectors(self, far: Tensor | None) -> dict[Vector, Numbers]:
+        """By name, on the host; far: what `far` gave, as it has come."""
+        made, at = {}, 0
+        for vector, parts in self.parts.items():
+            if not vector.far:
+                made[vector] = _flatten_dense_tensors(parts).numpy()
+                continue
+            assert far is not None
+            end = at + self.ends[vector] * (2 if vector.dtype in WIDE else 1)
+            part = far[at:end]
+            made[vector] = (part.clone().view(vector.dtype) if vector.dtype in WIDE else part).numpy()
+            at = end
+        return made
+
+    def sizes(self, i: int) -> dict[Vector, int]:
+        """Of event i's part of each vector."""
+        after = self.starts[i + 1] if i + 1 < len(self.starts) else self.ends
+        return {vector: end - self.starts[i].get(vector, 0) for vector, end in after.items()}
+
+    def tensors(self, i: int, vectors: dict[Vector, Numbers]) -> Iterator[Tensor]:
+        """Those of event i, on the host, of their types where these are wide or float32."""
+        for t, place in zip(self.every[i], self.places[i], strict=True):
+            start = self.starts[i].get(place.vector, 0) + place.start
+            part = torch.from_numpy(vectors[place.vector][start : start + place.size].copy())
+            yield (part.view(t.dtype) if place.vector.rows and t.dtype in WIDE else part).view(t.shape)
