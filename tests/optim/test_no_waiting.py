@@ -184,7 +184,7 @@ def journalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 @pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
 def test_a_journalled_step_asks_the_device_for_nothing(case: Case, journalled, tmp_path, monkeypatch) -> None:
     model, opt = on_device(case, "shadow", monkeypatch)
-    with journalled(opt):
+    with journalled(opt, lag=8):
         with Transfers() as transfers:
             for _ in range(10):
                 opt.step(lambda: loss_of(model))
