@@ -24,7 +24,6 @@ from tests.methods import METHODS, Case
 from tests.models import Net
 from tests.optim.test_buffers import BLOCKS, copies, made
 from tests.placement.test_pipelined import same
-from zokern import journal
 from zokern.graphs import cuda
 from zokern.graphs import step as graphed
 from zokern.noise import derive_seed, derive_seeds
@@ -345,13 +344,6 @@ def test_refused_methods(emulated, name, options, word) -> None:
     _, opt, closure, _ = make(METHODS[name], "shadow", torch.float32, **options)
     with pytest.raises(ValueError, match=rf"{word}.*use optimizer\.step"):
         zokern.GraphedStep(opt, closure, batches()[0])
-
-
-def test_refused_while_a_journal_is_written(emulated, tmp_path) -> None:
-    _, opt, closure, _ = make(METHODS["mezo"], "inplace", torch.float32)
-    step = zokern.GraphedStep(opt, closure, batches()[0])
-    with journal.write(opt, tmp_path / "run.journal"), pytest.raises(ValueError, match="a journal is written"):
-        step(batches()[0])
 
 
 def test_arguments(emulated) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from zokern.graphs.batch import copy_into, on_device
 from zokern.graphs.cuda import Graph, new_graph
 from zokern.graphs.live import DeviceNumbers
+from zokern.graphs.telling import Listening, Telling
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.passes import table
@@ -28,7 +29,7 @@ WARM_UP_STEPS = 2  # the first meets new streams of seeds and compiles; the seco
 @dataclass
 class _Captured:
     graph: Graph
-    metrics: dict[str, Tensor]  # filled by a launch
+    telling: Telling
     cost: dict[str, int]  # what a step adds to the counters
     held: object  # what the graph's launches read, to keep it from being freed
 
@@ -36,10 +37,12 @@ class _Captured:
 class GraphedStep:
     """graphed(batch) is optimizer.step(lambda: closure(batch)) with the same bits, launched as a CUDA graph.
 
+    A journal may be begun and ended at any time: a launch leaves its numbers in device memory, from where they are copied
+    out later.
+
     Args:
-        optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True, and while no
-            journal is written: those do other work in each step, or have to know its numbers on the host. Of several ranks,
-            on an nccl group and without compare_every.
+        optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True: those do other
+            work in each step. Of several ranks, on an nccl group and without compare_every.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
             Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
@@ -83,6 +86,7 @@ class GraphedStep:
                 "parameters, groups, states or the seed of the optimizer are not those that were captured; make a new "
                 "GraphedStep"
             )
+        optimizer.ask_listeners()
         copy_into(self._batch, batch, "batch")
         if optimizer.structure() not in self._captured:
             self._capture()
@@ -90,7 +94,8 @@ class GraphedStep:
         one = self._captured[optimizer.structure()]
         with HeldInterrupts(), optimizer.alone("step"):
             one.graph.launch()
-            optimizer.launched_again(one.metrics, one.cost)
+            self._live.launched()
+            optimizer.launched_again(one.telling, one.cost)
         return optimizer.metrics["loss"]
 
     def _fill(self) -> None:
@@ -107,7 +112,8 @@ class GraphedStep:
     def _capture(self) -> None:
         """Tries the current step with its passes switched off, then captures it; does neither of them."""
         optimizer, live = self.optimizer, self._live
-        before, metrics = optimizer.counters, optimizer.metrics
+        before, metrics, listeners = optimizer.counters, optimizer.metrics, optimizer.listeners
+        optimizer.listeners = [listening := Listening(optimizer, self.device)]
         graph = new_graph(self.device, self._pool)
         self._fill()
         live.gate.zero_()
@@ -122,7 +128,7 @@ class GraphedStep:
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
             active = optimizer.active
             held = table.cached(), active, active.sweep.tables(), optimizer.captured_tensors(), live.tensors()
-            captured = _Captured(graph, optimizer.metrics, cost, held)
+            captured = _Captured(graph, listening.telling(live.streams), cost, held)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
             if isinstance(error, (TypeError, ValueError)) or not isinstance(error, Exception):
@@ -135,7 +141,7 @@ class GraphedStep:
             ) from error
         finally:
             optimizer.set_counters(before)
-            optimizer.metrics = metrics
+            optimizer.metrics, optimizer.listeners = metrics, listeners
             live.gate.fill_(1)
         self._captured[optimizer.structure()] = captured
 
@@ -143,6 +149,7 @@ class GraphedStep:
         """A step on the static batch, with all of its numbers on the device."""
         self._live.begin()
         self.optimizer.step_with(self._live, lambda: self.closure(self._batch))
+        self._live.count()
 
     # --------------------------------------------------------------------------------------------------------- checks
 

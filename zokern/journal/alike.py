@@ -82,7 +82,7 @@ def alike(arrived: Arrived, run: Run) -> Alike | None:
         seeds.append(drawn.view(np.int64))  # of a row they are pairs of floats
         columns += (table(), table())
         if told.enabled is not None:
-            done = done and bool(table().all())
+            done = bool(table().all()) and done
     if not done:
         return None
     return Alike(np.concatenate([*columns, *memory, *lrs, loss], axis=1, dtype=np.float32), seeds)

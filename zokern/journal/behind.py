@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from zokern._checks import ZokernWarning
 from zokern.optim.arriving import Arriving
-from zokern.optim.events import ROWS, StepEvent
+from zokern.optim.events import StepEvent
 from zokern.optim.told import Numbers, Together, Vector
 
 LAG = 32  # steps
 PARTS = 2  # blocks that are under way at most: the device has work while one of them is waited for
-STEPS = ROWS  # that may be under way besides, where lag is in seconds
+STEPS = 64  # that may be under way besides, where lag is in seconds
+MOST = 16  # in a block
 
 
 def check_lag(lag: Any) -> int | float:
@@ -68,7 +69,7 @@ class Behind:
         self.lag, self.waits = check_lag(lag), 0
         self.steps = lag if isinstance(lag, int) else STEPS
         self.seconds = math.inf if isinstance(lag, int) else lag
-        self.block = max(1, min(self.steps // PARTS, ROWS // PARTS))
+        self.block = max(1, min(self.steps // PARTS, MOST))
         self.open: list[Entry] = []
         self.sent: deque[Block] = deque()
         self.told = False

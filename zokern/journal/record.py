@@ -185,7 +185,7 @@ class Recorder:
         values = [x for _, numbers in done for x in (numbers.coefs, numbers.shared)]
         if event.memory:
             values.append(torch.tensor(floats(event.memory), dtype=torch.float64, device=CPU).view(torch.float32))
-        if event.lrs != self._lrs[0]:
+        if event.lrs != self._lrs[0] or not all(type(lr) is float for lr in event.lrs):
             self._lrs = event.lrs, torch.tensor(floats(event.lrs), dtype=torch.float32, device=CPU)
         values += (self._lrs[1], NAN if event.loss is None else event.loss)
         if not all(x.dtype is torch.float32 and x.is_cpu for x in values):

@@ -34,7 +34,6 @@ from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.probing import Probing
-from zokern.optim.told import now
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import CPU, Update, sent
@@ -131,9 +130,8 @@ class ZerothOrderOptimizer(Folds, Captured):
             turn.refuse("step")
         try:
             turn.taken = "step", threading.get_ident()
-            for listener in self.listeners:
-                if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
-                    listener.before_step()
+            if self.listeners:
+                self.ask_listeners()
             if numbers.device is not None:
                 self._skips.count = sent(self._skips.count, numbers.device)
                 self._guards.flats.on(numbers.device)
@@ -170,7 +168,7 @@ class ZerothOrderOptimizer(Folds, Captured):
         counters, sweep, ledger = self._passes.counters, self.active.sweep, Ledger()
         step = counters.steps
         layout = self._parameters.layout(self) if self.listeners else {}
-        lrs = tuple(now(group["lr"]) for group in self.param_groups) if self.listeners else ()
+        lrs = self.numbers.lrs() if self.listeners else ()
 
         probing = Probing(self, losses, rates.eps, interrupts)
         try:
@@ -255,19 +253,10 @@ class ZerothOrderOptimizer(Folds, Captured):
         layout: Mapping[str, Any],
         lrs: tuple[float | Tensor, ...],
     ) -> None:
-        """Every listener is told, also where one of them raises."""
         memory: tuple[float | Tensor, ...] = ()
         if ledger.ok is not None:
             memory = tuple(self.memory()) if ledger.memory is None else ledger.memory
         loss = None if ledger.ok is None else ledger.metrics["loss"]
         deferred = ledger.ok is not None and ledger.deferred is not None
         passes = (*told, *([ledger.deferred] if deferred and ledger.deferred else []))
-        event = StepEvent(step, ledger.ok, passes, self.numbers.drawn, loss, lrs, memory, layout, deferred)
-        raised: BaseException | None = None
-        for listener in tuple(self.listeners):
-            try:
-                listener(event)
-            except BaseException as error:
-                raised = raised or error
-        if raised is not None:
-            raise raised
+        self.tell_listeners(StepEvent(step, ledger.ok, passes, self.numbers.drawn, loss, lrs, memory, layout, deferred))

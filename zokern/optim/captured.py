@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from zokern.optim.events import StepEvent
 from zokern.optim.ranked import Ranked
 from zokern.sweep import Counters
+
+
+class Telling(Protocol):
+    """What a captured step says of itself (zokern/graphs/telling.py)."""
+
+    row: Tensor
+
+    def metrics(self, row: Tensor) -> dict[str, Tensor]: ...
+
+    def event_of(self, step: int, run_seed: int, row: Tensor, layout: Mapping[str, Any]) -> StepEvent: ...
 
 
 class Captured(Ranked):
@@ -31,8 +44,6 @@ class Captured(Ranked):
             return f"fold_every={self.fold_every} gives each step's forwards further terms"
         if self.pipelined:
             return "pipelined=True fills a step's first copies in the step before"
-        if self.listeners:
-            return "a journal is written, which needs each step's numbers on the host"
         if self._guards.pairs(self.paired_randomness):
             return (
                 "a module is in training mode and draws, or paired_randomness=True: a graph's forwards cannot start "
@@ -70,14 +81,34 @@ class Captured(Ranked):
     def set_counters(self, counters: dict[str, int]) -> None:
         self._passes.counters = Counters(**counters)
 
-    def launched_again(self, metrics: dict[str, Tensor], cost: dict[str, int]) -> None:
-        """A captured step has been launched: takes note of it as `step` would have, counting first. metrics: what the
-        launch fills, which the next one overwrites."""
+    def ask_listeners(self) -> None:
+        """Before a step changes anything: those who are told of it may refuse it."""
+        for listener in self.listeners:
+            if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
+                listener.before_step()
+
+    def launched_again(self, telling: Telling, cost: dict[str, int]) -> None:
+        """A captured step has been launched: takes note of it as `step` would have, counting first."""
+        step = self._passes.counters.steps
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
-        self.metrics = {name: value.clone() for name, value in metrics.items()}
+        row = telling.row.clone()  # the next launch overwrites it
+        self.metrics = telling.metrics(row)
+        if self.listeners:
+            self.tell_listeners(telling.event_of(step, self.seed, row, self._parameters.layout(self)))
         self._skips.warn()
         self._skips.look()
         self._moves.tell(self.advice)
         self._moves.look()
         self._guards.tell(self)
+
+    def tell_listeners(self, event: StepEvent) -> None:
+        """All of them, also where one of them raises."""
+        raised: BaseException | None = None
+        for listener in tuple(self.listeners):
+            try:
+                listener(event)
+            except BaseException as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised

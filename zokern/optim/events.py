@@ -20,8 +20,8 @@ class StepEvent:
     to the weights' own storage, in order. drawn: the step's directions by seed, as far as the host knows them. loss: 0-d,
     None if it was broken off. lrs: each group's, a number, or 0-d where a device has it. memory: what the method needs
     again in later steps, likewise. layout: what a replay has to know of the parameters; the same object while nothing has
-    changed. deferred: `passes` was not done, but waits to be folded into the weights. row: of a captured step, all of its
-    tensors in one (told.py): they are views of it, and other steps' after ROWS more launches.
+    changed. deferred: `passes` was not done, but waits to be folded into the weights. row: of a captured step, what all of
+    its tensors hold (told.py): they themselves are the next launch's, soon.
     """
 
     step: int
@@ -35,8 +35,6 @@ class StepEvent:
     deferred: bool = False
     row: Tensor | None = None
 
-
-ROWS = 64  # steps that a captured one's numbers are kept for
 
 Listener = Callable[[StepEvent], None]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_step, derive_stream
+from zokern.optim.told import now
 from zokern.passes.update import CPU, Seed, sent
 
 Rows = Sequence[tuple[int, Hashable]]  # the parameter group, and what tells rows of one group apart
@@ -36,6 +37,9 @@ class StepNumbers(Protocol):
 
     def first_eps(self) -> float | Tensor:
         """eps of the first group."""
+
+    def lrs(self) -> tuple[float | Tensor, ...]:
+        """Each group's, as it is at this step, for those who are told of it."""
 
     def seed(self, k: int) -> Seed:
         """Of the step's direction k."""
@@ -75,6 +79,9 @@ class HostNumbers:
     def first_eps(self) -> float | Tensor:
         eps = self._groups[0]["eps"]
         return eps.to(torch.float64) if isinstance(eps, Tensor) else float(eps)
+
+    def lrs(self) -> tuple[float | Tensor, ...]:
+        return tuple(now(group["lr"]) for group in self._groups)
 
     def seed(self, k: int) -> Seed:
         seed = derive_stream(self._at_step, k)

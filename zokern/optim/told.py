@@ -84,40 +84,15 @@ def is_here(event: StepEvent) -> bool:
     return not any(isinstance(t, Tensor) and is_far(t) for t in (event.ok, event.loss, *event.lrs, *event.memory))
 
 
-# ------------------------------------------------------------------------------------------------ rows of captured steps
-
-
-def row(every: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Those on a device as one row, float32, of an even number: wide ones first, so that they are aligned."""
+def row(every: Sequence[Tensor], more: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Those on `device` as one row, float32, of an even number of floats, then `more`. Wide ones come first, so that they
+    are aligned in rows that follow each other. A captured step makes it."""
     own = [t for t in every if t.device == device]
     parts = [t.reshape(-1).view(torch.float32) for t in own if t.dtype in WIDE]
-    parts += [t.reshape(-1).to(torch.float32) for t in own if t.dtype not in WIDE]
-    made = torch.cat(parts)
-    return made if len(made) % 2 == 0 else torch.cat([made, made.new_zeros(1)])
-
-
-def _in_row(every: Sequence[Tensor], device: torch.device) -> Iterator[tuple[int, int]]:
-    """Where each is in the row, and how many floats; (0, 0) for those that are elsewhere."""
-    wide, narrow = 0, sum(2 * t.numel() for t in every if t.device == device and t.dtype in WIDE)
-    for t in every:
-        if t.device != device:
-            yield 0, 0
-        elif t.dtype in WIDE:
-            yield wide, 2 * t.numel()
-            wide += 2 * t.numel()
-        else:
-            yield narrow, t.numel()
-            narrow += t.numel()
-
-
-def views(every: Sequence[Tensor], row: Tensor) -> list[Tensor]:
-    """In the place of each tensor that a row was made of its view of the row: wide ones as they were, others as float32."""
-    made = []
-    for t, (start, count) in zip(every, _in_row(every, row.device), strict=True):
-        part = row[start : start + count]
-        own = t.device == row.device
-        made.append((part.view(t.dtype) if t.dtype in WIDE else part).view(t.shape) if own else t)
-    return made
+    parts += [t.reshape(-1).to(torch.float32) for t in (*(t for t in own if t.dtype not in WIDE), *more)]
+    if sum(map(len, parts)) % 2:
+        parts.append(parts[-1][:1])
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------------- several together
@@ -126,24 +101,29 @@ def views(every: Sequence[Tensor], row: Tensor) -> list[Tensor]:
 def places(event: StepEvent, every: Sequence[Tensor]) -> tuple[Place, ...]:
     """Of an event's tensors: those of events with equal ones are at the same distances."""
     if event.row is None:
-        return _places(tuple([(t.dtype, is_far(t), t.numel()) for t in every]))
-    vector, device = Vector(is_far(event.row), torch.float32, True), event.row.device
-    others = iter(_places(tuple([(t.dtype, is_far(t), t.numel()) for t in every if t.device != device])))
-    inside = _in_row(every, device)
-    return tuple(
-        [Place(vector, *at) if t.device == device else next(others) for t, at in zip(every, inside, strict=True)]
-    )
+        return _places(tuple([(t.dtype, is_far(t), t.numel(), False) for t in every]))
+    device = event.row.device
+    return _places(tuple([(t.dtype, is_far(t), t.numel(), t.device == device) for t in every]))
 
 
 @functools.lru_cache(maxsize=64)  # one for each kind of step
-def _places(kinds: tuple[tuple[torch.dtype, bool, int], ...]) -> tuple[Place, ...]:
+def _places(kinds: tuple[tuple[torch.dtype, bool, int, bool], ...]) -> tuple[Place, ...]:
+    """The last says whether it is in the event's row."""
     ends: dict[Vector, int] = {}
     found = []
-    for dtype, far, size in kinds:
-        vector = Vector(far, dtype)
-        start = ends.get(vector, 0)
-        ends[vector] = start + size
-        found.append(Place(vector, start, size))
+    wide, narrow = 0, sum(2 * size for dtype, _, size, inside in kinds if inside and dtype in WIDE)
+    for dtype, far, size, inside in kinds:
+        if inside and dtype in WIDE:
+            found.append(Place(Vector(far, torch.float32, True), wide, 2 * size))
+            wide += 2 * size
+        elif inside:
+            found.append(Place(Vector(far, torch.float32, True), narrow, size))
+            narrow += size
+        else:
+            vector = Vector(far, dtype)
+            start = ends.get(vector, 0)
+            ends[vector] = start + size
+            found.append(Place(vector, start, size))
     return tuple(found)
 
 
