@@ -34,6 +34,7 @@ from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.probing import Probing
+from zokern.optim.recent import Recent
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import CPU, Update, sent
@@ -42,7 +43,7 @@ from zokern.placement.shadow import Exact
 ALONE = contextlib.nullcontext()
 
 
-class ZerothOrderOptimizer(Folds, Captured):
+class ZerothOrderOptimizer(Folds, Captured, Recent):
     """Base class of the methods. Subclasses declare their settings (zokern/settings.py) and have `rounds` (method.py).
 
     The constructor is in built.py, state_dicts in saving.py, what a graph of a step needs in captured.py.
