@@ -32,6 +32,8 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing{ADVICE}")
         if name == "aten::lift_fresh":  # torch.tensor(...): on a GPU this is a copy from the host
             raise RuntimeError(f"a tensor was made from host numbers: not permitted when stream is capturing{ADVICE}")
+        if name == "aten::index" and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            raise RuntimeError(f"a mask's length is a value: operation not permitted when stream is capturing{ADVICE}")
         out = func(*args, **(kwargs or {}))
         self.work.append((func, args, kwargs or {}, out))
         return out

@@ -105,7 +105,7 @@ def test_a_step_is_one_launch(emulated, journalled: bool, tmp_path, monkeypatch)
         block = journal.write(opt, tmp_path / "run.zkj")
         block.__enter__()
     step(data[0])
-    monkeypatch.setattr(type(step._captured[None].graph), "launch", lambda graph: None)
+    monkeypatch.setattr(type(step._graphs.kept[0].graph), "launch", lambda graph: None)
     for batch in data[1:]:
         with Calls() as calls:
             step(batch)

@@ -111,16 +111,25 @@ class ZerothOrderOptimizer(Folds, Captured, Recent):
             return self.metrics["loss"]
 
     @torch.no_grad()
-    def step_with(self, numbers: StepNumbers, closure: Closure) -> None:
-        """A step with numbers from another source: a device's make it one that waits for nothing and can be captured."""
+    def step_with(
+        self,
+        numbers: StepNumbers,
+        closure: Closure,
+        batches: Iterable[Any] | None = None,
+        *,
+        weights: Tensor | None = None,
+        batched: bool | int = False,
+        **how: Any,
+    ) -> None:
+        """A step with numbers from another source: a device's make it one that waits for nothing and can be captured.
+        weights: of the batches, on the device (Losses.weigh). how: reduction and loss_weights."""
         ranks = self._ranks if self._decided else self._take_part()
-        losses = Losses(
-            closure,
-            vectors=self.takes_vector_losses,
-            reduce=self.reduce,
-            maximize=self.maximize,
-            shared=ranks is not None,
-        )
+        losses = losses_of(
+            batched, closure, batches, vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
+            shared=ranks is not None, **how,
+        )  # fmt: skip
+        if weights is not None:
+            losses.weigh(weights)
         with ALONE if ranks is None else ranks.step(self), HeldInterrupts() as interrupts:
             self._step(losses, numbers, interrupts)
             self._skips.tell()

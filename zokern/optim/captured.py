@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zokern.optim.events import StepEvent
 from zokern.optim.ranked import Ranked
+from zokern.placement.shadow import Exact
 from zokern.sweep import Counters
 
 
@@ -92,6 +93,8 @@ class Captured(Ranked):
         step = self._passes.counters.steps
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
+        if isinstance(self._placement, Exact):
+            self._placement.overwritten()
         row = telling.row.clone()  # the next launch overwrites it
         self.metrics = telling.metrics(row)
         if self.listeners:

@@ -64,6 +64,10 @@ class Exact(Perturbing):
         """States were loaded, or a tensor is another one: what was made ready for the next step is of others."""
         self.ready = {}
 
+    def overwritten(self) -> None:
+        """A captured step has written to the copies."""
+        self.ready = {}
+
     def remove_hooks(self) -> None:
         while self.hooks:
             self.hooks[-1].remove()
@@ -96,7 +100,7 @@ class Exact(Perturbing):
         return numbers
 
     def _numbers(self, terms: Terms) -> PassNumbers:
-        return perturbation(self.eps, terms, self.still, self.passes.gate)
+        return perturbation(self.eps, terms, self.still, None)  # copies are written while a captured step is tried, too
 
     def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
         """What makes a member's copy the perturbation by these terms."""
