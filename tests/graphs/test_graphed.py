@@ -336,7 +336,6 @@ def test_refused_on_the_cpu() -> None:
     ("name", "options", "word"),
     [
         ("mezo", {"layers": zokern.RandomBlocks(1)}, "layers leaves out other blocks"),
-        ("mezo", {"pipelined": True}, "pipelined=True"),
         ("mezo-adamezo", {}, "adamezo"),
         ("gv-kept", {}, "keep_best=True has a direction of an earlier step"),
     ],

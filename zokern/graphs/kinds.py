@@ -12,6 +12,7 @@ from torch import Tensor
 from zokern._checks import ZokernWarning
 from zokern.graphs.cuda import Graph
 from zokern.graphs.telling import Telling
+from zokern.placement.ready import Copies
 
 MOST = 8
 REMEMBERED = 256  # kinds whose graphs were let go
@@ -29,6 +30,7 @@ class Captured:
     telling: Telling
     cost: dict[str, int]
     held: object
+    copies: Copies  # that a launch fills for the next step
 
 
 @dataclass

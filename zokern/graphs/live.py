@@ -55,6 +55,10 @@ class DeviceNumbers:
             self._seeds = [*self._seeds, *derive_seeds(self.run_seed, self.step, numbers).unbind()]
         return self._seeds[at]
 
+    def next_seed(self, k: int) -> Tensor:
+        stream = torch.full((1,), k, dtype=torch.int64, device=self.device)
+        return derive_seeds(self.run_seed, self.step + 1, stream).reshape(())
+
     def rounding_seeds(self) -> Tensor:
         return torch.stack([self.seed(ROUNDING_STREAM), self.seed(STATE_STREAM)])
 

@@ -89,7 +89,7 @@ class GraphedStep:
         self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
         self._layout: object = None
         if sample_batch is not None:
-            self._capture([sample_batch], ["sample_batch"], None, many=False)
+            self._graph([sample_batch], ["sample_batch"], None, many=False)
 
     @property
     def captures(self) -> int:
@@ -119,8 +119,7 @@ class GraphedStep:
         every, names, many = self._given(batch, batches)
         weights = None if batch_weights is None else self._weights(batch_weights, every if many else None)
         optimizer.ask_listeners()
-        kind = self._kind(every, names, weights, many)
-        one = self._graphs.find(kind) or self._capture(every, names, weights, many=many)
+        one = self._graph(every, names, weights, many)
         for static, own in zip(one.batches, every, strict=True):
             copy_into(static, own)
         if one.weights is not None:
@@ -129,8 +128,19 @@ class GraphedStep:
         with HeldInterrupts(), optimizer.alone("step"):
             one.graph.launch()
             self._live.launched()
-            optimizer.launched_again(one.telling, one.cost)
+            optimizer.launched_again(one.telling, one.cost, one.copies)
         return optimizer.metrics["loss"]
+
+    def _graph(self, batches: Sequence[Any], names: Sequence[str], weights: list[float] | None, many: bool) -> Captured:
+        """Of this call; captured, where it is the first of its kind."""
+        while True:
+            kind = self._kind(batches, names, weights, many, ahead=self.optimizer.is_ahead())
+            one = self._graphs.find(kind)
+            if one is not None:
+                return one
+            # A capture leaves no copy as the step before has filled it ahead: both kinds of pipelined steps at once.
+            for ahead in [True, False] if self.optimizer.pipelined else [False]:
+                self._capture(batches, names, weights, many=many, ahead=ahead)
 
     # ------------------------------------------------------------------------------------------------- what a call gives
 
@@ -155,9 +165,9 @@ class GraphedStep:
             )
         return [*weights, float(sum(weights))]
 
-    def _kind(self, batches: Sequence[Any], names: Sequence[str], weights: object, many: bool) -> Any:
+    def _kind(self, batches: Sequence[Any], names: Sequence[str], weights: object, many: bool, *, ahead: bool) -> Any:
         kinds = [kind_of(*one) for one in zip(batches, names, strict=True)]
-        return self.optimizer.structure(), many, weights is not None, kinds
+        return self.optimizer.structure(), ahead, many, weights is not None, kinds
 
     def _fill(self) -> None:
         self.optimizer.check_groups()
@@ -171,18 +181,18 @@ class GraphedStep:
 
     @torch.no_grad()
     def _capture(
-        self, batches: Sequence[Any], names: Sequence[str], weights: list[float] | None, *, many: bool
-    ) -> Captured:
+        self, batches: Sequence[Any], names: Sequence[str], weights: list[float] | None, *, many: bool, ahead: bool
+    ) -> None:
         """Tries the current step with its passes switched off, then captures it; does neither of them."""
         optimizer, live = self.optimizer, self._live
-        kind = self._kind(batches, names, weights, many)
+        kind = self._kind(batches, names, weights, many, ahead=ahead)
         static = [on_device(batch, self.device, name) for batch, name in zip(batches, names, strict=True)]
         there = None if weights is None else torch.tensor(weights, dtype=torch.float64, device=CPU).to(self.device)
         self._graphs.make_room(kind)
         before, metrics, listeners = optimizer.counters, optimizer.metrics, optimizer.listeners
         optimizer.listeners = [listening := Listening(optimizer, self.device)]
         graph = new_graph(self.device, self._pool)
-        work = self._work(static, there, many)
+        work = self._work(static, there, many, ahead=ahead)
         try:
             self._fill()
             live.gate.zero_()
@@ -194,8 +204,9 @@ class GraphedStep:
                 graph.capture(work)
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
             active = optimizer.active
+            copies = list(optimizer.copies_ahead)
             held = table.cached(), active, active.sweep.tables(), optimizer.captured_tensors(), live.tensors()
-            one = Captured(kind, graph, static, there, listening.telling(live.streams), cost, held)
+            one = Captured(kind, graph, static, there, listening.telling(live.streams), cost, held, copies)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
             if isinstance(error, (TypeError, ValueError)) or not isinstance(error, Exception):
@@ -205,17 +216,18 @@ class GraphedStep:
             optimizer.set_counters(before)
             optimizer.metrics, optimizer.listeners = metrics, listeners
             live.gate.fill_(1)
+            optimizer.trust(False)
         if self._graphs.kept and self._layout_now() != self._layout:
             self._graphs.kept.clear()  # they work on what is elsewhere now
         self._layout = self._layout_now()
         self._graphs.add(one)
-        return one
 
-    def _work(self, static: Sequence[Any], weights: Tensor | None, many: bool) -> Callable[[], None]:
-        """A step on the static batches, with all of its numbers on the device."""
+    def _work(self, static: Sequence[Any], weights: Tensor | None, many: bool, *, ahead: bool) -> Callable[[], None]:
+        """A step on the static batches, its numbers on the device. ahead: its first probe's copies are there already."""
 
         def work() -> None:
             self._live.begin()
+            self.optimizer.trust(ahead)
             if many:
                 self.optimizer.step_with(self._live, self.closure, static, weights=weights, **self._how)
             else:

@@ -250,10 +250,8 @@ class ZerothOrderOptimizer(Folds, Captured, Recent):
 
     def _ahead(self) -> placements.Ahead:
         """Every method's first probe of perturbed weights is along direction 0."""
-        step = self._passes.counters.steps + 1
-        active = self._parameters.active(self, self.seed, step)
-        seed = HostNumbers(self.param_groups, self.seed, step, self.schedule).seed(0)
-        return placements.Ahead(active.sweep, {seed: 1.0})
+        active = self._parameters.active(self, self.seed, self._passes.counters.steps + 1)
+        return placements.Ahead(active.sweep, {self.numbers.next_seed(0): 1.0})
 
     def _tell(
         self,

@@ -8,8 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from zokern.contract.streams import derive_seed
 from zokern.optim.events import StepEvent
 from zokern.optim.ranked import Ranked
+from zokern.optim.told import is_far
+from zokern.passes.update import Terms
+from zokern.placement.ready import Copies
 from zokern.placement.shadow import Exact
 from zokern.sweep import Counters
 
@@ -43,8 +47,6 @@ class Captured(Ranked):
             return "layers leaves out other blocks in each step"
         if self.fold_every != 1:
             return f"fold_every={self.fold_every} gives each step's forwards further terms"
-        if self.pipelined:
-            return "pipelined=True fills a step's first copies in the step before"
         if self._guards.pairs(self.paired_randomness):
             return (
                 "a module is in training mode and draws, or paired_randomness=True: a graph's forwards cannot start "
@@ -88,13 +90,16 @@ class Captured(Ranked):
             if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
                 listener.before_step()
 
-    def launched_again(self, telling: Telling, cost: dict[str, int]) -> None:
-        """A captured step has been launched: takes note of it as `step` would have, counting first."""
+    def launched_again(self, telling: Telling, cost: dict[str, int], copies: Copies) -> None:
+        """A captured step has been launched: takes note of it as `step` would have, counting first. copies: that it has
+        filled for the next one."""
         step = self._passes.counters.steps
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
         if isinstance(self._placement, Exact):
             self._placement.overwritten()
+            if copies and not self._eps_is_far():
+                self._placement.promise(copies, *self._first_probe())
         row = telling.row.clone()  # the next launch overwrites it
         self.metrics = telling.metrics(row)
         if self.listeners:
@@ -104,6 +109,32 @@ class Captured(Ranked):
         self._moves.tell(self.advice)
         self._moves.look()
         self._guards.tell(self)
+
+    def _first_probe(self) -> tuple[Terms, list[float]]:
+        """Of the step that comes next, pipelined: its directions, and each row's eps."""
+        seed = derive_seed(self.seed, self._passes.counters.steps, 0)
+        return {seed: 1.0}, [float(self.param_groups[g]["eps"]) for g, _ in self.active.rows]
+
+    def _eps_is_far(self) -> bool:
+        return any(isinstance(group["eps"], Tensor) and is_far(group["eps"]) for group in self.param_groups)
+
+    def is_ahead(self) -> bool:
+        """Whether the step before has filled what the next one's first probe looks at."""
+        if not self.pipelined or not isinstance(self._placement, Exact) or self._eps_is_far():
+            return False
+        active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+        return active is getattr(self, "active", None) and self._placement.is_ready(active.sweep, *self._first_probe())
+
+    def trust(self, ahead: bool) -> None:
+        """Before a step is tried or captured: whether it is one of those."""
+        if self.pipelined and isinstance(self._placement, Exact):
+            active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            self._placement.trust(active.sweep, ahead)
+
+    @property
+    def copies_ahead(self) -> Copies:
+        """What the last step's update has filled for the next one."""
+        return self._placement.forked if self.pipelined and isinstance(self._placement, Exact) else []
 
     def tell_listeners(self, event: StepEvent) -> None:
         """All of them, also where one of them raises."""

@@ -305,6 +305,7 @@ class Stream(Exact):
                 )
         self._refuse_views()
         self.last = unit
+        self._realise()
         for other in self.units[1:] if self.ready else []:  # the scratch they share is written now
             if other is not unit:
                 for member in other.sweep:
