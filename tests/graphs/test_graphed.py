@@ -28,7 +28,7 @@ from zokern import journal
 from zokern.graphs import cuda
 from zokern.graphs import step as graphed
 from zokern.noise import derive_seed, derive_seeds
-from zokern.placement.stream import Stream
+from zokern.placement.units import Scratch
 
 STEPS = 5
 
@@ -38,7 +38,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "SUPPORTED", ("cuda", "cpu"))
     monkeypatch.setattr(graphed, "new_graph", EmulatedGraph)
     # The emulation holds on to every tensor that it has seen, views of stream's scratch among them.
-    monkeypatch.setattr(Stream, "_refuse_views", lambda self: None)
+    monkeypatch.setattr(Scratch, "refuse_views", lambda self: None)
 
 
 def batches(number: int = STEPS, bad: int | None = None) -> list[dict[str, Tensor]]:

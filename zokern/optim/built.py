@@ -85,7 +85,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         sixteen_bit = has_sixteen_bit(self.param_groups)
         self._placement = placements.make(
             values["placement"], self.module, sixteen_bit, self._passes, scaled=self.scaled, pipelined=self.pipelined,
-            waits=self.fold_every != 1,
+            prefetch=self.prefetch, waits=self.fold_every != 1,
         )  # fmt: skip
         self._folding: Folding | None = None
         if self.fold_every != 1:

@@ -1,0 +1,125 @@
+"""Side streams for the tests of prefetch=True: one that writes down what it is told, one that works as late as it may.
+
+Both stand in the place of a device's (zokern.placement.beside.lane_of). Steps on the CPU are done in the order of the host,
+as early as any device could; `Late` does what the side stream was given only when the compute stream waits for it. Both
+complain where nothing keeps the side stream from beginning before the compute stream is done with what it writes or reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from zokern.placement import beside
+from zokern.sweep import Passes
+
+
+class Recording:
+    """Does the work when it is given, as early as events allow. log: (stream, action), also of blocks and updates."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.begun = -1  # how much of the compute stream's work the side stream waits for
+        self.compute = 0  # how much that one was given
+        self.inside = False
+        self.events = 0
+        self.waited = -1  # the last event of the side stream that the compute stream has waited for
+        self.unordered: list[str] = []  # work that nothing keeps from being done too early or too late
+
+    def begin(self) -> None:
+        self.log.append(("side", "waits for compute"))
+        self.begun = self.compute
+
+    def do(self, work: Callable[[], None]) -> None:
+        self.log.append(("side", "fills"))
+        if self.begun != self.compute:
+            self.unordered.append("a fill that does not wait for what the compute stream was given")
+        self.events += 1
+        self.work(work)
+
+    def record(self) -> int:
+        self.log.append(("side", f"records {self.events}"))
+        return self.events
+
+    def wait(self, event: int) -> None:
+        self.log.append(("compute", f"waits for {event}"))
+        self.waited = max(self.waited, event)
+        self.catch_up(event)
+
+    def leave(self) -> None:
+        pass
+
+    # ------------------------------------------------------------------------------------------- what is done and when
+
+    def work(self, work: Callable[[], None]) -> None:
+        self._inside(work)
+
+    def catch_up(self, event: int) -> None:
+        pass
+
+    def _inside(self, work: Callable[[], None]) -> None:
+        self.inside = True
+        try:
+            work()
+        finally:
+            self.inside = False
+
+    @property
+    def in_flight(self) -> int:
+        """Fills that the compute stream has not waited for."""
+        return self.events - max(self.waited, 0)
+
+    def given(self, what: str) -> None:
+        """The compute stream is given something."""
+        if not self.inside:
+            self.log.append(("compute", what))
+            self.compute += 1
+
+
+class Late(Recording):
+    """Does it when it is waited for, and never if it is not."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.queue: list[tuple[int, Callable[[], None]]] = []
+
+    def work(self, work: Callable[[], None]) -> None:
+        self.queue.append((self.events, work))
+
+    def catch_up(self, event: int) -> None:
+        while self.queue and self.queue[0][0] <= event:
+            self._inside(self.queue.pop(0)[1])
+
+
+def use(monkeypatch: pytest.MonkeyPatch, kind: type[Recording]) -> list[Recording]:
+    """From now on placements get lanes of this kind, which are listed; they see every pass that is done over weights."""
+    made: list[Recording] = []
+
+    def lane(device: torch.device) -> Recording:
+        made.append(kind(device))
+        return made[-1]
+
+    monkeypatch.setattr(beside, "lane_of", lane)
+    for name in ("run", "chain"):
+        original = getattr(Passes, name)
+
+        def noted(self: Passes, *args: Any, _original: Any = original, **named: Any) -> None:
+            updates = named.get("out") is None
+            for one in made:
+                if updates and one.in_flight:
+                    one.unordered.append("an update while a fill is in flight")
+                one.given("updates" if updates else "perturbs")
+            _original(self, *args, **named)
+
+        monkeypatch.setattr(Passes, name, noted)
+    return made
+
+
+def look_at(blocks: list[nn.Module], lanes: list[Recording]) -> None:
+    """The lanes see each block end."""
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, i=i: [one.given(f"runs {i}") for one in lanes] and None)

@@ -1,0 +1,7 @@
+"""x"""
+
+from zokern.placement.gathered import Gathered
+
+
+class GatheredAhead(Gathered):
+    pass
