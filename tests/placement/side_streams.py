@@ -1,13 +1,14 @@
-"""Side streams for the tests of prefetch=True: one that writes down what it is told, one that works as late as it may.
+"""Side streams for the tests of prefetch=True, in the place of a device's (zokern.placement.beside.lane_of).
 
-Both stand in the place of a device's (zokern.placement.beside.lane_of). Steps on the CPU are done in the order of the host,
-as early as any device could; `Late` does what the side stream was given only when the compute stream waits for it. Both
-complain where nothing keeps the side stream from beginning before the compute stream is done with what it writes or reads.
+`Recording` does what the side stream is given at once, which is as early as events allow; `Late` does its passes when the
+compute stream waits for them, and those that nothing waits for never. Both write down who waits for whom, and what nothing
+keeps from being done too early: before the compute stream is done with what it reads or writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -39,7 +40,11 @@ class Recording:
         if self.begun != self.compute:
             self.unordered.append("a fill that does not wait for what the compute stream was given")
         self.events += 1
-        self.work(work)
+        self.inside = True
+        try:
+            work()
+        finally:
+            self.inside = False
 
     def record(self) -> int:
         self.log.append(("side", f"records {self.events}"))
@@ -48,25 +53,13 @@ class Recording:
     def wait(self, event: int) -> None:
         self.log.append(("compute", f"waits for {event}"))
         self.waited = max(self.waited, event)
-        self.catch_up(event)
 
     def leave(self) -> None:
-        pass
+        self.log.append(("compute", "joins"))
 
-    # ------------------------------------------------------------------------------------------- what is done and when
-
-    def work(self, work: Callable[[], None]) -> None:
-        self._inside(work)
-
-    def catch_up(self, event: int) -> None:
-        pass
-
-    def _inside(self, work: Callable[[], None]) -> None:
-        self.inside = True
-        try:
-            work()
-        finally:
-            self.inside = False
+    def pass_over(self, work: Callable[[], None]) -> None:
+        """Of those that the side stream is given."""
+        work()
 
     @property
     def in_flight(self) -> int:
@@ -75,24 +68,28 @@ class Recording:
 
     def given(self, what: str) -> None:
         """The compute stream is given something."""
-        if not self.inside:
-            self.log.append(("compute", what))
-            self.compute += 1
+        self.log.append(("compute", what))
+        self.compute += 1
 
 
 class Late(Recording):
-    """Does it when it is waited for, and never if it is not."""
+    """queue: passes that are yet to be done, with the event behind each."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.queue: list[tuple[int, Callable[[], None]]] = []
 
-    def work(self, work: Callable[[], None]) -> None:
+    def pass_over(self, work: Callable[[], None]) -> None:
         self.queue.append((self.events, work))
 
-    def catch_up(self, event: int) -> None:
+    def wait(self, event: int) -> None:
+        super().wait(event)
         while self.queue and self.queue[0][0] <= event:
-            self._inside(self.queue.pop(0)[1])
+            self.queue.pop(0)[1]()
+
+    def leave(self) -> None:
+        super().leave()
+        self.queue.clear()
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kind: type[Recording]) -> list[Recording]:
@@ -108,18 +105,30 @@ def use(monkeypatch: pytest.MonkeyPatch, kind: type[Recording]) -> list[Recordin
         original = getattr(Passes, name)
 
         def noted(self: Passes, *args: Any, _original: Any = original, **named: Any) -> None:
+            do = functools.partial(_original, self, *args, **named)
+            if any(one.inside for one in made):
+                next(one for one in made if one.inside).pass_over(do)
+                return
             updates = named.get("out") is None
             for one in made:
                 if updates and one.in_flight:
                     one.unordered.append("an update while a fill is in flight")
                 one.given("updates" if updates else "perturbs")
-            _original(self, *args, **named)
+            do()
 
         monkeypatch.setattr(Passes, name, noted)
     return made
 
 
-def look_at(blocks: list[nn.Module], lanes: list[Recording]) -> None:
+def look_at(blocks: Iterable[nn.Module], lanes: list[Recording]) -> None:
     """The lanes see each block end."""
+
+    def hook(i: int) -> Callable[..., None]:
+        def ended(*_: object) -> None:
+            for one in lanes:
+                one.given(f"runs {i}")
+
+        return ended
+
     for i, block in enumerate(blocks):
-        block.register_forward_hook(lambda *_, i=i: [one.given(f"runs {i}") for one in lanes] and None)
+        block.register_forward_hook(hook(i))

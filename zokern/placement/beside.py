@@ -67,7 +67,9 @@ class CudaLane:
             work()
 
     def record(self) -> torch.cuda.Event:
-        return self.side.record_event()
+        event = torch.cuda.Event()
+        event.record(self.side)
+        return event
 
     def wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)

@@ -45,7 +45,7 @@ def refuse(module: nn.Module) -> None:
     refuse_compiled(module)
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """What one call of `fully_shard` gathers. members: with a place that each has in the module. places: all of them, with
     what stands there while nothing is gathered. fresh: what is gathered next, or was just now, is not perturbed yet."""
