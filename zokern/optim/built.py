@@ -174,6 +174,13 @@ class Built(Common, Method, torch.optim.Optimizer):
                 "optimizer"
             )
 
+    def keep_placement(self) -> None:
+        """
+        Raises:
+            ValueError: always; what serves the module was made by the constructor.
+        """
+        raise ValueError("prefetch cannot change: save state_dict(), and load it into a new optimizer")
+
     def _tensors(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 

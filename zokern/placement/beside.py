@@ -8,6 +8,7 @@ stream forks off by its first wait, and `join` brings it back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -117,4 +118,11 @@ class Beside:
         for lane in self.given.values():
             lane.leave()
             lane.wait(lane.record())
+        self.given = {}
+
+    def give_up(self) -> None:
+        """`join`, where an exception is on its way that says more than one of a stream: of a capture that it has broken,
+        which no longer takes events."""
+        with contextlib.suppress(RuntimeError):
+            self.join()
         self.given = {}

@@ -35,13 +35,13 @@ class GatheredAhead(Gathered):
         super().__init__()
         self.beside = Beside()
         self.order: Order[Unit] = Order()
-        self.in_turn = False  # in the last forward they ran as the module lists them
+        self.rounds = 0  # how often the last forward went through all as the module lists them
         self.filled: dict[Unit, Done] = {}
         self.wholes: dict[Unit, list[tuple[sites.Site, nn.Parameter]]] = {}
 
     def _arrange(self, sweep: Sweep) -> None:
         super()._arrange(sweep)
-        self.order = Order(self.units if self.in_turn else ())
+        self.order = Order(self.units * self.rounds)
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:
@@ -51,7 +51,10 @@ class GatheredAhead(Gathered):
                 yield
                 if terms:
                     self.order.learn()
-                    self.in_turn = self.order.known == self.units
+                    self.rounds = self.order.rounds(self.units)
+        except BaseException:
+            self.beside.give_up()
+            raise
         finally:
             self.filled, self.wholes = {}, {}
             self.beside.join()

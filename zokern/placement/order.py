@@ -37,3 +37,8 @@ class Order(Generic[T]):
         """The forward is complete."""
         self.known = self.called
         self.begin()
+
+    def rounds(self, every: list[T]) -> int:
+        """How often the last forward went through all of these in this order, one after another; 0 if it did otherwise."""
+        times = len(self.known) // len(every) if every else 0
+        return times if self.known == every * times else 0

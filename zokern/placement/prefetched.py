@@ -30,13 +30,13 @@ class Prefetched(Stream):
         super().__init__(scratches=2)
         self.beside = Beside()
         self.order: Order[Unit] = Order()
-        self.in_turn = False  # in the last forward the blocks ran as the module lists them
+        self.rounds = 0  # how often the last forward went through the blocks as the module lists them
 
     def _lay_out(self, members: Sweep) -> list[Unit]:
         before = self.kept
         units = super()._lay_out(members)
         if units is not before:  # LeZO's, in each step
-            self.order = Order(units[1:] if self.in_turn else ())
+            self.order = Order(units[1:] * self.rounds)
         return units
 
     @contextlib.contextmanager
@@ -49,7 +49,10 @@ class Prefetched(Stream):
                 yield
                 if terms:
                     self.order.learn()
-                    self.in_turn = self.order.known == self.kept[1:]
+                    self.rounds = self.order.rounds(self.kept[1:])
+        except BaseException:
+            self.beside.give_up()
+            raise
         finally:
             self.beside.join()
 
