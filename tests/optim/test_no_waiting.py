@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zokern
 from tests.methods import METHODS, Case
 from tests.models import Net
+from tests.placement import side_streams
 from zokern import backends, sweep
 from zokern.distributed.exchange import Exchange
 from zokern.distributed.places import Places
@@ -89,7 +90,9 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, ZerothOrderOptimizer]:
+def on_device(
+    case: Case, placement: str, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Net, ZerothOrderOptimizer]:
     model = Net().bfloat16().to(DEVICE)
     monkeypatch.setattr(parameters, "check_parameter", lambda p, name: None)  # it refuses tensors without storage
     monkeypatch.setattr(backends, "choose", lambda name, device: backends.module("cuda"))
@@ -100,7 +103,7 @@ def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tu
     monkeypatch.setattr(Skips, "look", lambda self: None)
     monkeypatch.setattr(Moves, "look", lambda self: None)  # the count of large steps likewise
     monkeypatch.setattr(Flats, "look", lambda self: None)
-    return model, case.cls(model, 1e-3, placement=placement, **case.settings)
+    return model, case.cls(model, 1e-3, placement=placement, **case.settings, **options)
 
 
 def loss_of(model: Net) -> Tensor:
@@ -154,6 +157,31 @@ def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, place
     with Transfers() as transfers:
         step()
     assert transfers.seen == []
+
+
+@pytest.mark.parametrize("name", ["mezo", "hizoo-3", "helene", "gv-curved", "fzoo"])
+def test_blocks_filled_ahead_ask_the_device_for_nothing(name: str, monkeypatch) -> None:
+    """Neither in eager steps nor in captured ones: the side stream reads what the step has sent."""
+    model, opt = on_device(METHODS[name], "stream", monkeypatch, prefetch=True)
+    lanes = side_streams.use(monkeypatch, side_streams.Recording)
+    with Transfers() as transfers:
+        for _ in range(3):
+            opt.step(lambda: loss_of(model))
+    assert set(transfers.seen) == {("cpu", "meta")}
+    assert transfers.waited == []
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
+
+    def step() -> None:
+        live.begin()
+        opt.step_with(live, lambda: loss_of(model))
+
+    step()
+    step()
+    with Transfers() as transfers:
+        step()
+    assert transfers.seen == []
+    assert lanes[0].events
+    assert not lanes[0].unordered
 
 
 class Nowhere(Exchange):

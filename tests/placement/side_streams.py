@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import zokern
 from zokern.placement import beside
 from zokern.sweep import Passes
 
@@ -132,3 +133,17 @@ def look_at(blocks: Iterable[nn.Module], lanes: list[Recording]) -> None:
 
     for i, block in enumerate(blocks):
         block.register_forward_hook(hook(i))
+
+
+def lanes_of(monkeypatch: pytest.MonkeyPatch, kind: type[Recording] | None) -> list[Recording]:
+    return [] if kind is None else use(monkeypatch, kind)
+
+
+def settled(lanes: list[Recording]) -> None:
+    for one in lanes:
+        assert not one.unordered
+        assert not one.in_flight
+
+
+def prefetching(model: nn.Module, **options: Any) -> Any:
+    return zokern.MeZO(model, **{"lr": 1e-2, "eps": 1e-2, "placement": "stream", "prefetch": True, **options})
