@@ -137,12 +137,18 @@ def test_a_chain_counts_as_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pipelined_ways_are_timed_beside_the_others(tmp_path: Path) -> None:
     results = Run(
-        settings(models=("tiny-opt",), methods=("mezo",), peers=False, placements=("stream-pipelined", "shadow")),
+        settings(
+            models=("tiny-opt",),
+            methods=("mezo",),
+            peers=False,
+            placements=("stream-pipelined", "stream-prefetch", "shadow"),
+        ),
         tmp_path / "s",
     ).run()
     rows = {name: (r["status"], r.get("placement")) for name, r in results.items()}
     assert rows == {
         "tiny-opt 2x8 mezo stream-pipelined": ("timed", "stream"),
+        "tiny-opt 2x8 mezo stream-prefetch": ("timed", "stream"),
         "tiny-opt 2x8 mezo shadow": ("timed", None),
     }
 
