@@ -29,7 +29,7 @@ from zokern.bench import model, models, prediction
 from zokern.bench.cases import Case
 from zokern.bench.limits import bytes_per_element
 from zokern.bench.peers import Published
-from zokern.placement import units
+from zokern.placement import stream
 
 PEAK = 989e12  # dense bfloat16 FLOP/s of both data sheets
 REACHED = 0.65  # of it by a forward of 4,096 tokens: an assumption
@@ -115,7 +115,7 @@ class Prediction:
     def streamed(self) -> float:
         """Memory beyond a forward's, in shares of the weights."""
         meta = models.build(MODEL, torch.bfloat16, torch.device("meta"))
-        return units.extra_bytes(meta) / (2 * self.parameters)
+        return stream.extra_bytes(meta) / (2 * self.parameters)
 
 
 # ------------------------------------------------------------------------------------------------------------ measured

@@ -19,7 +19,7 @@ from tests.placement.streaming import TwoStacks
 from tests.placement.test_stream_refuses import REFUSED
 from zokern.placement import beside
 from zokern.placement.outside import OutsideItsBlock
-from zokern.placement.units import extra_bytes
+from zokern.placement.stream import extra_bytes
 
 JOIN = ["joins", "records", "waits for"]
 

@@ -29,8 +29,7 @@ from zokern import placement as placements
 from zokern.noise import derive_seed
 from zokern.placement.inplace import InPlace
 from zokern.placement.shadow import Shadow
-from zokern.placement.stream import Stream
-from zokern.placement.units import extra_bytes
+from zokern.placement.stream import Stream, extra_bytes
 
 # ---------------------------------------------------------------------------------------------- same bits as in shadow
 

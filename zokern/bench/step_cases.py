@@ -17,7 +17,7 @@ from zokern.checking.cost import members_of
 from zokern.finetune.methods import build
 from zokern.finetune.options import Options
 from zokern.optim import ZerothOrderOptimizer
-from zokern.placement import forward, sites, units
+from zokern.placement import forward, sites, stream
 from zokern.placement.forward import Forward
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
@@ -226,7 +226,7 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     optimizer = _optimizer(case, model)
     copies = 0
     if isinstance(optimizer._placement, Stream):
-        copies = units.extra_bytes(model, prefetch=optimizer.prefetch)
+        copies = stream.extra_bytes(model, prefetch=optimizer.prefetch)
     elif isinstance(optimizer._placement, Forward):
         together = optimizer.forwards() if case.way == TOGETHER else 1
         waiting = FOLD_EVERY * optimizer.forwards() if case.way == FOLDS else 1

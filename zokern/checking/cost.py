@@ -13,7 +13,7 @@ from zokern.directions import rank
 from zokern.optim import ZerothOrderOptimizer, drivers
 from zokern.optim.numbers import HostNumbers
 from zokern.passes.update import Seed, Terms
-from zokern.placement import Forward, sites, stream, units
+from zokern.placement import Forward, sites, stream
 from zokern.placement.forward import extra_bytes
 from zokern.sweep import Member, Passes
 
@@ -117,4 +117,4 @@ def _streamed(optimizer: ZerothOrderOptimizer) -> int | None:
         stream.refuse(optimizer.module)
     except ValueError:
         return None
-    return units.extra_bytes(optimizer.module, prefetch=optimizer.prefetch)
+    return stream.extra_bytes(optimizer.module, prefetch=optimizer.prefetch)

@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 
 from zokern import _checks
-from zokern.placement import fsdp, gathered, stream, units
+from zokern.placement import fsdp, gathered, stream
 from zokern.placement.base import Ahead, Placement, Refused, Rounding
 from zokern.placement.forward import SCALED, Forward
 from zokern.placement.gathered import Gathered, Kept
@@ -74,7 +74,7 @@ def choose(
         stream.refuse(module)
     except ValueError as error:
         return "shadow", f"16-bit weights stay exact; {error}"
-    extra = units.extra_bytes(module, prefetch=prefetch) / max(sum(p.nbytes for p in module.parameters()), 1)
+    extra = stream.extra_bytes(module, prefetch=prefetch) / max(sum(p.nbytes for p in module.parameters()), 1)
     return "stream", f"16-bit weights stay exact, for {extra:.1%} of the model's memory"
 
 

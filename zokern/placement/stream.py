@@ -24,6 +24,7 @@ from zokern.placement import sites
 from zokern.placement.base import NotSeen, RefusedCall, RefusedModule
 from zokern.placement.shadow import Exact
 from zokern.placement.units import Scratch, Unit, largest, units_of
+from zokern.placement.units import extra_bytes as extra_bytes  # its public name is here
 from zokern.sweep import NOTHING, Passes, Sweep
 
 
