@@ -8,7 +8,7 @@ keeps from being done too early: before the compute stream is done with what it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import zokern
+from tests.models import Toy
 from zokern.placement import beside
 from zokern.sweep import Passes
 
@@ -121,18 +122,18 @@ def use(monkeypatch: pytest.MonkeyPatch, kind: type[Recording]) -> list[Recordin
     return made
 
 
-def look_at(blocks: Iterable[nn.Module], lanes: list[Recording]) -> None:
-    """The lanes see each block end."""
+def look_at(model: Toy, lanes: list[Recording]) -> None:
+    """The lanes see the embedding run, and each block that a step moves."""
+    own = [block.gain for block in model.layers]
 
-    def hook(i: int) -> Callable[..., None]:
-        def ended(*_: object) -> None:
+    def ended(module: nn.Module, what: str) -> None:
+        if module is model.embedding or all(module.gain is not p for p in own):
             for one in lanes:
-                one.given(f"runs {i}")
+                one.given(what)
 
-        return ended
-
-    for i, block in enumerate(blocks):
-        block.register_forward_hook(hook(i))
+    model.embedding.register_forward_hook(lambda module, *_: ended(module, "embeds"))
+    for i, block in enumerate(model.layers):
+        block.register_forward_hook(lambda module, *_, i=i: ended(module, f"runs {i}"))
 
 
 def lanes_of(monkeypatch: pytest.MonkeyPatch, kind: type[Recording] | None) -> list[Recording]:

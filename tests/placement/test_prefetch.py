@@ -12,7 +12,7 @@ from torch import Tensor
 
 import zokern
 from tests.methods import METHODS
-from tests.models import BLOCKS, Toy, toy
+from tests.models import BLOCKS, Block, Toy, toy
 from tests.pairs import pairs
 from tests.placement.side_streams import Late, Recording, lanes_of, prefetching, settled
 from tests.placement.streaming import State, run
@@ -21,6 +21,7 @@ from tests.placement.test_pipelined import same
 from tests.placement.test_stream_clean import step_with_signal_at
 from tests.placement.test_stream_handles import HANDLED
 from zokern import journal
+from zokern.placement.order import Order
 from zokern.placement.prefetched import Prefetched
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -74,15 +75,32 @@ def test_what_stream_handles(build: Any, kind: Any, monkeypatch) -> None:
     settled(lanes)
 
 
+class Writing(Block):
+    """Changes what it computes with, which is written anew for each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.gain.mul_(1.5)
+        return y
+
+
 class Turning(Toy):
     """Its blocks run in orders that change from forward to forward, some of them again, all of them again."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Writing)
         self.forwards = 0
 
     def run(self, x: Tensor) -> Tensor:
-        orders = [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3] * 2, [0, 1, 2, 3], [0, 0, 1, 1, 2, 3, 3], [2, 0, 3, 1, 0]]
+        orders = [
+            [0, 1, 2, 3],
+            [0, 1, 2, 3, 2, 3],
+            [3, 2, 1, 0],
+            [0, 1, 2, 3] * 2,
+            [0, 1, 2, 3],
+            [0, 0, 1, 1, 2, 3, 3],
+            [2, 0, 3, 1, 0],
+        ]
         order = orders[self.forwards % len(orders)]
         self.forwards += 1
         for i in order:
@@ -92,9 +110,9 @@ class Turning(Toy):
 
 @KINDS
 def test_another_order_in_each_forward(kind: Any, monkeypatch) -> None:
-    one, losses, plain = run(Turning, "stream", torch.bfloat16, steps=7)
+    one, losses, plain = run(Turning, "stream", torch.bfloat16, steps=8)
     lanes = lanes_of(monkeypatch, kind)
-    two, others, opt = run(Turning, "stream", torch.bfloat16, steps=7, prefetch=True)
+    two, others, opt = run(Turning, "stream", torch.bfloat16, steps=8, prefetch=True)
     assert all(torch.equal(a, b) for a, b in zip(losses, others, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     settled(lanes)
@@ -102,6 +120,19 @@ def test_another_order_in_each_forward(kind: Any, monkeypatch) -> None:
     in_vain = (opt.counters["elements_moved"] - plain.counters["elements_moved"]) / size
     assert in_vain == int(in_vain) > 0  # what was filled and not called is counted
     assert opt.counters["passes"] == plain.counters["passes"]
+
+
+def test_an_order_is_found_again_after_what_was_not_foreseen() -> None:
+    a, b, c, d, other = (object() for _ in range(5))
+    order = Order([a, b, c, a, d])
+    assert order.next is a
+    for called, coming in [(a, b), (a, d), (d, None), (other, None), (c, a), (b, c)]:
+        order.call(called)
+        assert order.next is coming
+    order.learn()
+    assert (order.known, order.called, order.next) == ([a, a, d, other, c, b], [], a)
+    assert Order([a, b, a, b]).rounds([a, b]) == 2
+    assert Order([a, b, a]).rounds([a, b]) == Order([b, a]).rounds([a, b]) == Order().rounds([]) == 0
 
 
 def test_autocast_and_accumulation(monkeypatch) -> None:

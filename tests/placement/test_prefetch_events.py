@@ -26,7 +26,7 @@ JOIN = ["joins", "records", "waits for"]
 
 def test_the_order_of_events(monkeypatch) -> None:
     lanes, model = lanes_of(monkeypatch, Recording), toy()
-    side_streams.look_at(model.layers, lanes)
+    side_streams.look_at(model, lanes)
     opt = prefetching(model)
     opt.step(model)
     first, lanes[0].log = lanes[0].log, []
@@ -39,7 +39,11 @@ def test_the_order_of_events(monkeypatch) -> None:
     expected: list[tuple[str, str]] = []
     for forward in range(2):
         event = before + BLOCKS * forward
-        expected += [("compute", "perturbs"), *ahead(event + 1)]  # what lies outside; the first block
+        expected += [
+            ("compute", "perturbs"),
+            *ahead(event + 1),
+            ("compute", "embeds"),
+        ]  # what lies outside; the first block
         for i in range(BLOCKS):
             expected += [("compute", f"waits for {event + i + 1}")]
             expected += ahead(event + i + 2) if i + 1 < BLOCKS else []
@@ -139,13 +143,15 @@ def test_blocks_left_out_are_foreseen_by_the_order_of_the_list(monkeypatch) -> N
     (lanes, model) = lanes_of(monkeypatch, Recording), toy()
     opt = prefetching(model, layers=zokern.RandomBlocks(1))
     opt.step(lambda: model() + model())
+    side_streams.look_at(model, lanes)
     fill = ["waits for compute", "fills", "records"]
-    calls = 2 * (BLOCKS - 1)
     for _ in range(3):
         lanes[0].log.clear()
         opt.step(lambda: model() + model())
         log = [re.sub(r" \d+$", "", what) for _, what in lanes[0].log]
-        assert log == [*["perturbs", *fill, *(["waits for", *fill] * (calls - 1)), "waits for", *JOIN] * 2, "updates"]
+        one = [*["waits for", *fill, "runs"] * (BLOCKS - 2), "waits for"]  # of its forwards
+        probe = ["perturbs", *fill, "embeds", *one, *fill, "runs", "embeds", *one, "runs", *JOIN]
+        assert log == [*probe * 2, "updates"]
 
 
 # ------------------------------------------------------------------------------------- memory, stand-ins, what is refused

@@ -149,7 +149,7 @@ class Stream(Exact):
 
     def _hold_nothing(self) -> None:
         for scratch in self.scratches:
-            scratch.last, scratch.ahead = None, False
+            scratch.last = None
 
     def _before(self, unit: Unit) -> None:
         if not self.terms:
