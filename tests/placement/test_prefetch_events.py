@@ -39,11 +39,8 @@ def test_the_order_of_events(monkeypatch) -> None:
     expected: list[tuple[str, str]] = []
     for forward in range(2):
         event = before + BLOCKS * forward
-        expected += [
-            ("compute", "perturbs"),
-            *ahead(event + 1),
-            ("compute", "embeds"),
-        ]  # what lies outside; the first block
+        expected += [("compute", "perturbs"), *ahead(event + 1)]  # what lies outside; the first block
+        expected += [("compute", "embeds")]
         for i in range(BLOCKS):
             expected += [("compute", f"waits for {event + i + 1}")]
             expected += ahead(event + i + 2) if i + 1 < BLOCKS else []
@@ -248,9 +245,32 @@ def test_refused_where_nothing_goes_block_by_block(options: dict[str, Any], word
         zokern.MeZO(toy().parameters(), 1e-2, prefetch=True, placement="stream")
     opt = zokern.MeZO(toy(torch.bfloat16), 1e-2, prefetch=True)  # auto, which is stream here
     assert opt.placement == "stream"
-    with pytest.raises(ValueError, match="prefetch cannot change"):
-        opt.prefetch = False
-    assert opt.prefetch
+
+
+def test_it_may_be_changed_between_steps() -> None:
+    model = toy(torch.bfloat16)
+    opt, sizes = prefetching(model, prefetch=False), []
+    for on in (False, True, True, False):
+        opt.prefetch = on
+        opt.step(model)
+        sizes.append(sum(pool.nbytes for pool in opt._placement.memory()))
+    assert sizes == [extra_bytes(model, prefetch=on) for on in (False, True, True, False)]
+
+    def closure() -> Tensor:
+        opt.prefetch = True
+        return model()
+
+    with pytest.raises(RuntimeError, match="prefetch"):
+        opt.step(closure)
+    assert opt.prefetch is False
+    for placement, advice in (("shadow", "use placement='stream'"), (zokern.placement.Stream(), "by its name")):
+        other = zokern.MeZO(toy(), 1e-2, placement=placement)
+        before = other._placement
+        with pytest.raises(ValueError, match=advice):
+            other.prefetch = True
+        assert other.prefetch is False
+        other.prefetch = False
+        assert other._placement is before
 
 
 def test_auto_that_gives_way_says_that_nothing_is_filled_ahead(capsys) -> None:

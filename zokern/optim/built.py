@@ -174,12 +174,15 @@ class Built(Common, Method, torch.optim.Optimizer):
                 "optimizer"
             )
 
-    def keep_placement(self) -> None:
-        """
+    def place_anew(self) -> None:
+        """`prefetch` has changed.
+
         Raises:
-            ValueError: always; what serves the module was made by the constructor.
+            ValueError: for a placement that does not go block by block.
+            RuntimeError: inside a step.
         """
-        raise ValueError("prefetch cannot change: save state_dict(), and load it into a new optimizer")
+        with self._turn.of("prefetch"):
+            self._guards.place_anew(self)
 
     def _tensors(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

@@ -97,7 +97,7 @@ class Common(Settings):
         kind=Flag(),
         help="For stream: the next block's copy is written on a side stream of the GPU while the block before runs: same "
         "bits, for the memory of one block more. On a CPU it is written at once, and nothing is gained.",
-        changed="keep_placement",
+        changed="place_anew",
         flags=("--prefetch",),
     )
     fold_every: int = setting(

@@ -98,6 +98,14 @@ class Guards:
             )
         owner._placement = made
 
+    def place_anew(self, owner: Any) -> None:
+        """`prefetch` has changed. Nothing does where the placement is as it should be."""
+        if placements.prefetches(owner._placement) == owner.prefetch:
+            return
+        if not isinstance(self.wanted, str):
+            raise ValueError(placements.why_no_prefetch(owner._placement, self.wanted))
+        self._replace(owner, self.wanted, self.sixteen_bit, prefetch=owner.prefetch)
+
     def give_way(self, owner: Any, refusal: placements.Refused) -> None:
         """Stream has refused the closure or the module: "auto" goes on with shadow, and says so.
 

@@ -141,16 +141,24 @@ def make(
             f"pipelined=True writes the next perturbation to copies while it updates, and placement={placement.name!r} has "
             "none; use placement='shadow' or 'stream' with an nn.Module"
         )
-    if prefetch and not isinstance(placement, Prefetched | GatheredAhead):
-        raise ValueError(
-            "prefetch=True fills the next block's scratch while a block runs, which "
-            f"placement={placement.name if isinstance(wanted, str) else wanted!r} does not; use placement='stream', by its "
-            "name and with an nn.Module, or leave prefetch out"
-        )
+    if prefetch and not prefetches(placement):
+        raise ValueError(why_no_prefetch(placement, wanted))
     if scaled and isinstance(placement, Forward):
         raise ValueError(SCALED)
     placement.bind(module, passes)
     return placement
+
+
+def prefetches(placement: Placement) -> bool:
+    return isinstance(placement, Prefetched | GatheredAhead)
+
+
+def why_no_prefetch(placement: Placement, wanted: object) -> str:
+    return (
+        "prefetch=True fills the next block's scratch while a block runs, which "
+        f"placement={placement.name if isinstance(wanted, str) else wanted!r} does not; use placement='stream', by its "
+        "name and with an nn.Module, or leave prefetch out"
+    )
 
 
 def _made(name: str, module: nn.Module | None, scaled: bool, prefetch: bool) -> Placement:

@@ -81,11 +81,8 @@ class GatheredAhead(Gathered):
         super()._gathered(unit)
         self.order.call(unit)
         coming = self.order.next
-        if coming is None or coming in self.filled or not coming.is_sharded():
-            return
-        groups = _groups(coming)
-        if all(group.is_sharded for group in groups):
-            devices = dict.fromkeys(group.device for group in groups)
+        if coming is not None and coming not in self.filled and coming.is_sharded():  # and not to a smaller mesh
+            devices = dict.fromkeys(group.device for group in _groups(coming))
             self.filled[coming] = self.beside.do(devices, functools.partial(self._gather, coming, self.terms))
 
     @torch.no_grad()
