@@ -114,6 +114,12 @@ def test_what_a_lane_asks_of_cuda(monkeypatch) -> None:
     LOG.clear()
     both.join()
     assert (now[0].name, LOG) == ("main", ["side records", "main waits for event of side"])
+    with pytest.raises(KeyboardInterrupt):
+        both.do([device], broken)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    LOG.clear()
+    both.do([device], lambda: None)  # of a closure that goes on
+    assert (now[0].name, LOG) == ("main", ["side waits for stream main", "side records"])
 
 
 def test_a_stream_that_says_less_than_the_exception_before_it(monkeypatch) -> None:

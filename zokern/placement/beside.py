@@ -60,6 +60,7 @@ class CudaLane:
         self.compute = torch.cuda.current_stream(device)
 
     def begin(self) -> None:
+        self.leave()  # where a closure has caught an exception that came inside `do`
         self.compute = torch.cuda.current_stream(self.device)
         self.side.wait_stream(self.compute)
 
