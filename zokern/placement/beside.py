@@ -94,21 +94,22 @@ class Beside:
 
     def __init__(self) -> None:
         self.lanes: dict[torch.device, Lane] = {}
-        self.given: dict[int, Lane] = {}  # lanes that have been given work since the last join
+        self.given: dict[Lane, None] = {}  # lanes that have been given work since the last join
 
     def do(self, devices: Iterable[torch.device], work: Work) -> Done:
         """Work on tensors of these devices, behind all that their compute streams have been given."""
-        lanes = []
-        for device in devices:
-            if device not in self.lanes:
-                self.lanes[device] = lane_of(device)
-            lanes.append(self.lanes[device])
-        self.given |= {id(lane): lane for lane in lanes}  # first, should an exception come in between
+        lanes = [self.lanes.get(device) or self._new(device) for device in devices]
         for lane in lanes:
+            self.given[lane] = None  # first, should an exception come in between
             lane.begin()
+        for lane in lanes[1:]:
             work = functools.partial(lane.do, work)
-        work()
+        lanes[0].do(work)
         return [(lane, lane.record()) for lane in lanes]
+
+    def _new(self, device: torch.device) -> Lane:
+        self.lanes[device] = lane_of(device)
+        return self.lanes[device]
 
     def wait(self, done: Done) -> None:
         for lane, event in done:
@@ -116,7 +117,7 @@ class Beside:
 
     def join(self) -> None:
         """The compute streams wait for everything that was given; also for what an exception has left half done."""
-        for lane in self.given.values():
+        for lane in self.given:
             lane.leave()
             lane.wait(lane.record())
         self.given = {}
