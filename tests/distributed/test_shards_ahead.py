@@ -41,10 +41,10 @@ def grouped(model: Any) -> None:
 
 
 def turning(model: Any) -> None:
-    """The blocks run in another order in every other forward."""
+    """The blocks run in another order in every other three forwards, of which a closure does two."""
     nested(model)
     turns = iter(range(99))
-    model.register_forward_pre_hook(lambda *_: setattr(model, "backwards", next(turns) % 2))
+    model.register_forward_pre_hook(lambda *_: setattr(model, "backwards", next(turns) // 3 % 2))
     model.run = lambda x: [x := layer(x) for layer in list(model.layers)[:: -1 if model.backwards else 1]][-1]
 
 
