@@ -211,7 +211,7 @@ def limit(seconds: float) -> list[object]:
 def step(out: Path, model: str, tokens: str, methods: str) -> Section:
     """Few rounds: a step is long, and its rounds differ little on a GPU that does nothing else."""
     name = f"step-{model.removeprefix('opt-')}"
-    placements = ["--placements", "stream,stream-pipelined,inplace"]
+    placements = ["--placements", "stream,stream-pipelined,stream-prefetch,inplace"]
     chosen = ["--model", model, "--tokens", tokens, "--methods", methods, *placements, "--rounds", 3]
     return Section(
         name, f"whole steps of {model}, eager and in one CUDA graph",

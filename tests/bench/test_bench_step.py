@@ -101,13 +101,16 @@ def test_compiled_peer_restores_the_weights(monkeypatch: pytest.MonkeyPatch) -> 
     assert peer.counters["passes"] == 4
 
 
-@pytest.mark.parametrize("way", ["inplace", "shadow", "stream", "shadow-pipelined", "stream-pipelined"])
+@pytest.mark.parametrize(
+    "way", ["inplace", "shadow", "stream", "shadow-pipelined", "stream-pipelined", "stream-prefetch"]
+)
 def test_parts_of_a_step_add_up(way: str) -> None:
     with torch.no_grad():
         model = models.build("tiny-opt", torch.float32, CPU)
         closure = models.closure("tiny-opt", model, 2, 8, CPU)
         optimizer = make(Case("tiny-opt", 2, 8, "mezo", way), model)
         assert optimizer.pipelined == way.endswith("pipelined")
+        assert optimizer.prefetch == way.endswith("prefetch")
         seconds = split.measure(optimizer, closure, CPU, steps=3)
     assert seconds["step"] == pytest.approx(sum(seconds[part] for part in split.PARTS), rel=1e-9)
     assert all(seconds[part] > 0 for part in split.PARTS)
@@ -134,12 +137,18 @@ def test_a_chain_counts_as_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pipelined_ways_are_timed_beside_the_others(tmp_path: Path) -> None:
     results = Run(
-        settings(models=("tiny-opt",), methods=("mezo",), peers=False, placements=("stream-pipelined", "shadow")),
+        settings(
+            models=("tiny-opt",),
+            methods=("mezo",),
+            peers=False,
+            placements=("stream-pipelined", "stream-prefetch", "shadow"),
+        ),
         tmp_path / "s",
     ).run()
     rows = {name: (r["status"], r.get("placement")) for name, r in results.items()}
     assert rows == {
         "tiny-opt 2x8 mezo stream-pipelined": ("timed", "stream"),
+        "tiny-opt 2x8 mezo stream-prefetch": ("timed", "stream"),
         "tiny-opt 2x8 mezo shadow": ("timed", None),
     }
 

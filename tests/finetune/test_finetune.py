@@ -251,6 +251,7 @@ def test_labels_follow_numbers_or_the_model(table: Path, tmp_path: Path) -> None
         ({"data": "/nowhere.csv"}, "--data is '/nowhere.csv', which is not a file"),
         ({"eval_data": "x.csv"}, "--eval-data needs --data"),
         ({"pipelined": True, "placement": "inplace"}, "--pipelined .* take --placement shadow or stream"),
+        ({"prefetch": True, "placement": "shadow"}, "--prefetch .*--placement shadow .*take --placement stream"),
     ],
 )
 def test_wrong_options_are_named_with_the_allowed_range(change: dict, message: str) -> None:

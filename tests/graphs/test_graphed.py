@@ -23,11 +23,13 @@ from tests.emulated_graph import EmulatedGraph
 from tests.methods import METHODS, Case
 from tests.models import Net
 from tests.optim.test_buffers import BLOCKS, copies, made
+from tests.placement import side_streams
+from tests.placement.side_streams import Late
 from tests.placement.test_pipelined import same
 from zokern.graphs import broken, cuda
 from zokern.graphs import step as graphed
 from zokern.noise import derive_seed, derive_seeds
-from zokern.placement.stream import Stream
+from zokern.placement.units import Scratch
 
 STEPS = 5
 
@@ -38,7 +40,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "new_graph", EmulatedGraph)
     monkeypatch.setattr(broken, "INSIDE", (*broken.INSIDE, emulated_graph.__file__))
     # The emulation holds on to every tensor that it has seen, views of stream's scratch among them.
-    monkeypatch.setattr(Stream, "_refuse_views", lambda self: None)
+    monkeypatch.setattr(Scratch, "refuse_views", lambda self: None)
 
 
 def batches(number: int = STEPS, bad: int | None = None) -> list[dict[str, Tensor]]:
@@ -104,6 +106,38 @@ def test_the_bits_are_those_of_eager_steps(emulated, case: Case, placement: str,
     assert torch.equal(a[1].metrics["projected_gradient"], b[1].metrics["projected_gradient"])
     before = make(case, placement, dtype)[0]
     assert not torch.equal(before.head.weight, b[0].head.weight)
+
+
+@pytest.mark.parametrize("name", ["mezo", "hizoo-3", "helene", "gv-curved", "fzoo"])
+def test_blocks_that_are_filled_ahead_are_captured(emulated, name: str, monkeypatch) -> None:
+    """Each capture's side stream begins by a wait, which makes it a part of the capture, and is joined before its end."""
+    case, data, whole = METHODS[name], batches(), []
+    plain, ahead = (eager(case, "stream", torch.bfloat16, data, prefetch=on) for on in (False, True))
+    lanes, capture = side_streams.use(monkeypatch, Late), EmulatedGraph.capture
+
+    def watched(graph: EmulatedGraph, work) -> None:
+        for lane in lanes:
+            lane.log.clear()
+        capture(graph, work)
+        whole.append([line for lane in lanes for line in lane.log])
+
+    monkeypatch.setattr(EmulatedGraph, "capture", watched)
+    graph = replayed(case, "stream", torch.bfloat16, data, prefetch=True)
+    same(plain, ahead)
+    same(plain, graph)
+    assert plain[1].counters == graph[1].counters
+    assert whole
+    for log in whole:
+        side = [what for stream, what in log if stream == "side"]
+        assert side[:2] == ["waits for compute", "fills"]
+        assert log[-3:-1] == [
+            ("side", side[-1]),
+            ("compute", f"waits for {side[-1].split()[-1]}"),
+        ]  # and then the update
+        assert ("compute", "joins") in log[-4:]
+        assert log[-1] == ("compute", "updates")
+    for lane in lanes:
+        assert not lane.unordered
 
 
 LOW_RANK = [

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import zokern
 from tests.graphs.test_graphed import CAPTURED, batches, dropped_out, eager, make, replayed, same
 from tests.methods import METHODS, Case
+from tests.models import Net
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +74,38 @@ def test_a_pipelined_step_does_not_wait(name: str, placement: str, no_waiting: N
         opt.step(lambda batch=batch: closure(batch))
     torch.cuda.set_sync_debug_mode("default")
     assert opt.skipped_steps == 0
+
+
+@pytest.mark.parametrize("name", ["mezo", "hizoo", "helene", "greedy-curved", "fzoo", "es"])
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_blocks_filled_ahead_have_the_bits_of_those_that_are_not(name: str, pipelined: bool, no_waiting: None) -> None:
+    """Eager, and where the case can be captured; nothing waits."""
+    data, case = on_gpu(batches()), METHODS[name]
+    plain = eager(case, "stream", torch.bfloat16, data, device="cuda")
+    same(plain, eager(case, "stream", torch.bfloat16, data, device="cuda", prefetch=True, pipelined=pipelined))
+    if not pipelined:
+        same(plain, replayed(case, "stream", torch.bfloat16, data, device="cuda", prefetch=True))
+    _, opt, closure, _ = make(case, "stream", torch.bfloat16, "cuda", prefetch=True, pipelined=pipelined)
+    for batch in data[:2]:
+        opt.step(lambda batch=batch: closure(batch))
+    torch.cuda.set_sync_debug_mode("error")
+    for batch in data[2:]:
+        opt.step(lambda batch=batch: closure(batch))
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_large_model_has_the_bits_of_shadow_whatever_overtakes_what(prefetch: bool) -> None:
+    """Passes and forwards that take their time, so that streams which did not wait for each other would be seen."""
+    runs = []
+    for placement, ahead in (("shadow", False), ("stream", prefetch)):
+        torch.manual_seed(3)
+        model = Net(depth=8, width=2048).to("cuda", torch.bfloat16).eval()
+        opt = zokern.MeZO(model, 1e-6, placement=placement, prefetch=ahead, seed=5)
+        tokens = torch.randint(0, 11, (512, 64), device="cuda")
+        runs.append((model, opt, torch.stack([opt.step(lambda m=model, t=tokens: m(t).float().square().mean())
+                                              for _ in range(5)])))  # fmt: skip
+    same(*runs)
 
 
 @PLACED

@@ -21,6 +21,7 @@ import zokern
 from tests.late import Late
 from tests.methods import METHODS, Case
 from tests.models import Net
+from tests.placement import side_streams
 from zokern import backends, journal, sweep
 from zokern.distributed.exchange import Exchange
 from zokern.distributed.places import Places
@@ -95,7 +96,9 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Net, ZerothOrderOptimizer]:
+def on_device(
+    case: Case, placement: str, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Net, ZerothOrderOptimizer]:
     model = Net().bfloat16().to(DEVICE)
     monkeypatch.setattr(parameters, "check_parameter", lambda p, name: None)  # it refuses tensors without storage
     monkeypatch.setattr(backends, "choose", lambda name, device: backends.module("cuda"))
@@ -106,7 +109,7 @@ def on_device(case: Case, placement: str, monkeypatch: pytest.MonkeyPatch) -> tu
     monkeypatch.setattr(Skips, "look", lambda self: None)
     monkeypatch.setattr(Moves, "look", lambda self: None)  # the count of large steps likewise
     monkeypatch.setattr(Flats, "look", lambda self: None)
-    return model, case.cls(model, 1e-3, placement=placement, **case.settings)
+    return model, case.cls(model, 1e-3, placement=placement, **case.settings, **options)
 
 
 def loss_of(model: Net) -> Tensor:
@@ -204,6 +207,31 @@ def test_a_thousand_journalled_steps_wait_for_nothing(journalled, tmp_path, monk
         assert journal.progress(opt).waits == 0
         assert 0 < journal.progress(opt).behind <= behind.LAG
     assert sum(1 for _ in journal.Reader(tmp_path / "run.zkj").steps()) == 1000
+
+
+@pytest.mark.parametrize("name", ["mezo", "hizoo-3", "helene", "gv-curved", "fzoo"])
+def test_blocks_filled_ahead_ask_the_device_for_nothing(name: str, monkeypatch) -> None:
+    """Neither in eager steps nor in captured ones: the side stream reads what the step has sent."""
+    model, opt = on_device(METHODS[name], "stream", monkeypatch, prefetch=True)
+    lanes = side_streams.use(monkeypatch, side_streams.Recording)
+    with Transfers() as transfers:
+        for _ in range(3):
+            opt.step(lambda: loss_of(model))
+    assert set(transfers.seen) == {("cpu", "meta")}
+    assert transfers.waited == []
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
+
+    def step() -> None:
+        live.begin()
+        opt.step_with(live, lambda: loss_of(model))
+
+    step()
+    step()
+    with Transfers() as transfers:
+        step()
+    assert transfers.seen == []
+    assert lanes[0].events
+    assert not lanes[0].unordered
 
 
 class Nowhere(Exchange):

@@ -26,7 +26,7 @@ from zokern.sweep import Member, Passes, Sweep
 SAMPLE = [
     ("mezo", "inplace", None), ("mezo-adam", "inplace", 0.0), ("mezo-adamezo", "shadow", None),
     ("helene", "shadow-pipelined", None), ("hizoo", "stream-pipelined", None), ("greedy-curved", "stream", 0.0),
-    ("mezo-adam", "forward", None),
+    ("mezo-adam", "forward", None), ("mezo-adam", "stream-prefetch", None),
 ]  # fmt: skip
 
 SCALED = ("hizoo", "hizoo-3", "hizoo-signs", "gv-curved", "greedy-curved")

@@ -34,6 +34,7 @@ from tests.models import small
 from zokern.optim import base, ledger, losses
 from zokern.placement.forward import Forward
 from zokern.placement.inplace import InPlace
+from zokern.placement.prefetched import Prefetched
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 from zokern.sweep import Passes
@@ -46,6 +47,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "forward": {"placement": "forward", "distribution": zokern.LowRank(1)},
     "shadow-pipelined": {"placement": "shadow", "pipelined": True},
     "stream-pipelined": {"placement": "stream", "pipelined": True},
+    "stream-prefetch": {"placement": "stream", "prefetch": True},
 }
 KINDS = ("signal", "line", "torch")
 
@@ -60,7 +62,7 @@ def _codes(*functions: Any) -> frozenset[CodeType]:
 
 # What puts everything right after an exception: it relies on torch, and nothing interrupts it, since signals are held.
 RECOVERY = _codes(
-    InPlace.end, Shadow.end, Forward.end, Stream.end, Passes.settle, ledger.Ledger.settle, ledger._take_off,
+    InPlace.end, Shadow.end, Forward.end, Stream.end, Prefetched.end, Passes.settle, ledger.Ledger.settle, ledger._take_off,
 )  # fmt: skip
 # The lines between a launch and its note, and those that hold and let go: a signal waits there, and nothing else can raise.
 CRITICAL = RECOVERY | _codes(

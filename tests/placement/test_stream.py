@@ -112,8 +112,7 @@ def test_every_module_sees_exactly_the_perturbed_weights(model, dtype, dropped):
 
 
 def held(opt: Any) -> int:
-    chosen = opt._placement
-    return sum(pool.nbytes for pools in (chosen.block_pools, chosen.outside_pools) for pool in pools.values())
+    return sum(pool.nbytes for pool in opt._placement.memory())
 
 
 @pytest.mark.parametrize("build", [Toy, TwoStacks, SharedModules, *HUGGING_FACE.values()])
@@ -126,7 +125,7 @@ def test_the_extra_memory_is_what_is_said(build, dtype):
     for _ in range(3):
         opt.step(model)
         assert held(opt) == extra_bytes(model)
-        addresses.add(tuple(p.data_ptr() for p in opt._placement.block_pools.values()))
+        addresses.add(tuple(p.data_ptr() for p in opt._placement.memory()))
     assert len(addresses) == 1
     sizes = [sum(p.nbytes for p in block.parameters()) for block in model.layers] if build is Toy else []
     if sizes:

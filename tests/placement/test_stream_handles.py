@@ -27,7 +27,7 @@ from tests.placement.streaming import (
     same,
 )
 from zokern.noise import derive_seed
-from zokern.placement import stream
+from zokern.placement import units
 
 
 class SharedByBlocks(Toy):
@@ -191,7 +191,7 @@ def test_a_model_wrapped_by_peft(dtype):
         return model
 
     opt = assert_same_as_shadow(build, dtype)
-    assert sum(len(unit.sweep) for unit in stream.units_of(opt.module, opt.active.sweep)[1:]) == 6
+    assert sum(len(unit.sweep) for unit in units.units_of(opt.module, opt.active.sweep)[1:]) == 6
     model = seeded(build)
     with torch.no_grad():
         zokern.MeZO(model, 1e-2, placement="stream").step(lambda: model.model.disable_adapter() and model())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import zokern
 from tests.models import HUGGING_FACE, WIDTH, Block, Toy, seeded, toy
 from tests.placement.streaming import State, assert_same_as_shadow, sequential
-from zokern.placement.stream import OutsideItsBlock
+from zokern.placement.outside import OutsideItsBlock
 
 
 class AcrossBlocks(Toy):

@@ -20,7 +20,7 @@ from zokern.placement import PLACEMENTS
 if TYPE_CHECKING:
     from zokern.bench.step import Turns
 
-WAYS = (*PLACEMENTS, "forward-folds", "forward-batched", "shadow-pipelined", "stream-pipelined")
+WAYS = (*PLACEMENTS, "forward-folds", "forward-batched", "shadow-pipelined", "stream-pipelined", "stream-prefetch")
 HELP = {
     "time_limit": "Seconds after which no further case begins. What was left out is listed in the file. Default: no "
     "limit.",
@@ -32,8 +32,9 @@ STEP = HELP | {
     "methods": f"A list of: {', '.join(METHODS)}, or all, with their defaults. Default: mezo,hizoo on a CPU, all on a "
     "GPU.",
     "placements": f"A list of: {', '.join(WAYS)}. forward goes along directions of rank 1; forward-folds adds the updates "
-    "of 8 steps to the weights by one pass; forward-batched evaluates all probes of a round in one forward. The last two "
-    "share a sweep between one step and the next.",
+    "of 8 steps to the weights by one pass; forward-batched evaluates all probes of a round in one forward. The "
+    "pipelined ones share a sweep between one step and the next; stream-prefetch writes a block's copy while the "
+    "block before runs.",
     "tokens": "Batches as rows x tokens a row, a list. Default: 16x32 on a CPU, 16x32,16x256,8x1024 on a GPU.",
     "dtype": f"Of the weights: {', '.join(DTYPES)}. auto: float32 on a CPU, bfloat16 on a GPU.",
     "rounds": "Timed visits to each case, which take turns. Default: 5 on a CPU, 10 on a GPU.",

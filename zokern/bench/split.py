@@ -4,8 +4,9 @@
 
 A pass that runs inside the closure, as those of placement="stream" do, counts as a pass. Timed by zokern.finetune.clock:
 on CUDA with events that are read when the steps are over, so nothing waits for the device that would not otherwise; there
-"other" has the time in which the device waits for the host. Inside a CUDA graph there is no telling forwards from passes:
-of a graphed step only the whole is timed.
+"other" has the time in which the device waits for the host. What runs on a side stream beside a forward, as the passes of
+prefetch=True do on CUDA, has no time of its own: what it costs is in the forward, which it slows down. Inside a CUDA graph
+there is no telling forwards from passes: of a graphed step only the whole is timed.
 """
 
 from __future__ import annotations
@@ -151,8 +152,15 @@ def measure(stepper: Stepper, closure: Callable[[], Tensor], device: torch.devic
         forward = replace(closure, loss=timed(closure.loss), each=timed(closure.each))
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what was queued before is not ours
+    home = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def around() -> contextlib.AbstractContextManager[None]:
+        if home is not None and torch.cuda.current_stream(device) != home:
+            return contextlib.nullcontext()
+        return clock.measure("passes in it" if inside else "passes")
+
     whole = isinstance(stepper, Graphed)
-    with _around_passes(stepper, lambda: clock.measure("passes in it" if inside else "passes")), clock.measure("step"):
+    with _around_passes(stepper, around), clock.measure("step"):
         for _ in range(steps):
             stepper.step(closure if whole else forward)
     seconds = {name: total / steps for name, total in clock.seconds().items()}

@@ -23,7 +23,7 @@ from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 
 GRAPHED = "graphed"
-PIPELINED = "-pipelined"  # behind the name of a placement
+PIPELINED, PREFETCH = "-pipelined", "-prefetch"  # behind the name of a placement
 FORWARD, DIRECTION = "forward", "lowrank:1"  # the placement that needs such a direction
 FOLDS, TOGETHER = "forward-folds", "forward-batched"  # updates that wait; all probes of a round in one forward
 FOLD_EVERY = 8  # of FOLDS
@@ -58,8 +58,8 @@ class Settings(Limits):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results. way: a placement, perhaps PIPELINED; GRAPHED, on the placement `below`; of a peer
-    published, foreach or compiled. curvature: its type, where that is not the method's default."""
+    """One row of the results. way: a placement, perhaps PIPELINED or with PREFETCH; GRAPHED, on the placement `below`; of a
+    peer published, foreach or compiled. curvature: its type, where that is not the method's default."""
 
     model: str
     rows: int
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def placement(self) -> str:
-        return self.below or (FORWARD if self.is_forward else self.way.removesuffix(PIPELINED))
+        return self.below or (FORWARD if self.is_forward else self.way.removesuffix(PIPELINED).removesuffix(PREFETCH))
 
     @property
     def is_forward(self) -> bool:
@@ -189,7 +189,8 @@ def _why_not_forward(method: str, way: str, model: nn.Module) -> str | None:
 
 def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
     chosen = Options(
-        method=case.method, placement=case.placement, pipelined=case.way.endswith(PIPELINED), lr=LR, eps=EPS,
+        method=case.method, placement=case.placement, pipelined=case.way.endswith(PIPELINED),
+        prefetch=case.way.endswith(PREFETCH), lr=LR, eps=EPS,
         curvature_dtype=case.curvature or None, distribution=DIRECTION if case.placement == FORWARD else None,
         fold_every=FOLD_EVERY if case.way == FOLDS else 1,
     )  # fmt: skip
@@ -225,7 +226,7 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     optimizer = _optimizer(case, model)
     copies = 0
     if isinstance(optimizer._placement, Stream):
-        copies = stream.extra_bytes(model)
+        copies = stream.extra_bytes(model, prefetch=optimizer.prefetch)
     elif isinstance(optimizer._placement, Forward):
         together = optimizer.forwards() if case.way == TOGETHER else 1
         waiting = FOLD_EVERY * optimizer.forwards() if case.way == FOLDS else 1

@@ -117,4 +117,4 @@ def _streamed(optimizer: ZerothOrderOptimizer) -> int | None:
         stream.refuse(optimizer.module)
     except ValueError:
         return None
-    return stream.extra_bytes(optimizer.module)
+    return stream.extra_bytes(optimizer.module, prefetch=optimizer.prefetch)

@@ -428,6 +428,11 @@ def _check_together(options: Options) -> None:
             "--pipelined writes perturbed weights into copies, and --placement inplace has none; "
             "take --placement shadow or stream"
         )
+    if options.prefetch and options.placement not in ("auto", "stream"):
+        raise FinetuneError(
+            "--prefetch writes a block's perturbed weights while the block before runs, and --placement "
+            f"{options.placement} does not go block by block; take --placement stream"
+        )
     if options.scale == "released":
         if options.method in ("mezo", "lezo") and options.update != "adamezo":
             raise FinetuneError(

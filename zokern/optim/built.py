@@ -85,7 +85,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         sixteen_bit = has_sixteen_bit(self.param_groups)
         self._placement = placements.make(
             values["placement"], self.module, sixteen_bit, self._passes, scaled=self.scaled, pipelined=self.pipelined,
-            waits=self.fold_every != 1,
+            prefetch=self.prefetch, waits=self.fold_every != 1,
         )  # fmt: skip
         self._folding: Folding | None = None
         if self.fold_every != 1:
@@ -173,6 +173,16 @@ class Built(Common, Method, torch.optim.Optimizer):
                 "process_group and parallel cannot change after the first step: save state_dict(), and load it into a new "
                 "optimizer"
             )
+
+    def place_anew(self) -> None:
+        """`prefetch` has changed.
+
+        Raises:
+            ValueError: for a placement that does not go block by block.
+            RuntimeError: inside a step.
+        """
+        with self._turn.of("prefetch"):
+            self._guards.place_anew(self)
 
     def _tensors(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

@@ -92,6 +92,14 @@ class Common(Settings):
         " were.",
         flags=("--pipelined",),
     )
+    prefetch: bool = setting(
+        default=False,
+        kind=Flag(),
+        help="For stream: the next block's copy is written on a side stream of the GPU while the block before runs: same "
+        "bits, for the memory of one block more. On a CPU it is written at once, and nothing is gained.",
+        changed="place_anew",
+        flags=("--prefetch",),
+    )
     fold_every: int = setting(
         default=1,
         kind=Integer(0, 1 << 20),

@@ -56,7 +56,7 @@ class Guards:
         if self.watch is not None and bool(self.watch.sharded) != self._sharded:  # by fully_shard, since
             self._sharded = bool(self.watch.sharded)
             if isinstance(self.wanted, str):
-                self._replace(owner, self.wanted, self.sixteen_bit)
+                self._replace(owner, self.wanted, self.sixteen_bit, prefetch=owner.prefetch)
         if self.wanted == "auto" and (self._active is None or self._active() is not owner.active):
             self.decide(owner)
             self._active = weakref.ref(owner.active)
@@ -82,13 +82,14 @@ class Guards:
         """What "auto" is for the weights' types as they are now."""
         sixteen_bit = has_sixteen_bit(owner.param_groups)
         if sixteen_bit != self.sixteen_bit:
-            self._replace(owner, "auto", sixteen_bit)
+            self._replace(owner, "auto", sixteen_bit, prefetch=owner.prefetch)
             self.sixteen_bit = sixteen_bit
 
-    def _replace(self, owner: Any, wanted: str, sixteen_bit: bool) -> None:
+    def _replace(self, owner: Any, wanted: str, sixteen_bit: bool, *, prefetch: bool) -> None:
         made = placements.make(
-            wanted, owner.module, sixteen_bit, owner._passes, scaled=owner.scaled, pipelined=owner.pipelined
-        )
+            wanted, owner.module, sixteen_bit, owner._passes, scaled=owner.scaled, pipelined=owner.pipelined,
+            prefetch=prefetch,
+        )  # fmt: skip
         if owner.listeners and made.name != owner._placement.name and "inplace" in (made.name, owner._placement.name):
             raise RuntimeError(
                 f"the weights' types have changed while a journal is written, and with them the placement, from "
@@ -96,6 +97,14 @@ class Guards:
                 "new one"
             )
         owner._placement = made
+
+    def place_anew(self, owner: Any) -> None:
+        """`prefetch` has changed. Nothing does where the placement is as it should be."""
+        if placements.prefetches(owner._placement) == owner.prefetch:
+            return
+        if not isinstance(self.wanted, str):
+            raise ValueError(placements.why_no_prefetch(owner._placement, self.wanted))
+        self._replace(owner, self.wanted, self.sixteen_bit, prefetch=owner.prefetch)
 
     def give_way(self, owner: Any, refusal: placements.Refused) -> None:
         """Stream has refused the closure or the module: "auto" goes on with shadow, and says so.
@@ -105,8 +114,9 @@ class Guards:
         """
         if self.wanted != "auto" or owner._placement.name != "stream" or not refusal.shadow_serves:
             raise refusal
-        self._replace(owner, "shadow", self.sixteen_bit)
-        print(f"zokern: placement='auto' goes on with 'shadow' ({refusal})", file=sys.stderr)
+        self._replace(owner, "shadow", self.sixteen_bit, prefetch=False)
+        without = ", where prefetch=True does nothing" if owner.prefetch else ""
+        print(f"zokern: placement='auto' goes on with 'shadow'{without} ({refusal})", file=sys.stderr)
 
     def pairs(self, wanted: bool | str) -> bool:
         """Whether this step's forwards start from the same generator states."""

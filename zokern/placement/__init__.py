@@ -29,8 +29,10 @@ from zokern.placement import fsdp, gathered, stream
 from zokern.placement.base import Ahead, Placement, Refused, Rounding
 from zokern.placement.forward import SCALED, Forward
 from zokern.placement.gathered import Gathered, Kept
+from zokern.placement.gathered_ahead import GatheredAhead
 from zokern.placement.inplace import InPlace
 from zokern.placement.pending import ForwardPending
+from zokern.placement.prefetched import Prefetched
 from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 from zokern.sweep import Passes
@@ -58,7 +60,9 @@ _announced: set[str] = set()
 _bound: dict[int, weakref.ref[object]] = {}  # objects of users that serve an optimizer, by id
 
 
-def choose(module: nn.Module | None, sixteen_bit: bool, scaled: bool = False) -> tuple[str, str]:
+def choose(
+    module: nn.Module | None, sixteen_bit: bool, scaled: bool = False, prefetch: bool = False
+) -> tuple[str, str]:
     """What "auto" stands for, and why."""
     if not sixteen_bit:
         return "inplace", "float32 weights round too little to drift"
@@ -70,7 +74,7 @@ def choose(module: nn.Module | None, sixteen_bit: bool, scaled: bool = False) ->
         stream.refuse(module)
     except ValueError as error:
         return "shadow", f"16-bit weights stay exact; {error}"
-    extra = stream.extra_bytes(module) / max(sum(p.nbytes for p in module.parameters()), 1)
+    extra = stream.extra_bytes(module, prefetch=prefetch) / max(sum(p.nbytes for p in module.parameters()), 1)
     return "stream", f"16-bit weights stay exact, for {extra:.1%} of the model's memory"
 
 
@@ -115,11 +119,12 @@ def make(
     *,
     scaled: bool = False,
     pipelined: bool = False,
+    prefetch: bool = False,
     waits: bool = False,
 ) -> Placement:
     """The placement that `wanted`, which was `read`, names or is, bound; `sixteen_bit` says whether any parameter has a
-    16-bit type. scaled: directions are divided by the root of a state. waits: updates may wait
-    to be folded, which "forward" alone can show.
+    16-bit type. scaled: directions are divided by the root of a state. prefetch: blocks are filled
+    ahead, which "stream" alone has. waits: updates may wait to be folded, which "forward" alone can show.
 
     Raises:
         ValueError: for a placement that cannot serve the module, with the remedy.
@@ -127,8 +132,8 @@ def make(
     if waits and wanted == Forward.name:
         placement: Placement = ForwardPending()
     else:
-        name = _resolved(wanted, module, sixteen_bit, scaled) if isinstance(wanted, str) else ""
-        placement = _made(name, module, scaled) if name else _own(wanted)
+        name = _resolved(wanted, module, sixteen_bit, scaled, prefetch) if isinstance(wanted, str) else ""
+        placement = _made(name, module, scaled, prefetch) if name else _own(wanted)
     if pipelined and isinstance(placement, Gathered | Kept):
         raise ValueError(gathered.PIPELINED)
     if pipelined and not isinstance(placement, Shadow | Stream):
@@ -136,29 +141,43 @@ def make(
             f"pipelined=True writes the next perturbation to copies while it updates, and placement={placement.name!r} has "
             "none; use placement='shadow' or 'stream' with an nn.Module"
         )
+    if prefetch and not prefetches(placement):
+        raise ValueError(why_no_prefetch(placement, wanted))
     if scaled and isinstance(placement, Forward):
         raise ValueError(SCALED)
     placement.bind(module, passes)
     return placement
 
 
-def _made(name: str, module: nn.Module | None, scaled: bool) -> Placement:
+def prefetches(placement: Placement) -> bool:
+    return isinstance(placement, Prefetched | GatheredAhead)
+
+
+def why_no_prefetch(placement: Placement, wanted: object) -> str:
+    return (
+        "prefetch=True fills the next block's scratch while a block runs, which "
+        f"placement={placement.name if isinstance(wanted, str) else wanted!r} does not; use placement='stream', by its "
+        "name and with an nn.Module, or leave prefetch out"
+    )
+
+
+def _made(name: str, module: nn.Module | None, scaled: bool, prefetch: bool) -> Placement:
     """Of a module of FSDP2 the weights that forwards see are none of its own parameters."""
     placement: Placement
     if not fsdp.modules_of(module):
-        placement = MADE[name]()
+        placement = Prefetched() if prefetch and name == Stream.name else MADE[name]()
         return placement
     if name == Forward.name:
         raise ValueError(gathered.FORWARD)
     if name == Gathered.name and scaled:
         raise ValueError(gathered.SCALED)
-    placement = OF_SHARDS[name]()
+    placement = GatheredAhead() if prefetch and name == Gathered.name else OF_SHARDS[name]()
     return placement
 
 
-def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool, scaled: bool) -> str:
+def _resolved(name: str, module: nn.Module | None, sixteen_bit: bool, scaled: bool, prefetch: bool) -> str:
     if name == "auto":
-        name, reason = choose(module, sixteen_bit, scaled)
+        name, reason = choose(module, sixteen_bit, scaled, prefetch)
         if sixteen_bit and name not in _announced:
             _announced.add(name)
             print(f"zokern: placement='auto' is {name!r} here ({reason})", file=sys.stderr)

@@ -31,8 +31,8 @@ from zokern.placement.factors import Factors, Views, by_device
 from zokern.placement.plus import DTYPES, OWN, PlusLowRank
 from zokern.placement.rows import Rows
 from zokern.placement.shadow import Shown
-from zokern.placement.stream import freezing
 from zokern.placement.together import Together
+from zokern.placement.units import freezing
 from zokern.placement.unused import Unused
 from zokern.sweep import NOTHING, Member, Passes, Sweep
 

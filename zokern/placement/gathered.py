@@ -20,8 +20,9 @@ from zokern import parts
 from zokern.passes.update import Terms
 from zokern.placement import fsdp, sites
 from zokern.placement.base import NotSeen, Perturbing, RefusedCall
+from zokern.placement.outside import stand_in
 from zokern.placement.shadow import Exact, Shown
-from zokern.placement.stream import refuse_compiled, stand_in
+from zokern.placement.stream import refuse_compiled
 from zokern.sweep import Member, Passes, Sweep
 
 SCALED = (
@@ -44,7 +45,7 @@ def refuse(module: nn.Module) -> None:
     refuse_compiled(module)
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """What one call of `fully_shard` gathers. members: with a place that each has in the module. places: all of them, with
     what stands there while nothing is gathered. fresh: what is gathered next, or was just now, is not perturbed yet."""
@@ -190,8 +191,11 @@ class Gathered(Shown):
         if not self.terms:
             return
         unit.calls += 1
-        if not unit.fresh:
-            return
+        if unit.fresh:
+            self._write(unit, self.terms)
+
+    def _write(self, unit: Unit, terms: Terms) -> None:
+        """Perturbs what has just been gathered."""
         members = []
         for site, m in unit.members:
             whole = site.owner._parameters.get(site.name)
@@ -205,7 +209,7 @@ class Gathered(Shown):
                 members.append(Member(part.local.detach(), m.tensor_id, m.row, m.name, {}, *part[1:]))
         torch.clear_autocast_cache()
         self.passes.run(
-            Sweep(members), self.spec, self.numbers_of(self.terms), out=[m.param for m in members], counted=False
+            Sweep(members), self.spec, self.numbers_of(terms), out=[m.param for m in members], counted=False
         )
         unit.fresh = False
 
