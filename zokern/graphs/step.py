@@ -85,6 +85,8 @@ class GraphedStep:
             )
         copy_into(self._batch, batch, "batch")
         if optimizer.structure() not in self._captured:
+            if optimizer.once():
+                return optimizer.step(lambda: self.closure(self._batch))
             self._capture()
         self._fill()
         one = self._captured[optimizer.structure()]

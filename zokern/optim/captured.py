@@ -73,6 +73,7 @@ class Captured(Ranked):
     def launched_again(self, metrics: dict[str, Tensor], cost: dict[str, int]) -> None:
         """A captured step has been launched: takes note of it as `step` would have, counting first. metrics: what the
         launch fills, which the next one overwrites."""
+        self.launched(self._passes.counters.steps)
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
         self.metrics = {name: value.clone() for name, value in metrics.items()}

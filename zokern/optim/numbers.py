@@ -22,7 +22,8 @@ NUMBERS = {float, int}
 
 class StepNumbers(Protocol):
     """gate: int32 [1], a zero makes the step's passes write nothing; None where there is none. device: where losses have
-    to be, None for anywhere. drawn: directions by seed, as far as the host knows."""
+    to be, None for anywhere. drawn: directions by seed, as far as the host knows. step: its number, a tensor
+    (int64, 0-d) where the device has it."""
 
     @property
     def gate(self) -> Tensor | None: ...
@@ -30,6 +31,8 @@ class StepNumbers(Protocol):
     def device(self) -> torch.device | None: ...
     @property
     def drawn(self) -> Mapping[int, int]: ...
+    @property
+    def step(self) -> int | Tensor: ...
 
     def rates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """lr, eps and weight_decay of each row's group, float64 [R] each."""
@@ -59,7 +62,7 @@ class HostNumbers:
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], run_seed: int, step: int, schedule: Callable[[int], list[float]]
     ) -> None:
-        self._groups, self._step, self._schedule = groups, step, schedule
+        self._groups, self.step, self._schedule = groups, step, schedule
         self._at_step = derive_step(run_seed, step)
         self.drawn: dict[int, int] = {}
 
@@ -86,7 +89,7 @@ class HostNumbers:
         return torch.tensor([weights, state], dtype=torch.int64, device=CPU)
 
     def scheduled(self, i: int) -> float | Tensor:
-        return self._schedule(self._step)[i]
+        return self._schedule(self.step)[i]
 
 
 def _together(values: Sequence[float | Tensor]) -> Tensor:
