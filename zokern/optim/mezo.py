@@ -138,11 +138,13 @@ class MeZO(ZerothOrderOptimizer):
         if isinstance(self._memory, moments.AdamCounts):
             return self._memory.update(estimate, rates, self.active.rows, self.betas, self.delta)
         if isinstance(self._memory, moments.AdaMeZOHistory):
-            _, eps, _ = self.numbers.rates([(g, None) for g in range(len(self.param_groups))])
+            rows, groups = self.active.rows, range(len(self.param_groups))
+            whole = [g for g, _ in rows] == list(groups)  # the same numbers, then
+            eps = rates.eps if whole else self.numbers.rates([(g, None) for g in groups])[1]
             self._memory.measured(estimate, self.active.dropped, eps)
             if self._plain():
                 return update.sgd(estimate, rates)
-            return self._memory.update(rates, self.active.rows, self.betas, self.delta)
+            return self._memory.update(rates, rows, self.betas, self.delta)
         if self.rule == "momentum":
             return update.momentum(estimate, rates, self.betas[0])
         return update.sign(estimate, rates) if self.rule == "sign" else update.sgd(estimate, rates)
