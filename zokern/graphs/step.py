@@ -19,6 +19,7 @@ from zokern.graphs.cuda import Graph, new_graph
 from zokern.graphs.live import DeviceNumbers
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.parameters import Active
 from zokern.passes import table
 
 SUPPORTED = ("cuda",)
@@ -30,6 +31,7 @@ class _Captured:
     graph: Graph
     metrics: dict[str, Tensor]  # filled by a launch
     cost: dict[str, int]  # what a step adds to the counters
+    active: Active
     held: object  # what the graph's launches read, to keep it from being freed
 
 
@@ -68,7 +70,8 @@ class GraphedStep:
         self._batch = on_device(sample_batch, self.device, "sample_batch")
         self._pool = self._new_pool()
         groups = optimizer.param_groups
-        self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
+        blocks = None if optimizer.layers is None else len(optimizer.layers.names)
+        self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device, blocks)
         self._captured: dict[Hashable, _Captured] = {}
         self._capture()
         self._layout = self._layout_now()
@@ -92,13 +95,14 @@ class GraphedStep:
         one = self._captured[optimizer.structure()]
         with HeldInterrupts(), optimizer.alone("step"):
             one.graph.launch()
-            optimizer.launched_again(one.metrics, one.cost)
+            optimizer.launched_again(one.metrics, one.cost, one.active)
         return optimizer.metrics["loss"]
 
     def _fill(self) -> None:
         self.optimizer.check_groups()
         step = self.optimizer.counters["steps"]
         self._live.fill(step, self.optimizer.param_groups, self.optimizer.schedule(step))
+        self._live.leave_out(self.optimizer.dropped(step))
 
     # ------------------------------------------------------------------------------------------------------- capturing
 
@@ -124,7 +128,7 @@ class GraphedStep:
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
             active = optimizer.active
             held = table.cached(), active, active.sweep.tables(), optimizer.captured_tensors(), live.tensors()
-            captured = _Captured(graph, optimizer.metrics, cost, held)
+            captured = _Captured(graph, optimizer.metrics, cost, active, held)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
             if isinstance(error, (TypeError, ValueError)) or not isinstance(error, Exception):

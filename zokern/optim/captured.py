@@ -6,7 +6,10 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from zokern.directions import rank
+from zokern.optim.parameters import Active
 from zokern.optim.ranked import Ranked
+from zokern.placement.inplace import InPlace
 from zokern.sweep import Counters
 
 
@@ -25,8 +28,6 @@ class Captured(Ranked):
 
     def why_not_graphed(self) -> str | None:
         """What keeps a step of this optimizer from being the same launches each time."""
-        if self.layers is not None:
-            return "layers leaves out other blocks in each step"
         if self.fold_every != 1:
             return f"fold_every={self.fold_every} gives each step's forwards further terms"
         if self.pipelined:
@@ -39,7 +40,23 @@ class Captured(Ranked):
                 "from the "
                 "same generator states; call model.eval(), or give paired_randomness=False"
             )
-        return self._why_ranks_cannot() or super().why_not_graphed()
+        return self._why_blocks_cannot() or self._why_ranks_cannot() or super().why_not_graphed()
+
+    def _why_blocks_cannot(self) -> str | None:
+        if self.layers is None:
+            return None
+        if rank(self._passes.direction):
+            return "layers leaves out other blocks in each step, and distribution is of low rank"
+        if not isinstance(self._placement, InPlace):
+            return (
+                "layers leaves out other blocks in each step, and forwards of "
+                f"placement={self._placement.name!r} see copies of all: give placement='inplace'"
+            )
+        return None
+
+    def dropped(self, step: int) -> set[int]:
+        """The blocks that a step leaves out."""
+        return set() if self.layers is None else self.layers.dropped(self.seed, step)
 
     def _why_ranks_cannot(self) -> str | None:
         found = self._places()
@@ -60,7 +77,7 @@ class Captured(Ranked):
         states = [t for kept in self.state.values() for t in kept.values() if isinstance(t, Tensor)]
         return [
             self._skips.count,
-            *self._moves.tensors(),
+            *self._moves.tensors(gated=self.layers is not None),
             *states,
             *self._placement.memory(),
             *self._guards.memory(),
@@ -70,10 +87,12 @@ class Captured(Ranked):
     def set_counters(self, counters: dict[str, int]) -> None:
         self._passes.counters = Counters(**counters)
 
-    def launched_again(self, metrics: dict[str, Tensor], cost: dict[str, int]) -> None:
+    def launched_again(self, metrics: dict[str, Tensor], cost: dict[str, int], active: Active) -> None:
         """A captured step has been launched: takes note of it as `step` would have, counting first. metrics: what the
-        launch fills, which the next one overwrites."""
+        launch fills, which the next one overwrites; cost, active: of the step that was captured."""
         self.launched(self._passes.counters.steps)
+        if active.gated is not None:
+            cost = active.gated.cost(cost, self.dropped(self._passes.counters.steps))
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
         self.metrics = {name: value.clone() for name, value in metrics.items()}

@@ -120,6 +120,11 @@ class MeZO(ZerothOrderOptimizer):
             return super().structure()
         return "plain" if self._plain() else self._memory.directions()
 
+    def why_not_graphed(self) -> str | None:
+        if self.layers is not None and self.rule in ("adam", "adamezo"):
+            return f"layers leaves out other blocks in each step, and update={self.rule!r} counts each block's steps"
+        return super().why_not_graphed()
+
     def once(self) -> bool:
         """A step of a young run, with fewer directions than all that come later."""
         looks_back = isinstance(self._memory, moments.AdaMeZOHistory) and not self._plain()

@@ -23,7 +23,8 @@ NUMBERS = {float, int}
 class StepNumbers(Protocol):
     """gate: int32 [1], a zero makes the step's passes write nothing; None where there is none. device: where losses have
     to be, None for anywhere. drawn: directions by seed, as far as the host knows. step: its number, a tensor
-    (int64, 0-d) where the device has it."""
+    (int64, 0-d) where the device has it. gates: of blocks, where the device alone knows which ones are left out
+    (gates.py)."""
 
     @property
     def gate(self) -> Tensor | None: ...
@@ -33,6 +34,8 @@ class StepNumbers(Protocol):
     def drawn(self) -> Mapping[int, int]: ...
     @property
     def step(self) -> int | Tensor: ...
+    @property
+    def gates(self) -> Tensor | None: ...
 
     def rates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """lr, eps and weight_decay of each row's group, float64 [R] each."""
@@ -58,6 +61,7 @@ class HostNumbers:
 
     gate: Tensor | None = None
     device: torch.device | None = None
+    gates: Tensor | None = None
 
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], run_seed: int, step: int, schedule: Callable[[int], list[float]]
