@@ -11,7 +11,7 @@ from tests.graphs.test_looking_back import history
 from tests.methods import METHODS, Case, states
 
 __all__ = ["emulated"]  # a fixture
-BLOCKS = [(name, case) for name, case in METHODS.items() if case.options.get("update") not in ("adam", "adamezo")]
+BLOCKS = [(name, case) for name, case in METHODS.items() if case.options.get("update") != "adamezo"]
 
 
 def run(case: Case, turns: str, dtype: torch.dtype, dropped: int = 2, **options):

@@ -121,8 +121,8 @@ class MeZO(ZerothOrderOptimizer):
         return "plain" if self._plain() else self._memory.directions()
 
     def why_not_graphed(self) -> str | None:
-        if self.layers is not None and self.rule in ("adam", "adamezo"):
-            return f"layers leaves out other blocks in each step, and update={self.rule!r} counts each block's steps"
+        if self.layers is not None and self.rule == "adamezo":
+            return "layers leaves out other blocks in each step, and update='adamezo' looks back on those of others"
         return super().why_not_graphed()
 
     def once(self) -> bool:
@@ -156,12 +156,11 @@ class MeZO(ZerothOrderOptimizer):
 
     def note(self, ok: Tensor, ledger: Ledger) -> None:
         if self._memory is not None:
-            self._memory.commit(ok, ledger, self.numbers.gate)
+            self._memory.commit(ok, ledger, self.numbers.gate, self.numbers.gates)
 
     def launched(self, step: int) -> None:
-        if isinstance(self._memory, moments.AdaMeZOHistory):
-            dropped = () if self.layers is None else self.layers.dropped(self.seed, step)
-            self._memory.launched(derive_seed(self.seed, step, 0), dropped)
+        if self._memory is not None:
+            self._memory.launched(derive_seed(self.seed, step, 0), self.dropped(step))
 
     def history(self) -> list[Any]:
         return [] if self._memory is None else self._memory.save()

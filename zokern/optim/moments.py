@@ -26,9 +26,14 @@ class Memory(ABC):
     """What an update remembers."""
 
     @abstractmethod
-    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None, gates: Tensor | None = None) -> None:
         """Called before the pass; ok says whether it is done or skipped. `ledger` takes back what was never done. gate: of
-        a captured step, whose launches enter it; where it is 0 nothing changes."""
+        a captured step, whose launches enter it; where it is 0 nothing changes. gates: of blocks, as StepNumbers has
+        them."""
+
+    @abstractmethod
+    def launched(self, seed: int, dropped: Collection[int]) -> None:
+        """A captured step has changed what is on the device: the host notes which one it was."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -62,6 +67,7 @@ class AdamCounts(Memory):
 
     def __init__(self) -> None:
         self.counts: dict[int, Tensor] = {}
+        self.moved: dict[int, None] = {}  # the blocks that a step has come to: captured steps have counts of all
         self._now: set[int] = set()
 
     def update(self, estimate: Estimate, rates: Rates, rows: Rows, betas: tuple[float, float], delta: float) -> Update:
@@ -73,16 +79,23 @@ class AdamCounts(Memory):
         n = torch.stack([sent(self.counts[key], rates.lr.device) for key in keys]) + 1.0
         return adam(estimate, rates, betas, delta, n)
 
-    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None, gates: Tensor | None = None) -> None:
         for key in self._now:
             self.counts[key] = sent(self.counts[key], ok.device)
-            ledger.add(self.counts[key], ok)
+            ledger.add(
+                self.counts[key], ok if gates is None else ok & gates[key].to(torch.bool)
+            )  # the last is block -1's
+        if gate is None:
+            self.moved.update(dict.fromkeys(self._now))
+
+    def launched(self, seed: int, dropped: Collection[int]) -> None:
+        self.moved.update(dict.fromkeys(key for key in self.counts if key not in dropped))
 
     def tensors(self) -> list[Tensor]:
         return list(self.counts.values())
 
     def save(self) -> list[Any]:
-        return [[key, count.clone()] for key, count in self.counts.items()]
+        return [[key, self.counts[key].clone()] for key in self.moved]
 
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
@@ -91,6 +104,7 @@ class AdamCounts(Memory):
             if block not in dropped:
                 key = -1 if block is None else block
                 self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64, device=CPU)) + ok
+                self.moved[key] = None
 
     def load(self, history: list[Any], groups: int, blocks: int) -> None:
         counts: dict[int, Tensor] = {}
@@ -102,7 +116,7 @@ class AdamCounts(Memory):
             ):
                 raise ValueError(f"{name} has {count!r}; it must be how many updates there were, a float64 tensor")
             counts[key] = count.clone()
-        self.counts = counts
+        self.counts, self.moved = counts, dict.fromkeys(counts)
 
 
 class AdaMeZOHistory(Memory):
@@ -163,7 +177,7 @@ class AdaMeZOHistory(Memory):
             {"step": 0.0},
         )
 
-    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None, gates: Tensor | None = None) -> None:
         assert self._now is not None
         seed, dropped, c = self._now
         c = torch.where(ok, c, 0.0)  # a skipped step is a step without gradient
