@@ -65,11 +65,18 @@ class Sweep(Sequence[Member]):
     """Members, sorted out once by device, and the operands of each kind of pass over them, made when first needed.
 
     Nothing about the tensors may change while it is used: their makers make another sweep then. absent: tensors that other
-    ranks have all elements of; a pass over none but these is one all the same.
+    ranks have all elements of; a pass over none but these is one all the same. gates: of blocks, where the device alone
+    knows which ones a pass goes over; blocks: the members' places among these.
     """
 
-    def __init__(self, members: Sequence[Member], absent: Sequence[Member] = ()) -> None:
-        self.members, self.absent = members, absent
+    def __init__(
+        self,
+        members: Sequence[Member],
+        absent: Sequence[Member] = (),
+        gates: Tensor | None = None,
+        blocks: Sequence[int] = (),
+    ) -> None:
+        self.members, self.absent, self.gates, self.blocks = members, absent, gates, blocks
         by_device: dict[torch.device, list[int]] = {}
         for i, member in enumerate(members):
             by_device.setdefault(member.param.device, []).append(i)
@@ -98,7 +105,8 @@ class Sweep(Sequence[Member]):
     def piece(self, at: Sequence[int]) -> Sweep:
         """The members with these numbers: the same sweep for the same list."""
         if id(at) not in self._pieces:
-            self._pieces[id(at)] = at, Sweep([self.members[i] for i in at])
+            blocks = [self.blocks[i] for i in at] if self.blocks else ()
+            self._pieces[id(at)] = at, Sweep([self.members[i] for i in at], (), self.gates, blocks)
         return self._pieces[id(at)][1]
 
     def forget(self) -> None:
@@ -150,6 +158,8 @@ class Sweep(Sequence[Member]):
             [m.stride for m in members] if any(m.stride for m in members) else (),
             rank,
             [m.shape or m.param.shape for m in members] if rank and any(m.shape for m in members) else (),
+            self.gates,
+            [self.blocks[i] for i in at] if self.blocks else (),
         )
 
 
@@ -203,6 +213,8 @@ def launch(operands: Operands, spec: PassSpec, numbers: PassNumbers, backend: st
     reached = _here.tables
     for table in tables[first:] if first else tables:
         own = spec.dense if table.factors is None else spec
+        if operands.gates is not None:
+            table.open(operands.gates)
         chosen.run(table, own.exact if table.dtype == torch.float32 else own, numbers)
         reached[0] += 1
     return len(tables)
@@ -278,6 +290,8 @@ def run_chain(
         own = stages if table.factors is not None else [(spec.dense, numbers) for spec, numbers in stages]
         if table.dtype == torch.float32:
             own = [(spec.exact, numbers) for spec, numbers in own]
+        if operands.gates is not None:
+            table.open(operands.gates)
         chosen.run_chain(table, Chain(own, rule, bool(operands.probes), enabled))
         reached[0] += 1
     return len(tables)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import zokern
 from tests import emulated_graph
 from tests.emulated_graph import EmulatedGraph
-from tests.methods import METHODS, Case
+from tests.methods import CASES, METHODS, Case
 from tests.models import Net
 from tests.optim.test_buffers import BLOCKS, copies, made
 from tests.placement import side_streams
@@ -87,10 +87,7 @@ def replayed(case, placement, dtype, data, **options):
     return model, opt, torch.stack(losses)
 
 
-CAPTURED = [(name, case) for name, case in METHODS.items() if not case.remembers]
-
-
-@pytest.mark.parametrize("case", [c for _, c in CAPTURED], ids=[n for n, _ in CAPTURED])
+@CASES
 @pytest.mark.parametrize(
     ("placement", "dtype"),
     [("inplace", torch.float32), ("inplace", torch.bfloat16), ("shadow", torch.float16), ("stream", torch.bfloat16)],
@@ -141,7 +138,7 @@ def test_blocks_that_are_filled_ahead_are_captured(emulated, name: str, monkeypa
 
 
 LOW_RANK = [
-    (name, case) for name, case in CAPTURED if not case.settings.get("smoothing") and "hizoo" not in case.method
+    (name, case) for name, case in METHODS.items() if not case.settings.get("smoothing") and "hizoo" not in case.method
 ]
 
 
@@ -370,8 +367,6 @@ def test_refused_on_the_cpu() -> None:
     ("name", "options", "word"),
     [
         ("mezo", {"layers": zokern.RandomBlocks(1)}, "layers leaves out other blocks"),
-        ("mezo-adamezo", {}, "adamezo"),
-        ("gv-kept", {}, "keep_best=True has a direction of an earlier step"),
     ],
 )
 def test_refused_methods(emulated, name, options, word) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import zokern
-from tests.graphs.test_graphed import CAPTURED, batches, dropped_out, eager, make, replayed, same
+from tests.graphs.test_graphed import batches, dropped_out, eager, make, replayed, same
 from tests.methods import METHODS, Case
 from tests.models import Net
 
@@ -109,7 +109,7 @@ def test_a_large_model_has_the_bits_of_shadow_whatever_overtakes_what(prefetch: 
 
 
 @PLACED
-@pytest.mark.parametrize("case", [c for _, c in CAPTURED], ids=[n for n, _ in CAPTURED])
+@CASES
 def test_a_captured_step_has_the_bits_of_an_eager_one(case: Case, placement: str, dtype: torch.dtype) -> None:
     data = on_gpu(batches())
     a, b = (way(case, placement, dtype, data, device="cuda") for way in (eager, replayed))

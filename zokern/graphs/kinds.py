@@ -12,6 +12,7 @@ from torch import Tensor
 from zokern._checks import ZokernWarning
 from zokern.graphs.cuda import Graph
 from zokern.graphs.telling import Telling
+from zokern.optim.parameters import Active
 from zokern.placement.ready import Copies
 
 MOST = 8
@@ -29,6 +30,7 @@ class Captured:
     weights: Tensor | None
     telling: Telling
     cost: dict[str, int]
+    active: Active
     held: object
     copies: Copies  # that a launch fills for the next step
 

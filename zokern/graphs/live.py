@@ -23,11 +23,15 @@ class DeviceNumbers:
 
     drawn: Mapping[int, int] = {}  # nobody on the host knows
 
-    def __init__(self, run_seed: int, num_groups: int, num_scheduled: int, device: torch.device) -> None:
+    def __init__(
+        self, run_seed: int, num_groups: int, num_scheduled: int, device: torch.device, num_blocks: int | None = None
+    ) -> None:
         self.run_seed, self.device, self.num_groups = run_seed, device, num_groups
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.gate = torch.zeros(1, dtype=torch.int32, device=device)
         self.values = torch.zeros(len(HYPER) * num_groups + num_scheduled, dtype=torch.float64, device=device)
+        self.gates = None if num_blocks is None else torch.ones(num_blocks + 1, dtype=torch.int64, device=device)
+        self._left_out: set[int] = set()
         self._filled: list[float] | None = None
         self._at: int | None = None  # what `step` is, where the host knows it
         self._streams: dict[int, int] = {}  # their places in the tensor below
@@ -98,9 +102,17 @@ class DeviceNumbers:
         """The directions that have been asked for so far."""
         return [k for k in self._streams if k not in (ROUNDING_STREAM, STATE_STREAM)]
 
+    def leave_out(self, dropped: set[int]) -> None:
+        """Before a launch: the blocks that the step leaves out."""
+        if self.gates is not None and dropped != self._left_out:
+            given = [int(i not in dropped) for i in range(len(self.gates))]
+            self.gates.copy_(torch.tensor(given, dtype=torch.int64, device=CPU), non_blocking=True)
+            self._left_out = dropped
+
     def tensors(self) -> list[Tensor]:
         """What a step that is captured now reads; a later capture may replace some of them."""
-        return [self.step, self.gate, self.values, self._stream_numbers]
+        gates = () if self.gates is None else (self.gates,)
+        return [self.step, self.gate, self.values, self._stream_numbers, *gates]
 
     def begin(self) -> None:
         """Derives the seeds of all streams that have been asked for so far; a part of the step."""

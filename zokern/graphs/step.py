@@ -86,10 +86,11 @@ class GraphedStep:
         self.device = self._check()
         self._pool = self._new_pool()
         groups = optimizer.param_groups
-        self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
+        blocks = None if optimizer.layers is None else len(optimizer.layers.names)
+        self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device, blocks)
         self._layout: object = None
         if sample_batch is not None:
-            self._graph([sample_batch], ["sample_batch"], None, many=False)
+            self._graph([sample_batch], ["sample_batch"], None, many=False, sample=True)
 
     @property
     def captures(self) -> int:
@@ -119,7 +120,9 @@ class GraphedStep:
         every, names, many = self._given(batch, batches)
         weights = None if batch_weights is None else self._weights(batch_weights, every if many else None)
         optimizer.ask_listeners()
-        one = self._graph(every, names, weights, many)
+        one = self._graph(every, names, weights, many, sample=False)
+        if one is None:
+            return self._eager(every, names, batch_weights, many)
         for static, own in zip(one.batches, every, strict=True):
             copy_into(static, own)
         if one.weights is not None:
@@ -128,16 +131,31 @@ class GraphedStep:
         with HeldInterrupts(), optimizer.alone("step"):
             one.graph.launch()
             self._live.launched()
-            optimizer.launched_again(one.telling, one.cost, one.copies)
+            optimizer.launched_again(one.telling, one.cost, one.active, one.copies)
         return optimizer.metrics["loss"]
 
-    def _graph(self, batches: Sequence[Any], names: Sequence[str], weights: list[float] | None, many: bool) -> Captured:
-        """Of this call; captured, where it is the first of its kind."""
+    def _eager(
+        self, batches: Sequence[Any], names: Sequence[str], weights: Iterable[float] | None, many: bool
+    ) -> Tensor:
+        """A step that comes once in a run, without a graph."""
+        there = [on_device(batch, self.device, name) for batch, name in zip(batches, names, strict=True)]
+        if many:
+            return self.optimizer.step(self.closure, there, batch_weights=weights, **self._how)
+        how = {name: value for name, value in self._how.items() if name != "reduction"}
+        return self.optimizer.step(lambda: self.closure(there[0]), **how)
+
+    def _graph(
+        self, batches: Sequence[Any], names: Sequence[str], weights: list[float] | None, many: bool, *, sample: bool
+    ) -> Captured | None:
+        """Of this call; captured, where it is the first of its kind. None for a step that comes once in a run, which is
+        captured for a sample alone: to find out whether the closure can be."""
         while True:
             kind = self._kind(batches, names, weights, many, ahead=self.optimizer.is_ahead())
             one = self._graphs.find(kind)
             if one is not None:
                 return one
+            if self.optimizer.once() and not sample:
+                return None
             # A capture leaves no copy as the step before has filled it ahead: both kinds of pipelined steps at once.
             for ahead in [True, False] if self.optimizer.pipelined else [False]:
                 self._capture(batches, names, weights, many=many, ahead=ahead)
@@ -173,6 +191,7 @@ class GraphedStep:
         self.optimizer.check_groups()
         step = self.optimizer.counters["steps"]
         self._live.fill(step, self.optimizer.param_groups, self.optimizer.schedule(step))
+        self._live.leave_out(self.optimizer.dropped(step))
 
     # ------------------------------------------------------------------------------------------------------- capturing
 
@@ -206,7 +225,7 @@ class GraphedStep:
             active = optimizer.active
             copies = list(optimizer.copies_ahead)
             held = table.cached(), active, active.sweep.tables(), optimizer.captured_tensors(), live.tensors()
-            one = Captured(kind, graph, static, there, listening.telling(live.streams), cost, held, copies)
+            one = Captured(kind, graph, static, there, listening.telling(live.streams), cost, active, held, copies)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
             if isinstance(error, (TypeError, ValueError)) or not isinstance(error, Exception):

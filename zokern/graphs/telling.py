@@ -32,11 +32,13 @@ class Telling:
         """Views of a row."""
         return dict(zip(self.names, row[self.at : self.at + len(self.names)].unbind(), strict=True))
 
-    def event_of(self, step: int, run_seed: int, row: Tensor, layout: Mapping[str, Any]) -> StepEvent:
+    def event_of(
+        self, step: int, run_seed: int, row: Tensor, layout: Mapping[str, Any], rows: tuple[int, ...] | None
+    ) -> StepEvent:
         """Of a launch. Its tensors are the graph's, as long as no other launch has been made; `row` stays."""
         at_step = derive_step(run_seed, step)
         drawn = {derive_stream(at_step, k): k for k in self.streams}
-        return replace(self.event, step=step, drawn=drawn, layout=layout, row=row)
+        return replace(self.event, step=step, drawn=drawn, layout=layout, row=row, rows=rows)
 
 
 class Listening:

@@ -47,6 +47,7 @@ def _may_join(arrived: Arrived, i: int, j: int, layout: Any) -> bool:
         a.kind == b.kind == journal.STEP
         and one.layout is other.layout is layout
         and one.deferred == other.deferred
+        and one.rows is other.rows is None
         and len(one.passes) == len(other.passes)
         and all(p is q or p == q for (p, _), (q, _) in zip(one.passes, other.passes, strict=True))
         and list(map(type, one.lrs + one.memory)) == list(map(type, other.lrs + other.memory))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,6 +166,8 @@ class Recorder:
 
     def _write(self, event: StepEvent, kind: int) -> None:
         done = [(spec, told) for spec, told in event.passes if told.enabled is None or int(told.enabled)]
+        if event.rows is not None:
+            done = [(spec, _of_rows(told, event.rows)) for spec, told in done]
         fold = kind == journal.FOLD
         broken_off = event.ok is None and not fold
         if broken_off and not done:
@@ -192,3 +195,7 @@ class Recorder:
             values = [x.to(CPU, torch.float32) for x in values]
         frame: journal.Frame = _flatten_dense_tensors(values).numpy()
         return frame
+
+
+def _of_rows(told: PassNumbers, rows: tuple[int, ...]) -> PassNumbers:
+    return replace(told, coefs=told.coefs[list(rows)], shared=told.shared[list(rows)], elsewhere={})

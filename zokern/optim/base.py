@@ -150,7 +150,7 @@ class ZerothOrderOptimizer(Folds, Captured, Recent):
             if watch is not None and watch.changed():
                 watch.take_in(self)
             version = self._parameters.version
-            self.active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            self.active = self._parameters.active(self, self.seed, self._passes.counters.steps, numbers.gates)
             if version != self._parameters.version and isinstance(self._placement, Exact):
                 self._placement.forget()  # torch counts no `p.data = other`, which has another address
             self._guards.begin(self, losses)
@@ -220,6 +220,8 @@ class ZerothOrderOptimizer(Folds, Captured, Recent):
         }
         rates = rates.on(every.device)
         update = self.update(estimate, rates)
+        if self.active.gated is not None:
+            update = self.active.gated.masked(update)
         if losses.values is None:
             ok = ok & torch.isfinite(update.values()).all()
         elif not update.fits():

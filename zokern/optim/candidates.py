@@ -8,6 +8,7 @@ theta <- (1 - lr*weight_decay) theta - lr c v
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from zokern.optim import curvature, state
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds
 from zokern.optim.ledger import Ledger
+from zokern.optim.lookback import enter, one_of
 from zokern.optim.told import is_far
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Terms, Update, seed_tensor, sent
@@ -100,6 +102,7 @@ class MeZOGV(_Candidates):
         self._best: Seed | None = None
         self._best_seed: Seed | None = None
         self._now: tuple[Seed, Seed] | None = None
+        self._there: Tensor | None = None  # both, int64 [2], where captured steps read and write them
         self.num_top = int(self.elite * self.candidates)
         if not 1 <= self.num_top < self.candidates:
             raise ValueError(
@@ -116,8 +119,25 @@ class MeZOGV(_Candidates):
             if self._best_seed is None:
                 drawn = int(self._best)
                 self._best_seed = derive_seed(self.seed, drawn >> 16, drawn & 0xFFFF)
-            seeds[-1] = self._best_seed
+            if self.numbers.gate is not None and self._there is None:
+                self._there = torch.stack(
+                    [one_of(x, self.numbers.gate, torch.int64) for x in (self._best, self._best_seed)]
+                )
+                self._see_there()
+            # A copy: another may be written there before the last pass reads this one.
+            seeds[-1] = self._best_seed if self._there is None else self._there[1].clone()
         return seeds
+
+    def structure(self) -> Hashable:
+        return self.keep_best and self._best is not None
+
+    def once(self) -> bool:
+        """The first step has nothing to keep."""
+        return self.keep_best and self._best is None
+
+    def _see_there(self) -> None:
+        assert self._there is not None
+        self._best, self._best_seed = self._there.unbind()
 
     def choose(self, seeds: list[Seed], losses: Tensor, here: Tensor | None) -> Rounds:
         top, bottom = self.num_top, self.candidates - self.num_top
@@ -137,21 +157,37 @@ class MeZOGV(_Candidates):
 
     def _note_best(self, seeds: list[Seed], best: Tensor) -> None:
         """Of this step; `note` makes it the last one's. Of losses on a device, only that knows which it is."""
-        drawn: list[Seed] = [self._passes.counters.steps << 16 | j for j in range(len(seeds))]
+        drawn: list[Seed] = [self.numbers.step << 16 | j for j in range(len(seeds))]
         if self._best is not None:
             drawn[-1] = self._best
         self._now = _picked(drawn, best), _picked(seeds, best)
 
     def note(self, ok: Tensor, ledger: Ledger) -> None:
         super().note(ok, ledger)
-        if self._now is not None:
+        if self._now is None:
+            return
+        gate = self.numbers.gate
+        if gate is not None or self._there is not None:
+            if self._there is None:
+                self._there = torch.zeros(2, dtype=torch.int64, device=ok.device)
+            enter(self._there, torch.stack([one_of(x, self._there) for x in self._now]), gate, ledger)
+        if gate is None:
             before = self._best, self._best_seed
             ledger.undo(lambda: self._take(*before))
             self._take(*self._now)
-            self._now = None
+            if self._there is not None:
+                self._see_there()
+        self._now = None
 
     def _take(self, drawn: Seed | None, seed: Seed | None) -> None:
         self._best, self._best_seed = drawn, seed
+
+    def launched(self, step: int) -> None:
+        if self._there is not None:
+            self._see_there()
+
+    def captured_tensors(self) -> list[Tensor]:
+        return [*super().captured_tensors(), *(() if self._there is None else (self._there,))]
 
     def history(self) -> list[Any]:
         return [] if self._best is None else [int(self._best)]
@@ -164,24 +200,22 @@ class MeZOGV(_Candidates):
             isinstance(d, bool) or not isinstance(d, int) or not 0 <= d < 1 << 62 for d in history
         ):
             raise ValueError(f"state_dict: history is {history!r}; keep_best remembers one direction, a number")
+        self._there = None
         self._take(history[0] if history else None, None)
 
     def memory(self) -> list[float | Tensor]:
         best = self._best
         if best is None:
             return []
-        return [best.to(torch.float64) if isinstance(best, Tensor) and is_far(best) else float(best)]
+        stays = isinstance(best, Tensor) and (is_far(best) or self.numbers.gate is not None)
+        return [best.to(torch.float64) if stays and isinstance(best, Tensor) else float(best)]
 
     def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
         if memory:
             if not 0 <= memory[0] < 1 << 53 or memory[0] != int(memory[0]):
                 raise ValueError(f"step {step} remembers the direction {memory[0]!r}, which is none")
+            self._there = None
             self._take(int(memory[0]), None)
-
-    def why_not_graphed(self) -> str | None:
-        if self.keep_best:
-            return "keep_best=True has a direction of an earlier step in each"
-        return super().why_not_graphed()
 
 
 def _picked(values: list[Seed], at: Tensor) -> Seed:

@@ -9,10 +9,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from zokern.contract.streams import derive_seed
+from zokern.directions import rank
 from zokern.optim.events import StepEvent
+from zokern.optim.parameters import Active
 from zokern.optim.ranked import Ranked
 from zokern.optim.told import is_far
 from zokern.passes.update import Terms
+from zokern.placement.inplace import InPlace
 from zokern.placement.ready import Copies
 from zokern.placement.shadow import Exact
 from zokern.sweep import Counters
@@ -25,7 +28,9 @@ class Telling(Protocol):
 
     def metrics(self, row: Tensor) -> dict[str, Tensor]: ...
 
-    def event_of(self, step: int, run_seed: int, row: Tensor, layout: Mapping[str, Any]) -> StepEvent: ...
+    def event_of(
+        self, step: int, run_seed: int, row: Tensor, layout: Mapping[str, Any], rows: tuple[int, ...] | None
+    ) -> StepEvent: ...
 
 
 class Captured(Ranked):
@@ -43,8 +48,6 @@ class Captured(Ranked):
 
     def why_not_graphed(self) -> str | None:
         """What keeps a step of this optimizer from being the same launches each time."""
-        if self.layers is not None:
-            return "layers leaves out other blocks in each step"
         if self.fold_every != 1:
             return f"fold_every={self.fold_every} gives each step's forwards further terms"
         if self._guards.pairs(self.paired_randomness):
@@ -53,7 +56,23 @@ class Captured(Ranked):
                 "from the "
                 "same generator states; call model.eval(), or give paired_randomness=False"
             )
-        return self._why_ranks_cannot() or super().why_not_graphed()
+        return self._why_blocks_cannot() or self._why_ranks_cannot() or super().why_not_graphed()
+
+    def _why_blocks_cannot(self) -> str | None:
+        if self.layers is None:
+            return None
+        if rank(self._passes.direction):
+            return "layers leaves out other blocks in each step, and distribution is of low rank"
+        if not isinstance(self._placement, InPlace):
+            return (
+                "layers leaves out other blocks in each step, and forwards of "
+                f"placement={self._placement.name!r} see copies of all: give placement='inplace'"
+            )
+        return None
+
+    def dropped(self, step: int) -> set[int]:
+        """The blocks that a step leaves out."""
+        return set() if self.layers is None else self.layers.dropped(self.seed, step)
 
     def _why_ranks_cannot(self) -> str | None:
         found = self._places()
@@ -74,7 +93,7 @@ class Captured(Ranked):
         states = [t for kept in self.state.values() for t in kept.values() if isinstance(t, Tensor)]
         return [
             self._skips.count,
-            *self._moves.tensors(),
+            *self._moves.tensors(gated=self.layers is not None),
             *states,
             *self._placement.memory(),
             *self._guards.memory(),
@@ -90,10 +109,13 @@ class Captured(Ranked):
             if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
                 listener.before_step()
 
-    def launched_again(self, telling: Telling, cost: dict[str, int], copies: Copies) -> None:
-        """A captured step has been launched: takes note of it as `step` would have, counting first. copies: that it has
-        filled for the next one."""
+    def launched_again(self, telling: Telling, cost: dict[str, int], active: Active, copies: Copies) -> None:
+        """A captured step has been launched: takes note of it as `step` would have, counting first. cost, active: of the
+        step that was captured; copies: that it has filled for the next one."""
         step = self._passes.counters.steps
+        self.launched(step)
+        if active.gated is not None:
+            cost = active.gated.cost(cost, self.dropped(step))
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
         if isinstance(self._placement, Exact):
@@ -103,7 +125,8 @@ class Captured(Ranked):
         row = telling.row.clone()  # the next launch overwrites it
         self.metrics = telling.metrics(row)
         if self.listeners:
-            self.tell_listeners(telling.event_of(step, self.seed, row, self._parameters.layout(self)))
+            rows = None if active.gated is None else active.gated.rows(self.dropped(step))
+            self.tell_listeners(telling.event_of(step, self.seed, row, self._parameters.layout(self), rows))
         self._skips.warn()
         self._skips.look()
         self._moves.tell(self.advice)

@@ -34,6 +34,7 @@ class StepEvent:
     layout: Mapping[str, Any]
     deferred: bool = False
     row: Tensor | None = None
+    rows: tuple[int, ...] | None = None
 
 
 Listener = Callable[[StepEvent], None]

@@ -67,6 +67,10 @@ class Method:
         """Of the current step: steps with equal ones launch the same kernels, which is what a graph can hold."""
         return None
 
+    def once(self) -> bool:
+        """Whether a step of the current structure comes once in a run: a graph of it would never pay."""
+        return False
+
     def row_key(self, param: Tensor) -> Hashable:
         """Parameters of one group whose keys differ get rows of coefficients of their own."""
         return None
@@ -79,6 +83,9 @@ class Method:
 
     def applied(self, ok: Tensor) -> None:
         """Called after the step's last pass; ok (0-d bool, on the device) says whether it did anything."""
+
+    def launched(self, step: int) -> None:
+        """Called after a launch of a captured step, with its number: the host notes what the device has noted."""
 
     def history(self) -> list[Any]:
         """What it remembers of earlier steps, as plain values and tensors, for a state_dict."""

@@ -21,7 +21,7 @@ from zokern.optim.common import NUM_SAMPLES, SCALES
 from zokern.optim.drivers import Rounds
 from zokern.optim.ledger import Ledger
 from zokern.optim.update import Estimate, Rates
-from zokern.passes.update import CPU, Seed, Update
+from zokern.passes.update import Seed, Update
 from zokern.settings import setting
 
 UPDATES = ("sgd", "momentum", "adam", "adamezo", "sign")
@@ -110,14 +110,28 @@ class MeZO(ZerothOrderOptimizer):
         terms: dict[Seed, Tensor] = {seed: g / self.num_samples for seed, g in zip(seeds, change, strict=True)}
         return Estimate(terms, torch.stack(list(terms.values())).sum())
 
+    def _plain(self) -> bool:
+        """Whether the current step is sgd's, though adamezo's moments are to come."""
+        return self.scale == "released" and (self.horizon == 1 or self._passes.counters.steps <= self.horizon)
+
+    def structure(self) -> Hashable:
+        """Of adamezo the number of directions: one with no coefficient would still turn a weight of -0.0 into 0.0."""
+        if not isinstance(self._memory, moments.AdaMeZOHistory):
+            return super().structure()
+        return "plain" if self._plain() else self._memory.directions()
+
     def why_not_graphed(self) -> str | None:
-        if isinstance(self._memory, moments.AdaMeZOHistory):
-            return "update='adamezo' looks back on other steps each time"
+        if self.layers is not None and self.rule == "adamezo":
+            return "layers leaves out other blocks in each step, and update='adamezo' looks back on those of others"
         return super().why_not_graphed()
 
+    def once(self) -> bool:
+        """A step of a young run, with fewer directions than all that come later."""
+        looks_back = isinstance(self._memory, moments.AdaMeZOHistory) and not self._plain()
+        return looks_back and self.structure() != self.horizon
+
     def captured_tensors(self) -> list[Tensor]:
-        counts = self._memory.counts.values() if isinstance(self._memory, moments.AdamCounts) else ()
-        return [*super().captured_tensors(), *counts]
+        return [*super().captured_tensors(), *(() if self._memory is None else self._memory.tensors())]
 
     def row_key(self, param: Tensor) -> Hashable:
         return self.layers.block_of(param) if self.layers is not None and self.rule in ("adam", "adamezo") else None
@@ -129,18 +143,24 @@ class MeZO(ZerothOrderOptimizer):
         if isinstance(self._memory, moments.AdamCounts):
             return self._memory.update(estimate, rates, self.active.rows, self.betas, self.delta)
         if isinstance(self._memory, moments.AdaMeZOHistory):
-            eps = torch.tensor([float(group["eps"]) for group in self.param_groups], dtype=torch.float64, device=CPU)
-            rows, dropped = self.active.rows, set(self.active.dropped)
-            adaptive = self._memory.update(estimate, rates, rows, self.betas, self.delta, dropped, eps)
-            plain = self.scale == "released" and (self.horizon == 1 or self._passes.counters.steps <= self.horizon)
-            return update.sgd(estimate, rates) if plain else adaptive
+            rows, groups = self.active.rows, range(len(self.param_groups))
+            whole = [g for g, _ in rows] == list(groups)  # the same numbers, then
+            eps = rates.eps if whole else self.numbers.rates([(g, None) for g in groups])[1]
+            self._memory.measured(estimate, self.active.dropped, eps)
+            if self._plain():
+                return update.sgd(estimate, rates)
+            return self._memory.update(rates, rows, self.betas, self.delta)
         if self.rule == "momentum":
             return update.momentum(estimate, rates, self.betas[0])
         return update.sign(estimate, rates) if self.rule == "sign" else update.sgd(estimate, rates)
 
     def note(self, ok: Tensor, ledger: Ledger) -> None:
         if self._memory is not None:
-            self._memory.commit(ok, ledger)
+            self._memory.commit(ok, ledger, self.numbers.gate, self.numbers.gates)
+
+    def launched(self, step: int) -> None:
+        if self._memory is not None:
+            self._memory.launched(derive_seed(self.seed, step, 0), self.dropped(step))
 
     def history(self) -> list[Any]:
         return [] if self._memory is None else self._memory.save()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,18 +16,29 @@ from torch import Tensor
 
 from zokern import _checks
 from zokern.optim.ledger import Ledger
+from zokern.optim.lookback import OnDevice
 from zokern.optim.numbers import Rows
 from zokern.optim.told import is_far
 from zokern.optim.update import Estimate, Rates, adam
-from zokern.passes.update import CPU, Update, sent
+from zokern.passes.update import CPU, Seed, Update, sent
 
 
 class Memory(ABC):
     """What an update remembers."""
 
     @abstractmethod
-    def commit(self, ok: Tensor, ledger: Ledger) -> None:
-        """Called before the pass; ok says whether it is done or skipped. `ledger` takes back what was never done."""
+    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None, gates: Tensor | None = None) -> None:
+        """Called before the pass; ok says whether it is done or skipped. `ledger` takes back what was never done. gate: of
+        a captured step, whose launches enter it; where it is 0 nothing changes. gates: of blocks, as StepNumbers has
+        them."""
+
+    @abstractmethod
+    def launched(self, seed: int, dropped: Collection[int]) -> None:
+        """A captured step has changed what is on the device: the host notes which one it was."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """What a captured step works on."""
 
     @abstractmethod
     def save(self) -> list[Any]:
@@ -57,6 +68,7 @@ class AdamCounts(Memory):
 
     def __init__(self) -> None:
         self.counts: dict[int, Tensor] = {}
+        self.moved: dict[int, None] = {}  # the blocks that a step has come to: captured steps have counts of all
         self._now: set[int] = set()
 
     def update(self, estimate: Estimate, rates: Rates, rows: Rows, betas: tuple[float, float], delta: float) -> Update:
@@ -68,13 +80,23 @@ class AdamCounts(Memory):
         n = torch.stack([sent(self.counts[key], rates.lr.device) for key in keys]) + 1.0
         return adam(estimate, rates, betas, delta, n)
 
-    def commit(self, ok: Tensor, ledger: Ledger) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None, gates: Tensor | None = None) -> None:
         for key in self._now:
             self.counts[key] = sent(self.counts[key], ok.device)
-            ledger.add(self.counts[key], ok)
+            ledger.add(
+                self.counts[key], ok if gates is None else ok & gates[key].to(torch.bool)
+            )  # the last is block -1's
+        if gate is None:
+            self.moved.update(dict.fromkeys(self._now))
+
+    def launched(self, seed: int, dropped: Collection[int]) -> None:
+        self.moved.update(dict.fromkeys(key for key in self.counts if key not in dropped))
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.counts.values())
 
     def save(self) -> list[Any]:
-        return [[key, count.clone()] for key, count in self.counts.items()]
+        return [[key, self.counts[key].clone()] for key in self.moved]
 
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
@@ -83,6 +105,7 @@ class AdamCounts(Memory):
             if block not in dropped:
                 key = -1 if block is None else block
                 self.counts[key] = self.counts.get(key, torch.zeros((), dtype=torch.float64, device=CPU)) + ok
+                self.moved[key] = None
 
     def load(self, history: list[Any], groups: int, blocks: int) -> None:
         counts: dict[int, Tensor] = {}
@@ -94,7 +117,7 @@ class AdamCounts(Memory):
             ):
                 raise ValueError(f"{name} has {count!r}; it must be how many updates there were, a float64 tensor")
             counts[key] = count.clone()
-        self.counts = counts
+        self.counts, self.moved = counts, dict.fromkeys(counts)
 
 
 class AdaMeZOHistory(Memory):
@@ -108,31 +131,35 @@ class AdaMeZOHistory(Memory):
     """
 
     def __init__(self, horizon: int, *, released: bool = False) -> None:
-        self.released = released
+        self.released, self.horizon = released, horizon
         self.entries: deque[tuple[int, list[int], Tensor]] = deque(maxlen=horizon)  # seed, dropped blocks, c [groups]
-        self._now: tuple[int, list[int], Tensor] | None = None
+        self.there: OnDevice | None = None  # the same where captured steps read it; c of the entries are its rows then
+        self._now: tuple[Seed, list[int], Tensor] | None = None
 
-    def update(
-        self,
-        estimate: Estimate,
-        rates: Rates,
-        rows: Rows,
-        betas: tuple[float, float],
-        delta: float,
-        dropped: set[int],
-        eps: Tensor,
-    ) -> Update:
-        """The pass over the last steps' directions, newest first; eps [groups] is of all groups, active or not."""
-        device = rates.lr.device
-        seed = cast(int, next(iter(estimate.gradient)))
-        self._now = (seed, sorted(dropped), estimate.projected / sent(eps, device))
-        steps = [self._now, *list(self.entries)[: cast(int, self.entries.maxlen) - 1]]
-        known = [sent(c, device) for _, _, c in steps]
-        for i, c in enumerate(known):
-            if len(c) < len(eps):  # a group has come since
-                known[i] = torch.cat([c, c.new_zeros(len(eps) - len(c))])
-        c = torch.stack(known, dim=1)
-        if [g for g, _ in rows] != list(range(len(eps))):
+    def directions(self) -> int:
+        """Of the current step's moments: fewer than `horizon` in the first steps."""
+        return min(len(self.entries) + 1, self.horizon)
+
+    def measured(self, estimate: Estimate, dropped: Collection[int], eps: Tensor) -> None:
+        """What a step has found, for its update and for later ones; eps [groups] is of all groups, active or not."""
+        c = estimate.projected / sent(eps, estimate.projected.device)
+        seed = next(iter(estimate.gradient))
+        if self.entries and len(self.entries[-1][2]) < len(eps):  # a group has come since
+            self._leave()
+            wide = [(s, d, torch.cat([c, c.new_zeros(len(eps) - len(c))])) for s, d, c in self.entries]
+            self.entries = deque(wide, self.horizon)
+        if isinstance(seed, Tensor) and self.there is None:
+            self.there = OnDevice(self.entries, self.horizon, len(eps), c.device)
+            self._see_rows()
+        self._now = seed, sorted(dropped), c
+
+    def update(self, rates: Rates, rows: Rows, betas: tuple[float, float], delta: float) -> Update:
+        """The pass over the last steps' directions, newest first."""
+        assert self._now is not None
+        device, (newest, _, now) = rates.lr.device, self._now
+        steps = [self._now, *list(self.entries)[: self.horizon - 1]]
+        c = torch.stack([sent(c, device) for _, _, c in steps], dim=1)
+        if [g for g, _ in rows] != list(range(len(now))):
             c = torch.stack([c[g] for g, _ in rows])
         if any(left_out for _, left_out, _ in steps):
             seen = [[float(block not in left_out) for _, left_out, _ in steps] for _, block in rows]
@@ -140,32 +167,64 @@ class AdaMeZOHistory(Memory):
         age = torch.arange(len(steps), dtype=torch.float64, device=device)
         b1, b2 = betas
         first, second = (100.0, float(b2 > 0.0)) if self.released else (1.0 - b1, 1.0 - b2)
+        seeds: list[Seed] = [seed for seed, _, _ in steps]
+        if self.there is not None and isinstance(newest, Tensor):
+            seeds[1:] = self.there.seeds[: len(steps) - 1].clone().unbind()  # they shift before the pass
         return Update(
-            [seed for seed, _, _ in steps],
+            seeds,
             {"G": first * b1**age * c, "V": second * b2**age * c * c},
             {"decay": rates.decay, "step": -rates.lr, "delta": torch.full_like(rates.lr, delta if second else 1.0)},
             "adamezo",
             {"step": 0.0},
         )
 
-    def commit(self, ok: Tensor, ledger: Ledger) -> None:
+    def commit(self, ok: Tensor, ledger: Ledger, gate: Tensor | None = None, gates: Tensor | None = None) -> None:
         assert self._now is not None
         seed, dropped, c = self._now
-        entry = seed, dropped, torch.where(ok, c, 0.0)  # a skipped step is a step without gradient
-        before = self.entries
-        ledger.undo(lambda: setattr(self, "entries", before))
-        self.entries = deque([entry, *before][: before.maxlen], before.maxlen)
+        c = torch.where(ok, c, 0.0)  # a skipped step is a step without gradient
+        if gate is None:
+            before = self.entries
+            ledger.undo(lambda: setattr(self, "entries", before))
+            self._enter(cast(int, seed), dropped, c)
+        if self.there is not None:
+            self.there.shift(seed, c, gate, ledger)
+
+    def launched(self, seed: int, dropped: Collection[int]) -> None:
+        """A captured step has shifted what is on the device: the host notes which one it was."""
+        assert self.there is not None
+        self._enter(seed, sorted(dropped), self.there.rows[0])
+
+    def _enter(self, seed: int, dropped: list[int], c: Tensor) -> None:
+        self.entries = deque([(seed, dropped, c), *self.entries][: self.horizon], self.horizon)
+        if self.there is not None:
+            self._see_rows()
+
+    def _see_rows(self) -> None:
+        assert self.there is not None
+        rows = self.there.rows
+        self.entries = deque([(s, d, rows[i]) for i, (s, d, _) in enumerate(self.entries)], self.horizon)
+
+    def _leave(self) -> None:
+        """The memory of captured steps is no longer used."""
+        if self.there is not None:
+            self.entries = deque([(s, d, c.clone()) for s, d, c in self.entries], self.horizon)
+            self.there = None
+
+    def tensors(self) -> list[Tensor]:
+        return [] if self.there is None else self.there.tensors()
 
     def save(self) -> list[Any]:
-        return [list(entry) for entry in self.entries]
+        return [[seed, dropped, c.clone()] for seed, dropped, c in self.entries]
 
     def numbers(self) -> list[float | Tensor]:
-        c = self.entries[0][2]
-        return list(c.clone().unbind()) if is_far(c) else c.tolist()
+        captured = self._now is not None and isinstance(self._now[0], Tensor)
+        c = self.there.rows[0] if captured and self.there is not None else self.entries[0][2]
+        return list(c.clone().unbind()) if captured or is_far(c) else c.tolist()
 
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool
     ) -> None:
+        self._leave()
         self.entries.appendleft((seed, sorted(dropped), torch.tensor(numbers, dtype=torch.float64, device=CPU)))
 
     def load(self, history: list[Any], groups: int, blocks: int) -> None:
@@ -182,9 +241,9 @@ class AdaMeZOHistory(Memory):
                     f"{name} has {c!r}; it must be a finite float64 tensor with a number for each of {groups} groups"
                 )
             entries.append((seed, list(dropped), c.clone()))
-        if len(entries) > cast(int, self.entries.maxlen):
-            raise ValueError(f"state_dict: history has {len(entries)} steps, and horizon is {self.entries.maxlen}")
-        self.entries = deque(entries, self.entries.maxlen)
+        if len(entries) > self.horizon:
+            raise ValueError(f"state_dict: history has {len(entries)} steps, and horizon is {self.horizon}")
+        self.there, self.entries = None, deque(entries, self.horizon)
 
 
 def _entries(history: list[Any], size: int) -> list[Any]:

@@ -149,9 +149,9 @@ class Moves:
         self._steps = 0
         self._warned = False
 
-    def tensors(self) -> list[Tensor]:
-        """What a captured step works on."""
-        return [self.seen, *(t for t in (self.square, self._shares) if t is not None)]
+    def tensors(self, *, gated: bool = False) -> list[Tensor]:
+        """What a captured step works on. gated: the shares of its rows are found on the device."""
+        return [self.seen, *(t for t in (self.square, None if gated else self._shares) if t is not None)]
 
     @property
     def rms(self) -> float:
@@ -214,7 +214,10 @@ class Moves:
         assert self.square is not None
         rows = sent(added(update, lr), device) / sent(self.square, device)
         rows = rows + sent((1.0 - update.shared["decay"]).square(), device)
-        if self._shares is not None:
+        active = self.active()
+        if active is not None and active.gated is not None:
+            rows = rows * active.gated.shares()
+        elif self._shares is not None:
             self._shares = sent(self._shares, device)
             rows = rows * self._shares
         return rows.sum()

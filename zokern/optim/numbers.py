@@ -23,7 +23,9 @@ NUMBERS = {float, int}
 
 class StepNumbers(Protocol):
     """gate: int32 [1], a zero makes the step's passes write nothing; None where there is none. device: where losses have
-    to be, None for anywhere. drawn: directions by seed, as far as the host knows."""
+    to be, None for anywhere. drawn: directions by seed, as far as the host knows. step: its number, a tensor
+    (int64, 0-d) where the device has it. gates: of blocks, where the device alone knows which ones are left out
+    (gates.py)."""
 
     @property
     def gate(self) -> Tensor | None: ...
@@ -31,6 +33,10 @@ class StepNumbers(Protocol):
     def device(self) -> torch.device | None: ...
     @property
     def drawn(self) -> Mapping[int, int]: ...
+    @property
+    def step(self) -> int | Tensor: ...
+    @property
+    def gates(self) -> Tensor | None: ...
 
     def rates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """lr, eps and weight_decay of each row's group, float64 [R] each."""
@@ -62,11 +68,12 @@ class HostNumbers:
 
     gate: Tensor | None = None
     device: torch.device | None = None
+    gates: Tensor | None = None
 
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], run_seed: int, step: int, schedule: Callable[[int], list[float]]
     ) -> None:
-        self._groups, self._step, self._schedule, self._run_seed = groups, step, schedule, run_seed
+        self._groups, self.step, self._schedule, self._run_seed = groups, step, schedule, run_seed
         self._at_step = derive_step(run_seed, step)
         self.drawn: dict[int, int] = {}
 
@@ -92,14 +99,14 @@ class HostNumbers:
         return seed
 
     def next_seed(self, k: int) -> Seed:
-        return derive_seed(self._run_seed, self._step + 1, k)
+        return derive_seed(self._run_seed, self.step + 1, k)
 
     def rounding_seeds(self) -> Tensor:
         weights, state = derive_stream(self._at_step, ROUNDING_STREAM), derive_stream(self._at_step, STATE_STREAM)
         return torch.tensor([weights, state], dtype=torch.int64, device=CPU)
 
     def scheduled(self, i: int) -> float | Tensor:
-        return self._schedule(self._step)[i]
+        return self._schedule(self.step)[i]
 
 
 def _together(values: Sequence[float | Tensor]) -> Tensor:

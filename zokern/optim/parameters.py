@@ -18,6 +18,7 @@ from zokern.contract.streams import matrices
 from zokern.kinds import Number
 from zokern.layers import RandomBlocks
 from zokern.optim import reach, state
+from zokern.optim.gates import Gated
 from zokern.optim.numbers import NUMBERS, Rows
 from zokern.placement import fsdp
 from zokern.sweep import Member, Sweep
@@ -190,14 +191,25 @@ class Active:
     """What a step moves: its members, the rows of their numbers, and the numbers of the blocks that it leaves out.
 
     sizes: of the rows, in elements of whole tensors. On a rank that has no element of a tensor, it is no member. ends: the
-    first and the last tensor, as modules hold them.
+    first and the last tensor, as modules hold them. gated: where the device alone knows which blocks are left out.
     """
 
     sweep: Sweep
     rows: Rows
     dropped: frozenset[int]
     sizes: tuple[int, ...] = ()
+    gated: Gated | None = None
     ends: tuple[Tensor, ...] = ()
+
+
+def _gates(active: Active) -> Tensor | None:
+    return None if active.gated is None else active.gated.gates
+
+
+def _place(layers: RandomBlocks, member: Member) -> int:
+    """Of a member's block among the gates."""
+    block = layers.block_of(member.held)
+    return len(layers.names) if block is None else block
 
 
 class Owner(Protocol):
@@ -253,24 +265,30 @@ class Parameters:
         self._checked = given if NUMBERS.issuperset(map(type, given)) else []
         self.looked += 1
 
-    def active(self, owner: Owner, run_seed: int, step: int) -> Active:
-        """What `step` moves; the same object for as long as nothing about it changes."""
+    def active(self, owner: Owner, run_seed: int, step: int, gates: Tensor | None = None) -> Active:
+        """What `step` moves; the same object for as long as nothing about it changes. gates: all of it that they let
+        through."""
         layers = owner.layers
-        dropped = frozenset(() if layers is None else layers.dropped(run_seed, step))
+        dropped = frozenset(() if layers is None or gates is not None else layers.dropped(run_seed, step))
         seen = self._look(owner)
         changed = seen != self._seen
         if changed:
             self._layout, self._checked = None, []
             self.version += 1
             self.check_groups(owner, owner.pipelined)  # what eps may be depends on the weights' type
-        if changed or self._active is None or self._active.dropped != dropped:
+        kept = self._active
+        if changed or kept is None or kept.dropped != dropped or _gates(kept) is not gates:
             members, sizes = self._members(owner, dropped, changed)
             here = [m for m in members if m.param.numel()]
             absent = [m for m in members if not m.param.numel()]
             ends = tuple(m.held for m in (members[0], members[-1])) if members else ()
-            self._active = Active(Sweep(here, absent), list(sizes), dropped, tuple(sizes.values()), ends)
+            sweep, gated = Sweep(here, absent), None
+            if gates is not None and layers is not None:
+                sweep = Sweep(here, absent, gates, [_place(layers, m) for m in here])
+                gated = Gated.of(gates, members, [_place(layers, m) for m in members])
+            kept = self._active = Active(sweep, list(sizes), dropped, tuple(sizes.values()), gated, ends)
             self._seen = self._look(owner) if self.spec else seen  # anew: states may have been made
-        return self._active
+        return kept
 
     def _look(self, owner: Owner) -> list[object]:
         """Differs as soon as a parameter or a state is another one, elsewhere, or like something else."""

@@ -22,7 +22,8 @@ class Operands:
     """dst None works in place. states: of the rule, a list each. probes: where a forked chain's last stage goes, None for
     those that it leaves out. strides: where one of src is a shard of a matrix along its last dimension, global distance
     between the starts of neighbouring rows, else 0; none for zeros. rank: of the directions, 0 where their elements are
-    independent. shapes: of the whole tensors, where src are shards of them; none where they are whole.
+    independent. shapes: of the whole tensors, where src are shards of them; none where they are whole. gates int64, on the
+    device: a pass leaves out the tensors whose gate is 0, gates[blocks[i]], and reads nothing of them.
 
     Who runs passes on the same operands again holds the tensors meanwhile, and makes others when anything about them
     changes: addresses take long to ask for. `written`: those that a pass changes, for autograd.
@@ -38,6 +39,8 @@ class Operands:
     strides: Sequence[int] = ()
     rank: int = 0
     shapes: Sequence[Sequence[int]] = ()
+    gates: Tensor | None = None
+    blocks: Sequence[int] = ()
     found: tuple[str, ModuleType, list[Table]] | None = field(default=None, init=False)  # what a backend reads
 
     @functools.cached_property
@@ -60,7 +63,7 @@ class Operands:
         """
         found, _ = tables(
             self.src, self.results, self.tensor_ids, self.offsets, self.groups, self.check, self.states, self.probes,
-            self.strides, self.shapes, self.rank,
+            self.strides, self.shapes, self.rank, self.gates, self.blocks,
         )  # fmt: skip
         return found
 

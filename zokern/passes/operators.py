@@ -25,7 +25,7 @@ _REST = (
     "Tensor(b!)[] first, Tensor(c!)[] second, int[] tensor_ids, int[] offsets, int[] groups, Tensor seeds, "
     "Tensor coefs, Tensor shared, Tensor? rounding_seed, Tensor? enabled, str rule, str distribution, str rounding, "
     "bool square_of_sum, bool keep_second, str backend, int prepared=0, int[] strides=[], "
-    "int[] shapes=[]"
+    "int[] shapes=[], Tensor? gates=None, int[] blocks=[]"
 )
 _library = torch.library.Library("zokern", "DEF")
 _done_by: list[Launch] = []
@@ -65,6 +65,7 @@ def through_torch(operands: Operands, spec: PassSpec, numbers: PassNumbers, back
         first, second, operands.tensor_ids, operands.offsets, operands.groups, numbers.seeds, numbers.coefs, numbers.shared,
         numbers.rounding_seed, numbers.enabled, spec.rule.name, spec.direction.name, spec.rounding, spec.square_of_sum,
         spec.keep_second, backend, 0, operands.strides, [n for shape in operands.shapes for n in (len(shape), *shape)],
+        operands.gates, operands.blocks,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(operands.written)
@@ -97,6 +98,8 @@ def _operator(
     prepared: int = 0,
     strides: Sequence[int] = (),
     shapes: Sequence[int] = (),
+    gates: Tensor | None = None,
+    blocks: Sequence[int] = (),
 ) -> None:
     """What `through_torch` took apart, together again. prepared: nothing; graphs that version 0.1 recorded give it. shapes:
     each as the number of its sizes and these."""
@@ -105,8 +108,9 @@ def _operator(
     for dims in sizes:
         whole.append(tuple(itertools.islice(sizes, dims)))
     operands = Operands(
-        src, dst, states, tensor_ids, offsets, groups, strides=strides, rank=directions.rank(direction), shapes=whole
-    )
+        src, dst, states, tensor_ids, offsets, groups, strides=strides, rank=directions.rank(direction), shapes=whole,
+        gates=gates, blocks=blocks,
+    )  # fmt: skip
     spec = PassSpec(rule_called(rule), direction, rounding, square_of_sum, keep_second)
     numbers = PassNumbers(seeds.contiguous(), coefs.contiguous(), shared.contiguous(), rounding_seed, enabled)
     _done_by[0](operands, spec, numbers, backend)

@@ -35,6 +35,20 @@ Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
+class Gated:
+    """What a table says where all blocks are open, and whose each row and chunk is: rows int64 [T, 2], numel and offset;
+    numbers int32 [C]; of_row int64 [T] and of_chunk int64 [C], places among the gates."""
+
+    rows: Tensor
+    numbers: Tensor
+    of_row: Tensor
+    of_chunk: Tensor
+
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.rows, self.numbers, self.of_row, self.of_chunk
+
+
+@dataclass(frozen=True)
 class Table:
     """One launch: `numel` elements of `dtype` with states of `state_dtype`, described by device tensors."""
 
@@ -45,6 +59,7 @@ class Table:
     numel: int
     groups: int
     factors: FactorTable | None = None  # of directions of low rank
+    gated: Gated | None = None
     _streams: dict[int, torch.cuda.Stream] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
@@ -57,7 +72,17 @@ class Table:
         return sum(t.nbytes for t in self._kept())
 
     def _kept(self) -> tuple[Tensor, ...]:
-        return (self.tensors, self.chunks, *(() if self.factors is None else self.factors.kept()))
+        more = [part.kept() for part in (self.factors, self.gated) if part is not None]
+        return (self.tensors, self.chunks, *(t for each in more for t in each))
+
+    def open(self, gates: Tensor) -> None:
+        """Leaves out the blocks whose gate is 0, on the device, until it is called again: their rows have no elements and
+        their chunks are the first ones of these, so that a kernel has nothing to read. (A chunk beyond the end of a tensor
+        would not do: a GPU's kernel counts elements from the chunk's beginning, without a sign.)"""
+        if self.gated is not None:
+            rows, numbers, of_row, of_chunk = self.gated.kept()
+            self.tensors[:, NUMEL : OFFSET + 1].copy_(rows * gates.index_select(0, of_row)[:, None])
+            self.chunks[:, 1].copy_(numbers * gates.index_select(0, of_chunk))
 
     def read_on(self, stream: torch.cuda.Stream) -> None:
         """Takes note of a stream that a launch reads the table on."""
@@ -81,9 +106,11 @@ def build(
     strides: Sequence[int] = (),
     stacks: Sequence[factor_tables.Stack] = (),
     rank: int = 0,
+    blocks: Sequence[int] = (),
 ) -> Table:
-    """The table of tensors that share a dtype and a device; stacks: of matrices, where directions are of that rank.
-    80 bytes a tensor (a row of one with a stride) and 8 a chunk, uploaded once."""
+    """The table of tensors that share a dtype and a device; stacks: of matrices, where directions are of that rank; blocks:
+    places among the gates, where there are some. 80 bytes a tensor (a row of one with a stride) and 8 a chunk, uploaded
+    once."""
     rows: Ints = np.zeros((len(src), COLUMNS), np.int64)
     for i, (s, d, tensor_id, offset, group) in enumerate(zip(src, dst, ids, offsets, groups, strict=True)):
         addresses = [t.data_ptr() for t in (s, d, *(state[i] for state in states))]
@@ -105,14 +132,21 @@ def build(
     if stacks:
         own = np.bincount(tensor_of[chunks[:, 0]], minlength=len(src))
         factors = factor_tables.build(stacks, ids, rank, tensor_of, own, CHUNK, lambda t: upload(t, device))
+    on_device = upload(torch.from_numpy(rows), device), upload(torch.from_numpy(chunks), device)
+    gated = None
+    if blocks:
+        of_row: Ints = np.array(blocks, np.int64)[tensor_of]
+        places = (upload(torch.from_numpy(of), device) for of in (of_row, of_row[chunks[:, 0]]))
+        gated = Gated(on_device[0][:, NUMEL : OFFSET + 1].clone(), on_device[1][:, 1].clone(), *places)
     return Table(
         dtype=src[0].dtype,
         state_dtype=state_dtype,
-        tensors=upload(torch.from_numpy(rows), device),
-        chunks=upload(torch.from_numpy(chunks), device),
+        tensors=on_device[0],
+        chunks=on_device[1],
         numel=int(rows[:, NUMEL].sum()),
         groups=max(groups) + 1,
         factors=factors,
+        gated=gated,
     )
 
 
@@ -184,6 +218,8 @@ def tables(
     strides: Sequence[int] = (),
     shapes: Sequence[Sequence[int]] = (),
     rank: int = 0,
+    gates: Tensor | None = None,
+    blocks: Sequence[int] = (),
 ) -> tuple[list[Table], bool]:
     """One table for each dtype, or two with directions of low rank (rank > 0), of matrices and of others; and whether they
     had to be built. `check` may refuse tensors not seen before.
@@ -191,7 +227,7 @@ def tables(
     states: of the rule, each a list with one tensor for each of src; all of one dtype. probes: where a forked chain's last
     stage goes, for each of src, None where it is left out. strides: for each of src, global distance between the starts of
     neighbouring local rows, its last dimension; 0, or no strides, where it is one row. shapes: of the whole tensors, where
-    src are shards; none where they are whole.
+    src are shards; none where they are whole. gates, blocks: see operands.py; such tables are of these gates alone.
     """
     key = (
         src[0].device,
@@ -204,6 +240,7 @@ def tables(
         _layout(probes),
         tuple(strides) if any(strides) else (),
         (rank, tuple(map(tuple, shapes))) if rank else (),
+        () if gates is None else (gates.data_ptr(), *blocks),
     )
     found = _cache.get(key)
     if found is not None:
@@ -227,6 +264,7 @@ def tables(
             [strides[i] for i in at] if strides else (),
             [stack for i in at if (stack := stacks[i]) is not None],
             rank,
+            [blocks[i] for i in at] if gates is not None else (),
         )
         for at in together.values()
     ]
