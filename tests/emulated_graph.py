@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zokern import sweep
+
 # What a CUDA error says after its first line.
 ADVICE = """
 Search for `cudaErrorStreamCaptureUnsupported' in https://docs.nvidia.com/cuda/cuda-runtime-api for more information.
@@ -32,6 +34,8 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing{ADVICE}")
         if name == "aten::lift_fresh":  # torch.tensor(...): on a GPU this is a copy from the host
             raise RuntimeError(f"a tensor was made from host numbers: not permitted when stream is capturing{ADVICE}")
+        if name == "aten::index" and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            raise RuntimeError(f"a mask's length is a value: operation not permitted when stream is capturing{ADVICE}")
         out = func(*args, **(kwargs or {}))
         self.work.append((func, args, kwargs or {}, out))
         return out
@@ -45,8 +49,19 @@ class EmulatedGraph:
         work()
 
     def capture(self, work: Callable[[], None]) -> None:
-        with Recorder(self.work):
-            work()
+        chain = sweep.run_chain
+
+        def recorded(*args: Any, **named: Any) -> int:
+            """PyTorch's dispatcher sees no chain."""
+            self.work.append((lambda: chain(*args, **named) and None, (), {}, None))
+            return chain(*args, **named)
+
+        sweep.run_chain = recorded
+        try:
+            with Recorder(self.work):
+                work()
+        finally:
+            sweep.run_chain = chain
 
     def launch(self) -> None:
         for func, args, kwargs, out in self.work:

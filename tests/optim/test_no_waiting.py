@@ -6,6 +6,9 @@ An eager step may send numbers there if the host does not wait for their arrival
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokern
+from tests.late import Late
 from tests.methods import METHODS, Case
 from tests.models import Net
 from tests.placement import side_streams
-from zokern import backends, sweep
+from zokern import backends, journal, sweep
 from zokern.distributed.exchange import Exchange
 from zokern.distributed.places import Places
 from zokern.graphs.live import DeviceNumbers
+from zokern.journal import behind, recording, run
+from zokern.journal.signatures import Directions
 from zokern.optim import agreement, parameters
 from zokern.optim.agreement import Agreement
 from zokern.optim.base import ZerothOrderOptimizer
@@ -182,6 +188,50 @@ def test_blocks_filled_ahead_ask_the_device_for_nothing(name: str, monkeypatch) 
     assert transfers.seen == []
     assert lanes[0].events
     assert not lanes[0].unordered
+
+
+class Ones(Late):
+    """What a journal gets of a device without values: that steps were done."""
+
+    def __init__(self, there: Tensor) -> None:
+        super().__init__(there)
+        self.values = torch.ones(there.shape)
+
+
+@pytest.fixture
+def journalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What writes a journal of a model without values."""
+    monkeypatch.setattr(behind, "Arriving", Ones)
+    monkeypatch.setattr(Ones, "polls", 2)
+    for module in (run, recording):  # which read the weights, at the beginning and at the end
+        monkeypatch.setattr(module, "hash_of", lambda pairs: "0" * 32)
+    monkeypatch.setattr(Directions, "name", lambda self, seed, step: (0, 0))  # a device chooses some; ones are no seeds
+    return functools.partial(journal.write, path=tmp_path / "run.zkj")
+
+
+@pytest.mark.parametrize("case", METHODS.values(), ids=list(METHODS))
+def test_a_journalled_step_asks_the_device_for_nothing(case: Case, journalled, tmp_path, monkeypatch) -> None:
+    model, opt = on_device(case, "shadow", monkeypatch)
+    with journalled(opt, lag=8):
+        with Transfers() as transfers:
+            for _ in range(10):
+                opt.step(lambda: loss_of(model))
+        assert set(transfers.seen) == {("cpu", "meta")}
+        assert transfers.waited == []
+        assert journal.progress(opt) == journal.Progress(behind=2, waits=0)
+    assert sum(1 for _ in journal.Reader(tmp_path / "run.zkj").steps()) == 10
+
+
+@pytest.mark.filterwarnings("ignore::zokern.ZokernWarning")  # of losses that do not depend on the weights
+def test_a_thousand_journalled_steps_wait_for_nothing(journalled, tmp_path, monkeypatch) -> None:
+    model, opt = on_device(METHODS["mezo"], "inplace", monkeypatch)
+    loss = loss_of(model)
+    with journalled(opt):
+        for _ in range(1000):
+            opt.step(lambda: loss)
+        assert journal.progress(opt).waits == 0
+        assert 0 < journal.progress(opt).behind <= behind.LAG
+    assert sum(1 for _ in journal.Reader(tmp_path / "run.zkj").steps()) == 1000
 
 
 class Nowhere(Exchange):

@@ -65,7 +65,7 @@ def test_the_harness_sees_a_step_that_is_not_whole(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(MeZO, "applied", lambda self, ok: note(self, ok, whole.ledger.Ledger()))
     world = whole.World(METHODS["mezo-adam"], "shadow", None)
     total, _, _ = world.trial("torch", -1)
-    verdicts = [world.trial("torch", at)[2] for at in range(total - 12, total + 1)]
+    verdicts = [world.trial("torch", at)[2] for at in range(total - 30, total + 1)]
     assert any("history" in one for one in verdicts)
 
 

@@ -6,16 +6,36 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from zokern import _checks
+
+def kind_of(value: Any, name: str) -> Any:
+    """What of a batch is a part of the graph, to be compared with ==: containers, shapes and dtypes of tensors, and all
+    other values.
+
+    Raises:
+        TypeError: for an array of NumPy, which is neither.
+    """
+    if isinstance(value, Mapping):
+        return type(value), [(key, kind_of(part, f"{name}[{key!r}]")) for key, part in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value), [kind_of(part, f"{name}[{i}]") for i, part in enumerate(value)]
+    if isinstance(value, np.ndarray):
+        raise TypeError(
+            f"{name} is an array of NumPy, which is no part of a graph; make a tensor of it (torch.from_numpy)"
+        )
+    return (Tensor, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def on_device(value: Any, device: torch.device, name: str) -> Any:
-    """The same containers with copies of the tensors on `device`."""
-    found = list(_leaves(value, name))
-    if not any(isinstance(leaf, Tensor) for _, leaf in found):
+    """The same containers with copies of the tensors on `device`.
+
+    Raises:
+        ValueError: for a batch without tensors.
+    """
+    if not any(isinstance(leaf, Tensor) for leaf in _leaves(value)):
         raise ValueError(f"{name} has no tensor in it, so every step would have the same batch")
     return _map(value, lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf)
 
@@ -32,35 +52,20 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Each value that is no container, with its path for messages."""
+def _leaves(value: Any) -> Iterator[Any]:
+    """Each value that is no container."""
     if isinstance(value, Mapping):
-        for key in value:
-            yield from _leaves(value[key], f"{name}[{key!r}]")
+        for part in value.values():
+            yield from _leaves(part)
     elif isinstance(value, (list, tuple)):
-        for i, part in enumerate(value):
-            yield from _leaves(part, f"{name}[{i}]")
+        for part in value:
+            yield from _leaves(part)
     else:
-        yield name, value
+        yield value
 
 
-def copy_into(static: Any, batch: Any, name: str) -> None:
-    """Fills the tensors of the captured batch; nothing is copied unless everything fits."""
-    wanted, given = list(_leaves(static, name)), list(_leaves(batch, name))
-    if [path for path, _ in wanted] != [path for path, _ in given]:
-        raise ValueError(
-            f"{name} has {', '.join(path for path, _ in given)}; captured was a batch with "
-            f"{', '.join(path for path, _ in wanted)}"
-        )
-    for (path, old), (_, new) in zip(wanted, given, strict=True):
-        if isinstance(old, Tensor):
-            if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
-                raise ValueError(
-                    f"{path} is {_checks.describe(new) if isinstance(new, Tensor) else repr(new)}; captured was "
-                    f"{_checks.describe(old)}: pad the batch, or make a GraphedStep for each shape"
-                )
-        elif isinstance(new, Tensor) or new != old:
-            raise ValueError(f"{path} is {new!r}, and {old!r} is part of the captured graph; it cannot change")
-    for (_, old), (_, new) in zip(wanted, given, strict=True):
+def copy_into(static: Any, batch: Any) -> None:
+    """Fills the tensors of a captured batch with those of one of its kind."""
+    for old, new in zip(_leaves(static), _leaves(batch), strict=True):
         if isinstance(old, Tensor):
             old.copy_(new, non_blocking=True)

@@ -29,6 +29,7 @@ class DeviceNumbers:
         self.gate = torch.zeros(1, dtype=torch.int32, device=device)
         self.values = torch.zeros(len(HYPER) * num_groups + num_scheduled, dtype=torch.float64, device=device)
         self._filled: list[float] | None = None
+        self._at: int | None = None  # what `step` is, where the host knows it
         self._streams: dict[int, int] = {}  # their places in the tensor below
         self._stream_numbers = torch.zeros(0, dtype=torch.int64, device=device)
         self._seeds: Sequence[Tensor] = ()
@@ -42,6 +43,9 @@ class DeviceNumbers:
     def first_eps(self) -> Tensor:
         return self._hyper("eps", 0)
 
+    def lrs(self) -> tuple[Tensor, ...]:
+        return tuple(self._hyper("lr", g).to(torch.float32) for g in range(self.num_groups))
+
     def seed(self, k: int) -> Tensor:
         """The step's seed of a stream, int64, 0-d: the same tensor each time within a step."""
         at = self._streams.setdefault(k, len(self._streams))
@@ -50,6 +54,10 @@ class DeviceNumbers:
             numbers = sent(torch.tensor(missing, dtype=torch.int64, device=CPU), self.device)
             self._seeds = [*self._seeds, *derive_seeds(self.run_seed, self.step, numbers).unbind()]
         return self._seeds[at]
+
+    def next_seed(self, k: int) -> Tensor:
+        stream = torch.full((1,), k, dtype=torch.int64, device=self.device)
+        return derive_seeds(self.run_seed, self.step + 1, stream).reshape(())
 
     def rounding_seeds(self) -> Tensor:
         return torch.stack([self.seed(ROUNDING_STREAM), self.seed(STATE_STREAM)])
@@ -72,7 +80,23 @@ class DeviceNumbers:
         for i, value in enumerate(values):
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 self.values[i].copy_(value, non_blocking=True)
-        self.step.fill_(step)
+        if step != self._at:
+            self.step.fill_(step)
+            self._at = step
+
+    def count(self) -> None:
+        """The end of a step, as a part of it: the next launch is the next step."""
+        self.step.add_(self.gate.reshape(()))
+
+    def launched(self) -> None:
+        """A captured step was."""
+        if self._at is not None:
+            self._at += 1
+
+    @property
+    def streams(self) -> list[int]:
+        """The directions that have been asked for so far."""
+        return [k for k in self._streams if k not in (ROUNDING_STREAM, STATE_STREAM)]
 
     def tensors(self) -> list[Tensor]:
         """What a step that is captured now reads; a later capture may replace some of them."""

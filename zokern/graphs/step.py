@@ -7,91 +7,167 @@ what launches cost: most of the step of a small model or a small batch, next to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zokern.graphs.batch import copy_into, on_device
-from zokern.graphs.cuda import Graph, new_graph
+from zokern import _checks
+from zokern.graphs.batch import copy_into, kind_of, on_device
+from zokern.graphs.broken import explain
+from zokern.graphs.cuda import new_graph
+from zokern.graphs.kinds import MOST, Captured, Graphs
 from zokern.graphs.live import DeviceNumbers
+from zokern.graphs.telling import Listening
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.losses import weights_of
 from zokern.passes import table
+from zokern.passes.update import CPU
 
 SUPPORTED = ("cuda",)
 WARM_UP_STEPS = 2  # the first meets new streams of seeds and compiles; the second is like the captured one
 
 
-@dataclass
-class _Captured:
-    graph: Graph
-    metrics: dict[str, Tensor]  # filled by a launch
-    cost: dict[str, int]  # what a step adds to the counters
-    held: object  # what the graph's launches read, to keep it from being freed
-
-
 class GraphedStep:
     """graphed(batch) is optimizer.step(lambda: closure(batch)) with the same bits, launched as a CUDA graph.
 
+        step = GraphedStep(optimizer, closure, sample_batch)
+        loss = step(batch)
+        loss = step(batches=[first, second], batch_weights=[3, 5])  # optimizer.step(closure, batches, batch_weights=...)
+
+    A journal may be begun and ended at any time: a launch leaves its numbers in device memory, from where they are copied
+    out later.
+
     Args:
-        optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True, and while no
-            journal is written: those do other work in each step, or have to know its numbers on the host. Of several ranks,
-            on an nccl group and without compare_every.
+        optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True: those do other
+            work in each step. Of several ranks, on an nccl group and without compare_every.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
             Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
             another attention mask while it is captured than in eager steps: give its models a 4-D attention_mask and
             position_ids, and both are the same work.
-        sample_batch: a tensor, or lists, tuples and mappings of tensors (nested as you like), with the shapes and dtypes of
-            all batches to come; other values in it are part of the graph. Tensors may be on the host: each call copies
-            them to the device.
+        sample_batch: a tensor, or lists, tuples and mappings of tensors (nested as you like), of a kind of batch that will
+            come: the constructor captures a step with it. None: the first call does. Tensors may be on the host: each call
+            copies them to the device. Other values are part of the graph.
+        max_graphs: a step with a batch of other shapes, dtypes or values, with other numbers of micro-batches, or of
+            another kind (HELENE, with and without its curvature), is another graph, captured when it first comes. So many
+            are kept; beyond that the longest unused one goes, with its memory. `captures` and `let_go` count them.
+        reduction, loss_weights, batched: as optimizer.step's.
 
-    The constructor tries two steps without writing a weight, and captures one; weights, states and counters are unchanged
-    after it. A method whose steps differ (HELENE, with and without its curvature) is captured once for each kind.
+    A capture tries two steps without writing a weight, and captures one; weights, states and counters are unchanged after
+    it. It takes the time of some steps.
 
     Raises:
         TypeError, ValueError: for an optimizer or a batch that does not fit, naming it and the remedy.
-        RuntimeError: where the closure cannot be captured, or parameters or groups have changed since; the weights are
-            clean. optimizer.step still works.
+        RuntimeError: where the closure cannot be captured, naming the line, or parameters or groups have changed since; the
+            weights are clean. optimizer.step still works.
     """
 
-    def __init__(self, optimizer: ZerothOrderOptimizer, closure: Callable[[Any], Tensor], sample_batch: Any) -> None:
+    def __init__(
+        self,
+        optimizer: ZerothOrderOptimizer,
+        closure: Callable[[Any], Tensor],
+        sample_batch: Any = None,
+        *,
+        max_graphs: int = MOST,
+        reduction: str = "mean",
+        loss_weights: Mapping[str, float] | None = None,
+        batched: bool | int = False,
+    ) -> None:
         if not isinstance(optimizer, ZerothOrderOptimizer):
             raise TypeError(f"optimizer must be one of zokern's, got {type(optimizer).__name__}")
         if not callable(closure):
             raise TypeError("closure must be a function of a batch that returns the loss")
         self.optimizer, self.closure = optimizer, closure
+        self._how: dict[str, Any] = {"reduction": reduction, "loss_weights": loss_weights, "batched": batched}
+        self._graphs = Graphs(_checks.check_integer(max_graphs, "max_graphs", 1))
         self.device = self._check()
-        self._batch = on_device(sample_batch, self.device, "sample_batch")
         self._pool = self._new_pool()
         groups = optimizer.param_groups
         self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device)
-        self._captured: dict[Hashable, _Captured] = {}
-        self._capture()
-        self._layout = self._layout_now()
+        self._layout: object = None
+        if sample_batch is not None:
+            self._graph([sample_batch], ["sample_batch"], None, many=False)
+
+    @property
+    def captures(self) -> int:
+        """How many graphs have been captured."""
+        return self._graphs.captures
+
+    @property
+    def let_go(self) -> int:
+        """How many of them were let go again, as there were more than max_graphs."""
+        return self._graphs.let_go
 
     @torch.no_grad()
-    def __call__(self, batch: Any) -> Tensor:
-        """One step; returns the loss, 0-d, on the device. Nothing waits for the device."""
+    def __call__(
+        self, batch: Any = None, *, batches: Iterable[Any] | None = None, batch_weights: Iterable[float] | None = None
+    ) -> Tensor:
+        """One step; returns the loss, 0-d, on the device. Nothing waits for the device, but where a step is captured.
+
+        batches, batch_weights: micro-batches, as optimizer.step takes them; a fixed number of them is one graph.
+        """
         optimizer = self.optimizer
         self._check()
-        if self._layout_now() != self._layout:
+        if self._graphs.kept and self._layout_now() != self._layout:
             raise RuntimeError(
                 "parameters, groups, states or the seed of the optimizer are not those that were captured; make a new "
                 "GraphedStep"
             )
-        copy_into(self._batch, batch, "batch")
-        if optimizer.structure() not in self._captured:
-            self._capture()
+        every, names, many = self._given(batch, batches)
+        weights = None if batch_weights is None else self._weights(batch_weights, every if many else None)
+        optimizer.ask_listeners()
+        one = self._graph(every, names, weights, many)
+        for static, own in zip(one.batches, every, strict=True):
+            copy_into(static, own)
+        if one.weights is not None:
+            one.weights.copy_(torch.tensor(weights, dtype=torch.float64, device=CPU), non_blocking=True)
         self._fill()
-        one = self._captured[optimizer.structure()]
         with HeldInterrupts(), optimizer.alone("step"):
             one.graph.launch()
-            optimizer.launched_again(one.metrics, one.cost)
+            self._live.launched()
+            optimizer.launched_again(one.telling, one.cost, one.copies)
         return optimizer.metrics["loss"]
+
+    def _graph(self, batches: Sequence[Any], names: Sequence[str], weights: list[float] | None, many: bool) -> Captured:
+        """Of this call; captured, where it is the first of its kind."""
+        while True:
+            kind = self._kind(batches, names, weights, many, ahead=self.optimizer.is_ahead())
+            one = self._graphs.find(kind)
+            if one is not None:
+                return one
+            # A capture leaves no copy as the step before has filled it ahead: both kinds of pipelined steps at once.
+            for ahead in [True, False] if self.optimizer.pipelined else [False]:
+                self._capture(batches, names, weights, many=many, ahead=ahead)
+
+    # ------------------------------------------------------------------------------------------------- what a call gives
+
+    def _given(self, batch: Any, batches: Iterable[Any] | None) -> tuple[list[Any], list[str], bool]:
+        """The batches, what messages call them, and whether they are micro-batches."""
+        if (batch is None) == (batches is None):
+            raise TypeError("give a step either batch or batches=[...]")
+        if batches is None:
+            return [batch], ["batch"], False
+        every = list(batches)
+        if not every:
+            raise ValueError("batches is empty; leave the step out, or give what the closure is to be called with")
+        return every, [f"batches[{i}]" for i in range(len(every))], True
+
+    def _weights(self, given: Iterable[float], batches: list[Any] | None) -> list[float]:
+        """Of each batch, then their sum."""
+        weights = weights_of(given, batches)
+        if self.optimizer.num_ranks > 1:
+            raise ValueError(
+                "batch_weights are told to the other ranks by the host, and a graph cannot hold that: leave them out, or "
+                "use optimizer.step"
+            )
+        return [*weights, float(sum(weights))]
+
+    def _kind(self, batches: Sequence[Any], names: Sequence[str], weights: object, many: bool, *, ahead: bool) -> Any:
+        kinds = [kind_of(*one) for one in zip(batches, names, strict=True)]
+        return self.optimizer.structure(), ahead, many, weights is not None, kinds
 
     def _fill(self) -> None:
         self.optimizer.check_groups()
@@ -104,45 +180,61 @@ class GraphedStep:
         return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.no_grad()
-    def _capture(self) -> None:
+    def _capture(
+        self, batches: Sequence[Any], names: Sequence[str], weights: list[float] | None, *, many: bool, ahead: bool
+    ) -> None:
         """Tries the current step with its passes switched off, then captures it; does neither of them."""
         optimizer, live = self.optimizer, self._live
-        before, metrics = optimizer.counters, optimizer.metrics
+        kind = self._kind(batches, names, weights, many, ahead=ahead)
+        static = [on_device(batch, self.device, name) for batch, name in zip(batches, names, strict=True)]
+        there = None if weights is None else torch.tensor(weights, dtype=torch.float64, device=CPU).to(self.device)
+        self._graphs.make_room(kind)
+        before, metrics, listeners = optimizer.counters, optimizer.metrics, optimizer.listeners
+        optimizer.listeners = [listening := Listening(optimizer, self.device)]
         graph = new_graph(self.device, self._pool)
-        self._fill()
-        live.gate.zero_()
-        # A closure with dropout draws in the first launch what it would have drawn in an eager step.
-        generators = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+        work = self._work(static, there, many, ahead=ahead)
         try:
-            with generators:
+            self._fill()
+            live.gate.zero_()
+            # A closure with dropout draws in the first launch what it would have drawn in an eager step.
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 for _ in range(WARM_UP_STEPS):
-                    graph.warm_up(self._step)
+                    graph.warm_up(work)
                     optimizer.set_counters(before)
-                graph.capture(self._step)
+                graph.capture(work)
             cost = {name: value - before[name] for name, value in optimizer.counters.items()}
             active = optimizer.active
+            copies = list(optimizer.copies_ahead)
             held = table.cached(), active, active.sweep.tables(), optimizer.captured_tensors(), live.tensors()
-            captured = _Captured(graph, optimizer.metrics, cost, held)
+            one = Captured(kind, graph, static, there, listening.telling(live.streams), cost, held, copies)
         except BaseException as error:
             self._pool = self._new_pool()  # the allocator may believe that it still records into the old one
             if isinstance(error, (TypeError, ValueError)) or not isinstance(error, Exception):
                 raise
-            what, *_ = [*str(error).strip().splitlines(), type(error).__name__]  # CUDA gives advice on further lines
-            raise RuntimeError(
-                f"the step could not be captured in a CUDA graph: {what}. The closure must not wait for the device "
-                "(.item(), printing), move tensors between host and device, or call what cannot be captured; "
-                "optimizer.step(lambda: closure(batch)) works without a graph"
-            ) from error
+            raise RuntimeError(explain(error)) from error
         finally:
             optimizer.set_counters(before)
-            optimizer.metrics = metrics
+            optimizer.metrics, optimizer.listeners = metrics, listeners
             live.gate.fill_(1)
-        self._captured[optimizer.structure()] = captured
+            optimizer.trust(False)
+        if self._graphs.kept and self._layout_now() != self._layout:
+            self._graphs.kept.clear()  # they work on what is elsewhere now
+        self._layout = self._layout_now()
+        self._graphs.add(one)
 
-    def _step(self) -> None:
-        """A step on the static batch, with all of its numbers on the device."""
-        self._live.begin()
-        self.optimizer.step_with(self._live, lambda: self.closure(self._batch))
+    def _work(self, static: Sequence[Any], weights: Tensor | None, many: bool, *, ahead: bool) -> Callable[[], None]:
+        """A step on the static batches, its numbers on the device. ahead: its first probe's copies are there already."""
+
+        def work() -> None:
+            self._live.begin()
+            self.optimizer.trust(ahead)
+            if many:
+                self.optimizer.step_with(self._live, self.closure, static, weights=weights, **self._how)
+            else:
+                self.optimizer.step_with(self._live, lambda: self.closure(static[0]), **self._how)
+            self._live.count()
+
+        return work
 
     # --------------------------------------------------------------------------------------------------------- checks
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
+from zokern.journal.behind import LAG, check_lag
 from zokern.journal.files import cut
 from zokern.journal.fit import check, is_base
 from zokern.journal.format import BROKEN_OFF, SYNC_SECONDS, JournalError
@@ -22,21 +23,23 @@ from zokern.optim.base import ZerothOrderOptimizer
 
 
 @contextlib.contextmanager
-def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = SYNC_SECONDS) -> Iterator[None]:
+def append(
+    optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = SYNC_SECONDS, lag: float = LAG
+) -> Iterator[None]:
     """Inside, the steps of an optimizer that has been loaded from a checkpoint are written on in its run's journal.
 
     optimizer: with the weights, the states and the step N of the checkpoint. What the journal has after that is cut off,
     and kept in a file beside it. Nothing is replayed. Where the journal has a hash of the weights after N steps (see
     `mark`), they are compared, and what stands before that hash stays, steps that were broken off too; elsewhere a replay
     finds out at its end. Folded copies (fold_every), loaded with a state_dict whose updates wait, are written down as a
-    fold after step N. sync: as for write. Of several ranks each one calls this; the file is the first one's.
+    fold after step N. sync, lag: as for write. Of several ranks each one calls this; the file is the first one's.
 
     Raises:
         JournalError: before anything is changed: if the journal is damaged, is of another run, does not reach N, or had
             other weights after N steps; or if another process, or this optimizer, is writing a journal.
         ValueError: for weights that are not those of a state_dict that was loaded, whose updates wait.
     """
-    path, optimizer = Path(path), frameworks.bare(optimizer)
+    path, optimizer, lag = Path(path), frameworks.bare(optimizer), check_lag(lag)
     with contextlib.ExitStack() as held:
         with at_hand(optimizer, path, "journal.append", held) as (here, file):
             with agreed(optimizer, "journal.append", path) as same:
@@ -58,7 +61,7 @@ def append(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
             with agreed(optimizer, "journal.append", path):
                 if file is not None:
                     cut(path, file, end, warn=False)
-                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
+                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout, lag)
                     recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
             if recorder is not None and arrived is not None and not (mark is not None and mark.folded):

@@ -40,6 +40,7 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -130,6 +131,7 @@ class Writer:
 
     def __init__(self, file: BinaryIO, crc: int, version: int = VERSION, sync: float = SYNC_SECONDS) -> None:
         self.file, self.crc, self.version, self._sync_seconds = file, crc, version, sync
+        self.at = file.tell()  # where the last record ends
         self._synced = time.monotonic()
 
     def append(self, body: bytes) -> None:
@@ -138,11 +140,18 @@ class Writer:
         Raises:
             OSError: with the file as it was before, as far as the system lets it be cut off.
         """
-        if not 1 <= len(body) <= MAX_RECORD:
-            raise JournalError(f"a record has {len(body)} bytes, and a journal takes 1 to {MAX_RECORD}")
-        head = varint(len(body))
-        crc = checksum(self.version, head, body, self.crc)
-        self._write(head + body + struct.pack("<I", crc))
+        self.append_all([body])
+
+    def append_all(self, bodies: Sequence[bytes]) -> None:
+        """Several records, or nothing of them."""
+        crc, data = self.crc, list[bytes]()
+        for body in bodies:
+            if not 1 <= len(body) <= MAX_RECORD:
+                raise JournalError(f"a record has {len(body)} bytes, and a journal takes 1 to {MAX_RECORD}")
+            head = varint(len(body))
+            crc = checksum(self.version, head, body, crc)
+            data += (head, body, struct.pack("<I", crc))
+        self._write(b"".join(data))
         self.crc = crc
         if time.monotonic() - self._synced >= self._sync_seconds:
             self.sync()
@@ -159,14 +168,15 @@ class Writer:
         self._synced = time.monotonic()
 
     def _write(self, data: bytes) -> None:
-        begin, rest = self.file.tell(), memoryview(data)
+        rest = memoryview(data)
         try:
             while rest:
                 rest = rest[self.file.write(rest) :]
         except BaseException:
-            self.file.seek(begin)
+            self.file.seek(self.at)
             self.file.truncate()
             raise
+        self.at += len(data)
 
 
 def start(file: BinaryIO, header: dict[str, Any], version: int = VERSION, sync: float = SYNC_SECONDS) -> Writer:

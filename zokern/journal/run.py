@@ -13,6 +13,7 @@ from zokern._version import __version__
 from zokern.contract.streams import rank_of
 from zokern.hashing import hash_of
 from zokern.journal import format as journal
+from zokern.journal.behind import LAG, check_lag
 from zokern.journal.beside import begun
 from zokern.journal.files import cut
 from zokern.journal.fit import check, check_marks, is_base
@@ -58,21 +59,26 @@ def write(
     force: bool = False,
     about: dict[str, Any] | None = None,
     sync: float = SYNC_SECONDS,
+    lag: float = LAG,
 ) -> Iterator[None]:
     """Inside, every step of the optimizer is written to a new journal at `path`; at the end, a hash of the weights.
 
-    A step waits for the device, because its numbers have to be on the host. The journal has to begin with the run, or
-    with weights from which a run without states goes on. `about`: anything that the header should hold besides, as JSON.
-    `sync`: seconds between waits for the disk; a machine that dies loses at most the steps of these. A process that dies
-    loses none. `force`: an earlier journal at `path` is replaced with the first step; until then the new one is written
-    beside it, and an earlier one stays where the run dies before. Of several ranks each one calls this and leaves it: the
-    first writes, and `path` is not looked at on the others.
+    Steps do not wait for the device: what they tell is copied out in their wake, and the file may be `lag` behind: a whole
+    number of steps, or a float of seconds, as they stand when a step is done. 0 makes each step wait. On a CPU the file has
+    each step at once. All is written where the block is left, also by an exception, at `mark` and `flush`, before a
+    state_dict() and after a step that broke off. A step that has to wait because of `lag` is counted (`progress`).
+    The journal has to begin with the run, or with weights from which a run without states goes on. `about`: anything that
+    the header should hold besides, as JSON. `sync`: seconds between waits for the disk; a machine that dies loses at most
+    the steps of these. A process that dies loses what `lag` says. `force`: an earlier journal at `path` is replaced with
+    the first step; until then the new one is written beside it, and an earlier one stays where the run dies before. Of
+    several ranks each one calls this and leaves it: the first writes, and `path` is not looked at on the others.
 
     Raises:
+        TypeError, ValueError: for a lag that is none.
         RankError: where another rank cannot begin, or is elsewhere.
         JournalError: if `path` exists (and force is False), another journal is being written, or the optimizer has states.
     """
-    path, optimizer = Path(path), frameworks.bare(optimizer)
+    path, optimizer, lag = Path(path), frameworks.bare(optimizer), check_lag(lag)
     with contextlib.ExitStack() as stack:
         with agreed(optimizer, "journal.write", path) as same:
             refuse_second(optimizer, path)
@@ -88,7 +94,7 @@ def write(
         with agreed(optimizer, "journal.write", path):
             if is_first(optimizer):
                 file, arrive = stack.enter_context(begun(path, force))
-                recorder = Recorder(journal.start(file, header, sync=sync), optimizer.seed, optimizer.layout())
+                recorder = Recorder(journal.start(file, header, sync=sync), optimizer.seed, optimizer.layout(), lag)
                 recorder.writer.append_json(journal.LAYOUT, recorder.layout)
                 recorder.arrive = arrive
         with recording(optimizer, recorder, path):
@@ -108,14 +114,16 @@ def _refuse_waiting(optimizer: ZerothOrderOptimizer, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = SYNC_SECONDS) -> Iterator[int]:
+def resume(
+    optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = SYNC_SECONDS, lag: float = LAG
+) -> Iterator[int]:
     """Takes a run up where its journal ends, and writes on: the weights, states and the step of the optimizer become what
     they were after the last step in the journal, without any other checkpoint.
 
     optimizer: as the run's was at its start: same method, options and parameters, and the weights that it started from.
     Yields the number of steps done. What the file has after the last step that was done is cut off, and kept in a file
     beside it: a record that was torn, with a warning, or a step that an exception broke off. lr, eps and weight_decay stay
-    the optimizer's own: set a scheduler to the step. sync: as for write. A file of format 1 is written on as that. Of
+    the optimizer's own: set a scheduler to the step. sync, lag: as for write. A file of format 1 is written on as that. Of
     several ranks each one calls this, with the weights that the run started from; the file is the first one's, and the
     others get its bytes from there.
 
@@ -123,7 +131,7 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
         JournalError: if the journal is damaged, does not fit the optimizer, or another process is writing it, before
             anything is changed; if the weights on the way are not those that training had, after they were changed.
     """
-    path, optimizer = Path(path), frameworks.bare(optimizer)
+    path, optimizer, lag = Path(path), frameworks.bare(optimizer), check_lag(lag)
     with contextlib.ExitStack() as held:
         with at_hand(optimizer, path, "journal.resume", held) as (here, file):
             with agreed(optimizer, "journal.resume", path) as same:
@@ -137,7 +145,7 @@ def resume(optimizer: ZerothOrderOptimizer, path: str | Path, *, sync: float = S
             with agreed(optimizer, "journal.resume", path):
                 if file is not None:
                     cut(path, file, end, warn=reader.torn)
-                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout)
+                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout, lag)
                     recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
             yield optimizer.counters["steps"]

@@ -22,3 +22,11 @@ class Arriving:
     def values(self) -> Any | None:
         """As `tolist` gives them, once they are here; None before."""
         return self._host.tolist() if self._event.query() else None
+
+    def here(self) -> Tensor | None:
+        """On the host, once they are here; None before."""
+        return self._host if self._event.query() else None
+
+    def wait(self) -> Tensor:
+        self._event.synchronize()
+        return self._host

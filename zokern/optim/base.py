@@ -26,7 +26,7 @@ from zokern.interrupts import HeldInterrupts
 from zokern.optim import drivers
 from zokern.optim.batched import Sharing
 from zokern.optim.captured import Captured
-from zokern.optim.events import Careful, StepEvent
+from zokern.optim.events import StepEvent
 from zokern.optim.examples import PerExample, losses_of
 from zokern.optim.folds import Folds
 from zokern.optim.guards import primed
@@ -34,6 +34,7 @@ from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Closure, Losses
 from zokern.optim.numbers import HostNumbers, StepNumbers
 from zokern.optim.probing import Probing
+from zokern.optim.recent import Recent
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.spec import PassNumbers, PassSpec
 from zokern.passes.update import CPU, Update, sent
@@ -42,7 +43,7 @@ from zokern.placement.shadow import Exact
 ALONE = contextlib.nullcontext()
 
 
-class ZerothOrderOptimizer(Folds, Captured):
+class ZerothOrderOptimizer(Folds, Captured, Recent):
     """Base class of the methods. Subclasses declare their settings (zokern/settings.py) and have `rounds` (method.py).
 
     The constructor is in built.py, state_dicts in saving.py, what a graph of a step needs in captured.py.
@@ -110,16 +111,25 @@ class ZerothOrderOptimizer(Folds, Captured):
             return self.metrics["loss"]
 
     @torch.no_grad()
-    def step_with(self, numbers: StepNumbers, closure: Closure) -> None:
-        """A step with numbers from another source: a device's make it one that waits for nothing and can be captured."""
+    def step_with(
+        self,
+        numbers: StepNumbers,
+        closure: Closure,
+        batches: Iterable[Any] | None = None,
+        *,
+        weights: Tensor | None = None,
+        batched: bool | int = False,
+        **how: Any,
+    ) -> None:
+        """A step with numbers from another source: a device's make it one that waits for nothing and can be captured.
+        weights: of the batches, on the device (Losses.weigh). how: reduction and loss_weights."""
         ranks = self._ranks if self._decided else self._take_part()
-        losses = Losses(
-            closure,
-            vectors=self.takes_vector_losses,
-            reduce=self.reduce,
-            maximize=self.maximize,
-            shared=ranks is not None,
-        )
+        losses = losses_of(
+            batched, closure, batches, vectors=self.takes_vector_losses, reduce=self.reduce, maximize=self.maximize,
+            shared=ranks is not None, **how,
+        )  # fmt: skip
+        if weights is not None:
+            losses.weigh(weights)
         with ALONE if ranks is None else ranks.step(self), HeldInterrupts() as interrupts:
             self._step(losses, numbers, interrupts)
             self._skips.tell()
@@ -130,9 +140,8 @@ class ZerothOrderOptimizer(Folds, Captured):
             turn.refuse("step")
         try:
             turn.taken = "step", threading.get_ident()
-            for listener in self.listeners:
-                if isinstance(listener, Careful):
-                    listener.before_step()
+            if self.listeners:
+                self.ask_listeners()
             if numbers.device is not None:
                 self._skips.count = sent(self._skips.count, numbers.device)
                 self._guards.flats.on(numbers.device)
@@ -169,7 +178,7 @@ class ZerothOrderOptimizer(Folds, Captured):
         counters, sweep, ledger = self._passes.counters, self.active.sweep, Ledger()
         step = counters.steps
         layout = self._parameters.layout(self) if self.listeners else {}
-        lrs = tuple(float(group["lr"]) for group in self.param_groups) if self.listeners else ()
+        lrs = self.numbers.lrs() if self.listeners else ()
 
         probing = Probing(self, losses, rates.eps, interrupts)
         try:
@@ -241,10 +250,8 @@ class ZerothOrderOptimizer(Folds, Captured):
 
     def _ahead(self) -> placements.Ahead:
         """Every method's first probe of perturbed weights is along direction 0."""
-        step = self._passes.counters.steps + 1
-        active = self._parameters.active(self, self.seed, step)
-        seed = HostNumbers(self.param_groups, self.seed, step, self.schedule).seed(0)
-        return placements.Ahead(active.sweep, {seed: 1.0})
+        active = self._parameters.active(self, self.seed, self._passes.counters.steps + 1)
+        return placements.Ahead(active.sweep, {self.numbers.next_seed(0): 1.0})
 
     def _tell(
         self,
@@ -252,21 +259,12 @@ class ZerothOrderOptimizer(Folds, Captured):
         told: list[tuple[PassSpec, PassNumbers]],
         ledger: Ledger,
         layout: Mapping[str, Any],
-        lrs: tuple[float, ...],
+        lrs: tuple[float | Tensor, ...],
     ) -> None:
-        """Every listener is told, also where one of them raises."""
-        memory: tuple[float, ...] = ()
+        memory: tuple[float | Tensor, ...] = ()
         if ledger.ok is not None:
             memory = tuple(self.memory()) if ledger.memory is None else ledger.memory
         loss = None if ledger.ok is None else ledger.metrics["loss"]
         deferred = ledger.ok is not None and ledger.deferred is not None
         passes = (*told, *([ledger.deferred] if deferred and ledger.deferred else []))
-        event = StepEvent(step, ledger.ok, passes, self.numbers.drawn, loss, lrs, memory, layout, deferred)
-        raised: BaseException | None = None
-        for listener in tuple(self.listeners):
-            try:
-                listener(event)
-            except BaseException as error:
-                raised = raised or error
-        if raised is not None:
-            raise raised
+        self.tell_listeners(StepEvent(step, ledger.ok, passes, self.numbers.drawn, loss, lrs, memory, layout, deferred))

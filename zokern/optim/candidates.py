@@ -19,6 +19,7 @@ from zokern.optim import curvature, state
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds
 from zokern.optim.ledger import Ledger
+from zokern.optim.told import is_far
 from zokern.optim.update import Estimate, Rates
 from zokern.passes.update import Seed, Terms, Update, seed_tensor, sent
 from zokern.settings import setting
@@ -165,8 +166,11 @@ class MeZOGV(_Candidates):
             raise ValueError(f"state_dict: history is {history!r}; keep_best remembers one direction, a number")
         self._take(history[0] if history else None, None)
 
-    def memory(self) -> list[float]:
-        return [] if self._best is None else [float(self._best)]
+    def memory(self) -> list[float | Tensor]:
+        best = self._best
+        if best is None:
+            return []
+        return [best.to(torch.float64) if isinstance(best, Tensor) and is_far(best) else float(best)]
 
     def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:
         if memory:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from zokern.contract.streams import derive_seed
+from zokern.optim.events import StepEvent
 from zokern.optim.ranked import Ranked
+from zokern.optim.told import is_far
+from zokern.passes.update import Terms
+from zokern.placement.ready import Copies
+from zokern.placement.shadow import Exact
 from zokern.sweep import Counters
+
+
+class Telling(Protocol):
+    """What a captured step says of itself (zokern/graphs/telling.py)."""
+
+    row: Tensor
+
+    def metrics(self, row: Tensor) -> dict[str, Tensor]: ...
+
+    def event_of(self, step: int, run_seed: int, row: Tensor, layout: Mapping[str, Any]) -> StepEvent: ...
 
 
 class Captured(Ranked):
@@ -29,10 +47,6 @@ class Captured(Ranked):
             return "layers leaves out other blocks in each step"
         if self.fold_every != 1:
             return f"fold_every={self.fold_every} gives each step's forwards further terms"
-        if self.pipelined:
-            return "pipelined=True fills a step's first copies in the step before"
-        if self.listeners:
-            return "a journal is written, which needs each step's numbers on the host"
         if self._guards.pairs(self.paired_randomness):
             return (
                 "a module is in training mode and draws, or paired_randomness=True: a graph's forwards cannot start "
@@ -70,14 +84,65 @@ class Captured(Ranked):
     def set_counters(self, counters: dict[str, int]) -> None:
         self._passes.counters = Counters(**counters)
 
-    def launched_again(self, metrics: dict[str, Tensor], cost: dict[str, int]) -> None:
-        """A captured step has been launched: takes note of it as `step` would have, counting first. metrics: what the
-        launch fills, which the next one overwrites."""
+    def ask_listeners(self) -> None:
+        """Before a step changes anything: those who are told of it may refuse it."""
+        for listener in self.listeners:
+            if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
+                listener.before_step()
+
+    def launched_again(self, telling: Telling, cost: dict[str, int], copies: Copies) -> None:
+        """A captured step has been launched: takes note of it as `step` would have, counting first. copies: that it has
+        filled for the next one."""
+        step = self._passes.counters.steps
         self.set_counters({name: value + cost[name] for name, value in self.counters.items()})
         self._opt_called = True  # torch's schedulers look for it: here `step` itself was not called
-        self.metrics = {name: value.clone() for name, value in metrics.items()}
+        if isinstance(self._placement, Exact):
+            self._placement.overwritten()
+            if copies and not self._eps_is_far():
+                self._placement.promise(copies, *self._first_probe())
+        row = telling.row.clone()  # the next launch overwrites it
+        self.metrics = telling.metrics(row)
+        if self.listeners:
+            self.tell_listeners(telling.event_of(step, self.seed, row, self._parameters.layout(self)))
         self._skips.warn()
         self._skips.look()
         self._moves.tell(self.advice)
         self._moves.look()
         self._guards.tell(self)
+
+    def _first_probe(self) -> tuple[Terms, list[float]]:
+        """Of the step that comes next, pipelined: its directions, and each row's eps."""
+        seed = derive_seed(self.seed, self._passes.counters.steps, 0)
+        return {seed: 1.0}, [float(self.param_groups[g]["eps"]) for g, _ in self.active.rows]
+
+    def _eps_is_far(self) -> bool:
+        return any(isinstance(group["eps"], Tensor) and is_far(group["eps"]) for group in self.param_groups)
+
+    def is_ahead(self) -> bool:
+        """Whether the step before has filled what the next one's first probe looks at."""
+        if not self.pipelined or not isinstance(self._placement, Exact) or self._eps_is_far():
+            return False
+        active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+        return active is getattr(self, "active", None) and self._placement.is_ready(active.sweep, *self._first_probe())
+
+    def trust(self, ahead: bool) -> None:
+        """Before a step is tried or captured: whether it is one of those."""
+        if self.pipelined and isinstance(self._placement, Exact):
+            active = self._parameters.active(self, self.seed, self._passes.counters.steps)
+            self._placement.trust(active.sweep, ahead)
+
+    @property
+    def copies_ahead(self) -> Copies:
+        """What the last step's update has filled for the next one."""
+        return self._placement.forked if self.pipelined and isinstance(self._placement, Exact) else []
+
+    def tell_listeners(self, event: StepEvent) -> None:
+        """All of them, also where one of them raises."""
+        raised: BaseException | None = None
+        for listener in tuple(self.listeners):
+            try:
+                listener(event)
+            except BaseException as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised

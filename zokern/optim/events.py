@@ -13,13 +13,15 @@ from zokern.passes.spec import PassNumbers, PassSpec
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step, done, skipped or broken off by an exception.
+    """One step, done, skipped or broken off by an exception. Its numbers are where the step had them: to read one that is
+    on a device is to wait.
 
-    step: its number, from 0. ok: whether its update did anything, 0-d, on the device; None if it was broken off. passes:
-    those that wrote to the weights' own storage, in order. drawn: the step's directions by seed. loss: 0-d, None if it was
-    broken off. lrs: each group's. memory: what the method needs again in later steps. layout: what a replay has to know of
-    the parameters; the same object while nothing has changed. deferred: `passes` was not done, but waits to be folded into
-    the weights.
+    step: its number, from 0. ok: whether its update did anything, 0-d; None if it was broken off. passes: those that wrote
+    to the weights' own storage, in order. drawn: the step's directions by seed, as far as the host knows them. loss: 0-d,
+    None if it was broken off. lrs: each group's, a number, or 0-d where a device has it. memory: what the method needs
+    again in later steps, likewise. layout: what a replay has to know of the parameters; the same object while nothing has
+    changed. deferred: `passes` was not done, but waits to be folded into the weights. row: of a captured step, what all of
+    its tensors hold (told.py): they themselves are the next launch's, soon.
     """
 
     step: int
@@ -27,10 +29,11 @@ class StepEvent:
     passes: tuple[tuple[PassSpec, PassNumbers], ...]
     drawn: Mapping[int, int]
     loss: Tensor | None
-    lrs: tuple[float, ...]
-    memory: tuple[float, ...]
+    lrs: tuple[float | Tensor, ...]
+    memory: tuple[float | Tensor, ...]
     layout: Mapping[str, Any]
     deferred: bool = False
+    row: Tensor | None = None
 
 
 Listener = Callable[[StepEvent], None]
@@ -55,3 +58,11 @@ class HearsFolds(Protocol):
 
     def folded(self, event: StepEvent) -> None:
         """A fold by hand; step: the last one that was done, passes: the fold's."""
+
+
+@runtime_checkable
+class FallsBehind(Protocol):
+    """A listener that does later what it is told of, and all of it when asked."""
+
+    def flush(self) -> None:
+        """Everything up to now; waits for the device."""

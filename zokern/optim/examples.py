@@ -68,7 +68,7 @@ class PerExample(Losses):
 
     def metrics(self) -> dict[str, Tensor]:
         """Also "probes_per_forward", the most that shared one: 1 where they were evaluated one after another."""
-        largest = torch.tensor(float(self.largest), dtype=torch.float32, device=self.each[0].device)
+        largest = torch.full((), self.largest, dtype=torch.float32, device=self.each[0].device)
         return {**super().metrics(), "probes_per_forward": largest}
 
     def _number(self, returned: Any, device: torch.device | None, name: str | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from zokern.deltas import Delta
 from zokern.interrupts import HeldInterrupts
 from zokern.optim.events import Careful, HearsFolds, StepEvent
 from zokern.optim.saving import Saving
+from zokern.optim.told import now
 from zokern.passes.spec import PassNumbers, PassSpec
 
 
@@ -61,7 +62,7 @@ class Folds(Saving):
                 listener.folded(event)
 
     def _event(self, passes: tuple[tuple[PassSpec, PassNumbers], ...]) -> StepEvent:
-        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        lrs = tuple(now(group["lr"]) for group in self.param_groups)
         return StepEvent(self._passes.counters.steps - 1, None, passes, {}, None, lrs, (), {})
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ class Ledger:
     before = 0
     returned = False
     metrics: Mapping[str, Tensor] = {}
-    memory: tuple[float, ...] | None = None
+    memory: tuple[float | Tensor, ...] | None = None
     deferred: tuple[PassSpec, PassNumbers] | None = None
     _undo: tuple[tuple[Any, ...], ...] = ()  # functions with their arguments
 

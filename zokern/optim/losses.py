@@ -16,7 +16,7 @@ import functools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -53,7 +53,7 @@ def _listed(given: Any, name: str) -> list[Any]:
         raise TypeError(f"{name} must be a list, got {type(given).__name__}; give one entry for each batch") from error
 
 
-def _weights(given: Any, batches: list[Any] | None) -> list[float]:
+def weights_of(given: Any, batches: list[Any] | None) -> list[float]:
     if batches is None:
         raise ValueError("batch_weights are given and batches are not; they go in pairs")
     weights = [
@@ -110,7 +110,10 @@ class Losses:
         self.batches = None if batches is None else _listed(batches, "batches")
         if self.batches is not None and not self.batches and not shared:
             raise ValueError("batches is empty; leave the step out, or give what the closure is to be called with")
-        self.weights = None if batch_weights is None else _weights(batch_weights, self.batches)
+        self.weights: Sequence[float | Tensor] | None = None
+        if batch_weights is not None:
+            self.weights = weights_of(batch_weights, self.batches)
+        self.total: Tensor | None = None  # of the weights, where a device has them
         self.reduction = reduction
         if reduction != "mean":
             _checks.check_choice(reduction, "reduction", REDUCTIONS)
@@ -124,6 +127,10 @@ class Losses:
         self.each: list[Tensor] = []
         self.named: dict[str, list[Tensor]] = {}
 
+    def weigh(self, weights: Tensor) -> None:
+        """By numbers of a device, float64 [M + 1]: each micro-batch's, and their sum."""
+        *self.weights, self.total = weights.unbind()
+
     @property
     def empty(self) -> bool:
         """Of a rank that is out of data."""
@@ -135,7 +142,7 @@ class Losses:
         if self.nothing:
             return 0.0
         if self.weights is not None:
-            return float(sum(self.weights))
+            return float(sum(map(float, self.weights)))
         return 1.0 if self.batches is None else float(len(self.batches))
 
     def evaluate(self, counters: Counters, device: torch.device | None = None) -> Tensor:
@@ -219,7 +226,9 @@ class Losses:
         if self.weights is not None:
             losses = [loss * weight for loss, weight in zip(losses, self.weights, strict=True)]
         total = functools.reduce(torch.add, losses)
-        return total / self.weight if self.reduction == "mean" and not self.shared else total
+        if self.reduction != "mean" or self.shared:
+            return total
+        return total / (self.weight if self.total is None else self.total)
 
     def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
         """The sum of losses by name."""

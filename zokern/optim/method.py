@@ -91,8 +91,9 @@ class Method:
                 f"state_dict: history has {len(history)} entries, and {type(self).__name__} remembers nothing"
             )
 
-    def memory(self) -> list[float]:
-        """Numbers of the last step that it needs again in later ones, for the journal."""
+    def memory(self) -> list[float | Tensor]:
+        """Numbers of the last step that it needs again in later ones, for the journal: those that a device has as 0-d
+        tensors, float64, that nothing writes to later."""
         return []
 
     def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:

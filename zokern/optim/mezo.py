@@ -152,7 +152,7 @@ class MeZO(ZerothOrderOptimizer):
             blocks = 0 if self.layers is None else len(self.layers.names)
             self._memory.load(history, len(self.param_groups), blocks)
 
-    def memory(self) -> list[float]:
+    def memory(self) -> list[float | Tensor]:
         return [] if self._memory is None else self._memory.numbers()
 
     def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from zokern import _checks
 from zokern.optim.ledger import Ledger
 from zokern.optim.numbers import Rows
+from zokern.optim.told import is_far
 from zokern.optim.update import Estimate, Rates, adam
 from zokern.passes.update import CPU, Update, sent
 
@@ -40,7 +41,7 @@ class Memory(ABC):
             TypeError, ValueError: before anything is changed, for what it cannot have given.
         """
 
-    def numbers(self) -> list[float]:
+    def numbers(self) -> list[float | Tensor]:
         """Of the last step, for a journal: those that a replay cannot know."""
         return []
 
@@ -158,8 +159,9 @@ class AdaMeZOHistory(Memory):
     def save(self) -> list[Any]:
         return [list(entry) for entry in self.entries]
 
-    def numbers(self) -> list[float]:
-        return [float(c) for c in self.entries[0][2]]
+    def numbers(self) -> list[float | Tensor]:
+        c = self.entries[0][2]
+        return list(c.clone().unbind()) if is_far(c) else c.tolist()
 
     def remember(
         self, seed: int, numbers: list[float], dropped: set[int], blocks: Sequence[int | None], ok: bool

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_step, derive_stream
+from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed, derive_step, derive_stream
+from zokern.optim.told import now
 from zokern.passes.update import CPU, Seed, sent
 
 Rows = Sequence[tuple[int, Hashable]]  # the parameter group, and what tells rows of one group apart
@@ -37,8 +38,14 @@ class StepNumbers(Protocol):
     def first_eps(self) -> float | Tensor:
         """eps of the first group."""
 
+    def lrs(self) -> tuple[float | Tensor, ...]:
+        """Each group's, as it is at this step, for those who are told of it."""
+
     def seed(self, k: int) -> Seed:
         """Of the step's direction k."""
+
+    def next_seed(self, k: int) -> Seed:
+        """Of the next step's direction k."""
 
     def rounding_seeds(self) -> Tensor:
         """int64 [2]: the weights' and a state's."""
@@ -59,7 +66,7 @@ class HostNumbers:
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], run_seed: int, step: int, schedule: Callable[[int], list[float]]
     ) -> None:
-        self._groups, self._step, self._schedule = groups, step, schedule
+        self._groups, self._step, self._schedule, self._run_seed = groups, step, schedule, run_seed
         self._at_step = derive_step(run_seed, step)
         self.drawn: dict[int, int] = {}
 
@@ -76,10 +83,16 @@ class HostNumbers:
         eps = self._groups[0]["eps"]
         return eps.to(torch.float64) if isinstance(eps, Tensor) else float(eps)
 
+    def lrs(self) -> tuple[float | Tensor, ...]:
+        return tuple(now(group["lr"]) for group in self._groups)
+
     def seed(self, k: int) -> Seed:
         seed = derive_stream(self._at_step, k)
         self.drawn[seed] = k
         return seed
+
+    def next_seed(self, k: int) -> Seed:
+        return derive_seed(self._run_seed, self._step + 1, k)
 
     def rounding_seeds(self) -> Tensor:
         weights, state = derive_stream(self._at_step, ROUNDING_STREAM), derive_stream(self._at_step, STATE_STREAM)

@@ -8,7 +8,7 @@ from typing import Any
 from zokern.interrupts import HeldInterrupts
 from zokern.optim import carried, loading, state
 from zokern.optim.built import Built
-from zokern.optim.events import Careful
+from zokern.optim.events import Careful, FallsBehind
 from zokern.optim.flat import Flats
 from zokern.optim.parameters import Active
 from zokern.placement.shadow import Exact
@@ -24,7 +24,10 @@ class Saving(Built):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict plus the entry "zokern": what it takes to continue with the same noise. The first group has it
-        once more, as text, for torch.distributed.checkpoint."""
+        once more, as text, for torch.distributed.checkpoint. A journal that is written has all steps before it is made."""
+        for listener in self.listeners:
+            if isinstance(listener, FallsBehind):
+                listener.flush()
         saved = super().state_dict()
         saved["zokern"] = {
             "format": state.FORMAT,

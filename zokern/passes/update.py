@@ -26,6 +26,11 @@ Seed = int | Tensor
 Terms = Mapping[Seed, float | Tensor]
 
 
+def same_seed(a: Seed | None, b: Seed | None) -> bool:
+    """As far as the host knows."""
+    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
+
+
 @dataclass(frozen=True)
 class Update:
     """A pass of `rule`: coefs [R, K] by name, A without what restores the weights; shared [R] by name.

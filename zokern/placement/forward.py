@@ -22,7 +22,7 @@ from zokern import deltas
 from zokern.contract.streams import matrices
 from zokern.directions import rank
 from zokern.passes.spec import PassNumbers
-from zokern.passes.update import Seed, Terms
+from zokern.passes.update import Seed, Terms, same_seed
 from zokern.placement import parts as _parts  # noqa: F401  what is computed with a stand-in, and with its parts
 from zokern.placement import plus, sites
 from zokern.placement import thin as _products  # noqa: F401
@@ -42,12 +42,16 @@ SCALED = (
 )
 
 
+KEPT = 4  # layouts of probes that share a forward; a step has one for each round
+
+
 class Forward(Shown):
     """proves: whether a probe that computes with none of the matrices is an error. copied: matrices that something else has
     used, by name, and which function: they are copies since."""
 
     name = "forward"
     factors_of: type[Factors] = Factors
+    blocks: type[Together] = Together
 
     def __init__(self, *, proves: bool = True) -> None:
         super().__init__()
@@ -65,7 +69,7 @@ class Forward(Shown):
         self.terms: Terms = {}
         self.said = 0  # how many of `copied`
         self.unused = Unused()
-        self.together = Together(self)
+        self.together: dict[tuple[int, int], Together] = {}  # by the number of blocks, and of each one's directions
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         super().bind(module, passes)
@@ -211,11 +215,16 @@ class Forward(Shown):
 
     def numbers_of_block(self, seeds: Tensor, coefs: Tensor) -> PassNumbers:
         """Of the pass that writes a block's copies. seeds [K], coefs float32 [R, 1, K]: the block's directions."""
-        return PassNumbers(seeds, coefs, self.still, None, self.passes.gate)
+        return PassNumbers(seeds, coefs, self.still)
 
     def present_together(self, probes: Sequence[Terms], rows: Rows) -> AbstractContextManager[None]:
         """As `present`, of a probe for each block of a batch's rows."""
-        return self.together.present(probes, rows)
+        key = len(probes), max(1, *map(len, probes))
+        if key not in self.together:
+            if len(self.together) == KEPT:
+                del self.together[next(iter(self.together))]
+            self.together[key] = self.blocks(self)
+        return self.together[key].present(probes, rows)
 
     def _follow(self) -> None:
         """The closure of the probe before has given weights another storage."""
@@ -269,16 +278,18 @@ class Forward(Shown):
                 file=sys.stderr,
             )
 
+    def overwritten(self) -> None:
+        super().overwritten()
+        self.filled = ()
+        for one in self.together.values():
+            one.filled = []
+
     def memory(self) -> list[Tensor]:
         return [
             *super().memory(),
             *(t for factors in self.factors.values() for t in factors.memory()),
-            *self.together.memory(),
+            *(t for one in self.together.values() for t in one.memory()),
         ]
-
-
-def same_seed(a: Seed | None, b: Seed | None) -> bool:
-    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
 def _write(placement: weakref.ref[Forward], i: int) -> Tensor:

@@ -17,9 +17,9 @@ from zokern.contract.rules import RULES
 from zokern.contract.streams import ROUNDING_STREAM, STATE_STREAM, derive_seed
 from zokern.directions import Direction
 from zokern.passes.spec import PassNumbers, PassSpec, pass_spec
-from zokern.passes.update import CPU, Seed, Terms, along, seed_tensor, sent
+from zokern.passes.update import CPU, Seed, Terms, along, same_seed, seed_tensor, sent
 from zokern.placement.factors import Factors, Views
-from zokern.placement.forward import Forward, same_seed
+from zokern.placement.forward import Forward
 from zokern.placement.plus import PlusLowRank
 from zokern.placement.rows import Rows
 from zokern.placement.together import Together
@@ -129,13 +129,13 @@ class ForwardPending(Forward):
     """pending: what forwards see of earlier steps. room: how many seeds wait at most, 0 where that is not known."""
 
     factors_of = Places
+    blocks = TogetherPending
 
     def __init__(self, *, proves: bool = True) -> None:
         super().__init__(proves=proves)
         self.pending = NONE
         self.room = 0
         self.fold: tuple[PassSpec, Tensor] | None = None  # how sums are rounded while nobody probes
-        self.together = TogetherPending(self)
         self._decays: dict[torch.device, Tensor] = {}  # float32 [R], where stand-ins look at it
         self._traced = [False]  # whether torch's compiler has looked at a stand-in
 
@@ -149,7 +149,7 @@ class ForwardPending(Forward):
         if not self.pending.steps:
             return super()._numbers(terms)
         rounding_seeds = None if self.fold is None else self.fold[1]
-        return self.pending.numbers(self.eps, terms, rounding_seeds, self.passes.gate)
+        return self.pending.numbers(self.eps, terms, rounding_seeds, None)
 
     @contextlib.contextmanager
     def present(self, terms: Terms) -> Iterator[None]:
@@ -194,7 +194,7 @@ class ForwardPending(Forward):
         waits = self.pending.numbers(self.eps, {})
         every = torch.cat([sent(waits.seeds, seeds.device), seeds])
         both = torch.cat([sent(waits.coefs, coefs.device), coefs], dim=2)
-        return PassNumbers(every, both, waits.shared, None, self.passes.gate)
+        return PassNumbers(every, both, waits.shared)
 
     @contextlib.contextmanager
     def present_together(self, probes: Sequence[Terms], rows: Rows) -> Iterator[None]:

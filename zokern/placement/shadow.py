@@ -9,8 +9,7 @@ closure, they are the weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +21,10 @@ from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import CPU, Terms, Update, is_known, packed, perturbation, seed_tensor
 from zokern.placement import sites
 from zokern.placement.base import Ahead, Perturbing, Rounding
-from zokern.sweep import Member, Passes, Sweep
+from zokern.placement.ready import TRUSTED, Copies, Promise, Ready, maker, promise
+from zokern.sweep import Passes, Sweep
 
 ON = torch.ones(1, dtype=torch.int32, device=CPU)  # what enables a pass
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A copy that holds a perturbation which is yet to be asked for: of which weights, in which state, and by what."""
-
-    address: int
-    versions: tuple[int, ...]  # of the weights and the states: torch counts what is done to them
-    eps: float
-    terms: Terms
 
 
 class Exact(Perturbing):
@@ -51,6 +41,8 @@ class Exact(Perturbing):
         super().__init__()
         self.saving = False  # a state_dict() asked for inside the closure is under way
         self.ready: dict[int, Ready] = {}  # by the parameter's id
+        self.promised: Promise | None = None  # the same, of a launch
+        self.forked: Copies = []  # what the last pipelined update has written
         self.probes: list[Tensor | None] = []  # of the last update
         self.places: list[int] = []  # addresses of all copies
         self.latest: tuple[Terms, Tensor, PassNumbers | None] = {}, self.eps, None  # of the last perturbation
@@ -62,7 +54,11 @@ class Exact(Perturbing):
 
     def forget(self) -> None:
         """States were loaded, or a tensor is another one: what was made ready for the next step is of others."""
-        self.ready = {}
+        self.ready, self.promised, self.forked = {}, None, []
+
+    def overwritten(self) -> None:
+        """A captured step has written to the copies."""
+        self.ready, self.promised = {}, None
 
     def remove_hooks(self) -> None:
         while self.hooks:
@@ -78,10 +74,14 @@ class Exact(Perturbing):
     def perturb(self, sweep: Sweep, terms: Terms, out: Sequence[Tensor], *, counted: bool = True) -> None:
         """Writes the members' perturbed weights to `out`, but for those that are there already."""
         numbers = self.numbers_of(terms)
+        self._realise()
         if self.ready:
-            wanted = self._ready(terms)
+            held = [self.ready.pop(id(m.param), None) for m in sweep]
+            wanted = maker(terms, self.eps.tolist()) if any(one is not TRUSTED for one in held if one) else None
             pairs = [
-                (m, t) for m, t in zip(sweep, out, strict=True) if self.ready.pop(id(m.param), None) != wanted(m, t)
+                (m, t)
+                for one, m, t in zip(held, sweep, out, strict=True)
+                if one is not TRUSTED and (one is None or wanted is None or one != wanted(m, t))
             ]
             sweep, out = Sweep([m for m, _ in pairs]), [t for _, t in pairs]
         torch.clear_autocast_cache()  # of casts of what the copies hold still
@@ -96,17 +96,34 @@ class Exact(Perturbing):
         return numbers
 
     def _numbers(self, terms: Terms) -> PassNumbers:
-        return perturbation(self.eps, terms, self.still, self.passes.gate)
+        return perturbation(self.eps, terms, self.still, None)  # copies are written while a captured step is tried, too
 
-    def _ready(self, terms: Terms) -> Callable[[Member, Tensor], Ready]:
-        """What makes a member's copy the perturbation by these terms."""
-        eps: list[float] = self.eps.tolist()
+    def _realise(self) -> None:
+        """What a launch has promised, where an eager step asks."""
+        if self.promised is not None:
+            if not self.ready:
+                self.ready = self.promised.ready()
+            self.promised = None
 
-        def of(member: Member, copy: Tensor) -> Ready:
-            versions = tuple(t._version for t in (member.param, *member.states.values()) if not t.is_inference())
-            return Ready(copy.data_ptr(), versions, eps[member.row], dict(terms))
+    def trust(self, sweep: Sweep, copies: bool) -> None:
+        """Before a step that is captured: whether its first probe is in the copies that an update fills ahead."""
+        self.ready, self.promised = {}, None
+        if copies:
+            self.ready = dict.fromkeys(self.arrange(sweep), TRUSTED)
 
-        return of
+    def promise(self, copies: Copies, terms: Terms, eps: Sequence[float]) -> None:
+        """A launch has filled these for the step after it, which is along `terms`; eps: each row's."""
+        self.promised = promise(copies, terms, eps)
+
+    def is_ready(self, sweep: Sweep, terms: Terms, eps: Sequence[float]) -> bool:
+        """Whether all copies that an update fills ahead hold the perturbation by these terms."""
+        if self.promised is not None:
+            return self.promised.holds(terms, eps)
+        if not self.ready:
+            return False
+        made, members = maker(terms, eps), {id(m.param): m for m in sweep}
+        there = self.arrange(sweep)
+        return all(self.ready.get(key) == made(members[key], copy) for key, copy in there.items())
 
     def arrange(self, sweep: Sweep) -> Mapping[int, Tensor]:
         """Makes the copies of a step with these members, and says which can be filled before it, by parameter's id."""
@@ -143,11 +160,11 @@ class Exact(Perturbing):
         self.probes = probes
         stages = [(spec, numbers), (self.spec, self._numbers(ahead.terms))]
         self.passes.chain(self.sweep, stages, spec.rule, probes=probes, enabled=numbers.enabled)
-        # Should this fail, the step is done all the same, and the next one writes its copies itself.
-        made = self._ready(ahead.terms)
-        self.ready = {
-            id(m.param): made(m, probe) for m, probe in zip(self.sweep, probes, strict=True) if probe is not None
-        }
+        self.forked = [(m, probe) for m, probe in zip(self.sweep, probes, strict=True) if probe is not None]
+        if self.passes.gate is None:  # of a captured step the host knows when it is launched
+            # Should this fail, the step is done all the same, and the next one writes its copies itself.
+            made = maker(ahead.terms, self.eps.tolist())
+            self.ready = {id(m.param): made(m, probe) for m, probe in self.forked}
 
 
 class Shown(Exact):

@@ -191,11 +191,12 @@ class Stream(Exact):
         scratch.ahead = False
         scratch.refuse_views()
         scratch.last = unit
+        self._realise()
+        # What an update has filled ahead lies in the first scratch, which a forward's first block takes.
         for other in self.units[1:] if self.ready else []:
-            for m, t in zip(other.sweep, other.out[number], strict=True):
-                one = self.ready.get(id(m.param))
-                if other is not unit and one is not None and one.address == t.data_ptr():
-                    del self.ready[id(m.param)]
+            if other is not unit:
+                for member in other.sweep:
+                    self.ready.pop(id(member.param), None)
 
     def _write(self, unit: Unit, number: int, terms: Terms) -> None:
         self.perturb(unit.sweep, terms, unit.out[number], counted=False)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from zokern.passes.update import CPU, Seed, Terms, seed_tensor, sent
+from zokern.passes.update import CPU, Seed, Terms, same_seed, seed_tensor, sent
 from zokern.placement import blockwise as _products  # noqa: F401  blocks know them from there
 from zokern.placement import elementwise as _numbers  # noqa: F401
 from zokern.placement import plus, sites
@@ -147,11 +147,9 @@ class Together:
             missing = width - len(terms)
             seeds += [*terms, *[next(iter(terms), any_seed)] * missing]
             multiples += [*terms.values(), *[0.0] * missing]
-        coefs = _along(owner.eps, multiples)
+        coefs = _along(owner.eps, multiples, captured=isinstance(any_seed, Tensor))
         numbers = seed_tensor(seeds)
-        anew = len(seeds) != len(self.filled) or any(
-            a is not b and a != b for a, b in zip(seeds, self.filled, strict=True)
-        )
+        anew = len(seeds) != len(self.filled) or not all(map(same_seed, seeds, self.filled))
         filled, self.filled = self.filled, []
         for factors in self.factors:
             factors.rescale(coefs)
@@ -171,13 +169,18 @@ class Together:
         return [*kept, *(there for one in self.factors for made in one.made.values() for _, there in made.merged)]
 
 
-def _along(eps: Tensor, multiples: Sequence[float | Tensor]) -> Tensor:
-    """[R, K]: each row's eps times each multiple, rounded once to float32."""
+def _along(eps: Tensor, multiples: Sequence[float | Tensor], *, captured: bool) -> Tensor:
+    """[R, K]: each row's eps times each multiple, rounded once to float32. captured: numbers of the host are filled in, as
+    their copy could not be a part of a graph."""
     tensors = [t for t in multiples if isinstance(t, Tensor)]
     device = next((t.device for t in tensors if t.device != eps.device), eps.device)
-    if tensors:
-        every = [t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device=CPU) for t in multiples]
-        each = torch.stack([sent(t, device) for t in every])
+    if tensors or captured:
+        made = {}
+        for t in multiples:
+            if not isinstance(t, Tensor) and t not in made:
+                there = device if captured else CPU
+                made[t] = torch.full((), t, dtype=torch.float64, device=there)
+        each = torch.stack([sent(t if isinstance(t, Tensor) else made[t], device) for t in multiples])
     else:
         each = torch.tensor(multiples, dtype=torch.float64, device=CPU)
     return (sent(eps, device).unsqueeze(1) * sent(each, device)).to(torch.float32)
