@@ -204,10 +204,11 @@ class MeZOGV(_Candidates):
         self._take(history[0] if history else None, None)
 
     def memory(self) -> list[float | Tensor]:
-        best = self._best
+        captured = self._there is not None and self.numbers.gate is not None
+        best = self._there[0] if captured and self._there is not None else self._best
         if best is None:
             return []
-        stays = isinstance(best, Tensor) and (is_far(best) or self.numbers.gate is not None)
+        stays = isinstance(best, Tensor) and (captured or is_far(best))
         return [best.to(torch.float64) if stays and isinstance(best, Tensor) else float(best)]
 
     def remember(self, step: int, memory: list[float], dropped: set[int], ok: bool) -> None:

@@ -22,7 +22,6 @@ from zokern.layers import find_blocks
 from zokern.passes.update import Terms
 from zokern.placement import sites
 from zokern.placement.base import NotSeen, RefusedCall, RefusedModule
-from zokern.placement.ready import TRUSTED
 from zokern.placement.shadow import Exact
 from zokern.placement.units import Scratch, Unit, largest, units_of
 from zokern.placement.units import extra_bytes as extra_bytes  # its public name is here
@@ -193,12 +192,11 @@ class Stream(Exact):
         scratch.refuse_views()
         scratch.last = unit
         self._realise()
+        # What an update has filled ahead lies in the first scratch, which a forward's first block takes.
         for other in self.units[1:] if self.ready else []:
-            for m, t in zip(other.sweep, other.out[number], strict=True):
-                one = self.ready.get(id(m.param))
-                there = number == 0 if one is TRUSTED else one is not None and one.address == t.data_ptr()
-                if other is not unit and there:
-                    del self.ready[id(m.param)]
+            if other is not unit:
+                for member in other.sweep:
+                    self.ready.pop(id(member.param), None)
 
     def _write(self, unit: Unit, number: int, terms: Terms) -> None:
         self.perturb(unit.sweep, terms, unit.out[number], counted=False)
