@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import zokern
 from tests.graphs.test_graphed import batches, emulated, make
 from tests.graphs.test_looking_back import history
 from tests.methods import METHODS, Case, states
+from tests.models import Net
 
 __all__ = ["emulated"]  # a fixture
 BLOCKS = [(name, case) for name, case in METHODS.items() if case.options.get("update") != "adamezo"]
@@ -52,3 +54,39 @@ def test_the_bits_are_those_of_eager_steps(emulated, case: Case, dtype: torch.dt
     assert before == after
     assert_same(plain, captured)
     assert torch.equal(plain[1].metrics["projected_gradient"], captured[1].metrics["projected_gradient"])
+
+
+class Seen:
+    """An optimizer of two groups, of which the second has one block alone, and what happened in its steps."""
+
+    def __init__(self, captured: bool, rate: float, dropped_rate: float) -> None:
+        torch.manual_seed(2)
+        model = Net()
+        alone = list(model.layers[0].parameters())
+        rest = [p for p in model.parameters() if all(p is not q for q in alone)]
+        opt = zokern.MeZO(model, rate, layers=zokern.RandomBlocks(3), placement="inplace", seed=5, num_samples=2)
+        opt.param_groups[0]["params"] = rest
+        opt.add_param_group({"params": alone})
+        data, self.counts, self.kinds = batches(8), [], []
+
+        def closure(batch) -> Tensor:
+            return nn.functional.cross_entropy(model(batch["tokens"]), batch["labels"])
+
+        step = zokern.GraphedStep(opt, closure, data[0]) if captured else None
+        for i, batch in enumerate(data):
+            left_out = 0 in opt.dropped(i)
+            opt.param_groups[1]["lr"] = dropped_rate if left_out else rate
+            self.kinds.append(left_out)
+            step(batch) if step else opt.step(lambda batch=batch: closure(batch))
+            self.counts.append((opt.large_steps, opt.skipped_steps, opt.counters))
+        self.weights = [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore::zokern.ZokernWarning")
+@pytest.mark.parametrize(("rate", "dropped_rate"), [(1e-3, 3e38), (1e-3, 0.5), (0.035, 1e-3)])
+def test_numbers_of_a_group_that_is_left_out_do_not_matter(emulated, rate: float, dropped_rate: float) -> None:
+    """They would be infinite in float32 and the step skipped; or it would be a large one, or count too little of others."""
+    eager, captured = Seen(False, rate, dropped_rate), Seen(True, rate, dropped_rate)
+    assert set(eager.kinds) == {True, False}
+    assert eager.counts == captured.counts
+    assert all(map(torch.equal, eager.weights, captured.weights))

@@ -6,6 +6,7 @@ An eager step may send numbers there if the host does not wait for their arrival
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from zokern import backends, sweep
 from zokern.distributed.exchange import Exchange
 from zokern.distributed.places import Places
 from zokern.graphs.live import DeviceNumbers
+from zokern.layers import RandomBlocks
 from zokern.optim import agreement, parameters
 from zokern.optim.agreement import Agreement
 from zokern.optim.base import ZerothOrderOptimizer
@@ -28,6 +30,7 @@ from zokern.optim.flat import Flats
 from zokern.optim.losses import Skips
 from zokern.optim.moves import Moves
 from zokern.optim.ranks import Ranks
+from zokern.passes import table
 from zokern.passes.operands import Operands
 
 DEVICE = torch.device("meta")
@@ -154,6 +157,41 @@ def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, place
     with Transfers() as transfers:
         step()
     assert transfers.seen == []
+
+
+@pytest.mark.parametrize("name", ["mezo", "mezo-adam", "hizoo", "gv-kept"])
+def test_gates_of_blocks_stay_on_the_device(name: str, monkeypatch) -> None:
+    """A captured step that leaves out blocks; and what a pass writes to its tables before it."""
+    case, built = METHODS[name], []
+    model, opt = on_device(replace(case, options={**case.options, "layers": RandomBlocks(2)}), "inplace", monkeypatch)
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE, 4)
+
+    def tables(self: Operands) -> list[table.Table]:
+        nothing = [0] * len(self.src)
+        built.append(table.build(self.src, self.src, nothing, nothing, nothing, blocks=self.blocks))
+        built[-1].open(self.gates)
+        return []
+
+    def step() -> None:
+        live.begin()
+        opt.step_with(live, lambda: loss_of(model))
+
+    for _ in range(2):
+        step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Operands, "tables", tables)
+        opt.active.sweep.forget()
+        step()
+    assert built
+    with Transfers() as transfers:
+        step()
+        for one in built:
+            one.open(live.gates)
+    assert transfers.seen == []
+    with Transfers() as transfers:
+        live.leave_out({1, 2})
+    assert transfers.seen == [("cpu", "meta")]
+    assert transfers.waited == []
 
 
 class Nowhere(Exchange):
