@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import zokern
-from tests.graphs.test_graphed import batches, emulated, make
+from tests.emulated_graph import EmulatedGraph
+from tests.graphs.test_graphed import ReadFromOutside, batches, emulated, make
 from tests.graphs.test_looking_back import history
 from tests.methods import METHODS, Case, states
 from tests.models import Net
+from zokern.graphs import step as graphed
+from zokern.passes import table
 
 __all__ = ["emulated"]  # a fixture
 BLOCKS = [(name, case) for name, case in METHODS.items() if case.options.get("update") != "adamezo"]
 
 
-def run(case: Case, turns: str, dtype: torch.dtype, dropped: int = 2, **options):
+def run(case: Case, turns: str, dtype: torch.dtype, placement: str = "inplace"):
     """Eager and captured steps, as letters say; the counters after each."""
-    model, opt, closure, scheduler = make(case, "inplace", dtype, layers=zokern.RandomBlocks(dropped), **options)
+    model, opt, closure, scheduler = make(case, placement, dtype, layers=zokern.RandomBlocks(2))
     scheduler.base_lrs = [opt.param_groups[0]["lr"] / 100]  # no large steps, whose count an eager step has elsewhere
     opt.param_groups[0]["lr"] /= 100
     data = batches(len(turns))
@@ -46,11 +52,11 @@ def assert_same(a, b) -> None:
 
 
 @pytest.mark.parametrize("case", [c for _, c in BLOCKS], ids=[n for n, _ in BLOCKS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_are_those_of_eager_steps(emulated, case: Case, dtype: torch.dtype) -> None:
-    if case.method == "mezo-greedy":
+@pytest.mark.parametrize(("placement", "dtype"), [("inplace", torch.float32), ("shadow", torch.bfloat16)])
+def test_the_bits_are_those_of_eager_steps(emulated, case: Case, placement: str, dtype: torch.dtype) -> None:
+    if placement == "inplace" and case.method == "mezo-greedy":
         pytest.skip("an eager step on the CPU knows the best seed, and moves less between two directions that are one")
-    (plain, before), (captured, after) = run(case, "eeeee", dtype), run(case, "ccecc", dtype)
+    (plain, before), (captured, after) = run(case, "eeeee", dtype, placement), run(case, "ccecc", dtype, placement)
     assert before == after
     assert_same(plain, captured)
     assert torch.equal(plain[1].metrics["projected_gradient"], captured[1].metrics["projected_gradient"])
@@ -90,3 +96,28 @@ def test_numbers_of_a_group_that_is_left_out_do_not_matter(emulated, rate: float
     assert set(eager.kinds) == {True, False}
     assert eager.counts == captured.counts
     assert all(map(torch.equal, eager.weights, captured.weights))
+
+
+@pytest.mark.parametrize("placement", ["inplace", "shadow"])
+def test_what_a_graph_reads_is_kept(emulated, placement: str, monkeypatch) -> None:
+    """Also where eager steps with other blocks have other copies in between."""
+    captures: list[dict[int, tuple[str, StorageWeakRef]]] = []
+
+    class Watched(EmulatedGraph):
+        def capture(self, work) -> None:
+            with ReadFromOutside() as seen:
+                work()
+            captures.append(seen.outside)
+
+    monkeypatch.setattr(graphed, "new_graph", Watched)
+    _, opt, closure, _ = make(METHODS["mezo-adam"], placement, torch.bfloat16, layers=zokern.RandomBlocks(2))
+    data = batches()
+    step = zokern.GraphedStep(opt, closure, data[0])
+    for batch in data:
+        opt.step(lambda batch=batch: closure(batch))
+    table._cache.clear()
+    gc.collect()
+    freed = [what for what, storage in captures[-1].values() if storage.expired()]
+    assert freed == []
+    step(data[0])
+    assert opt.counters["steps"] == len(data) + 1

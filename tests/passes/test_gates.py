@@ -103,3 +103,18 @@ def test_matrices_with_directions_of_low_rank(opened, backend, device) -> None:
         some = [0] * len(seen)
         sweep.run(Operands([b[i] for i in seen], None, (), seen, some, some, rank=2), spec, given, backend)
     assert all(map(torch.equal, a, b))
+
+
+def test_without_directions_a_pass_copies(backend, device, dtype) -> None:
+    """The sign of a zero, too: what placement="shadow" makes of the blocks that are left out."""
+    src = tensors(dtype, device)
+    for t in src:
+        t[::2] = -0.0
+    gates, out = torch.tensor(GATES[0], device=device), [torch.ones_like(t) for t in src]
+    given = numbers("axpy", device, 0)
+    plain = PassNumbers(given.seeds, given.coefs, torch.ones_like(given.shared))
+    sweep.run(over(src, [], range(len(src)), gates, out), PassSpec(), plain, backend)
+    for t, copy, (*_, block) in zip(src, out, PIECES, strict=True):
+        wanted = t if GATES[0][block] else torch.ones_like(t)
+        assert torch.equal(copy, wanted)
+        assert torch.equal(copy.signbit(), wanted.signbit())

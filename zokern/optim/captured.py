@@ -10,6 +10,7 @@ from zokern.directions import rank
 from zokern.optim.parameters import Active
 from zokern.optim.ranked import Ranked
 from zokern.placement.inplace import InPlace
+from zokern.placement.shadow import Shadow
 from zokern.sweep import Counters
 
 
@@ -47,10 +48,10 @@ class Captured(Ranked):
             return None
         if rank(self._passes.direction):
             return "layers leaves out other blocks in each step, and distribution is of low rank"
-        if not isinstance(self._placement, InPlace):
+        if not isinstance(self._placement, InPlace | Shadow):
             return (
                 "layers leaves out other blocks in each step, and forwards of "
-                f"placement={self._placement.name!r} see copies of all: give placement='inplace'"
+                f"placement={self._placement.name!r} see copies of all: give placement='inplace' or 'shadow'"
             )
         return None
 
