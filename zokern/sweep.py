@@ -102,6 +102,12 @@ class Sweep(Sequence[Member]):
         every = (*self.members, *self.absent)
         return tuple((id(m.held), m.param.shape, m.param.dtype, m.param.device) for m in every)
 
+    @functools.cached_property
+    def left_out(self) -> Sweep:
+        """The same members with gates of their own, for what these gates leave out."""
+        assert self.gates is not None
+        return Sweep(self.members, (), torch.zeros_like(self.gates), self.blocks)
+
     def piece(self, at: Sequence[int]) -> Sweep:
         """The members with these numbers: the same sweep for the same list."""
         if id(at) not in self._pieces:
@@ -114,13 +120,16 @@ class Sweep(Sequence[Member]):
         self._operands.clear()
         for _, piece in self._pieces.values():
             piece.forget()
+        if "left_out" in vars(self):  # its gates are what a captured step works on
+            self.left_out.forget()
         self._pieces.clear()
 
     def tables(self) -> list[Table]:
         """All that were found so far, for who must keep them: a captured graph reads them long after."""
         own = [operands.found for _, made in self._operands.values() for operands in made]
         pieces = [table for _, piece in self._pieces.values() for table in piece.tables()]
-        return [table for found in own if found is not None for table in found[2]] + pieces
+        others = self.left_out.tables() if "left_out" in vars(self) else []
+        return [table for found in own if found is not None for table in found[2]] + pieces + others
 
     def operands(
         self,

@@ -684,9 +684,9 @@ def test_nothing_is_captured_while_the_clock_runs(
     measure = split.measure
 
     def watched(stepper: Any, *arguments: Any) -> dict[str, float]:
-        before = len(stepper._graph._captured) if hasattr(stepper, "_graph") else 0
+        before = len(stepper._graph._graphs.kept) if hasattr(stepper, "_graph") else 0
         seconds = measure(stepper, *arguments)
-        captured.append((before, len(stepper._graph._captured) if before else 0))
+        captured.append((before, len(stepper._graph._graphs.kept) if before else 0))
         return seconds
 
     monkeypatch.setattr(split, "measure", watched)

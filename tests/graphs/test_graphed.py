@@ -376,11 +376,24 @@ def test_refused_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "word"),
     [
-        ("mezo", {"layers": zokern.RandomBlocks(1)}, "layers leaves out other blocks"),
+        (
+            "mezo",
+            {"layers": zokern.RandomBlocks(1), "placement": "stream"},
+            "layers leaves out .* placement='stream' see",
+        ),
+        ("mezo-adamezo", {"layers": zokern.RandomBlocks(1)}, "layers leaves out .* looks back on those of others"),
+        (
+            "mezo",
+            {"layers": zokern.RandomBlocks(1), "distribution": zokern.LowRank(1)},
+            "layers leaves out .* low rank",
+        ),
+        ("mezo", {"layers": zokern.RandomBlocks(1), "pipelined": True}, "layers leaves out .* pipelined=True"),
     ],
 )
 def test_refused_methods(emulated, name, options, word) -> None:
-    _, opt, closure, _ = make(METHODS[name], "shadow", torch.float32, **options)
+    placement = options.get("placement", "shadow")
+    more = {key: value for key, value in options.items() if key != "placement"}
+    _, opt, closure, _ = make(METHODS[name], placement, torch.float32, **more)
     with pytest.raises(ValueError, match=rf"{word}.*use optimizer\.step"):
         zokern.GraphedStep(opt, closure, batches()[0])
 

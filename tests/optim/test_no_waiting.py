@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from zokern.distributed.places import Places
 from zokern.graphs.live import DeviceNumbers
 from zokern.journal import behind, recording, run
 from zokern.journal.signatures import Directions
+from zokern.layers import RandomBlocks
 from zokern.optim import agreement, parameters
 from zokern.optim.agreement import Agreement
 from zokern.optim.base import ZerothOrderOptimizer
@@ -35,6 +37,7 @@ from zokern.optim.flat import Flats
 from zokern.optim.losses import Skips
 from zokern.optim.moves import Moves
 from zokern.optim.ranks import Ranks
+from zokern.passes import table
 from zokern.passes.operands import Operands
 
 DEVICE = torch.device("meta")
@@ -232,6 +235,41 @@ def test_blocks_filled_ahead_ask_the_device_for_nothing(name: str, monkeypatch) 
     assert transfers.seen == []
     assert lanes[0].events
     assert not lanes[0].unordered
+
+
+@pytest.mark.parametrize("name", ["mezo", "mezo-adam", "hizoo", "gv-kept"])
+def test_gates_of_blocks_stay_on_the_device(name: str, monkeypatch) -> None:
+    """A captured step that leaves out blocks; and what a pass writes to its tables before it."""
+    case, built = METHODS[name], []
+    model, opt = on_device(replace(case, options={**case.options, "layers": RandomBlocks(2)}), "inplace", monkeypatch)
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE, 4)
+
+    def tables(self: Operands) -> list[table.Table]:
+        nothing = [0] * len(self.src)
+        built.append(table.build(self.src, self.src, nothing, nothing, nothing, blocks=self.blocks))
+        built[-1].open(self.gates)
+        return []
+
+    def step() -> None:
+        live.begin()
+        opt.step_with(live, lambda: loss_of(model))
+
+    for _ in range(2):
+        step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Operands, "tables", tables)
+        opt.active.sweep.forget()
+        step()
+    assert built
+    with Transfers() as transfers:
+        step()
+        for one in built:
+            one.open(live.gates)
+    assert transfers.seen == []
+    with Transfers() as transfers:
+        live.leave_out({1, 2})
+    assert transfers.seen == [("cpu", "meta")]
+    assert transfers.waited == []
 
 
 class Nowhere(Exchange):

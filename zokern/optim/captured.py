@@ -17,7 +17,7 @@ from zokern.optim.told import is_far
 from zokern.passes.update import Terms
 from zokern.placement.inplace import InPlace
 from zokern.placement.ready import Copies
-from zokern.placement.shadow import Exact
+from zokern.placement.shadow import Exact, Shadow
 from zokern.sweep import Counters
 
 
@@ -63,10 +63,12 @@ class Captured(Ranked):
             return None
         if rank(self._passes.direction):
             return "layers leaves out other blocks in each step, and distribution is of low rank"
-        if not isinstance(self._placement, InPlace):
+        if self.pipelined:
+            return "layers leaves out other blocks in each step, and pipelined=True fills the next step's copies"
+        if not isinstance(self._placement, InPlace | Shadow):
             return (
                 "layers leaves out other blocks in each step, and forwards of "
-                f"placement={self._placement.name!r} see copies of all: give placement='inplace'"
+                f"placement={self._placement.name!r} see copies of all: give placement='inplace' or 'shadow'"
             )
         return None
 

@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from zokern import parts
 from zokern.contract.rules import RULES
+from zokern.directions import DIRECTIONS
 from zokern.passes.spec import MAX_CHAIN_SEEDS, PassNumbers, PassSpec, pass_spec
 from zokern.passes.update import CPU, Terms, Update, is_known, packed, perturbation, seed_tensor
 from zokern.placement import sites
 from zokern.placement.base import Ahead, Perturbing, Rounding
 from zokern.placement.ready import TRUSTED, Copies, Promise, Ready, maker, promise
-from zokern.sweep import Passes, Sweep
+from zokern.sweep import Passes, Sweep, run
 
 ON = torch.ones(1, dtype=torch.int32, device=CPU)  # what enables a pass
 
@@ -179,6 +180,7 @@ class Shown(Exact):
         self.sites: list[sites.Site] = []  # in that tree
         self.pairs: list[tuple[sites.Site, nn.Parameter]] = []  # each with what is shown there
         self.presented = False
+        self.plain = True  # copies are of all members, or hold the weights where gates leave these out
 
     def bind(self, module: nn.Module | None, passes: Passes) -> None:
         self.module, self.passes = sites.needed(module, self.name), passes
@@ -186,6 +188,7 @@ class Shown(Exact):
 
     def begin(self, sweep: Sweep, eps: Tensor, *, scaled: bool) -> None:
         super().begin(sweep, eps, scaled=scaled)
+        self.plain = sweep.gates is None
         shown = self._lay_out(sweep)
         tree = sites.fingerprint(self.module), self.layout
         if tree != self.tree:
@@ -232,6 +235,26 @@ class Shadow(Shown):
     def __init__(self) -> None:
         super().__init__()
         self.out: list[Tensor] = []  # the copies' memory: they may be DTensors
+        self.closed: dict[
+            int, tuple[Tensor, Sweep]
+        ] = {}  # of a sweep with gates: gates of what these leave out, and it
+
+    def _copy_what_is_left_out(self) -> None:
+        """Forwards see copies of all members, though gates let through some: the others' are the weights, once a step.
+        Without directions a pass is a copy: one with a coefficient of 0 would make -0.0 of weights 0.0."""
+        if self.plain:
+            return
+        self.plain = True  # for the rest of the step, as no pass changes them
+        others, gates = self.sweep.left_out, self.sweep.gates
+        assert gates is not None
+        assert others.gates is not None
+        torch.sub(torch.ones_like(gates), gates, out=others.gates)
+        rows = len(self.eps)
+        nothing = torch.zeros(rows, 1, 0, dtype=torch.float32, device=gates.device)
+        seeds = torch.zeros(0, dtype=torch.int64, device=gates.device)
+        numbers = PassNumbers(seeds, nothing, self.still)
+        for operands in others.operands((), self.out):
+            run(operands, pass_spec(RULES["axpy"], DIRECTIONS["normal"]), numbers, self.passes.backend)
 
     def _lay_out(self, members: Sweep) -> Mapping[int, nn.Parameter]:
         """Each member's copy."""
@@ -255,6 +278,7 @@ class Shadow(Shown):
         if not terms:
             yield
             return
+        self._copy_what_is_left_out()
         self.perturb(self.sweep, terms, self.out)
         try:
             self._show(copies=True)
