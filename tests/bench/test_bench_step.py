@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import re
@@ -24,6 +25,7 @@ from zokern.bench.budget import Budget, DoesNotFit, peak_bytes
 from zokern.bench.step import Run
 from zokern.bench.step_cases import Case, Settings, make, needed_bytes
 from zokern.graphs import step as graphed
+from zokern.journal import recording
 
 
 @pytest.fixture(autouse=True)
@@ -659,10 +661,10 @@ def test_graphed_steps_are_timed_where_graphs_are(tmp_path: Path, emulated: None
     Run(wanted, path).run()
     record = load(path)
     assert list(record["results"]) == [
-        f"tiny-opt 2x8 {way}" for way in ("mezo inplace", "mezo graphed", "lezo inplace")
+        f"tiny-opt 2x8 {method} {way}" for method in ("mezo", "lezo") for way in ("inplace", "graphed")
     ]
-    assert record["settings"]["not_timed"] == {"lezo graphed": "layers leaves out other blocks in each step"}
-    eager, graph, _ = record["results"].values()
+    assert record["settings"]["not_timed"] == {}
+    eager, graph, *_ = record["results"].values()
     assert (graph["status"], graph["placement"], graph["peer"]) == ("timed", "inplace", False)
     for count in ("passes_per_step", "forwards_per_step"):
         assert graph[count] == eager[count]
@@ -674,6 +676,29 @@ def test_graphed_steps_are_timed_where_graphs_are(tmp_path: Path, emulated: None
     pytest.importorskip("matplotlib")
     (drawn,) = plots.draw([path], tmp_path)
     assert drawn.stat().st_size > 5_000
+
+
+def test_journalled_steps_are_timed(tmp_path: Path, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each visit writes a journal of its own, which is whole and gone when the optimizer is let go."""
+    path, ended = tmp_path / "step.json", []
+    leave = recording._mark
+    monkeypatch.setattr(recording, "_mark", lambda *args: (leave(*args), ended.append(args[0].counters["steps"]))[0])
+    wanted = settings(
+        models=("tiny-opt",), methods=("mezo",), placements=("inplace", "inplace-journal"), peers=False, rounds=1
+    )
+    Run(wanted, path).run()
+    found = load(path)["results"]
+    assert list(found) == [
+        f"tiny-opt 2x8 mezo {way}" for way in ("inplace", "inplace-journal", "graphed", "graphed-journal")
+    ]
+    for way in ("inplace", "graphed"):
+        plain, written = found[f"tiny-opt 2x8 mezo {way}"], found[f"tiny-opt 2x8 mezo {way}-journal"]
+        assert plain["passes_per_step"] == written["passes_per_step"]
+        assert written["step"]["median"] > 0
+        assert ("passes" in plain) == ("passes" in written)
+    gc.collect()
+    assert len(ended) == 4
+    assert min(ended) >= 1
 
 
 def test_nothing_is_captured_while_the_clock_runs(

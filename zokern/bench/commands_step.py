@@ -20,7 +20,16 @@ from zokern.placement import PLACEMENTS
 if TYPE_CHECKING:
     from zokern.bench.step import Turns
 
-WAYS = (*PLACEMENTS, "forward-folds", "forward-batched", "shadow-pipelined", "stream-pipelined", "stream-prefetch")
+WAYS = (
+    *PLACEMENTS,
+    "forward-folds",
+    "forward-batched",
+    "shadow-pipelined",
+    "stream-pipelined",
+    "stream-prefetch",
+    "inplace-journal",
+    "shadow-journal",
+)
 HELP = {
     "time_limit": "Seconds after which no further case begins. What was left out is listed in the file. Default: no "
     "limit.",
@@ -34,7 +43,7 @@ STEP = HELP | {
     "placements": f"A list of: {', '.join(WAYS)}. forward goes along directions of rank 1; forward-folds adds the updates "
     "of 8 steps to the weights by one pass; forward-batched evaluates all probes of a round in one forward. The "
     "pipelined ones share a sweep between one step and the next; stream-prefetch writes a block's copy while the "
-    "block before runs.",
+    "block before runs. The last two write a journal, and so does a graph beside them then.",
     "tokens": "Batches as rows x tokens a row, a list. Default: 16x32 on a CPU, 16x32,16x256,8x1024 on a GPU.",
     "dtype": f"Of the weights: {', '.join(DTYPES)}. auto: float32 on a CPU, bfloat16 on a GPU.",
     "rounds": "Timed visits to each case, which take turns. Default: 5 on a CPU, 10 on a GPU.",

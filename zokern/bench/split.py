@@ -14,13 +14,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from zokern import journal
 from zokern.bench.models import Work
 from zokern.bench.timing import spread
 from zokern.finetune.clock import Clock
@@ -94,6 +98,30 @@ class Together:
         return self._now.each(batch)
 
 
+class Journalled:
+    """A stepper whose optimizer writes a journal, to a temporary file, from the first step until it is let go."""
+
+    def __init__(self, inner: Stepper, optimizer: ZerothOrderOptimizer) -> None:
+        self.inner, self.optimizer = inner, optimizer
+        self._begun: contextlib.ExitStack | None = None
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        return self.inner.counters
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        if self._begun is None:
+            self._begun = contextlib.ExitStack()
+            folder = self._begun.enter_context(tempfile.TemporaryDirectory())
+            self._begun.enter_context(journal.write(self.optimizer, Path(folder) / "run.zkj"))
+            weakref.finalize(self, self._begun.close)
+        return self.inner.step(closure)
+
+
+def is_graphed(stepper: Stepper) -> bool:
+    return isinstance(stepper.inner if isinstance(stepper, Journalled) else stepper, Graphed)
+
+
 def _work(closure: Callable[[], Tensor]) -> Work:
     if not isinstance(closure, Work):
         raise TypeError(f"closure must be a zokern.bench.models.Work, got {type(closure).__name__}")
@@ -120,7 +148,8 @@ def _around_passes(stepper: Stepper, around: Callable[[], contextlib.AbstractCon
         return call
 
     # Placements hold the optimizer's passes: an attribute of them reaches every one.
-    inner = stepper.optimizer if isinstance(stepper, Together) else stepper
+    inner = stepper.inner if isinstance(stepper, Journalled) else stepper
+    inner = inner.optimizer if isinstance(inner, Together) else inner
     owner = inner._passes if isinstance(inner, ZerothOrderOptimizer) else inner
     both = {name: timed(getattr(owner, name)) for name in ("run", "chain", "pass_") if hasattr(owner, name)}
     vars(owner).update(both)
@@ -159,7 +188,7 @@ def measure(stepper: Stepper, closure: Callable[[], Tensor], device: torch.devic
             return contextlib.nullcontext()
         return clock.measure("passes in it" if inside else "passes")
 
-    whole = isinstance(stepper, Graphed)
+    whole = is_graphed(stepper)
     with _around_passes(stepper, around), clock.measure("step"):
         for _ in range(steps):
             stepper.step(closure if whole else forward)

@@ -151,7 +151,7 @@ class Turns:
 
     def _time(self, entry: Entry) -> None:
         stepper, result = make(entry.case, entry.model), self.results[entry.case.name]
-        for _ in range(split.Graphed.WARM_UP if isinstance(stepper, split.Graphed) else 1):
+        for _ in range(split.Graphed.WARM_UP if split.is_graphed(stepper) else 1):
             stepper.step(entry.closure)
         before = dict(stepper.counters)
         seconds = split.measure(stepper, entry.closure, self.device, entry.case.whole(self.settings.steps))

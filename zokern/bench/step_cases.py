@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from zokern import placement
 from zokern.bench import models
-from zokern.bench.split import Graphed, Stepper, Together, why_not_graphed
+from zokern.bench.split import Graphed, Journalled, Stepper, Together, why_not_graphed
 from zokern.bench.step_peers import PEERS, Published
 from zokern.checking.cost import members_of
 from zokern.finetune.methods import build
@@ -23,7 +24,7 @@ from zokern.placement.shadow import Shadow
 from zokern.placement.stream import Stream
 
 GRAPHED = "graphed"
-PIPELINED, PREFETCH = "-pipelined", "-prefetch"  # behind the name of a placement
+PIPELINED, PREFETCH, JOURNAL = "-pipelined", "-prefetch", "-journal"  # behind the name of a placement
 FORWARD, DIRECTION = "forward", "lowrank:1"  # the placement that needs such a direction
 FOLDS, TOGETHER = "forward-folds", "forward-batched"  # updates that wait; all probes of a round in one forward
 FOLD_EVERY = 8  # of FOLDS
@@ -58,8 +59,9 @@ class Settings(Limits):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results. way: a placement, perhaps PIPELINED or with PREFETCH; GRAPHED, on the placement `below`; of a
-    peer published, foreach or compiled. curvature: its type, where that is not the method's default."""
+    """One row of the results. way: a placement, perhaps PIPELINED, with PREFETCH or writing a JOURNAL; GRAPHED, on the
+    placement `below`, perhaps with a JOURNAL; of a peer published, foreach or compiled. curvature: its type, where that is
+    not the method's default."""
 
     model: str
     rows: int
@@ -85,7 +87,8 @@ class Case:
 
     @property
     def placement(self) -> str:
-        return self.below or (FORWARD if self.is_forward else self.way.removesuffix(PIPELINED).removesuffix(PREFETCH))
+        plain = functools.reduce(str.removesuffix, (PIPELINED, PREFETCH, JOURNAL), self.way)
+        return self.below or (FORWARD if self.is_forward else plain)
 
     @property
     def is_forward(self) -> bool:
@@ -132,6 +135,8 @@ def cases(
         yield from (Case(model, rows, length, method, way) for way in own)
         if method in graphed and below is not None:
             yield Case(model, rows, length, method, GRAPHED, below)
+            if any(way.endswith(JOURNAL) for way in own):
+                yield Case(model, rows, length, method, GRAPHED + JOURNAL, below)
 
 
 def plan(settings: Settings) -> tuple[dict[str, Groups], dict[str, str]]:
@@ -173,7 +178,9 @@ def make(case: Case, model: nn.Module) -> Stepper:
     if case.is_peer:
         return PEERS[case.method][case.way](model, LR, EPS)
     optimizer = _optimizer(case, model)
-    return Graphed(optimizer) if case.way == GRAPHED else Together(optimizer) if case.way == TOGETHER else optimizer
+    graphed, together = case.way.removesuffix(JOURNAL) == GRAPHED, case.way == TOGETHER
+    stepper: Stepper = Graphed(optimizer) if graphed else Together(optimizer) if together else optimizer
+    return Journalled(stepper, optimizer) if case.way.endswith(JOURNAL) else stepper
 
 
 def _why_not_forward(method: str, way: str, model: nn.Module) -> str | None:
@@ -200,7 +207,7 @@ def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
 
 def optimizer_of(stepper: Stepper) -> ZerothOrderOptimizer | None:
     """zokern's optimizer in a stepper; None of a peer."""
-    inner = stepper.optimizer if isinstance(stepper, Graphed | Together) else stepper
+    inner = stepper.optimizer if isinstance(stepper, Graphed | Together | Journalled) else stepper
     return inner if isinstance(inner, ZerothOrderOptimizer) else None
 
 
