@@ -39,9 +39,9 @@ class GraphedStep:
     """graphed(batch) is optimizer.step(lambda: closure(batch)) with the same bits, launched as a CUDA graph.
 
     Args:
-        optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True, and while no
-            journal is written: those do other work in each step, or have to know its numbers on the host. Of several ranks,
-            on an nccl group and without compare_every.
+        optimizer: any of zokern's, on one CUDA device, without pipelined=True, and while no journal is written: those do
+            other work in each step, or have to know its numbers on the host. With layers, placement is "inplace" or
+            "shadow", and update not "adamezo". Of several ranks, on an nccl group and without compare_every.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
             Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
@@ -52,7 +52,8 @@ class GraphedStep:
             them to the device.
 
     The constructor tries two steps without writing a weight, and captures one; weights, states and counters are unchanged
-    after it. A method whose steps differ (HELENE, with and without its curvature) is captured once for each kind.
+    after it. A method whose steps differ (HELENE, with and without its curvature) is captured once for each kind; steps of
+    a kind that comes once (the first ones of a method that looks back) are done as optimizer.step does them.
 
     Raises:
         TypeError, ValueError: for an optimizer or a batch that does not fit, naming it and the remedy.
