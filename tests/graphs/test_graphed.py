@@ -373,6 +373,9 @@ def test_refused_on_the_cpu() -> None:
         zokern.GraphedStep(opt, closure, batches()[0])
 
 
+ALL_BLOCKS = zokern.RandomBlocks(3, blocks=["embedding", "layers", "head"])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "word"),
     [
@@ -381,6 +384,7 @@ def test_refused_on_the_cpu() -> None:
             {"layers": zokern.RandomBlocks(1), "placement": "stream"},
             "layers leaves out .* placement='stream' see",
         ),
+        ("mezo", {"layers": ALL_BLOCKS}, "layers leaves out everything"),
         ("mezo-adamezo", {"layers": zokern.RandomBlocks(1)}, "layers leaves out .* looks back on those of others"),
         (
             "mezo",

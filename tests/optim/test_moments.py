@@ -39,7 +39,8 @@ def test_each_row_has_its_groups_and_blocks_terms(name: str, known: int, left_ou
     now = torch.tensor(0.7, dtype=torch.float64)
     lr = torch.rand(len(rows), generator=generator, dtype=torch.float64)
     estimate, rates = Estimate({9: now}, now), Rates(lr, lr, lr)
-    update = memory.update(estimate, rates, rows, (B1, B2), 1e-8, set(left_out), eps)
+    memory.measured(estimate, left_out, eps)
+    update = memory.update(rates, rows, (B1, B2), 1e-8)
     entries = [(9, left_out, now / eps), *list(memory.entries)[:3]]
     assert update.seeds == [seed for seed, _, _ in entries]
     for r, (group, block) in enumerate(rows):
@@ -56,7 +57,7 @@ def test_a_group_that_comes_later_has_no_part_in_earlier_steps() -> None:
     opt.step(scripted([1.0, 1.1]))
     opt.add_param_group({"params": [second]})
     opt.step(scripted([1.0, 1.1]))
-    assert [len(c) for _, _, c in opt._memory.entries] == [2, 1]
+    assert [c.tolist()[1:] == [0.0] for _, _, c in opt._memory.entries] == [False, True]
     first.requires_grad_(False)
     before, other = first.detach().clone(), second.detach().clone()
     opt.step(scripted([1.0, 1.1]))

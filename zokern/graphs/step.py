@@ -41,8 +41,8 @@ class GraphedStep:
     out later.
 
     Args:
-        optimizer: any of zokern's, on one CUDA device, without layers, update="adamezo" and pipelined=True: those do other
-            work in each step. Of several ranks, on an nccl group and without compare_every.
+        optimizer: any of zokern's, on one CUDA device. With layers, placement is "inplace" or "shadow", update not "adamezo",
+            and pipelined False. Of several ranks, on an nccl group and without compare_every.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
             Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
@@ -57,7 +57,8 @@ class GraphedStep:
         reduction, loss_weights, batched: as optimizer.step's.
 
     A capture tries two steps without writing a weight, and captures one; weights, states and counters are unchanged after
-    it. It takes the time of some steps.
+    it. It takes the time of some steps. Steps of a kind that comes once (the first ones of a method that looks back) are
+    done as optimizer.step does them.
 
     Raises:
         TypeError, ValueError: for an optimizer or a batch that does not fit, naming it and the remedy.

@@ -70,6 +70,9 @@ class Captured(Ranked):
                 "layers leaves out other blocks in each step, and forwards of "
                 f"placement={self._placement.name!r} see copies of all: give placement='inplace' or 'shadow'"
             )
+        outside = any(p.requires_grad and self.layers.block_of(p) is None for p in self._tensors())
+        if self.layers.num_dropped == len(self.layers.names) and not outside:
+            return "layers leaves out everything that is trained"
         return None
 
     def dropped(self, step: int) -> set[int]:
