@@ -41,8 +41,8 @@ class GraphedStep:
     out later.
 
     Args:
-        optimizer: any of zokern's, on one CUDA device. With layers, placement is "inplace" or "shadow", update not "adamezo",
-            and pipelined False. Of several ranks, on an nccl group and without compare_every.
+        optimizer: any of zokern's, on one CUDA device. With layers, placement is "inplace" or "shadow", update not
+            "adamezo", and pipelined False. Of several ranks, on an nccl group and without compare_every.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
             Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
