@@ -189,8 +189,8 @@ def captured(opt: ZerothOrderOptimizer, closure: Callable[..., Any], many: int =
     return transfers
 
 
-EACH = ["mezo-adam", "hizoo-3", "helene", "fzoo", "gv", "es-ranked"]
-RANKS = pytest.mark.parametrize("parallel", [None, "data", "directions"])
+EACH = ["mezo-adam", "helene", "gv"]
+RANKS = pytest.mark.parametrize("parallel", [None, "directions"])
 
 
 @RANKS
@@ -227,7 +227,7 @@ def learn(sharing: Sharing, probes: list[Any], kind: Any, alone: list[Tensor], r
 
 @RANKS
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("name", ["mezo-adam", "helene", "fzoo", "gv", "es-ranked"])
+@pytest.mark.parametrize("name", ["mezo-adam", "fzoo", "gv"])
 def test_a_captured_step_inside_the_forward_moves_nothing(name: str, batched: bool, parallel, monkeypatch) -> None:
     model, opt = on_device(METHODS[name], "forward", monkeypatch, distribution=zokern.LowRank(1))
     if parallel is not None:
@@ -237,7 +237,10 @@ def test_a_captured_step_inside_the_forward_moves_nothing(name: str, batched: bo
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     if batched:
         monkeypatch.setattr(Sharing, "_test", learn)
-        captured(opt, lambda tokens: model(tokens).float().square().mean(dim=(1, 2)), many=1, batched=True)
+        captured(opt, lambda tokens: model(tokens).float().square().mean(dim=1), many=1, batched=True)
+        known = opt._batched.known.values()
+        assert known
+        assert not any(kind.why_not for kind in known)
     else:
         captured(opt, lambda: loss_of(model))
 
