@@ -96,7 +96,9 @@ def test_room_for_some_of_the_graphs(emulated, placement: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", zokern.ZokernWarning)  # of graphs that are captured again
             for i, batch in enumerate(data):
-                own = cut(batch, 6 if i % 3 else 4, 5)
+                if i == 4:  # 6 rows have their graph of steps that find a probe ready, and not the other one
+                    other_eps(model, opt)
+                own = cut(batch, 4 if i in (2, 6) else 6, 5)
                 losses.append(step(own) if graphed else opt.step(lambda own=own, closure=closure: closure(own)))
                 kinds = [one.kind for one in step._graphs.kept]
                 assert len(kinds) <= 3

@@ -218,7 +218,7 @@ def test_captured_micro_batches_move_nothing(name: str, parallel, monkeypatch) -
 def learn(sharing: Sharing, probes: list[Any], kind: Any, alone: list[Tensor], rewind: Any) -> str:
     """The test whether rows mix, which reads losses and is made while a step is tried, without the comparisons."""
     single, rows = Rows(1), Rows(len(probes))
-    sharing._together(probes[:1], single)
+    sharing._together([next(filter(None, probes))], single)
     rows.alone = single.alone
     sharing._together(probes, rows)
     kind.kinds.update(rows.kinds)
@@ -239,8 +239,8 @@ def test_a_captured_step_inside_the_forward_moves_nothing(name: str, batched: bo
         monkeypatch.setattr(Sharing, "_test", learn)
         captured(opt, lambda tokens: model(tokens).float().square().mean(dim=1), many=1, batched=True)
         known = opt._batched.known.values()
-        assert known
-        assert not any(kind.why_not for kind in known)
+        assert known or (parallel is not None and name != "fzoo")  # each rank has one probe
+        assert [kind.why_not for kind in known if kind.why_not] == []
     else:
         captured(opt, lambda: loss_of(model))
 
