@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import OrderedDict, namedtuple
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.graphs.test_graphed import batches, emulated, make
 from tests.methods import METHODS
 from tests.models import Net
 from tests.placement.test_pipelined import same
+from zokern.graphs.batch import kind_of
 
 __all__ = ["emulated"]
 NAMES = ["mezo", "hizoo", "helene", "fzoo", "es-ranked"]
@@ -306,3 +309,31 @@ def test_an_eager_step_that_is_done_again_after_a_launch(emulated, shared: bool)
     opt.load_state_dict(state)
     model.load_state_dict(kept)
     assert torch.equal(eager(), first)
+
+
+def test_the_kind_of_a_batch() -> None:
+    """What a closure can tell apart is another kind; what comes out the same when it is copied is the same."""
+    image, tokens = torch.ones(2, 3, 4, 5), torch.arange(10).view(2, 5)
+    last = image.to(memory_format=torch.channels_last)
+    assert kind_of(image, "") != kind_of(last, "")
+    assert kind_of(tokens, "") != kind_of(tokens.int(), "")
+    assert kind_of(tokens[:, :3], "") == kind_of(tokens[:, :3].contiguous(), "")
+    assert kind_of([tokens, True], "") != kind_of([tokens, 1], "")
+    assert kind_of([tokens, 1.0], "") != kind_of([tokens, 1], "")
+    assert kind_of([tokens, "a"], "") == kind_of([tokens, "a"], "")
+
+
+def test_a_graph_that_goes_takes_its_memory_with_it(emulated) -> None:
+    _, opt, closure, _ = make(METHODS["mezo"], "inplace", torch.float32)
+    data = batches(3)
+    step = zokern.GraphedStep(opt, closure, data[0], max_graphs=1)
+    one = step._graphs.kept[0]
+    gone = [weakref.ref(one.graph), *(weakref.ref(t) for t in one.batches[0].values())]
+    del one
+    gc.disable()  # by itself, not once the collector comes by
+    try:
+        step(cut(data[1], 4, 5))
+        left = [ref() for ref in gone]
+    finally:
+        gc.enable()
+    assert left == [None] * 4

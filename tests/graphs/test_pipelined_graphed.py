@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import zokern
 from tests.graphs.test_graphed import batches, emulated, make
+from tests.graphs.test_kinds import cut
 from tests.methods import CASES, METHODS, Case
 from tests.placement.test_pipelined import same
 from zokern import journal
@@ -81,6 +83,29 @@ def test_two_kinds_of_graphs(emulated, placement: str) -> None:
     changing = run(METHODS["mezo"], placement, "ggxgg")
     assert captures == changing[3] == 2
     assert changing[1].counters["elements_moved"] > steady[1].counters["elements_moved"]
+
+
+@PLACEMENTS
+def test_room_for_some_of_the_graphs(emulated, placement: str) -> None:
+    """Each of two shapes has two graphs, and there is room for three in all: no kind is kept twice."""
+    data, runs = batches(8), []
+    for graphed in (True, False):
+        model, opt, closure, _ = make(METHODS["mezo"], placement, torch.bfloat16, pipelined=True)
+        step, losses = zokern.GraphedStep(opt, closure, max_graphs=3), []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", zokern.ZokernWarning)  # of graphs that are captured again
+            for i, batch in enumerate(data):
+                if i == 4:  # 6 rows have their graph of steps that find a probe ready, and not the other one
+                    other_eps(model, opt)
+                own = cut(batch, 4 if i in (2, 6) else 6, 5)
+                losses.append(step(own) if graphed else opt.step(lambda own=own, closure=closure: closure(own)))
+                kinds = [one.kind for one in step._graphs.kept]
+                assert len(kinds) <= 3
+                assert all(kinds.count(kind) == 1 for kind in kinds)
+        runs.append((model, opt, torch.stack(losses)))
+    same(*runs)
+    with pytest.raises(ValueError, match=r"max_graphs must be at least 2 with pipelined=True"):
+        zokern.GraphedStep(opt, closure, max_graphs=1)
 
 
 def test_in_a_journal(emulated, tmp_path) -> None:

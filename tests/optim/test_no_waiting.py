@@ -6,6 +6,7 @@ An eager step may send numbers there if the host does not wait for their arrival
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,12 +34,15 @@ from zokern.layers import RandomBlocks
 from zokern.optim import agreement, parameters
 from zokern.optim.agreement import Agreement
 from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.batched import Sharing
 from zokern.optim.flat import Flats
 from zokern.optim.losses import Skips
 from zokern.optim.moves import Moves
 from zokern.optim.ranks import Ranks
 from zokern.passes import table
 from zokern.passes.operands import Operands
+from zokern.placement import factors
+from zokern.placement.rows import Rows
 
 DEVICE = torch.device("meta")
 PLACEMENTS = pytest.mark.parametrize("placement", ["inplace", "shadow", "stream"])
@@ -112,7 +116,7 @@ def on_device(
     monkeypatch.setattr(Skips, "look", lambda self: None)
     monkeypatch.setattr(Moves, "look", lambda self: None)  # the count of large steps likewise
     monkeypatch.setattr(Flats, "look", lambda self: None)
-    return model, case.cls(model, 1e-3, placement=placement, **case.settings, **options)
+    return model, case.cls(model, 1e-3, placement=placement, **(case.settings | options))
 
 
 def loss_of(model: Net) -> Tensor:
@@ -166,6 +170,83 @@ def test_a_captured_step_moves_nothing_between_host_and_device(case: Case, place
     with Transfers() as transfers:
         step()
     assert transfers.seen == []
+
+
+def captured(opt: ZerothOrderOptimizer, closure: Callable[..., Any], many: int = 0, **how: Any) -> Transfers:
+    """What a captured step moves. many: micro-batches, with weights."""
+    live = DeviceNumbers(opt.seed, 1, len(opt.schedule(0)), DEVICE)
+    batches = [torch.zeros(2, 5, dtype=torch.int64, device=DEVICE) for _ in range(many)] or None
+    weights = torch.ones(many + 1, dtype=torch.float64, device=DEVICE) if many and "batched" not in how else None
+
+    def step(*, ahead: bool = False) -> None:
+        live.begin()
+        opt.trust(ahead)
+        opt.step_with(live, closure, batches, weights=weights, **how)
+        live.count()
+
+    for ahead in (False, opt.pipelined):
+        step(ahead=ahead)
+        step(ahead=ahead)
+        with Transfers() as transfers:
+            step(ahead=ahead)
+        assert transfers.seen == []
+    return transfers
+
+
+EACH = ["mezo-adam", "helene", "gv"]
+RANKS = pytest.mark.parametrize("parallel", [None, "directions"])
+
+
+@RANKS
+@pytest.mark.parametrize("placement", ["shadow", "stream"])
+@pytest.mark.parametrize("name", EACH)
+def test_a_captured_pipelined_step_moves_nothing(name: str, placement: str, parallel, monkeypatch) -> None:
+    model, opt = on_device(METHODS[name], placement, monkeypatch, pipelined=True)
+    if parallel is not None:
+        of_ranks(opt, parallel, monkeypatch)
+    captured(opt, lambda: loss_of(model))
+    assert opt.copies_ahead
+
+
+@RANKS
+@pytest.mark.parametrize("name", EACH)
+def test_captured_micro_batches_move_nothing(name: str, parallel, monkeypatch) -> None:
+    """With weights from the device where no other rank has to be told of them."""
+    model, opt = on_device(METHODS[name], "inplace", monkeypatch)
+    if parallel is not None:
+        of_ranks(opt, parallel, monkeypatch)
+    how = {} if parallel is None else {"batched": False}
+    captured(opt, lambda tokens: model(tokens).float().square().mean(), many=2, **how)
+
+
+def learn(sharing: Sharing, probes: list[Any], kind: Any, alone: list[Tensor], rewind: Any) -> str:
+    """The test whether rows mix, which reads losses and is made while a step is tried, without the comparisons."""
+    single, rows = Rows(1), Rows(len(probes))
+    sharing._together([next(filter(None, probes))], single)
+    rows.alone = single.alone
+    sharing._together(probes, rows)
+    kind.kinds.update(rows.kinds)
+    return ""
+
+
+@RANKS
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("name", ["mezo-adam", "fzoo", "gv"])
+def test_a_captured_step_inside_the_forward_moves_nothing(name: str, batched: bool, parallel, monkeypatch) -> None:
+    model, opt = on_device(METHODS[name], "forward", monkeypatch, distribution=zokern.LowRank(1))
+    if parallel is not None:
+        of_ranks(opt, parallel, monkeypatch)
+    monkeypatch.setattr(factors, "_fill", lambda *_: None)  # a launch, as those of passes
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    if batched:
+        monkeypatch.setattr(Sharing, "_test", learn)
+        captured(opt, lambda tokens: model(tokens).float().square().mean(dim=1), many=1, batched=True)
+        known = opt._batched.known.values()
+        assert known or (parallel is not None and name != "fzoo")  # each rank has one probe
+        assert [kind.why_not for kind in known if kind.why_not] == []
+    else:
+        captured(opt, lambda: loss_of(model))
 
 
 class Ones(Late):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,25 @@ import torch
 from torch import Tensor
 
 
+def given(batch: Any, batches: Iterable[Any] | None) -> tuple[list[Any], list[str], bool]:
+    """The batches of a step, what messages call them, and whether they are micro-batches.
+
+    Raises:
+        TypeError, ValueError: for none of the two arguments or both of them, and for no micro-batch at all.
+    """
+    if (batch is None) == (batches is None):
+        raise TypeError("give a step either batch or batches=[...]")
+    if batches is None:
+        return [batch], ["batch"], False
+    every = list(batches)
+    if not every:
+        raise ValueError("batches is empty; leave the step out, or give what the closure is to be called with")
+    return every, [f"batches[{i}]" for i in range(len(every))], True
+
+
 def kind_of(value: Any, name: str) -> Any:
-    """What of a batch is a part of the graph, to be compared with ==: containers, shapes and dtypes of tensors, and all
-    other values.
+    """What of a batch is a part of the graph, to be compared with ==: containers, shapes, dtypes and strides of tensors,
+    and all other values with their types (1 == True, and a closure may tell them apart).
 
     Raises:
         TypeError: for an array of NumPy, which is neither.
@@ -26,7 +42,17 @@ def kind_of(value: Any, name: str) -> Any:
         raise TypeError(
             f"{name} is an array of NumPy, which is no part of a graph; make a tensor of it (torch.from_numpy)"
         )
-    return (Tensor, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return Tensor, tuple(value.shape), value.dtype, _strides(value)
+    return type(value), value
+
+
+def _strides(t: Tensor) -> tuple[int, ...] | None:
+    """Those of a copy of it, None for the usual ones. Kernels differ by them (channels_last), and so may bits."""
+    if t.layout is not torch.strided or t.is_contiguous():
+        return None
+    copied = torch.empty_like(t, device="meta")  # a part of a larger tensor gets the usual ones
+    return None if copied.is_contiguous() else copied.stride()
 
 
 def on_device(value: Any, device: torch.device, name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from zokern._checks import ZokernWarning
 from zokern.graphs.cuda import Graph
 from zokern.graphs.telling import Telling
+from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.parameters import Active
 from zokern.placement.ready import Copies
 
@@ -74,3 +75,11 @@ class Graphs:
     def add(self, one: Captured) -> None:
         self.kept.append(one)
         self.captures += 1
+
+
+def layout_of(optimizer: ZerothOrderOptimizer) -> object:
+    """What captured launches have read once and for all: where the tensors are, and how they are grouped."""
+    groups = [
+        [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in group["params"]] for group in optimizer.param_groups
+    ]
+    return optimizer.seed, groups, [t.data_ptr() for t in optimizer.captured_tensors()]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from zokern import _checks
-from zokern.graphs.batch import copy_into, kind_of, on_device
+from zokern.graphs.batch import copy_into, given, kind_of, on_device
 from zokern.graphs.broken import explain
 from zokern.graphs.cuda import new_graph
-from zokern.graphs.kinds import MOST, Captured, Graphs
+from zokern.graphs.kinds import MOST, Captured, Graphs, layout_of
 from zokern.graphs.live import DeviceNumbers
 from zokern.graphs.telling import Listening
 from zokern.interrupts import HeldInterrupts
@@ -41,8 +41,8 @@ class GraphedStep:
     out later.
 
     Args:
-        optimizer: any of zokern's, on one CUDA device. With layers, placement is "inplace" or "shadow", update not
-            "adamezo", and pipelined False. Of several ranks, on an nccl group and without compare_every.
+        optimizer: any of zokern's, on one CUDA device, without fold_every. With layers, placement is "inplace" or
+            "shadow", update not "adamezo", and pipelined False. Of several ranks, on nccl and without compare_every.
         closure: closure(batch) returns the scalar loss, as a tensor on the device. It must launch the same kernels every
             time: no .item(), no printing of values, no moving between host and device, no shapes that depend on values.
             Modules are read when it is captured: later changes of the Python code go unnoticed. transformers (5.x) chooses
@@ -52,8 +52,9 @@ class GraphedStep:
             come: the constructor captures a step with it. None: the first call does. Tensors may be on the host: each call
             copies them to the device. Other values are part of the graph.
         max_graphs: a step with a batch of other shapes, dtypes or values, with other numbers of micro-batches, or of
-            another kind (HELENE, with and without its curvature), is another graph, captured when it first comes. So many
-            are kept; beyond that the longest unused one goes, with its memory. `captures` and `let_go` count them.
+            another kind (HELENE, with and without its curvature), is another graph, captured when it first comes. With
+            pipelined=True each has two: of steps that find their first probe ready, and of others. So many are kept, by
+            default 8; beyond that the longest unused one goes, with its memory. `captures` and `let_go` count them.
         reduction, loss_weights, batched: as optimizer.step's.
 
     A capture tries two steps without writing a weight, and captures one; weights, states and counters are unchanged after
@@ -84,7 +85,11 @@ class GraphedStep:
         self.optimizer, self.closure = optimizer, closure
         self._how: dict[str, Any] = {"reduction": reduction, "loss_weights": loss_weights, "batched": batched}
         self._graphs = Graphs(_checks.check_integer(max_graphs, "max_graphs", 1))
-        self.device = self._check()
+        if optimizer.pipelined and max_graphs < 2:
+            raise ValueError(
+                "max_graphs must be at least 2 with pipelined=True, which has two graphs for each kind of batch"
+            )
+        self.device = device_of(optimizer)
         self._pool = self._new_pool()
         groups = optimizer.param_groups
         blocks = None if optimizer.layers is None else len(optimizer.layers.names)
@@ -112,13 +117,13 @@ class GraphedStep:
         batches, batch_weights: micro-batches, as optimizer.step takes them; a fixed number of them is one graph.
         """
         optimizer = self.optimizer
-        self._check()
-        if self._graphs.kept and self._layout_now() != self._layout:
+        device_of(optimizer)
+        if self._graphs.kept and layout_of(self.optimizer) != self._layout:
             raise RuntimeError(
                 "parameters, groups, states or the seed of the optimizer are not those that were captured; make a new "
                 "GraphedStep"
             )
-        every, names, many = self._given(batch, batches)
+        every, names, many = given(batch, batches)
         weights = None if batch_weights is None else self._weights(batch_weights, every if many else None)
         optimizer.ask_listeners()
         one = self._graph(every, names, weights, many, sample=False)
@@ -159,24 +164,14 @@ class GraphedStep:
                 return None
             # A capture leaves no copy as the step before has filled it ahead: both kinds of pipelined steps at once.
             for ahead in [True, False] if self.optimizer.pipelined else [False]:
-                self._capture(batches, names, weights, many=many, ahead=ahead)
+                if self._graphs.find(self._kind(batches, names, weights, many, ahead=ahead)) is None:
+                    self._capture(batches, names, weights, many=many, ahead=ahead)
 
     # ------------------------------------------------------------------------------------------------- what a call gives
 
-    def _given(self, batch: Any, batches: Iterable[Any] | None) -> tuple[list[Any], list[str], bool]:
-        """The batches, what messages call them, and whether they are micro-batches."""
-        if (batch is None) == (batches is None):
-            raise TypeError("give a step either batch or batches=[...]")
-        if batches is None:
-            return [batch], ["batch"], False
-        every = list(batches)
-        if not every:
-            raise ValueError("batches is empty; leave the step out, or give what the closure is to be called with")
-        return every, [f"batches[{i}]" for i in range(len(every))], True
-
-    def _weights(self, given: Iterable[float], batches: list[Any] | None) -> list[float]:
+    def _weights(self, batch_weights: Iterable[float], batches: list[Any] | None) -> list[float]:
         """Of each batch, then their sum."""
-        weights = weights_of(given, batches)
+        weights = weights_of(batch_weights, batches)
         if self.optimizer.num_ranks > 1:
             raise ValueError(
                 "batch_weights are told to the other ranks by the host, and a graph cannot hold that: leave them out, or "
@@ -237,9 +232,9 @@ class GraphedStep:
             optimizer.metrics, optimizer.listeners = metrics, listeners
             live.gate.fill_(1)
             optimizer.trust(False)
-        if self._graphs.kept and self._layout_now() != self._layout:
+        if self._graphs.kept and layout_of(self.optimizer) != self._layout:
             self._graphs.kept.clear()  # they work on what is elsewhere now
-        self._layout = self._layout_now()
+        self._layout = layout_of(self.optimizer)
         self._graphs.add(one)
 
     def _work(self, static: Sequence[Any], weights: Tensor | None, many: bool, *, ahead: bool) -> Callable[[], None]:
@@ -256,29 +251,19 @@ class GraphedStep:
 
         return work
 
-    # --------------------------------------------------------------------------------------------------------- checks
 
-    def _check(self) -> torch.device:
-        """The one device; refuses what a graph cannot hold."""
-        reason = self.optimizer.why_not_graphed()
-        if reason is not None:
-            raise ValueError(f"GraphedStep cannot take this optimizer: {reason}; use optimizer.step")
-        devices = {p.device for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
-        if len(devices) != 1:
-            raise ValueError(f"GraphedStep needs all parameters on one device; they are on {sorted(map(str, devices))}")
-        device: torch.device = devices.pop()
-        if device.type not in SUPPORTED:
-            raise ValueError(
-                f"GraphedStep captures CUDA graphs, and the parameters are on {device}, where a launch costs next to "
-                "nothing: use optimizer.step"
-            )
-        return device
-
-    def _layout_now(self) -> object:
-        """What the captured launches have read once and for all: where the tensors are, and how they are grouped."""
-        optimizer = self.optimizer
-        groups = [
-            [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in group["params"]]
-            for group in optimizer.param_groups
-        ]
-        return optimizer.seed, groups, [t.data_ptr() for t in optimizer.captured_tensors()]
+def device_of(optimizer: ZerothOrderOptimizer) -> torch.device:
+    """The one device; refuses what a graph cannot hold."""
+    reason = optimizer.why_not_graphed()
+    if reason is not None:
+        raise ValueError(f"GraphedStep cannot take this optimizer: {reason}; use optimizer.step")
+    devices = {p.device for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if len(devices) != 1:
+        raise ValueError(f"GraphedStep needs all parameters on one device; they are on {sorted(map(str, devices))}")
+    device: torch.device = devices.pop()
+    if device.type not in SUPPORTED:
+        raise ValueError(
+            f"GraphedStep captures CUDA graphs, and the parameters are on {device}, where a launch costs next to "
+            "nothing: use optimizer.step"
+        )
+    return device
