@@ -337,3 +337,26 @@ def test_a_graph_that_goes_takes_its_memory_with_it(emulated) -> None:
     finally:
         gc.enable()
     assert left == [None] * 4
+
+
+def test_an_eager_step_with_other_copies_comes_between(emulated) -> None:
+    """Another number of probes that share a forward has memory of its own; the next launch is of a graph made anew."""
+    data, runs = [[batch] for batch in batches(4)], []
+    for graphed in (True, False):
+        model, opt, _, _ = make(METHODS["fzoo"], "forward", torch.float32, distribution=zokern.LowRank(1))
+
+        def each(batch: Any, model: Net = model) -> Tensor:
+            return torch.nn.functional.cross_entropy(model(batch["tokens"]), batch["labels"], reduction="none")
+
+        opt.param_groups[0]["lr"] = 1e-5  # a large step is noted elsewhere by an eager step of a CPU
+        for batched in (True, 2):
+            opt.step(each, data[0], batched=batched)
+        step = zokern.GraphedStep(opt, each, batched=True) if graphed else None
+        for own, batched in zip(data, (True, 3, True, True), strict=True):
+            if step is not None and batched is True:
+                step(batches=own)
+            else:
+                opt.step(each, own, batched=batched)
+        runs.append((model, opt, torch.ones(1)))
+        assert step is None or step.captures == 2
+    same(*runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -77,9 +77,18 @@ class Graphs:
         self.captures += 1
 
 
-def layout_of(optimizer: ZerothOrderOptimizer) -> object:
-    """What captured launches have read once and for all: where the tensors are, and how they are grouped."""
+class Layout(NamedTuple):
+    """What captured launches have read once and for all. of_run: where its tensors are, and how they are grouped; copies:
+    where the placement's are, which eager steps may make anew."""
+
+    of_run: object
+    copies: object
+
+
+def layout_of(optimizer: ZerothOrderOptimizer) -> Layout:
     groups = [
         [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in group["params"]] for group in optimizer.param_groups
     ]
-    return optimizer.seed, groups, [t.data_ptr() for t in optimizer.captured_tensors()]
+    copies = dict.fromkeys(t.data_ptr() for t in optimizer._placement.memory())
+    kept = [t.data_ptr() for t in optimizer.captured_tensors()]
+    return Layout((optimizer.seed, groups, [at for at in kept if at not in copies]), list(copies))

@@ -17,7 +17,7 @@ from zokern import _checks
 from zokern.graphs.batch import copy_into, given, kind_of, on_device
 from zokern.graphs.broken import explain
 from zokern.graphs.cuda import new_graph
-from zokern.graphs.kinds import MOST, Captured, Graphs, layout_of
+from zokern.graphs.kinds import MOST, Captured, Graphs, Layout, layout_of
 from zokern.graphs.live import DeviceNumbers
 from zokern.graphs.telling import Listening
 from zokern.interrupts import HeldInterrupts
@@ -94,7 +94,7 @@ class GraphedStep:
         groups = optimizer.param_groups
         blocks = None if optimizer.layers is None else len(optimizer.layers.names)
         self._live = DeviceNumbers(optimizer.seed, len(groups), len(optimizer.schedule(0)), self.device, blocks)
-        self._layout: object = None
+        self._layout = Layout(None, None)
         if sample_batch is not None:
             self._graph([sample_batch], ["sample_batch"], None, many=False, sample=True)
 
@@ -118,11 +118,14 @@ class GraphedStep:
         """
         optimizer = self.optimizer
         device_of(optimizer)
-        if self._graphs.kept and layout_of(self.optimizer) != self._layout:
+        now = layout_of(optimizer)
+        if self._graphs.kept and now.of_run != self._layout.of_run:
             raise RuntimeError(
                 "parameters, groups, states or the seed of the optimizer are not those that were captured; make a new "
                 "GraphedStep"
             )
+        if now.copies != self._layout.copies:
+            self._graphs.kept.clear()  # an eager step has made its copies elsewhere
         every, names, many = given(batch, batches)
         weights = None if batch_weights is None else self._weights(batch_weights, every if many else None)
         optimizer.ask_listeners()
