@@ -46,6 +46,22 @@ WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes of 
 AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1}
 
 
+# A listing has some hundred thousand instructions, of a few hundred opcodes.
+@functools.cache
+def _pipe(opcode: str) -> str:
+    return next((name for name, pattern in PIPES.items() if re.match(pattern, opcode)), "other")
+
+
+@functools.cache
+def _global_bytes(opcode: str) -> int:
+    if found := re.match(r"(?:global|buffer|flat)_store_(\w+?)(?:_d16_hi)?$", opcode):
+        return AMD_WIDTHS[found[1]]
+    if not re.match(r"(LDG|STG)\b", opcode):
+        return 0
+    width = re.search(r"\.(128|64|[US]16|[US]8)\b", opcode)
+    return WIDTHS[width[1]] if width else 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     predicated: bool
@@ -54,7 +70,7 @@ class Instruction:
 
     @property
     def pipe(self) -> str:
-        return next((name for name, pattern in PIPES.items() if re.match(pattern, self.opcode)), "other")
+        return _pipe(self.opcode)
 
     @property
     def fp32_results(self) -> int:
@@ -64,12 +80,7 @@ class Instruction:
     @property
     def global_bytes(self) -> int:
         """Bytes that one thread loads or stores in global memory (of AMD's instructions: stores), 0 for other ones."""
-        if found := re.match(r"(?:global|buffer|flat)_store_(\w+?)(?:_d16_hi)?$", self.opcode):
-            return AMD_WIDTHS[found[1]]
-        if not re.match(r"(LDG|STG)\b", self.opcode):
-            return 0
-        width = re.search(r"\.(128|64|[US]16|[US]8)\b", self.opcode)
-        return WIDTHS[width[1]] if width else 4
+        return _global_bytes(self.opcode)
 
     @property
     def stored(self) -> int:

@@ -25,9 +25,18 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from tests.methods import build
 
+# What a step and this module import besides: else each process would, for most of its time.
+BESIDES = ("zokern.backends.cpu", "zokern.backends.factored", "zokern.backends.transfer", "tests.distributed.ranks")
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "zokern.journal", "zokern._C"]
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch._dynamo",
+        "zokern.journal",
+        "zokern._C",
+        *BESIDES,
+    ]
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -174,19 +175,40 @@ def test_a_rank_that_is_killed_leaves_the_others_with_clean_weights(seed: int) -
             assert seconds < 5
 
 
+def gone(rank: int) -> str:
+    return f"rank {rank} has gone"
+
+
+def until_gone(ranks: tuple[int, ...], seconds: float) -> None:
+    """Does something else until these ranks have given up, or for some seconds."""
+    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
+    while not store.check([gone(rank) for rank in ranks]) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def giving_up() -> Iterator[None]:
+    """Notes for until_gone() that this rank has left its steps by an error."""
+    try:
+        yield
+    except BaseException:
+        dist.distributed_c10d._get_default_store().set(gone(dist.get_rank()), "")
+        raise
+
+
 def hangs() -> None:
     model = small()
     opt = zokern.MeZO(model, 1e-2, parallel="data", exchange_timeout=SHORT)
 
-    for t in range(4):
-        calls = iter(range(2))
-        opt.step(lambda t=t, calls=calls: _late(model, dist.get_rank() == 1 and t == 2 and next(calls) == 0))
+    def closure(late: bool) -> Tensor:
+        if late:
+            until_gone((0, 2), 4 * SHORT)
+        return model(tokens(0))
 
-
-def _late(model: nn.Module, late: bool) -> Tensor:
-    if late:
-        time.sleep(4 * SHORT)
-    return model(tokens(0))
+    with giving_up():
+        for t in range(4):
+            calls = iter(range(2))
+            opt.step(lambda t=t, calls=calls: closure(dist.get_rank() == 1 and t == 2 and next(calls) == 0))
 
 
 def test_a_rank_that_hangs_is_missed_in_time() -> None:
@@ -217,18 +239,19 @@ def alone(what: str) -> None:
     model = small()
     opt = zokern.MeZO(model, 1e-2, parallel="data", exchange_timeout=SHORT)
     steps = 3 if what != "unequal counts" or dist.get_rank() else 2
-    for t in range(steps):
-        if t == 1 and what == "rank 0 evaluates" and dist.get_rank() == 0:
-            time.sleep(3 * SHORT)
-        if t == 1 and what == "rank 0 evaluates and the others wait":
-            if dist.get_rank() == 0:
-                time.sleep(2 * SHORT)
-            opt.wait_for_ranks()
-        if t == 1 and what == "rank 0 steps once more" and dist.get_rank() == 0:
+    with giving_up():
+        for t in range(steps):
+            if t == 1 and what == "rank 0 evaluates" and dist.get_rank() == 0:
+                until_gone((1, 2), 3 * SHORT)
+            if t == 1 and what == "rank 0 evaluates and the others wait":
+                if dist.get_rank() == 0:
+                    time.sleep(2 * SHORT)
+                opt.wait_for_ranks()
+            if t == 1 and what == "rank 0 steps once more" and dist.get_rank() == 0:
+                opt.step(lambda: model(tokens(0)))
             opt.step(lambda: model(tokens(0)))
-        opt.step(lambda: model(tokens(0)))
     if what == "unequal counts" and not dist.get_rank():
-        time.sleep(3 * SHORT)  # does something else, and is still there
+        until_gone((1, 2), 3 * SHORT)  # does something else, and is still there
 
 
 @pytest.mark.parametrize(

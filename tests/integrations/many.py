@@ -26,6 +26,6 @@ _servers: dict[tuple[str, ...], Any] = {}
 def run(world: int, function: Callable[..., Any], *args: Any, frameworks: tuple[str, ...] = FRAMEWORKS) -> list[Any]:
     """As ranks.run."""
     server = _servers.setdefault(frameworks, multiprocessing.forkserver.ForkServer())
-    server.set_forkserver_preload(list(frameworks))
+    server.set_forkserver_preload([*frameworks, *ranks.BESIDES])
     with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", server.connect_to_new_process):
         return ranks.run(world, function, *args)
