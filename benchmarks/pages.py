@@ -32,6 +32,7 @@ import benchmarks.ranks.speed
 import benchmarks.replay.run
 import benchmarks.rewards.run
 import benchmarks.rounding.page
+import benchmarks.steps.host
 import benchmarks.steps.page
 import benchmarks.steps.passes
 import benchmarks.trainer.run
@@ -64,7 +65,7 @@ SUBJECTS = (
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
-    benchmarks.ranks.speed, benchmarks.ranks.scale,
+    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host,
     docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
