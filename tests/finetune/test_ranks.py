@@ -267,7 +267,12 @@ def launched(arguments: list[str]) -> Disturbance:
             if end.code:
                 raise
 
+    def late(*_: object) -> None:
+        raise TimeoutError("the ranks were not done after 100 s")  # the launcher ends them
+
     def run() -> None:
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(100)
         of_one_machine = LaunchConfig(
             1, 1, 2, run_id="one", rdzv_backend="c10d", rdzv_endpoint="localhost:0", rdzv_configs={"is_host": True},
             max_restarts=0, monitor_interval=0.1, start_method="fork",
