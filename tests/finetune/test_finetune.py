@@ -6,10 +6,10 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +26,7 @@ from typer.main import get_command  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from tests.finetune.calling import at_call  # noqa: E402
+from tests.finetune.children import ended, fork  # noqa: E402
 from zokern.cli import app, tuning  # noqa: E402
 from zokern.finetune import FinetuneError, Options, data, docstrings, finetune, loop, methods, plots, takers, tasks  # noqa: E402
 from zokern.finetune import models as finding  # noqa: E402
@@ -629,15 +630,21 @@ def test_smoothing_starts_at_the_first_value_and_ignores_gaps() -> None:
 
 def test_sigint_stops_the_command_and_saves(options: Options, tmp_path: Path) -> None:
     settings = "--steps 1000000 --log-every 1 --eval-every 0 --threads 1 --device cpu"
-    command = [sys.executable, "-c", "from zokern.cli import app; app()", "finetune", *settings.split()]
-    command += ["--model", options.model, "--data", options.data, "--output", str(options.output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = ["zokern", "finetune", *settings.split()]
+    arguments += ["--model", options.model, "--data", options.data, "--output", str(options.output)]
+
+    def run() -> None:
+        sys.argv = arguments
+        signal.alarm(120)
+        app()
+
+    process, said = fork(run, tmp_path / "said"), tmp_path / "said"
     metrics, deadline = options.output / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count('"train"') >= 3) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
+    os.kill(process, signal.SIGINT)
+    code, out = ended(process), said.read_text()
+    assert code == 130, out
     assert "stopped by Ctrl-C after" in out
     assert "accuracy" in out
     assert "Traceback" not in out

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -255,7 +256,43 @@ def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProc
     )
 
 
+def launched(arguments: list[str]) -> Disturbance:
+    """torchrun's own launcher, which forks two ranks that have torch and transformers already; each joins the group that
+    the launcher's variables name."""
+
+    def rank() -> None:
+        try:
+            command(*arguments)()
+        except SystemExit as end:
+            if end.code:
+                raise
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the ranks were not done after 100 s")  # the launcher ends them
+
+    def run() -> None:
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(100)
+        of_one_machine = LaunchConfig(
+            1, 1, 2, run_id="one", rdzv_backend="c10d", rdzv_endpoint="localhost:0", rdzv_configs={"is_host": True},
+            max_restarts=0, monitor_interval=0.1, start_method="fork",
+        )  # fmt: skip
+        elastic_launch(of_one_machine, rank)()
+
+    return run
+
+
+def test_under_torchruns_launcher(finished: Options, tmp_path: Path) -> None:
+    code = ended(fork(launched(line(finished, tmp_path / "run", "directions")), tmp_path / "said"))
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said
+    assert said.count("accuracy  ") == 1
+    alike(tmp_path / "run", finished.output)
+
+
+@pytest.mark.faults
 def test_under_torchrun(finished: Options, tmp_path: Path) -> None:
+    """As above, each rank a fresh process."""
     done = torchrun("-m", "zokern", *line(finished, tmp_path / "run", "directions"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy  ") == 1

@@ -107,6 +107,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
+@pytest.mark.slow
 def test_a_method_a_setting_and_a_placement(tmp_path: Path) -> None:
     """All three in one tree; each command once."""
     tree, found = copied(tmp_path), recipes()

@@ -85,6 +85,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, programs.Done]:
     return programs.run(all_of_them)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page: str, ended: dict[str, programs.Done]) -> None:
     assert ended[page].code == 0, ended[page].said
