@@ -38,7 +38,11 @@ class Process:
     def __init__(self, root: Path, method: str, forwards: bool, device: bool) -> None:
         command = [sys.executable, str(WORKER), method, "forwards" if forwards else "", "device" if device else ""]
         self.process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": str(root)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._told()
 

@@ -51,8 +51,6 @@ def recording(optimizer: ZerothOrderOptimizer, recorder: Recorder | None, path: 
     unclosed.discard(recorder)
     optimizer.listeners.remove(listener)
     with agreed(optimizer, "the end of the journal", path):
-        if recorder is not None:
-            recorder.flush()
         _end(optimizer, recorder, path)
         _warn_of_removal(recorder, path)
 
