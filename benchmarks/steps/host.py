@@ -4,8 +4,8 @@
     python -m benchmarks.steps.host --beside ../zokern-9a8c2c2   # and over another checkout, built in place
 
 Each build has processes of its own, which take turns in one run; a window is 100 steps, and what is told is the median over
-the windows of one's seconds a step over the other's in the same window. "as on a device": the numbers of a step count as far
-away and their copies come late, so that the step takes a device's operations and the journal a device's way. Without
+the windows of one's seconds a step over the other's in the same window. "as on a device": the numbers of a step count as
+far away and their copies come late, so that the step takes a device's operations and the journal a device's way. Without
 forwards the closure returns a stored loss; with them it runs the model on 4 rows. Stores benchmarks/results/host-cpu.json.
 """
 

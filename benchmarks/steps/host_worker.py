@@ -1,4 +1,4 @@
-"""One process of benchmarks.steps.host: has the `zokern` that PYTHONPATH finds, does steps when asked, says how long they took.
+"""One process of benchmarks.steps.host: has the `zokern` that PYTHONPATH finds, does steps, says how long they took.
 
 Reads the name of a way from each line, and answers with the seconds of a step, the mean of WINDOW.
 """
