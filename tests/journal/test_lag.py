@@ -194,7 +194,7 @@ def test_a_device_that_fails(tmp_path, monkeypatch) -> None:
             raise ZeroDivisionError
 
     with (
-        pytest.warns(zokern.ZokernWarning, match=r"ends before step 4, and 3 more steps.*illegal memory access"),
+        pytest.warns(zokern.ZokernWarning, match=r"ends before step 4, and 3 steps.*illegal memory access"),
         pytest.raises(ZeroDivisionError),
     ):
         fails()

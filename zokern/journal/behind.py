@@ -131,8 +131,7 @@ class Behind:
                 stacklevel=6,
             )
 
-    def clear(self) -> int:
-        """Gives up what is kept; how many steps and folds it was."""
-        count, self.open = len(self), []
+    def clear(self) -> None:
+        """Gives up what is kept."""
+        self.open = []
         self.sent.clear()
-        return count

@@ -87,9 +87,9 @@ class Recorder:
             while len(self.behind) and self.broken is None:
                 self._ask(functools.partial(self.behind.take, wait=True))
 
-    def give_up(self) -> int:
-        """What has not been written never will be; how many steps and folds it was."""
-        return self.behind.clear()
+    def give_up(self) -> None:
+        """What has not been written never will be."""
+        self.behind.clear()
 
     def _take(self, event: StepEvent, kind: int) -> None:
         if not len(self.behind) and told.is_here(event):

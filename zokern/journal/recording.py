@@ -62,9 +62,10 @@ def _flush_after(recorder: Recorder | None, path: Path) -> None:
     try:
         recorder.flush()
     except Exception as error:
-        count = recorder.give_up()
+        broken, following = recorder.broken or 0, recorder.following or 0
+        recorder.give_up()
         warnings.warn(
-            f"{path}: the journal ends before step {recorder.broken}, and {count} more steps that were done are not in it: "
+            f"{path}: the journal ends before step {broken}, and {following - broken} steps that were done are not in it: "
             f"{type(error).__name__}: {error}",
             ZokernWarning,
             stacklevel=6,
