@@ -7,15 +7,12 @@ import gc
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import zokern
-from tests.emulated_graph import EmulatedGraph
-from tests.graphs.test_graphed import ReadFromOutside, batches, emulated, make
+from tests.graphs.test_graphed import batches, emulated, make, watched
 from tests.graphs.test_looking_back import history
 from tests.methods import METHODS, Case, states
 from tests.models import Net
-from zokern.graphs import step as graphed
 from zokern.passes import table
 
 __all__ = ["emulated"]  # a fixture
@@ -101,15 +98,7 @@ def test_numbers_of_a_group_that_is_left_out_do_not_matter(emulated, rate: float
 @pytest.mark.parametrize("placement", ["inplace", "shadow"])
 def test_what_a_graph_reads_is_kept(emulated, placement: str, monkeypatch) -> None:
     """Also where eager steps with other blocks have other copies in between."""
-    captures: list[dict[int, tuple[str, StorageWeakRef]]] = []
-
-    class Watched(EmulatedGraph):
-        def capture(self, work) -> None:
-            with ReadFromOutside() as seen:
-                work()
-            captures.append(seen.outside)
-
-    monkeypatch.setattr(graphed, "new_graph", Watched)
+    captures = watched(monkeypatch)
     _, opt, closure, _ = make(METHODS["mezo-adam"], placement, torch.bfloat16, layers=zokern.RandomBlocks(2))
     data = batches()
     step = zokern.GraphedStep(opt, closure, data[0])

@@ -316,6 +316,20 @@ class ReadFromOutside(TorchDispatchMode):
         return out
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, tuple[str, StorageWeakRef]]]:
+    """What each capture from now on reads from outside."""
+    captures: list[dict[int, tuple[str, StorageWeakRef]]] = []
+
+    class Watched(EmulatedGraph):
+        def capture(self, work) -> None:
+            with ReadFromOutside() as seen:
+                work()
+            captures.append(seen.outside)
+
+    monkeypatch.setattr(graphed, "new_graph", Watched)
+    return captures
+
+
 class Growing(zokern.MeZO):
     """A second kind of step with streams of seeds that the first has not."""
 
@@ -331,15 +345,7 @@ class Growing(zokern.MeZO):
 @pytest.mark.parametrize("name", ["growing", "mezo-adam", "hizoo", "helene", "helene-by-layer"])
 def test_what_a_graph_reads_is_kept(emulated, name: str, placement: str, monkeypatch) -> None:
     """All memory from outside of each capture is there after the next kind of step has been captured, and eager steps."""
-    captures: list[dict[int, tuple[str, StorageWeakRef]]] = []
-
-    class Watched(EmulatedGraph):
-        def capture(self, work) -> None:
-            with ReadFromOutside() as seen:
-                work()
-            captures.append(seen.outside)
-
-    monkeypatch.setattr(graphed, "new_graph", Watched)
+    captures = watched(monkeypatch)
     torch.manual_seed(2)
     model = Net().bfloat16()
     case = METHODS.get(name, METHODS["mezo"])

@@ -66,7 +66,7 @@ class Behind:
     step wait. waits: steps that had to. An entry is in `open` until it is sent, in `sent` until it is taken."""
 
     def __init__(self, lag: int | float = LAG) -> None:
-        self.lag, self.waits = check_lag(lag), 0
+        self.lag, self.waits = lag, 0
         self.steps = lag if isinstance(lag, int) else STEPS
         self.seconds = math.inf if isinstance(lag, int) else lag
         self.block = max(1, min(self.steps // PARTS, MOST))

@@ -163,6 +163,12 @@ class Built(Common, Method, torch.optim.Optimizer):
         if self._ranks is not None:
             self._ranks.compared = False
 
+    def ask_listeners(self) -> None:
+        """Before a step or a fold changes anything: those who are told of it may refuse it."""
+        for listener in self.listeners:
+            if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
+                listener.before_step()
+
     def keep_ranks(self) -> None:
         """
         Raises:

@@ -108,12 +108,6 @@ class Captured(Ranked):
     def set_counters(self, counters: dict[str, int]) -> None:
         self._passes.counters = Counters(**counters)
 
-    def ask_listeners(self) -> None:
-        """Before a step changes anything: those who are told of it may refuse it."""
-        for listener in self.listeners:
-            if hasattr(listener, "before_step"):  # asked of a Protocol this takes as long as a pass' preparation
-                listener.before_step()
-
     def launched_again(self, telling: Telling, cost: dict[str, int], active: Active, copies: Copies) -> None:
         """A captured step has been launched: takes note of it as `step` would have, counting first. cost, active: of the
         step that was captured; copies: that it has filled for the next one."""

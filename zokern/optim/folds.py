@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zokern.deltas import Delta
 from zokern.interrupts import HeldInterrupts
-from zokern.optim.events import Careful, HearsFolds, StepEvent
+from zokern.optim.events import HearsFolds, StepEvent
 from zokern.optim.saving import Saving
 from zokern.optim.told import now
 from zokern.passes.spec import PassNumbers, PassSpec
@@ -50,9 +50,7 @@ class Folds(Saving):
         if self._folding is None:
             return 0
         with HeldInterrupts(), self._turn.of("fold"):
-            for listener in self.listeners:
-                if isinstance(listener, Careful):
-                    listener.before_step()
+            self.ask_listeners()
             return self._folding.fold(self, self._tell_fold)
 
     def _tell_fold(self, passes: tuple[tuple[PassSpec, PassNumbers], ...]) -> None:

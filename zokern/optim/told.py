@@ -85,13 +85,10 @@ def is_here(event: StepEvent) -> bool:
 
 
 def row(every: Sequence[Tensor], more: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Those on `device` as one row, float32, of an even number of floats, then `more`. Wide ones come first, so that they
-    are aligned in rows that follow each other. A captured step makes it."""
+    """Those on `device` as one row, float32, wide ones first, then `more`. A captured step makes it."""
     own = [t for t in every if t.device == device]
     parts = [t.reshape(-1).view(torch.float32) for t in own if t.dtype in WIDE]
     parts += [t.reshape(-1).to(torch.float32) for t in (*(t for t in own if t.dtype not in WIDE), *more)]
-    if sum(map(len, parts)) % 2:
-        parts.append(parts[-1][:1])
     return torch.cat(parts)
 
 
