@@ -28,9 +28,10 @@ from benchmarks import study
 from benchmarks.parts import load
 from zokern.bench.record import store
 from zokern.bench.step_peers import Published
-from zokern.finetune import docstrings, models
+from zokern.finetune import models
 from zokern.finetune.batches import Batch, Group, Order, cut
 from zokern.finetune.data import TextSet
+from zokern.finetune.embedded import docstrings
 from zokern.finetune.prompts import Prompt
 
 LONGEST, LABELS, VOCABULARY = 64, ["files", "text"], 49152  # SmolLM2's

@@ -28,11 +28,12 @@ from typer.testing import CliRunner  # noqa: E402
 from tests.finetune.calling import at_call  # noqa: E402
 from tests.finetune.children import ended, fork  # noqa: E402
 from zokern.cli import app, tuning  # noqa: E402
-from zokern.finetune import FinetuneError, Options, data, docstrings, finetune, loop, methods, plots, takers, tasks  # noqa: E402
+from zokern.finetune import FinetuneError, Options, data, finetune, loop, methods, plots, takers, tasks  # noqa: E402
 from zokern.finetune import models as finding  # noqa: E402
 from zokern.finetune.batches import Order, Rows, cut  # noqa: E402
 from zokern.finetune.choosing import objective as picked  # noqa: E402
 from zokern.finetune.display import Display, Status  # noqa: E402
+from zokern.finetune.embedded import docstrings  # noqa: E402
 from zokern.finetune.prompts import Prompt  # noqa: E402
 from zokern.finetune.similar import Similarity  # noqa: E402
 from zokern.optim import METHODS  # noqa: E402

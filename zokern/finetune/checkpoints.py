@@ -33,12 +33,7 @@ def place_of(path: str) -> Place:
     if path.lower().endswith(".gguf"):
         if not file.is_file():
             raise FinetuneError(f"--model {path!r} is not a file here ({Path.cwd()}); a GGUF model must be one")
-        try:
-            import gguf  # noqa: F401
-        except ImportError:
-            raise FinetuneError(
-                f"--model {path!r}: reading GGUF needs the package gguf; install it with: pip install gguf"
-            ) from None
+        require_gguf(path)
         return Place(str(file.parent), {"gguf_file": file.name, "trust_remote_code": False})
     if adapter_files.is_directory(path):
         base = adapter_files.base_of(path)
@@ -51,6 +46,16 @@ def place_of(path: str) -> Place:
             )
         return place_of(base)._replace(adapter=path)
     return Place(path, {"trust_remote_code": False})
+
+
+def require_gguf(name: str) -> None:
+    """Raises FinetuneError where transformers could not read GGUF. name: of the model."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise FinetuneError(
+            f"--model {name!r}: reading GGUF needs the package gguf; install it with: pip install gguf"
+        ) from None
 
 
 def dequantized(transformers: Any) -> dict[str, Any]:

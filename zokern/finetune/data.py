@@ -1,4 +1,4 @@
-"""Texts and labels from a file (reading.py), a data set of the `datasets` library (named.py), or the embedded docstrings.
+"""Texts and labels from a file (reading.py), a data set of the `datasets` library (named.py), or an embedded set.
 
 Where no evaluation set is given, one is held out: stratified by label and chosen by a hash of the text alone, so that
 runs with other seeds, and on other machines, are compared on the same texts, and no text is in both sets.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zokern.finetune import preset
+from zokern.finetune.embedded import TEXTS
 from zokern.finetune.examples import OWN, Text, key
 from zokern.finetune.labels import Classes, check_classes, few, order, whole
 from zokern.finetune.named import read_named
@@ -66,15 +67,14 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
     the rest of the rule.
     """
     descriptions: dict[str, str] = {}
-    if options.data == "docstrings":
-        from zokern.finetune import docstrings
-
+    if (known := TEXTS.get(options.data)) is not None:
         try:
-            train, held = Part("docstrings", [*docstrings.sentences()], LeftOut()), None
+            train, held = Part(options.data, [*known.read()], LeftOut()), None
+        except FinetuneError:
+            raise
         except ValueError as error:
             raise FinetuneError(str(error)) from None
-        descriptions = dict(docstrings.DESCRIPTIONS)
-        source = "docstrings of the Python standard library"
+        descriptions, source = dict(known.descriptions), known.source
     else:
         train, held, source = *_read_both(options), options.data
     notes = [*train.notes, *(held.notes if held else ())]
@@ -92,7 +92,7 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
             held_rows, texts = set(kept), {text for text, _ in kept}
             first = next(pair[0] for pair in train.pairs if pair[0] in texts and pair not in held_rows)
             train.left_out.add(TORN, few([key(first)]), torn)
-        if options.data != "docstrings":
+        if known is None:
             notes.append(f"evaluated on texts held out of {train.where}")
     else:
         kept, left_out["eval"] = held.pairs, held.left_out
@@ -106,7 +106,7 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
     labels: list[str] = []
     if options.objective not in OWN:
         classes = _classes(rest, train, source, options, label2id, head)
-        if options.data != "docstrings":
+        if known is None:
             notes.append(f"order of the labels: {classes.said}")
         labels = classes.labels
         rest, kept = (_renamed(pairs, classes.renamed) for pairs in (rest, kept))

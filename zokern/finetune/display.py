@@ -75,6 +75,10 @@ class Display:
         if self.console.is_terminal:
             self._live.stop()
 
+    def begin(self, step: int) -> None:
+        """The steps begin now, after `step` of them."""
+        self._marks = [(time.perf_counter(), step)]
+
     def update(self, status: Status) -> None:
         """Show `status` from now on."""
         self.status = status

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from zokern.finetune.embedded import TEXTS
 from zokern.finetune.options import FinetuneError, Options
 from zokern.kinds import placeholders
 
@@ -107,12 +108,14 @@ def check(options: Options) -> None:
             raise FinetuneError(
                 f"--{name} is for --objective {objective}, and the objective is {options.objective}; leave it out"
             )
-    if options.data == "docstrings" and options.objective in (*OWN, "image"):
-        raise FinetuneError(f"--data docstrings has texts and labels; give data for --objective {options.objective}")
-    if options.data == "docstrings" and [column for column, _ in columns(options)] != [options.text_column]:
+    if options.data in TEXTS and options.objective in (*OWN, "image"):
         raise FinetuneError(
-            "--data docstrings has one text a row, {text}; give data with other columns, or leave out --pair-column and "
-            "other names in --template"
+            f"--data {options.data} has texts and labels; give data for --objective {options.objective}"
+        )
+    if options.data in TEXTS and [column for column, _ in columns(options)] != [options.text_column]:
+        raise FinetuneError(
+            f"--data {options.data} has one text a row, {{text}}; give data with other columns, or leave out --pair-column "
+            "and other names in --template"
         )
     cut_place(options)
 

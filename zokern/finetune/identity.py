@@ -12,6 +12,7 @@ from typing import Any
 
 from zokern.finetune import adapter_files, adapters, preset, takers
 from zokern.finetune.data import Data, TextSet
+from zokern.finetune.embedded import MODELS, TEXTS
 from zokern.finetune.examples import key
 from zokern.finetune.options import FinetuneError, Options, flag
 from zokern.finetune.tasks import Task
@@ -88,7 +89,7 @@ def stored(options: Options) -> dict[str, Any]:
 def normal(name: str, value: Any) -> Any:
     """A value as it is stored and compared."""
     value = str(value) if isinstance(value, Path) else value
-    if name in LOCAL and isinstance(value, str):
+    if name in LOCAL and isinstance(value, str) and value not in (*MODELS, *TEXTS):
         with contextlib.suppress(OSError):  # longer than a path can be
             return str(Path(value).absolute()) if Path(value).exists() else value
     return value

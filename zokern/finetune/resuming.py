@@ -15,6 +15,7 @@ from zokern.finetune.loop import Begun, factor
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output
 from zokern.finetune.ranks import Team
+from zokern.finetune.samples import look
 from zokern.finetune.tasks import Task, evaluate
 from zokern.journal import tools
 from zokern.optim import ZerothOrderOptimizer
@@ -150,7 +151,10 @@ def _evaluated(task: Task, optimizer: ZerothOrderOptimizer, options: Options) ->
     """The line of the evaluation before the first step, made again."""
     with torch.no_grad():
         accuracy, loss = evaluate(task, "eval", options.eval_batch_size)
+        said = look(task)
     group = optimizer.param_groups[0]
     rate = float(group["lr"]) * factor(options.lr_schedule, options.warmup_steps, options.steps)(0)
-    return records.plain({"kind": "eval", "step": 0, "loss": loss, **records.scored(task.metric.name, accuracy), "lr": rate,
-                          "eps": float(group["eps"]), "seconds": 0.0, "forwards": 0})  # fmt: skip
+    return records.plain({
+        "kind": "eval", "step": 0, "loss": loss, **records.scored(task.metric.name, accuracy), "samples": said, "lr": rate,
+        "eps": float(group["eps"]), "seconds": 0.0, "forwards": 0,
+    })  # fmt: skip

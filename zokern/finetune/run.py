@@ -36,6 +36,7 @@ from zokern.finetune import (
     preset,
     prompted,
     resuming,
+    samples,
     surroundings,
     virtual,
 )
@@ -80,6 +81,9 @@ class Summary:
     metric: str = "accuracy"  # what result.accuracy is
     packed: bool = False  # whether the texts of a batch were
     ranks: int = 1  # processes that trained together
+    samples: list[dict[str, Any]] = dataclasses.field(
+        default_factory=list
+    )  # some of the held-out texts, and what was said
 
     @property
     def code(self) -> int:
@@ -325,7 +329,7 @@ class _Run:
         summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
                           self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
-                          task.packer is not None, team.size)  # fmt: skip
+                          task.packer is not None, team.size, samples.record(data.eval, *result.samples))  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -429,6 +433,7 @@ def _record(options: Options, data: texts.Data, summary: Summary) -> dict[str, A
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(),
                     "ranks": summary.ranks,
                     "gpu": torch.cuda.get_device_name(summary.device) if summary.device.startswith("cuda") else None},
+        "samples": summary.samples,
         "summary": {
             "steps": result.steps,
             "since_step": result.since,
@@ -465,6 +470,10 @@ def _print(summary: Summary, say: Any) -> None:
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
+    if summary.samples:
+        say("samples", "probability of what is right, before -> after, of some of the held-out texts:")
+        for told in samples.lines(summary.samples):
+            say("", told)
     since = f"; since step {result.since}" if result.since else ""
     if summary.ranks > 1:
         say("ranks", f"{summary.ranks} processes trained together; times and memory are those of the first")
