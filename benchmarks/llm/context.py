@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.llm import reviews
 from benchmarks.llm.packed import Reviews
 from zokern.finetune.data import TextSet
+from zokern.finetune.packer import accepts
 
 EXAMPLES = 16
 BETWEEN = "\n\n"
@@ -74,9 +75,10 @@ def _after(task: Reviews, known: Any, shared: int, rows: list[list[int]]) -> Ten
     own = copy.deepcopy(known)  # the forward appends to it
     own.batch_repeat_interleave(len(rows))
     model: Any = task.model
+    past = "cache" if accepts(model, "cache") else "past_key_values"  # its name in transformers 5.24 and before
     out = model(
         input_ids=ids, attention_mask=seen.long(), position_ids=torch.arange(shared, shared + width).expand(len(rows), -1),
-        past_key_values=own, use_cache=True, logits_to_keep=width - shortest + 1,
+        use_cache=True, logits_to_keep=width - shortest + 1, **{past: own},
     ).logits  # fmt: skip
     last: Tensor = out[torch.arange(len(rows)), lengths - shortest]
     return last.index_select(1, task.words).float()

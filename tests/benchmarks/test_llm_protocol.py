@@ -177,6 +177,29 @@ def test_other_results_are_refused(tmp_path: Path, subjects: dict[str, Reviews])
         Made(subjects, results, "mezo")
 
 
+def test_the_command_stores_a_whole_benchmark_and_goes_on_with_more_methods(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "llm-cpu.json"
+    monkeypatch.setattr(packed, "read", lambda _: SETS)
+    threads = str(torch.get_num_threads())
+    command = ["protocol", "--model", folder, "--budget", "16", "--trial", "16", "--threads", threads]
+    command += ["--output", str(path)]
+    for methods in (["mezo"], ["mezo", "lora-mezo"]):
+        monkeypatch.setattr("sys.argv", [*command, "--methods", *methods])
+        assert protocol.main() == 0
+        stored = json.loads(path.read_text())
+        assert list(stored["results"]["methods"]) == methods
+        assert all(len(record["runs"]) == 3 for record in stored["results"]["methods"].values())
+        assert not stored["complete"]  # other methods are missing
+    assert "MeZO, two-sided" not in capsys.readouterr().out.partition("stored")[2]
+    for wrong, said in (("--budget 15", "at least 16"), ("--methods adamw", "unknown methods adamw")):
+        monkeypatch.setattr("sys.argv", [*command, *wrong.split()])
+        with pytest.raises(SystemExit):
+            protocol.main()
+        assert said in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------------------- methods
 
 
