@@ -27,9 +27,10 @@ import torch
 
 from benchmarks import study
 from benchmarks.llm import packed
+from benchmarks.llm.bench import BATCH
 from benchmarks.llm.methods import METHODS, Method, step
 from benchmarks.llm.packed import Reviews
-from benchmarks.llm.protocol import BATCH, former
+from benchmarks.llm.protocol import former
 from zokern.bench.budget import peak_bytes
 from zokern.bench.record import RESULTS, machine, store
 

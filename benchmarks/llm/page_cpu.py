@@ -11,8 +11,9 @@ from typing import Any
 
 from benchmarks.convergence.page import COLOURS
 from benchmarks.convergence.run import SEEDS
+from benchmarks.llm.bench import CONTEXT
 from benchmarks.llm.methods import METHODS
-from benchmarks.llm.protocol import CONTEXT, best, next_lr
+from benchmarks.llm.search import best, next_lr
 from benchmarks.parts import Record, load, made_on, panels, plain, save, table
 from zokern.bench.record import RESULTS
 

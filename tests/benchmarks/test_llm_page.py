@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.llm import cost, packed, page_cpu, protocol
+from benchmarks.llm import cost, packed, page_cpu
+from benchmarks.llm.bench import CONTEXT
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.packed import Reviews
 from tests.benchmarks.test_llm import sentiment, texts
@@ -34,7 +35,7 @@ def _whole() -> dict[str, dict[str, Any]]:
     """Both files, with all that a page wants."""
     ends = {name: [0.70 + i / 100, 0.71 + i / 100, 0.72 + i / 100] for i, name in enumerate(METHODS)}
     examples = {"examples": 16, "runs": [{"seed": seed, "accuracy": 0.66} for seed in range(3)]}
-    results = {"start": {"test": {"accuracy": 0.52, "loss": 1.1}}, protocol.CONTEXT: examples,
+    results = {"start": {"test": {"accuracy": 0.52, "loss": 1.1}}, CONTEXT: examples,
                "methods": {name: _record(name, each) for name, each in ends.items()}}  # fmt: skip
     about = {"machine": MACHINE, "date": "2026-11-29T01:02:03", "commit": "0" * 40}
     costs = {name: {"seconds": 1.5, "bytes": 3e7, "forward_bytes": 1e7} for name in METHODS}
@@ -82,7 +83,7 @@ def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
     methods["hizoo"]["runs"].clear()
     methods["hizoo"]["grid"].pop()
     methods["fzoo"]["grid"][0]["loss"] = None
-    results[protocol.CONTEXT]["runs"].clear()
+    results[CONTEXT]["runs"].clear()
     made = show(files)
     told = made["cpu-machine"]
     assert "Not run yet: HiZOO; Adam (backpropagation)." in told
@@ -97,7 +98,7 @@ def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
 def test_a_page_without_any_run_holds(show: Any) -> None:
     assert set(show({}).values()) == {page_cpu.NONE}
     begun = copy.deepcopy(_whole())
-    begun[page_cpu.RUNS]["results"] |= {"methods": {}, protocol.CONTEXT: {"examples": 16, "runs": []}}
+    begun[page_cpu.RUNS]["results"] |= {"methods": {}, CONTEXT: {"examples": 16, "runs": []}}
     made = show(begun)
     assert made["cpu-runs"].splitlines()[2:] == ["| as it is (zero-shot) |  | 0 |  | 52.0 |  |  |  |"]
     assert made["cpu-picture"] == page_cpu.NONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.llm import context, packed, protocol, reviews
+from benchmarks.llm import bench, context, packed, protocol, reviews, search
 from benchmarks.llm.methods import METHODS, Method, step
 from benchmarks.llm.packed import Reviews
 from tests.benchmarks.test_llm import sentiment, texts
 
-SETS = {"train": texts(40, 0), "validation": texts(12, 1), "test": texts(30, 2)}
+SETS = {"train": texts(40, 0), "validation": texts(12, 1), "test": texts(16, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ class Kept:
         self.results = json.loads(json.dumps(results))
         self.pieces += 1
         if self.pieces == self.stop:
-            raise protocol.OutOfTime
+            raise bench.OutOfTime
 
 
 class Made:
@@ -58,9 +59,9 @@ class Made:
         self, subjects: dict[str, Reviews], results: dict[str, Any], *methods: str, stop: int | None = None,
         seconds: float = 0,
     ) -> None:  # fmt: skip
-        options = argparse.Namespace(methods=list(methods), budget=32, trial=16, seconds=seconds)
+        options = argparse.Namespace(methods=list(methods), budget=12, trial=6, seconds=seconds)
         self.time, self.kept, self.said = 0.0, Kept(stop), list[str]()
-        self.bench = protocol.Bench(subjects.__getitem__, self.kept, options, results, self.now, self.said.append)
+        self.bench = bench.Bench(subjects.__getitem__, self.kept, options, results, self.now, self.said.append)
 
     def now(self) -> float:
         self.time += 1.0
@@ -76,27 +77,45 @@ class Made:
         return [line.partition("now ")[2] for line in self.said if "now " in line]
 
 
+@pytest.fixture(scope="module")
+def whole(subjects: dict[str, Reviews]) -> Made:
+    """All runs of two methods."""
+    made = Made(subjects, {}, "mezo", "hizoo")
+    made.all()
+    return made
+
+
 # ---------------------------------------------------------------------------------------------------------------- order
 
 
-def test_all_methods_search_before_any_runs_and_seeds_come_one_after_another(subjects: dict[str, Reviews]) -> None:
-    made = Made(subjects, {}, "mezo", "hizoo")
-    results = made.all()
-    searches = [line for line in made.begun if "search" in line]
-    grown = [len(results["methods"][name]["grid"]) for name in ("mezo", "hizoo")]
-    assert made.begun[: len(searches)] == searches
-    assert len(searches) == sum(grown)
+def test_all_methods_search_before_any_runs_and_seeds_come_one_after_another(whole: Made) -> None:
+    searches = [line for line in whole.begun if "search" in line]
+    grown = [len(whole.kept.results["methods"][name]["grid"]) for name in ("mezo", "hizoo")]
+    assert whole.begun[: len(searches)] == searches
     assert [line.split(",")[0] for line in searches] == ["MeZO"] * grown[0] + ["HiZOO"] * grown[1]
-    runs = [(line.split(",")[0], line.split("seed ")[1][0]) for line in made.begun[len(searches) :]]
+    runs = [(line.split(",")[0], line.split("seed ")[1][0]) for line in whole.begun[len(searches) :]]
     names = ("16 examples in the prompt", "MeZO", "HiZOO")
     assert runs == [(name, seed) for seed in "012" for name in names]
-    for name in ("mezo", "hizoo"):
-        record = results["methods"][name]
+    assert whole.said[0].startswith("zero-shot: accuracy 0.")
+    assert whole.said[1].startswith("15 runs left, some 0.")
+    assert whole.said[-2].startswith("1 runs left")
+
+
+def test_lr_is_chosen_on_the_validation_set_and_kept_for_all_seeds(subjects: dict[str, Reviews], whole: Made) -> None:
+    task = subjects[""]
+    for name, looks in (("mezo", [6, 12]), ("hizoo", [6, 12])):
+        record = whole.kept.results["methods"][name]
         assert record["lr"] == min(record["grid"], key=lambda point: point["loss"])["lr"]
         assert [run["lr"] for run in record["runs"]] == [record["lr"]] * 3
-        assert [point["forwards"] for point in record["runs"][0]["curve"]] == [
-            {"mezo": 16, "hizoo": 15}[name], {"mezo": 32, "hizoo": 30}[name]
-        ]  # fmt: skip
+        assert [point["forwards"] for point in record["runs"][0]["curve"]] == looks
+        method = METHODS[name]
+        with torch.no_grad():
+            task.reset()
+            optimizer, batches = method.optimizer(task.model, method.grid[0], 3), task.batches(16, 3)
+            for _ in range(6 // method.forwards):
+                batch = next(batches)
+                step(method, optimizer, lambda batch=batch: task.loss(batch))
+            assert record["grid"][0]["loss"] == task.evaluate("validation")["loss"] != task.evaluate("test")["loss"]
 
 
 def test_a_grid_grows_where_the_best_lies_at_its_edge_and_not_for_ever() -> None:
@@ -104,7 +123,7 @@ def test_a_grid_grows_where_the_best_lies_at_its_edge_and_not_for_ever() -> None
 
     def grown(loss: Any) -> list[float]:
         grid: list[dict[str, Any]] = []
-        while (lr := protocol.next_lr(method, grid)) is not None:
+        while (lr := search.next_lr(method, grid)) is not None:
             grid.append({"lr": lr, "loss": loss(lr)})
         return [point["lr"] for point in grid]
 
@@ -113,7 +132,7 @@ def test_a_grid_grows_where_the_best_lies_at_its_edge_and_not_for_ever() -> None
     assert grown(lambda lr: lr) == [1e-5, 3e-5, 1e-4, 3e-6, 1e-6]
     assert grown(lambda lr: abs(lr - 3e-4)) == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
     assert grown(lambda lr: None) == [1e-5, 3e-5, 1e-4, 3e-6, 1e-6]  # all diverge: lower
-    assert protocol.best([{"lr": 1.0, "loss": None}, {"lr": 2.0, "loss": 9.0}]) == 2.0
+    assert search.best([{"lr": 1.0, "loss": None}, {"lr": 2.0, "loss": 9.0}]) == 2.0
 
 
 # ---------------------------------------------------------------------------------------------------------- broken off
@@ -124,42 +143,40 @@ def _told(results: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(results), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
 
 
-def test_a_broken_off_benchmark_goes_on_without_doing_a_run_twice(subjects: dict[str, Reviews]) -> None:
-    whole = Made(subjects, {}, "mezo", "lora-adam")
-    results = whole.all()
-    for stop in (3, 8):
-        first = Made(subjects, {}, "mezo", "lora-adam", stop=stop)
-        with pytest.raises(protocol.OutOfTime):
+def test_a_broken_off_benchmark_goes_on_without_doing_a_run_twice(subjects: dict[str, Reviews], whole: Made) -> None:
+    for stop in (3, 11):
+        first = Made(subjects, {}, "mezo", "hizoo", stop=stop)
+        with pytest.raises(bench.OutOfTime):
             first.all()
-        second = Made(subjects, first.kept.results, "mezo", "lora-adam")
-        assert _told(second.all()) == _told(results)
+        second = Made(subjects, first.kept.results, "mezo", "hizoo")
+        assert _told(second.all()) == _told(whole.kept.results)
         assert first.kept.pieces + second.kept.pieces == whole.kept.pieces
         assert first.begun + second.begun == whole.begun
 
 
-def test_a_run_that_is_cut_is_dropped_and_done_again(subjects: dict[str, Reviews]) -> None:
-    whole = Made(subjects, {}, "mezo")
-    results = whole.all()
-    begun = {"start": results["start"], "inference": {"seconds": 1e-3}}  # an estimate that is far too small
-    cut = Made(subjects, json.loads(json.dumps(begun)), "mezo", seconds=12)
-    with pytest.raises(protocol.OutOfTime):
+def test_a_run_that_is_cut_is_dropped_and_done_again(subjects: dict[str, Reviews], whole: Made) -> None:
+    begun = {"start": whole.kept.results["start"], "inference": {"seconds": 1e-3}}  # an estimate that is far too small
+    cut = Made(subjects, begun, "mezo", "hizoo", seconds=6)
+    with pytest.raises(bench.OutOfTime):
         cut.all()
     assert cut.kept.pieces == 0
     assert "dropped" in cut.said[-1]
     assert cut.bench.results["methods"]["mezo"]["grid"] == []
-    again = Made(subjects, cut.bench.results, "mezo")
-    assert _told(again.all())["methods"] == _told(results)["methods"]
-    assert again.begun == whole.begun
+    again = Made(subjects, cut.bench.results, "mezo", "hizoo", stop=1)
+    with pytest.raises(bench.OutOfTime):
+        again.all()
+    (point,) = again.kept.results["methods"]["mezo"]["grid"]
+    assert _told(point) == _told(whole.kept.results["methods"]["mezo"]["grid"][0])
 
 
-def test_no_run_is_begun_that_would_not_fit(subjects: dict[str, Reviews]) -> None:
-    results = Made(subjects, {}, "mezo").all()
-    results["methods"]["mezo"]["runs"].pop()
-    late = Made(subjects, results, "mezo", seconds=20)  # a run takes 16 looks at the clock for its steps alone
-    with pytest.raises(protocol.OutOfTime):
+def test_no_run_is_begun_that_would_not_fit(subjects: dict[str, Reviews], whole: Made) -> None:
+    results = copy.deepcopy(whole.kept.results)
+    results["methods"]["hizoo"]["runs"].pop()
+    late = Made(subjects, results, "mezo", "hizoo", seconds=4)  # its steps alone took as many looks at the clock
+    with pytest.raises(bench.OutOfTime):
         late.all()
     assert late.begun == []
-    assert late.said[0].startswith("not begun: MeZO, two-sided, lr")
+    assert late.said[0].startswith("not begun: HiZOO, lr")
 
 
 def test_other_results_are_refused(tmp_path: Path, subjects: dict[str, Reviews]) -> None:
