@@ -1,4 +1,5 @@
-"""A real language model learns to tell good film reviews from bad ones, with forwards alone: accuracy against forwards.
+"""On a GPU, a real language model learns to tell good film reviews from bad ones, with forwards alone. (On a CPU:
+protocol.py, with all methods and short runs.)
 
     python -m benchmarks.llm.run --model FOLDER                  # SmolLM2-135M as save_pretrained wrote it, or its .gguf
     python -m benchmarks.llm.run --model FOLDER --methods mezo --budget 2000 --trial 400       # a look
@@ -6,7 +7,7 @@
 
 Every method may spend --budget forwards on training, with a constant lr. lr is the one of the method's grid with the lowest
 loss on the validation set after --trial forwards of seed 0; accuracy is that of the test set. LoRA trained by Adam with
-backpropagation is drawn for reference and pays 3 forwards for a forward and a backward. On a GPU a step is one CUDA graph
+backpropagation is drawn for reference and pays 3 forwards for a forward and a backward. A step is one CUDA graph
 where the method can be captured.
 
 What is finished is kept in the output at once, and a benchmark that was broken off goes on there. With --seconds it ends in
@@ -225,16 +226,16 @@ def main() -> int:
         trial=(3_000, "forwards of a run that chooses lr"),
         seconds=(0, "end after so many; 0: when all is done"),
         compiled=(False, "the forward of training batches by torch.compile, and placement shadow, which it needs"),
-        device=study.DEVICES,
     )
     options = parser.parse_args()
     if unknown := [name for name in options.methods if name not in METHODS]:
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if options.model is None:
         parser.error("--model is missing: a folder that save_pretrained wrote, or a .gguf file")
-    device = study.torch_device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    path = options.output or RESULTS / f"llm-{device.type}.json"
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; on a CPU take python -m benchmarks.llm.protocol")
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    path = options.output or RESULTS / "llm-cuda.json"
     task = load(options.model, Path(options.texts).expanduser(), device, dtype)
     settings = {
         "parameters": sum(p.numel() for p in task.model.parameters()), "dtype": str(dtype).removeprefix("torch."),

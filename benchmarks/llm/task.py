@@ -52,6 +52,7 @@ class Sentiment(Task):
 
     def __init__(self, model: nn.Module, tokenizer: object, sets: Mapping[str, TextSet]) -> None:
         self.device = next(model.parameters()).device
+        self.tokenizer = tokenizer
         prompts = Prompt(model, tokenizer, list(reviews.LABELS), LONGEST, reviews.TEMPLATE, list(reviews.WORDS))
         if not prompts.single:
             raise SystemExit(f"the words {reviews.WORDS} are not one token each for this tokenizer")

@@ -1,0 +1,162 @@
+"""Writes the CPU's tables and picture of docs/llm.md from benchmarks/results/llm-cpu.json and llm-cost-cpu.json.
+
+Also from what is there of them: what is missing is said.
+"""
+
+from __future__ import annotations
+
+import functools
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.convergence.page import COLOURS
+from benchmarks.convergence.run import SEEDS
+from benchmarks.llm.bench import CONTEXT
+from benchmarks.llm.methods import METHODS
+from benchmarks.llm.search import best, next_lr
+from benchmarks.parts import Record, load, made_on, panels, plain, save, table
+from zokern.bench.record import RESULTS
+
+RUNS, COST, PICTURE = "llm-cpu.json", "llm-cost-cpu.json", "llm-cpu"
+NONE = "No run is stored yet."
+OTHERS = {
+    "lowrank": "#8b4513",
+    "lora-mezo": "#000080",
+    "prefix-mezo": "#9370db",
+    "lora-adam": "#b0b0b0",
+    "adam": "#d3d3d3",
+}
+
+
+@functools.cache
+def stored(name: str) -> dict[str, Any]:
+    """A results file; {} where it is not there yet."""
+    return load(name) if (RESULTS / name).is_file() else {}
+
+
+def _results() -> dict[str, Any]:
+    found: dict[str, Any] = stored(RUNS).get("results", {})
+    return found
+
+
+def _methods() -> dict[str, Record]:
+    """The methods with a run, the most accurate first, backpropagation last."""
+    found = {name: part for name, part in _results().get("methods", {}).items() if name in METHODS and part["runs"]}
+    return dict(sorted(found.items(), key=lambda one: (METHODS[one[0]].backward, -mean(_ends(one[1])))))
+
+
+def _ends(method: Record, look: int = -1) -> list[float]:
+    """Of each seed, the accuracy at a look of its curve, in %."""
+    return [100 * run["curve"][look]["accuracy"] for run in method["runs"]]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, 1/(N - 1); of one value itself."""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e9:.2f} GB"
+
+
+def _cost(name: str) -> list[str]:
+    """Seconds a step, and memory beside a forward."""
+    found = stored(COST).get("results", {}).get(name)
+    if found is None:
+        return ["", ""]
+    return [f"{found['seconds']:.2f}", megabytes(max(found["bytes"] - found["forward_bytes"], 0))]
+
+
+def runs() -> str:
+    """A line for each method."""
+    results = _results()
+    if "start" not in results:
+        return NONE
+    budget = stored(RUNS)["settings"]["budget"]
+    head = ["method", "lr", "forwards", f"accuracy after {budget // 2}, %", f"after {budget}, %", "seeds", "seconds a step",
+            "memory beside a forward"]  # fmt: skip
+    rows = []
+    for name, method in _methods().items():
+        curve = [spread(_ends(method, look)) for look in (0, -1)]
+        forwards = str(method["runs"][0]["forwards"])
+        rows.append([method["label"], f"{method['lr']:g}", forwards, *curve, str(len(method["runs"])), *_cost(name)])
+    if examples := results[CONTEXT]["runs"]:
+        shown = spread([100 * run["accuracy"] for run in examples])
+        rows.append(
+            [f"{results[CONTEXT]['examples']} examples in the prompt", "", "0", "", shown, str(len(examples)), "", ""]
+        )
+    rows.append(["as it is (zero-shot)", "", "0", "", f"{100 * results['start']['test']['accuracy']:.1f}", "", "", ""])
+    return table(head, rows, tight=True)
+
+
+def grids() -> str:
+    """The validation loss of each lr that was tried."""
+    lines = []
+    for name, method in _results().get("methods", {}).items():
+        if name not in METHODS or not method["grid"]:
+            continue
+        grid = sorted(method["grid"], key=lambda point: point["lr"])
+        tried = ", ".join(f"{p['lr']:g}: {'none' if p['loss'] is None else format(p['loss'], '.3f')}" for p in grid)
+        done = next_lr(METHODS[name], method["grid"]) is None
+        chosen = f"; taken: {best(method['grid']):g}" if done else "; not done"
+        lines.append(f"- {method['label']}: {tried}{chosen}")
+    return "\n".join(lines) or NONE
+
+
+def missing() -> str:
+    """What is not there yet; "" for nothing."""
+    found = _results().get("methods", {})
+    seeds = {name: len(found.get(name, {"runs": []})["runs"]) for name in METHODS}
+    none = [METHODS[name].label for name, count in seeds.items() if count == 0]
+    some = [f"{METHODS[name].label} ({count})" for name, count in seeds.items() if 0 < count < len(SEEDS)]
+    told = f" **Not run yet: {'; '.join(none)}.**" if none else ""
+    told += f" **Not all {len(SEEDS)} seeds yet: {'; '.join(some)}.**" if some else ""
+    costs = stored(COST).get("results", {})
+    if unmeasured := [METHODS[name].label for name in METHODS if name not in costs]:
+        told += f" **Time and memory not measured yet: {'; '.join(unmeasured)}.**"
+    return told
+
+
+def machine() -> str:
+    if "start" not in _results():
+        return NONE
+    told = made_on(stored(RUNS))
+    if stored(COST):
+        told += f"; time and memory in processes of their own, commit {stored(COST)['commit'][:12]}"
+    return f"{told}.{missing()}"
+
+
+def picture() -> str:
+    """The line that shows what draw() makes."""
+    return f"![Accuracy against forwards, on a CPU](images/{PICTURE}.png)" if _methods() else NONE
+
+
+def draw() -> None:
+    """Accuracy against forwards, the mean of the seeds, and each seed a point at the end."""
+    if not _methods():
+        return
+    figure, (axes,) = panels(1, 9, 4.6)
+    start = 100 * _results()["start"]["test"]["accuracy"]
+    for name, method in _methods().items():
+        curve = method["runs"][0]["curve"]
+        # Where a prefix begins, a model says other things than without one; nobody has looked.
+        known = METHODS[name].adapter != "prefix"
+        x = [0] * known + [point["forwards"] for point in curve]
+        y = [start] * known + [mean(_ends(method, look)) for look in range(len(curve))]
+        colour = {**COLOURS, **OTHERS}[name]
+        style = "--" if METHODS[name].backward else "-"
+        axes.plot(x, y, style, color=colour, label=method["label"], linewidth=1.4)
+        axes.plot([x[-1]] * len(method["runs"]), _ends(method), "o", color=colour, markersize=3)
+    if examples := _results()[CONTEXT]["runs"]:
+        level = mean(100 * run["accuracy"] for run in examples)
+        axes.axhline(level, color="#cccccc", linestyle=":", label="16 examples in the prompt")
+    axes.set_xlabel("forwards (a forward and a backward: 3)")
+    axes.set_ylabel("accuracy on 1,000 held-out sentences, %")
+    plain(axes)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, PICTURE, metadata={"Software": None})
+
+
+PAGES = {
+    "docs/llm.md": {"cpu-runs": runs, "cpu-picture": picture, "cpu-grids": grids, "cpu-machine": machine},
+}

@@ -1,0 +1,111 @@
+"""The protocol of MeZO and its followers on a language model of 135 million parameters, at the scale of two CPU cores.
+
+    python -m benchmarks.llm.protocol --model FOLDER --threads 2                   # all of it: some six hours
+    python -m benchmarks.llm.protocol --model FOLDER --methods mezo es --seconds 3600    # a part, an hour of it
+    python -m benchmarks.pages docs/llm.md                                         # its tables and pictures anew
+
+1,000 sentences of film reviews to learn from, 500 that choose lr, 1,000 that are told of; the words " great" and
+" terrible" after "... It was"; batches of 16; lr constant. Every method may spend the same number of forwards; a forward
+and a backward count as 3.
+
+First all methods search: each lr of the grid with seed 3 for --trial forwards, and the one with the lowest loss on the
+validation set is taken. Where that lies at an edge of the grid, one more is tried there, twice at most. Then all methods
+run for --budget forwards with seed 0, then all with seed 1, then with seed 2: whenever it ends, what is there can be
+compared. Beside them: the model as it is (zero-shot), and with 16 examples in its prompt.
+
+Each run is stored as it ends, and the same command goes on where it was. With --seconds it ends in time: no run is begun
+that would not fit by its estimate, and one that does not fit after all is dropped and done again by the next call.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import study
+from benchmarks.convergence.run import SEEDS
+from benchmarks.llm import packed, reviews
+from benchmarks.llm.bench import BATCH, SEARCH_SEED, Bench, OutOfTime
+from benchmarks.llm.methods import METHODS
+from benchmarks.llm.task import LONGEST
+from zokern.bench.record import RESULTS, machine, store
+from zokern.finetune import surroundings
+
+Settings = dict[str, Any]
+
+
+def former(path: Path, settings: Mapping[str, Any], here: Mapping[str, Any]) -> Settings:
+    """The results so far, where they have the same settings and machine; whole ones too, for --methods may be more."""
+    if not path.is_file():
+        return {}
+    stored: Settings = json.loads(path.read_text())
+    for what, now, then in (("settings", settings, stored["settings"]), ("machine", here, stored["machine"])):
+        if then != now:
+            apart = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
+            raise SystemExit(f"{path} is of another {what}, {{name: (there, here)}}: {apart}; give another --output")
+    results: Settings = stored["results"]
+    return results
+
+
+def settings_of(options: Any) -> Settings:
+    return {
+        "dtype": "float32", "batch_size": BATCH, "tokens": LONGEST, "budget": options.budget, "trial": options.trial,
+        "seeds": list(SEEDS), "search_seed": SEARCH_SEED, "template": reviews.TEMPLATE, "words": list(reviews.WORDS),
+        "sizes": reviews.SIZES,
+    }  # fmt: skip
+
+
+def parse() -> Any:
+    parser = study.parser(
+        __doc__,
+        model=(str, "a folder that save_pretrained wrote, or a .gguf file"),
+        texts=("~/.cache/zokern/movieReviewSnippets_GroundTruth.txt", "where the sentences are kept"),
+        methods=(list(METHODS), f"of {', '.join(METHODS)} (default: all)"),
+        budget=(500, "forwards of a run"), trial=(200, "forwards of a run that chooses lr"),
+        seconds=(0, "end after so many; 0: when all is done"), threads=(2, "of torch"),
+    )  # fmt: skip
+    options = parser.parse_args()
+    if unknown := [name for name in options.methods if name not in METHODS]:
+        parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    if options.model is None:
+        parser.error("--model is missing: a folder that save_pretrained wrote, or a .gguf file")
+    least = max(method.forwards for method in METHODS.values())
+    if min(options.budget, options.trial) < least or options.threads < 1 or options.seconds < 0:
+        parser.error(f"--budget and --trial are at least {least}, --threads at least 1, --seconds not negative")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    device, settings = torch.device("cpu"), settings_of(options)
+    path = options.output or RESULTS / "llm-cpu.json"
+    results = former(path, settings, machine(device))
+    sets = packed.read(Path(options.texts).expanduser())
+
+    def keep(found: Settings, complete: bool = False) -> None:
+        store("llm", device, settings, found, path, complete=complete)
+
+    bench = Bench(
+        lambda adapter: packed.load(options.model, sets, adapter), keep, options, results,
+        say=lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True),
+    )  # fmt: skip
+    try:
+        with torch.no_grad(), surroundings.kept():  # which keeps libraries quiet
+            bench.all()
+    except OutOfTime:
+        print(f"the same command goes on with {path}")
+        return 0
+    keep(results, not set(METHODS) - set(results["methods"]))
+    print(f"stored {path}; now python -m benchmarks.pages docs/llm.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What docs/llm.md says of the runs on a CPU, from all of them and from some; and what a step of a method takes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from benchmarks.llm import cost, packed, page_cpu
+from benchmarks.llm.bench import CONTEXT
+from benchmarks.llm.methods import METHODS
+from benchmarks.llm.packed import Reviews
+from tests.benchmarks.test_llm import sentiment, texts
+
+MACHINE = {"processor": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "instruction_sets": ["avx2"]}
+
+
+def _run(seed: int, end: float) -> dict[str, Any]:
+    curve = [{"forwards": 250, "loss": 0.6, "accuracy": 0.6}, {"forwards": 500, "loss": 0.5, "accuracy": end}]
+    return {"seed": seed, "lr": 3e-5, "steps": 250, "forwards": 500, "seconds": 250.0, "curve": curve}
+
+
+def _record(name: str, ends: list[float]) -> dict[str, Any]:
+    grid = [{"lr": lr, "loss": abs(lr - METHODS[name].grid[1]), "accuracy": 0.6} for lr in METHODS[name].grid]
+    runs = [_run(seed, end) for seed, end in enumerate(ends)]
+    return {"label": METHODS[name].label, "grid": grid, "runs": runs, "lr": METHODS[name].grid[1]}
+
+
+def _whole() -> dict[str, dict[str, Any]]:
+    """Both files, with all that a page wants."""
+    ends = {name: [0.70 + i / 100, 0.71 + i / 100, 0.72 + i / 100] for i, name in enumerate(METHODS)}
+    examples = {"examples": 16, "runs": [{"seed": seed, "accuracy": 0.66} for seed in range(3)]}
+    results = {"start": {"test": {"accuracy": 0.52, "loss": 1.1}}, CONTEXT: examples,
+               "methods": {name: _record(name, each) for name, each in ends.items()}}  # fmt: skip
+    about = {"machine": MACHINE, "date": "2026-11-29T01:02:03", "commit": "0" * 40}
+    costs = {name: {"seconds": 1.5, "bytes": 3e7, "forward_bytes": 1e7} for name in METHODS}
+    return {
+        page_cpu.RUNS: {**about, "settings": {"budget": 500}, "results": results},
+        page_cpu.COST: {**about, "results": costs},
+    }
+
+
+@pytest.fixture
+def show(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """show(files): the page's parts, made from those."""
+
+    def parts(files: dict[str, Any]) -> dict[str, str]:
+        monkeypatch.setattr(page_cpu, "stored", lambda name: files.get(name, {}))
+        return {name: make() for name, make in page_cpu.PAGES["docs/llm.md"].items()}
+
+    return parts
+
+
+def test_a_page_of_all_runs_has_the_best_first_and_backpropagation_behind(show: Any) -> None:
+    made = show(_whole())
+    lines = made["cpu-runs"].splitlines()[2:]
+    zeroth = [name for name in METHODS if not METHODS[name].backward]
+    order = [*reversed(zeroth), *[name for name in reversed(METHODS) if METHODS[name].backward]]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
+        *[METHODS[name].label for name in order], "16 examples in the prompt", "as it is (zero-shot)"
+    ]  # fmt: skip
+    first = METHODS[order[0]]
+    assert lines[0] == f"| {first.label} | {first.grid[1]:g} | 500 | 60.0 ± 0.0 | 82.0 ± 1.0 | 3 | 1.50 | 20.0 MB |"
+    assert lines[-2:] == ["| 16 examples in the prompt |  | 0 |  | 66.0 ± 0.0 | 3 |  |  |",
+                          "| as it is (zero-shot) |  | 0 |  | 52.0 |  |  |  |"]  # fmt: skip
+    assert "yet" not in "".join(made.values())
+    assert "- MeZO, two-sided: 1e-05: 0.000, 3e-05: 0.000, 0.0001: 0.000; taken: 3e-05" in made["cpu-grids"]
+    assert made["cpu-picture"].startswith("![")
+
+
+def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
+    files = _whole()
+    del files[page_cpu.COST]
+    results = files[page_cpu.RUNS]["results"]
+    methods = results["methods"]
+    del methods["adam"]
+    methods["mezo"]["runs"].pop()
+    methods["hizoo"]["runs"].clear()
+    methods["hizoo"]["grid"].pop()
+    methods["fzoo"]["grid"][0]["loss"] = None
+    results[CONTEXT]["runs"].clear()
+    made = show(files)
+    told = made["cpu-machine"]
+    assert "Not run yet: HiZOO; Adam (backpropagation)." in told
+    assert "Not all 3 seeds yet: MeZO, two-sided (2)." in told
+    assert told.count("not measured yet: MeZO, two-sided;") == 1
+    assert "HiZOO" not in made["cpu-runs"]
+    assert "examples" not in made["cpu-runs"]
+    assert "- HiZOO: 1e-05: 0.000, 3e-05: 0.000; not done" in made["cpu-grids"]
+    assert "- FZOO, N=8: 1e-06: none, " in made["cpu-grids"]
+
+
+def test_a_page_without_any_run_holds(show: Any) -> None:
+    assert set(show({}).values()) == {page_cpu.NONE}
+    begun = copy.deepcopy(_whole())
+    begun[page_cpu.RUNS]["results"] |= {"methods": {}, CONTEXT: {"examples": 16, "runs": []}}
+    made = show(begun)
+    assert made["cpu-runs"].splitlines()[2:] == ["| as it is (zero-shot) |  | 0 |  | 52.0 |  |  |  |"]
+    assert made["cpu-picture"] == page_cpu.NONE
+
+
+# ----------------------------------------------------------------------------------------------------------------- costs
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Reviews:
+    path, made = str(tmp_path_factory.mktemp("model")), sentiment()
+    model: Any = made.model
+    model.save_pretrained(path)
+    made.tokenizer.save_pretrained(path)
+    return packed.load(path, {"train": texts(40, 0)})
+
+
+def test_memory_is_what_a_method_keeps_beyond_a_forward(task: Reviews) -> None:
+    found = {}
+    with torch.no_grad():
+        for name in ("mezo", "hizoo", "adam", "lowrank"):
+            task.reset()
+            found[name] = cost.measure(task, METHODS[name], rounds=2)
+    size = 4 * sum(p.numel() for p in task.model.parameters())
+    extra = {name: one["bytes"] - one["forward_bytes"] for name, one in found.items()}
+    assert extra["mezo"] < 0.2 * size
+    assert size <= extra["hizoo"] < 1.2 * size  # h
+    assert extra["adam"] >= 3 * size  # gradients and two moments
+    assert all(len(one["each"]) == 2 and one["packed"] for one in found.values())
+    assert found["hizoo"]["forwards_per_step"] == 3
