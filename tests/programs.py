@@ -1,4 +1,4 @@
-"""Programs as a user starts them, each in a process of its own; torch and the Trainer are imported once for all of them."""
+"""Programs as a user starts them, each in a process of its own; torch and frameworks are imported once for all of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Forked by a process that has imported torch and done nothing else: it has no threads, and CUDA has not started in it.
+# Forked by a process that has imported them and done nothing else: it has no threads, and CUDA has not started in it.
 FORKS = """
-import json, os, runpy, sys, tempfile, traceback
-import torch, transformers.trainer, zokern
+import gc, json, os, runpy, sys, tempfile, traceback
+import lightning, peft, torch, transformers.trainer, trl.trainer.dpo_trainer, zokern
+import torch._dynamo, transformers.models.llama.modeling_llama
+gc.freeze()  # a Trainer collects garbage at each train(), for long among what was imported
 
 def run(command, folder):
     code = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from benchmarks import study
 from benchmarks.drift import run as drift
 from benchmarks.lengths import run as lengths
-from tests import programs
 from zokern.finetune.data import TextSet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,17 +37,17 @@ def test_options_are_of_the_kind_of_their_defaults() -> None:
     assert "of a run (default: 10)" in parser.format_help()
 
 
-@pytest.fixture(scope="module")
-def helped() -> dict[str, programs.Done]:
-    """What each study says of itself."""
-    return programs.run({name: programs.Program([f"benchmarks.{name}.run", "--help"]) for name in STUDIES})
-
-
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_teaches_its_options(name: str, helped: dict[str, programs.Done]) -> None:
-    assert helped[name].code == 0, helped[name].said
-    assert f"python -m benchmarks.{name}.run" in helped[name].said
-    assert "--output" in helped[name].said
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # that another test has imported it
+def test_a_study_teaches_its_options(name: str, capsys, monkeypatch) -> None:
+    """As `python -m` runs it, in this process."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"benchmarks.{name}.run", run_name="__main__")
+    said = capsys.readouterr().out
+    assert end.value.code == 0, said
+    assert f"python -m benchmarks.{name}.run" in said
+    assert "--output" in said
 
 
 def test_packed_padded_and_published_steps_have_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,11 @@
-"""The programs of docs/distributed.md, on two ranks each with torchrun's variables, and one under torchrun itself."""
+"""The programs of docs/distributed.md, on two ranks each with torchrun's variables, and one under torchrun's launcher."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.distributed.ranks import run
+from tests.finetune.children import ended, fork, launched
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 BLOCKS = {
@@ -82,21 +82,11 @@ def test_a_restart_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert all(map(torch.equal, whole[0]["weights"], [p.detach() for p in model.parameters()]))
 
 
-def test_under_torchrun(tmp_path: Path) -> None:
+def test_under_torchruns_launcher(tmp_path: Path) -> None:
     (tmp_path / "replicas.py").write_text(BLOCKS["replicas"])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    done = subprocess.run(
-        [*command, "replicas.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": str(PAGE.parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"2 ranks, loss 0\.\d+, 19248 bytes sent by each\n", done.stdout), done.stdout
-    assert done.stderr.count("zokern: 2 ranks train one model") == 1
+    run = launched(lambda: runpy.run_path(str(tmp_path / "replicas.py"), run_name="__main__"))
+    code, said = ended(fork(run, tmp_path / "said")), (tmp_path / "said").read_text()
+    assert code == 0, said
+    assert said.count(" sent by each") == 1
+    assert re.search(r"^2 ranks, loss 0\.\d+, 19248 bytes sent by each$", said, flags=re.MULTILINE), said
+    assert said.count("zokern: 2 ranks train one model") == 1

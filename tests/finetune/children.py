@@ -12,6 +12,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 - once, and not in each child at its first step
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 from typer.main import get_command
 
 from zokern.cli import app
@@ -58,6 +61,32 @@ def _listen(reading: int, said: Path) -> None:
 def command(*arguments: object) -> Callable[[], object]:
     """`zokern` with these arguments."""
     return lambda: get_command(app).main([str(a) for a in arguments], prog_name="zokern")
+
+
+def launched(run: Callable[[], object]) -> Callable[[], object]:
+    """torchrun's own launcher, as its command line sets it up, but that it forks two ranks that have imported already what
+    this process has; each joins the group that the launcher's variables name."""
+
+    def rank() -> None:
+        try:
+            run()
+        except SystemExit as end:
+            if end.code:
+                raise
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the ranks were not done after 100 s")  # the launcher ends them
+
+    def launch() -> None:
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(100)
+        standalone = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "one"]
+        given = [*standalone, "--nproc-per-node", "2", "--monitor-interval", "0.1", "a program"]
+        config = torchrun.config_from_args(torchrun.parse_args(given))[0]
+        config.start_method = "fork"
+        elastic_launch(config, rank)()
+
+    return launch
 
 
 def ended(child: int) -> int:

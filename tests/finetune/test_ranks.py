@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from tests.finetune.children import command, ended, fork  # noqa: E402
+from tests.finetune.children import command, ended, fork, launched  # noqa: E402
 from tests.finetune.test_finetune import models_dir, options, records, table  # noqa: E402, F401
 from tests.finetune.test_resuming import alike, finished, no_pictures  # noqa: E402, F401
 from tests.finetune.test_stopping import given  # noqa: E402
@@ -256,34 +255,8 @@ def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProc
     )
 
 
-def launched(arguments: list[str]) -> Disturbance:
-    """torchrun's own launcher, which forks two ranks that have torch and transformers already; each joins the group that
-    the launcher's variables name."""
-
-    def rank() -> None:
-        try:
-            command(*arguments)()
-        except SystemExit as end:
-            if end.code:
-                raise
-
-    def late(*_: object) -> None:
-        raise TimeoutError("the ranks were not done after 100 s")  # the launcher ends them
-
-    def run() -> None:
-        signal.signal(signal.SIGALRM, late)
-        signal.alarm(100)
-        of_one_machine = LaunchConfig(
-            1, 1, 2, run_id="one", rdzv_backend="c10d", rdzv_endpoint="localhost:0", rdzv_configs={"is_host": True},
-            max_restarts=0, monitor_interval=0.1, start_method="fork",
-        )  # fmt: skip
-        elastic_launch(of_one_machine, rank)()
-
-    return run
-
-
 def test_under_torchruns_launcher(finished: Options, tmp_path: Path) -> None:
-    code = ended(fork(launched(line(finished, tmp_path / "run", "directions")), tmp_path / "said"))
+    code = ended(fork(launched(command(*line(finished, tmp_path / "run", "directions"))), tmp_path / "said"))
     said = (tmp_path / "said").read_text()
     assert code == 0, said
     assert said.count("accuracy  ") == 1

@@ -19,7 +19,7 @@ from zokern.passes.table import CHUNK, SRC
 # Elements, the global index of the first, and the block: tensors of several chunks, and shards far from their beginning,
 # where a chunk of nothing has a number that a kernel counts from.
 PIECES = [
-    (CHUNK + 21, 0, 0),
+    (CHUNK // 8 + 21, CHUNK // 8 * 7, 0),
     (300, 5, 1),
     (515, 2**33 + 3, 1),
     (300, 2**36 + CHUNK - 8, 0),

@@ -25,10 +25,9 @@ def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=own, timeout=300)
 
 
-def test_figures_in_pages_come_from_the_stored_results() -> None:
+def test_figures_in_pages_come_from_the_stored_results(capsys: pytest.CaptureFixture[str]) -> None:
     """And every marker in them is one that pages.py fills."""
-    done = run(sys.executable, "-m", "benchmarks.pages", "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert pages.main(["--check"]) == 0, capsys.readouterr().out
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         marked = re.findall("<!-- (.*): begin -->", page.read_text())
         assert set(marked) == set(pages.PAGES.get(str(page.relative_to(ROOT)), {})), page.name
