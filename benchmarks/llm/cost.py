@@ -1,7 +1,7 @@
 """What a step of each method of protocol.py takes, in seconds and bytes: each measured in a process of its own.
 
-    python -m benchmarks.llm.cost --model FOLDER --threads 2           # a quarter of an hour, on a machine that is quiet
-    python -m benchmarks.llm.cost --model FOLDER --methods mezo adam --redo
+    python -m benchmarks.llm.cost --threads 2           # a quarter of an hour, on a machine that is quiet
+    python -m benchmarks.llm.cost --methods mezo adam --redo
 
 Seconds are medians over steps on the same batch, after a warm-up, each beside a forward of that batch in the same round,
 so that what else the machine does falls on both. Bytes are what torch's allocator held at most while the optimizer was made
@@ -19,14 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import study
-from benchmarks.llm import packed
+from benchmarks.llm import packed, reviews
 from benchmarks.llm.bench import BATCH
 from benchmarks.llm.methods import METHODS, Method, step
 from benchmarks.llm.packed import Reviews
@@ -78,7 +77,7 @@ def _timed(call: Callable[[], object]) -> float:
 def _alone(options: Any, name: str) -> Settings:
     """What a process of its own measures."""
     command = [sys.executable, "-m", "benchmarks.llm.cost", "--one", name, "--model", options.model]
-    command += ["--texts", options.texts, "--threads", str(options.threads), "--rounds", str(options.rounds)]
+    command += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
     environment = {"KINETO_LOG_LEVEL": "99", **os.environ}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
@@ -90,8 +89,7 @@ def _alone(options: Any, name: str) -> Settings:
 def parse() -> Any:
     parser = study.parser(
         __doc__,
-        model=(str, "a folder that save_pretrained wrote, or a .gguf file"),
-        texts=("~/.cache/zokern/movieReviewSnippets_GroundTruth.txt", "where the sentences are kept"),
+        model=("smollm2", "as zokern finetune takes it: smollm2, a folder that save_pretrained wrote, or a .gguf file"),
         methods=(list(METHODS), f"of {', '.join(METHODS)} (default: all)"),
         rounds=(7, "of a step and a forward, of which the medians are taken"), threads=(2, "of torch"),
         redo=(False, "measure again what is there"), one=(str, "measure this one here, and print it"),
@@ -99,8 +97,6 @@ def parse() -> Any:
     options = parser.parse_args()
     if unknown := [name for name in [*options.methods, *([options.one] if options.one else [])] if name not in METHODS]:
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    if options.model is None:
-        parser.error("--model is missing: a folder that save_pretrained wrote, or a .gguf file")
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
     return options
@@ -110,7 +106,7 @@ def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
     if options.one:
-        task = packed.load(options.model, packed.read(Path(options.texts).expanduser()), METHODS[options.one].adapter)
+        task = packed.load(options.model, reviews.read(), METHODS[options.one].adapter)
         with torch.no_grad():
             print(json.dumps(measure(task, METHODS[options.one], options.rounds)))
         return 0

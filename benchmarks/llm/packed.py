@@ -8,7 +8,6 @@ longest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class Reviews(Task):
 
 
 def load(model: str, sets: Mapping[str, TextSet], adapter: str = "") -> Reviews:
-    """model: a folder that save_pretrained wrote, or a .gguf file. adapter: one of zokern finetune's, as it is there."""
+    """model: as zokern finetune takes it. adapter: one of zokern finetune's, as it is there."""
     options = Options(model=model, objective="prompt", adapter=adapter or None)
     config = models.load_config(model)
     made, tokenizer = models.load(options, "prompt", list(reviews.LABELS), config, torch.float32)
@@ -87,9 +86,3 @@ def begin_as_tokens(model: Any, seed: int = 0) -> None:
     both = [each for layer in known.layers for each in (layer.keys[0], layer.values[0])]  # (heads, tokens, size) each
     rows = torch.stack(both).permute(2, 0, 1, 3).flatten(1)  # a row for each token, as PEFT lays them out
     model.prompt_encoder[model.active_adapter].embedding.weight.copy_(rows)
-
-
-def read(texts: Path) -> dict[str, TextSet]:
-    """texts: the file of reviews.fetch, which is fetched where it is not there."""
-    reviews.fetch(texts)
-    return reviews.read(texts)

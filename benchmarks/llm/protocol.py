@@ -1,7 +1,7 @@
 """The protocol of MeZO and its followers on a language model of 135 million parameters, at the scale of two CPU cores.
 
-    python -m benchmarks.llm.protocol --model FOLDER --threads 2                   # all of it: some six hours
-    python -m benchmarks.llm.protocol --model FOLDER --methods mezo es --seconds 3600    # a part, an hour of it
+    python -m benchmarks.llm.protocol --threads 2                   # all of it: some six hours
+    python -m benchmarks.llm.protocol --methods mezo es --seconds 3600    # a part, an hour of it
     python -m benchmarks.pages docs/llm.md                                         # its tables and pictures anew
 
 1,000 sentences of film reviews to learn from, 500 that choose lr, 1,000 that are told of; the words " great" and
@@ -64,8 +64,7 @@ def settings_of(options: Any) -> Settings:
 def parse() -> Any:
     parser = study.parser(
         __doc__,
-        model=(str, "a folder that save_pretrained wrote, or a .gguf file"),
-        texts=("~/.cache/zokern/movieReviewSnippets_GroundTruth.txt", "where the sentences are kept"),
+        model=("smollm2", "as zokern finetune takes it: smollm2, a folder that save_pretrained wrote, or a .gguf file"),
         methods=(list(METHODS), f"of {', '.join(METHODS)} (default: all)"),
         budget=(500, "forwards of a run"), trial=(200, "forwards of a run that chooses lr"),
         seconds=(0, "end after so many; 0: when all is done"), threads=(2, "of torch"),
@@ -73,8 +72,6 @@ def parse() -> Any:
     options = parser.parse_args()
     if unknown := [name for name in options.methods if name not in METHODS]:
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    if options.model is None:
-        parser.error("--model is missing: a folder that save_pretrained wrote, or a .gguf file")
     least = max(method.forwards for method in METHODS.values())
     if min(options.budget, options.trial) < least or options.threads < 1 or options.seconds < 0:
         parser.error(f"--budget and --trial are at least {least}, --threads at least 1, --seconds not negative")
@@ -87,7 +84,7 @@ def main() -> int:
     device, settings = torch.device("cpu"), settings_of(options)
     path = options.output or RESULTS / "llm-cpu.json"
     results = former(path, settings, machine(device))
-    sets = packed.read(Path(options.texts).expanduser())
+    sets = reviews.read()
 
     def keep(found: Settings, complete: bool = False) -> None:
         store("llm", device, settings, found, path, complete=complete)

@@ -1,8 +1,8 @@
 """On a GPU, a real language model learns to tell good film reviews from bad ones, with forwards alone. (On a CPU:
 protocol.py, with all methods and short runs.)
 
-    python -m benchmarks.llm.run --model FOLDER                  # SmolLM2-135M as save_pretrained wrote it, or its .gguf
-    python -m benchmarks.llm.run --model FOLDER --methods mezo --budget 2000 --trial 400       # a look
+    python -m benchmarks.llm.run                  # SmolLM2-135M as save_pretrained wrote it, or its .gguf
+    python -m benchmarks.llm.run --methods mezo --budget 2000 --trial 400       # a look
     python -m benchmarks.pages docs/llm.md                       # its tables and pictures anew
 
 Every method may spend --budget forwards on training, with a constant lr. lr is the one of the method's grid with the lowest
@@ -219,8 +219,7 @@ def _former(path: Path, settings: Settings, device: torch.device) -> Settings:
 def main() -> int:
     parser = study.parser(
         __doc__,
-        model=(str, "a folder that save_pretrained wrote, or a .gguf file"),
-        texts=("~/.cache/zokern/movieReviewSnippets_GroundTruth.txt", "where the sentences are kept"),
+        model=("smollm2", "as zokern finetune takes it: smollm2, a folder that save_pretrained wrote, or a .gguf file"),
         methods=(list(METHODS), f"of {', '.join(METHODS)} (default: all)"),
         budget=(16_000, "forwards of a run"),
         trial=(3_000, "forwards of a run that chooses lr"),
@@ -230,13 +229,11 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [name for name in options.methods if name not in METHODS]:
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    if options.model is None:
-        parser.error("--model is missing: a folder that save_pretrained wrote, or a .gguf file")
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here; on a CPU take python -m benchmarks.llm.protocol")
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     path = options.output or RESULTS / "llm-cuda.json"
-    task = load(options.model, Path(options.texts).expanduser(), device, dtype)
+    task = load(options.model, device, dtype)
     settings = {
         "parameters": sum(p.numel() for p in task.model.parameters()), "dtype": str(dtype).removeprefix("torch."),
         "batch_size": BATCH, "tokens": LONGEST, "eps": EPS, "budget": options.budget, "trial": options.trial,

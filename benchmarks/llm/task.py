@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,10 +139,9 @@ def _wide(ids: Tensor) -> Tensor:
     return F.pad(ids, (0, LONGEST - ids.shape[1]))
 
 
-def load(model: str, texts: Path, device: torch.device, dtype: torch.dtype) -> Sentiment:
-    """model: a folder that save_pretrained wrote, or a .gguf file. texts: the file of reviews.fetch."""
-    reviews.fetch(texts)
+def load(model: str, device: torch.device, dtype: torch.dtype) -> Sentiment:
+    """model: as zokern finetune takes it."""
     options = Options(model=model, objective="prompt")
     config = models.load_config(model)
     made, tokenizer = models.load(options, "prompt", list(reviews.LABELS), config, dtype)
-    return Sentiment(made.to(device), tokenizer, reviews.read(texts))
+    return Sentiment(made.to(device), tokenizer, reviews.read())

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from benchmarks.llm import reviews, run
 from benchmarks.llm.task import LONGEST, Sentiment, padded
 from zokern.finetune.data import TextSet
+from zokern.finetune.embedded import movies
 
 KIND, UNKIND = ("lovely", "fine", "warm"), ("dull", "cold", "weak")
 
@@ -149,26 +147,10 @@ def test_other_results_are_not_overwritten(tmp_path: Path) -> None:
     assert run._former(tmp_path / "none.json", {}, torch.device("cpu")) == {}
 
 
-def _archive(name: str, content: bytes) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        entry = tarfile.TarInfo(name)
-        entry.size = len(content)
-        tar.addfile(entry, io.BytesIO(content))
-    return out.getvalue()
-
-
-def test_sentences_come_from_the_package_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [f"{i}\t{(-1) ** i * (1 + i % 3)}\tsentence {i}\r\n" for i in range(3000)] + ["9\t0.1\tneither\r\n"]
-    whole = _archive(f"v/{reviews.INSIDE}", _archive(f"h/{reviews.NAME}", "".join(lines).encode()))
-    (tmp_path / "v.tar.gz").write_bytes(whole)
-    monkeypatch.setattr(reviews, "_download", lambda folder: tmp_path / "v.tar.gz")
-    with pytest.raises(SystemExit, match="SHA-256"):
-        reviews.fetch(tmp_path / "texts.txt")
-    assert not (tmp_path / "texts.txt").exists()
-    monkeypatch.setattr(reviews, "ARCHIVE_SHA256", hashlib.sha256(whole).hexdigest())
-    reviews.fetch(tmp_path / "texts.txt")
-    sets = reviews.read(tmp_path / "texts.txt")
+def test_sentences_are_cut_into_the_three_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    rated = [(f"sentence {i}", (-1.0) ** i * (1 + i % 3)) for i in range(3000)]
+    monkeypatch.setattr(movies, "rated", lambda: [*rated, ("neither", 0.1), ("sentence 0", 2.0)])
+    sets = reviews.read()
     assert {name: len(part) for name, part in sets.items()} == reviews.SIZES
     every = [text for part in sets.values() for text in part.texts]
     assert len(set(every)) == len(every)

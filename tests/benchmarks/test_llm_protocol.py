@@ -198,7 +198,7 @@ def test_the_command_stores_a_whole_benchmark_and_goes_on_with_more_methods(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "llm-cpu.json"
-    monkeypatch.setattr(packed, "read", lambda _: SETS)
+    monkeypatch.setattr(reviews, "read", lambda: SETS)
     threads = str(torch.get_num_threads())
     command = ["protocol", "--model", folder, "--budget", "16", "--trial", "16", "--threads", threads]
     command += ["--output", str(path)]
