@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from benchmarks.convergence.run import SEEDS
@@ -197,7 +198,7 @@ class Bench:
         curve, seconds = [], 0.0
         for done in range(1, steps + 1):
             batch, start = next(batches), self.now()
-            step(method, optimizer, lambda batch=batch: task.loss(batch))
+            step(method, optimizer, partial(task.loss, batch))
             seconds += self.now() - start
             if done in looks:
                 if hasattr(optimizer, "fold"):

@@ -38,6 +38,7 @@ from zokern.bench.record import RESULTS, machine, store
 from zokern.finetune import surroundings
 
 Settings = dict[str, Any]
+SAME = ("processor", "threads", "instruction_sets", "torch", "transformers")  # of the machine, for runs to be compared
 
 
 def former(path: Path, settings: Mapping[str, Any], here: Mapping[str, Any]) -> Settings:
@@ -45,9 +46,10 @@ def former(path: Path, settings: Mapping[str, Any], here: Mapping[str, Any]) -> 
     if not path.is_file():
         return {}
     stored: Settings = json.loads(path.read_text())
-    for what, now, then in (("settings", settings, stored["settings"]), ("machine", here, stored["machine"])):
-        if then != now:
-            apart = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
+    pairs = (("settings", stored["settings"], settings, [*stored["settings"], *settings]),
+             ("machine", stored["machine"], here, SAME))  # fmt: skip
+    for what, then, now, keys in pairs:
+        if apart := {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}:
             raise SystemExit(f"{path} is of another {what}, {{name: (there, here)}}: {apart}; give another --output")
     results: Settings = stored["results"]
     return results
