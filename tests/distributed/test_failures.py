@@ -245,7 +245,7 @@ def alone(what: str) -> None:
                 until_gone((1, 2), 3 * SHORT)
             if t == 1 and what == "rank 0 evaluates and the others wait":
                 if dist.get_rank() == 0:
-                    time.sleep(2 * SHORT)
+                    time.sleep(1.3 * SHORT)
                 opt.wait_for_ranks()
             if t == 1 and what == "rank 0 steps once more" and dist.get_rank() == 0:
                 opt.step(lambda: model(tokens(0)))

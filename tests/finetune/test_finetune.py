@@ -417,6 +417,7 @@ def test_the_schedules() -> None:
     assert loop.factor("constant", 0, 10)(9) == 1.0
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     ("kind", "objective"), [("bert", "similarity"), ("classifier", "classifier"), ("gpt", "prompt")]
 )
@@ -461,6 +462,7 @@ def test_it_learns_and_the_checkpoint_is_what_was_evaluated(
     assert kind == "gpt" or labels == {0: "animal", 1: "fruit"}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(options: Options, tmp_path: Path) -> None:
     runs = []
     for i, seed in enumerate((0, 0, 1)):

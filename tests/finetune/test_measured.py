@@ -33,6 +33,7 @@ def own(predictions: list[str], references: list[str]) -> float:
     return 3.0 * sum(map(str.__eq__, predictions, references))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_metric_by_name_and_a_users_own(options: Options, capsys: pytest.CaptureFixture) -> None:
     options.metric = "matthews"
     summary = finetune(options)

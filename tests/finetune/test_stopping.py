@@ -318,6 +318,7 @@ def test_a_picture_that_fails_is_a_warning(whole: Options, tmp_path: Path, monke
 
 @pytest.mark.parametrize("title", ["prices_$5_vs_$10.csv", "$x^{", "\udcff.csv", "a\\b_{", "日本"])
 @pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.usefixtures("drawn")
 def test_a_title_is_text(title: str, tmp_path: Path) -> None:
     draw(tmp_path / "a.png", [{"kind": "eval", "step": 0, "loss": None, "accuracy": 0.5}], title)
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"

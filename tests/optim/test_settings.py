@@ -332,6 +332,7 @@ def test_every_method_has_a_page_and_is_public() -> None:
         assert getattr(zokern, entry.cls.__name__) is entry.cls
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # that another test has imported it
 def test_tables_in_pages_come_from_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `python -m` runs it, in this process: it exits where a page differs."""
     monkeypatch.setattr(sys, "argv", ["from_code.py", "--check"])

@@ -106,6 +106,8 @@ def cut_out(t: Tensor) -> list[Tensor]:
 def test_shards_have_the_bits_of_the_whole(backend: str, device: torch.device, dtype: torch.dtype, shape) -> None:
     if backend == "triton" and (shape[1] > 64 or dtype == torch.float16):
         pytest.skip("an interpreter takes long; tests/backends/test_triton.py has long rows")
+    if backend == "triton":
+        shape = (9, shape[1])  # a shard in columns has a program for each row
     (whole,) = added(fresh(dtype, device, [shape]), backend, 2)
     parts = list(sharded(fresh(dtype, device, [shape])[0]))
     tensors = [part.clone() for part, _, _ in parts]
