@@ -18,7 +18,7 @@ Said = dict[str, Any]
 
 def places(count: int) -> list[int]:
     """Which of `count` texts: they lie far apart, as a file may be sorted by label."""
-    return [count * i // COUNT for i in range(min(COUNT, count))]
+    return sorted({count * i // COUNT for i in range(COUNT)})
 
 
 @torch.no_grad()
