@@ -20,6 +20,7 @@ from benchmarks.llm.methods import METHODS, Method, step
 from benchmarks.llm.packed import Reviews
 from tests.benchmarks.test_llm import sentiment, texts
 
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefixes
 SETS = {"train": texts(40, 0), "validation": texts(12, 1), "test": texts(16, 2)}
 
 
@@ -244,6 +245,24 @@ def test_a_method_steps_on_the_packed_task_and_costs_what_it_says(name: str, sub
     assert task.moved() > 0
     task.reset()
     assert task.moved() == 0
+
+
+def test_a_method_leaves_nothing_behind_on_the_model(subjects: dict[str, Reviews]) -> None:
+    task = subjects[""]
+
+    def run(name: str) -> dict[str, float]:
+        task.reset()
+        optimizer, batches = METHODS[name].optimizer(task.model, METHODS[name].grid[1], 0), task.batches(4, 0)
+        with torch.no_grad():
+            for _ in range(3):
+                batch = next(batches)
+                step(METHODS[name], optimizer, lambda batch=batch: task.loss(batch))
+        return task.evaluate("test")
+
+    alone = run("mezo")
+    for name in ("lowrank", "hizoo", "adam"):  # the first ends with steps that wait
+        run(name)
+        assert run("mezo") == alone
 
 
 def test_every_method_has_the_same_forwards_to_spend() -> None:
