@@ -1,7 +1,7 @@
 """A MeZO step on a real language model: `zokern finetune`'s own, beside the released loop and an older build.
 
-    python -m benchmarks.llm.beside --model FOLDER                         # SmolLM2-135M as save_pretrained wrote it
-    python -m benchmarks.llm.beside --model FOLDER --beside ../zokern-old  # and another checkout, built in place
+    python -m benchmarks.llm.beside
+    python -m benchmarks.llm.beside --beside ../zokern-old  # and another checkout, built in place
 
 Each way has a process of its own, with the model and the same sentences; they take turns, so that in a round all of them
 step on the same batch. A ratio is that of two ways in one round; the table has the median over the rounds, and the range.
@@ -40,6 +40,7 @@ from benchmarks import study
 from benchmarks.llm import reviews
 from zokern.bench.record import store
 from zokern.cli.waiting import spin_briefly
+from zokern.finetune import models
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDED = 8  # steps
@@ -108,10 +109,9 @@ class Process:
         self.said.close()
 
 
-def write_sentences(texts: Path, folder: Path) -> dict[str, str]:
+def write_sentences(folder: Path) -> dict[str, str]:
     """What all ways are given: the training sentences, and two to evaluate before the first step, as files."""
-    reviews.fetch(texts)
-    train = reviews.read(texts)["train"]
+    train = reviews.read()["train"]
     rows = [(text, reviews.LABELS[label]) for text, label in zip(train.texts, train.targets, strict=True)]
     few = [next(row for row in rows if row[1] == label) for label in reviews.LABELS]
     for name, part in (("train", rows), ("few", few)):
@@ -123,13 +123,11 @@ def write_sentences(texts: Path, folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def at_work(
-    model: str, texts: Path, beside: Path | None, chosen: Sequence[str], threads: int
-) -> Iterator[dict[str, Process]]:
+def at_work(model: str, beside: Path | None, chosen: Sequence[str], threads: int) -> Iterator[dict[str, Process]]:
     """The processes of the ways, loaded one after another."""
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        given = write_sentences(texts, folder)
+        given = write_sentences(folder)
         found: dict[str, Process] = {}
         for i, way in enumerate(track(chosen, description="loading", console=Console(stderr=True))):
             root = folder / f"root{i}"  # one `benchmarks` for all, each its own `zokern`
@@ -178,16 +176,13 @@ def measure(running: Mapping[str, Process], rounds: int, batch: int) -> dict[str
 def main() -> None:
     parser = study.parser(
         __doc__,
-        model=(str, "a folder that save_pretrained wrote"),
-        texts=("~/.cache/zokern/movieReviewSnippets_GroundTruth.txt", "where the sentences are kept"),
+        model=("smollm2", "smollm2, or a folder that save_pretrained wrote"),
         beside=(Path, "another checkout, with its module built in place"),
         rounds=(5, "of all ways, timed"),
         batch=(16, "sentences"),
         threads=(torch.get_num_threads(), "of each process"),
     )
     args = parser.parse_args()
-    if args.model is None:
-        parser.error("--model is missing: a folder that save_pretrained wrote")
     if args.rounds < 1 or args.batch < 1:
         parser.error("--rounds and --batch must be at least 1")
     if args.beside is not None and not (args.beside / "zokern" / "__init__.py").is_file():
@@ -195,7 +190,7 @@ def main() -> None:
     spin_briefly()  # as the command does; the processes inherit it
     chosen = [name for name, way in WAYS.items() if args.beside is not None or not way.older]
     beside = args.beside.resolve() if args.beside is not None else None
-    with at_work(args.model, Path(args.texts).expanduser(), beside, chosen, args.threads) as running:
+    with at_work(models.locate(args.model), beside, chosen, args.threads) as running:
         results = measure(running, args.rounds, args.batch)
     settings = {"rounds": args.rounds, "batch": args.batch, "threads": args.threads, "longest": LONGEST,
                 "older": commit_of(beside) if beside else None}  # fmt: skip
