@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from zokern.finetune.embedded import TEXTS
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 from zokern.finetune.reading import of_dataset
 from zokern.finetune.rows import Part, pairs
@@ -68,8 +69,8 @@ def _load(name: str) -> dict[str, Any]:
     except Exception as error:  # the library raises a score of unrelated types here
         raise FinetuneError(
             f"--data {name!r}: neither a file here nor a data set that could be loaded "
-            f"({type(error).__name__}: {error}). Give a .csv or .jsonl file, or a name as 'ag_news' or 'glue:sst2'; "
-            "without internet access only cached sets load"
+            f"({type(error).__name__}: {error}). Give a .csv or .jsonl file, a name as 'ag_news' or 'glue:sst2', or one of "
+            f"{', '.join(TEXTS)}; without internet access only cached sets of the hub load"
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
