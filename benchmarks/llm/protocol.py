@@ -17,6 +17,7 @@ Each run is stored as it ends, and the same command goes on where it was. With -
 that would not fit by its estimate, and one that does not fit after all is dropped and done again by the next call.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import json
@@ -25,6 +26,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from zokern.cli.waiting import spin_briefly
+
+if __name__ == "__main__":  # before torch is loaded; in hours there is other work on the same processors
+    spin_briefly()
 
 import torch
 
