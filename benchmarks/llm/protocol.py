@@ -17,7 +17,6 @@ Each run is stored as it ends, and the same command goes on where it was. With -
 that would not fit by its estimate, and one that does not fit after all is dropped and done again by the next call.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import json
