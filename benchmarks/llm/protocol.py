@@ -26,6 +26,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zokern.cli.waiting import spin_briefly
+
+if __name__ == "__main__":  # before torch is loaded; in hours there is other work on the same processors
+    spin_briefly()
+
 import torch
 
 from benchmarks import study
