@@ -99,7 +99,7 @@ def said() -> str:
 
 
 def machine() -> str:
-    return f"Three runs on {made_on(load(FILE))}."
+    return made_on(load(FILE)).replace("One run", "Three runs") + "."
 
 
 def draw() -> None:
@@ -115,7 +115,10 @@ def draw() -> None:
     save(figure, "demo-lm", metadata={"Software": None})
 
 
-PAGES = {"docs/finetune.md": {"demo-lm": headline, "demo-lm-said": said, "demo-lm-machine": machine}}
+PAGES = {
+    "README.md": {"demo-lm": headline},
+    "docs/finetune.md": {"demo-lm": headline, "demo-lm-said": said, "demo-lm-machine": machine},
+}
 
 
 if __name__ == "__main__":
