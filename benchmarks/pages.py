@@ -27,6 +27,7 @@ import benchmarks.lowrank.learning
 import benchmarks.lowrank.populations
 import benchmarks.lowrank.speed
 import benchmarks.machine_code.page
+import benchmarks.memory.page
 import benchmarks.ranks.scale
 import benchmarks.ranks.speed
 import benchmarks.replay.run
@@ -65,7 +66,7 @@ SUBJECTS = (
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
-    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host,
+    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page,
     docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}
