@@ -22,6 +22,7 @@ import benchmarks.gpu.page
 import benchmarks.kernels.page
 import benchmarks.layers.run
 import benchmarks.lengths.run
+import benchmarks.llm.beside_page
 import benchmarks.llm.page
 import benchmarks.lowrank.learning
 import benchmarks.lowrank.populations
@@ -64,7 +65,8 @@ def demo_lines() -> str:
 SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.steps.passes, benchmarks.gpu.page, benchmarks.layers.run,
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
-    benchmarks.llm.page, benchmarks.machine_code.page, benchmarks.trainer.run, benchmarks.rewards.run,
+    benchmarks.llm.page, benchmarks.llm.beside_page, benchmarks.machine_code.page, benchmarks.trainer.run,
+    benchmarks.rewards.run,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
     benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page,
     docs.from_code,

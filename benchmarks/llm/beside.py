@@ -171,12 +171,14 @@ class Bench:
             draw = random.Random(0)
             for number in track(range(rounds + 1), description="rounds", console=Console(stderr=True)):
                 rows = draw.sample(range(running[ways[0]].texts), batch)
-                for way, process in running.items():
-                    steps = WAYS[way].steps if number else 1
-                    took = process.ask(rows, steps, weigh=False)
+                now = {
+                    way: process.ask(rows, WAYS[way].steps if number else 1, weigh=False)
+                    for way, process in running.items()
+                }
+                same("tokens", {way: one["tokens"] for way, one in now.items()})
+                for way, one in now.items():
                     if number:
-                        taken[way].append(took)
-                same("tokens", {way: each[-1]["tokens"] for way, each in taken.items() if each})
+                        taken[way].append(one)
         return taken
 
 

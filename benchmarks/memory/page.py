@@ -151,10 +151,11 @@ def draw() -> None:
     axes.set_yscale("log")
     for size, name in ((24, "24 GB"), (80, "80 GB")):
         axes.axhline(size, color="#999999", linewidth=0.8, linestyle=":")
-        axes.text(len(LARGE) - 0.45, size, name, fontsize=8, va="bottom", ha="right", color="#666666")
-    axes.set_xticks(range(len(LARGE)), [f"{name}" for name in LARGE])
+        axes.text(-0.5, size, name, fontsize=8, va="bottom", color="#666666")
+    axes.set_xticks(range(len(LARGE)), list(LARGE))
     axes.set_ylabel(f"GB in all, bfloat16, {rows} x {length} tokens")
     plain(axes)
+    axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, "memory", metadata={"Software": None})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def orders(monkeypatch: pytest.MonkeyPatch) -> Any:
     """does(way, options, orders): the answers of the process of a way."""
 
     class Over(Exception):
@@ -72,7 +71,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             worker.main()
         return answers
 
-    yield does
+    return does
 
 
 @pytest.mark.parametrize("way", beside.WAYS)
@@ -83,7 +82,8 @@ def test_a_process_says_what_memory_and_time_its_steps_took(
     first, memory, took = orders(way, {**options, "output": str(tmp_path / "out")}, weigh, time)
     assert first == {"texts": 12}
     assert memory.keys() == {"resident", "alone", "loss", "forwards", "between"}
-    assert memory["resident"] > 0 and memory["loss"] > 0
+    assert memory["resident"] > 0
+    assert memory["loss"] > 0
     assert took.keys() == {"seconds", "forwards", "passes", "rest", "tokens"}
     assert took["seconds"] == pytest.approx(took["forwards"] + took["passes"] + took["rest"])
     assert took["tokens"] == sum(i % 5 + 3 for i in ROWS)
@@ -135,6 +135,6 @@ def test_ways_that_differ_are_not_compared() -> None:
 
 def test_a_process_that_ends_early_is_told(options: dict[str, Any], tmp_path: Path) -> None:
     process = beside.Process("finetune", {}, tmp_path, {})  # where there is no worker
-    with pytest.raises(SystemExit, match="the process of 'finetune' ended early, with code 1: .*benchmarks"):
+    with pytest.raises(SystemExit, match=r"the process of 'finetune' ended early, with code 1: .*benchmarks"):
         process.start()
     process.close()
