@@ -22,6 +22,7 @@ import benchmarks.gpu.page
 import benchmarks.kernels.page
 import benchmarks.layers.run
 import benchmarks.lengths.run
+import benchmarks.llm.beside_page
 import benchmarks.llm.demo
 import benchmarks.llm.page
 import benchmarks.llm.page_cpu
@@ -29,6 +30,7 @@ import benchmarks.lowrank.learning
 import benchmarks.lowrank.populations
 import benchmarks.lowrank.speed
 import benchmarks.machine_code.page
+import benchmarks.memory.page
 import benchmarks.ranks.scale
 import benchmarks.ranks.speed
 import benchmarks.replay.run
@@ -65,10 +67,11 @@ def demo_lines() -> str:
 SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.steps.passes, benchmarks.gpu.page, benchmarks.layers.run,
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
-    benchmarks.llm.demo, benchmarks.llm.page, benchmarks.llm.page_cpu, benchmarks.machine_code.page, benchmarks.trainer.run,
+    benchmarks.llm.beside_page, benchmarks.llm.demo, benchmarks.llm.page, benchmarks.llm.page_cpu,
+    benchmarks.machine_code.page, benchmarks.trainer.run,
     benchmarks.rewards.run,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
-    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host,
+    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page,
     docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}

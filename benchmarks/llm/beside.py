@@ -13,8 +13,10 @@ low rank            and --distribution lowrank:1 --placement forward
 low rank, folded    and --fold-every 8; a visit is 8 steps, all on the round's batch, the last of which folds
 older               the other checkout's `zokern finetune` with its defaults
 
-Memory first, of two steps (8, folded) on one batch, by the resident set's peak: see beside_worker.py. Stores
-benchmarks/results/llm-beside-cpu.json.
+Memory (--part memory) is that of two steps (8, folded) on one batch, by the resident set's peak, of processes of their own
+one after another, whose malloc is told to give back what is freed: see beside_worker.py and benchmarks/resident.py. Other
+programs do not disturb it, but they do the times (--part time). Stores benchmarks/results/llm-beside-cpu.json; a part that
+is not asked for stays in it.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import study
+from benchmarks import resident, study
 from benchmarks.llm import reviews
-from zokern.bench.record import store
+from zokern.bench.record import RESULTS, store
 from zokern.cli.waiting import spin_briefly
 from zokern.finetune import models
 
@@ -71,11 +73,11 @@ WAYS = {
 class Process:
     """A way at work. texts: how many sentences it has."""
 
-    def __init__(self, way: str, options: Mapping[str, Any], root: Path) -> None:
+    def __init__(self, way: str, options: Mapping[str, Any], root: Path, environment: Mapping[str, str]) -> None:
         self.way, self.said = way, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "benchmarks.llm.beside_worker"],
-            env={**os.environ, "PYTHONPATH": str(root)}, cwd=root, text=True,
+            env={**os.environ, **environment, "PYTHONPATH": str(root)}, cwd=root, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said,
         )  # fmt: skip
         self._say({"way": way, "options": options})
@@ -122,27 +124,62 @@ def write_sentences(folder: Path) -> dict[str, str]:
     return {"data": str(folder / "train.csv"), "eval_data": str(folder / "few.csv"), "verbalizers": str(words)}
 
 
-@contextlib.contextmanager
-def at_work(model: str, beside: Path | None, chosen: Sequence[str], threads: int) -> Iterator[dict[str, Process]]:
-    """The processes of the ways, loaded one after another."""
-    with contextlib.ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        given = write_sentences(folder)
-        found: dict[str, Process] = {}
-        for i, way in enumerate(track(chosen, description="loading", console=Console(stderr=True))):
-            root = folder / f"root{i}"  # one `benchmarks` for all, each its own `zokern`
-            root.mkdir()
+class Bench:
+    """Starts the ways. folder: for what they are given and what they write."""
+
+    def __init__(self, folder: Path, model: str, beside: Path | None, threads: int) -> None:
+        self.folder, self.beside = folder, beside
+        self.options = {
+            "model": model, **write_sentences(folder), "objective": "prompt", "template": reviews.TEMPLATE,
+            "max_length": LONGEST, "steps": 10**6, "lr_schedule": "constant", "eval_every": 0, "dtype": "float32",
+            "device": "cpu", "threads": threads,
+        }  # fmt: skip
+
+    @contextlib.contextmanager
+    def started(self, way: str, environment: Mapping[str, str] | None = None) -> Iterator[Process]:
+        """One way's process, loaded."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as name, contextlib.ExitStack() as held:
+            root = Path(name)  # one `benchmarks` for all, each its own `zokern`
             (root / "benchmarks").symlink_to(ROOT / "benchmarks")
-            (root / "zokern").symlink_to((beside if WAYS[way].older and beside else ROOT) / "zokern")
-            options = {
-                "model": model, **given, "objective": "prompt", "template": reviews.TEMPLATE, "max_length": LONGEST,
-                "steps": 10**6, "lr_schedule": "constant", "eval_every": 0, "output": str(folder / f"out{i}"),
-                "dtype": "float32", "device": "cpu", "threads": threads, **WAYS[way].more,
-            }  # fmt: skip
-            found[way] = Process(way, options, root)
-            held.callback(found[way].close)
-            found[way].start()
-        yield found
+            checkout = self.beside if WAYS[way].older and self.beside else ROOT
+            (root / "zokern").symlink_to(checkout / "zokern")
+            options = {**self.options, "output": str(root / "out"), **WAYS[way].more}
+            process = Process(way, options, root, environment or {})
+            held.callback(process.close)
+            process.start()
+            yield process
+
+    def memory(self, ways: Sequence[str], batch: int) -> dict[str, dict[str, float]]:
+        """Bytes of each."""
+        found: dict[str, dict[str, float]] = {}
+        for way in track(ways, description="memory", console=Console(stderr=True)):
+            with self.started(way, resident.GIVES_BACK) as process:
+                rows = random.Random(0).sample(range(process.texts), batch)
+                found[way] = process.ask(rows, max(WEIGHED, WAYS[way].steps), weigh=True)
+        same("loss", {way: one["loss"] for way, one in found.items()}, 1e-3)
+        return found
+
+    def times(self, ways: Sequence[str], batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+        """What each round took. The first one warms up."""
+        taken: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        with contextlib.ExitStack() as held:
+            running = {
+                way: held.enter_context(self.started(way))
+                for way in track(ways, description="loading", console=Console(stderr=True))
+            }
+            same("number of sentences", {way: process.texts for way, process in running.items()})
+            draw = random.Random(0)
+            for number in track(range(rounds + 1), description="rounds", console=Console(stderr=True)):
+                rows = draw.sample(range(running[ways[0]].texts), batch)
+                now = {
+                    way: process.ask(rows, WAYS[way].steps if number else 1, weigh=False)
+                    for way, process in running.items()
+                }
+                same("tokens", {way: one["tokens"] for way, one in now.items()})
+                for way, one in now.items():
+                    if number:
+                        taken[way].append(one)
+        return taken
 
 
 def same(what: str, found: Mapping[str, float], tolerance: float = 0.0) -> None:
@@ -153,34 +190,16 @@ def same(what: str, found: Mapping[str, float], tolerance: float = 0.0) -> None:
         raise SystemExit(f"the ways do not have the same {what}, so their times cannot be compared ({told})")
 
 
-def measure(running: Mapping[str, Process], rounds: int, batch: int) -> dict[str, Any]:
-    """Of each way its memory, and what each round took."""
-    same("number of sentences", {name: process.texts for name, process in running.items()})
-    draw = random.Random(0)
-    every = range(next(iter(running.values())).texts)
-    rows = draw.sample(every, batch)
-    memory = {
-        name: process.ask(rows, max(WEIGHED, WAYS[name].steps), weigh=True)
-        for name, process in track(running.items(), description="memory", console=Console(stderr=True))
-    }
-    same("loss", {name: found["loss"] for name, found in memory.items()}, 1e-3)
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in running}
-    for _ in track(range(rounds), description="rounds", console=Console(stderr=True)):
-        rows = draw.sample(every, batch)
-        for name, process in running.items():
-            taken[name].append(process.ask(rows, WAYS[name].steps, weigh=False))
-        same("tokens", {name: each[-1]["tokens"] for name, each in taken.items()})
-    return {name: {"memory": memory[name], "rounds": taken[name]} for name in running}
-
-
 def main() -> None:
     parser = study.parser(
         __doc__,
         model=("smollm2", "smollm2, or a folder that save_pretrained wrote"),
         beside=(Path, "another checkout, with its module built in place"),
+        part=(("both", "memory", "time"), "what is measured"),
         rounds=(5, "of all ways, timed"),
         batch=(16, "sentences"),
         threads=(torch.get_num_threads(), "of each process"),
+        ways=(list(WAYS), f"of {', '.join(WAYS)} (default: all, the last with --beside)"),
     )
     args = parser.parse_args()
     if args.rounds < 1 or args.batch < 1:
@@ -188,13 +207,21 @@ def main() -> None:
     if args.beside is not None and not (args.beside / "zokern" / "__init__.py").is_file():
         parser.error(f"--beside is {args.beside}, where there is no zokern")
     spin_briefly()  # as the command does; the processes inherit it
-    chosen = [name for name, way in WAYS.items() if args.beside is not None or not way.older]
+    if unknown := [name for name in args.ways if name not in WAYS]:
+        parser.error(f"--ways: there is no {', '.join(unknown)}; there are {', '.join(WAYS)}")
+    chosen = [name for name in args.ways if args.beside is not None or not WAYS[name].older]
     beside = args.beside.resolve() if args.beside is not None else None
-    with at_work(models.locate(args.model), beside, chosen, args.threads) as running:
-        results = measure(running, args.rounds, args.batch)
-    settings = {"rounds": args.rounds, "batch": args.batch, "threads": args.threads, "longest": LONGEST,
+    settings = {"batch": args.batch, "threads": args.threads, "longest": LONGEST, "folded": FOLDED,
                 "older": commit_of(beside) if beside else None}  # fmt: skip
-    path = store("llm-beside", torch.device("cpu"), settings, results, args.output)
+    path = args.output or RESULTS / "llm-beside-cpu.json"
+    results = json.loads(path.read_text())["results"] if path.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), models.locate(args.model), beside, args.threads)
+        if args.part != "time":
+            results["memory"] = bench.memory(chosen, args.batch)
+        if args.part != "memory":
+            results["rounds"] = bench.times(chosen, args.batch, args.rounds)
+    store("llm-beside", torch.device("cpu"), settings, results, path, complete=results.keys() == {"memory", "rounds"})
     print(f"stored {path}")
 
 

@@ -7,9 +7,8 @@ and it waits there for what to do next. Clock, which measures the forwards and t
 So forwards, the optimizer's step without them, and the rest of the loop have each their time.
 
 Takes JSON lines: {"way", "options"} once; then {"rows": indices of the sentences, "steps", "weigh"}. Answers with a JSON
-line each. weigh: memory in place of time. resident: bytes held after a forward, what malloc keeps given back; alone: the
-peak beyond that of FORWARDS forwards in a row; forwards, between: the peaks of the steps beyond it, inside of forwards and
-outside.
+line each. weigh: memory in place of time, once. resident: bytes held after a forward; alone: the peak of a forward beyond
+that; forwards, between: the peaks of the steps beyond it, inside of forwards and outside.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from zokern.finetune import Options, finetune, loop, methods, run
 from zokern.finetune.clock import Clock
 
 LR, EPS = 1e-7, 1e-3  # lr is not 0: an update that moves nothing is left out
-FORWARDS = 4  # alone: as many as two steps have
 RELEASED = ("released", "released, one row")
 _told = sys.stdout  # what a run prints goes elsewhere
 
@@ -93,7 +91,8 @@ class Turns:
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.rows, self.left, self.steps, self.begun = count, [0], 0, 0, 0.0
         self.before: dict[str, float] = {}
-        self.base: int | None = None
+        self.base = self.alone = 0
+        self.loss = 0.0
 
     def draw(self, size: int) -> Sequence[int]:
         if self.left == 0:
@@ -107,7 +106,7 @@ class Turns:
 
     def _begin(self, order: dict[str, Any]) -> None:
         self.rows, self.left = order["rows"], order["steps"]
-        self.steps, self.loss = self.left, None
+        self.steps = self.left
         if order["weigh"]:
             self._forward_alone()
         self.clock.weighing = False
@@ -117,12 +116,10 @@ class Turns:
 
     def _forward_alone(self) -> None:
         """What a forward takes, before the first step: later, memory of the steps is there as well."""
-        if self.base is None:
-            self.forward(self.rows)
-            self.base = self.clock.base = resident.settle()
-            for _ in range(FORWARDS):
-                self.loss = float(self.forward(self.rows))
-            self.alone = resident.peak() - self.base
+        self.forward(self.rows)
+        self.base = self.clock.base = resident.settle()
+        self.loss = float(self.forward(self.rows))
+        self.alone = resident.peak() - self.base
 
     def _answer(self) -> None:
         whole = time.perf_counter() - self.begun
@@ -149,6 +146,8 @@ def tuned(options: Options) -> None:
     build, train = methods.build, run.train
 
     def built(model: nn.Module, chosen: Options) -> Any:
+        tiny = nn.Linear(8, 8)  # code that a step loads is not its memory
+        build(tiny, chosen).step(lambda: tiny(torch.ones(1, 8)).square().mean())
         own_memory(model)
         return build(model, chosen)
 

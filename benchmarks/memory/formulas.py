@@ -40,10 +40,11 @@ def activations(shape: Shape, rows: int, length: int, item: int, *, lora: bool) 
     scores = (
         2 * rows * FLOAT + 8 * rows + FLOAT
     )  # log-probabilities of two words, targets, the sum of the losses' weights
-    if lora:  # nothing before the first adapter is kept: the embedding's rows, the first norm's input and its root
-        return shape.layers * n * layer - n * (h + 1) * FLOAT + angles + scores
-    last = n * (h * FLOAT + h * item + FLOAT) + rows * h * item  # the last norm, and what the head reads
-    return shape.layers * n * layer + last + 8 * n + angles + scores
+    kept = shape.layers * n * layer + angles + scores
+    if lora:
+        return kept
+    # The last norm, what the head reads (of the last tokens, but a view keeps all of it), and the tokens' numbers.
+    return kept + n * (h * FLOAT + 2 * h * item + FLOAT) + 8 * n
 
 
 def in_place(shape: Shape, rows: int, length: int, item: int) -> int:

@@ -5,6 +5,7 @@
     python -m benchmarks.pages docs/memory.md             # the page
 
 Each measurement is a process of its own, forked by one that has imported the libraries and done nothing: see worker.py.
+malloc is told to give back what is freed at once (benchmarks/resident.py), so that what is held is measured.
 Shapes are Llama's with random weights, up to SmolLM2-135M's; float32, on a CPU. The formulas of formulas.py are checked
 against them, and give the page its larger models. Stores benchmarks/results/memory-cpu.json after each.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import study
+from benchmarks import resident, study
 from benchmarks.memory.formulas import MEASURED
 from benchmarks.memory.shapes import SMALL, Shape
 from benchmarks.memory.worker import work
 from zokern.bench.record import RESULTS, store
+from zokern.cli.waiting import spin_briefly
 
 TOKENS = ((16, 28), (16, 128))  # rows, tokens of each
 PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "peft", "zokern", "benchmarks.memory.worker"]
@@ -70,6 +73,8 @@ def main() -> None:
     ).parse_args()  # fmt: skip
     if unknown := [name for name in args.models if name not in SMALL]:
         raise SystemExit(f"--models: there is no {', '.join(unknown)}; there are {', '.join(SMALL)}")
+    spin_briefly()  # the processes inherit both
+    os.environ.update(resident.GIVES_BACK)
     path = args.output or RESULTS / "memory-cpu.json"
     settings = {"threads": args.threads, "dtype": "float32", "shapes": {name: s.facts() for name, s in SMALL.items()}}
     found = {} if args.redo else former(path, settings)

@@ -3,6 +3,7 @@
 All ways have one model and one loss, the cross entropy of two words after the last token of each row, so that logits are of
 that token alone. `resident` is what is held after loading and one inference forward, what malloc keeps given back; `extra`
 the peak beyond that of STEPS steps. The second step has what the first one leaves: Adam's moments, and activations besides.
+A tiny model does the same before, so that code which is loaded for it is not counted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.memory.formulas import RANK
 from benchmarks.memory.shapes import Shape
 
 STEPS, LR = 2, 1e-6
+TINY = Shape(64, 16, 16, 2, 2, 1)
 
 
 def build(shape: Shape) -> nn.Module:
@@ -70,13 +72,21 @@ def step_of(way: str, model: nn.Module, loss: Callable[[], Tensor]) -> Callable[
     return lambda: optimizer.step(loss)
 
 
-def measure(way: str, shape: Shape, rows: int, length: int) -> dict[str, int]:
-    """Bytes."""
+def steps(way: str, shape: Shape, rows: int, length: int) -> tuple[Callable[[], Tensor], Callable[[], object]]:
+    """A model's loss, and its step."""
     model = build(shape)
     if way == "LoRA, Adam":
         model = adapted(model)
     loss = closure(model, shape, rows, length)
-    step = step_of(way, model, loss)
+    return loss, step_of(way, model, loss)
+
+
+def measure(way: str, shape: Shape, rows: int, length: int) -> dict[str, int]:
+    """Bytes."""
+    tried = steps(way, TINY, 2, 4)[1]
+    for _ in range(STEPS):
+        tried()
+    loss, step = steps(way, shape, rows, length)
     with torch.no_grad():
         loss()
     base = resident.settle()
