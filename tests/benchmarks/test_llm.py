@@ -51,6 +51,15 @@ def sentiment() -> Sentiment:
     return Sentiment(model, tokenizer, {"train": texts(40, 0), "validation": texts(12, 1), "test": texts(300, 2)})
 
 
+def saved(folder: Path) -> str:
+    """The tiny model as save_pretrained writes it."""
+    made = sentiment()
+    model: Any = made.model
+    model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @torch.no_grad()
 def test_padding_on_the_left_changes_no_logits() -> None:
     task = sentiment()

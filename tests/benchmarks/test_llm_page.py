@@ -15,7 +15,7 @@ from benchmarks.llm import cost, packed, page_cpu
 from benchmarks.llm.bench import CONTEXT
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.packed import Reviews
-from tests.benchmarks.test_llm import sentiment, texts
+from tests.benchmarks.test_llm import saved, texts
 
 MACHINE = {"processor": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "instruction_sets": ["avx2"]}
 
@@ -109,11 +109,7 @@ def test_a_page_without_any_run_holds(show: Any) -> None:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Reviews:
-    path, made = str(tmp_path_factory.mktemp("model")), sentiment()
-    model: Any = made.model
-    model.save_pretrained(path)
-    made.tokenizer.save_pretrained(path)
-    return packed.load(path, {"train": texts(40, 0)})
+    return packed.load(saved(tmp_path_factory.mktemp("model")), {"train": texts(40, 0)})
 
 
 def test_memory_is_what_a_method_keeps_beyond_a_forward(task: Reviews) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 from benchmarks.llm import bench, context, packed, protocol, reviews, search
 from benchmarks.llm.methods import METHODS, Method, step
 from benchmarks.llm.packed import Reviews
-from tests.benchmarks.test_llm import sentiment, texts
+from tests.benchmarks.test_llm import saved, sentiment, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefixes
 SETS = {"train": texts(40, 0), "validation": texts(12, 1), "test": texts(16, 2)}
@@ -26,12 +26,7 @@ SETS = {"train": texts(40, 0), "validation": texts(12, 1), "test": texts(16, 2)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model as save_pretrained writes it."""
-    path, made = str(tmp_path_factory.mktemp("model")), sentiment()
-    model: Any = made.model
-    model.save_pretrained(path)
-    made.tokenizer.save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
