@@ -182,7 +182,7 @@ def test_columns_that_cannot_be_handed_on(tmp_path: Path) -> None:
         trainer(tmp_path, data=rows).train()
     rows = [{"prompt": "w1", "id": 1}, {"prompt": "w1"}]
     args = arguments(tmp_path, per_device_train_batch_size=2, max_steps=1)
-    batch = {"rows": rows, **{k: v for k, v in Prompts(words(), None)(rows).items() if k != "rows"}}
+    batch = Prompts(words(), None)(rows)
     with pytest.raises(ValueError, match="some rows of the dataset have a column 'id' and others have not"):
         trainer(tmp_path, args=args).judge(llama(), batch, {})
     rows = [{"prompt": "w1", "completion": "w2", "completion_ids": [3]}] * 4  # as TRL: they are left out

@@ -20,6 +20,17 @@ _NOT_HERE = {
 }
 
 
+class Examples(list):  # type: ignore[type-arg]
+    """The rows of a batch. They are repeated whole, whatever is in them; blocks: how often they have been."""
+
+    blocks = 1
+
+    def __mul__(self, count: Any) -> Examples:
+        made = Examples(super().__mul__(count))
+        made.blocks = self.blocks * count
+        return made
+
+
 class Prompts:
     """Makes batches of rows that have a "prompt", a text or a list of messages: the collator of the trainer.
 
@@ -61,7 +72,7 @@ class Prompts:
                 f"a prompt has {length} tokens, and beside max_new_tokens the model has room for {self.room}: "
                 f"{str(longest)[:80]!r}; leave it out, or lower max_new_tokens"
             )
-        return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"], "rows": list(rows)}
+        return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"], "rows": Examples(rows)}
 
     def _text(self, prompt: Any) -> str:
         if isinstance(prompt, str):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 from zokern._checks import ZokernWarning
 
@@ -13,11 +15,21 @@ class Notes:
     def __init__(self) -> None:
         self._known: set[str] = set()
         self._pending: list[str] = []
+        self._silent = False
 
     def add(self, subject: str, message: str) -> None:
-        if subject not in self._known:
+        if subject not in self._known and not self._silent:
             self._known.add(subject)
             self._pending.append(message)
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, what comes up is nothing that the user should know."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
 
     def tell(self) -> None:
         """Raises what has come up."""

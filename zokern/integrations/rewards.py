@@ -64,6 +64,14 @@ class Rewards:
         """R_k by name.
 
         Raises:
+            TypeError, ValueError: as `each`.
+        """
+        return means(self.each(prompts, completions, **columns))
+
+    def each(self, prompts: list[Any], completions: list[Any], **columns: Any) -> dict[str, list[float]]:
+        """r_ki by name, with 0 for None.
+
+        Raises:
             TypeError, ValueError: naming the function, for what is not one number or None for each completion.
         """
         rows = {name: self._of(name, prompts, completions, columns) for name in self.functions}
@@ -74,7 +82,7 @@ class Rewards:
                 f"no reward function applies to the prompt {prompts[nothing[0]]!r}: all returned None, which counts 0. "
                 "Further ones are not told",
             )
-        return {name: sum(r for r in row if r is not None) / len(row) for name, row in rows.items()}
+        return {name: [0.0 if r is None else r for r in row] for name, row in rows.items()}
 
     def _of(self, name: str, prompts: list[Any], completions: list[Any], columns: Any) -> list[float | None]:
         given = self.functions[name](prompts=prompts, completions=completions, **columns)
@@ -104,6 +112,11 @@ class Rewards:
                 )
             numbers.append(number)
         return numbers
+
+
+def means(each: Mapping[str, list[float]]) -> dict[str, float]:
+    """R_k of r_ki, by name."""
+    return {name: sum(row) / len(row) for name, row in each.items()}
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

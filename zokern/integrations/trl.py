@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from zokern.integrations.completions import Prompts, Writer, mean, room
+from zokern.integrations.completions import Examples, Prompts, Writer, mean, room
 from zokern.integrations.notes import Notes
-from zokern.integrations.rewards import Reward, Rewards, columns, no_table
+from zokern.integrations.rewards import Reward, Rewards, columns, means, no_table
 from zokern.integrations.transformers import ZOTrainer
+from zokern.optim import examples
 from zokern.optim.flat import IN_A_ROW
 
 _SIZES = "sizes of the batches"
@@ -52,6 +53,8 @@ class RewardTrainer(ZOTrainer):
         reward_weights: of the functions, a list or a dict by name. Default: 1 each.
         generation: settings of transformers' GenerationConfig. Default: greedy, 64 new tokens.
         zo: as ZOTrainer's. Default: "es", whose step does not depend on the reward's scale; fzoo and mezo climb too.
+        batched: all directions of a step write in one `generate`, or at most that many. Needs zo with
+            placement="forward", distribution="lowrank:1". Sampled, each row draws its own. Default: False.
         optimizers: a zokern optimizer with maximize=True, and a schedule.
         More, by name: what ZOTrainer takes.
 
@@ -75,8 +78,10 @@ class RewardTrainer(ZOTrainer):
         *,
         reward_weights: Sequence[float] | Mapping[str, float] | None = None,
         generation: Mapping[str, Any] | None = None,
+        batched: bool | int = False,
         **named: Any,
     ) -> None:
+        self.batched = batched if examples.most_of(batched) != 0 else False
         if reward_funcs is None:
             raise ValueError("reward_funcs is missing: give a function reward(prompts, completions, **columns)")
         if not callable(getattr(model, "generate", None)):
@@ -100,6 +105,22 @@ class RewardTrainer(ZOTrainer):
             model, args, data_collator=named.pop("data_collator", collator), train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, **named,
         )  # fmt: skip
+        if self.batched:
+            self._check_placement()
+
+    def _check_placement(self) -> None:
+        """
+        Raises:
+            ValueError: where batched has nothing to work with.
+        """
+        chosen = self._chosen
+        placement = chosen.settings.get("placement") if chosen is not None else self.zo_optimizer.placement
+        if placement != "forward":
+            raise ValueError(
+                "batched is given, and only placement='forward' shows each row of a batch the weights of its own "
+                f"direction; zo has {placement!r}. Give it, for example zo={{'method': 'es', 'placement': 'forward', "
+                "'distribution': 'lowrank:1'}, or leave batched out"
+            )
 
     def begin_books(self) -> None:
         super().begin_books()
@@ -108,9 +129,13 @@ class RewardTrainer(ZOTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         made = super().create_optimizer(model)
         optimizer = self.zo_optimizer
-        if self.writer.samples and optimizer.paired_randomness == "auto":
+        if self.writer.samples and optimizer.paired_randomness == "auto" and not self.batched:
             optimizer.paired_randomness = True
         return made
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        made = super()._prepare_inputs(inputs)
+        return {**made, "rows": Examples(made["rows"])}  # also those of another collator
 
     def set_mode(self, model: nn.Module) -> None:
         """Completions are written as they will be in use: without dropout."""
@@ -121,36 +146,54 @@ class RewardTrainer(ZOTrainer):
         self.notes.tell()
         return reward
 
-    def probe(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> dict[str, float]:
-        return self.judge(model, batch, self._seen)
+    def probe(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> dict[str, Any]:
+        if not self.batched:
+            return means(self.judge(model, batch, self._seen)[0])
+        if self.zo_optimizer.testing_rows:  # of directions that are not the step's
+            with self.notes.silent():
+                blocks = self.judge(model, batch, defaultdict(list))
+        else:
+            blocks = self.judge(model, batch, self._seen)
+        return {name: [one for block in blocks for one in block[name]] for name in self.rewards.functions}
 
-    def judge(self, model: nn.Module, batch: Mapping[str, Any], kept: dict[str, list[float]]) -> dict[str, float]:
-        """The mean of each reward over the model's completions of a batch. kept: takes what there is to log."""
+    def judge(
+        self, model: nn.Module, batch: Mapping[str, Any], kept: dict[str, list[float]]
+    ) -> list[dict[str, list[float]]]:
+        """The rewards of the model's completions of a batch, for each of the blocks that it has been repeated in. kept:
+        takes what there is to log."""
         completions, ids = self.writer.write(model, batch)
         rows = batch["rows"]
-        rewards = self.rewards(
-            prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=ids,
-            trainer_state=self.state, log_metric=lambda name, value: kept[name].append(float(value)),
-            log_extra=no_table, **columns(rows),
-        )  # fmt: skip
-        for name, value in rewards.items():
-            kept[f"rewards/{name}"].append(value)
-        kept["reward"].append(self._total(rewards))
-        kept["completion_length"].append(mean([float(len(one)) for one in ids]))
-        kept["empty_completions"].append(mean([float(not one) for one in ids]))
-        return rewards
+        size, found = len(rows) // rows.blocks, []
+        for start in range(0, len(rows), size):  # functions that compare what they get see one probe's at a time
+            own = slice(start, start + size)
+            each = self.rewards.each(
+                prompts=[row["prompt"] for row in rows[own]], completions=completions[own], completion_ids=ids[own],
+                trainer_state=self.state, log_metric=lambda name, value: kept[name].append(float(value)),
+                log_extra=no_table, **columns(rows[own]),
+            )  # fmt: skip
+            rewards = means(each)
+            for name, value in rewards.items():
+                kept[f"rewards/{name}"].append(value)
+            kept["reward"].append(self._total(rewards))
+            kept["completion_length"].append(mean([float(len(one)) for one in ids[own]]))
+            kept["empty_completions"].append(mean([float(not one) for one in ids[own]]))
+            found.append(each)
+        return found
 
     def _total(self, rewards: Mapping[str, float]) -> float:
         return sum(self.rewards.weights.get(name, 1.0) * value for name, value in rewards.items())
 
     def step_options(self, batches: list[Any], num_items_in_batch: Any) -> dict[str, Any]:
-        return {"batch_weights": [len(batch["rows"]) for batch in batches], "loss_weights": self.rewards.weights}
+        options = {"batch_weights": [len(batch["rows"]) for batch in batches], "loss_weights": self.rewards.weights}
+        return {**options, "batched": self.batched} if self.batched else options
 
     def tell(self, logs: dict[str, float]) -> None:
         super().tell(logs)
         logs.update((name, mean(values)) for name, values in self.of_all_ranks(dict(self._seen)).items())
         self._seen.clear()
         optimizer = self.zo_optimizer
+        if self.batched:
+            logs["probes_per_forward"] = float(optimizer.metrics["probes_per_forward"])
         steps, flat = optimizer.counters["steps"], optimizer.flat_steps
         if steps == flat >= IN_A_ROW:
             self.notes.add(
@@ -169,7 +212,7 @@ class RewardTrainer(ZOTrainer):
         if not inputs["rows"]:
             return torch.zeros((), device=self.args.device), None, None
         with torch.no_grad(), self.compute_loss_context_manager():
-            reward = self._total(self.judge(model, inputs, self._held))
+            reward = self._total(means(self.judge(model, inputs, self._held)[0]))
         self._sizes.append(float(len(inputs["rows"])))
         return torch.tensor(-reward, device=self.args.device), None, None
 

@@ -43,10 +43,12 @@ class Kind:
 
 
 class Batched:
-    """Of one optimizer: the kinds of forwards that it has tested."""
+    """Of one optimizer: the kinds of forwards that it has tested. testing: a forward is under way that is a test, and no
+    probe's."""
 
     def __init__(self) -> None:
         self.known: dict[Hashable, Kind] = {}
+        self.testing = False
         self.tree: object = None
         self.told = False
 
@@ -141,6 +143,7 @@ class Sharing:
         after = generators.states()
         drew = not all(map(torch.equal, before, after))
         named = {name: list(each) for name, each in self.losses.named.items()}
+        self.batched.testing = True
         try:
             why_not = self._test(probes, kind, alone, (lambda: generators.go_to(before)) if drew else None)
         except NotInBlocks as reason:
@@ -148,6 +151,7 @@ class Sharing:
         except Exception as error:
             why_not = f"the repeated batch raises {type(error).__name__}: {str(error)[:200]}"
         finally:
+            self.batched.testing = False
             self.losses.named = named
             if drew:
                 generators.go_to(after)

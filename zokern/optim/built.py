@@ -126,6 +126,11 @@ class Built(Common, Method, torch.optim.Optimizer):
         return self._placement.name
 
     @property
+    def testing_rows(self) -> bool:
+        """Whether the forward under way is no probe's, but tests if the rows of a batched one keep apart."""
+        return self._batched.testing
+
+    @property
     def backend(self) -> str:
         """As it was given."""
         return self._passes.backend
