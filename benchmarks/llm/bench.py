@@ -71,7 +71,7 @@ class Bench:
     def jobs(self) -> Iterator[Job]:
         """What is left, in its order. It looks at the results anew after each."""
         for name in self.options.methods:
-            while (lr := next_lr(METHODS[name], self._record(name)["grid"])) is not None:
+            while (lr := next_lr(METHODS[name].grid, self._record(name)["grid"])) is not None:
                 yield Job(name, lr, SEARCH_SEED, self.options.trial)
         for seed in SEEDS:
             if seed not in [run["seed"] for run in self.results[CONTEXT]["runs"]]:

@@ -97,7 +97,7 @@ def grids() -> str:
             continue
         grid = sorted(method["grid"], key=lambda point: point["lr"])
         tried = ", ".join(f"{p['lr']:g}: {'none' if p['loss'] is None else format(p['loss'], '.3f')}" for p in grid)
-        done = next_lr(METHODS[name], method["grid"]) is None
+        done = next_lr(METHODS[name].grid, method["grid"]) is None
         chosen = f"; taken: {best(method['grid']):g}" if done else "; not done"
         lines.append(f"- {method['label']}: {tried}{chosen}")
     return "\n".join(lines) or NONE

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
-
-from benchmarks.llm.methods import Method
 
 MAX_GROWN = 2  # lr beyond the edges of a grid
 
@@ -23,13 +22,13 @@ def best(grid: list[dict[str, Any]]) -> float:
     return float(min((math.inf if point["loss"] is None else point["loss"], point["lr"]) for point in grid)[1])
 
 
-def next_lr(method: Method, grid: list[dict[str, Any]]) -> float | None:
-    """What a search tries next; None: it is done."""
+def next_lr(start: Sequence[float], grid: list[dict[str, Any]]) -> float | None:
+    """What a search tries next; None: it is done. start: the lr that it begins with. grid: what has been tried."""
     tried = [point["lr"] for point in grid]
-    for lr in method.grid:
+    for lr in start:
         if lr not in tried:
             return lr
     found = best(grid)
-    if len(tried) - len(method.grid) >= MAX_GROWN or min(tried) < found < max(tried):
+    if len(tried) - len(start) >= MAX_GROWN or min(tried) < found < max(tried):
         return None
     return half_decade(found, up=found == max(tried))

@@ -1,149 +1,223 @@
-"""A real language model climbs a reward that rules compute: answers of about eight words that end as a sentence does.
+"""A language model of 135 million parameters learns to write sentences of an exact form, from rewards alone.
 
-    python -m benchmarks.rewards.run --model FOLDER        # SmolLM2-135M-Instruct as save_pretrained wrote it, or its .gguf
+    python -m benchmarks.rewards.run                     # all of it: an hour on two cores
+    python -m benchmarks.rewards.run --methods es        # a part
+    python -m benchmarks.pages docs/trl.md                                        # its text, table and picture anew
 
-Evolution strategies by zokern.integrations.trl.RewardTrainer, greedy, on the scales of the model's norms alone (35 thousand
-numbers) or on all weights. Stores benchmarks/results/rewards-<device>.json: the mean reward of each step, and on prompts
-held out what the model wrote before and after.
+Evolution strategies and FZOO by zokern.integrations.trl.RewardTrainer: greedy answers, all weights, directions of rank 1,
+all directions of a step in one generate(). Each lr of a grid is tried with seed 3 for --trial steps, and the one with the
+highest reward on prompts of its own is taken; then a run for each of three seeds, looked at on prompts held out. At last a
+step is timed against the same with a generate() for each direction. Each is stored as it ends, in
+benchmarks/results/rewards-<device>.json, and not done again.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
+import zokern
 from benchmarks import study
-from benchmarks.parts import load as stored
-from benchmarks.parts import table
-from zokern.bench.record import store
+from benchmarks.convergence.run import SEEDS
+from benchmarks.llm.bench import SEARCH_SEED
+from benchmarks.llm.protocol import former
+from benchmarks.llm.search import best, next_lr
+from benchmarks.lowrank import populations
+from benchmarks.rewards import objective
+from zokern.bench.record import RESULTS, machine, store
 from zokern.finetune import models
 from zokern.finetune.options import Options
 
-WORDS = 8
-THINGS = (
-    "a cat", "the sea", "a train", "winter", "a violin", "bread", "the moon", "a garden", "a bicycle", "rain", "a mountain",
-    "a library", "coffee", "a spider", "a castle", "the sun", "a river", "a clock", "an apple", "snow", "a bridge",
-    "a horse", "a lamp", "a forest", "a letter", "the wind", "a piano", "a market", "tea", "a lighthouse", "a pencil",
-    "autumn",
-)  # fmt: skip
-HELD_OUT = 8
-Messages = list[dict[str, str]]
+FORWARDS = 32  # a step, of one probe each
+GRID = (1e-5, 3e-5, 1e-4)
+METHODS: dict[str, dict[str, Any]] = {
+    "es": {"num_directions": FORWARDS // 2, "antithetic": True},
+    "fzoo": {"candidates": FORWARDS - 1},
+}
+LABELS = {"es": "ES, 16 directions both ways", "fzoo": "FZOO, 31 directions"}
+LOOK = 5  # steps between looks at the prompts held out
+SHOWN = 4  # of what was written
+Settings = dict[str, Any]
 
 
-def brief(completions: list[Messages], **_: Any) -> list[float]:
-    """1 for eight words, 0 for none or for sixteen."""
-    return [1.0 - min(abs(len(said.split()) - WORDS) / WORDS, 1.0) for said in map(_text, completions)]
+class Subject:
+    """The model, which begins each run as it is, and what it is asked."""
 
+    def __init__(self, options: Any) -> None:
+        given = Options(model=options.model, objective="prompt", data="x", template="{text}")
+        config = models.load_config(options.model)
+        self.model, self.tokenizer = models.load(given, "prompt", [], config, torch.float32)
+        self.model.to(options.device)
+        self.start = [p.detach().clone() for p in self.model.parameters()]
+        self.options = options
 
-def finished(completions: list[Messages], **_: Any) -> list[float]:
-    """Whether it ends as a sentence does."""
-    return [float(said.rstrip()[-1:] in tuple(".!?")) for said in map(_text, completions)]
+    @torch.no_grad()
+    def reset(self) -> None:
+        for p, start in zip(self.model.parameters(), self.start, strict=True):
+            p.copy_(start)
 
+    def trainer(self, folder: str, method: str, lr: float, seed: int, steps: int, part: str) -> Any:
+        from transformers import TrainingArguments
 
-def _text(completion: Messages) -> str:
-    return completion[0]["content"]
+        from zokern.integrations.trl import RewardTrainer
 
-
-def prompts() -> list[dict[str, Messages]]:
-    return [{"prompt": [{"role": "user", "content": f"Write one sentence about {thing}."}]} for thing in THINGS]
-
-
-def measure(model: Any, tokenizer: Any, args: Any) -> dict[str, Any]:
-    """One run: its course, and answers to the prompts held out."""
-    from transformers import TrainingArguments
-
-    from zokern.integrations.trl import RewardTrainer
-
-    if args.trained == "norms":
-        for name, p in model.named_parameters():
-            p.requires_grad_("norm" in name)
-    rows = prompts()
-    with tempfile.TemporaryDirectory() as folder:
+        options = self.options
         settings = TrainingArguments(
-            folder, max_steps=args.steps, learning_rate=args.lr, lr_scheduler_type="constant", logging_steps=1,
-            per_device_train_batch_size=args.batch, per_device_eval_batch_size=HELD_OUT, save_strategy="no", report_to=[],
-            use_cpu=args.device == "cpu", seed=args.seed,
+            folder, max_steps=steps, learning_rate=lr, lr_scheduler_type="constant", logging_steps=1, report_to=[],
+            per_device_train_batch_size=options.batch, per_device_eval_batch_size=8, save_strategy="no",
+            eval_strategy="steps", eval_steps=LOOK, eval_on_start=True, use_cpu=options.device == "cpu", seed=seed,
+            disable_tqdm=True,
         )  # fmt: skip
-        zo = {"method": "es", "num_directions": args.directions, "antithetic": True, "eps": args.eps, "seed": args.seed}
-        trainer = RewardTrainer(
-            model, [brief, finished], settings, rows[:-HELD_OUT], rows[-HELD_OUT:], tokenizer, zo=zo,
-            generation={"max_new_tokens": args.tokens},
+        low = {"placement": "forward", "distribution": "lowrank:1"}
+        return RewardTrainer(
+            self.model, objective.REWARDS, settings, objective.rows("train"), objective.rows(part), self.tokenizer,
+            reward_weights=objective.WEIGHTS, generation={"max_new_tokens": options.tokens}, batched=True,
+            zo={"method": method, "eps": options.eps, "seed": seed, **METHODS[method], **low},
         )  # fmt: skip
 
-        def look() -> dict[str, Any]:
-            found = trainer.evaluate()
-            written, _ = trainer.writer.write(model.eval(), trainer.data_collator(rows[-HELD_OUT:]))
-            return {"reward": found["eval_reward"], "brief": found["eval_rewards/brief"],
-                    "finished": found["eval_rewards/finished"], "written": list(map(_text, written))}  # fmt: skip
-
-        before, begun = look(), time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - begun
+    def run(self, method: str, lr: float, seed: int, steps: int, part: str) -> Settings:
+        self.reset()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(folder, method, lr, seed, steps, part)
+            _quiet(trainer)
+            begun = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - begun
+            journal = (Path(folder) / "journal.zkj").stat().st_size
+        looks = {line["step"]: line for line in trainer.state.log_history if "eval_reward" in line}
+        each = {name: [line[f"eval_{name}"] for line in looks.values()] for name in ("reward", "rewards/exact")}
         return {
-            "before": before, "after": look(), "seconds": seconds,
-            "rewards": [line["reward"] for line in trainer.state.log_history if "reward" in line],
+            "lr": lr, "seed": seed, "steps": steps, "seconds": seconds, "journal_bytes": journal,
+            "looks": list(looks), "reward": each["reward"], "exact": each["rewards/exact"],
+            "train": [line["reward"] for line in trainer.state.log_history if "reward" in line],
             "forwards": trainer.zo_optimizer.counters["forwards"],
-            "journal_bytes": (Path(folder) / "journal.zkj").stat().st_size,
-            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "together": trainer.zo_optimizer.metrics["probes_per_forward"].item(),
+            "written": self.written(part),
         }  # fmt: skip
+
+    def written(self, part: str) -> list[str]:
+        """To the first prompts of a part."""
+        from zokern.integrations.completions import Prompts, Writer
+        from zokern.integrations.notes import Notes
+
+        writer = Writer(self.model, self.tokenizer, {"max_new_tokens": self.options.tokens}, Notes())
+        batch = Prompts(self.tokenizer, None)(objective.rows(part)[:SHOWN])
+        with torch.no_grad():
+            completions, _ = writer.write(self.model.eval(), _on(batch, self.options.device))
+        return list(map(objective.text, completions))
+
+    def side_by_side(self, rounds: int) -> Settings:
+        """Steps of ES on the same prompts: dense in place, low rank, and all in one generate()."""
+        from zokern.integrations.completions import Prompts, Writer
+        from zokern.integrations.notes import Notes
+
+        self.reset()
+        options, model = self.options, self.model.eval()
+        writer = Writer(model, self.tokenizer, {"max_new_tokens": options.tokens}, Notes())
+        batch = _on(Prompts(self.tokenizer, None)(objective.rows("train")[: options.batch]), options.device)
+
+        def rewards(batch: Mapping[str, Any]) -> Tensor:
+            said, _ = writer.write(model, batch)
+            words = [row["word"] for row in batch["rows"]]
+            each = [torch.tensor(reward(said, word=words)) for name, reward in objective.REWARDS.items()
+                    if objective.WEIGHTS.get(name, 1.0)]  # fmt: skip
+            return torch.stack(each).sum(dim=0)
+
+        def make(**settings: Any) -> Any:
+            return zokern.ES(model, 1e-12, eps=options.eps, maximize=True, **METHODS["es"], **settings)
+
+        calls = populations.candidates(make, rewards, batch, lambda batch: rewards(batch).mean())
+        return populations.timed(calls, rounds, "a step")
+
+
+def _on(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _quiet(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def study_all(options: Any, results: Settings, keep: Callable[[Settings], None], say: Callable[[str], None]) -> None:
+    """Whatever is not there yet, each stored as it ends."""
+    made: list[Subject] = []
+
+    def subject() -> Subject:
+        if not made:
+            made.append(Subject(options))
+        return made[0]
+
+    def told(what: str, run: Settings) -> None:
+        keep(results)
+        say(f"{what}: reward {run['reward'][0]:.2f} -> {run['reward'][-1]:.2f}, of the form {run['exact'][0]:.0%} -> "
+            f"{run['exact'][-1]:.0%}; {run['seconds']:.0f} s")  # fmt: skip
+
+    methods = results.setdefault("methods", {})
+    for name in options.methods:
+        record = methods.setdefault(name, {"label": LABELS[name], "grid": [], "runs": []})
+        while (lr := next_lr(GRID, record["grid"])) is not None:
+            run = subject().run(name, lr, SEARCH_SEED, options.trial, "validation")
+            record["grid"].append(
+                {"lr": lr, "loss": -run["reward"][-1], "reward": run["reward"][-1], "exact": run["exact"][-1]}
+            )
+            told(f"{LABELS[name]}, lr {lr:g}, search", run)
+        record["lr"] = best(record["grid"])
+    for seed in SEEDS:
+        for name in options.methods:
+            record = methods[name]
+            if seed in [run["seed"] for run in record["runs"]]:
+                continue
+            run = subject().run(name, record["lr"], seed, options.steps, "test")
+            record["runs"].append(run)
+            told(f"{LABELS[name]}, lr {record['lr']:g}, seed {seed}", run)
+    if "before" not in results:
+        subject().reset()
+        results["before"] = subject().written("test")
+        keep(results)
+    if "side" not in results and options.rounds:
+        results["side"] = subject().side_by_side(options.rounds)
+        keep(results)
 
 
 def main() -> None:
-    args = study.parser(
-        __doc__, model=(str, "a folder that save_pretrained wrote, or a .gguf file"), device=("cpu", "cpu or cuda"),
-        trained=(("norms", "all"), "what of the model"), steps=(30, "of the run"),
-        directions=(4, "of a step, each both ways"),
-        batch=(8, "prompts a forward"), tokens=(24, "that an answer may have"), lr=(4e-4, "constant"),
-        eps=(2e-2, "radius of the perturbation"), seed=(0, "of data and directions"), threads=(2, "of PyTorch"),
-    ).parse_args()  # fmt: skip
-    if args.model is None:
-        raise SystemExit("--model is missing: a folder that save_pretrained wrote, or a .gguf file")
-    torch.set_num_threads(args.threads)
-    options = Options(model=args.model, objective="prompt", data="x", template="{text}")
-    config = models.load_config(args.model)
-    model, tokenizer = models.load(options, "prompt", [], config, torch.float32)
-    found = measure(model.to(args.device), tokenizer, args)
-    shown = Table("", "before", "after")
-    for name in ("reward", "brief", "finished"):
-        shown.add_row(name, f"{found['before'][name]:.2f}", f"{found['after'][name]:.2f}")
-    Console().print(shown)
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "model", "device", "threads")}
-    print("stored in", store("rewards", torch.device(args.device), settings, found, args.output).name)
+    parser = study.parser(
+        __doc__,
+        model=("smollm2", "as zokern finetune takes it: smollm2, a folder that save_pretrained wrote, or a .gguf file"),
+        device=(("cpu", "cuda"), "that it runs on"), methods=(list(METHODS), f"of {', '.join(METHODS)} (default: all)"),
+        steps=(30, f"of a run, of {FORWARDS} directions each"), trial=(15, "steps of a run that chooses lr"),
+        batch=(2, "prompts a step"), tokens=(24, "that an answer may have"), eps=(3e-3, "radius of the perturbation"),
+        rounds=(3, "of steps that are timed; 0: none"), threads=(2, "of torch"),
+    )  # fmt: skip
+    options = parser.parse_args()
+    if unknown := [name for name in options.methods if name not in METHODS]:
+        parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    if min(options.steps, options.trial) < LOOK or min(options.batch, options.tokens, options.threads) < 1:
+        parser.error(f"--steps and --trial are at least {LOOK}; --batch, --tokens and --threads at least 1")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    settings = {name: getattr(options, name) for name in ("steps", "trial", "batch", "tokens", "eps")}
+    settings["forwards"] = FORWARDS
+    path = options.output or RESULTS / f"rewards-{options.device}.json"
+    results = former(path, settings, machine(device))
 
+    def keep(found: Settings) -> None:
+        methods = found["methods"]
+        complete = all(len(methods.get(name, {"runs": []})["runs"]) == len(SEEDS) for name in METHODS)
+        store("rewards", device, settings, found, path, complete=complete and "side" in found)
 
-def part() -> str:
-    run = stored("rewards-cpu.json")
-    found, settings = run["results"], run["settings"]
-    what = "the scales of its norms" if settings["trained"] == "norms" else "all its weights"
-    head = (
-        f"SmolLM2-135M-Instruct, asked for a sentence about a thing, rewarded for about {WORDS} words (1 for {WORDS}, 0 "
-        f"for none or {2 * WORDS}) and for an end as a sentence has it (1): evolution strategies on {what} "
-        f"({found['trained']:,} numbers), {settings['steps']} steps of {2 * settings['directions']} forwards over "
-        f"{settings['batch']} prompts, greedy, in {found['seconds'] / 60:.0f} minutes on {run['machine']['threads']} "
-        f"cores. On {HELD_OUT} prompts held out the reward goes from **{found['before']['reward']:.2f} to "
-        f"{found['after']['reward']:.2f}** (of 2), and the run's journal has {found['journal_bytes'] / 1000:.1f} kB. "
-        f"`python -m benchmarks.rewards.run`"
-    )
-    rows = [
-        [f"{thing}", f"{_cell(before)}", f"{_cell(after)}"]
-        for thing, before, after in zip(
-            THINGS[-HELD_OUT:], found["before"]["written"], found["after"]["written"], strict=True
-        )
-    ][:4]
-    return f"{head}\n\n{table(['about', 'before', 'after'], rows)}"
+    console = Console(highlight=False)
+    study_all(options, results, keep, lambda line: console.print(f"{time.strftime('%H:%M:%S')} {line}", soft_wrap=True))
+    console.print(f"stored {path}; now python -m benchmarks.pages docs/trl.md")
 
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "/").split())
-
-
-PAGES = {"docs/trl.md": {"rewards": part}}
 
 if __name__ == "__main__":
     main()

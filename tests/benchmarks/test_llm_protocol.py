@@ -119,7 +119,7 @@ def test_a_grid_grows_where_the_best_lies_at_its_edge_and_not_for_ever() -> None
 
     def grown(loss: Any) -> list[float]:
         grid: list[dict[str, Any]] = []
-        while (lr := search.next_lr(method, grid)) is not None:
+        while (lr := search.next_lr(method.grid, grid)) is not None:
             grid.append({"lr": lr, "loss": loss(lr)})
         return [point["lr"] for point in grid]
 
