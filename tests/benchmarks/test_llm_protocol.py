@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks.llm import bench, context, packed, protocol, reviews, search
-from benchmarks.llm.methods import METHODS, Method, step
+from benchmarks.llm.methods import METHODS, step
 from benchmarks.llm.packed import Reviews
 from tests.benchmarks.test_llm import saved, sentiment, texts
 
@@ -115,11 +115,11 @@ def test_lr_is_chosen_on_the_validation_set_and_kept_for_all_seeds(subjects: dic
 
 
 def test_a_grid_grows_where_the_best_lies_at_its_edge_and_not_for_ever() -> None:
-    method = Method("m", lambda **_: None, 2, (1e-5, 3e-5, 1e-4))
+    start = (1e-5, 3e-5, 1e-4)
 
     def grown(loss: Any) -> list[float]:
         grid: list[dict[str, Any]] = []
-        while (lr := search.next_lr(method.grid, grid)) is not None:
+        while (lr := search.next_lr(start, grid)) is not None:
             grid.append({"lr": lr, "loss": loss(lr)})
         return [point["lr"] for point in grid]
 

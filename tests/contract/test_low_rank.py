@@ -148,6 +148,10 @@ def test_an_optimizer_without_a_matrix_is_refused() -> None:
         zokern.MeZO(model, 0.1, distribution="lowrank:3")
     with pytest.raises(ValueError, match="use distribution='normal'"):
         zokern.MeZO(model[1], 0.1, distribution="lowrank:1")
+    with pytest.raises(ValueError, match="use distribution='normal', and another placement"):
+        zokern.MeZO(model[1], 0.1, distribution="lowrank:1", placement="forward")
+    zokern.MeZO(model[1], 0.1, distribution="normal", placement="inplace")  # what the messages say
+    zokern.MeZO(model[1], 0.1, distribution="normal")
     model[0].weight.requires_grad_(False)
     with pytest.raises(ValueError, match="none of the 3 tensors"):
         zokern.MeZO(model, 0.1, distribution="lowrank:1")

@@ -71,7 +71,7 @@ class Built(Common, Method, torch.optim.Optimizer):
         rates = {name: values[name] for name in parameters.RATES}
         torch.optim.Optimizer.__init__(self, cast("Iterable[Tensor]", groups), {**rates, carried.KEY: None})
         parameters.refuse_frozen(self.param_groups)
-        parameters.refuse_without_matrix(self.param_groups, rank(direction))
+        parameters.refuse_without_matrix(self.param_groups, rank(direction), values["placement"])
         self.settle()
         finding.find(self.process_group, self.parallel, self._wrapper, self.module, self._tensors())  # or raises
         self.options["maximize"] = self.maximize

@@ -147,15 +147,16 @@ def refuse_frozen(groups: Groups) -> None:
         )
 
 
-def refuse_without_matrix(groups: Groups, rank: int) -> None:
+def refuse_without_matrix(groups: Groups, rank: int, placement: str) -> None:
     """Directions of low rank of groups that have nothing but dense noise."""
     every = [tuple(p.shape) for group in groups for p in group["params"] if p.requires_grad]
     if rank and not any(matrices(shape, rank) for shape in every):
         sides = max((min(shape[-2:]) for shape in every if len(shape) in (2, 3)), default=0)
+        dense = "use distribution='normal'" + (", and another placement" if placement == "forward" else "")
         raise ValueError(
             f"distribution is LowRank({rank}), and none of the {len(every)} tensors to be trained is a matrix whose "
             "smaller side is above the rank, so all would take dense noise; "
-            + (f"the largest smaller side is {sides}: take a rank below" if sides > 1 else "use distribution='normal'")
+            + (f"the largest smaller side is {sides}: take a rank below" if sides > 1 else dense)
         )
 
 
