@@ -34,7 +34,7 @@ import benchmarks.memory.page
 import benchmarks.ranks.scale
 import benchmarks.ranks.speed
 import benchmarks.replay.run
-import benchmarks.rewards.run
+import benchmarks.rewards.page
 import benchmarks.rounding.page
 import benchmarks.steps.host
 import benchmarks.steps.page
@@ -69,7 +69,7 @@ SUBJECTS = (
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.beside_page, benchmarks.llm.demo, benchmarks.llm.page, benchmarks.llm.page_cpu,
     benchmarks.machine_code.page, benchmarks.trainer.run,
-    benchmarks.rewards.run,
+    benchmarks.rewards.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
     benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page,
     docs.from_code,
