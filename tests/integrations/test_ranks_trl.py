@@ -67,7 +67,9 @@ def test_trls_trainers(tmp_path: Path, kind: str, parallel: str) -> None:
         assert rank["tokens"] == alone["tokens"]
 
 
-def rewarded(folder: str, accumulation: int) -> tuple[list[Tensor], list[float], list[float]]:
+def rewarded(
+    folder: str, accumulation: int, zo: dict[str, Any], batched: bool = False
+) -> tuple[list[Tensor], list[float], list[float]]:
     from zokern.integrations.trl import RewardTrainer
 
     quiet()
@@ -82,8 +84,8 @@ def rewarded(folder: str, accumulation: int) -> tuple[list[Tensor], list[float],
         eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=2,
     )  # fmt: skip
     trainer = RewardTrainer(
-        model, even, args, data, data[:7], words(), zo={"num_directions": 2, "eps": 0.3},
-        generation={"max_new_tokens": 5, "suppress_tokens": [0, 1, 2]},
+        model, even, args, data, data[:7], words(), generation={"max_new_tokens": 5, "suppress_tokens": [0, 1, 2]},
+        zo={"eps": 0.3, **zo}, batched=batched,
     )  # fmt: skip
     trainer.train()
     history = trainer.state.log_history
@@ -91,8 +93,20 @@ def rewarded(folder: str, accumulation: int) -> tuple[list[Tensor], list[float],
 
 
 def test_rewards_are_those_of_all_ranks(tmp_path: Path) -> None:
-    ((alone, rewards, evaluated),) = run(1, rewarded, str(tmp_path), 2)
-    for model, seen, at_the_end in run(2, rewarded, str(tmp_path), 1):
+    zo = {"num_directions": 2}
+    ((alone, rewards, evaluated),) = run(1, rewarded, str(tmp_path), 2, zo)
+    for model, seen, at_the_end in run(2, rewarded, str(tmp_path), 1, zo):
+        assert equal(model, alone)
+        assert seen == pytest.approx(rewards)
+        assert at_the_end == pytest.approx(evaluated)
+
+
+@pytest.mark.parametrize("parallel", ["data", "directions"])
+def test_rewards_of_all_directions_at_once_on_all_ranks(tmp_path: Path, parallel: str) -> None:
+    zo = {"num_directions": 4, "placement": "forward", "distribution": "lowrank:1"}
+    ((alone, rewards, evaluated),) = run(1, rewarded, str(tmp_path), 2, zo)
+    accumulation, shared = 1 if parallel == "data" else 2, {**zo, "parallel": parallel}
+    for model, seen, at_the_end in run(2, rewarded, str(tmp_path), accumulation, shared, True):
         assert equal(model, alone)
         assert seen == pytest.approx(rewards)
         assert at_the_end == pytest.approx(evaluated)

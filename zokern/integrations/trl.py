@@ -208,7 +208,7 @@ class RewardTrainer(ZOTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        inputs = self.without_repeats(self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(self.without_repeats(inputs))
         if not inputs["rows"]:
             return torch.zeros((), device=self.args.device), None, None
         with torch.no_grad(), self.compute_loss_context_manager():
