@@ -63,9 +63,9 @@ def facts() -> str:
         f"{made_on(run)}: {settings['steps']} steps of {settings['forwards']} directions over {settings['batch']} prompts, "
         f"at most {settings['tokens']} tokens, greedy, eps {settings['eps']:g}, rank 1, all weights; "
         f"{len(objective.rows('test'))} prompts held out. lr: of half-decades, that with the highest reward on "
-        f"{len(objective.rows('validation'))} others after {settings['trial']} steps of a seed of its own. A step of ES with "
-        f"all {settings['forwards']} in one `generate()` takes {side[TOGETHER]['seconds']:.1f} s, **{faster[1]:.1f} times "
-        f"faster than dense directions in place**, one after another ({side[DENSE]['seconds']:.1f} s); low rank, one after "
+        f"{len(objective.rows('validation'))} others after {settings['trial']} steps of a seed of its own. A step of ES "
+        f"with all {settings['forwards']} in one `generate()` takes {side[TOGETHER]['seconds']:.1f} s, **{faster[1]:.1f} "
+        f"times faster than dense directions in place**, one after another ({side[DENSE]['seconds']:.1f} s); low rank, one after "
         f"another, {faster[0]:.2f} times. `python -m benchmarks.rewards.run`"
     )
 

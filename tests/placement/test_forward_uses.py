@@ -345,6 +345,29 @@ def test_an_unused_matrix_is_told_by_name_and_experts_take_turns(
     assert told.count("matrices") == int(idle)
 
 
+@pytest.mark.parametrize("idle", [False, True])
+def test_an_unused_matrix_is_told_of_directions_that_share_a_forward(
+    idle: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a matrix that is written out, and one that is read in parts."""
+    monkeypatch.setattr(plus, "TRACED", [False])
+    torch.manual_seed(0)
+    model = nn.ParameterDict({name: nn.Parameter(torch.randn(8, 8) / 3) for name in "abcd"})
+    model.idle = nn.Linear(8, 8) if idle else None
+    opt = zokern.FZOO(model, 1e-4, candidates=4, distribution=zokern.LowRank(1), placement="forward")
+
+    def closure(x: Tensor) -> Tensor:
+        half = torch.cat([x @ model["a"].t()[:, :4], x @ model["a"].t()[:, 4:]], dim=1)
+        return (half @ model["b"] @ model["c"] + x @ torch.tanh(model["d"])).square().mean(dim=1)
+
+    for _ in range(30):
+        opt.step(closure, [torch.ones(2, 8)], batched=True)
+    assert opt.metrics["probes_per_forward"] == 5
+    told = capsys.readouterr().err
+    assert told.count("1 of 4 matrices (idle.weight) were in no product or lookup of 20 probes") == int(idle), told
+    assert told.count("in no product") == int(idle), told
+
+
 def test_an_unused_matrix_is_told_also_where_its_module_is_changed_in_mid_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

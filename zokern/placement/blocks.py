@@ -143,9 +143,12 @@ def name_of(func: Any) -> str:
     return getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or str(func)
 
 
-def flagged(one: Blocks) -> Rows:
-    one.rows.used = True
-    return one.rows
+def flagged(*operands: Any) -> Rows:
+    """The rows of the stand-ins among the operands, which hear that they are used."""
+    ours = [t for t in operands if isinstance(t, Blocks)]
+    for one in ours:
+        one.rows.used.add(one.parameter)
+    return ours[0].rows
 
 
 def split(x: Tensor, count: int) -> Tensor:
@@ -158,7 +161,7 @@ def block_by_block(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> 
     """What a function makes of each block's values and rows."""
     leaves, tree = pytree.tree_flatten((tuple(args), dict(named)))
     ours = next(leaf for leaf in leaves if isinstance(leaf, Blocks))
-    rows, name = flagged(ours), name_of(func)
+    rows, name = flagged(*leaves), name_of(func)
     are_rows = [
         isinstance(t, Tensor) and not isinstance(t, Blocks) and rows.are(t, (ours.parameter, name, i))
         for i, t in enumerate(leaves)

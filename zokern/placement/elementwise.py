@@ -41,7 +41,7 @@ def elementwise(func: Any, *given: Any, **named: Any) -> Any:
         or any(isinstance(t, Tensor) for t in named.values())
     ):
         return NotImplemented
-    rows, name = flagged(one), name_of(func)
+    rows, name = flagged(*given), name_of(func)
     dims = max(t.dim() for t in given if isinstance(t, Tensor))
     operands = [_aligned(t, rows, (one.parameter, name, i), dims) for i, t in enumerate(given)]
     out = func(*(t for t, _ in operands), **named)

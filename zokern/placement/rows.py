@@ -18,7 +18,7 @@ class NotInBlocks(Exception):
 
 
 class Rows:
-    """Of a forward. count: of blocks, N. batch: rows of a block's batch. used: something was computed with a stand-in;
+    """Of a forward. count: of blocks, N. batch: rows of a block's batch. used: parameters that something was computed with;
     half: in 16 bits, as autocast has it. kinds: by use (the parameter, the function, which argument), whether what came
     there was rows, shared, or both. alone: the first dimensions that came there in a forward with one block."""
 
@@ -27,7 +27,8 @@ class Rows:
         self.kinds: dict[Hashable, set[bool]] = {} if kinds is None else kinds
         self.alone: dict[Hashable, set[int]] = {}
         self.learning = kinds is None
-        self.used = self.half = False
+        self.used: set[str] = set()
+        self.half = False
 
     def are(self, x: Tensor, use: tuple[Hashable, ...]) -> bool:
         """Whether x is rows: a multiple of those of all blocks, N parts of equal length."""

@@ -78,7 +78,9 @@ class Together:
             with torch.compiler.set_stance("force_eager"):  # torch's compiler does not look through these stand-ins
                 yield
             owner.check_saved()
-            plus.USED[0] = plus.USED[0] or rows.used
+            plus.USED[0] = plus.USED[0] or bool(rows.used)
+            for one in owner.stand_ins:
+                one.seen[0] = one.seen[0] or one.parameter in rows.used
             owner._check_used()
         finally:
             owner._show(copies=False)
