@@ -65,8 +65,8 @@ def facts() -> str:
         f"{len(objective.rows('test'))} prompts held out. lr: of half-decades, that with the highest reward on "
         f"{len(objective.rows('validation'))} others after {settings['trial']} steps of a seed of its own. A step of ES "
         f"with all {settings['forwards']} in one `generate()` takes {side[TOGETHER]['seconds']:.1f} s, **{faster[1]:.1f} "
-        f"times faster than dense directions in place**, one after another ({side[DENSE]['seconds']:.1f} s); low rank, one after "
-        f"another, {faster[0]:.2f} times. `python -m benchmarks.rewards.run`"
+        f"times faster than dense directions in place**, one after another ({side[DENSE]['seconds']:.1f} s); low rank, one "
+        f"after another, {faster[0]:.2f} times. `python -m benchmarks.rewards.run`"
     )
 
 
