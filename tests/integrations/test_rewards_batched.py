@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import zokern
-from tests.integrations.tiny import arguments, equal, llama, weights, words
+from tests.integrations.tiny import arguments, counted, equal, llama, weights, words
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
+from zokern.integrations.completions import Writer
 from zokern.integrations.trl import RewardTrainer
 
 ROWS = [{"prompt": f"w{i % 7} w{i % 5}" + " w3" * (i % 3), "wanted": [f"w{i % 4}"] * 4} for i in range(12)]
@@ -120,6 +121,64 @@ def test_sampled_rows_draw_each_their_own_and_climb(tmp_path: Path) -> None:
     rewards = [line["reward"] for line in run.state.log_history if "reward" in line]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
     assert run.state.log_history[-2]["probes_per_forward"] == 16
+
+
+def test_sampled_texts_that_end_early_keep_apart(tmp_path: Path) -> None:
+    """How many numbers a micro-batch draws depends on when the last of its texts ends: that is no mixing of rows."""
+
+    def tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [len(ids) + sum(ids) / 99 for ids in completion_ids]
+
+    early = {"max_new_tokens": 6, "do_sample": True, "suppress_tokens": [0, 1], "sequence_bias": [[[2], 3.5]]}
+    given = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    run = trainer(tmp_path, rewards=tokens, zo={**ES, "num_directions": 2}, generation=early, given=given)
+    with run.notes.silent():  # of empty texts
+        run.train()  # and a warning would be an error
+    assert run.state.log_history[-2]["probes_per_forward"] == 4
+
+
+def test_a_reward_that_is_not_the_same_twice_is_told(tmp_path: Path) -> None:
+    calls = iter(range(1000))
+    run = trainer(tmp_path, rewards=lambda completions, **_: [float(next(calls))] * len(completions))
+    with pytest.warns(zokern.ZokernWarning, match=r"one after another.*not return the same twice \(a counter"):
+        run.train()
+    assert run.state.log_history[-2]["probes_per_forward"] == 1
+
+
+def test_memory_that_ends_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Writer.write
+
+    def small(self: Writer, model: Any, batch: Any) -> Any:
+        if len(batch["rows"]) > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return write(self, model, batch)
+
+    monkeypatch.setattr(Writer, "write", small)
+    with pytest.warns(zokern.ZokernWarning, match="give a number below 8 as batched"):
+        trainer(tmp_path, rewards=every).train()
+    run = trainer(tmp_path, rewards=every, batched=2)
+    run.train()
+    assert run.state.log_history[-2]["probes_per_forward"] == 2
+
+
+@pytest.mark.parametrize(("probes", "texts"), [(4, 9), (8, 14)])
+def test_the_first_step_writes_as_often_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probes: int, texts: int
+) -> None:
+    """N + 3 + log2 N times."""
+    write = counted(Writer.write)
+    monkeypatch.setattr(Writer, "write", lambda *args: write(*args))
+    trainer(tmp_path, rewards=every, zo={**ES, "num_directions": probes // 2}, given={"max_steps": 1}).train()
+    assert write.calls == texts
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_collator_without_rows_is_refused(tmp_path: Path, batched: bool) -> None:
+    run = trainer(tmp_path, batched=batched)
+    made = run.data_collator
+    run.data_collator = lambda rows: {"input_ids": made(rows)["input_ids"]}
+    with pytest.raises(ValueError, match="data_collator gives no 'attention_mask', 'rows'; give one"):
+        run.train()
 
 
 def test_rows_of_another_collator(tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ class Notes:
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
         """Inside, what comes up is nothing that the user should know."""
-        self._silent = True
+        before, self._silent = self._silent, True
         try:
             yield
         finally:
-            self._silent = False
+            self._silent = before
 
     def tell(self) -> None:
         """Raises what has come up."""

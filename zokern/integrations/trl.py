@@ -55,6 +55,7 @@ class RewardTrainer(ZOTrainer):
         zo: as ZOTrainer's. Default: "es", whose step does not depend on the reward's scale; fzoo and mezo climb too.
         batched: all directions of a step write in one `generate`, or at most that many. Needs zo with
             placement="forward", distribution="lowrank:1". Sampled, each row draws its own. Default: False.
+        data_collator: makes batches of "input_ids" and "attention_mask", padded on the left, and "rows".
         optimizers: a zokern optimizer with maximize=True, and a schedule.
         More, by name: what ZOTrainer takes.
 
@@ -135,6 +136,12 @@ class RewardTrainer(ZOTrainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         made = super()._prepare_inputs(inputs)
+        lacking = [name for name in ("input_ids", "attention_mask", "rows") if name not in made]
+        if lacking:
+            raise ValueError(
+                f"data_collator gives no {', '.join(map(repr, lacking))}; give one that has the prompts' tokens and mask, "
+                'padded on the left, and as "rows" the dataset\'s rows, or leave it out'
+            )
         return {**made, "rows": Examples(made["rows"])}  # also those of another collator
 
     def set_mode(self, model: nn.Module) -> None:

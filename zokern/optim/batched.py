@@ -9,7 +9,7 @@ probe alone, within rounding. Where one is not so, probes are evaluated one afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zokern.optim import repeating
 from zokern.optim.examples import PerExample
-from zokern.optim.pairing import Generators
+from zokern.optim.pairing import Draws, Generators
 from zokern.optim.probing import Probing
 from zokern.passes.update import Terms
 from zokern.placement.forward import Forward
@@ -29,7 +29,9 @@ SHARE = 0.05  # of the losses' spread over the probes that rounding may make
 ROUNDING = 1e-5  # of the losses' size, for float32
 HALF_ROUNDING = 3e-2  # for 16-bit weights or losses
 MIXED = "the model or the closure mixes the rows of a batch, as packing, routed experts and batch norms do"
-Rewind = Callable[[], None] | None  # takes torch's generators back; None where no forward draws
+OTHERWISE = ", or the closure does not return the same twice (a counter, random numbers that are not torch's)"
+ROUNDED = ", or the loss jumps where 16 bits round otherwise, as rewards of greedy texts do"
+OUT = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass
@@ -137,22 +139,28 @@ class Sharing:
 
     def _tested(self, probes: list[Terms], kind: Kind) -> list[Tensor]:
         """The losses one after another, and what the test finds, in `kind`."""
-        generators = Generators({p.device for p in self.probing.sweep.params})
+        devices = {p.device for p in self.probing.sweep.params}
+        generators = Generators(devices)
         before = generators.states()
         alone = self._in_turn(probes)
         after = generators.states()
         drew = not all(map(torch.equal, before, after))
         named = {name: list(each) for name, each in self.losses.named.items()}
         self.batched.testing = True
+        if drew:  # each micro-batch from where it began: how much those before it draw may depend on what they draw
+            generators.go_to(before)
+            self.losses.draws = Draws(devices)
         try:
-            why_not = self._test(probes, kind, alone, (lambda: generators.go_to(before)) if drew else None)
+            why_not = self._test(probes, kind, alone, self.losses.draws)
         except NotInBlocks as reason:
             why_not = str(reason)
         except Exception as error:
             why_not = f"the repeated batch raises {type(error).__name__}: {str(error)[:200]}"
+            if isinstance(error, OUT):
+                why_not += f" (give a number below {len(probes)} as batched)"
         finally:
             self.batched.testing = False
-            self.losses.named = named
+            self.losses.named, self.losses.draws = named, None
             if drew:
                 generators.go_to(after)
         if why_not:
@@ -167,38 +175,39 @@ class Sharing:
                 "batched", f"batched: probes are evaluated one after another, because {why_not}"
             )
 
-    def _test(self, probes: list[Terms], kind: Kind, alone: list[Tensor], rewind: Rewind) -> str:
-        """Why the rows do not keep apart; "" where they do."""
+    def _test(self, probes: list[Terms], kind: Kind, alone: list[Tensor], draws: Draws | None) -> str:
+        """Why the rows do not keep apart; "" where they do. draws: None where no forward draws."""
         count, single = len(probes), Rows(1)
-        if rewind is not None:
-            rewind()
         self._together([next(filter(None, probes))], single)
+        if draws is not None:
+            draws.probed()
         rows = Rows(count)
         rows.alone = single.alone
-        if rewind is not None:
-            rewind()
         losses = torch.stack(self._together(probes, rows))
         for use, found in rows.kinds.items():
             kind.kinds.setdefault(use, set()).update(found)
         reference = torch.stack(alone)
         spread = float(reference.max() - reference.min())
-        if rewind is None and not self._agree(losses, reference, spread, rows.half):
+        half = rows.half or self._half()
+        if draws is None and not self._agree(losses, reference, spread, half):
             k = int((losses - reference).abs().nan_to_num(torch.inf).argmax())
             return (
                 f"a forward of all gives {float(losses[k]):.6g} as the loss of probe {k}, and a forward of it alone "
-                f"{float(reference[k]):.6g}: {MIXED}"
+                f"{float(reference[k]):.6g}: {MIXED}{ROUNDED if half else ''}{OTHERWISE}"
             )
-        moved, why_not = self._change(probes, kind, losses, rewind)
-        kind.open = not moved and (rewind is not None or not spread > 0.0)
+        moved, why_not = self._change(probes, kind, losses)
+        kind.open = not moved and (draws is not None or not spread > 0.0)
         return why_not
 
+    def _half(self) -> bool:
+        return self.losses.half is not None or any(p.element_size() == 2 for p in self.probing.sweep.params)
+
     def _agree(self, losses: Tensor, reference: Tensor, spread: float, half: bool) -> bool:
-        half = half or self.losses.half is not None or any(p.element_size() == 2 for p in self.probing.sweep.params)
         most = SHARE * spread + (HALF_ROUNDING if half else ROUNDING) * float(reference.abs().max())
         near = (losses - reference).abs() <= most
         return bool((near | (losses == reference) | (losses.isnan() & reference.isnan())).all())
 
-    def _change(self, probes: list[Terms], kind: Kind, losses: Tensor, rewind: Rewind) -> tuple[bool, str]:
+    def _change(self, probes: list[Terms], kind: Kind, losses: Tensor) -> tuple[bool, str]:
         """Whether any loss has reacted to its own direction; what is wrong. Run b changes the blocks k whose number k + 1
         has bit b, so that no two blocks change in the same runs."""
         count, some = len(probes), next(filter(None, probes))
@@ -210,8 +219,6 @@ class Sharing:
                     {seed: factor * a for seed, a in (terms or some).items()} if turn else terms
                     for terms, turn in zip(probes, changed, strict=True)
                 ]
-                if rewind is not None:
-                    rewind()
                 found = torch.stack(self._together(other, Rows(count, kind.kinds)))
                 for k, (before, after) in enumerate(zip(losses.tolist(), found.tolist(), strict=True)):
                     same = before == after or (before != before and after != after)
