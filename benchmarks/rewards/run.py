@@ -34,6 +34,7 @@ from benchmarks.rewards import objective
 from zokern.bench.record import RESULTS, machine, store
 from zokern.finetune import models
 from zokern.finetune.options import Options
+from zokern.integrations.rewards import Rewards, columns
 
 FORWARDS = 32  # a step, of one probe each
 GRID = (1e-5, 3e-5, 1e-4)
@@ -51,11 +52,16 @@ class Subject:
     """The model, which begins each run as it is, and what it is asked."""
 
     def __init__(self, options: Any) -> None:
+        from zokern.integrations.completions import Prompts, Writer
+        from zokern.integrations.notes import Notes
+
         given = Options(model=options.model, objective="prompt", data="x", template="{text}")
         config = models.load_config(options.model)
         self.model, self.tokenizer = models.load(given, "prompt", [], config, torch.float32)
         self.model.to(options.device)
         self.start = [p.detach().clone() for p in self.model.parameters()]
+        self.prompts = Prompts(self.tokenizer, None)
+        self.writer = Writer(self.model, self.prompts.tokenizer, {"max_new_tokens": options.tokens}, Notes())
         self.options = options
 
     @torch.no_grad()
@@ -104,41 +110,35 @@ class Subject:
 
     def written(self, part: str) -> list[str]:
         """To the first prompts of a part."""
-        from zokern.integrations.completions import Prompts, Writer
-        from zokern.integrations.notes import Notes
-
-        writer = Writer(self.model, self.tokenizer, {"max_new_tokens": self.options.tokens}, Notes())
-        batch = Prompts(self.tokenizer, None)(objective.rows(part)[:SHOWN])
         with torch.no_grad():
-            completions, _ = writer.write(self.model.eval(), _on(batch, self.options.device))
+            completions, _ = self.writer.write(self.model.eval(), self.batch(part, SHOWN))
         return list(map(objective.text, completions))
+
+    def batch(self, part: str, count: int) -> dict[str, Any]:
+        """The first prompts of a part, on the device."""
+        batch = self.prompts(objective.rows(part)[:count])
+        return {
+            name: value.to(self.options.device) if isinstance(value, Tensor) else value for name, value in batch.items()
+        }
 
     def side_by_side(self, rounds: int) -> Settings:
         """Steps of ES on the same prompts: dense in place, low rank, and all in one generate()."""
-        from zokern.integrations.completions import Prompts, Writer
-        from zokern.integrations.notes import Notes
-
         self.reset()
         options, model = self.options, self.model.eval()
-        writer = Writer(model, self.tokenizer, {"max_new_tokens": options.tokens}, Notes())
-        batch = _on(Prompts(self.tokenizer, None)(objective.rows("train")[: options.batch]), options.device)
+        judges, batch = Rewards(objective.REWARDS, objective.WEIGHTS), self.batch("train", options.batch)
 
         def rewards(batch: Mapping[str, Any]) -> Tensor:
-            said, _ = writer.write(model, batch)
-            words = [row["word"] for row in batch["rows"]]
-            each = [torch.tensor(reward(said, word=words)) for name, reward in objective.REWARDS.items()
-                    if objective.WEIGHTS.get(name, 1.0)]  # fmt: skip
-            return torch.stack(each).sum(dim=0)
+            said, _ = self.writer.write(model, batch)
+            rows = batch["rows"]
+            each = judges.each([row["prompt"] for row in rows], said, **columns(rows))
+            weighed = [judges.weights.get(name, 1.0) * torch.tensor(row) for name, row in each.items()]
+            return torch.stack(weighed).sum(dim=0)
 
         def make(**settings: Any) -> Any:
             return zokern.ES(model, 1e-12, eps=options.eps, maximize=True, **METHODS["es"], **settings)
 
         calls = populations.candidates(make, rewards, batch, lambda batch: rewards(batch).mean())
         return populations.timed(calls, rounds, "a step")
-
-
-def _on(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _quiet(trainer: Any) -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 
 from zokern.integrations.completions import Prompts, Writer
 from zokern.integrations.notes import Notes
-from zokern.integrations.rewards import Rewards
+from zokern.integrations.rewards import Rewards, means
 from zokern.integrations.trl import RewardTrainer
 
 ROWS = [{"prompt": f"w{i % 7} w{i % 5}" + " w3" * (i % 3), "wanted": f"w{i % 4}"} for i in range(12)]
@@ -253,14 +253,14 @@ def test_functions_that_do_not_fit(tmp_path: Path) -> None:
 
     def judged(function: Any, match: str, error: type[Exception]) -> None:
         with pytest.raises(error, match=match):
-            Rewards({"r": function})(prompts=["a", "b"], completions=["c", "d"])
+            Rewards({"r": function}).each(prompts=["a", "b"], completions=["c", "d"])
 
     judged(lambda **_: 1.0, "'r' returned a float; a list", TypeError)
     judged(lambda **_: [1.0], "'r' returned 1 rewards for 2 completions", ValueError)
     judged(lambda **_: [1.0, "x"], "'r' returned a str for completion 1", TypeError)
     judged(lambda **_: [1.0, float("nan")], "'r' returned nan for completion 1; return None", ValueError)
     some = Rewards({"r": lambda **_: [torch.tensor(3.0), None]})
-    assert some(prompts=["a", "b"], completions=["", ""]) == {"r": 1.5}
+    assert means(some.each(prompts=["a", "b"], completions=["", ""])) == {"r": 1.5}
     with pytest.warns(zokern.ZokernWarning, match="no reward function applies to the prompt 'b'"):
         some.notes.tell()
 

@@ -230,7 +230,7 @@ def test_how_much_room_a_prompt_has() -> None:
 def test_rewards_that_are_no_numbers() -> None:
     for one, kind in (("1.5", "str"), (torch.ones(2), "Tensor")):
         with pytest.raises(TypeError, match=f"'r' returned a {kind} for completion 0; a number or None"):
-            Rewards({"r": lambda one=one, **_: [one]})(prompts=["a"], completions=["b"])
+            Rewards({"r": lambda one=one, **_: [one]}).each(prompts=["a"], completions=["b"])
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,6 @@ class Rewards:
             )
         return {name: check_number(weight, f"reward_weights[{name!r}]") for name, weight in weights.items()}
 
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> dict[str, float]:
-        """R_k by name.
-
-        Raises:
-            TypeError, ValueError: as `each`.
-        """
-        return means(self.each(prompts, completions, **columns))
-
     def each(self, prompts: list[Any], completions: list[Any], **columns: Any) -> dict[str, list[float]]:
         """r_ki by name, with 0 for None.
 

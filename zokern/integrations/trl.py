@@ -13,6 +13,7 @@ DPO and reward-model trainers take zeroth-order steps by the mixin: class ZODPOT
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,8 @@ class RewardTrainer(ZOTrainer):
         batched: bool | int = False,
         **named: Any,
     ) -> None:
-        self.batched = batched if examples.most_of(batched) != 0 else False
+        examples.most_of(batched)  # or raises
+        self.batched = batched
         if reward_funcs is None:
             raise ValueError("reward_funcs is missing: give a function reward(prompts, completions, **columns)")
         if not callable(getattr(model, "generate", None)):
@@ -154,13 +156,11 @@ class RewardTrainer(ZOTrainer):
         return reward
 
     def probe(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> dict[str, Any]:
+        testing = self.zo_optimizer.testing_rows  # of directions that are not the step's
+        with self.notes.silent() if testing else contextlib.nullcontext():
+            blocks = self.judge(model, batch, defaultdict(list) if testing else self._seen)
         if not self.batched:
-            return means(self.judge(model, batch, self._seen)[0])
-        if self.zo_optimizer.testing_rows:  # of directions that are not the step's
-            with self.notes.silent():
-                blocks = self.judge(model, batch, defaultdict(list))
-        else:
-            blocks = self.judge(model, batch, self._seen)
+            return means(blocks[0])
         return {name: [one for block in blocks for one in block[name]] for name in self.rewards.functions}
 
     def judge(
@@ -191,8 +191,8 @@ class RewardTrainer(ZOTrainer):
         return sum(self.rewards.weights.get(name, 1.0) * value for name, value in rewards.items())
 
     def step_options(self, batches: list[Any], num_items_in_batch: Any) -> dict[str, Any]:
-        options = {"batch_weights": [len(batch["rows"]) for batch in batches], "loss_weights": self.rewards.weights}
-        return {**options, "batched": self.batched} if self.batched else options
+        weights = [len(batch["rows"]) for batch in batches]
+        return {"batch_weights": weights, "loss_weights": self.rewards.weights, "batched": self.batched}
 
     def tell(self, logs: dict[str, float]) -> None:
         super().tell(logs)
