@@ -38,15 +38,15 @@ class Job(NamedTuple):
 class Bench:
     """All runs. results: as they are stored, anew after each. subject(adapter): the task with a model that has it.
 
-    now: seconds, of any clock. say: takes a line.
+    processor: that this process runs on, kept with each run. now: seconds, of any clock. say: takes a line.
     """
 
     def __init__(
         self, subject: Callable[[str], Reviews], keep: Callable[[Settings], None], options: Any, results: Settings,
-        now: Callable[[], float] = time.perf_counter, say: Callable[[str], None] = print,
+        processor: str, now: Callable[[], float] = time.perf_counter, say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self._make, self.keep, self.options, self.results = subject, keep, options, results
-        self.now, self.say = now, say
+        self.processor, self.now, self.say = processor, now, say
         self._made: tuple[str, Reviews] | None = None
         self.begun = now()
         results.setdefault("methods", {})
@@ -164,7 +164,7 @@ class Bench:
     def _context(self, job: Job) -> str:
         task = self.subject("")
         task.reset()
-        found = context.evaluate(task, "test", job.seed)
+        found = {**context.evaluate(task, "test", job.seed), "processor": self.processor}
         self.results[CONTEXT]["runs"].append(found)
         return (
             f"accuracy {found['accuracy']:.3f}, loss {found['loss']:.3f}, {found['tokens']} tokens before each sentence"
@@ -207,7 +207,8 @@ class Bench:
             if self.left() < 0 and done < steps:
                 self.say("    the time is over: this run is dropped, and done again by the next call")
                 raise OutOfTime
-        return {"seed": seed, "steps": steps, "forwards": steps * method.forwards, "seconds": seconds, "curve": curve}
+        return {"seed": seed, "steps": steps, "forwards": steps * method.forwards, "seconds": seconds,
+                "processor": self.processor, "curve": curve}  # fmt: skip
 
 
 def _finite(found: dict[str, float]) -> dict[str, float | None]:

@@ -103,6 +103,13 @@ def grids() -> str:
     return "\n".join(lines) or NONE
 
 
+def _processors() -> list[str]:
+    """That runs were done on."""
+    results = _results()
+    runs = [run for method in results["methods"].values() for run in [*method["grid"], *method["runs"]]]
+    return sorted({run["processor"] for run in [*runs, *results[CONTEXT]["runs"]]})
+
+
 def missing() -> str:
     """What is not there yet; "" for nothing."""
     found = _results().get("methods", {})
@@ -121,6 +128,8 @@ def machine() -> str:
     if "start" not in _results():
         return NONE
     told = made_on(stored(RUNS))
+    if len(processors := _processors()) > 1:
+        told += f"; in pieces, on {' and '.join(processors)}"
     if stored(COST):
         told += f"; time and memory in processes of their own, commit {stored(COST)['commit'][:12]}"
     return f"{told}.{missing()}"

@@ -13,8 +13,10 @@ validation set is taken. Where that lies at an edge of the grid, one more is tri
 run for --budget forwards with seed 0, then all with seed 1, then with seed 2: whenever it ends, what is there can be
 compared. Beside them: the model as it is (zero-shot), and with 16 examples in its prompt.
 
-Each run is stored as it ends, and the same command goes on where it was. With --seconds it ends in time: no run is begun
-that would not fit by its estimate, and one that does not fit after all is dropped and done again by the next call.
+Each run is stored as it ends, and the same command goes on where it was, on another processor too: each run says which it
+was done on. Sums of another order round otherwise, which is to a run what another seed is. With --seconds it ends in time:
+no run is begun that would not fit by its estimate, and one that does not fit after all is dropped and done again by the
+next call.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +45,37 @@ from zokern.bench.record import RESULTS, machine, store
 from zokern.finetune import surroundings
 
 Settings = dict[str, Any]
-SAME = ("processor", "threads", "instruction_sets", "torch", "transformers")  # of the machine, for runs to be compared
+VERSIONS = ("torch", "transformers")
+SAME = ("processor", "threads", "instruction_sets", *VERSIONS)  # of the machine, for times to be compared
 
 
-def former(path: Path, settings: Mapping[str, Any], here: Mapping[str, Any]) -> Settings:
-    """The results so far, where they have the same settings and machine; whole ones too, for --methods may be more."""
+def former(path: Path, settings: Mapping[str, Any], here: Mapping[str, Any], same: Sequence[str] = SAME) -> Settings:
+    """The results so far, where they have the same settings and machine; whole ones too, for --methods may be more.
+
+    same: what must agree of the machine. Raises SystemExit, with the remedy, for other results and for what is none.
+    """
     if not path.is_file():
         return {}
-    stored: Settings = json.loads(path.read_text())
-    pairs = (("settings", stored["settings"], settings, [*stored["settings"], *settings]),
-             ("machine", stored["machine"], here, SAME))  # fmt: skip
+    try:
+        stored: Settings = json.loads(path.read_text())
+        there, results = (stored["settings"], stored["machine"]), stored["results"]
+        pairs = (("settings", there[0], settings, [*there[0], *settings]), ("machine", there[1], here, same))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{path} holds no results of this program ({type(error).__name__}: {error}); remove it, or give another "
+            "--output"
+        ) from None
     for what, then, now, keys in pairs:
         if apart := {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}:
             raise SystemExit(f"{path} is of another {what}, {{name: (there, here)}}: {apart}; give another --output")
-    results: Settings = stored["results"]
-    return results
+    return dict(results)
 
 
 def settings_of(options: Any) -> Settings:
     return {
-        "dtype": "float32", "batch_size": BATCH, "tokens": LONGEST, "budget": options.budget, "trial": options.trial,
-        "seeds": list(SEEDS), "search_seed": SEARCH_SEED, "template": reviews.TEMPLATE, "words": list(reviews.WORDS),
-        "sizes": reviews.SIZES,
+        "model": options.model, "dtype": "float32", "batch_size": BATCH, "tokens": LONGEST, "budget": options.budget,
+        "trial": options.trial, "seeds": list(SEEDS), "search_seed": SEARCH_SEED, "template": reviews.TEMPLATE,
+        "words": list(reviews.WORDS), "sizes": reviews.SIZES,
     }  # fmt: skip
 
 
@@ -90,14 +101,15 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     device, settings = torch.device("cpu"), settings_of(options)
     path = options.output or RESULTS / "llm-cpu.json"
-    results = former(path, settings, machine(device))
+    here = machine(device)
+    results = former(path, settings, here, VERSIONS)
     sets = reviews.read()
 
     def keep(found: Settings, complete: bool = False) -> None:
         store("llm", device, settings, found, path, complete=complete)
 
     bench = Bench(
-        lambda adapter: packed.load(options.model, sets, adapter), keep, options, results,
+        lambda adapter: packed.load(options.model, sets, adapter), keep, options, results, here["processor"],
         say=lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True),
     )  # fmt: skip
     try:

@@ -13,6 +13,7 @@ benchmarks/results/rewards-<device>.json, and not done again.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -202,9 +203,13 @@ def main() -> None:
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if min(options.steps, options.trial) < LOOK or min(options.batch, options.tokens, options.threads) < 1:
         parser.error(f"--steps and --trial are at least {LOOK}; --batch, --tokens and --threads at least 1")
+    if not 0 < options.eps < math.inf or options.rounds < 0:
+        parser.error("--eps is positive, --rounds not negative")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    settings = {name: getattr(options, name) for name in ("steps", "trial", "batch", "tokens", "eps")}
+    settings = {name: getattr(options, name) for name in ("model", "steps", "trial", "batch", "tokens", "eps")}
     settings["forwards"] = FORWARDS
     path = options.output or RESULTS / f"rewards-{options.device}.json"
     results = former(path, settings, machine(device))

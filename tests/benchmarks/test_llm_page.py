@@ -22,11 +22,15 @@ MACHINE = {"processor": "a CPU", "threads": 2, "torch": "2", "transformers": "5"
 
 def _run(seed: int, end: float) -> dict[str, Any]:
     curve = [{"forwards": 250, "loss": 0.6, "accuracy": 0.6}, {"forwards": 500, "loss": 0.5, "accuracy": end}]
-    return {"seed": seed, "lr": 3e-5, "steps": 250, "forwards": 500, "seconds": 250.0, "curve": curve}
+    return {"seed": seed, "lr": 3e-5, "steps": 250, "forwards": 500, "seconds": 250.0, "processor": "a CPU",
+            "curve": curve}  # fmt: skip
 
 
 def _record(name: str, ends: list[float]) -> dict[str, Any]:
-    grid = [{"lr": lr, "loss": abs(lr - METHODS[name].grid[1]), "accuracy": 0.6} for lr in METHODS[name].grid]
+    grid = [
+        {"lr": lr, "loss": abs(lr - METHODS[name].grid[1]), "accuracy": 0.6, "processor": "a CPU"}
+        for lr in METHODS[name].grid
+    ]
     runs = [_run(seed, end) for seed, end in enumerate(ends)]
     return {"label": METHODS[name].label, "grid": grid, "runs": runs, "lr": METHODS[name].grid[1]}
 
@@ -34,7 +38,7 @@ def _record(name: str, ends: list[float]) -> dict[str, Any]:
 def _whole() -> dict[str, dict[str, Any]]:
     """Both files, with all that a page wants."""
     ends = {name: [0.70 + i / 100, 0.71 + i / 100, 0.72 + i / 100] for i, name in enumerate(METHODS)}
-    examples = {"examples": 16, "runs": [{"seed": seed, "accuracy": 0.66} for seed in range(3)]}
+    examples = {"examples": 16, "runs": [{"seed": seed, "accuracy": 0.66, "processor": "a CPU"} for seed in range(3)]}
     results = {"start": {"test": {"accuracy": 0.52, "loss": 1.1}}, CONTEXT: examples,
                "methods": {name: _record(name, each) for name, each in ends.items()}}  # fmt: skip
     about = {"machine": MACHINE, "date": "2026-11-29T01:02:03", "commit": "0" * 40}
@@ -69,6 +73,7 @@ def test_a_page_of_all_runs_has_the_best_first_and_backpropagation_behind(show: 
     assert lines[-2:] == ["| 16 examples in the prompt |  | 0 |  | 66.0 ± 0.0 | 3 |  |  |",
                           "| as it is (zero-shot) |  | 0 |  | 52.0 |  |  |  |"]  # fmt: skip
     assert "yet" not in "".join(made.values())
+    assert "in pieces" not in made["cpu-machine"]
     assert "- MeZO, two-sided: 1e-05: 0.000, 3e-05: 0.000, 0.0001: 0.000; taken: 3e-05" in made["cpu-grids"]
     assert made["cpu-picture"].startswith("![")
 
@@ -82,10 +87,11 @@ def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
     methods["mezo"]["runs"].pop()
     methods["hizoo"]["runs"].clear()
     methods["hizoo"]["grid"].pop()
-    methods["fzoo"]["grid"][0]["loss"] = None
+    methods["fzoo"]["grid"][0] |= {"loss": None, "processor": "another CPU"}
     results[CONTEXT]["runs"].clear()
     made = show(files)
     told = made["cpu-machine"]
+    assert "; in pieces, on a CPU and another CPU. " in told
     assert "Not run yet: HiZOO; Adam (backpropagation)." in told
     assert "Not all 3 seeds yet: MeZO, two-sided (2)." in told
     assert told.count("not measured yet: MeZO, two-sided;") == 1

@@ -57,7 +57,7 @@ class Made:
     ) -> None:  # fmt: skip
         options = argparse.Namespace(methods=list(methods), budget=12, trial=6, seconds=seconds)
         self.time, self.kept, self.said = 0.0, Kept(stop), list[str]()
-        self.bench = bench.Bench(subjects.__getitem__, self.kept, options, results, self.now, self.said.append)
+        self.bench = bench.Bench(subjects.__getitem__, self.kept, options, results, "a CPU", self.now, self.said.append)
 
     def now(self) -> float:
         self.time += 1.0
@@ -183,7 +183,12 @@ def test_other_results_are_refused(tmp_path: Path, subjects: dict[str, Reviews])
     with pytest.raises(SystemExit, match=r"of another machine.*'threads': \(2, 1\)"):
         protocol.former(path, {"budget": 500}, {"threads": 1})
     assert protocol.former(path, {"budget": 500}, {"threads": 2}) == {"start": 1}
+    assert protocol.former(path, {"budget": 500}, {"threads": 1}, protocol.VERSIONS) == {"start": 1}
     assert protocol.former(tmp_path / "none.json", {}, {}) == {}
+    for cut in (path.read_text()[:-9], "[]", '{"settings": {}, "machine": {}}', "\udcff"):
+        path.write_text(cut, errors="surrogateescape")
+        with pytest.raises(SystemExit, match=r"llm.json holds no results of this program .*remove it, or give another"):
+            protocol.former(path, {}, {})
     results = Made(subjects, {}, "mezo").bench.results
     results["methods"]["mezo"]["settings"] = {"num_samples": 2}
     with pytest.raises(SystemExit, match="have runs of mezo with other settings"):
@@ -203,7 +208,10 @@ def test_the_command_stores_a_whole_benchmark_and_goes_on_with_more_methods(
         assert protocol.main() == 0
         stored = json.loads(path.read_text())
         assert list(stored["results"]["methods"]) == methods
-        assert all(len(record["runs"]) == 3 for record in stored["results"]["methods"].values())
+        for record in stored["results"]["methods"].values():
+            assert len(record["runs"]) == 3
+            assert {run["processor"] for run in record["grid"] + record["runs"]} == {stored["machine"]["processor"]}
+        assert {run["processor"] for run in stored["results"]["in-context"]["runs"]} == {stored["machine"]["processor"]}
         assert not stored["complete"]  # other methods are missing
     assert "MeZO, two-sided" not in capsys.readouterr().out.partition("stored")[2]
     for wrong, said in (("--budget 15", "at least 16"), ("--methods adamw", "unknown methods adamw")):

@@ -108,6 +108,11 @@ def test_it_is_done_piece_by_piece_and_told(tmp_path: Path, monkeypatch: pytest.
         assert {one["reward"][0] for one in method["runs"]} == {method["runs"][0]["reward"][0]}  # each from the start
     assert call().count("stored") == 1
 
+    for wrong in ("--rounds=-1", "--eps=0", "--eps=nan", "--trial=1"):  # before a model is read
+        with pytest.raises(SystemExit):
+            call("--model=nowhere", wrong)
+        assert wrong.partition("=")[0] in capsys.readouterr().err
+
     monkeypatch.setattr(page, "load", lambda name: whole)
     made = {name: make() for name, make in page.PAGES["docs/trl.md"].items()}
     assert made["rewards-runs"].count("\n") == 3
