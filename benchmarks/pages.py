@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import benchmarks.choose.page
 import benchmarks.convergence.page
 import benchmarks.drift.run
 import benchmarks.gpu.page
@@ -69,7 +70,7 @@ SUBJECTS = (
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.beside_page, benchmarks.llm.demo, benchmarks.llm.page, benchmarks.llm.page_cpu,
     benchmarks.machine_code.page, benchmarks.trainer.run,
-    benchmarks.rewards.page,
+    benchmarks.rewards.page, benchmarks.choose.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
     benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page,
     docs.from_code,

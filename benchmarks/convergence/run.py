@@ -25,7 +25,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -129,10 +129,16 @@ class Cache:
 
 
 class Search:
-    """Chooses lr and settings of one method on one task, then runs all seeds."""
+    """Chooses lr and settings of one method on one task, then runs all seeds.
 
-    def __init__(self, name: str, method: str, config: Settings, cache: Cache, task: Task, progress: Progress) -> None:
-        self.name, self.method, self.config = f"{name} {method}", METHODS[method], config
+    method: its name, of those that are known.
+    """
+
+    def __init__(
+        self, name: str, method: str, config: Settings, cache: Cache, task: Task, progress: Progress,
+        known: Mapping[str, Method] = METHODS,
+    ) -> None:  # fmt: skip
+        self.name, self.method, self.config = f"{name} {method}", known[method], config
         self.cache, self.task, self.progress = cache, task, progress
         self.base = {"task": name, "method": method, "eps": EPS, "batch_size": config["batch_size"]}
         self.grid: list[Settings] = []

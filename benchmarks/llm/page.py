@@ -24,10 +24,10 @@ def finished() -> dict[str, Record]:
     for name, part in stored()["results"].items():
         if name in METHODS and (whole := [run for run in part["runs"] if not run["cut"]]):
             found[name] = {**part, "runs": whole}
-    return dict(sorted(found.items(), key=lambda item: -_at(item[1], 1)))
+    return dict(sorted(found.items(), key=lambda item: -at(item[1], 1)))
 
 
-def _at(method: Record, share: float) -> float:
+def at(method: Record, share: float) -> float:
     """Mean accuracy of the seeds after a share of the budget, at the look that is nearest."""
     looks = [min(run["curve"], key=lambda point: abs(point["step"] - share * run["steps"])) for run in method["runs"]]
     return float(mean(look["accuracy"] for look in looks))
@@ -41,7 +41,7 @@ def runs() -> str:
     for method in finished().values():
         step = mean(run["seconds_per_step"] for run in method["runs"])
         steps = method["runs"][0]["steps"]
-        shown = [f"{100 * _at(method, share):.1f}" for share in SHARES]
+        shown = [f"{100 * at(method, share):.1f}" for share in SHARES]
         seeds = str(len(method["runs"]))
         rows.append([method["label"], f"{method['lr']:g}", *shown, seeds, f"{1e3 * step:.2f}", f"{steps * step:.0f}"])
     start = f"{100 * stored()['results']['start']['test']['accuracy']:.1f}"

@@ -34,18 +34,18 @@ def stored(name: str) -> dict[str, Any]:
     return load(name) if (RESULTS / name).is_file() else {}
 
 
-def _results() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     found: dict[str, Any] = stored(RUNS).get("results", {})
     return found
 
 
 def _methods() -> dict[str, Record]:
     """The methods with a run, the most accurate first, backpropagation last."""
-    found = {name: part for name, part in _results().get("methods", {}).items() if name in METHODS and part["runs"]}
-    return dict(sorted(found.items(), key=lambda one: (METHODS[one[0]].backward, -mean(_ends(one[1])))))
+    found = {name: part for name, part in results().get("methods", {}).items() if name in METHODS and part["runs"]}
+    return dict(sorted(found.items(), key=lambda one: (METHODS[one[0]].backward, -mean(ends(one[1])))))
 
 
-def _ends(method: Record, look: int = -1) -> list[float]:
+def ends(method: Record, look: int = -1) -> list[float]:
     """Of each seed, the accuracy at a look of its curve, in %."""
     return [100 * run["curve"][look]["accuracy"] for run in method["runs"]]
 
@@ -69,30 +69,30 @@ def _cost(name: str) -> list[str]:
 
 def runs() -> str:
     """A line for each method."""
-    results = _results()
-    if "start" not in results:
+    found = results()
+    if "start" not in found:
         return NONE
     budget = stored(RUNS)["settings"]["budget"]
     head = ["method", "lr", "forwards", f"accuracy after {budget // 2}, %", f"after {budget}, %", "seeds", "seconds a step",
             "memory beside a forward"]  # fmt: skip
     rows = []
     for name, method in _methods().items():
-        curve = [spread(_ends(method, look)) for look in (0, -1)]
+        curve = [spread(ends(method, look)) for look in (0, -1)]
         forwards = str(method["runs"][0]["forwards"])
         rows.append([method["label"], f"{method['lr']:g}", forwards, *curve, str(len(method["runs"])), *_cost(name)])
-    if examples := results[CONTEXT]["runs"]:
+    if examples := found[CONTEXT]["runs"]:
         shown = spread([100 * run["accuracy"] for run in examples])
         rows.append(
-            [f"{results[CONTEXT]['examples']} examples in the prompt", "", "0", "", shown, str(len(examples)), "", ""]
+            [f"{found[CONTEXT]['examples']} examples in the prompt", "", "0", "", shown, str(len(examples)), "", ""]
         )
-    rows.append(["as it is (zero-shot)", "", "0", "", f"{100 * results['start']['test']['accuracy']:.1f}", "", "", ""])
+    rows.append(["as it is (zero-shot)", "", "0", "", f"{100 * found['start']['test']['accuracy']:.1f}", "", "", ""])
     return table(head, rows, tight=True)
 
 
 def grids() -> str:
     """The validation loss of each lr that was tried."""
     lines = []
-    for name, method in _results().get("methods", {}).items():
+    for name, method in results().get("methods", {}).items():
         if name not in METHODS or not method["grid"]:
             continue
         grid = sorted(method["grid"], key=lambda point: point["lr"])
@@ -105,14 +105,14 @@ def grids() -> str:
 
 def _processors() -> list[str]:
     """That runs were done on."""
-    results = _results()
-    runs = [run for method in results["methods"].values() for run in [*method["grid"], *method["runs"]]]
-    return sorted({run["processor"] for run in [*runs, *results[CONTEXT]["runs"]]})
+    found = results()
+    runs = [run for method in found["methods"].values() for run in [*method["grid"], *method["runs"]]]
+    return sorted({run["processor"] for run in [*runs, *found[CONTEXT]["runs"]]})
 
 
 def missing() -> str:
     """What is not there yet; "" for nothing."""
-    found = _results().get("methods", {})
+    found = results().get("methods", {})
     seeds = {name: len(found.get(name, {"runs": []})["runs"]) for name in METHODS}
     none = [METHODS[name].label for name, count in seeds.items() if count == 0]
     some = [f"{METHODS[name].label} ({count})" for name, count in seeds.items() if 0 < count < len(SEEDS)]
@@ -125,7 +125,7 @@ def missing() -> str:
 
 
 def machine() -> str:
-    if "start" not in _results():
+    if "start" not in results():
         return NONE
     told = made_on(stored(RUNS))
     if len(processors := _processors()) > 1:
@@ -145,18 +145,18 @@ def draw() -> None:
     if not _methods():
         return
     figure, (axes,) = panels(1, 9, 4.6)
-    start = 100 * _results()["start"]["test"]["accuracy"]
+    start = 100 * results()["start"]["test"]["accuracy"]
     for name, method in _methods().items():
         curve = method["runs"][0]["curve"]
         # Where a prefix begins, a model says other things than without one; nobody has looked.
         known = METHODS[name].adapter != "prefix"
         x = [0] * known + [point["forwards"] for point in curve]
-        y = [start] * known + [mean(_ends(method, look)) for look in range(len(curve))]
+        y = [start] * known + [mean(ends(method, look)) for look in range(len(curve))]
         colour = {**COLOURS, **OTHERS}[name]
         style = "--" if METHODS[name].backward else "-"
         axes.plot(x, y, style, color=colour, label=method["label"], linewidth=1.4)
-        axes.plot([x[-1]] * len(method["runs"]), _ends(method), "o", color=colour, markersize=3)
-    if examples := _results()[CONTEXT]["runs"]:
+        axes.plot([x[-1]] * len(method["runs"]), ends(method), "o", color=colour, markersize=3)
+    if examples := results()[CONTEXT]["runs"]:
         level = mean(100 * run["accuracy"] for run in examples)
         axes.axhline(level, color="#cccccc", linestyle=":", label="16 examples in the prompt")
     axes.set_xlabel("forwards (a forward and a backward: 3)")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.progress import Progress
-from torch import Tensor, nn
 
 from benchmarks import study
 from benchmarks.drift import run as drift
@@ -88,31 +85,13 @@ def test_drift_is_of_the_placements_that_write_to_the_weights() -> None:
 def search(tmp_path: Path) -> Any:
     """make(finished): a search over a toy task that keeps its runs in a folder, and how often the task was evaluated."""
     pytest.importorskip("transformers")
-    from benchmarks.convergence import run, tasks
+    from benchmarks.convergence import run
+    from tests.benchmarks.toy import CONFIG, Toy
 
-    class Toy(tasks.Task):
-        seen = 0
-
-        def batches(self, size: int, seed: int) -> Iterator[Tensor]:
-            generator = torch.Generator().manual_seed(seed)
-            while True:
-                yield torch.randn(size, 4, generator=generator)
-
-        def loss(self, batch: Tensor) -> Tensor:
-            return (self.model(batch) - batch.sum(1, keepdim=True)).square().mean()
-
-        @torch.no_grad()
-        def evaluate(self, part: str) -> dict[str, float]:
-            self.seen += 1
-            return {"loss": self.loss(torch.eye(4)).item()}
-
-    config = {"budget": 12, "batch_size": 3, "points": 2, "dry": 4, "sizes": [1e-3, 1e-2]}
-
-    def make(finished: bool) -> tuple[Any, Toy]:
-        torch.manual_seed(0)
-        task = Toy(nn.Linear(4, 1))
+    def make(finished: bool) -> tuple[Any, Any]:
+        task = Toy()
         return run.Search(
-            "toy", "mezo", config, run.Cache(tmp_path, False, finished), task, Progress(disable=True)
+            "toy", "mezo", CONFIG, run.Cache(tmp_path, False, finished), task, Progress(disable=True)
         ), task
 
     return make

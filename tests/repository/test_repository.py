@@ -55,6 +55,7 @@ PAGES = [
         for name in (
             "accelerate",
             "check",
+            "choose",
             "journal",
             "lightning",
             "lora",
