@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import mean
 from typing import Any, NamedTuple
 
 from benchmarks.convergence.page import stored as convergence
+from benchmarks.convergence.run import EPS
 from benchmarks.llm import page as gpu
 from benchmarks.llm import page_cpu
 from benchmarks.llm.demo import FILE as DEMO
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.search import best, next_lr
 from benchmarks.parts import Record, load, made_on, signed, table
+from benchmarks.rewards.run import METHODS as CLIMBERS
 
 SAMPLES, REWARDS = "samples-cpu.json", "rewards-cpu.json"
-POWER = 0.4
-SHARE = 0.05  # lr of two-sided MeZO for a model of one parameter
-ONE_SIDED = 3  # times as much with one-sided MeZO's four directions
-SPREAD = 100  # eps over the lr of methods that divide by a spread
+TWICE = 4  # directions of one-sided MeZO that convergence.md has searched, too
+FZOO_CANDIDATES = 8  # its default, which that study takes
 
 
 class Rule(NamedTuple):
-    """lr of a method, in words and from (trained parameters, eps)."""
+    """lr of a method, in words and from trained parameters P, directions n of a step, and eps."""
 
     label: str
     text: str
-    lr: Callable[[int, float], float]
+    lr: Callable[[int, int, float], float]
 
 
 RULES = {
-    "mezo": Rule("MeZO, two-sided", f"{SHARE} / P^{POWER}", lambda count, eps: SHARE / count**POWER),
+    "mezo": Rule("MeZO, two-sided, one direction", "0.05 / P^0.4", lambda p, n, eps: 0.05 / p**0.4),
     "mezo-onesided": Rule(
-        "MeZO, one-sided, n=4",
-        f"{ONE_SIDED * SHARE:g} / P^{POWER}",
-        lambda count, eps: ONE_SIDED * SHARE / count**POWER,
+        "MeZO, one-sided, n directions", "0.05 n^0.9 / P^0.4", lambda p, n, eps: 0.05 * n**0.9 / p**0.4
     ),
-    "fzoo": Rule("FZOO", f"eps / {SPREAD}", lambda count, eps: eps / SPREAD),
-    "es": Rule("ES", f"eps / {SPREAD}", lambda count, eps: eps / SPREAD),
+    "fzoo": Rule("FZOO", "eps / 100", lambda p, n, eps: eps / 100),
+    "es": Rule("ES", "eps / 100", lambda p, n, eps: eps / 100),
 }
 
 
@@ -48,37 +46,55 @@ class Found(NamedTuple):
     method: str
     where: str
     parameters: int
+    n: int
     eps: float
     lr: float
     below: float
     above: float
 
     @property
-    def ratio(self) -> float:
-        """The rule's lr over the best."""
-        return RULES[self.method].lr(self.parameters, self.eps) / self.lr
+    def rule(self) -> float:
+        return RULES[self.method].lr(self.parameters, self.n, self.eps)
 
 
 def found() -> list[Found]:
-    """All searches of methods that have a rule, the smallest model first."""
-    return sorted((*_small(), *_large(), *_rewards()), key=lambda one: (list(RULES).index(one.method), one.parameters))
+    """All searches of methods that have a rule, each method's smallest model first."""
+    every = (*_small(), *_samples(), *_large(), *_rewards())
+    return sorted(every, key=lambda one: (list(RULES).index(one.method), one.parameters, one.n))
 
 
-def _found(method: str, where: str, parameters: int, eps: float, lr: float, tried: list[float]) -> Found:
+def _found(method: str, where: str, parameters: int, n: int, eps: float, lr: float, tried: Iterable[float]) -> Found:
     """tried: all lr, of which `lr` is the best; 0 and inf where none lies beyond it."""
-    below, above = [one for one in tried if one < lr], [one for one in tried if one > lr]
-    return Found(method, where, parameters, eps, lr, max(below, default=0.0), min(above, default=math.inf))
+    every = [0.0, *tried, math.inf]
+    below, above = max(one for one in every if one < lr), min(one for one in every if one > lr)
+    return Found(method, where, parameters, n, eps, lr, below, above)
+
+
+def directions(method: str, settings: Record) -> int:
+    """Of a step; both ways count once."""
+    default = FZOO_CANDIDATES if method == "fzoo" else 1
+    names = ("num_samples", "candidates", "num_directions")
+    return int(next((settings[name] for name in names if name in settings), default))
 
 
 def _small() -> Iterator[Found]:
     """Of docs/convergence.md, lr falling to 0."""
-    record = convergence()
-    for name, task in record["results"].items():
+    for name, task in convergence()["results"].items():
         for method in RULES:
             chosen = task["methods"][method]
-            tried = [point["lr"] for point in chosen["grid"] if point["settings"] == chosen["settings"]]
-            yield _found(method, f"`{name}`, falling", task["task"]["parameters"], record["settings"]["eps"],
-                         chosen["lr"], tried)  # fmt: skip
+            tried = [point["lr"] for point in chosen["grid"]]
+            n = directions(method, chosen["settings"])
+            yield _found(method, f"`{name}`, falling", task["task"]["parameters"], n, EPS, chosen["lr"], tried)
+
+
+def _samples() -> Iterator[Found]:
+    """Of run.py, lr falling to 0."""
+    study = load(SAMPLES)["results"]
+    for chosen in study["methods"].values():
+        tried, n = [point["lr"] for point in chosen["grid"]], directions("mezo-onesided", chosen["settings"])
+        if n != TWICE:
+            parameters = study["task"]["parameters"]
+            yield _found("mezo-onesided", "`lm`, falling", parameters, n, EPS, chosen["lr"], tried)
 
 
 def _parameters() -> int:
@@ -91,16 +107,17 @@ def _large() -> Iterator[Found]:
     """Of docs/llm.md, lr constant; searches that are done."""
     for method, record in page_cpu.results().get("methods", {}).items():
         if method in RULES and record["grid"] and next_lr(METHODS[method].grid, record["grid"]) is None:
-            tried = [point["lr"] for point in record["grid"]]
-            yield _found(method, "sentences, constant", _parameters(), record["eps"], best(record["grid"]), tried)
+            tried, n = [point["lr"] for point in record["grid"]], directions(method, record["settings"])
+            yield _found(method, "sentences, constant", _parameters(), n, record["eps"], best(record["grid"]), tried)
 
 
 def _rewards() -> Iterator[Found]:
     """Of docs/trl.md, lr constant."""
     record = load(REWARDS)
     for method, chosen in record["results"]["methods"].items():
-        tried = [point["lr"] for point in chosen["grid"]]
-        yield _found(method, "rewards, constant", _parameters(), record["settings"]["eps"], chosen["lr"], tried)
+        tried, n = [point["lr"] for point in chosen["grid"]], directions(method, CLIMBERS[method])
+        eps = record["settings"]["eps"]
+        yield _found(method, "rewards, constant", _parameters(), n, eps, chosen["lr"], tried)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -113,23 +130,22 @@ def millions(count: int) -> str:
 def rules() -> str:
     """Each search beside its rule."""
     rows = [
-        [RULES[one.method].label, millions(one.parameters), one.where, f"{one.eps:g}", f"{one.lr:.2g}",
+        [RULES[one.method].label.rpartition(",")[0] or RULES[one.method].label, str(one.n), millions(one.parameters),
+         one.where, f"{one.eps:g}", f"{one.lr:.2g}",
          " to ".join("?" if edge in (0.0, math.inf) else f"{edge:.2g}" for edge in (one.below, one.above)),
-         f"{RULES[one.method].lr(one.parameters, one.eps):.2g}", f"{one.ratio:.2f}"]
+         f"{one.rule:.2g}", f"{one.rule / one.lr:.2f}"]
         for one in found()
     ]  # fmt: skip
-    head = ["method", "model", "task, lr", "eps", "best lr tried", "between", "the rule's", "rule over best"]
+    head = ["method", "n", "model", "task, lr", "eps", "best lr tried", "between", "the rule's", "rule over best"]
     return table(head, rows)
 
 
 def rule() -> str:
     """The rules themselves, and how far they are off."""
     lines = [f"- {one.label}: lr = {one.text}" for one in RULES.values()]
-    off = [max(one.ratio, 1 / one.ratio) for one in found()]
-    lines.append(
-        f"\nIn all {len(off)} searches the rule is within a factor {max(off):.1f} of the best lr that was tried."
-    )
-    return "\n".join(lines)
+    off = [max(one.rule / one.lr, one.lr / one.rule) for one in found()]
+    told = f"In all {len(off)} searches the rule is within a factor {max(off):.1f} of the best lr that was tried."
+    return "\n".join([*lines, "", told])
 
 
 def methods() -> str:

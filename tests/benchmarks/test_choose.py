@@ -16,6 +16,8 @@ pytest.importorskip("peft")
 
 from benchmarks.choose import page, run
 from benchmarks.convergence.tasks import Task
+from benchmarks.llm import demo
+from benchmarks.parts import ROOT
 from tests.benchmarks.toy import CONFIG, Toy
 
 
@@ -25,29 +27,39 @@ def test_the_rule_is_near_the_best_lr_of_every_search() -> None:
     assert {(one.method, page.millions(one.parameters)) for one in found} >= {
         (method, size) for method in page.RULES for size in ("0.2M", "23M", "135M")
     }
+    assert {one.n for one in found if one.method == "mezo-onesided"} == {1, 2, 4, 8, 16, 32}
     for one in found:
-        assert 0.5 <= one.ratio <= 2, one
-        assert one.below < page.RULES[one.method].lr(one.parameters, one.eps) < one.above, one
+        assert 0.5 <= one.rule / one.lr <= 2, one
+        assert one.below < one.rule < one.above, one
         assert one.below < one.lr < one.above < math.inf, one
 
 
 def test_rules_are_what_their_words_say() -> None:
     for method, rule in page.RULES.items():
-        for count, eps in ((10**6, 1e-3), (7 * 10**9, 1e-2)):
-            said = eval(rule.text.replace("^", "**"), {"P": count, "eps": eps})
-            assert rule.lr(count, eps) == pytest.approx(said), method
-    assert page.RULES["mezo"].lr(134_515_008, 1e-3) == pytest.approx(2.8e-5, rel=0.01)
+        for count, n, eps in ((10**6, 1, 1e-3), (7 * 10**9, 4, 1e-2)):
+            said = eval(rule.text.replace("^", "**").replace(" n", " * n"), {"P": count, "n": n, "eps": eps})
+            assert rule.lr(count, n, eps) == pytest.approx(said), method
+    said = (ROOT / "docs" / "choose.md").read_text()
+    billions = [f"{page.RULES['mezo'].lr(p, 1, 1e-3):.1e}".replace("e-0", "e-") for p in (10**9, 13 * 10**9)]
+    assert f"{billions[0]} to {billions[1]} for two-sided MeZO" in said
+    four = page.RULES["mezo-onesided"]
+    assert [said.count(form) for form in ("0.17 / P^0.4", "lr=0.17 / trained**0.4")] == [1, 1]
+    assert four.lr(10**6, 4, 1e-3) == pytest.approx(0.17 / 10**2.4, rel=0.03)
+    start = float(demo.flags()[demo.flags().index("--lr") + 1])
+    assert f"`make demo-lm` starts from\n{start:.0e}".replace("e-0", "e-") in said
+    assert start == pytest.approx(2 * four.lr(134_515_008, 4, 1e-3), rel=0.05)
 
 
 def test_a_search_counts_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = [{"lr": 1e-5, "loss": 0.7}, {"lr": 3e-5, "loss": 0.6}, {"lr": 1e-4, "loss": 0.5}]
-    records = {"mezo": {"grid": grid, "eps": 1e-3, "runs": []}, "fzoo": {"grid": [], "eps": 1e-3, "runs": []}}
+    about = {"eps": 1e-3, "settings": {}, "runs": []}
+    records = {"mezo": {"grid": grid, **about}, "fzoo": {"grid": [], **about}}
     monkeypatch.setattr(page.page_cpu, "results", lambda: {"methods": records})
     assert list(page._large()) == []  # it grows beyond 1e-4
     grid.append({"lr": 3e-4, "loss": None})
     (one,) = page._large()
     assert (one.method, one.parameters, one.lr, one.below, one.above) == ("mezo", 134_515_008, 1e-4, 3e-5, 3e-4)
-    assert one.ratio == pytest.approx(0.28, abs=0.01)
+    assert one.rule == pytest.approx(2.8e-5, rel=0.01)
 
 
 def test_methods_are_sorted_by_the_largest_model_that_they_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
