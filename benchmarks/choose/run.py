@@ -1,7 +1,7 @@
 """How many directions a step: one-sided MeZO with n of them on a small language model, for the same forwards.
 
     python -m benchmarks.choose.run                       # a quarter of an hour on one core
-    python -m benchmarks.choose.run --samples 1 4 16      # some of them: the others are left out of the results
+    python -m benchmarks.choose.run --samples 1 4 16 --output FILE   # some of them
     python -m benchmarks.pages docs/choose.md             # its table anew
 
 The task is `lm` of benchmarks/convergence, with its budget, schedule, grids and seeds: for each n lr is chosen anew, on
@@ -44,6 +44,9 @@ def main() -> int:
     options = parser.parse_args()
     if min(options.samples) < 1 or options.threads < 1 or options.budget <= max(options.samples):
         parser.error("--samples and --threads are at least 1, and --budget allows a step: more than the samples")
+    default = set(options.samples) == set(SAMPLES) and options.budget == TASKS[TASK]["budget"]
+    if not default and options.output is None:
+        parser.error("--samples or --budget other than the default needs --output: the stored study has all of them")
     torch.set_num_threads(options.threads)
     config, results = {**TASKS[TASK], "budget": options.budget}, dict[str, Any]()
     known = {f"mezo-n{samples}": method(samples) for samples in sorted(set(options.samples))}
