@@ -39,6 +39,7 @@ SEED = 0
 
 def measure(task: Reviews, method: Method, rounds: int) -> Settings:
     """One method, from the starting weights. rounds: of a step and a forward, after one that is not counted."""
+    task.reset()  # every weight is written once: a page that is mapped from a file is copied then, and not in a step
     batch = task.take("train", list(range(BATCH)))
     cpu = torch.device("cpu")
 
