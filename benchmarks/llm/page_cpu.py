@@ -59,12 +59,13 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e9:.2f} GB"
 
 
-def _cost(name: str) -> list[str]:
-    """Seconds a step, and memory beside a forward."""
+def _cost(name: str, steps: int) -> list[str]:
+    """Seconds a step and of all steps, and memory beside a forward."""
     found = stored(COST).get("results", {}).get(name)
     if found is None:
-        return ["", ""]
-    return [f"{found['seconds']:.2f}", megabytes(max(found["bytes"] - found["forward_bytes"], 0))]
+        return ["", "", ""]
+    seconds, extra = found["seconds"], max(found["bytes"] - found["forward_bytes"], 0)
+    return [f"{seconds:.2f}", f"{steps * seconds:.0f}", megabytes(extra)]
 
 
 def runs() -> str:
@@ -74,18 +75,19 @@ def runs() -> str:
         return NONE
     budget = stored(RUNS)["settings"]["budget"]
     head = ["method", "lr", "forwards", f"accuracy after {budget // 2}, %", f"after {budget}, %", "seeds", "seconds a step",
-            "memory beside a forward"]  # fmt: skip
+            "of all steps", "memory beside a forward"]  # fmt: skip
     rows = []
     for name, method in _methods().items():
         curve = [spread(ends(method, look)) for look in (0, -1)]
-        forwards = str(method["runs"][0]["forwards"])
-        rows.append([method["label"], f"{method['lr']:g}", forwards, *curve, str(len(method["runs"])), *_cost(name)])
+        first, seeds = method["runs"][0], str(len(method["runs"]))
+        costs = _cost(name, first["steps"])
+        rows.append([method["label"], f"{method['lr']:g}", str(first["forwards"]), *curve, seeds, *costs])
     if examples := found[CONTEXT]["runs"]:
         shown = spread([100 * run["accuracy"] for run in examples])
         rows.append(
-            [f"{found[CONTEXT]['examples']} examples in the prompt", "", "0", "", shown, str(len(examples)), "", ""]
+            [f"{found[CONTEXT]['examples']} examples in the prompt", "", "0", "", shown, str(len(examples)), *[""] * 3]
         )
-    rows.append(["as it is (zero-shot)", "", "0", "", f"{100 * found['start']['test']['accuracy']:.1f}", "", "", ""])
+    rows.append(["as it is (zero-shot)", "", "0", "", f"{100 * found['start']['test']['accuracy']:.1f}", *[""] * 4])
     return table(head, rows, tight=True)
 
 
