@@ -37,7 +37,7 @@ RULES = {
     "mezo-onesided": Rule(
         "MeZO, one-sided", "MeZO, one-sided, n directions", "0.04 n / P^0.4", lambda p, n, eps: 0.04 * n / p**0.4
     ),
-    "fzoo": Rule("FZOO", "FZOO, 8 directions", "eps / 150", lambda p, n, eps: eps / 150),
+    "fzoo": Rule("FZOO", "FZOO, 8 directions", "eps / 200", lambda p, n, eps: eps / 200),
     "es": Rule("ES", "ES, 8 directions both ways", "eps / 150", lambda p, n, eps: eps / 150),
 }
 
