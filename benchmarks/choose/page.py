@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from statistics import mean
 
 from benchmarks.choose import searches
-from benchmarks.choose.searches import RULES, SAMPLES, Found, found
+from benchmarks.choose.searches import LONG, RULES, SAMPLES, Found, found
 from benchmarks.convergence.page import stored as convergence
 from benchmarks.llm import page as gpu
 from benchmarks.llm import page_cpu
 from benchmarks.llm.methods import METHODS
 from benchmarks.parts import Record, load, made_on, signed, table
 
-LONG = 2000  # forwards, above which a search counts as one of long runs
 LABELS = {"mezo": "MeZO, two-sided"}  # where convergence.md's is too short
 
 

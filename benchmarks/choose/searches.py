@@ -18,6 +18,7 @@ from benchmarks.rewards.run import FORWARDS
 from benchmarks.rewards.run import METHODS as CLIMBERS
 
 SAMPLES, REWARDS = "samples-cpu.json", "rewards-cpu.json"
+LONG = 2000  # forwards, above which a search counts as one of long runs
 TWICE = 4  # directions of one-sided MeZO that convergence.md has searched, too
 
 
@@ -79,7 +80,7 @@ class Found(NamedTuple):
 def found() -> list[Found]:
     """All searches of methods that have a rule, each method's shortest runs first, of the smallest model."""
     every = (*_small(), *_samples(), *_large(), *_rewards(), *_gpu())
-    return sorted(every, key=lambda one: (list(RULES).index(one.method), one.forwards > 2000, one.parameters, one.n))
+    return sorted(every, key=lambda one: (list(RULES).index(one.method), one.forwards > LONG, one.parameters, one.n))
 
 
 def directions(method: str, settings: Record) -> int:

@@ -54,7 +54,7 @@ def test_the_rule_is_near_the_best_lr_of_every_short_search() -> None:
         assert 0.45 <= one.rule / one.lr <= 1.7, one
         assert (one.below or math.inf) < one.rule < (one.above or 0), one
     for one in found():
-        if one.forwards > page.LONG:  # a longer run never wanted much more
+        if one.forwards > searches.LONG:  # a longer run never wanted much more
             assert one.rule > 0.7 * one.lr, one
 
 

@@ -64,10 +64,11 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     if join:
-        dist.init_process_group(
-            "gloo", store=FileStore(store, world), rank=rank, world_size=world,
-            timeout=datetime.timedelta(seconds=timeout),
-        )  # fmt: skip
+        meeting, patience = FileStore(store, world), datetime.timedelta(seconds=timeout)
+        dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=patience)
+        # A rank whose function exchanges nothing would end, and close its connections, while others still connect.
+        meeting.set(f"joined {rank}", "")
+        meeting.wait([f"joined {other}" for other in range(world)], patience)
     try:
         _send(pipe, (function(*args), "", ""))
     except BaseException as error:
