@@ -35,7 +35,7 @@ def _at(one: Found, lr: float | None) -> str:
 def rules() -> str:
     """Each search beside its rule."""
     rows = [
-        [RULES[one.method].short, str(one.n), millions(one.parameters), f"{one.forwards:,}, {one.how}",
+        [RULES[one.method].label, str(one.n), millions(one.parameters), f"{one.forwards:,}, {one.how}",
          "" if one.start is None else f"{one.start:.3f}", _at(one, one.below), f"**{_at(one, one.lr)}**",
          _at(one, one.above), f"{one.rule:.2g}", f"{one.rule / one.lr:.2f}"]
         for one in found()
@@ -51,13 +51,13 @@ def short() -> list[Found]:
 
 def rule() -> str:
     """The rules themselves, how far they are off, and what an lr beside the best does."""
-    lines = [f"- {one.label}: lr = {one.text}" for one in RULES.values()]
+    lines = [f"- {one.label}, {one.steps}: lr = {one.text}" for one in RULES.values()]
     over = [one.rule / one.lr for one in short()]
     long = [one for one in found() if one.forwards > LONG]
     told = (
         f"In the {len(over)} searches of up to {max(one.forwards for one in short()):,} forwards, the rule's lr is "
         f"{min(over):.2f} to {max(over):.2f} times the best one that was tried. In those of {long[0].forwards:,} forwards: "
-        + ", ".join(f"{RULES[one.method].short} {one.rule / one.lr:.1f}" for one in long)
+        + ", ".join(f"{RULES[one.method].label} {one.rule / one.lr:.1f}" for one in long)
         + " times."
     )
     return "\n".join([*lines, "", told, "", _beside()])
@@ -65,15 +65,15 @@ def rule() -> str:
 
 def _beside() -> str:
     """How often the neighbours of the best lr ended worse than no training."""
-    ones = [one for one in found() if one.start is not None]
-    above = [one for one in ones if one.above is not None]
-    below = [one for one in ones if one.below is not None]
-    worse = [sum(one.tried[lr] > one.start for one, lr in pairs if lr is not None and one.start is not None)
-             for pairs in ([(one, one.above) for one in above], [(one, one.below) for one in below])]  # fmt: skip
+
+    def worse(neighbour: str) -> str:
+        pairs = [(one, getattr(one, neighbour)) for one in found()]
+        ends = [one.tried[lr] > one.start for one, lr in pairs if lr is not None and one.start is not None]
+        return f"{sum(ends)} of {len(ends)}"
+
     return (
         "**Too small an lr is slow; too large a one undoes the model.** The next higher lr, 2.5 to 3.3 times the best, "
-        f"ended worse than no training in {worse[0]} of {len(above)} searches; the next lower one in {worse[1]} of "
-        f"{len(below)}."
+        f"ended worse than no training in {worse('above')} searches; the next lower one in {worse('below')}."
     )
 
 
@@ -87,7 +87,7 @@ def long_runs() -> str:
         looks = [100 * gpu.at(method, share) for share in gpu.SHARES]
         share = method["lr"] / searched[name].rule
         lines.append(
-            f"- {RULES[name].short}, n={searched[name].n}, lr {method['lr']:g}, {share:.1f} of the rule's: "
+            f"- {RULES[name].label}, n={searched[name].n}, lr {method['lr']:g}, {share:.1f} of the rule's: "
             f"{max(looks):.1f} % at the best of {len(looks)} looks, {looks[-1]:.1f} % after {budget:,} forwards"
         )
     return "\n".join(lines)
@@ -113,7 +113,7 @@ def methods() -> str:
 
 
 def _backward(name: str) -> bool:
-    return name == "adam" or (name in METHODS and METHODS[name].backward)
+    return name in METHODS and METHODS[name].backward
 
 
 def _place(name: str, small: Record, large: Record) -> tuple[float, float]:

@@ -23,23 +23,20 @@ TWICE = 4  # directions of one-sided MeZO that convergence.md has searched, too
 
 
 class Rule(NamedTuple):
-    """lr of a method, in words and from trained parameters P, directions n of a step, and eps."""
+    """lr of a method, in words and from trained parameters P, directions n of a step, and eps. steps: which it is for."""
 
-    short: str
     label: str
+    steps: str
     text: str
     lr: Callable[[int, int, float], float]
 
 
+MEZO = Rule("MeZO, two-sided", "n directions", "0.04 n / P^0.4", lambda p, n, eps: 0.04 * n / p**0.4)
 RULES = {
-    "mezo": Rule(
-        "MeZO, two-sided", "MeZO, two-sided, n directions", "0.04 n / P^0.4", lambda p, n, eps: 0.04 * n / p**0.4
-    ),
-    "mezo-onesided": Rule(
-        "MeZO, one-sided", "MeZO, one-sided, n directions", "0.04 n / P^0.4", lambda p, n, eps: 0.04 * n / p**0.4
-    ),
-    "fzoo": Rule("FZOO", "FZOO, 8 directions", "eps / 200", lambda p, n, eps: eps / 200),
-    "es": Rule("ES", "ES, 8 directions both ways", "eps / 150", lambda p, n, eps: eps / 150),
+    "mezo": MEZO,
+    "mezo-onesided": MEZO._replace(label="MeZO, one-sided"),
+    "fzoo": Rule("FZOO", "8 directions", "eps / 200", lambda p, n, eps: eps / 200),
+    "es": Rule("ES", "8 directions both ways", "eps / 150", lambda p, n, eps: eps / 150),
 }
 
 

@@ -18,24 +18,20 @@ from benchmarks.choose import page, run, searches
 from benchmarks.choose.searches import RULES, found
 from benchmarks.convergence.tasks import Task
 from benchmarks.llm import demo
-from benchmarks.parts import ROOT
+from benchmarks.parts import ROOT, load
 from tests.benchmarks.toy import CONFIG, Toy
 
 SAID = " ".join((ROOT / "docs" / "choose.md").read_text().split())
 
 
-def _stored(name: str) -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
-
-
 def test_every_stored_search_of_a_method_with_a_rule_is_told_of() -> None:
     told = [sorted(one.tried) for one in found()]
-    tasks = _stored("convergence-cpu.json")["results"].values()
+    tasks = load("convergence-cpu.json")["results"].values()
     grids = [task["methods"][name]["grid"] for task in tasks for name in RULES]
-    grids += [one["grid"] for one in _stored("samples-cpu.json")["results"]["methods"].values()]
-    grids += [one["grid"] for one in _stored("rewards-cpu.json")["results"]["methods"].values()]
+    grids += [one["grid"] for one in load("samples-cpu.json")["results"]["methods"].values()]
+    grids += [one["grid"] for one in load("rewards-cpu.json")["results"]["methods"].values()]
     for file in ("llm-cuda.json", "llm-cpu.json"):
-        results = _stored(file)["results"]
+        results = load(file)["results"]
         of = results.get("methods", results)
         grids += [of[name]["grid"] for name in RULES if name in of and of[name]["runs"]]
     for grid in grids:
@@ -77,23 +73,23 @@ def test_what_the_page_says_of_lr_follows_from_the_rules_and_the_stored_runs() -
     start, n = (flags[flags.index(name) + 1] for name in ("--lr", "--num-samples"))
     assert f"`make demo-lm` starts from {start}" in SAID
     assert float(start) > RULES["mezo-onesided"].lr(134_515_008, int(n), 1e-3)
-    sizes = {one["size"] for one in _stored("samples-cpu.json")["results"]["methods"].values()}
+    sizes = {one["size"] for one in load("samples-cpu.json")["results"]["methods"].values()}
     assert len(sizes) == 1  # "the one in the same place won"
 
 
 def test_no_method_beats_one_sided_mezo_and_four_directions_are_enough() -> None:
     """By more than the spread over seeds."""
     for task, key, sign in (("lm", "loss", 1), ("demo", "accuracy", -1)):
-        methods = _stored("convergence-cpu.json")["results"][task]["methods"]
+        methods = load("convergence-cpu.json")["results"][task]["methods"]
         best = methods["mezo-onesided"]["final"][key]
         for name, one in methods.items():
             other = one["final"][key]
             gained = sign * (best["mean"] - other["mean"])
             assert (gained > max(best["std"], other["std"])) == (name == "adam"), (task, name)
-    budget = _stored("convergence-cpu.json")["results"]["lm"]["budget"]
+    budget = load("convergence-cpu.json")["results"]["lm"]["budget"]
     assert f"{2 * 20_000 // budget} times as long and more" in SAID
     ends = {one["settings"]["num_samples"]: one["final"]["loss"]
-            for one in _stored("samples-cpu.json")["results"]["methods"].values()}  # fmt: skip
+            for one in load("samples-cpu.json")["results"]["methods"].values()}  # fmt: skip
     assert ends[1]["mean"] > ends[2]["mean"] > ends[4]["mean"]
     for n in (8, 16, 32):
         assert abs(ends[n]["mean"] - ends[4]["mean"]) < max(ends[n]["std"], ends[4]["std"])
