@@ -12,7 +12,7 @@ BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo demo-lm test coverage test-slow faults fuzz test-kernels wheel test-wheel lint format bench clean
+.PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz test-kernels wheel test-wheel lint format bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -37,6 +37,10 @@ demo-lm: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# What nvcc and Triton made of the kernels: its machine code within limits, and a selection of it run without a GPU.
+test-built: setup
+	$(BIN)/python -m pytest -m built -n auto --dist loadfile tests/benchmarks tests/passes/test_ops.py tests/ptx
 
 # The suite again, with the lines of the package that it reaches; looking on takes half as long again.
 coverage: setup

@@ -80,7 +80,7 @@ def test_what_is_amortised_over_a_chunk_is_no_difference() -> None:
 SHORTER = [("adamezo", 3)]
 
 
-@pytest.mark.slow
+@pytest.mark.built
 def test_the_kernels_do_what_was_counted() -> None:
     """Each rule's pass over whole chunks of bfloat16: float32 results, wide products and conversions of an element."""
     if (reason := build.unavailable_reason()) is not None:

@@ -155,6 +155,11 @@ needs_tools = pytest.mark.skipif(
 )
 
 
+def compiled(test: Any) -> Any:
+    """A test of compiled kernels: make test-built, not make test."""
+    return pytest.mark.built(needs_tools(test))
+
+
 def measure(kind: str, folder: Path, arch: int = 90, sources: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """All reports of one kind, by kernel; in a process of its own because Triton must not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -198,21 +203,21 @@ def blackwell_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     return cuda(tmp_path_factory.mktemp("blackwell"), 100, ("axpy.cu", "hizoo.cu"))
 
 
-@needs_tools
+@compiled
 @pytest.mark.parametrize("name", LIMITS)
 def test_kernel_is_within_its_limits(name: str, request: pytest.FixtureRequest) -> None:
     report = request.getfixturevalue("triton_reports" if name.startswith("triton") else "cuda_reports")[name]
     within_limits(report, *LIMITS[name])
 
 
-@needs_tools
+@compiled
 @pytest.mark.parametrize("name", BLACKWELL)
 def test_kernel_is_within_its_limits_on_blackwell(name: str, blackwell_reports: dict[str, dict[str, Any]]) -> None:
     within_limits(blackwell_reports[name], *BLACKWELL[name])
     assert blackwell_reports[name]["pipes"]["fp32x2"] > 2 * blackwell_reports[name]["pipes"].get("fp32", 0)
 
 
-@needs_tools
+@compiled
 def test_no_kernel_spills_on_blackwell(blackwell_reports: dict[str, dict[str, Any]]) -> None:
     without_spills_or_waits(blackwell_reports)
 
@@ -238,13 +243,13 @@ def without_spills_or_waits(reports: dict[str, dict[str, Any]]) -> None:
         assert report["elements"] % 8 == 0
 
 
-@needs_tools
+@compiled
 def test_no_triton_kernel_spills_or_waits(triton_reports: dict[str, dict[str, Any]]) -> None:
     assert len(triton_reports) == 10 + 3 * len(RULES)
     without_spills_or_waits(triton_reports)
 
 
-@needs_tools
+@compiled
 def test_no_cuda_kernel_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> None:
     """The rules' kernels are for each dtype and rounding, and one of each dtype is for all that is less common."""
     passes = {name: report for name, report in cuda_reports.items() if "::rule_kernel<" in name}
@@ -252,7 +257,7 @@ def test_no_cuda_kernel_spills_or_waits(cuda_reports: dict[str, dict[str, Any]])
     without_spills_or_waits(passes)
 
 
-@needs_tools
+@compiled
 def test_no_chain_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> None:
     """One for each rule but the perturbation of HiZOO, dtype and state, decided at run time otherwise."""
     chains = {name: report for name, report in cuda_reports.items() if "::chain_kernel<" in name}
@@ -263,7 +268,7 @@ def test_no_chain_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> No
         assert 1 < sum(chains[name]["pipes_once"].values()) <= once
 
 
-@needs_tools
+@compiled
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_low_rank_kernel_is_within_its_limits(name: str, cuda_reports: dict[str, dict[str, Any]]) -> None:
     report, (slots, extra, factor, registers) = cuda_reports[name], LOW_RANK[name]
@@ -273,7 +278,7 @@ def test_low_rank_kernel_is_within_its_limits(name: str, cuda_reports: dict[str,
     assert report["registers"] <= registers
 
 
-@needs_tools
+@compiled
 def test_no_low_rank_kernel_spills_or_waits(cuda_reports: dict[str, dict[str, Any]]) -> None:
     """The rule without sums has a kernel for each rounding, the others decide it at run time."""
     low = {name: report for name, report in cuda_reports.items() if "::low_rank" in name}
@@ -282,8 +287,7 @@ def test_no_low_rank_kernel_spills_or_waits(cuda_reports: dict[str, dict[str, An
     without_spills_or_waits(low)
 
 
-@pytest.mark.slow
-@needs_tools
+@compiled
 def test_no_kernel_of_the_build_reads_seeds_from_shared_memory_that_lie_elsewhere() -> None:
     """nvcc 13.0 has done so, for those beyond the ones that a block stages: of the PTX in the objects, and of the machine
     code of the architectures that have none."""

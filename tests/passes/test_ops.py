@@ -253,7 +253,7 @@ def test_mixed_dtypes_in_one_call() -> None:
     assert_same(run(start, "cpu", CPU, **pass_), run(start, "reference", CPU, **pass_))
 
 
-@pytest.mark.slow
+@pytest.mark.built
 def test_exhaustive_checksum_of_the_transform() -> None:
     """All 2^32 words through the compiled normal_pair: the whole transform, not a sample."""
     best = native.extension.cpu_instruction_sets()[0]

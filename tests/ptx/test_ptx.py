@@ -1,5 +1,5 @@
-"""The GPU kernels without a GPU (tests/ptx): a quick selection of cases on every run of the suite; `make test-kernels` has
-all. In processes of their own, because emulation changes a process for good."""
+"""The GPU kernels without a GPU (tests/ptx): `make test-built` has a quick selection of cases, `make test-kernels` all. In
+processes of their own, because emulation changes a process for good."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def python(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
-@pytest.mark.slow
+@pytest.mark.built
 @pytest.mark.parametrize(
     ("backend", "options"),
     [("cuda", []), ("triton", ["--arch", "90"]), ("triton", ["--arch", "100", "--only", "axpy"])],
@@ -64,7 +64,7 @@ def test_kernels_have_the_bits_of_the_cpu_and_make_no_faulty_access(
         assert record["wrong"] == {}
 
 
-@pytest.mark.slow
+@pytest.mark.built
 @pytest.mark.parametrize("words", ["fp32 rare stages=4", "sign fp32 K=0"])
 def test_triton_has_no_sum_of_a_product_that_a_compiler_may_round_once(words: str) -> None:
     """On Blackwell LLVM pairs products and sums of float32 by itself, and ptxas takes such a pair for one operation: the
@@ -78,7 +78,7 @@ def test_triton_has_no_sum_of_a_product_that_a_compiler_may_round_once(words: st
     assert f"{len(cases)} cases, 0 wrong" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.built
 def test_the_tests_of_this_suite_run_emulated() -> None:
     """Those that are for each backend, on CUDA's and Triton's kernels: none is skipped, and kernels run."""
     emulated("cuda")

@@ -110,6 +110,16 @@ def test_tests_of_every_backend_name_the_device_too() -> None:
     assert seen >= 4
 
 
+def test_make_test_built_has_every_test_that_is_left_to_it() -> None:
+    """It collects a few files alone, and make test leaves out what is marked, wherever it is."""
+    recipe = re.search(r"^\t.* -m built .*?((?: tests/\S+)+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert recipe is not None
+    collected = [ROOT / path for path in recipe[1].split()]
+    marked = [path for path in (ROOT / "tests").rglob("*.py") if "pytest.mark." + "built" in path.read_text()]
+    assert len(marked) == 4
+    assert [path for path in marked if not any(path.is_relative_to(place) for place in collected)] == []
+
+
 def test_links_in_the_docs_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
