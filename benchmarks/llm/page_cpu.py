@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.convergence.page import COLOURS
 from benchmarks.convergence.run import SEEDS
 from benchmarks.llm.bench import CONTEXT
+from benchmarks.llm.claims import ARXIV, CLAIMS, against, said
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.search import best, next_lr
 from benchmarks.parts import Record, load, made_on, panels, plain, save, table
@@ -88,6 +89,24 @@ def runs() -> str:
             [f"{found[CONTEXT]['examples']} examples in the prompt", "", "0", "", shown, str(len(examples)), *[""] * 3]
         )
     rows.append(["as it is (zero-shot)", "", "0", "", f"{100 * found['start']['test']['accuracy']:.1f}", *[""] * 4])
+    return table(head, rows, tight=True)
+
+
+def papers() -> str:
+    """What each paper reports, and what was found here."""
+    found = results().get("methods", {})
+    if not found.get("mezo", {}).get("runs"):
+        return NONE
+    rows = []
+    for name, (number, year, claim) in CLAIMS.items():
+        here = ["", ""]
+        if name == "mezo":
+            here = ["the measure"] * 2
+        elif name in found:
+            loss, accuracy = (against(found[name], found["mezo"], key) for key in ("loss", "accuracy"))
+            here = [said(loss, 1, 3), said(accuracy, 100, 1)]
+        rows.append([METHODS[name].label, f"[{year}]({ARXIV}{number}): {claim}", *here])
+    head = ["method", "its paper reports", "here: loss minus MeZO's", "points minus MeZO's"]
     return table(head, rows, tight=True)
 
 
@@ -169,5 +188,11 @@ def draw() -> None:
 
 
 PAGES = {
-    "docs/llm.md": {"cpu-runs": runs, "cpu-picture": picture, "cpu-grids": grids, "cpu-machine": machine},
+    "docs/llm.md": {
+        "cpu-runs": runs,
+        "cpu-picture": picture,
+        "cpu-papers": papers,
+        "cpu-grids": grids,
+        "cpu-machine": machine,
+    },
 }

@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 
 from benchmarks.llm import cost, packed, page_cpu
 from benchmarks.llm.bench import CONTEXT
+from benchmarks.llm.claims import ARXIV, CLAIMS
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.packed import Reviews
 from tests.benchmarks.test_llm import saved, texts
@@ -101,6 +102,25 @@ def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
     assert "examples" not in made["cpu-runs"]
     assert "- HiZOO: 1e-05: 0.000, 3e-05: 0.000; not done" in made["cpu-grids"]
     assert "- FZOO, N=8: 1e-06: none, " in made["cpu-grids"]
+
+
+def test_what_papers_report_stands_beside_the_difference_of_each_seed(show: Any) -> None:
+    assert set(CLAIMS) < set(METHODS)
+    files = _whole()
+    methods = files[page_cpu.RUNS]["results"]["methods"]
+    for run, accuracy, loss in zip(methods["fzoo"]["runs"], (0.74, 0.75, 0.73), (0.4, 0.5, 0.45), strict=True):
+        run["curve"][-1] |= {"accuracy": accuracy, "loss": loss}
+    methods["lezo"]["runs"][1]["curve"][-1]["loss"] = None
+    methods["hizoo"]["runs"] = methods["hizoo"]["runs"][1:2]
+    methods["es"]["runs"].clear()
+    rows = [line[2:-2].split(" | ") for line in show(files)["cpu-papers"].splitlines()[2:]]
+    told = dict(zip(CLAIMS, (row[2:] for row in rows), strict=True))
+    assert told["mezo"] == ["the measure"] * 2
+    assert told["fzoo"] == ["−0.050 ± 0.050", "+3.0 ± 1.7"]  # 4, 4 and 1 points
+    assert told["lezo"] == ["diverged", "+2.0 ± 0.0"]
+    assert told["hizoo"] == ["+0.000", "+3.0"]
+    assert told["es"] == ["", ""]  # nothing yet
+    assert all(f"]({ARXIV}{CLAIMS[name][0]}): " in row[1] for name, row in zip(CLAIMS, rows, strict=True))
 
 
 def test_a_page_without_any_run_holds(show: Any) -> None:
