@@ -12,7 +12,7 @@ from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import context, reviews
 from benchmarks.llm.methods import METHODS, Method, step
 from benchmarks.llm.packed import Reviews
-from benchmarks.llm.search import best, next_lr
+from benchmarks.llm.search import best, falls_back, lower, next_lr
 
 Settings = dict[str, Any]
 BATCH = 16
@@ -61,6 +61,7 @@ class Bench:
         facts = {"label": method.label, "forwards_per_step": method.forwards, "eps": method.eps,
                  "adapter": method.adapter, "settings": method.settings}  # fmt: skip
         record: Settings = self.results["methods"].setdefault(name, {**facts, "grid": [], "runs": []})
+        record.setdefault("lower", [])
         if {key: record[key] for key in facts} != facts:
             raise SystemExit(
                 f"the results have runs of {name} with other settings, { ({key: record[key] for key in facts}) }; remove "
@@ -81,6 +82,16 @@ class Bench:
                 if seed not in [run["seed"] for run in record["runs"]]:
                     record["lr"] = best(record["grid"])
                     yield Job(name, record["lr"], seed, self.options.budget)
+        for name in self.options.methods:
+            for seed in self._again(name):
+                yield Job(name, lower(self._record(name)["grid"], self._record(name)["lr"]), seed, self.options.budget)
+
+    def _again(self, name: str) -> list[int]:
+        """The seeds that a method runs with a lower lr as well: all, where the one it has is too large for this length."""
+        record = self._record(name)
+        if len(record["runs"]) < len(SEEDS) or not falls_back(record["runs"]):
+            return []
+        return [seed for seed in SEEDS if seed not in [run["seed"] for run in record["lower"]]]
 
     def remaining(self) -> list[Job]:
         """What is left as far as it is known; a grid may still grow."""
@@ -95,6 +106,9 @@ class Bench:
             for seed in SEEDS
             for name in self.options.methods
             if seed not in [run["seed"] for run in self._record(name)["runs"]]
+        ]
+        runs += [
+            Job(name, None, seed, self.options.budget) for name in self.options.methods for seed in self._again(name)
         ]
         done = [run["seed"] for run in self.results[CONTEXT]["runs"]]
         return searches + runs + [Job(CONTEXT, None, seed, 0) for seed in SEEDS if seed not in done]
@@ -111,7 +125,7 @@ class Bench:
         if job.name == CONTEXT:
             return float(CONTEXT_TIME * inference * reviews.SIZES["test"] / BATCH)
         record = self._record(job.name)
-        known = [*record["grid"], *record["runs"]]
+        known = [*record["grid"], *record["runs"], *record["lower"]]
         forward = known[-1]["seconds"] / known[-1]["forwards"] if known else 1.3 * inference
         texts = reviews.SIZES["validation"] if job.seed == SEARCH_SEED else LOOKS * reviews.SIZES["test"]
         return float(forward * job.forwards + inference * texts / BATCH)
@@ -182,7 +196,7 @@ class Bench:
             del run["curve"], run["seed"]
             record["grid"].append({"lr": job.lr, "loss": end["loss"], "accuracy": end["accuracy"], **run})
         else:
-            record["runs"].append({"lr": job.lr, **run})
+            record["runs" if job.lr == record["lr"] else "lower"].append({"lr": job.lr, **run})
         loss = "none" if end["loss"] is None else f"{end['loss']:.3f}"
         return f"accuracy {end['accuracy']:.3f}, loss {loss}, {run['seconds'] / run['steps']:.2f} s a step"
 

@@ -14,7 +14,7 @@ from benchmarks.convergence.run import SEEDS
 from benchmarks.llm.bench import CONTEXT
 from benchmarks.llm.claims import ARXIV, CLAIMS, against, said
 from benchmarks.llm.methods import METHODS
-from benchmarks.llm.search import best, next_lr
+from benchmarks.llm.search import best, falls_back, next_lr
 from benchmarks.parts import Record, load, made_on, panels, plain, save, table
 from zokern.bench.record import RESULTS
 
@@ -48,12 +48,16 @@ def _methods() -> dict[str, Record]:
 
 def ends(method: Record, look: int = -1) -> list[float]:
     """Of each seed, the accuracy at a look of its curve, in %."""
-    return [100 * run["curve"][look]["accuracy"] for run in method["runs"]]
+    return accuracies(method["runs"], look)
 
 
-def spread(values: list[float]) -> str:
+def accuracies(runs: list[Record], look: int = -1) -> list[float]:
+    return [100 * run["curve"][look]["accuracy"] for run in runs]
+
+
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation, 1/(N - 1); of one value itself."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def megabytes(count: float) -> str:
@@ -110,6 +114,29 @@ def papers() -> str:
     return table(head, rows, tight=True)
 
 
+def _losses(runs: list[Record], look: int = -1) -> str:
+    losses = [run["curve"][look]["loss"] for run in runs]
+    return "none" if None in losses else spread(losses, 3)
+
+
+def lowered() -> str:
+    """The methods whose mean loss rose in the second half, beside the next lower lr."""
+    budget = stored(RUNS)["settings"]["budget"] if results() else 0
+    half = f"loss after {budget // 2}"
+    head = ["method", "lr", half, f"after {budget}", "accuracy, %", "next lower lr", half, f"after {budget}", "accuracy, %",
+            "seeds"]  # fmt: skip
+    rows = []
+    for method in _methods().values():
+        if found := method.get("lower"):
+            rows.append([method["label"]])
+            for some in (method["runs"], found):
+                rows[-1] += [f"{some[0]['lr']:g}", _losses(some, 0), _losses(some), spread(accuracies(some))]
+            rows[-1].append(str(len(found)))
+    if not rows:
+        return "No method's mean loss rose." if results() and not missing() else NONE
+    return table(head, rows, tight=True)
+
+
 def grids() -> str:
     """The validation loss of each lr that was tried."""
     lines = []
@@ -139,6 +166,10 @@ def missing() -> str:
     some = [f"{METHODS[name].label} ({count})" for name, count in seeds.items() if 0 < count < len(SEEDS)]
     told = f" **Not run yet: {'; '.join(none)}.**" if none else ""
     told += f" **Not all {len(SEEDS)} seeds yet: {'; '.join(some)}.**" if some else ""
+    again = [(name, part.get("lower", [])) for name, part in found.items() if seeds.get(name) == len(SEEDS)]
+    less = [f"{METHODS[name].label} ({len(some)})" for name, some in again
+            if len(some) < len(SEEDS) and falls_back(found[name]["runs"])]  # fmt: skip
+    told += f" **Not all {len(SEEDS)} seeds with a lower lr yet: {'; '.join(less)}.**" if less else ""
     costs = stored(COST).get("results", {})
     if unmeasured := [METHODS[name].label for name in METHODS if name not in costs]:
         told += f" **Time and memory not measured yet: {'; '.join(unmeasured)}.**"
@@ -192,6 +223,7 @@ PAGES = {
         "cpu-runs": runs,
         "cpu-picture": picture,
         "cpu-papers": papers,
+        "cpu-lower": lowered,
         "cpu-grids": grids,
         "cpu-machine": machine,
     },

@@ -1,9 +1,11 @@
-"""How lr of a method is chosen: a grid of half-decades, which grows where the best lies at its edge."""
+"""How lr of a method is chosen: a grid of half-decades, which grows where the best lies at its edge; and where a run says
+that it was too large for its length."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 MAX_GROWN = 2  # lr beyond the edges of a grid
@@ -32,3 +34,18 @@ def next_lr(start: Sequence[float], grid: list[dict[str, Any]]) -> float | None:
     if len(tried) - len(start) >= MAX_GROWN or min(tried) < found < max(tried):
         return None
     return half_decade(found, up=found == max(tried))
+
+
+def lower(grid: list[dict[str, Any]], lr: float) -> float:
+    """The next lower lr: of those that were tried, else by half a decade."""
+    return max((point["lr"] for point in grid if point["lr"] < lr), default=half_decade(lr, up=False))
+
+
+def falls_back(runs: list[dict[str, Any]]) -> bool:
+    """Whether the mean loss of all seeds is higher at the end of their curves than at the first look, or none."""
+
+    def loss(look: int) -> float:
+        losses = [run["curve"][look]["loss"] for run in runs]
+        return math.inf if None in losses else mean(losses)
+
+    return loss(-1) > loss(0) or math.isinf(loss(-1))

@@ -104,6 +104,24 @@ def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
     assert "- FZOO, N=8: 1e-06: none, " in made["cpu-grids"]
 
 
+def test_lower_lr_stand_beside_those_that_were_too_large(show: Any) -> None:
+    files = _whole()
+    assert show(files)["cpu-lower"] == "No method's mean loss rose."
+    hizoo = files[page_cpu.RUNS]["results"]["methods"]["hizoo"]
+    for run in hizoo["runs"]:
+        run["curve"][-1]["loss"] = 0.7
+    made = show(files)
+    assert "Not all 3 seeds with a lower lr yet: HiZOO (0)." in made["cpu-machine"]
+    assert made["cpu-lower"] == page_cpu.NONE
+    hizoo["lower"] = [{**_run(seed, 0.8), "lr": 1e-5} for seed in range(3)]
+    hizoo["lower"][0]["curve"][0]["loss"] = None
+    made = show(files)
+    assert "lower lr yet" not in made["cpu-machine"]
+    assert made["cpu-lower"].splitlines()[2:] == [
+        "| HiZOO | 3e-05 | 0.600 ± 0.000 | 0.700 ± 0.000 | 74.0 ± 1.0 | 1e-05 | none | 0.500 ± 0.000 | 80.0 ± 0.0 | 3 |"
+    ]
+
+
 def test_what_papers_report_stands_beside_the_difference_of_each_seed(show: Any) -> None:
     assert set(CLAIMS) < set(METHODS)
     files = _whole()

@@ -91,7 +91,7 @@ def test_all_methods_search_before_any_runs_and_seeds_come_one_after_another(who
     assert [line.split(",")[0] for line in searches] == ["MeZO"] * grown[0] + ["HiZOO"] * grown[1]
     runs = [(line.split(",")[0], line.split("seed ")[1][0]) for line in whole.begun[len(searches) :]]
     names = ("16 examples in the prompt", "MeZO", "HiZOO")
-    assert runs == [(name, seed) for seed in "012" for name in names]
+    assert runs[:9] == [(name, seed) for seed in "012" for name in names]  # then those with a lower lr
     assert whole.said[0].startswith("zero-shot: accuracy 0.")
     assert whole.said[1].startswith("15 runs left, some 0.")
     assert whole.said[-2].startswith("1 runs left")
@@ -129,6 +129,49 @@ def test_a_grid_grows_where_the_best_lies_at_its_edge_and_not_for_ever() -> None
     assert grown(lambda lr: abs(lr - 3e-4)) == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
     assert grown(lambda lr: None) == [1e-5, 3e-5, 1e-4, 3e-6, 1e-6]  # all diverge: lower
     assert search.best([{"lr": 1.0, "loss": None}, {"lr": 2.0, "loss": 9.0}]) == 2.0
+
+
+def test_a_method_whose_loss_rises_again_runs_with_the_next_lower_lr_too(
+    subjects: dict[str, Reviews], whole: Made
+) -> None:
+    results = copy.deepcopy(whole.kept.results)
+    hizoo = results["methods"]["hizoo"]
+    for name, losses in (("mezo", (0.6, 0.6)), ("hizoo", (0.5, 0.6))):
+        for run in results["methods"][name]["runs"]:
+            for point, loss in zip(run["curve"], losses, strict=True):
+                point["loss"] = loss
+        results["methods"][name]["lower"] = []
+    again = Made(subjects, copy.deepcopy(results), "mezo", "hizoo", stop=1)
+    with pytest.raises(bench.OutOfTime):
+        again.all()
+    assert again.said[0].startswith("3 runs left")
+    done = Made(subjects, again.kept.results, "mezo", "hizoo")
+    methods = done.all()["methods"]
+    assert [line.split("seed ")[1][0] for line in again.begun + done.begun] == ["0", "1", "2"]
+    assert methods["mezo"] == results["methods"]["mezo"]
+    assert methods["hizoo"]["runs"] == hizoo["runs"]
+    assert [run["seed"] for run in methods["hizoo"]["lower"]] == [0, 1, 2]
+    below = max(point["lr"] for point in hizoo["grid"] if point["lr"] < hizoo["lr"])
+    assert {run["lr"] for run in methods["hizoo"]["lower"]} == {below}
+    assert methods["hizoo"]["lower"][0]["curve"] != hizoo["runs"][0]["curve"]
+    last = Made(subjects, done.kept.results, "mezo", "hizoo")
+    last.all()
+    assert last.said == []
+
+
+def test_what_counts_as_rising_and_which_lr_is_next() -> None:
+    def runs(*curves: tuple[float | None, ...]) -> list[dict[str, Any]]:
+        return [{"curve": [{"loss": loss} for loss in curve]} for curve in curves]
+
+    assert search.falls_back(runs((0.5, 0.7), (0.6, 0.5)))
+    assert not search.falls_back(runs((0.5, 0.6), (0.7, 0.5)))
+    assert not search.falls_back(runs((0.5, 0.5)))
+    assert not search.falls_back(runs((0.5,)))  # too short for two looks
+    assert not search.falls_back(runs((None, 0.5)))
+    assert search.falls_back(runs((0.5, None), (0.5, 0.1)))
+    assert search.falls_back(runs((None, None)))
+    grid = [{"lr": lr} for lr in (1e-5, 3e-5, 1e-4)]
+    assert [search.lower(grid, lr) for lr in (1e-4, 1e-5)] == [3e-5, 3e-6]
 
 
 # ---------------------------------------------------------------------------------------------------------- broken off
