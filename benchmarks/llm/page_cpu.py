@@ -189,32 +189,43 @@ def machine() -> str:
 
 def picture() -> str:
     """The line that shows what draw() makes."""
-    return f"![Accuracy against forwards, on a CPU](images/{PICTURE}.png)" if _methods() else NONE
+    seen = "Accuracy against forwards, seconds and memory, on a CPU"
+    return f"![{seen}](images/{PICTURE}.png)" if _methods() else NONE
 
 
 def draw() -> None:
-    """Accuracy against forwards, the mean of the seeds, and each seed a point at the end."""
+    """Accuracy against forwards and seconds of steps, means of the seeds and each seed's end; its end against memory."""
     if not _methods():
         return
-    figure, (axes,) = panels(1, 9, 4.6)
-    start = 100 * results()["start"]["test"]["accuracy"]
+    figure, (forwards, seconds, memory) = panels(3, 15, 4.6)
+    start, costs = 100 * results()["start"]["test"]["accuracy"], stored(COST).get("results", {})
     for name, method in _methods().items():
-        curve = method["runs"][0]["curve"]
+        first, backward = method["runs"][0], METHODS[name].backward
+        look = {"color": {**COLOURS, **OTHERS}[name], "linewidth": 1.4}
         # Where a prefix begins, a model says other things than without one; nobody has looked.
         known = METHODS[name].adapter != "prefix"
-        x = [0] * known + [point["forwards"] for point in curve]
-        y = [start] * known + [mean(ends(method, look)) for look in range(len(curve))]
-        colour = {**COLOURS, **OTHERS}[name]
-        style = "--" if METHODS[name].backward else "-"
-        axes.plot(x, y, style, color=colour, label=method["label"], linewidth=1.4)
-        axes.plot([x[-1]] * len(method["runs"]), ends(method), "o", color=colour, markersize=3)
+        x = [0] * known + [point["forwards"] for point in first["curve"]]
+        y = [start] * known + [mean(ends(method, at)) for at in range(len(first["curve"]))]
+        for axes in (forwards, seconds) if name in costs else (forwards,):
+            factor = 1.0 if axes is forwards else costs[name]["seconds"] * first["steps"] / first["forwards"]
+            at = [factor * count for count in x]
+            axes.plot(at, y, "--" if backward else "-", label=method["label"], **look)
+            axes.plot([at[-1]] * len(method["runs"]), ends(method), "o", markersize=3, **look)
+        if name in costs:
+            memory.plot([costs[name]["bytes"] / 1e6], [y[-1]], "s" if backward else "o", markersize=6, **look)
     if examples := results()[CONTEXT]["runs"]:
         level = mean(100 * run["accuracy"] for run in examples)
-        axes.axhline(level, color="#cccccc", linestyle=":", label="16 examples in the prompt")
-    axes.set_xlabel("forwards (a forward and a backward: 3)")
-    axes.set_ylabel("accuracy on 1,000 held-out sentences, %")
-    plain(axes)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for axes in (forwards, seconds, memory):
+            axes.axhline(level, color="#cccccc", linestyle=":", label="16 examples in the prompt")
+    forwards.set_xlabel("forwards (a forward and a backward: 3)")
+    forwards.set_ylabel("accuracy on 1,000 held-out sentences, %")
+    seconds.set_xlabel("seconds of all steps")
+    memory.set_xlabel("memory of a step beside the weights, MB")
+    memory.set_xscale("log")
+    memory.set_ylim(forwards.get_ylim())
+    for axes in (forwards, seconds, memory):
+        plain(axes)
+    figure.legend(*forwards.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     save(figure, PICTURE, metadata={"Software": None})
 
 
