@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ pytest.importorskip("peft")
 
 from benchmarks.choose import page, run, searches
 from benchmarks.choose.searches import RULES, found
+from benchmarks.convergence.run import SEEDS
 from benchmarks.convergence.tasks import Task
 from benchmarks.llm import demo
+from benchmarks.llm.methods import METHODS
 from benchmarks.parts import ROOT, load
 from tests.benchmarks.toy import CONFIG, Toy
 
@@ -86,6 +89,13 @@ def test_no_method_beats_one_sided_mezo_and_four_directions_are_enough() -> None
             other = one["final"][key]
             gained = sign * (best["mean"] - other["mean"])
             assert (gained > max(best["std"], other["std"])) == (name == "adam"), (task, name)
+    large = {name: [run["curve"][-1]["accuracy"] for run in one["runs"]]
+             for name, one in load("llm-cpu.json")["results"]["methods"].items()}  # fmt: skip
+    ours = large["mezo-onesided"]
+    for name, ends in large.items():
+        if len(ends) == len(ours) == len(SEEDS):  # all that are there so far
+            gained = mean(ends) - mean(ours)
+            assert (gained > max(stdev(ends), stdev(ours))) == METHODS[name].backward, name
     budget = load("convergence-cpu.json")["results"]["lm"]["budget"]
     assert f"{2 * 20_000 // budget} times as long and more" in SAID
     ends = {one["settings"]["num_samples"]: one["final"]["loss"]
