@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import context, reviews
 from benchmarks.llm.methods import METHODS, Method, step
 from benchmarks.llm.packed import Reviews
 from benchmarks.llm.search import best, falls_back, lower, next_lr
+from zokern.optim.base import ZerothOrderOptimizer
 
 Settings = dict[str, Any]
 BATCH = 16
@@ -38,15 +41,15 @@ class Job(NamedTuple):
 class Bench:
     """All runs. results: as they are stored, anew after each. subject(adapter): the task with a model that has it.
 
-    processor: that this process runs on, kept with each run. now: seconds, of any clock. say: takes a line.
+    about: this process, as its processor and commit; kept with each run. now: seconds, of any clock. say: takes a line.
     """
 
     def __init__(
         self, subject: Callable[[str], Reviews], keep: Callable[[Settings], None], options: Any, results: Settings,
-        processor: str, now: Callable[[], float] = time.perf_counter, say: Callable[[str], None] = print,
+        about: Mapping[str, str], now: Callable[[], float] = time.perf_counter, say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self._make, self.keep, self.options, self.results = subject, keep, options, results
-        self.processor, self.now, self.say = processor, now, say
+        self.about, self.now, self.say = dict(about), now, say
         self._made: tuple[str, Reviews] | None = None
         self.begun = now()
         results.setdefault("methods", {})
@@ -80,7 +83,8 @@ class Bench:
             for name in self.options.methods:
                 record = self._record(name)
                 if seed not in [run["seed"] for run in record["runs"]]:
-                    record["lr"] = best(record["grid"])
+                    # The one of its other seeds, whatever has been tried since.
+                    record["lr"] = record["runs"][0]["lr"] if record["runs"] else best(record["grid"])
                     yield Job(name, record["lr"], seed, self.options.budget)
         for name in self.options.methods:
             for seed in self._again(name):
@@ -112,6 +116,14 @@ class Bench:
         ]
         done = [run["seed"] for run in self.results[CONTEXT]["runs"]]
         return searches + runs + [Job(CONTEXT, None, seed, 0) for seed in SEEDS if seed not in done]
+
+    def complete(self) -> bool:
+        """Whether nothing is left of any method, also of those that were not asked for."""
+        every = [self.results["methods"].get(name) for name in METHODS]
+        return len(self.results[CONTEXT]["runs"]) == len(SEEDS) and all(
+            record is not None and len(record["runs"]) == len(SEEDS) and not self._again(name)
+            for name, record in zip(METHODS, every, strict=True)
+        )
 
     # ------------------------------------------------------------------------------------------------------------- time
 
@@ -178,7 +190,7 @@ class Bench:
     def _context(self, job: Job) -> str:
         task = self.subject("")
         task.reset()
-        found = {**context.evaluate(task, "test", job.seed), "processor": self.processor}
+        found = {**context.evaluate(task, "test", job.seed), **self.about}
         self.results[CONTEXT]["runs"].append(found)
         return (
             f"accuracy {found['accuracy']:.3f}, loss {found['loss']:.3f}, {found['tokens']} tokens before each sentence"
@@ -222,7 +234,25 @@ class Bench:
                 self.say("    the time is over: this run is dropped, and done again by the next call")
                 raise OutOfTime
         return {"seed": seed, "steps": steps, "forwards": steps * method.forwards, "seconds": seconds,
-                "processor": self.processor, "curve": curve}  # fmt: skip
+                **self.about, "states": _states(optimizer), "curve": curve}  # fmt: skip
+
+
+def _states(optimizer: Any) -> dict[str, dict[str, float]]:
+    """Of each state that a method of ours keeps for all weights, as HiZOO's h: its least, mean and largest value."""
+    if not isinstance(optimizer, ZerothOrderOptimizer):
+        return {}
+    kept: dict[str, list[torch.Tensor]] = {}
+    for state in optimizer.state.values():
+        for name, values in state.items():
+            kept.setdefault(name, []).append(values)
+    return {
+        name: {
+            "least": min(float(t.min()) for t in tensors),
+            "mean": sum(float(t.sum(dtype=torch.float64)) for t in tensors) / sum(t.numel() for t in tensors),
+            "largest": max(float(t.max()) for t in tensors),
+        }
+        for name, tensors in kept.items()
+    }
 
 
 def _finite(found: dict[str, float]) -> dict[str, float | None]:

@@ -43,7 +43,7 @@ from benchmarks.llm import packed, reviews
 from benchmarks.llm.bench import BATCH, SEARCH_SEED, Bench, OutOfTime
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.task import LONGEST
-from zokern.bench.record import RESULTS, machine, store
+from zokern.bench.record import RESULTS, commit, machine, store
 from zokern.finetune import surroundings
 
 Settings = dict[str, Any]
@@ -104,14 +104,15 @@ def main() -> int:
     device, settings = torch.device("cpu"), settings_of(options)
     path = options.output or RESULTS / "llm-cpu.json"
     here = machine(device)
-    results = former(path, settings, here, VERSIONS)
+    results = former(path, settings, here, ("threads", *VERSIONS))
     sets = reviews.read()
 
     def keep(found: Settings, complete: bool = False) -> None:
         store("llm", device, settings, found, path, complete=complete)
 
     bench = Bench(
-        lambda adapter: packed.load(options.model, sets, adapter), keep, options, results, here["processor"],
+        lambda adapter: packed.load(options.model, sets, adapter), keep, options, results,
+        {"processor": here["processor"], "commit": commit()},
         say=lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True),
     )  # fmt: skip
     try:
@@ -120,7 +121,7 @@ def main() -> int:
     except OutOfTime:
         print(f"the same command goes on with {path}")
         return 0
-    keep(results, not set(METHODS) - set(results["methods"]))
+    keep(results, bench.complete())
     print(f"stored {path}; now python -m benchmarks.pages docs/llm.md")
     return 0
 

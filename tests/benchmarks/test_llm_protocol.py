@@ -18,9 +18,11 @@ pytest.importorskip("peft")
 from benchmarks.llm import bench, context, packed, protocol, reviews, search
 from benchmarks.llm.methods import METHODS, step
 from benchmarks.llm.packed import Reviews
+from benchmarks.parts import load
 from tests.benchmarks.test_llm import saved, sentiment, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefixes
+ABOUT = {"processor": "a CPU", "commit": "0" * 40}
 SETS = {"train": texts(40, 0), "validation": texts(12, 1), "test": texts(16, 2)}
 
 
@@ -57,7 +59,7 @@ class Made:
     ) -> None:  # fmt: skip
         options = argparse.Namespace(methods=list(methods), budget=12, trial=6, seconds=seconds)
         self.time, self.kept, self.said = 0.0, Kept(stop), list[str]()
-        self.bench = bench.Bench(subjects.__getitem__, self.kept, options, results, "a CPU", self.now, self.said.append)
+        self.bench = bench.Bench(subjects.__getitem__, self.kept, options, results, ABOUT, self.now, self.said.append)
 
     def now(self) -> float:
         self.time += 1.0
@@ -159,6 +161,37 @@ def test_a_method_whose_loss_rises_again_runs_with_the_next_lower_lr_too(
     assert last.said == []
 
 
+def test_a_study_is_whole_when_nothing_of_any_method_is_left(subjects: dict[str, Reviews], whole: Made) -> None:
+    results = copy.deepcopy(whole.kept.results)
+    done = results["methods"]["mezo"]
+    for run in done["runs"]:
+        run["curve"][-1]["loss"] = run["curve"][0]["loss"]
+    results["methods"].clear()
+    Made(subjects, results, *METHODS)
+    for record in results["methods"].values():
+        record |= copy.deepcopy({key: done[key] for key in ("grid", "runs")})
+    made = Made(subjects, results, "mezo").bench
+    assert made.complete()
+    taken = results["methods"]["es"]["runs"].pop()
+    assert not made.complete()
+    taken["curve"][-1]["loss"] = None
+    results["methods"]["es"]["runs"].append(taken)
+    assert not made.complete()  # with a lower lr, too
+    results["methods"]["es"]["lower"] = copy.deepcopy(done["runs"])
+    assert made.complete()
+    del results["methods"]["adam"]
+    assert not made.complete()
+
+
+def test_seeds_keep_the_lr_of_the_first_one(subjects: dict[str, Reviews], whole: Made) -> None:
+    results = copy.deepcopy(whole.kept.results)
+    record = results["methods"]["mezo"]
+    record["runs"].pop()
+    record["grid"][0]["loss"] = record["grid"][-1]["loss"] = -1.0  # as if other lr had been tried since
+    Made(subjects, results, "mezo").all()
+    assert len({run["lr"] for run in results["methods"]["mezo"]["runs"]}) == 1
+
+
 def test_what_counts_as_rising_and_which_lr_is_next() -> None:
     def runs(*curves: tuple[float | None, ...]) -> list[dict[str, Any]]:
         return [{"curve": [{"loss": loss} for loss in curve]} for curve in curves]
@@ -254,6 +287,7 @@ def test_the_command_stores_a_whole_benchmark_and_goes_on_with_more_methods(
         for record in stored["results"]["methods"].values():
             assert len(record["runs"]) == 3
             assert {run["processor"] for run in record["grid"] + record["runs"]} == {stored["machine"]["processor"]}
+            assert {run["commit"] for run in record["grid"] + record["runs"]} == {stored["commit"]}
         assert {run["processor"] for run in stored["results"]["in-context"]["runs"]} == {stored["machine"]["processor"]}
         assert not stored["complete"]  # other methods are missing
     assert "MeZO, two-sided" not in capsys.readouterr().out.partition("stored")[2]
@@ -311,10 +345,15 @@ def test_a_method_leaves_nothing_behind_on_the_model(subjects: dict[str, Reviews
         assert run("mezo") == alone
 
 
-def test_every_method_has_the_same_forwards_to_spend() -> None:
-    for method in METHODS.values():
-        steps = 500 // method.forwards
-        assert 500 - method.forwards < steps * method.forwards <= 500
+def test_every_stored_run_has_spent_the_same_forwards_as_far_as_whole_steps_go() -> None:
+    stored = load("llm-cpu.json")
+    budget, seen = stored["settings"]["budget"], 0
+    for name, record in stored["results"]["methods"].items():
+        for run in [*record["runs"], *record.get("lower", [])]:
+            seen += 1
+            assert run["forwards"] == run["steps"] * METHODS[name].forwards == run["curve"][-1]["forwards"], name
+            assert budget - METHODS[name].forwards < run["forwards"] <= budget, name
+    assert seen > 8
 
 
 def test_packed_batches_have_the_losses_of_padded_ones(subjects: dict[str, Reviews]) -> None:
