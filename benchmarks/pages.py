@@ -27,6 +27,8 @@ import benchmarks.llm.beside_page
 import benchmarks.llm.demo
 import benchmarks.llm.page
 import benchmarks.llm.page_cpu
+import benchmarks.llm.papers
+import benchmarks.llm.picture_cpu
 import benchmarks.lowrank.learning
 import benchmarks.lowrank.populations
 import benchmarks.lowrank.speed
@@ -69,6 +71,7 @@ SUBJECTS = (
     benchmarks.kernels.page, benchmarks.steps.page, benchmarks.steps.passes, benchmarks.gpu.page, benchmarks.layers.run,
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.beside_page, benchmarks.llm.demo, benchmarks.llm.page, benchmarks.llm.page_cpu,
+    benchmarks.llm.papers, benchmarks.llm.picture_cpu,
     benchmarks.machine_code.page, benchmarks.trainer.run,
     benchmarks.rewards.page, benchmarks.choose.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,

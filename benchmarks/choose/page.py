@@ -9,8 +9,9 @@ from statistics import mean
 from benchmarks.choose import searches
 from benchmarks.choose.searches import LONG, RULES, SAMPLES, Found, found
 from benchmarks.convergence.page import stored as convergence
+from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import page as gpu
-from benchmarks.llm import page_cpu
+from benchmarks.llm import stored_cpu
 from benchmarks.llm.methods import METHODS
 from benchmarks.parts import Record, load, made_on, signed, table
 
@@ -100,15 +101,17 @@ def methods() -> str:
     """What each method reached with the same forwards, on each of the three models."""
     tasks = convergence()["results"]
     small, demo = tasks["lm"]["methods"], tasks["demo"]["methods"]
-    large = {name: part for name, part in page_cpu.results().get("methods", {}).items() if part["runs"]}
-    order = sorted(large.keys() | small.keys(), key=lambda name: (_backward(name), *_place(name, small, large)))
+    large = {name: part for name, part in stored_cpu.results().get("methods", {}).items() if part["runs"]}
+    whole = bool(large) and {len(part["runs"]) for part in large.values()} == {len(SEEDS)}
+    shown = large if whole else {}
+    order = sorted(large.keys() | small.keys(), key=lambda name: (_backward(name), *_place(name, small, shown)))
     rows = [[_label(name, small), *_cells(name, small, demo, large)] for name in order]
     rows.append(["before tuning", f"{tasks['lm']['start']['report']['loss']:.2f}",
                  f"{100 * tasks['demo']['start']['report']['accuracy']:.1f}"])  # fmt: skip
     head = ["method", f"0.2M, {tasks['lm']['budget']:,} forwards: loss", f"23M, {tasks['demo']['budget']}: accuracy, %"]
     if large:  # else nothing is there to show
-        head.append(f"135M, {page_cpu.stored(page_cpu.RUNS)['settings']['budget']}: accuracy, %")
-        rows[-1].append(f"{100 * page_cpu.results()['start']['test']['accuracy']:.1f}")
+        head.append(f"135M, {stored_cpu.stored(stored_cpu.RUNS)['settings']['budget']}: accuracy, %")
+        rows[-1].append(f"{100 * stored_cpu.results()['start']['test']['accuracy']:.1f}")
     return table(head, [row[: len(head)] for row in rows])
 
 
@@ -117,8 +120,8 @@ def _backward(name: str) -> bool:
 
 
 def _place(name: str, small: Record, large: Record) -> tuple[float, float]:
-    """By accuracy on the largest model, then by loss on the smallest."""
-    accuracy = mean(page_cpu.ends(large[name])) if name in large else -math.inf
+    """By accuracy on the largest model where all its seeds are there, then by loss on the smallest."""
+    accuracy = mean(stored_cpu.ends(large[name]["runs"])) if name in large else -math.inf
     return -accuracy, small[name]["final"]["loss"]["mean"] if name in small else math.inf
 
 
@@ -134,7 +137,7 @@ def _cells(name: str, small: Record, demo: Record, large: Record) -> list[str]:
     return [
         f"{loss['mean']:.2f} ± {loss['std']:.2f}" if loss else "",
         f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}" if share else "",
-        page_cpu.spread(page_cpu.ends(large[name])) if name in large else "",
+        stored_cpu.spread(stored_cpu.ends(large[name]["runs"])) if name in large else "",
     ]
 
 

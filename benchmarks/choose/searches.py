@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks.convergence.page import stored as convergence
 from benchmarks.convergence.run import EPS
 from benchmarks.llm import page as gpu
-from benchmarks.llm import page_cpu
+from benchmarks.llm import stored_cpu
 from benchmarks.llm.demo import FILE as DEMO
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.search import next_lr
@@ -126,10 +126,10 @@ def _constant(method: str, record: Record, forwards: int, how: str, start: Any) 
 
 def _large() -> Iterator[Found]:
     """Of docs/llm.md on a CPU; searches that are done."""
-    for method, record in page_cpu.results().get("methods", {}).items():
+    for method, record in stored_cpu.results().get("methods", {}).items():
         if method in RULES and record["grid"] and next_lr(METHODS[method].grid, record["grid"]) is None:
-            start = page_cpu.results()["start"]["validation"]["loss"]
-            yield _constant(method, record, page_cpu.stored(page_cpu.RUNS)["settings"]["trial"], "constant", start)
+            start = stored_cpu.results()["start"]["validation"]["loss"]
+            yield _constant(method, record, stored_cpu.stored(stored_cpu.RUNS)["settings"]["trial"], "constant", start)
 
 
 def _gpu() -> Iterator[Found]:

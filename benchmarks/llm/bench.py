@@ -86,16 +86,14 @@ class Bench:
                     # The one of its other seeds, whatever has been tried since.
                     record["lr"] = record["runs"][0]["lr"] if record["runs"] else best(record["grid"])
                     yield Job(name, record["lr"], seed, self.options.budget)
-        for name in self.options.methods:
-            for seed in self._again(name):
-                yield Job(name, lower(self._record(name)["grid"], self._record(name)["lr"]), seed, self.options.budget)
+        for name in filter(self._again, self.options.methods):
+            record = self._record(name)
+            yield Job(name, lower(record["grid"], record["lr"]), SEEDS[0], self.options.budget)
 
-    def _again(self, name: str) -> list[int]:
-        """The seeds that a method runs with a lower lr as well: all, where the one it has is too large for this length."""
+    def _again(self, name: str) -> bool:
+        """Whether a method has to run with a lower lr as well, once: the one it has is too large for this length."""
         record = self._record(name)
-        if len(record["runs"]) < len(SEEDS) or not falls_back(record["runs"]):
-            return []
-        return [seed for seed in SEEDS if seed not in [run["seed"] for run in record["lower"]]]
+        return len(record["runs"]) == len(SEEDS) and falls_back(record["runs"]) and not record["lower"]
 
     def remaining(self) -> list[Job]:
         """What is left as far as it is known; a grid may still grow."""
@@ -111,9 +109,7 @@ class Bench:
             for name in self.options.methods
             if seed not in [run["seed"] for run in self._record(name)["runs"]]
         ]
-        runs += [
-            Job(name, None, seed, self.options.budget) for name in self.options.methods for seed in self._again(name)
-        ]
+        runs += [Job(name, None, SEEDS[0], self.options.budget) for name in filter(self._again, self.options.methods)]
         done = [run["seed"] for run in self.results[CONTEXT]["runs"]]
         return searches + runs + [Job(CONTEXT, None, seed, 0) for seed in SEEDS if seed not in done]
 

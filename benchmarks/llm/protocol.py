@@ -12,8 +12,8 @@ First all methods search: each lr of the grid with seed 3 for --trial forwards, 
 validation set is taken. Where that lies at an edge of the grid, one more is tried there, twice at most. Then all methods
 run for --budget forwards with seed 0, then all with seed 1, then with seed 2: whenever it ends, what is there can be
 compared. Beside them: the model as it is (zero-shot), and with 16 examples in its prompt. A method whose mean loss rises in
-the second half of its runs has an lr that was best for the trial and is too large for this length: it runs again with the
-next lower one, which is told of apart.
+the second half of its runs has an lr that was best for the trial and is too large for this length: it runs once more
+with the next lower one, which is told of apart.
 
 Each run is stored as it ends, and the same command goes on where it was, on another processor too: each run says which it
 was done on. Sums of another order round otherwise, which is to a run what another seed is. With --seconds it ends in time:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from benchmarks.convergence.run import SEEDS
 from benchmarks.convergence.tasks import Task
 from benchmarks.llm import demo
 from benchmarks.llm.methods import METHODS
+from benchmarks.llm.search import best
 from benchmarks.parts import ROOT, load
 from tests.benchmarks.toy import CONFIG, Toy
 
@@ -105,12 +107,22 @@ def test_no_method_beats_one_sided_mezo_and_four_directions_are_enough() -> None
         assert abs(ends[n]["mean"] - ends[4]["mean"]) < max(ends[n]["std"], ends[4]["std"])
 
 
+def test_what_the_page_says_of_adapters_is_stored() -> None:
+    methods = load("llm-cpu.json")["results"]["methods"]
+    lora, prefix = methods["lora-mezo"], methods["prefix-mezo"]
+    assert [best(one["grid"]) for one in (lora, prefix)] == [3e-3, 3e-2]
+    assert "the best of a search were 3e-3 and 3e-2, and 3e-3 undid the model in a run of 500" in SAID
+    start = load("llm-cpu.json")["results"]["start"]["test"]["loss"]
+    assert {run["lr"] for run in lora["runs"]} == {3e-3}
+    assert lora["runs"][0]["curve"][-1]["loss"] > start
+
+
 def test_a_search_counts_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = [{"lr": 1e-5, "loss": 0.7}, {"lr": 3e-5, "loss": 0.6}, {"lr": 1e-4, "loss": 0.5}]
     about = {"eps": 1e-3, "settings": {}, "runs": []}
     records = {"mezo": {"grid": grid, **about}, "fzoo": {"grid": [], **about}}
     results = {"methods": records, "start": {"validation": {"loss": 1.2}}}
-    monkeypatch.setattr(searches.page_cpu, "results", lambda: results)
+    monkeypatch.setattr(searches.stored_cpu, "results", lambda: results)
     assert list(searches._large()) == []  # it grows beyond 1e-4
     grid.append({"lr": 3e-4, "loss": None})
     (one,) = searches._large()
@@ -122,15 +134,21 @@ def test_a_search_counts_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_methods_are_sorted_by_the_largest_model_that_they_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {name: [{"curve": [{"accuracy": each}]} for each in (level, level + 0.02)]
             for name, level in (("hizoo", 0.6), ("lora-mezo", 0.7), ("adam", 0.9))}  # fmt: skip
-    monkeypatch.setattr(page.page_cpu, "results", dict)
+    for each in runs.values():
+        each.append(copy.deepcopy(each[0]))
+    monkeypatch.setattr(page.stored_cpu, "results", dict)
     assert "135M" not in page.methods()  # nothing to show
     results = {"start": {"test": {"accuracy": 0.52}}, "methods": {name: {"runs": each} for name, each in runs.items()}}
-    monkeypatch.setattr(page.page_cpu, "results", lambda: results)
+    monkeypatch.setattr(page.stored_cpu, "results", lambda: results)
     rows = [line.strip("| ").split(" | ") for line in page.methods().splitlines()[2:]]
     assert [row[0] for row in rows[:3]] == ["MeZO on LoRA", "HiZOO", "MeZO, one-sided, n=4"]
     assert [row[0] for row in rows[-2:]] == ["Adam (backpropagation)", "before tuning"]
-    assert rows[1] == ["HiZOO", "3.05 ± 0.03", "59.2 ± 3.0", "61.0 ± 1.4"]
+    assert rows[1] == ["HiZOO", "3.05 ± 0.03", "59.2 ± 3.0", "60.7 ± 1.2"]
     assert rows[-1][-1] == "52.0"
+    runs["lora-mezo"].pop()  # not all seeds are there
+    rows = [line.strip("| ").split(" | ") for line in page.methods().splitlines()[2:]]
+    assert rows[0][0] == "MeZO, one-sided, n=4"
+    assert [row[-1] for row in rows if row[0] == "HiZOO"] == ["60.7 ± 1.2"]
 
 
 def test_the_study_of_samples_spends_the_same_forwards_and_is_told(

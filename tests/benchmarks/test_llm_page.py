@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.llm import cost, packed, page_cpu
+from benchmarks.llm import cost, packed, page_cpu, papers, picture_cpu, stored_cpu
 from benchmarks.llm.bench import CONTEXT
-from benchmarks.llm.claims import ARXIV, CLAIMS
 from benchmarks.llm.methods import METHODS
 from benchmarks.llm.packed import Reviews
+from benchmarks.llm.papers import ARXIV, CLAIMS
 from tests.benchmarks.test_llm import saved, texts
 
 MACHINE = {"processor": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "instruction_sets": ["avx2"]}
@@ -43,10 +43,11 @@ def _whole() -> dict[str, dict[str, Any]]:
     results = {"start": {"test": {"accuracy": 0.52, "loss": 1.1}}, CONTEXT: examples,
                "methods": {name: _record(name, each) for name, each in ends.items()}}  # fmt: skip
     about = {"machine": MACHINE, "date": "2026-11-29T01:02:03", "commit": "0" * 40}
-    costs = {name: {"seconds": 1.5, "bytes": 3e7, "forward_bytes": 1e7} for name in METHODS}
+    one = {"seconds": 1.5, "forward_seconds": 0.5, "packed": True, "bytes": 3e7, "forward_bytes": 1e7}
+    costs = {name: dict(one) for name in METHODS}
     return {
-        page_cpu.RUNS: {**about, "settings": {"budget": 500}, "results": results},
-        page_cpu.COST: {**about, "results": costs},
+        stored_cpu.RUNS: {**about, "settings": {"budget": 500}, "results": results},
+        stored_cpu.COST: {**about, "results": costs},
     }
 
 
@@ -55,8 +56,9 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Any:
     """show(files): the page's parts, made from those."""
 
     def parts(files: dict[str, Any]) -> dict[str, str]:
-        monkeypatch.setattr(page_cpu, "stored", lambda name: files.get(name, {}))
-        return {name: make() for name, make in page_cpu.PAGES["docs/llm.md"].items()}
+        monkeypatch.setattr(stored_cpu, "stored", lambda name: files.get(name, {}))
+        made = (one.PAGES["docs/llm.md"].items() for one in (page_cpu, papers, picture_cpu))
+        return {name: make() for some in made for name, make in some}
 
     return parts
 
@@ -71,33 +73,37 @@ def test_a_page_of_all_runs_has_the_best_first_and_backpropagation_behind(show: 
     ]  # fmt: skip
     first = METHODS[order[0]]
     assert (
-        lines[0] == f"| {first.label} | {first.grid[1]:g} | 500 | 60.0 ± 0.0 | 82.0 ± 1.0 | 3 | 1.50 | 375 | 20.0 MB |"
+        lines[0]
+        == f"| {first.label} | 3e-05 | 250 × {first.forwards} | 60.0 ± 0.0 | 82.0 ± 1.0 | 3 | 3.00 | 375 | 20.0 MB |"
     )
-    assert lines[-2:] == ["| 16 examples in the prompt |  | 0 |  | 66.0 ± 0.0 | 3 |  |  |  |",
-                          "| as it is (zero-shot) |  | 0 |  | 52.0 |  |  |  |  |"]  # fmt: skip
-    assert "yet" not in "".join(made.values())
-    assert "in pieces" not in made["cpu-machine"]
+    assert lines[-2:] == ["| 16 examples in the prompt |  |  |  | 66.0 ± 0.0 | 3 |  |  |  |",
+                          "| as it is (zero-shot) |  |  |  | 52.0 |  |  |  |  |"]  # fmt: skip
+    assert "yet" not in "".join(made[name] for name in made if name != "cpu-states")
+    assert made["cpu-states"] == "No run has said it yet."
+    assert "others on" not in made["cpu-machine"]
     assert "- MeZO, two-sided: 1e-05: 0.000, 3e-05: 0.000, 0.0001: 0.000; taken: 3e-05" in made["cpu-grids"]
     assert made["cpu-picture"].startswith("![")
 
 
 def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
     files = _whole()
-    del files[page_cpu.COST]
-    results = files[page_cpu.RUNS]["results"]
+    del files[stored_cpu.COST]
+    results = files[stored_cpu.RUNS]["results"]
     methods = results["methods"]
     del methods["adam"]
     methods["mezo"]["runs"].pop()
     methods["hizoo"]["runs"].clear()
     methods["hizoo"]["grid"].pop()
     methods["fzoo"]["grid"][0] |= {"loss": None, "processor": "another CPU"}
+    methods["fzoo"]["runs"][0]["commit"] = "1" * 40
     results[CONTEXT]["runs"].clear()
     made = show(files)
     told = made["cpu-machine"]
-    assert "; in pieces, on a CPU and another CPU. " in told
+    assert "; others on a CPU and another CPU; runs that say it, at 111111111111. " in told
     assert "Not run yet: HiZOO; Adam (backpropagation)." in told
     assert "Not all 3 seeds yet: MeZO, two-sided (2)." in told
     assert told.count("not measured yet: MeZO, two-sided;") == 1
+    assert "| 250 × 9 | 60.0 ± 0.0 | 78.0 ± 1.0 | 3 |  |  |  |" in made["cpu-runs"]
     assert "HiZOO" not in made["cpu-runs"]
     assert "examples" not in made["cpu-runs"]
     assert "- HiZOO: 1e-05: 0.000, 3e-05: 0.000; not done" in made["cpu-grids"]
@@ -107,25 +113,66 @@ def test_a_page_of_some_runs_says_which_are_missing(show: Any) -> None:
 def test_lower_lr_stand_beside_those_that_were_too_large(show: Any) -> None:
     files = _whole()
     assert show(files)["cpu-lower"] == "No method's mean loss rose."
-    hizoo = files[page_cpu.RUNS]["results"]["methods"]["hizoo"]
+    hizoo = files[stored_cpu.RUNS]["results"]["methods"]["hizoo"]
     for run in hizoo["runs"]:
         run["curve"][-1]["loss"] = 0.7
     made = show(files)
-    assert "Not all 3 seeds with a lower lr yet: HiZOO (0)." in made["cpu-machine"]
-    assert made["cpu-lower"] == page_cpu.NONE
-    hizoo["lower"] = [{**_run(seed, 0.8), "lr": 1e-5} for seed in range(3)]
-    hizoo["lower"][0]["curve"][0]["loss"] = None
+    assert "Not run with a lower lr yet: HiZOO." in made["cpu-machine"]
+    assert made["cpu-lower"] == "It is not known before all seeds have run."
+    hizoo["lower"] = [{**_run(seed, 0.8), "lr": 1e-5, "processor": "a third CPU"} for seed in (1,)]
     made = show(files)
     assert "lower lr yet" not in made["cpu-machine"]
+    assert "; others on a CPU and a third CPU;" in made["cpu-machine"]
     assert made["cpu-lower"].splitlines()[2:] == [
-        "| HiZOO | 3e-05 | 0.600 ± 0.000 | 0.700 ± 0.000 | 74.0 ± 1.0 | 1e-05 | none | 0.500 ± 0.000 | 80.0 ± 0.0 | 3 |"
+        "| HiZOO | 3e-05 | 0.600 | 0.700 | 74.0 | 1e-05 | 0.600 | 0.500 | 80.0 |"
     ]
+    hizoo["lower"][0]["curve"][1]["loss"] = None
+    assert show(files)["cpu-lower"].endswith(" | 0.600 | diverged | 80.0 (1 diverged) |")
+
+
+def test_states_are_told_by_their_range_and_mean(show: Any) -> None:
+    files = _whole()
+    runs = files[stored_cpu.RUNS]["results"]["methods"]["helene"]["runs"]
+    for run, scale in zip(runs, (1, 2, 3), strict=True):
+        run["states"] = {"h": {"least": 0.5 * scale, "mean": 1.0 * scale, "largest": 4.0 * scale}}
+    assert show(files)["cpu-states"] == "- HELENE, floor 1000, h: 0.5 to 12, mean 2.0000 ± 1.0000"
+
+
+def test_times_are_those_of_methods_measured_while_a_forward_took_the_same(show: Any) -> None:
+    files = _whole()
+    costs = files[stored_cpu.COST]["results"]
+    costs["hizoo"] |= {"seconds": 3.0, "forward_seconds": 1.0}  # the machine was half as fast
+    costs["prefix-mezo"] |= {"seconds": 4.0, "forward_seconds": 1.0, "packed": False}
+    show(files)
+    assert stored_cpu.step_seconds("hizoo") == stored_cpu.step_seconds("mezo") == 1.5
+    assert [stored_cpu.step_seconds("prefix-mezo"), stored_cpu.in_forwards("prefix-mezo")] == [4.0, 4.0]
+
+
+def test_the_picture_has_each_method_and_each_seed(show: Any) -> None:
+    files = _whole()
+    methods = files[stored_cpu.RUNS]["results"]["methods"]
+    methods["lezo"]["runs"] = methods["lezo"]["runs"][:1]
+    methods["lezo"]["runs"][0]["curve"][-1]["loss"] = None
+    del files[stored_cpu.COST]["results"]["adam"]
+    show(files)
+    forwards, seconds, memory = picture_cpu.drawn().axes
+    count = len(METHODS)
+    assert [len(axes.lines) for axes in (forwards, seconds, memory)] == [2 * count + 1, 2 * count - 1, count]
+    named = {line.get_label(): line for line in forwards.lines if not line.get_label().startswith("_")}
+    assert set(named) == {method.label for method in METHODS.values()} | {"16 examples in the prompt"}
+    assert len({line.get_color() for line in named.values()}) == count + 1
+    assert list(named["HiZOO"].get_xdata()) == [0, 250, 500]
+    assert list(named["MeZO on a prefix"].get_xdata()) == [250, 500]
+    assert sorted(len(line.get_xdata()) for line in forwards.lines if line.get_marker() == "o") == [1] + [3] * (
+        count - 1
+    )
+    assert {line.get_marker() for line in memory.lines} == {"o", "s", "None"}
 
 
 def test_what_papers_report_stands_beside_the_difference_of_each_seed(show: Any) -> None:
     assert set(CLAIMS) < set(METHODS)
     files = _whole()
-    methods = files[page_cpu.RUNS]["results"]["methods"]
+    methods = files[stored_cpu.RUNS]["results"]["methods"]
     for run, accuracy, loss in zip(methods["fzoo"]["runs"], (0.74, 0.75, 0.73), (0.4, 0.5, 0.45), strict=True):
         run["curve"][-1] |= {"accuracy": accuracy, "loss": loss}
     methods["lezo"]["runs"][1]["curve"][-1]["loss"] = None
@@ -133,21 +180,22 @@ def test_what_papers_report_stands_beside_the_difference_of_each_seed(show: Any)
     methods["es"]["runs"].clear()
     rows = [line[2:-2].split(" | ") for line in show(files)["cpu-papers"].splitlines()[2:]]
     told = dict(zip(CLAIMS, (row[2:] for row in rows), strict=True))
-    assert told["mezo"] == ["the measure"] * 2
-    assert told["fzoo"] == ["−0.050 ± 0.050", "+3.0 ± 1.7"]  # 4, 4 and 1 points
-    assert told["lezo"] == ["diverged", "+2.0 ± 0.0"]
-    assert told["hizoo"] == ["+0.000", "+3.0"]
-    assert told["es"] == ["", ""]  # nothing yet
+    assert told["mezo"] == ["", "", ""]
+    assert told["fzoo"] == ["−0.050 ± 0.050", "+3.0 ± 1.7", "3"]  # 4, 4 and 1 points
+    assert told["lezo"] == ["diverged", "diverged", "3"]
+    assert told["hizoo"] == ["+0.000", "+3.0", "1"]
+    assert told["es"] == ["", "", ""]  # nothing yet
+    assert "| 73.0 ± 1.0 (1 diverged) | 3 |" in show(files)["cpu-runs"]
     assert all(f"]({ARXIV}{CLAIMS[name][0]}): " in row[1] for name, row in zip(CLAIMS, rows, strict=True))
 
 
 def test_a_page_without_any_run_holds(show: Any) -> None:
-    assert set(show({}).values()) == {page_cpu.NONE}
+    assert set(show({}).values()) == {stored_cpu.NONE, "No run has said it yet."}
     begun = copy.deepcopy(_whole())
-    begun[page_cpu.RUNS]["results"] |= {"methods": {}, CONTEXT: {"examples": 16, "runs": []}}
+    begun[stored_cpu.RUNS]["results"] |= {"methods": {}, CONTEXT: {"examples": 16, "runs": []}}
     made = show(begun)
-    assert made["cpu-runs"].splitlines()[2:] == ["| as it is (zero-shot) |  | 0 |  | 52.0 |  |  |  |  |"]
-    assert made["cpu-picture"] == page_cpu.NONE
+    assert made["cpu-runs"].splitlines()[2:] == ["| as it is (zero-shot) |  |  |  | 52.0 |  |  |  |  |"]
+    assert made["cpu-picture"] == stored_cpu.NONE
 
 
 # ----------------------------------------------------------------------------------------------------------------- costs
