@@ -104,7 +104,8 @@ def methods() -> str:
     large = {name: part for name, part in stored_cpu.results().get("methods", {}).items() if part["runs"]}
     whole = bool(large) and {len(part["runs"]) for part in large.values()} == {len(SEEDS)}
     shown = large if whole else {}
-    order = sorted(large.keys() | small.keys(), key=lambda name: (_backward(name), *_place(name, small, shown)))
+    known = [*small, *(name for name in METHODS if name in large and name not in small)]
+    order = sorted(known, key=lambda name: (_backward(name), *_place(name, small, shown)))
     rows = [[_label(name, small), *_cells(name, small, demo, large)] for name in order]
     rows.append(["before tuning", f"{tasks['lm']['start']['report']['loss']:.2f}",
                  f"{100 * tasks['demo']['start']['report']['accuracy']:.1f}"])  # fmt: skip
