@@ -101,7 +101,7 @@ def methods() -> str:
     """What each method reached with the same forwards, on each of the three models."""
     tasks = convergence()["results"]
     small, demo = tasks["lm"]["methods"], tasks["demo"]["methods"]
-    large = {name: part for name, part in stored_cpu.results().get("methods", {}).items() if part["runs"]}
+    large = stored_cpu.ran()
     whole = bool(large) and {len(part["runs"]) for part in large.values()} == {len(SEEDS)}
     shown = large if whole else {}
     known = [*small, *(name for name in METHODS if name in large and name not in small)]

@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import context, reviews
-from benchmarks.llm.methods import METHODS, Method, step
+from benchmarks.llm.methods import METHODS, Method, states, step
 from benchmarks.llm.packed import Reviews
-from benchmarks.llm.search import best, falls_back, lower, next_lr
-from zokern.optim.base import ZerothOrderOptimizer
+from benchmarks.llm.search import best, lower, next_lr, wants_lower
 
 Settings = dict[str, Any]
 BATCH = 16
@@ -91,9 +88,7 @@ class Bench:
             yield Job(name, lower(record["grid"], record["lr"]), SEEDS[0], self.options.budget)
 
     def _again(self, name: str) -> bool:
-        """Whether a method has to run with a lower lr as well, once: the one it has is too large for this length."""
-        record = self._record(name)
-        return len(record["runs"]) == len(SEEDS) and falls_back(record["runs"]) and not record["lower"]
+        return wants_lower(self._record(name), len(SEEDS))
 
     def remaining(self) -> list[Job]:
         """What is left as far as it is known; a grid may still grow."""
@@ -115,10 +110,9 @@ class Bench:
 
     def complete(self) -> bool:
         """Whether nothing is left of any method, also of those that were not asked for."""
-        every = [self.results["methods"].get(name) for name in METHODS]
+        found = self.results["methods"]
         return len(self.results[CONTEXT]["runs"]) == len(SEEDS) and all(
-            record is not None and len(record["runs"]) == len(SEEDS) and not self._again(name)
-            for name, record in zip(METHODS, every, strict=True)
+            name in found and len(found[name]["runs"]) == len(SEEDS) and not self._again(name) for name in METHODS
         )
 
     # ------------------------------------------------------------------------------------------------------------- time
@@ -230,25 +224,7 @@ class Bench:
                 self.say("    the time is over: this run is dropped, and done again by the next call")
                 raise OutOfTime
         return {"seed": seed, "steps": steps, "forwards": steps * method.forwards, "seconds": seconds,
-                **self.about, "states": _states(optimizer), "curve": curve}  # fmt: skip
-
-
-def _states(optimizer: Any) -> dict[str, dict[str, float]]:
-    """Of each state that a method of ours keeps for all weights, as HiZOO's h: its least, mean and largest value."""
-    if not isinstance(optimizer, ZerothOrderOptimizer):
-        return {}
-    kept: dict[str, list[torch.Tensor]] = {}
-    for state in optimizer.state.values():
-        for name, values in state.items():
-            kept.setdefault(name, []).append(values)
-    return {
-        name: {
-            "least": min(float(t.min()) for t in tensors),
-            "mean": sum(float(t.sum(dtype=torch.float64)) for t in tensors) / sum(t.numel() for t in tensors),
-            "largest": max(float(t.max()) for t in tensors),
-        }
-        for name, tensors in kept.items()
-    }
+                **self.about, "states": states(optimizer), "curve": curve}  # fmt: skip
 
 
 def _finite(found: dict[str, float]) -> dict[str, float | None]:

@@ -16,6 +16,7 @@ from torch import nn
 
 import zokern
 from benchmarks.convergence.run import BACKPROPAGATION, adam, lezo
+from zokern.optim.base import ZerothOrderOptimizer
 
 EPS = 1e-3
 
@@ -59,6 +60,24 @@ def step(method: Method, optimizer: Any, loss: Callable[[], torch.Tensor]) -> No
     with torch.enable_grad():
         loss().backward()
     optimizer.step()
+
+
+def states(optimizer: Any) -> dict[str, dict[str, float]]:
+    """Of each state that a method of ours keeps for all weights, as HiZOO's h: its least, mean and largest value."""
+    if not isinstance(optimizer, ZerothOrderOptimizer):
+        return {}
+    kept: dict[str, list[torch.Tensor]] = {}
+    for state in optimizer.state.values():
+        for name, values in state.items():
+            kept.setdefault(name, []).append(values)
+    return {
+        name: {
+            "least": min(float(t.min()) for t in tensors),
+            "mean": sum(float(t.sum(dtype=torch.float64)) for t in tensors) / sum(t.numel() for t in tensors),
+            "largest": max(float(t.max()) for t in tensors),
+        }
+        for name, tensors in kept.items()
+    }
 
 
 ES_N = 8

@@ -9,7 +9,7 @@ from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import stored_cpu
 from benchmarks.llm.bench import CONTEXT
 from benchmarks.llm.methods import METHODS
-from benchmarks.llm.search import best, falls_back, next_lr
+from benchmarks.llm.search import best, next_lr, wants_lower
 from benchmarks.llm.stored_cpu import COST, NONE, RUNS, ends, losses, spread
 from benchmarks.parts import Record, made_on, table
 
@@ -116,8 +116,7 @@ def _unfinished() -> str:
     some = [f"{METHODS[name].label} ({count})" for name, count in seeds.items() if 0 < count < len(SEEDS)]
     told = f" **Not run yet: {'; '.join(none)}.**" if none else ""
     told += f" **Not all {len(SEEDS)} seeds yet: {'; '.join(some)}.**" if some else ""
-    whole = [(name, part) for name, part in found.items() if seeds.get(name) == len(SEEDS)]
-    less = [METHODS[name].label for name, part in whole if falls_back(part["runs"]) and not part.get("lower")]
+    less = [METHODS[name].label for name in METHODS if name in found and wants_lower(found[name], len(SEEDS))]
     return told + (f" **Not run with a lower lr yet: {'; '.join(less)}.**" if less else "")
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from statistics import mean, stdev
-
 from benchmarks.llm import stored_cpu
 from benchmarks.llm.methods import METHODS
+from benchmarks.llm.stored_cpu import spread
 from benchmarks.parts import Record, table
 
 ARXIV = "https://arxiv.org/abs/"
@@ -47,12 +46,7 @@ def _cells(method: Record, mezo: Record) -> list[str]:
         return ["diverged", "diverged", str(len(found))]
     points = [100 * (a - b) for a, b in pairs(method, mezo, "accuracy")]
     loss = [a - b for a, b in found]
-    return [_said(loss, 3), _said(points, 1), str(len(found))] if found else [""] * 3
-
-
-def _said(values: list[float], digits: int) -> str:
-    told = f"{mean(values):+.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-    return told.replace("-", "−")
+    return [spread(loss, 3, sign=True), spread(points, sign=True), str(len(found))] if found else [""] * 3
 
 
 def papers() -> str:

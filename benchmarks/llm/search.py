@@ -49,3 +49,8 @@ def falls_back(runs: list[dict[str, Any]]) -> bool:
         return math.inf if None in losses else mean(losses)
 
     return loss(-1) > loss(0) or math.isinf(loss(-1))
+
+
+def wants_lower(record: dict[str, Any], seeds: int) -> bool:
+    """Whether a method has to run with a lower lr as well, once: all seeds are there, and their lr is too large."""
+    return len(record["runs"]) == seeds and falls_back(record["runs"]) and not record.get("lower")

@@ -7,7 +7,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.llm.methods import METHODS
-from benchmarks.parts import Record, load
+from benchmarks.parts import Record, load, signed
 from zokern.bench.record import RESULTS
 
 RUNS, COST = "llm-cpu.json", "llm-cost-cpu.json"
@@ -47,11 +47,12 @@ def losses(runs: list[Record], look: int = -1) -> list[float] | None:
     return None if None in found else found
 
 
-def spread(values: list[float] | None, digits: int = 1) -> str:
-    """Mean and standard deviation, 1/(N - 1); of one value itself; "diverged" for None."""
+def spread(values: list[float] | None, digits: int = 1, sign: bool = False) -> str:
+    """Mean and standard deviation, 1/(N - 1); of one value itself; "diverged" for None. sign: of the mean, always."""
     if values is None:
         return "diverged"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    told = signed(mean(values), digits) if sign else f"{mean(values):.{digits}f}"
+    return told + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def in_forwards(name: str) -> float:
