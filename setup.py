@@ -111,10 +111,28 @@ def architectures(nvcc: str) -> str:
     return ";".join(dict.fromkeys(out))
 
 
+def check_tools() -> None:
+    """A C++ compiler, where CMake looks for one, and CMake itself; raises SystemExit with the remedy."""
+    named = os.environ.get("CXX", "").split()[:1]
+    compilers = named or ["c++", "g++", "clang++"]
+    if not any(shutil.which(one) for one in compilers):
+        looked = f"CXX={named[0]}" if named else f"{', '.join(compilers)} on PATH"
+        raise SystemExit(
+            f"zokern: there is no C++ compiler, and the kernels are built from source. Looked at: {looked}. Install one "
+            "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or set CXX to it."
+        )
+    if shutil.which("cmake") is None:
+        raise SystemExit(
+            "zokern: cmake is not on PATH. pip fetches it by itself; with --no-build-isolation, install what "
+            "pyproject.toml names first: pip install cmake ninja pybind11."
+        )
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
+        check_tools()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Kept between builds, so that a second one compiles only what changed.
         work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -138,8 +156,14 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(work), *options]
         if subprocess.run(configure).returncode:
             print("zokern: CMake cannot go on from the last build; beginning anew", flush=True)
-            subprocess.run([*configure, "--fresh"], check=True)
-        subprocess.run(["cmake", "--build", str(work), *(["-j", jobs] if jobs else [])], check=True)
+            run([*configure, "--fresh"])
+        run(["cmake", "--build", str(work), *(["-j", jobs] if jobs else [])])
+
+
+def run(command: list[str]) -> None:
+    """Ends with a sentence where it fails: what failed stands above it, and a trace of ours would hide that."""
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(f"zokern: {' '.join(command[:2])} ended with exit code {code}; why, stands above.")
 
 
 setup(ext_modules=[Extension("zokern._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -73,6 +73,29 @@ def test_listed_architectures_win(tmp_path: Path) -> None:
     assert architectures(TORCH_CUDA_ARCH_LIST=" ; ", **env).stdout.strip().endswith("100-virtual")
 
 
+def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
+    said = refusal(setup_py("m['check_tools']()", PATH=str(tmp_path), CXX=""))
+    assert "there is no C++ compiler" in said
+    assert "Looked at: c++, g++, clang++ on PATH" in said
+    assert "apt install g++" in said
+    said = refusal(setup_py("m['check_tools']()", CXX="ccache-of-nowhere g++"))
+    assert "Looked at: CXX=ccache-of-nowhere." in said
+    tool(tmp_path / "c++")
+    assert "cmake is not on PATH" in refusal(setup_py("m['check_tools']()", PATH=str(tmp_path), CXX=""))
+    tool(tmp_path / "cmake")
+    assert setup_py("m['check_tools']()", PATH=str(tmp_path), CXX="").stdout.strip() == "None"
+
+
+def tool(path: Path) -> None:
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+
+
+def test_what_fails_in_a_build_is_not_followed_by_a_trace() -> None:
+    said = refusal(setup_py(f"m['run']([{sys.executable!r}, '-c', 'raise SystemExit(3)'])"))
+    assert said.strip() == f"zokern: {sys.executable} -c ended with exit code 3; why, stands above."
+
+
 @pytest.mark.parametrize("item", ["Hopper", "7.5", "13.0", "9.0b", "8.0a", "9.0f", "90", "9.0+ptx"])
 def test_architectures_that_cannot_be_built_are_named(item: str, tmp_path: Path) -> None:
     said = refusal(architectures(TORCH_CUDA_ARCH_LIST=f"8.0 {item}", **stand_in(tmp_path)))
