@@ -19,6 +19,7 @@ from pathlib import Path
 import benchmarks.choose.page
 import benchmarks.convergence.page
 import benchmarks.drift.run
+import benchmarks.front.page
 import benchmarks.gpu.page
 import benchmarks.kernels.page
 import benchmarks.layers.run
@@ -75,7 +76,7 @@ SUBJECTS = (
     benchmarks.machine_code.page, benchmarks.trainer.run,
     benchmarks.rewards.page, benchmarks.choose.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
-    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page,
+    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page, benchmarks.front.page,
     docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}

@@ -41,7 +41,7 @@ def own(entry: Entry) -> dict[str, Setting]:
 def methods() -> str:
     rows = []
     for name, entry in ENTRIES.items():
-        title = f"[{entry.title}](docs/methods/{name}.md)" + (f", {entry.many}" if entry.many else "")
+        title = f"[{entry.title}](methods/{name}.md)" + (f", {entry.many}" if entry.many else "")
         rows.append((title, f"`zokern.{entry.cls.__name__}`{entry.also}", entry.forwards, entry.passes, entry.state))
     return table(("method", "class", "forwards a step", "passes a step", "state"), rows)
 
@@ -68,8 +68,7 @@ def tasks() -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"methods": methods},
-    "docs/methods.md": {"settings": lambda: settings(Common.settings)},
+    "docs/methods.md": {"methods": methods, "settings": lambda: settings(Common.settings)},
     "docs/finetune.md": {"options": options, "tasks": tasks},
     **{
         f"docs/methods/{name}.md": {

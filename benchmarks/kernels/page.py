@@ -1,4 +1,4 @@
-"""Tables and pictures of the kernel benchmarks, for README.md and docs/benchmarks.md, from results/kernels-*.json."""
+"""Tables and pictures of the kernel benchmarks, for docs/benchmarks.md, from results/kernels-*.json."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _compiled(device: str) -> dict[str, float]:
 
 
 def kernel_headlines() -> str:
-    """README's table of passes: on a GPU where one was measured, else on a CPU."""
+    """The short table of passes: on a GPU where one was measured, else on a CPU."""
     device = "cuda" if paths("cuda") else "cpu"
     found, compiled = [plots.load(path) for path in paths(device).values()], _compiled(device)
     peers = [*dict.fromkeys([*_peers(found), *(["compiled"] if compiled else [])])]
@@ -151,6 +151,8 @@ def draw() -> None:
 
 
 PAGES = {
-    "README.md": {"kernels": kernel_headlines},
-    "docs/benchmarks.md": {"kernels-cpu": kernels_cpu, "kernels-gpu": kernels_gpu, "targets": targets.table_of_targets},
-}
+    "docs/benchmarks.md": {
+        "kernels": kernel_headlines, "kernels-cpu": kernels_cpu, "kernels-gpu": kernels_gpu,
+        "targets": targets.table_of_targets,
+    },
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Whole steps and sizes, for README.md and docs/steps.md, from results/step-c*.json and scaling-cpu.json."""
+"""Whole steps and sizes, for docs/steps.md and docs/graphs.md, from results/step-c*.json and scaling-cpu.json."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def scaling_part() -> str:
     return "\n\n".join([head, told, *step_tables.scaling_notes(rows)])
 
 
-def readme_gpu() -> str:
+def short_gpu_part() -> str:
     """Whole steps on a GPU: of a large model in place, of a smaller one from a CUDA graph."""
     large, small = load("step-cuda-opt-13b.json"), load("step-cuda-opt-1.3b.json")
     short = load("step-cuda-opt-13b-16x40.json")
@@ -89,7 +89,7 @@ def readme_gpu() -> str:
         ("OPT-1.3B, 16 x 32, in a CUDA graph", small, "opt-1.3b 16x32", "graphed"),
     )
     rows = [[title, *(told(run, f"{c} {m}", way) for m in ("mezo", "hizoo"))] for title, run, c, way in cases]
-    head = f"Whole steps on the {short_gpu(large)}, bfloat16 ([all of them](docs/steps.md)):"
+    head = f"Whole steps on the {short_gpu(large)}, bfloat16:"
     return f"{head}\n\n{table(['model, tokens', 'MeZO', 'HiZOO'], rows, tight=True)}"
 
 
@@ -132,7 +132,7 @@ def gain_part() -> str:
     )
 
 
-def readme_cpu() -> str:
+def short_cpu_part() -> str:
     """Of the demo's model, in the published order and in place."""
     run = load("step-cpu.json")
     theirs, ours = (run["results"][f"demo 16x32 mezo {way}"] for way in ("published", "inplace"))
@@ -141,7 +141,7 @@ def readme_cpu() -> str:
     return (
         f"Of a whole MeZO step on the demo's model ({ours['parameters'] / 1e6:.1f} million parameters, {ours['tokens']} "
         f"tokens, {run['machine']['threads']} threads) the passes take {shares[1]:.0%}; in the published order of work "
-        f"they take {shares[0]:.0%}, and the step {faster:.1f} times as long ([steps](docs/steps.md))."
+        f"they take {shares[0]:.0%}, and the step {faster:.1f} times as long."
     )
 
 
@@ -151,8 +151,8 @@ def draw() -> None:
 
 
 PAGES = {
-    "README.md": {"step-gpu": readme_gpu, "step": readme_cpu},
     "docs/steps.md": {
+        "short-gpu": short_gpu_part, "short-cpu": short_cpu_part,
         "step": step_part, "step-waiting": waiting_part, "step-gpu": gpu_part, "step-reading": reading_part,
         "scaling": scaling_part,
     },

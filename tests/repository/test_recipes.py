@@ -118,11 +118,11 @@ def test_a_method_a_setting_and_a_placement(tmp_path: Path) -> None:
     for command in dict.fromkeys(c for name in named for c in commands(found[name])):
         run(tree, command)
     run(tree, f"{sys.executable} - <<'END'\n{CHECK}END")
-    readme, page = ((tree / name).read_text() for name in ("README.md", "docs/methods/cautious.md"))
-    assert "[Cautious](docs/methods/cautious.md)" in readme
+    methods, page = ((tree / name).read_text() for name in ("docs/methods.md", "docs/methods/cautious.md"))
+    assert "[Cautious](methods/cautious.md)" in methods
     assert "| `share` | `0.5` | at least 0, at most 1 |" in page
     assert "`tempered`" in (tree / "docs" / "methods" / "es.md").read_text()
-    assert "kept" in (tree / "docs" / "methods.md").read_text()
+    assert "kept" in methods
 
 
 @pytest.mark.slow_machine_code

@@ -62,6 +62,7 @@ PAGES = [
             "lowrank",
             "methods",
             "passes",
+            "quickstart",
             "trainer",
             "trl",
         )

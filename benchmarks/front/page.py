@@ -1,0 +1,163 @@
+"""README's one figure and the sentence below it: a step beside the published order of work, and memory beside Adam."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convergence.page import FIRST_ORDER
+from benchmarks.convergence.page import stored as convergence
+from benchmarks.memory import formulas
+from benchmarks.memory.page import ITEM, TOKENS, weights
+from benchmarks.memory.shapes import LARGE
+from benchmarks.parts import Record, gpus, load, panels, plain, save, short_gpu, table
+from zokern.bench.plots import BLUE, GREEN, INK, ORANGE, RED
+
+PUBLISHED = "published"
+MODEL = "13B"
+MEMORY = {
+    "inference": ("inference", INK),
+    "inplace": ("zokern, in place", BLUE),
+    "LoRA, Adam": ("LoRA, Adam", ORANGE),
+    "Adam, all bfloat16": ("Adam, all in bfloat16", RED),
+    "Adam, mixed": ("Adam, mixed precision", RED),
+}  # {a way of benchmarks/memory: its name here, its colour}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A case of `zokern bench step`: its file, its name there, the way of ours that is shown, the model's name."""
+
+    file: str
+    case: str
+    ours: str
+    told: str
+
+    def seconds(self, way: str) -> float:
+        return float(self._of(way)["step"]["median"])
+
+    def passes(self, way: str) -> float | None:
+        """Seconds of the passes; None of a graph, which has no parts."""
+        one = self._of(way)
+        return float(one["passes"]) if "passes" in one else None
+
+    def faster(self) -> float:
+        return self.seconds(PUBLISHED) / self.seconds(self.ours)
+
+    def run(self) -> Record:
+        return load(self.file)
+
+    def tokens(self) -> str:
+        return self.case.split()[1].replace("x", " x ")
+
+    def where(self) -> str:
+        run = self.run()
+        return short_gpu(run) if "gpu" in run["machine"] else f"{run['machine']['threads']} CPU cores"
+
+    def _of(self, way: str) -> Any:
+        return self.run()["results"][f"{self.case} mezo {way}"]
+
+
+STEPS = (
+    Step("step-cuda-opt-13b-16x40.json", "opt-13b 16x40", "inplace", "OPT-13B"),
+    Step("step-cuda-opt-1.3b.json", "opt-1.3b 16x32", "graphed", "OPT-1.3B, as one CUDA graph"),
+    Step("step-cpu.json", "demo 16x32", "inplace", "a 23M encoder"),
+)
+
+
+def gigabytes(way: str) -> float:
+    """Weights in bfloat16 and what comes beside them, by the formulas."""
+    shape, (rows, length) = LARGE[MODEL], TOKENS[0]
+    return (weights(shape, ITEM) + formulas.COMPUTED[way](shape, rows, length, ITEM)) / 1e9
+
+
+def sentence() -> str:
+    large, *rest = STEPS
+    others = ", and ".join(f"{one.faster():.1f} times as fast on {one.told} ({one.where()})" for one in rest)
+    return (
+        f"On an {large.where()}, a MeZO step of {large.told} with {large.tokens()} tokens takes "
+        f"{1e3 * large.seconds(large.ours):.0f} ms. In the published order of work it takes "
+        f"{1e3 * large.seconds(PUBLISHED):.0f}, **{large.faster():.1f} times as long**. A step is {others} "
+        f"([steps](docs/steps.md)). A {MODEL} model is tuned in {gigabytes('inplace'):.0f} GB, which is what inference "
+        f"takes. LoRA with Adam takes {gigabytes('LoRA, Adam'):.0f} for so few tokens, Adam "
+        f"{gigabytes('Adam, all bfloat16'):.0f} to {gigabytes('Adam, mixed'):.0f} ([memory](docs/memory.md): by formulas, "
+        "held against measurements)."
+    )
+
+
+def honest() -> str:
+    """Backpropagation beside all others, on the demo's model with the same number of forwards."""
+    demo = convergence()["results"]["demo"]
+    ends = {name: 100 * one["final"]["accuracy"]["mean"] for name, one in demo["methods"].items()}
+    adam = ends.pop(FIRST_ORDER)
+    return (
+        "**If backpropagation fits in your memory, use it: it learns more per forward.** Of a 23M encoder, "
+        f"{demo['budget']} forwards of Adam make {adam:.1f} % right, and those of forward-only methods "
+        f"{min(ends.values()):.0f} to {max(ends.values()):.0f} % "
+        "([the study](docs/convergence.md); a backward counts as two forwards)."
+    )
+
+
+def draw() -> None:
+    figure, (left, right) = panels(2, 10.5, 3.6)
+    places, labels = [], []
+    for i, one in enumerate(STEPS):
+        whole, top = one.seconds(PUBLISHED), -3.3 * i
+        title = f"{one.told}, {one.tokens()} tokens, {one.where()}"
+        left.text(0.005, top + 0.6, title, fontsize=8.5, weight="bold", color=INK)
+        for way, name, place in ((PUBLISHED, "published", top), (one.ours, "zokern", top - 1)):
+            seconds, passes = one.seconds(way), one.passes(way)
+            if passes is None:
+                left.barh(place, seconds / whole, color=GREEN)
+            else:
+                left.barh(place, (seconds - passes) / whole, color=BLUE)
+                left.barh(place, passes / whole, left=(seconds - passes) / whole, color=ORANGE)
+            note = f"{1e3 * seconds:,.0f} ms" + ("" if way == PUBLISHED else f", {one.faster():.1f} times as fast")
+            left.text(seconds / whole + 0.015, place, note, va="center", fontsize=8)
+            places.append(place)
+            labels.append(name)
+    left.set_yticks(places, labels, fontsize=8)
+    left.set_xlim(0, 1.15)
+    left.set_ylim(top=1.1)
+    left.set_xlabel("time of a MeZO step, over the published", fontsize=9)
+    for colour, what in ((BLUE, "forwards"), (ORANGE, "passes over the weights"), (GREEN, "all in one graph")):
+        left.barh([0], [0], color=colour, label=what)
+    left.legend(frameon=False, fontsize=8, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))
+    sizes = [gigabytes(way) for way in MEMORY]
+    right.barh([-i for i in range(len(MEMORY))], sizes, color=[colour for _, colour in MEMORY.values()])
+    for i, size in enumerate(sizes):
+        right.text(size + 3, -i, f"{size:.0f}", va="center", fontsize=8)
+    right.set_yticks([-i for i in range(len(MEMORY))], [told for told, _ in MEMORY.values()], fontsize=8)
+    right.set_xlim(0, 1.15 * max(sizes))
+    right.set_xlabel(f"GB to tune a {MODEL} model, computed", fontsize=9)
+    for axes in (left, right):
+        plain(axes, labelsize=8)
+        axes.grid(visible=False)
+    save(figure, "front", metadata={"Software": None})
+
+
+def gpu_rows() -> str:
+    """Each GPU that the suite has run on."""
+    rows = []
+    for folder in gpus().values():
+        truth, equal = (
+            json.loads((folder / name).read_text()) for name in ("gpu-suite-truth.json", "equality-cuda.json")
+        )
+        wrong = sum(row["different"] for row in equal["results"])
+        timed = sorted({model for path in folder.glob("step-cuda-*.json") for model in _models(path)})
+        what = (
+            f"bits of {equal['settings']['compared']} kinds of passes: {f'{wrong} differ' if wrong else 'none differs'}"
+        )
+        what += f" from the CPU's; steps of {' and '.join(timed)}"
+        rows.append([truth["gpu"]["name"], what, truth["date"][:10], f"`{truth['commit'][:7]}`"])
+    told = table(["GPU", "what", "date", "commit"], rows, tight=True)
+    return f"{told}\n\nMore of it: [what has run on a GPU](docs/passes.md#what-has-run-on-a-gpu)."
+
+
+def _models(path: Path) -> set[str]:
+    return {name.split()[0].replace("opt", "OPT").replace("b", "B") for name in json.loads(path.read_text())["results"]}
+
+
+PAGES = {"README.md": {"front": sentence, "honest": honest, "gpus": gpu_rows}}
