@@ -73,9 +73,8 @@ def shown(one: Finding) -> str:
     matters, here = (_MARKS.sub(r"**\1**", escaped(part)) for part in (one.matters, one.here))
     here = _PAGE.sub(lambda m: f"[{m[1]}]({m[1]}.md{m[2] or ''})", here)
     last = f"{here} {escaped(one.versions)} {one.date}, [script](../findings/{one.name})."
-    return "\n\n".join(
-        [f"### {escaped(one.title.removesuffix('.'))}", *map(wrapped, (escaped(one.seen), matters, last))]
-    )
+    parts = "\n\n".join(map(wrapped, (escaped(one.seen), matters, last)))
+    return f"### {escaped(one.title.removesuffix('.'))}\n{parts}"
 
 
 def escaped(text: str) -> str:
