@@ -6,8 +6,8 @@
 # in the forward, and the counts stay where they were. instance_norm, with the same statistics, raises them. So a gradient
 # that needs the old statistics is silently computed from the new ones.
 #
-# It matters to forward-only training, and to whoever finds changed buffers by their versions: to put them back, to copy
-# only what moved, or to check that an evaluation left a model alone. What helps: take the statistics of normalisation
+# It matters to forward-only training, and to whoever finds changed buffers by their versions. They may be put back,
+# copied, or looked at to see that an evaluation left a model alone. What helps: take the statistics of normalisation
 # layers in training mode as changed, or compare their values.
 #
 # In zokern: both are done, so a step leaves running statistics as they were (docs/methods.md#what-is-told).

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # `if torch.isfinite(weight).all():` goes another way on each rank when weight is a DTensor.
 #
-# all() of a sharded tensor is a DTensor whose value is still to be put together from the ranks (a partial one). bool()
-# and item() do not do that, and do not say so: they answer for the part that this rank has. So a rank whose part is fine
-# goes on, and the one that has the nan does not. The next collective waits for a rank that never comes. A sum that is
-# logged with item() is that of one shard.
+# The value of all() of a sharded tensor is still to be put together from the ranks (it is a partial one). Neither bool()
+# nor item() does that, or says so. They answer for the part that this rank has. So a rank whose part is fine goes on, and
+# the one that has the nan does not. The next collective waits for a rank that never comes. A sum that is logged with
+# item() is that of one shard.
 #
 # It matters to checks before a collective, such as gradient guards, checkpoint validation and early exits; and to logged
 # numbers. What helps: full_tensor() before bool() or item().

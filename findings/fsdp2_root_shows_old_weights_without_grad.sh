@@ -3,7 +3,7 @@
 #
 # fully_shard gathers a module's weights before its forward and lets go of them after it. Of the outermost one it keeps
 # them, for the backward pass that usually follows. Without one, nobody lets go. The next forward does not gather again,
-# so whatever changes the shards in between is not seen: two evaluations around an in-place change of the shards agree to
+# so whatever changes the shards in between is not seen. Two evaluations around an in-place change of the shards agree to
 # the last bit. Inner modules are not.
 #
 # It matters to whoever changes weights between forwards without a backward pass: averages of weights, merged adapters,

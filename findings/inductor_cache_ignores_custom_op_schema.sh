@@ -6,9 +6,9 @@
 # written out. A changed default is thus ignored, silently: eager and compiled results differ within one process. An
 # argument taken away raises "expected at most 2 argument(s) but received 3".
 #
-# It matters to whoever ships custom operators: users upgrade the package, or run two versions of it, under one cache
-# folder, and by default all of a user's processes share one. What helps: a new operator name with each schema; calls that
-# pass every argument; a TORCHINDUCTOR_CACHE_DIR for each version; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1.
+# It matters to whoever ships custom operators. Users upgrade the package, or run two versions of it. By default all of a
+# user's processes share one cache folder. What helps: a new operator name with each schema; calls that pass every
+# argument; a TORCHINDUCTOR_CACHE_DIR for each version; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1.
 #
 # In zokern: calls of a pass's operators give every argument, so no default is written into a cached graph.
 #

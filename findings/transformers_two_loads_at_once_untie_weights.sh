@@ -6,8 +6,8 @@
 # ends last it puts that back. From then on no model ties its weights: output embeddings are a matrix of their own,
 # freshly drawn or loaded. Nothing is told, and a later load in one thread does not mend it.
 #
-# It matters to sweeps and services that load in threads, and to fine-tuning, where a head that is tied on paper trains
-# apart from the embeddings and is saved so. What helps: one lock around all loads of a process.
+# It matters to sweeps and services that load in threads, and to fine-tuning. A head that is tied on paper trains apart
+# from the embeddings, and is saved so. What helps: one lock around all loads of a process.
 #
 # In zokern: all loads of the command, and of zokern.finetune, take one lock.
 #
@@ -75,7 +75,7 @@ print("after, tied:", tied())
 transformers.GPT2LMHeadModel.from_pretrained("model")
 print("after a load alone, tied:", tied())
 PYTHON
-timeout 120 venv/bin/python -W ignore seen.py 2>/dev/null | tee seen.txt
+timeout 120 venv/bin/python -W ignore seen.py 2>errors.txt | tee seen.txt || { cat errors.txt; exit 1; }
 cat > wanted.txt <<'TEXT'
 before, tied: True
 after, tied: False
