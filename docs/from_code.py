@@ -1,4 +1,4 @@
-"""Tables of pages that are made from the code: methods and their settings, the command's options.
+"""Parts of pages that are made from the code: methods and their settings, the command's options, heads of findings/.
 
 python -m docs.from_code            # writes them anew
 python -m docs.from_code --check    # changes nothing, and fails where a page is not what it would write
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.parts import table, write
+from docs.findings import findings
 from docs.released import RECIPES, released
 from zokern.cli.tuning import described
 from zokern.finetune import takers
@@ -70,6 +71,7 @@ def tasks() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {"methods": methods, "settings": lambda: settings(Common.settings)},
     "docs/finetune.md": {"options": options, "tasks": tasks},
+    "docs/findings.md": {"findings": findings},
     **{
         f"docs/methods/{name}.md": {
             "settings": lambda entry=entry: settings(own(entry)),

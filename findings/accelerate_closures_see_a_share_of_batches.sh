@@ -3,16 +3,20 @@
 #
 # A prepared optimizer's step(closure) does nothing for the batches before the last: their closures are never called. With
 # torch's own LBFGS and gradient_accumulation_steps=4, three quarters of the data are silently lost. The closure that is
-# called gets a quarter of its gradient, because accelerator.backward divides for a sum that never comes about, while the
-# loss that it returns is whole: a line search is given values and slopes that do not belong together. And step() returns
+# called gets a quarter of its gradient, because accelerator.backward divides for a sum that never comes about. The loss
+# that it returns is whole, so a line search is given values and slopes that do not belong together. And step() returns
 # None, also without accumulation, where torch's optimizers return the loss.
 #
 # It matters to LBFGS, to optimizers that look twice (sharpness-aware ones) or only forward (zeroth-order ones), and to
 # loops that log what step() returns. What helps: one closure over all batches of a step, without accumulate() and
-# gradient_accumulation_steps, called through the wrapped optimizer: prepared.optimizer.step(closure) returns the loss.
+# gradient_accumulation_steps, called through the wrapped optimizer. There, prepared.optimizer.step(closure) returns the
+# loss.
+#
+# In zokern: prepare() of its own gives the optimizer a step that takes every batch (docs/accelerate.md).
 #
 # Seen in accelerate 1.15.0 with torch 2.13.0 on a CPU. accelerate's pull request 4274 would return the value. Needs
 # python3 with venv.
+# Subject: fine-tuning frameworks
 # 2026-11-28
 set -euo pipefail
 

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # batch_norm changes running_mean and running_var in place without raising their version counters.
 #
-# PyTorch counts in-place changes of a tensor, and autograd compares the count in backward: a value that was saved and then
-# overwritten raises "modified by an inplace operation". In training mode BatchNorm overwrites its running statistics in the
-# forward, and the counts stay where they were, on a CPU as seen here; instance_norm, with the same statistics, raises them.
-# So a gradient that needs the old statistics is silently computed from the new ones.
+# PyTorch counts in-place changes of a tensor, and autograd compares the count in backward: a value that was saved and
+# then overwritten raises "modified by an inplace operation". In training mode BatchNorm overwrites its running statistics
+# in the forward, and the counts stay where they were. instance_norm, with the same statistics, raises them. So a gradient
+# that needs the old statistics is silently computed from the new ones.
 #
-# It matters to forward-only and zeroth-order training, and to whoever finds changed buffers by their versions to put them
-# back, to copy only what moved, or to check that an evaluation left a model alone: running statistics look untouched. What
-# helps: take the statistics of normalisation layers in training mode as changed, or compare their values.
+# It matters to forward-only training, and to whoever finds changed buffers by their versions. They may be put back,
+# copied, or looked at to see that an evaluation left a model alone. What helps: take the statistics of normalisation
+# layers in training mode as changed, or compare their values.
+#
+# In zokern: both are done, so a step leaves running statistics as they were (docs/methods.md#what-is-told).
 #
 # Seen in torch 2.13.0 on a CPU. Needs python3 with venv.
+# Subject: PyTorch, compilers and number formats
 # 2026-11-28
 set -euo pipefail
 

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# On CPUs with AVX512-BF16, state_dict() of a 4-bit bitsandbytes layer saves its scales in a wrong order and keeps them so.
+# On CPUs with AVX512-BF16, state_dict() of a 4-bit bitsandbytes layer disorders its scales, saved and in memory.
 #
-# There the first forward in evaluation mode packs a 4-bit weight anew for a faster kernel: codes in another order, scales
-# (absmax, one for each 64 weights) transposed and rounded to bfloat16. state_dict() undoes this for the codes. The scales
-# it leaves as they are, unless they are quantised themselves (double quantisation). So what is saved pairs codes with
-# other blocks' scales; and the next forward packs once more and transposes once more: the model in memory is changed too.
-# Nothing is told. Saving an adapter of PEFT calls state_dict(), which spoils the base model under it.
+# There the first forward in evaluation mode packs a 4-bit weight anew for a faster kernel. Codes get another order;
+# scales (absmax, one for each 64 weights) are transposed and rounded to bfloat16. state_dict() undoes this for the codes.
+# The scales it leaves as they are, unless they are quantised themselves (double quantisation). So what is saved pairs
+# codes with other blocks' scales. The next forward packs once more and transposes once more, so the model in memory is
+# changed too. Saving an adapter of PEFT calls state_dict(), which spoils the base model under it.
 #
-# It matters to whoever evaluates on a CPU and saves after it, or evaluates and saves in turn. Double quantisation is off by
-# default. A layer whose rows have 64 columns, one block each, does not show it. What helps: bnb_4bit_use_double_quant=True,
-# with small changes at each save; support_avx512bf16_for_cpu = False on every Linear4bit before the first forward; or to
+# It matters to whoever evaluates on a CPU and saves after it, or evaluates and saves in turn. Double quantisation is off
+# by default. A layer whose rows have 64 columns, one block each, does not show it. What helps:
+# bnb_4bit_use_double_quant=True; support_avx512bf16_for_cpu = False on every Linear4bit before the first forward; or to
 # save before it.
 #
-# Seen in bitsandbytes 0.50.2 with torch 2.13.0, and peft 0.21.2, on an AMD EPYC. Needs python3 with venv, and a CPU with
-# AVX512-BF16 (avx512_bf16 in /proc/cpuinfo; others never pack).
+# In zokern: the command, ZOTrainer and accelerate's prepare() switch the packing off (docs/lora.md#quantised-bases).
+#
+# Seen in bitsandbytes 0.50.2 with torch 2.13.0, peft 0.21.2 and transformers 5.24.0, on an AMD EPYC. Needs python3 with
+# venv, and a CPU with AVX512-BF16 (avx512_bf16 in /proc/cpuinfo; others never pack).
+# Subject: PyTorch, compilers and number formats
 # 2026-11-28
 set -euo pipefail
 

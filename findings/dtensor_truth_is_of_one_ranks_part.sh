@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # `if torch.isfinite(weight).all():` goes another way on each rank when weight is a DTensor.
 #
-# all() of a sharded tensor is a DTensor whose value is still to be put together from the ranks (a partial one). bool(),
-# item() and float() do not do that, and do not say so: they answer for the part that this rank has. So a rank whose part is
-# fine goes on, and the one that has the nan does not: the next collective waits for a rank that never comes. A norm or a sum
-# that is logged with item() is that of one shard.
+# The value of all() of a sharded tensor is still to be put together from the ranks (it is a partial one). Neither bool()
+# nor item() does that, or says so. They answer for the part that this rank has. So a rank whose part is fine goes on, and
+# the one that has the nan does not. The next collective waits for a rank that never comes. A sum that is logged with
+# item() is that of one shard.
 #
-# It matters to checks before a collective: gradient guards, checkpoint validation, early exits; and to logged numbers. What
-# helps: full_tensor() before bool(), item() or float().
+# It matters to checks before a collective, such as gradient guards, checkpoint validation and early exits; and to logged
+# numbers. What helps: full_tensor() before bool() or item().
+#
+# In zokern: a state that is loaded is judged by its full_tensor(), so all ranks refuse it or none.
 #
 # Seen in torch 2.13.0 with gloo on a CPU. Needs python3 with venv.
+# Subject: distributed
 # 2026-11-28
 set -euo pipefail
 

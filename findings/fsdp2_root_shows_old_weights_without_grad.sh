@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # After a forward under no_grad, FSDP2's outermost module goes on showing the weights of that forward.
 #
-# fully_shard gathers a module's weights before its forward and lets go of them after it; of the outermost one it keeps them,
-# for the backward pass that usually follows. Without one, nobody lets go. The next forward does not gather again, so whatever
-# changes the shards in between is not seen: two evaluations around an in-place change of the shards agree to the last bit.
-# Inner modules are not affected. And while the root is gathered, parameters() gives other tensors than before.
+# fully_shard gathers a module's weights before its forward and lets go of them after it. Of the outermost one it keeps
+# them, for the backward pass that usually follows. Without one, nobody lets go. The next forward does not gather again,
+# so whatever changes the shards in between is not seen. Two evaluations around an in-place change of the shards agree to
+# the last bit. Inner modules are not.
 #
 # It matters to whoever changes weights between forwards without a backward pass: averages of weights, merged adapters,
-# searches, zeroth-order training. What helps: reshard() on the module after such a forward, or
-# fully_shard(..., reshard_after_forward=True) for the outermost one too.
+# searches, zeroth-order training. What helps: reshard() on the module after such a forward, or fully_shard(...,
+# reshard_after_forward=True) for the outermost one too.
+#
+# In zokern: the outermost module is resharded after each forward (docs/distributed.md).
 #
 # Seen in torch 2.13.0 with gloo on a CPU. Needs python3 with venv.
+# Subject: distributed
 # 2026-11-28
 set -euo pipefail
 

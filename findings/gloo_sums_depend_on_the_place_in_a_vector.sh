@@ -3,13 +3,16 @@
 #
 # Each rank fills a vector with one number: 1 on the first, 2^-53 on the others. Added in the order of ranks the sum is 1
 # everywhere, since each 2^-53 is rounded away; the two small ones first make 1 + 2^-52. The result has both, by place: a
-# vector is reduced in pieces, and each piece begins its way round the ring at another rank. All ranks get the same bits, so
-# nothing looks wrong; but a number's sum changes with what stands beside it, and is not that of a loop over the ranks.
+# vector is reduced in pieces, and each piece begins its way round the ring at another rank. All ranks get the same bits,
+# so nothing looks wrong. But a number's sum changes with what stands beside it, and is not that of a loop over the ranks.
 #
 # It matters to whoever wants one process to have the bits of several, or appends a number to a vector that is reduced
 # already. What helps: all_gather, and additions in the order of ranks, element by element.
 #
+# In zokern: ranks do just that (docs/distributed.md#what-is-exact).
+#
 # Seen in torch 2.13.0 with gloo on a CPU. Needs python3 with venv.
+# Subject: distributed
 # 2026-11-28
 set -euo pipefail
 

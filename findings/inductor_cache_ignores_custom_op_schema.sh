@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # torch.compile's cache on disk runs a graph that was compiled for another schema of a custom operator.
 #
-# The key of a cached graph has the operator's name in it, not its schema. Between two processes the operator changes,
-# as between two versions of a package, and the call stays add_(x, 2.0). The compiled graph holds the old schema's
-# defaults, written out. A changed default is thus ignored, silently: eager and compiled results differ within one
-# process. An argument taken away raises "expected at most 2 argument(s) but received 3".
+# The key of a cached graph has the operator's name in it, not its schema. Between two processes the operator changes, as
+# between two versions of a package, and the call stays add_(x, 2.0). The compiled graph holds the old schema's defaults,
+# written out. A changed default is thus ignored, silently: eager and compiled results differ within one process. An
+# argument taken away raises "expected at most 2 argument(s) but received 3".
 #
-# It matters to whoever ships custom operators: users upgrade the package, or run two versions of it, under one cache
-# folder, and by default all of a user's processes share one. What helps: a new operator name with each schema; calls
-# that pass every argument; a TORCHINDUCTOR_CACHE_DIR for each version; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1.
+# It matters to whoever ships custom operators. Users upgrade the package, or run two versions of it. By default all of a
+# user's processes share one cache folder. What helps: a new operator name with each schema; calls that pass every
+# argument; a TORCHINDUCTOR_CACHE_DIR for each version; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1.
+#
+# In zokern: calls of a pass's operators give every argument, so no default is written into a cached graph.
 #
 # Seen in torch 2.13.0 on a CPU. PyTorch's issue 187319 tells of a changed mutates_args, with the same cause. Needs
 # python3 with venv, and a C++ compiler.
+# Subject: PyTorch, compilers and number formats
 # 2026-11-27
 set -euo pipefail
 

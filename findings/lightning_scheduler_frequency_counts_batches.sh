@@ -2,16 +2,19 @@
 # Lightning's frequency of a scheduler with interval="step" counts batches of the epoch, not optimizer steps.
 #
 # configure_optimizers documents frequency as how many epochs or steps pass between calls to scheduler.step(). With
-# interval="step", Lightning takes the batch's number within the epoch, asks whether frequency divides it, and asks only at
-# batches where the optimizer steps. Under accumulate_grad_batches=4, frequency 2 and 4 thus do what 1 does, and 8 every
-# second step. The count begins anew in each epoch: of 10 batches, accumulated by 4, the steps fall on 4, 8 and 10, so that
-# with frequency 3 the scheduler never moves, however long the training; nor does it, without accumulation, where
-# frequency is more than the batches of an epoch. Nothing is told.
+# interval="step", Lightning takes the batch's number within the epoch and asks whether frequency divides it. It asks only
+# at batches where the optimizer steps. Under accumulate_grad_batches=4, frequency 2 and 4 thus do what 1 does, and 8
+# every second step. The count begins anew in each epoch: of 10 batches, accumulated by 4, the steps fall on 4, 8 and 10,
+# so with frequency 3 the scheduler never moves. Without accumulation it does not move either, where frequency is more
+# than the batches of an epoch. Nothing is told.
 #
-# It matters to whoever turns accumulation on or changes a batch size, and keeps a schedule in steps. What helps: frequency
-# 1, and the period in the scheduler itself (StepLR(optimizer, step_size=3)), which then counts optimizer steps.
+# It matters to whoever turns accumulation on or changes a batch size, and keeps a schedule in steps. What helps:
+# frequency 1, and the period in the scheduler itself (StepLR(optimizer, step_size=3)), which then counts optimizer steps.
+#
+# In zokern: nothing is changed; the page says to leave frequency 1 (docs/lightning.md#what-a-step-does).
 #
 # Seen in lightning 2.6.6 with torch 2.13.0 on a CPU. Needs python3 with venv.
+# Subject: fine-tuning frameworks
 # 2026-11-28
 set -euo pipefail
 

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # nvcc up to CUDA 13.0 reads device memory with a load from shared memory.
 #
-# A struct holds a pointer into shared memory and, in a struct inside it, a pointer to device memory. A function puts
-# the two together, takes the inner struct by reference, and returns the whole. After inlining, the compiler takes the
-# device pointer for one into shared memory too: cvta.to.shared and ld.shared, hence LDS in machine code, on an
-# address that is not in shared memory. Nothing warns, and nothing in the program is undefined. The device pointer may
-# as well be one to the kernel's parameters, to constant or to local memory.
+# A struct holds a pointer into shared memory and, in a struct inside it, a pointer to device memory. A function puts the
+# two together, takes the inner struct by reference, and returns the whole. After inlining, the compiler takes the device
+# pointer for one into shared memory too: cvta.to.shared and ld.shared, on an address that is not in shared memory.
+# Nothing warns, and nothing in the program is undefined.
 #
-# It matters to whoever stages a part of an array in shared memory and keeps both pointers at hand. Taking the inner
-# struct by value, or building the outer one in the kernel, gives right code here. To find it: search the PTX for
-# cvta.to.shared where no pointer is converted on purpose.
+# It matters to whoever stages a part of an array in shared memory and keeps both pointers at hand. What helps: to take
+# the inner struct by value, or to build the outer one in the kernel. To find it, search the PTX for cvta.to.shared where
+# no pointer is converted on purpose.
 #
-# Wrong in nvcc 13.0.48 and 13.0.88, for compute_75 to compute_120, and in NVRTC 11.8.89, 12.1.105, 12.6.85, 12.8.93,
+# In zokern: a test looks for it in the PTX of every kernel, and the kernels are written around it.
+#
+# Seen in nvcc 13.0.48 and 13.0.88, for compute_75 to compute_120, and in NVRTC 11.8.89, 12.1.105, 12.6.85, 12.8.93,
 # 12.9.86, 13.0.48 and 13.0.88. Right in 13.1.80, the first, and in nvcc 13.1.115, 13.2.51, 13.2.86, 13.3.33, 13.3.73,
 # 13.4.59, 13.4.92 and 13.5.37. Read from the code, not run. Needs Linux on x86-64, a C++ compiler, python3 with pip.
+# Subject: PyTorch, compilers and number formats
 # 2026-11-27
 set -euo pipefail
 

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # generate() of a PEFT model with virtual tokens writes another text than the model's own forward says, without a word.
 #
-# A model with a prefix or a soft prompt is asked greedily, one text, no padding. Its forward, called on the text so far and
-# once for each new token, says one continuation; model.generate says another. With the cache, which is the default, a
-# prefix is left out altogether: the text is the base model's, as if nothing had been trained. A soft prompt is in the first
-# call and gets the places in the cache wrong. Without the cache the soft prompt is right and the prefix still is not. LoRA
-# is right both ways. Losses, which are forwards, are of the tuned model all the while: an evaluation by what is written
-# says that tuning was in vain.
+# A model with a prefix or a soft prompt writes greedily. Its forward, called once for each new token, says one
+# continuation; model.generate says another. With the cache, which is the default, a prefix is left out altogether: the
+# text is the base model's, as if nothing had been trained. A soft prompt goes wrong too. Without the cache the soft
+# prompt is right and the prefix still is not. LoRA is right both ways. Losses, which are forwards, are of the tuned model
+# all the while, so an evaluation by what is written says that tuning was in vain.
 #
 # It matters to whoever measures prefix or prompt tuning by generated answers (exact match, F1), or trains on rewards for
 # what is written. What helps: use_cache=False for soft prompts; or transformers' own generate on the base model, with the
 # soft prompt in front as inputs_embeds.
 #
+# In zokern: the command writes by transformers' own generate (docs/lora.md).
+#
 # Seen in peft 0.21.2 with transformers 5.24.0 and torch 2.13.0 on a CPU. Needs python3 with venv.
+# Subject: fine-tuning frameworks
 # 2026-11-28
 set -euo pipefail
 

@@ -3,17 +3,19 @@
 #
 # A prefix comes to a model as past_key_values, keys and values from an earlier call. Decoders of transformers have such
 # calls, T5's encoder has not: T5EncoderModel takes the argument among its **kwargs and drops it. get_peft_model accepts
-# the model, parameters are counted as trainable, the forward runs, and its output does not depend on them. A T5Model as
-# feature extraction has the prefix in its decoder only, and its encoder's output, which is what is mostly extracted, stays
-# the same. BERT's encoder, by contrast, looks at the prefix. With a mask that has a 0 in it the T5 encoder raises instead,
-# about sizes of tensors, since PEFT has made the mask longer and nothing else.
+# the model, the forward runs, and its output does not depend on the prefix. A T5Model as feature extraction has the
+# prefix in its decoder only, and its encoder's output stays the same. BERT's encoder, by contrast, looks at the prefix.
+# With a mask that has a 0 in it the T5 encoder raises instead, about sizes of tensors, since PEFT has made the mask
+# longer and nothing else.
 #
-# It matters to whoever tunes a sentence encoder of T5's kind. Backward at least raises where nothing else is trained; a
-# head beside the prefix learns alone, and forward-only training never notices. PEFT documents it for encoder-decoder
-# models. What helps: PromptTuningConfig, which puts embeddings before the text, or LoRA; and one look whether the output
-# moves when the adapter does.
+# It matters to whoever tunes a sentence encoder of T5's kind. Forward-only training never notices, and with
+# backpropagation a head beside the prefix learns alone. What helps: PromptTuningConfig, which puts embeddings before the
+# text, or LoRA; and one look whether the output moves when the adapter does.
+#
+# In zokern: the command refuses such a model; in Python, zokern.check says that the loss does not react (docs/lora.md).
 #
 # Seen in peft 0.21.2 with transformers 5.24.0 and torch 2.13.0 on a CPU. Needs python3 with venv.
+# Subject: fine-tuning frameworks
 # 2026-11-28
 set -euo pipefail
 

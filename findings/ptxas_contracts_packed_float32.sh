@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # ptxas of CUDA 13.0 fuses a packed float32 product and sum, though told not to.
 #
-# mul.rn.f32x2 followed by add.rn.f32x2 must round twice: .rn on both forbids the fusion, and so does --fmad false.
-# For the same pair of scalar instructions ptxas obeys. For the packed pair 13.0.88 emits one FFMA2 on sm_100, and
-# rounds once. On sm_120, which has no packed unit, it splits the pair into scalars and fuses those: two FFMA. With x
-# = 1 + 2^-12 and y = -(1 + 2^-11), x*x + y is 0 in two roundings and 2^-24 in one.
+# mul.rn.f32x2 followed by add.rn.f32x2 must round twice: .rn on both forbids the fusion, and so does --fmad false. For
+# the same pair of scalar instructions ptxas obeys. For the packed pair 13.0.88 emits one FFMA2 on sm_100, and rounds
+# once. On sm_120, which has no packed unit, it splits the pair into scalars and fuses those: two FFMA. For x = 1 + 2^-12,
+# x*x - (1 + 2^-11) is 0 in two roundings and 2^-24 in one.
 #
-# It matters to whoever needs the same bits on every GPU, or splits a product into a high and a low part. Where a sum
-# must not be fused, keep it scalar.
+# It matters to whoever needs the same bits on every GPU, or splits a product into a high and a low part. What helps: keep
+# a sum scalar that must not be fused.
 #
-# Seen in 12.9.86, 13.0.48 and 13.0.88; 12.8.93 fuses on sm_120 only. Right in 13.1.80, the first, and in 13.1.115,
+# In zokern: no kernel adds to a packed product but by fma; a test looks for it in the PTX.
+#
+# Seen in ptxas 12.9.86, 13.0.48 and 13.0.88; 12.8.93 fuses on sm_120 only. Right in 13.1.80, the first, and in 13.1.115,
 # 13.2.51, 13.2.86, 13.3.33, 13.3.73, 13.4.59, 13.4.92 and 13.5.37. Needs Linux on x86-64, python3 with pip; no GPU.
+# Subject: PyTorch, compilers and number formats
 # 2026-11-27
 set -euo pipefail
 

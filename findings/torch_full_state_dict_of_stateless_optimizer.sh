@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # set_optimizer_state_dict(full_state_dict=True) fails with a bare AssertionError for an optimizer without states.
 #
-# torch.distributed.checkpoint.state_dict saves a full state_dict of SGD without momentum, and cannot load it again: it
+# torch.distributed.checkpoint.state_dict saves a full state_dict of SGD without momentum, and cannot load it again. It
 # looks for a tensor in the optimizer's state_dict to learn the device, finds none, and stops with "Expected device to be
 # set". What it would load are learning rates only. With momentum, or without full_state_dict, it works.
 #
-# It matters to whoever saves with full_state_dict (to gather a sharded run into one file) and finds out when the run is to
-# go on: the save was fine. What helps: load without full_state_dict, or optimizer.load_state_dict(saved).
+# It matters to whoever saves with full_state_dict (to gather a sharded run into one file) and finds out when the run is
+# to go on: the save was fine. What helps: load without full_state_dict, or optimizer.load_state_dict(saved).
+#
+# In zokern: methods without states have it too; both remedies work (docs/methods.md).
 #
 # Seen in torch 2.13.0 on a CPU. Needs python3 with venv.
+# Subject: distributed
 # 2026-11-28
 set -euo pipefail
 

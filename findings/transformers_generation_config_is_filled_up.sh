@@ -2,16 +2,19 @@
 # generate(generation_config=GenerationConfig(do_sample=False, num_beams=1)) is not plain greedy decoding.
 #
 # A GenerationConfig of one's own is no whole description. What it leaves out is None, and generate() fills each None from
-# the checkpoint's generation_config.json: repetition_penalty, no_repeat_ngram_size, suppress_tokens and all else that the
-# checkpoint's authors chose. generate()'s documentation says that unspecified parameters have GenerationConfig's default
-# values. The keywords do_sample=False, num_beams=1 do the same.
+# the checkpoint's generation_config.json: repetition_penalty and all else that its authors chose. generate()'s
+# documentation says that unspecified parameters have GenerationConfig's default values. The keywords do_sample=False,
+# num_beams=1 do the same.
 #
 # It matters to evaluations and comparisons: the "greedy" answers of two checkpoints of one model, or of a base model and
-# its fine-tune, are decoded by different rules, and nothing is told. What helps: name every field with its neutral value
-# (repetition_penalty=1.0, no_repeat_ngram_size=0, ...), or set model.generation_config to a config of one's own, with its
+# its fine-tune, are decoded by different rules. What helps: name every field with its neutral value
+# (repetition_penalty=1.0, no_repeat_ngram_size=0, ...). Or set model.generation_config to a config of one's own, with its
 # special tokens, for there is then nothing to be filled from.
 #
+# In zokern: the command's answers are greedy whatever that file says (docs/finetune.md#objectives).
+#
 # Seen in transformers 5.24.0 with torch 2.13.0 on a CPU. Needs python3 with venv.
+# Subject: fine-tuning frameworks
 # 2026-11-28
 set -euo pipefail
 

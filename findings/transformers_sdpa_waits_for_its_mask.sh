@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# A forward of most transformers models with SDPA makes the host wait for the GPU, once or twice, because it looks at the
-# attention mask; and while a CUDA graph is being captured it does not look and computes another attention.
+# A forward of transformers' models with SDPA makes the host wait for the GPU, to look at the attention mask.
 #
-# SDPA is faster without a mask, so transformers asks of a two-dimensional mask whether all of it is ones: a value of the
-# device that the host needs, in every forward. To leave the mask out does not always help: Qwen3 then looks whether the
-# positions are those of packed rows, and reads as well. While a stream is capturing nothing may be read; the mask is then
-# handed over, is_causal is false, and SDPA takes other kernels than in the eager steps beside the graph: other bits, and no
-# flash attention.
+# SDPA is faster without a mask, so transformers asks of a two-dimensional mask whether all of it is ones. In every
+# forward the host needs that value of the device. To leave the mask out does not always help: Qwen3 then looks whether
+# the positions are those of packed rows, and reads as well. While a stream is capturing nothing may be read. The mask is
+# then handed over, is_causal is false, and SDPA takes other kernels than in the eager steps beside the graph: other bits,
+# and no flash attention.
 #
-# It matters to whoever queues forwards without backward passes in between (zeroth-order methods, evaluation, decoding
-# loops), to whoever runs under torch.cuda.set_sync_debug_mode("error"), and to whoever compares captured steps with eager
-# ones bit for bit. What helps: a mask function of one's own, registered with AttentionMaskInterface, that calls
-# transformers' sdpa_mask with allow_is_causal_skip=False and, for encoders, allow_is_bidirectional_skip=False.
+# It matters to whoever queues forwards without backward passes in between, as zeroth-order methods and decoding loops do.
+# Also to whoever compares captured steps with eager ones, or runs under torch.cuda.set_sync_debug_mode("error"). What
+# helps: a mask function of one's own, registered with AttentionMaskInterface, that calls transformers' sdpa_mask with
+# allow_is_causal_skip=False and, for encoders, allow_is_bidirectional_skip=False.
+#
+# In zokern: the command has such a mask function (docs/finetune.md#on-a-gpu); for captured steps see docs/graphs.md.
 #
 # Seen in transformers 5.24.0 (5.17.0 reads a mask of ones as well), torch 2.13.0 on a CPU, where reads can be counted and
 # a capture pretended. Needs python3 with venv.
+# Subject: fine-tuning frameworks
 # 2026-11-27
 set -euo pipefail
 

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Two threads that load models at once leave transformers without tied weights, for the rest of the process.
 #
-# from_pretrained exchanges PreTrainedModel.tie_weights, an attribute of the class, for a function that does nothing, and puts
-# back afterwards what it found before. A second load that begins meanwhile finds the empty function, and where it ends last
-# it puts that back. From then on no model ties its weights: output embeddings are a matrix of their own, freshly drawn or
-# loaded, nothing is told, and a later load in one thread does not mend it.
+# from_pretrained exchanges PreTrainedModel.tie_weights, an attribute of the class, for a function that does nothing, and
+# puts back afterwards what it found before. A second load that begins meanwhile finds the empty function, and where it
+# ends last it puts that back. From then on no model ties its weights: output embeddings are a matrix of their own,
+# freshly drawn or loaded. Nothing is told, and a later load in one thread does not mend it.
 #
-# It matters to sweeps and services that load in threads, and to fine-tuning, where a head that is tied on paper trains apart
-# from the embeddings and is saved so. What helps: one lock around all loads of a process.
+# It matters to sweeps and services that load in threads, and to fine-tuning. A head that is tied on paper trains apart
+# from the embeddings, and is saved so. What helps: one lock around all loads of a process.
+#
+# In zokern: all loads of the command, and of zokern.finetune, take one lock.
 #
 # Seen in transformers 5.24.0 with torch 2.13.0 on a CPU. Needs python3 with venv.
+# Subject: fine-tuning frameworks
 # 2026-11-28
 set -euo pipefail
 
@@ -72,7 +75,7 @@ print("after, tied:", tied())
 transformers.GPT2LMHeadModel.from_pretrained("model")
 print("after a load alone, tied:", tied())
 PYTHON
-timeout 120 venv/bin/python -W ignore seen.py 2>/dev/null | tee seen.txt
+timeout 120 venv/bin/python -W ignore seen.py 2>errors.txt | tee seen.txt || { cat errors.txt; exit 1; }
 cat > wanted.txt <<'TEXT'
 before, tied: True
 after, tied: False

@@ -56,6 +56,7 @@ PAGES = [
             "accelerate",
             "check",
             "choose",
+            "faq",
             "journal",
             "lightning",
             "lora",
