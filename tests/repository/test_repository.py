@@ -63,6 +63,7 @@ PAGES = [
             "lowrank",
             "methods",
             "passes",
+            "precision",
             "quickstart",
             "trainer",
             "trl",
