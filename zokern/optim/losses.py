@@ -344,8 +344,9 @@ class Skips:
         if count:
             self._warned = True
             warnings.warn(
-                "a loss was not finite, so the update of that step was skipped (weights unchanged). Further skips are "
-                "only counted: see skipped_steps. In float16 try bfloat16 or a smaller eps.",
+                "a loss was not finite, so the update of that step was skipped. The weights are those before it (under "
+                "placement='inplace' to rounding). Further skips are only counted: see skipped_steps. In float16 try "
+                "bfloat16 or a smaller eps.",
                 ZokernWarning,
                 stacklevel=5,
             )
