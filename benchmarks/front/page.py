@@ -81,10 +81,11 @@ def sentence() -> str:
     size = {way: f"{gigabytes(way):.0f}" for way in MEMORY}
     (rows, length), (few, short) = LONG, TOKENS[0]
     return (
-        f"On an {large.where()}, a MeZO step of {large.told} with {large.tokens()} tokens takes {here} ms. Done as MeZO's "
-        f"code does it, in plain PyTorch, it takes {there}: **{large.faster():.1f} times as long**. It is "
-        f"{LONGER.faster():.1f} times for {LONGER.tokens()} tokens, whose forwards take more, {small.faster():.1f} for {small.told}, and "
-        f"{cpu.faster():.1f} for {cpu.told} on {cpu.where()} ([steps](docs/steps.md)).\n\n"
+        f"On an {large.where()}, a MeZO step of {large.told} with {large.tokens()} tokens takes {here} ms. "
+        f"Done as MeZO's code does it, in plain PyTorch, it takes {there}: **{large.faster():.1f} times as long**. "
+        f"It is {LONGER.faster():.1f} times for {LONGER.tokens()} tokens, whose forwards take more, "
+        f"{small.faster():.1f} for {small.told}, and {cpu.faster():.1f} for {cpu.told} on {cpu.where()} "
+        "([steps](docs/steps.md)).\n\n"
         f"A {MODEL} model with {rows} x {length} tokens is tuned in {size['stream']} GB, where inference takes "
         f"{size['inference']}. LoRA with Adam takes {size['LoRA, Adam']} if it keeps all activations, and "
         f"{gigabytes('LoRA, Adam', TOKENS[0]):.0f} for {few} x {short} tokens; Adam {size['Adam, all bfloat16']} to "

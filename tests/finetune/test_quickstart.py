@@ -1,7 +1,9 @@
+# ruff: noqa: F811 - fixtures of another file
 """The commands of docs/quickstart.md, one after the other, on the file that it shows; with fewer steps and texts."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.finetune.test_finetune import models_dir, table  # noqa: F401
 from zokern.cli import app
 
 load_file = pytest.importorskip("safetensors.torch").load_file
@@ -44,3 +47,28 @@ def test_commands_do_what_the_page_says(tmp_path: Path, monkeypatch: pytest.Monk
     tuned, again = (load_file(tmp_path / place / "model.safetensors") for place in ("tickets/checkpoint", "again"))
     assert tuned.keys() == again.keys()
     assert all(torch.equal(tuned[name], again[name]) for name in tuned)
+
+
+@pytest.mark.slow
+def test_a_tuned_language_model_is_asked_as_docs_finetune_md_says(
+    models_dir: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's example, with another text, template and words, finds the probability that the run told."""
+    monkeypatch.chdir(tmp_path)
+    words = {"animal": "big", "fruit": "here"}
+    (tmp_path / "words.json").write_text(json.dumps(words))
+    asked = ["--template", "{text} is a", "--verbalizers", "words.json"]
+    command = ["finetune", "--model", models_dir / "gpt", "--data", table, *asked, "--steps", "1"]
+    done = CliRunner().invoke(app, list(map(str, command)))
+    assert done.exit_code == 0, done.output
+    page = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    told = json.loads(Path("zokern-out/run.json").read_text())["samples"]
+    assert len(told) == 3
+    for one in told:
+        text = block.replace("A film that one forgets on the way home. It was", f"{one['text']} is a")
+        text = text.replace('{"terrible": 0, "great": 1}', '{"big": 0, "here": 1}')
+        own: dict[str, object] = {}
+        exec(text, own)  # prints the shares
+        shares = own["logits"][own["first"]].softmax(0)  # type: ignore[index]
+        assert abs(shares[list(words).index(one["right"])].item() - one["after"]["share"]) < 1e-6
