@@ -12,7 +12,7 @@ BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz test-kernels wheel test-wheel lint format bench clean
+.PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz test-kernels wheel test-wheel lint format docs docs-serve bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -83,6 +83,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
 
+# The pages of docs/ as a site of plain files. The variable: no notice of the theme's about other programs.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html; make docs-serve shows the same with its search, and follows changes"
+
+docs-serve: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 # Kernels, whole steps and sizes on this machine's GPU or CPU, then the pages: at most three times BENCH_SECONDS and what
 # the case at work takes. make prints each command.
 bench: setup
@@ -92,4 +100,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.pages
 
 clean:
-	rm -rf build $(VENV) zokern/*.so demo-out demo-lm-out
+	rm -rf build site $(VENV) zokern/*.so demo-out demo-lm-out

@@ -44,7 +44,7 @@ def noise(
             the size of a row of the whole matrix. 0 for what is no such shard.
         whole: shape of the tensor that this is a shard of, which a direction of low rank depends on; None is `shape`.
         dtype: float32, or float16 / bfloat16: the float32 noise rounded to nearest even.
-        device, backend: as in :func:`zokern.add_noise_`.
+        device, backend: as in `zokern.add_noise_`.
 
     Raises:
         TypeError, ValueError: naming the argument and its range.

@@ -112,7 +112,8 @@ def test_a_method_a_setting_and_a_placement(tmp_path: Path) -> None:
     """All three in one tree; each command once."""
     tree, found = copied(tmp_path), recipes()
     named = {name: apply(tree, found[name]) for name in ("method", "setting", "placement")}
-    assert named["method"] == ["zokern/optim/cautious.py", "zokern/optim/registry.py", "docs/methods/cautious.md"]
+    page = "docs/methods/cautious.md"
+    assert named["method"] == ["zokern/optim/cautious.py", "zokern/optim/registry.py", page, "mkdocs.yml"]
     assert named["setting"] == ["zokern/optim/es.py"]
     assert named["placement"] == ["zokern/placement/kept.py", "zokern/placement/__init__.py"]
     for command in dict.fromkeys(c for name in named for c in commands(found[name])):

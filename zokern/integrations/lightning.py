@@ -88,7 +88,9 @@ class ForwardOnly:
     zokern.MeZO(self, lr=1e-6, parallel="data"), or "directions" with Trainer(use_distributed_sampler=False). Lightning's
     strategy makes no DistributedDataParallel then, whose gradients would have memory.
 
-    Raises, before anything is trained:
+    What it refuses, it refuses before anything is trained.
+
+    Raises:
         TypeError: for the wrong order of base classes, an optimizer that is not zokern's, a training_step that takes a
             dataloader_iter, automatic_optimization = False.
         ValueError: for processes with unequal numbers of batches, and an optimizer whose ranks are not all of them.

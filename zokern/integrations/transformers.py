@@ -54,7 +54,9 @@ class ForwardOnly(Together):
     never made: max_grad_norm and optim have nothing to do. Logged beside the loss: projected_gradient, forwards,
     skipped_steps and flat_steps, all of the run so far.
 
-    Args, beside the trainer's own, by name; a class may have them as attributes:
+    These are beside the trainer's own, and given by name; a class may have them as attributes.
+
+    Args:
         zo: a method's name, or a mapping with "method" and settings of its class (docs/methods.md). Default: "mezo".
             Goes without `optimizers`, which takes a zokern optimizer in its place.
         journal: write `journal.zkj` in args.output_dir, from which the tuned weights can be made again; a run that is
