@@ -1,6 +1,7 @@
 """A hook of MkDocs: what pages link to outside of docs/ gets a page too, so the site has all that it speaks of.
 
-A text file becomes a page of highlighted code, data are copied. CONTRIBUTING.md and CHANGELOG.md are pages as they are. In
+A text file becomes a page of highlighted code, data are copied. README.md is the first page, and CONTRIBUTING.md and
+CHANGELOG.md are pages as they are. In
 the sources a link stays what it is on GitHub, a relative path.
 """
 
@@ -15,8 +16,7 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-ELSEWHERE = {**ROOT_PAGES, "README.md": "index.md"}  # the page that says what the file says
+ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 DATA = (".json", ".csv", ".png", ".svg")
 LANGUAGES = {
     "py": "python", "pyi": "python", "sh": "bash", "h": "cpp", "cpp": "cpp", "cu": "cuda", "cuh": "cuda", "md": "markdown",
@@ -39,7 +39,7 @@ class Links:
     """Of one page. path: of its file, from the root; src_uri: of the page, from docs/."""
 
     def __init__(self, root: Path, src_uri: str) -> None:
-        at_root = {page: name for name, page in ROOT_PAGES.items()}
+        at_root = {page: name for name, page in ROOT_PAGES.items() if (root / name).exists()}
         self.root, self.src_uri = root, src_uri
         self.path = at_root.get(src_uri, f"docs/{src_uri}")
 
@@ -54,8 +54,8 @@ class Links:
             PluginError: naming the page, where there is no such file.
         """
         path = self.linked(target)
-        if path in ELSEWHERE:
-            return ELSEWHERE[path]
+        if path in ROOT_PAGES:
+            return ROOT_PAGES[path]
         if path.startswith("docs/") and not path.endswith(".py"):
             return path.removeprefix("docs/")  # MkDocs itself looks whether it is there
         if path.startswith("../") or not (self.root / path).is_file():

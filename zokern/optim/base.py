@@ -43,11 +43,9 @@ from zokern.placement.shadow import Exact
 ALONE = contextlib.nullcontext()
 
 
+# The constructor is in built.py, state_dicts in saving.py, what a graph of a step needs in captured.py.
 class ZerothOrderOptimizer(Folds, Captured, Recent):
-    """Base class of the methods. Subclasses declare their settings (zokern/settings.py) and have `rounds` (method.py).
-
-    The constructor is in built.py, state_dicts in saving.py, what a graph of a step needs in captured.py.
-    """
+    """Base class of the methods. Subclasses declare their settings (zokern/settings.py) and have `rounds` (method.py)."""
 
     @torch.no_grad()
     def step(  # type: ignore[override]
