@@ -1,4 +1,4 @@
-# Two commands on a fresh Linux machine (Python >= 3.10, a C++ compiler):
+# Two commands on a fresh Linux machine (Python >= 3.10, a C++ compiler; what they download they say first):
 #   make demo     fine-tunes a real sentence encoder with forward passes only
 #   make demo-lm  the same with a language model: 95 MB are downloaded once, some six minutes of training
 #   make test     runs the whole test suite
@@ -10,33 +10,51 @@ TORCH ?= torch==2.13.0
 PIP_TORCH ?=
 BENCH_SECONDS ?= 900
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install $(if $(CI),,--progress-bar raw)
+# A long command in one line of the terminal, by $(call tell,LOG,NAME,COMMAND); in CI with all of its output.
+tell = $(if $(CI),$(3),$(PYTHON) tools/tell.py --log build/$(1).log $(2) $(3))
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz test-kernels wheel test-wheel lint format docs docs-serve bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install $(PIP_TORCH) $(TORCH)
-	$(BIN)/python -m pip install --quiet cmake ninja pybind11
-	touch $@
+	@echo "zokern is set up in $(VENV), once. To download: PyTorch (0.2 GB for CPUs, 3 GB with CUDA's libraries), and 0.3 GB"
+	@echo "of libraries, for the tests 0.3 GB more. The kernels are built here: some six minutes in all, on two cores."
+	@$(call tell,setup,"an environment of Python",$(PYTHON) -m venv $(VENV))
+	@$(call tell,setup,"pip",$(BIN)/python -m pip install --upgrade pip setuptools wheel)
+	@$(call tell,setup,"PyTorch",$(PIP) $(PIP_TORCH) $(TORCH))
+	@$(call tell,setup,"what builds the kernels",$(PIP) cmake ninja pybind11)
+	@touch $@
 
 # Built in the environment that runs it, so that a second build compiles only what changed.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
-	touch $@
+	@export PATH="$(abspath $(BIN)):$$PATH"; \
+	$(call tell,setup,"the kernels and the libraries of the tests",$(PIP) --no-build-isolation -e ".[dev]")
+	@touch $@
 
-demo: setup
-	$(BIN)/zokern finetune --output demo-out --force
+# What a demo needs, without the tests' libraries; an environment that has them has it too.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	@export PATH="$(abspath $(BIN)):$$PATH"; \
+	$(call tell,setup,"the kernels and the libraries of the demo",$(PIP) --no-build-isolation -e ".[demo]")
+	@touch $@
+FOR_DEMO = $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.demo)
+NEXT = @echo "next: your own texts, in docs/quickstart.md, and $(BIN)/zokern finetune --help"
+
+demo: $(FOR_DEMO)
+	@$(BIN)/zokern finetune --output demo-out --force
+	$(NEXT)
 
 # SmolLM2-135M learns whether a sentence of a film review is kind: docs/finetune.md has what comes out.
 DEMO_LM = --model smollm2 --data movie-snippets --one-sided --num-samples 4 --lr 2e-4 --steps 100 --eval-every 25
-demo-lm: setup
-	$(BIN)/zokern finetune $(DEMO_LM) --output demo-lm-out --force
+demo-lm: $(FOR_DEMO)
+	@$(BIN)/zokern finetune $(DEMO_LM) --output demo-lm-out --force
+	$(NEXT)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@echo "the tests: some eight minutes on two cores"
+	@$(call tell,test,--last 2 "the tests",$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder)
+	@echo "next: make demo, or docs/quickstart.md"
 
 # What nvcc and Triton made of the kernels: its machine code within limits, and a selection of it run without a GPU.
 test-built: setup
