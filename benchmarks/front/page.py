@@ -16,7 +16,7 @@ from benchmarks.parts import Record, gpus, load, panels, plain, save, short_gpu,
 from zokern.bench.plots import BLUE, GREEN, INK, ORANGE, RED
 
 PUBLISHED = "published"
-MODEL = "13B"
+SHAPE, MODEL = "13B", "Llama-2-13B"
 LONG = (16, 256)  # rows and tokens of the picture's memory
 MEMORY = {
     "inference": ("inference", INK),
@@ -29,12 +29,13 @@ MEMORY = {
 
 @dataclass(frozen=True)
 class Step:
-    """A case of `zokern bench step`: its file, its name there, the way of ours that is shown, the model's name."""
+    """A case of `zokern bench step`: its file, its name there, our placement, the model; whether its graph is shown."""
 
     file: str
     case: str
     ours: str
     told: str
+    graph: bool = False
 
     def seconds(self, way: str) -> float:
         return float(self._of(way)["step"]["median"])
@@ -44,8 +45,12 @@ class Step:
         one = self._of(way)
         return float(one["passes"]) if "passes" in one else None
 
-    def faster(self) -> float:
-        return self.seconds(PUBLISHED) / self.seconds(self.ours)
+    def faster(self, way: str = "") -> float:
+        return self.seconds(PUBLISHED) / self.seconds(way or self.ours)
+
+    def ways(self) -> dict[str, str]:
+        """{way: what it is called}"""
+        return {PUBLISHED: "MeZO's way", self.ours: "zokern"} | ({GRAPH: "as one CUDA graph"} if self.graph else {})
 
     def run(self) -> Record:
         return load(self.file)
@@ -63,15 +68,16 @@ class Step:
 
 STEPS = (
     Step("step-cuda-opt-13b-16x40.json", "opt-13b 16x40", "stream", "OPT-13B"),
-    Step("step-cuda-opt-1.3b.json", "opt-1.3b 16x32", "graphed", "OPT-1.3B, as one CUDA graph"),
+    Step("step-cuda-opt-1.3b.json", "opt-1.3b 16x32", "stream", "OPT-1.3B", graph=True),
     Step("step-cpu.json", "demo 16x32", "inplace", "a 23M encoder"),
 )  # each with the placement that is its default
 LONGER = Step("step-cuda-opt-13b.json", "opt-13b 16x256", "stream", "OPT-13B")
+GRAPH = "graphed"
 
 
 def gigabytes(way: str, tokens: tuple[int, int] = LONG) -> float:
     """Weights in bfloat16 and what comes beside them, by the formulas."""
-    shape = LARGE[MODEL]
+    shape = LARGE[SHAPE]
     return (weights(shape, ITEM) + formulas.COMPUTED[way](shape, *tokens, ITEM)) / 1e9
 
 
@@ -80,16 +86,19 @@ def sentence() -> str:
     here, there = (f"{1e3 * large.seconds(way):.0f}" for way in (large.ours, PUBLISHED))
     size = {way: f"{gigabytes(way):.0f}" for way in MEMORY}
     (rows, length), (few, short) = LONG, TOKENS[0]
+    texts = large.case.split()[1].replace("x", " texts of ")
     return (
-        f"On an {large.where()}, a MeZO step of {large.told} with {large.tokens()} tokens takes {here} ms. "
-        f"Done as MeZO's code does it, in plain PyTorch, it takes {there}: **{large.faster():.1f} times as long**. "
-        f"It is {LONGER.faster():.1f} times for {LONGER.tokens()} tokens, whose forwards take more, "
-        f"{small.faster():.1f} for {small.told}, and {cpu.faster():.1f} for {cpu.told} on {cpu.where()} "
-        "([steps](docs/steps.md)).\n\n"
-        f"A {MODEL} model with {rows} x {length} tokens is tuned in {size['stream']} GB, where inference takes "
-        f"{size['inference']}. LoRA with Adam takes {size['LoRA, Adam']} if it keeps all activations, and "
-        f"{gigabytes('LoRA, Adam', TOKENS[0]):.0f} for {few} x {short} tokens; Adam {size['Adam, all bfloat16']} to "
-        f"{size['Adam, mixed']} ([memory](docs/memory.md): by formulas, held against measurements)."
+        f"On an {large.where()}, a MeZO step of {large.told} with {texts} tokens takes {here} ms. Done as MeZO's code "
+        f"does it, in plain PyTorch, it takes {there}: **{large.faster():.1f} times as long**. "
+        f"It is {LONGER.faster():.1f} times with {LONGER.tokens()} tokens, whose forwards take more. "
+        f"For {small.told} with {small.tokens()} tokens it is {small.faster():.1f} times, and {small.faster(GRAPH):.1f} "
+        f"with our step as [one CUDA graph](docs/graphs.md); for {cpu.told} with {cpu.tokens()} tokens on "
+        f"{cpu.where()}, {cpu.faster():.1f} ([steps](docs/steps.md)).\n\n"
+        f"{MODEL} in bfloat16 with {rows} x {length} tokens is tuned in {size['stream']} GB, where inference takes "
+        f"{size['inference']}. Without checkpointing LoRA with Adam takes {size['LoRA, Adam']}, and "
+        f"{gigabytes('LoRA, Adam', TOKENS[0]):.0f} with {few} x {short} tokens; Adam {size['Adam, all bfloat16']} to "
+        f"{size['Adam, mixed']}. This is computed; the formulas were held against measurements on a CPU, in float32 "
+        "and up to 135 million parameters ([memory](docs/memory.md))."
     )
 
 
@@ -107,23 +116,25 @@ def honest() -> str:
 
 
 def draw() -> None:
-    figure, (left, right) = panels(2, 10.5, 3.6)
-    places, labels = [], []
-    for i, one in enumerate(STEPS):
-        whole, top = one.seconds(PUBLISHED), -3.3 * i
+    figure, (left, right) = panels(2, 10.5, 4.0)
+    places, labels, top = [], [], 0.0
+    for one in STEPS:
+        whole = one.seconds(PUBLISHED)
         title = f"{one.told}, {one.tokens()} tokens, {one.where()}"
         left.text(0.005, top + 0.6, title, fontsize=8.5, weight="bold", color=INK)
-        for way, name, place in ((PUBLISHED, "MeZO's way", top), (one.ours, "zokern", top - 1)):
+        for way, name in one.ways().items():
             seconds, passes = one.seconds(way), one.passes(way)
             if passes is None:
-                left.barh(place, seconds / whole, color=GREEN)
+                left.barh(top, seconds / whole, color=GREEN)
             else:
-                left.barh(place, (seconds - passes) / whole, color=BLUE)
-                left.barh(place, passes / whole, left=(seconds - passes) / whole, color=ORANGE)
-            note = f"{1e3 * seconds:,.0f} ms" + ("" if way == PUBLISHED else f", {one.faster():.1f} times as fast")
-            left.text(seconds / whole + 0.015, place, note, va="center", fontsize=8)
-            places.append(place)
+                left.barh(top, (seconds - passes) / whole, color=BLUE)
+                left.barh(top, passes / whole, left=(seconds - passes) / whole, color=ORANGE)
+            note = f"{1e3 * seconds:,.0f} ms" + ("" if way == PUBLISHED else f", {one.faster(way):.1f} times as fast")
+            left.text(seconds / whole + 0.015, top, note, va="center", fontsize=8)
+            places.append(top)
             labels.append(name)
+            top -= 1
+        top -= 1.3
     left.set_yticks(places, labels, fontsize=8)
     left.set_xlim(0, 1.15)
     left.set_ylim(top=1.1)
@@ -137,7 +148,7 @@ def draw() -> None:
         right.text(size + 3, -i, f"{size:.0f}", va="center", fontsize=8)
     right.set_yticks([-i for i in range(len(MEMORY))], [told for told, _ in MEMORY.values()], fontsize=8)
     right.set_xlim(0, 1.15 * max(sizes))
-    right.set_xlabel(f"GB to tune a {MODEL} model with {LONG[0]} x {LONG[1]} tokens, computed", fontsize=9)
+    right.set_xlabel(f"GB to tune {MODEL}, {LONG[0]} x {LONG[1]} tokens, computed", fontsize=9)
     for axes in (left, right):
         plain(axes, labelsize=8)
         axes.grid(visible=False)

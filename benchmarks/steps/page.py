@@ -83,8 +83,8 @@ def short_gpu_part() -> str:
         return f"{1e3 * ours:.3g} ms, published {1e3 * theirs:.4g} ms: **{theirs / ours:.1f} x**"
 
     cases: Any = (
-        ("OPT-13B, 16 x 40", short, "opt-13b 16x40", "inplace"),
-        ("OPT-13B, 16 x 256", large, "opt-13b 16x256", "inplace"),
+        ("OPT-13B, 16 x 40, in place", short, "opt-13b 16x40", "inplace"),
+        ("OPT-13B, 16 x 256, in place", large, "opt-13b 16x256", "inplace"),
         ("OPT-1.3B, 16 x 256, in a CUDA graph", small, "opt-1.3b 16x256", "graphed"),
         ("OPT-1.3B, 16 x 32, in a CUDA graph", small, "opt-1.3b 16x32", "graphed"),
     )

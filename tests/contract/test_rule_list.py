@@ -18,7 +18,7 @@ import torch
 from tests import devices
 from tests.launching import launch as launch_pass
 from zokern import backends
-from zokern.backends import native
+from zokern.backends import cpu, native  # cpu too: it asks the build when it is imported, and some tests take that away
 from zokern.backends import triton as triton_backend
 from zokern.contract import reference, reference_rules
 from zokern.contract.rules import RULES, Rule
@@ -106,6 +106,7 @@ DOCTORED = {
 @needs_extension
 def test_the_extension_is_used() -> None:
     assert native.load() == (BUILT, None)
+    assert cpu.AVAILABLE
 
 
 @needs_extension

@@ -91,6 +91,18 @@ def tool(path: Path) -> None:
     path.chmod(0o755)
 
 
+def test_a_checkout_that_hides_an_install_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After pip install . in a checkout, python -m zokern in there finds the sources."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "zokern" / "backends" / "native.py"))
+    assert native.hidden() is None  # an install
+    (tmp_path / "CMakeLists.txt").touch()
+    assert f"found the sources in {tmp_path} first" in str(native.hidden())
+    assert "pip install -e . builds it there" in str(native.hidden())
+    (tmp_path / "zokern").mkdir()
+    (tmp_path / "zokern" / "_C.cpython-310-x86_64-linux-gnu.so").touch()  # of another Python
+    assert native.hidden() is None
+
+
 def test_what_fails_in_a_build_is_not_followed_by_a_trace() -> None:
     said = refusal(setup_py(f"m['run']([{sys.executable!r}, '-c', 'raise SystemExit(3)'])"))
     assert said.strip() == f"zokern: {sys.executable} -c ended with exit code 3; why, stands above."

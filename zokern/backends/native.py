@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,12 +54,23 @@ def _difference(built: list[dict[str, object]]) -> str | None:
     return None
 
 
+def hidden() -> str | None:
+    """The remedy where this is a checkout's folder, which Python finds first when it is started in there."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "CMakeLists.txt").is_file() or any((checkout / "zokern").glob("_C.*so")):
+        return None
+    return (
+        f"Python found the sources in {checkout} first, and nothing is built there. pip install -e . builds it there; what "
+        "pip install . has installed is found from any other folder"
+    )
+
+
 def load() -> tuple[Any, str | None]:
     """zokern._C and None, or None and why it cannot be used."""
     try:
         module = importlib.import_module("zokern._C")
     except ImportError as error:
-        return None, f"zokern._C cannot be imported ({error}); {BUILD}"
+        return None, f"zokern._C cannot be imported ({error}); {hidden() or BUILD}"
     # An older build has no list of its rules.
     wrong = _difference(module.rules()) if hasattr(module, "rules") else "it does not say which rules it has"
     return (module, None) if wrong is None else (None, f"zokern._C is of another version: {wrong}; re{BUILD}")

