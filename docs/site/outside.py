@@ -1,7 +1,7 @@
 """A hook of MkDocs: what pages link to outside of docs/ gets a page too, so the site has all that it speaks of.
 
-A text file becomes a page of highlighted code, data are copied. README.md is the first page, and CONTRIBUTING.md and
-CHANGELOG.md are pages as they are. In
+A text file becomes a page of highlighted code, data are copied. README.md is the first page, and the other
+pages of the root are pages as they are. In
 the sources a link stays what it is on GitHub, a relative path.
 """
 
@@ -16,7 +16,9 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ROOT_PAGES = {
+    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md",
+}  # fmt: skip
 DATA = (".json", ".csv", ".png", ".svg")
 LANGUAGES = {
     "py": "python", "pyi": "python", "sh": "bash", "h": "cpp", "cpp": "cpp", "cu": "cuda", "cuh": "cuda", "md": "markdown",
