@@ -17,8 +17,11 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT_PAGES = {
-    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md",
-}  # fmt: skip
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+}
 DATA = (".json", ".csv", ".png", ".svg")
 LANGUAGES = {
     "py": "python", "pyi": "python", "sh": "bash", "h": "cpp", "cpp": "cpp", "cu": "cuda", "cuh": "cuda", "md": "markdown",
