@@ -1,7 +1,7 @@
 # Two commands on a fresh Linux machine (Python >= 3.10, a C++ compiler; what they download they say first):
 #   make demo     fine-tunes a real sentence encoder with forward passes only
 #   make demo-lm  the same with a language model: 95 MB are downloaded once, some six minutes of training
-#   make test     runs the whole test suite
+#   make test     runs the tests
 # Everything is installed into .venv. On a machine without a GPU the CPU build of PyTorch is a tenth of the download:
 #   make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
@@ -27,16 +27,15 @@ $(VENV)/.torch:
 	@$(call tell,setup,"what builds the kernels",$(PIP) cmake ninja pybind11)
 	@touch $@
 
-# Built in the environment that runs it, so that a second build compiles only what changed.
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+# Built in the environment that runs it, so that a second build compiles only what changed. A demo needs none of the tests'
+# libraries; an environment that has them has all.
+$(VENV)/.installed: FOR = tests
+$(VENV)/.installed: EXTRA = dev
+$(VENV)/.demo: FOR = demo
+$(VENV)/.demo: EXTRA = demo
+$(VENV)/.installed $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
-	$(call tell,setup,"the kernels and the libraries of the tests",$(PIP) --no-build-isolation -e ".[dev]")
-	@touch $@
-
-# What a demo needs, without the tests' libraries; an environment that has them has it too.
-$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	@export PATH="$(abspath $(BIN)):$$PATH"; \
-	$(call tell,setup,"the kernels and the libraries of the demo",$(PIP) --no-build-isolation -e ".[demo]")
+	$(call tell,setup,"the kernels and the libraries of the $(FOR)",$(PIP) --no-build-isolation -e ".[$(EXTRA)]")
 	@touch $@
 FOR_DEMO = $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(VENV)/.demo)
 NEXT = @echo "next: your own texts, in docs/quickstart.md, and $(BIN)/zokern finetune --help"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from benchmarks.convergence.page import stored as convergence
 from benchmarks.memory import formulas
 from benchmarks.memory.page import ITEM, TOKENS, weights
 from benchmarks.memory.shapes import LARGE
-from benchmarks.parts import Record, gpus, load, panels, plain, save, short_gpu, table
+from benchmarks.parts import gpus, load, panels, plain, save, short_gpu, table
 from zokern.bench.plots import BLUE, GREEN, INK, ORANGE, RED
 
 PUBLISHED = "published"
@@ -25,6 +26,9 @@ MEMORY = {
     "Adam, all bfloat16": ("Adam, all in bfloat16", RED),
     "Adam, mixed": ("Adam, mixed precision", RED),
 }  # {a way of benchmarks/memory: its name here, its colour}
+
+
+stored = functools.cache(load)
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,15 @@ class Step:
         """{way: what it is called}"""
         return {PUBLISHED: "MeZO's way", self.ours: "zokern"} | ({GRAPH: "as one CUDA graph"} if self.graph else {})
 
-    def run(self) -> Record:
-        return load(self.file)
-
     def tokens(self) -> str:
         return self.case.split()[1].replace("x", " x ")
 
     def where(self) -> str:
-        run = self.run()
+        run = stored(self.file)
         return short_gpu(run) if "gpu" in run["machine"] else f"{run['machine']['threads']} CPU cores"
 
     def _of(self, way: str) -> Any:
-        return self.run()["results"][f"{self.case} mezo {way}"]
+        return stored(self.file)["results"][f"{self.case} mezo {way}"]
 
 
 STEPS = (
