@@ -7,6 +7,7 @@ milliseconds. A function is one of a module's own, and takes what can be pickled
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -63,6 +64,7 @@ def _rank(
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
+    faulthandler.enable()  # a rank that a signal ends says where it was
     if join:
         meeting, patience = FileStore(store, world), datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=patience)
@@ -134,12 +136,18 @@ def outcomes(
 def run(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, limit: float = 100.0, join: bool = True
 ) -> list[Any]:
-    """What the function returned on each rank; fails with the traceback of one that raised."""
+    """What the function returned on each rank; fails with the traceback of each that raised."""
     found = outcomes(world, function, *args, timeout=timeout, limit=limit, join=join)
-    for rank, outcome in enumerate(found):
-        if outcome.error:
-            pytest.fail(f"rank {rank} of {world}: {outcome.error}\n{outcome.where}")
+    failed = [rank for rank, outcome in enumerate(found) if outcome.error]
+    if failed:  # the first to fail first: what it says is the cause, and the others' lost connections come of it
+        failed.sort(key=lambda rank: found[rank].seconds)
+        pytest.fail("\n".join(_told(rank, world, found[rank]) for rank in failed))
     return [outcome.value for outcome in found]
+
+
+def _told(rank: int, world: int, one: Outcome) -> str:
+    ended = f"{one.error}, after {one.seconds:.1f} s, exit code {one.code}"
+    return f"rank {rank} of {world}: {ended}\n{one.where}"
 
 
 def alone(cls: Any, *args: Any, **options: Any) -> Any:

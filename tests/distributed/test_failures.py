@@ -128,6 +128,25 @@ def test_in_place_all_ranks_go_the_same_way_where_one_raises_before_it(what: str
     assert equal(a, c)
 
 
+# --------------------------------------------------------------------------------------------- of these tests themselves
+
+
+def leaves(error: str) -> None:
+    if dist.get_rank() == 1:
+        if not error:
+            os._exit(3)
+        raise ValueError(error)
+    dist.barrier()
+
+
+@pytest.mark.parametrize(("error", "said"), [("the cause", "ValueError: the cause"), ("", "the process ended")])
+def test_a_test_of_ranks_that_fails_begins_with_the_rank_that_failed_first(error: str, said: str) -> None:
+    first = rf"^rank 1 of 2: {said}, .*, exit code {0 if error else 3}\n"
+    with pytest.raises(pytest.fail.Exception, match=first) as told:
+        run(2, leaves, error)
+    assert "\nrank 0 of 2: RuntimeError: " in str(told.value)
+
+
 # ------------------------------------------------------------------------------------------- killed, hanging, missing ones
 
 
