@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip install $(if $(CI),,--progress-bar raw)
 tell = $(if $(CI),$(3),$(PYTHON) tools/tell.py --log build/$(1).log $(2) $(3))
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz test-kernels wheel test-wheel lint format docs docs-serve bench clean
+.PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz matrix test-kernels wheel test-wheel lint format docs docs-serve bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -78,6 +78,11 @@ fuzz: setup
 # The CUDA and Triton kernels without a GPU, hours on two processors. PTX="--quick", "--arch 90 --seconds 600", --help: other selections.
 test-kernels: setup
 	$(BIN)/python -m tests.ptx $(PTX)
+
+# Each Python at hand with the oldest and the newest libraries, about an hour. MATRIX="--python 3.13", --help: other selections.
+matrix: setup
+	$(BIN)/python -m pip install --quiet "uv>=0.9" "build>=1.2"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.matrix $(MATRIX)
 
 # A wheel with the CUDA kernels for machines without nvcc. setuptools would pack what earlier builds left; auditwheel
 # names the oldest Linux that the wheel runs on.

@@ -34,6 +34,7 @@ import benchmarks.lowrank.learning
 import benchmarks.lowrank.populations
 import benchmarks.lowrank.speed
 import benchmarks.machine_code.page
+import benchmarks.matrix
 import benchmarks.memory.page
 import benchmarks.ranks.scale
 import benchmarks.ranks.speed
@@ -76,7 +77,8 @@ SUBJECTS = (
     benchmarks.machine_code.page, benchmarks.trainer.run,
     benchmarks.rewards.page, benchmarks.choose.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
-    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.memory.page, benchmarks.front.page,
+    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.matrix,
+    benchmarks.memory.page, benchmarks.front.page,
     docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}

@@ -1,0 +1,41 @@
+"""Writes the table of Pythons and libraries of docs/install.md from what `make matrix` stores in benchmarks/results."""
+
+from __future__ import annotations
+
+from benchmarks.parts import Record, load, table
+from zokern.bench.record import RESULTS
+
+STORED = "matrix.json"
+SHOWN = ("torch", "triton", "transformers", "trl", "lightning", "peft", "numpy")
+
+
+def _row(cell: Record) -> list[str]:
+    if "broke" in cell:
+        return [*[""] * len(SHOWN), cell["broke"].partition("\n")[0]]
+    if "not at hand" in cell:
+        return [*[""] * len(SHOWN), f"not at hand, not run: {cell['not at hand']}"]
+    counts = f"{cell['passed']:,} passed"
+    if cell["failed"]:
+        counts += f", {len(cell['failed'])} failed"
+    return [*(cell["versions"][name].partition("+")[0] for name in SHOWN), counts]
+
+
+def matrix() -> str:
+    """A line for each Python and set of libraries."""
+    if not (RESULTS / STORED).is_file():
+        return "It has not run yet."
+    run = load(STORED)
+    rows = [[*f"{name} ".split(" ")[:2], *_row(cell)] for name, cell in run["results"].items()]
+    return table(["Python", "libraries", *SHOWN, "the CPU's tests"], rows, tight=True)
+
+
+def made() -> str:
+    if not (RESULTS / STORED).is_file():
+        return "It has not run yet."
+    run = load(STORED)
+    missing = "" if run["complete"] else " **Not all of it has run.**"
+    told = {f"{cell['zokern']} at {cell['commit'][:12]}" for cell in run["results"].values()}
+    return f"zokern {', '.join(sorted(told))}; {run['date'][:10]}.{missing}"
+
+
+PAGES = {"docs/install.md": {"matrix": matrix, "matrix-made": made}}

@@ -1,0 +1,1 @@
+"""What pyproject.toml promises of Pythons and libraries, tried."""
