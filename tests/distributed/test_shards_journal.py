@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import zokern
@@ -110,6 +112,31 @@ def refused(folder: str) -> list[str]:
     told.append(str(error.value))
     steps("mezo", model, opt, range(1))
     return told
+
+
+def another_run(folder: str) -> list[tuple[str, float]]:
+    """What each way to take a run up says where one rank has another seed, and after how many seconds."""
+    path, told = Path(folder) / "mezo", []
+    model, opt = made("mezo")
+    with zokern.journal.write(opt, path):
+        steps("mezo", model, opt, range(2))
+    ways: dict[str, Any] = {"resume": zokern.journal.resume, "append": zokern.journal.append}
+    for name, way in ways.items():
+        _, opt = made("mezo")
+        opt.seed += dist.get_rank() == 1
+        began = time.monotonic()
+        with pytest.raises((zokern.journal.JournalError, zokern.RankError)) as error, way(opt, path):
+            raise AssertionError(name)
+        told.append((str(error.value), time.monotonic() - began))
+    return told
+
+
+def test_a_rank_of_another_run_is_heard_while_shards_would_be_gathered(tmp_path: Path) -> None:
+    for rank, told in enumerate(run(2, another_run, str(tmp_path))):
+        for said, seconds in told:
+            assert "seed is " in said
+            assert ("rank 1 raised" in said) == (rank == 0)
+            assert seconds < 20
 
 
 def test_what_the_first_rank_cannot_write_or_read_is_refused_on_all(tmp_path: Path) -> None:

@@ -52,11 +52,12 @@ def append(
                     raise JournalError(
                         f"{here}: it begins at step {first}, and the optimizer is at step {steps}; give its run's"
                     )
+                same["the number of steps done"] = steps
+            with agreed(optimizer, "journal.append", path):  # who fails while others gather shards is not heard
                 mark = _mark_of(check(here, optimizer.weights(), steps), optimizer, steps, folded=arrived is not None)
                 end, crc, waiting = _go_to(reader, steps, mark)
                 if arrived is None:
                     _refuse_other_waiting(optimizer, here, waiting)
-                same["the number of steps done"] = steps
             layout, frames, recorder = reader.layout, list(reader.frames), None
             with agreed(optimizer, "journal.append", path):
                 if file is not None:

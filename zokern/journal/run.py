@@ -88,8 +88,10 @@ def write(
                     f"{path}: {type(optimizer).__name__} has done steps and has states, which a journal does not hold; "
                     "start the journal before the first step, or take the run up from its own journal with resume"
                 )
-            same.update(run_of(optimizer), base=hash_of(optimizer.weights().items()))
-            header = {**same, "about": about or {}}
+            same.update(run_of(optimizer))
+        with agreed(optimizer, "journal.write", path) as base:
+            base.update(base=hash_of(optimizer.weights().items()))
+            header = {**same, **base, "about": about or {}}
         recorder = None
         with agreed(optimizer, "journal.write", path):
             if is_first(optimizer):
@@ -134,11 +136,14 @@ def resume(
     path, optimizer, lag = Path(path), frameworks.bare(optimizer), check_lag(lag)
     with contextlib.ExitStack() as held:
         with at_hand(optimizer, path, "journal.resume", held) as (here, file):
-            with agreed(optimizer, "journal.resume", path) as same:
+            with agreed(optimizer, "journal.resume", path) as same:  # who fails while others gather shards is not heard
                 refuse_second(optimizer, path)
                 _refuse_waiting(optimizer, path)
-                reader, params = _fitting(optimizer, here), optimizer.weights()
+                reader = Reader(here)
+                refuse_another_run(reader, optimizer, (*OF_A_RUN, "first_step"))
                 same.update(run_of(optimizer))
+            with agreed(optimizer, "journal.resume", path):
+                reader, params = _fitting(optimizer, reader), optimizer.weights()
             with agreed(optimizer, "journal.resume", path):
                 end, crc, layout, frames = _play(optimizer, reader, params)
             recorder = None
@@ -164,11 +169,9 @@ def refuse_another_run(reader: Reader, optimizer: ZerothOrderOptimizer, names: I
             )
 
 
-def _fitting(optimizer: ZerothOrderOptimizer, path: Path) -> Reader:
-    """The journal's reader, at the end. Raises JournalError if it is not of a run of this optimizer."""
-    reader = Reader(path)
-    refuse_another_run(reader, optimizer, (*OF_A_RUN, "first_step"))
-    params = optimizer.weights()
+def _fitting(optimizer: ZerothOrderOptimizer, reader: Reader) -> Reader:
+    """The journal's reader, at the end. Raises JournalError if it is not of a run of this optimizer's weights."""
+    path, params = reader.path, optimizer.weights()
     if not is_base(reader, params):
         raise JournalError(f"{path}: the optimizer's weights are not those that the run started from; load those first")
     reader = check(path, params)
