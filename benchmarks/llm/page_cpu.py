@@ -124,8 +124,8 @@ def machine() -> str:
     if "start" not in stored_cpu.results():
         return NONE
     told = made_on(stored_cpu.stored(RUNS)).replace("One run", "Runs", 1)
-    if len(processors := _told("processor")) > 1:
-        told += f"; others on {' and '.join(processors)}"
+    if others := [one for one in _told("processor") if one != stored_cpu.stored(RUNS)["machine"].get("processor")]:
+        told += f"; others on {' and '.join(others)}"
     if commits := _told("commit"):
         told += f"; runs that say it, at {', '.join(commit[:12] for commit in commits)}"
     if stored_cpu.stored(COST):
