@@ -74,6 +74,9 @@ def test_the_order_per_second_is_that_per_forward(methods: dict[str, Any]) -> No
     assert f"its step is {100 * shorter:.0f} % shorter" in SAID
     prefix = methods["prefix-mezo"]["runs"][0]["steps"] * stored_cpu.step_seconds("prefix-mezo")
     assert prefix / spent["mezo"] == pytest.approx(2, abs=0.25)
+    lora = methods["lora-adam"]["runs"][0]["steps"] * stored_cpu.step_seconds("lora-adam")
+    assert "Adam on LoRA takes the least time of all" in SAID
+    assert lora < min(spent.values())
 
 
 def test_what_is_held_beside_a_forward() -> None:
