@@ -134,6 +134,16 @@ def test_whether_that_is_lr(methods: dict[str, Any]) -> None:
     for name in ("hizoo", "helene"):  # "level with MeZO halfway"
         spread = stdev(stored_cpu.losses(methods["mezo"]["runs"], 0) or [])
         assert abs(loss(methods[name], 0) - loss(methods["mezo"], 0)) < spread, name
+    seed = {run["seed"]: 100 * run["curve"][-1]["accuracy"] for run in methods["mezo"]["runs"]}
+    ends = [
+        [
+            seed[run["seed"]] - 100 * run["curve"][-1]["accuracy"]
+            for run in [*methods[name]["lower"], methods[name]["runs"][0]]
+        ]
+        for name in ("hizoo", "helene")
+    ]
+    told = "{:.1f} and {:.1f} points behind MeZO, where it was {:.1f} and {:.1f}"
+    assert told.format(*(one[0] for one in ends), *(one[1] for one in ends)) in SAID
     for name in ("mezo-gv", "mezo"):  # "an lr that did as well in the search was not run"
         best, second, *_ = sorted(methods[name]["grid"], key=lambda point: point["loss"])
         assert second["loss"] - best["loss"] < 0.005
