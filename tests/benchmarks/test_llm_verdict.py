@@ -81,6 +81,8 @@ def test_adapters_did_worse(methods: dict[str, Any]) -> None:
     assert "a prefix ends seven points behind all weights" in SAID
     assert round(accuracy(methods["mezo"]) - accuracy(methods["prefix-mezo"])) == 7
     start = stored_cpu.results()["start"]["test"]["loss"]
+    (lower,) = methods["lora-mezo"]["lower"]
+    assert f"With a lower lr and one seed LoRA ends at {100 * lower['curve'][-1]['accuracy']:.0f} %" in SAID
     assert f"with a loss of {loss(methods['lora-mezo']):.1f} where the model began with {start:.1f}" in SAID
 
 
@@ -144,6 +146,10 @@ def test_whether_that_is_lr(methods: dict[str, Any]) -> None:
     ]
     told = "{:.1f} and {:.1f} points behind MeZO, where it was {:.1f} and {:.1f}"
     assert told.format(*(one[0] for one in ends), *(one[1] for one in ends)) in SAID
+    (es,) = methods["es"]["lower"]
+    assert f"then ends {100 * es['curve'][-1]['accuracy'] - seed[es['seed']]:.1f} points ahead" in SAID
+    rose = {name: loss(methods[name]) - loss(methods[name], 0) for name in WHOLE}
+    assert max(rose, key=lambda name: rose[name]) == "es"
     for name in ("mezo-gv", "mezo"):  # "an lr that did as well in the search was not run"
         best, second, *_ = sorted(methods[name]["grid"], key=lambda point: point["loss"])
         assert second["loss"] - best["loss"] < 0.005
