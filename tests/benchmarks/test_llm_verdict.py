@@ -40,6 +40,7 @@ def loss(record: Any, look: int = -1) -> float:
 def test_all_runs_are_there(methods: dict[str, Any]) -> None:
     assert set(methods) == set(METHODS)
     assert {len(one["runs"]) for one in methods.values()} == {len(SEEDS)}
+    assert load("llm-cpu.json")["complete"]
 
 
 def test_the_second_half_makes_the_order(methods: dict[str, Any]) -> None:
