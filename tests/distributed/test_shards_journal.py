@@ -131,6 +131,25 @@ def another_run(folder: str) -> list[tuple[str, float]]:
     return told
 
 
+def not_begun(folder: str) -> tuple[str, float]:
+    """What journal.write says where one rank has updates that wait, and after how many seconds."""
+    _, opt = made("mezo")
+    if dist.get_rank() == 1:
+        opt.count_waiting = lambda: 1
+    began = time.monotonic()
+    with pytest.raises(zokern.journal.JournalError) as error, zokern.journal.write(opt, Path(folder) / "mezo"):
+        raise AssertionError
+    return str(error.value), time.monotonic() - began
+
+
+def test_a_rank_that_cannot_begin_is_heard_while_shards_would_be_gathered(tmp_path: Path) -> None:
+    for rank, (said, seconds) in enumerate(run(2, not_begun, str(tmp_path))):
+        assert "updates of 1 steps wait" in said
+        assert ("rank 1 raised" in said) == (rank == 0)
+        assert seconds < 20
+    assert not (tmp_path / "mezo").exists()
+
+
 def test_a_rank_of_another_run_is_heard_while_shards_would_be_gathered(tmp_path: Path) -> None:
     for rank, told in enumerate(run(2, another_run, str(tmp_path))):
         for said, seconds in told:

@@ -34,7 +34,6 @@ def broken() -> matrix.Cell:
 
 def test_cells_are_kept_from_call_to_call_and_told_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = argparse.Namespace(output=tmp_path / "matrix.json", tests=["tests/contract"])
-    monkeypatch.setattr(matrix, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmarks.matrix, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmarks.parts, "RESULTS", tmp_path)
     assert benchmarks.matrix.matrix() == benchmarks.matrix.made() == "It has not run yet."
