@@ -65,6 +65,9 @@ METHODS = {
     "fzoo": Method("FZOO", zokern.FZOO, 9, (3e-7, 1e-6, 3e-6, 1e-5)),
     "hizoo": Method("HiZOO", zokern.HiZOO, 3, (1e-6, 3e-6, 1e-5, 3e-5)),
     "lezo": Method("LeZO", lezo, 2, (3e-6, 1e-5, 3e-5, 1e-4), 1, {"share": 0.75}, captured=False),
+    "mezo-lowrank": Method(
+        "MeZO, directions of rank 1", zokern.MeZO, 2, (1e-6, 3e-6, 1e-5, 3e-5), 1, {"distribution": "lowrank:1"}
+    ),
     "lora-adam": Method(
         "LoRA, Adam (backpropagation)", adam, BACKPROPAGATION, (1e-4, 3e-4, 1e-3), captured=False, share=0.2
     ),

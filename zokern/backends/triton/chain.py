@@ -30,7 +30,7 @@ def _round_state(x, block, high, lanes, tensor_id, seed, STATE: tl.constexpr):
 
 @triton.jit
 def _stage(
-    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
+    row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     WRITTEN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, CUT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -54,7 +54,7 @@ def _stage(
     v = a + tl.where(square_of_sum != 0, 0.0, squares)
     for k in range(num_seeds):
         if DISTRIBUTION == "lowrank":
-            z = low_rank(matrix, start, lanes, (tl.load(row + 9) + k) * between_seeds(matrix), CUT, PACKED)
+            z = low_rank(matrix, rank, start, lanes, (tl.load(row + 9) + k) * between_seeds(matrix), CUT, PACKED)
         else:
             z = direction(block, high, lanes, tensor_id, *_key(seeds + k), DISTRIBUTION, PACKED)
         ca, cg, cv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
@@ -83,7 +83,7 @@ def _stage(
 @triton.jit
 def _chain_tile(
     w_at, state0, state1, probe, tile, lanes, begin, end, first, high, tensor_id, group, stages, first_stage, fork,
-    matrix,
+    matrix, rank,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     PERTURBATION: tl.constexpr, STATES: tl.constexpr, WRITTEN: tl.constexpr, KEEP_SECOND: tl.constexpr,
     FORK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
@@ -103,18 +103,18 @@ def _chain_tile(
         if PERTURBATION != RULE:
             if tl.load(row + 5) != 0:
                 w, x, y = _stage(
-                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
+                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
                     PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
                     0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
                 )  # fmt: skip
             else:
                 w, x, y = _stage(
-                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
+                    row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
                     RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
                 )  # fmt: skip
         else:
             w, x, y = _stage(
-                row, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
+                row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
                 RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
             )  # fmt: skip
     if first_stage < fork:  # all exact: they have been rounded
@@ -126,7 +126,7 @@ def _chain_tile(
     if FORK:  # noqa: SIM102 - decided by the compiler, the test below at run time
         if probe.to(tl.int64) != 0:
             w, x, y = _stage(
-                stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id, matrix, start,
+                stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
                 PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
                 0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED,
             )  # fmt: skip
@@ -171,18 +171,18 @@ def chain_kernel(
     whole_end = tl.where(tl.load(row + 4) != 0, tl.maximum(end // (BLOCK * 8), whole_begin), whole_begin)
     matrix = None
     if DISTRIBUTION == "lowrank":
-        matrix = matrix_at(factor_rows + tensor * FACTOR_COLUMNS, values, of_seed, rank, chunk, CHUNK)
+        matrix = matrix_at(factor_rows + tensor * FACTOR_COLUMNS, values, of_seed, chunk, CHUNK)
         whole_end = tl.where(rows_hold_blocks(matrix), whole_end, whole_begin)
     for tile in range(whole_begin, whole_end):
         _chain_tile(
             w_at, state0, state1, probe, tile, lanes, begin, end, first, high, tensor_id, group, stages, first_stage, fork,
-            matrix, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
+            matrix, rank, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
             DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, False, PACKED,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _chain_tile(
             w_at, state0, state1, probe, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
             begin, end, first, high, tensor_id, group, stages, first_stage, fork,
-            matrix, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
+            matrix, rank, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
             DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, True, False,
         )  # fmt: skip

@@ -157,7 +157,7 @@ def _coefs(coefs, k, num_seeds, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.
 @triton.jit
 def _tile(
     src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
-    k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix,
+    k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr,
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
@@ -174,7 +174,7 @@ def _tile(
     if HAS_NOISE and DISTRIBUTION == "lowrank":
         k, of_seed = 0, between_seeds(matrix)
         for to_seed in range(of_seed * 0, num_seeds * of_seed, of_seed):
-            z = low_rank(matrix, start, lanes, to_seed, CUT, PACKED)
+            z = low_rank(matrix, rank, start, lanes, to_seed, CUT, PACKED)
             da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
             w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
             k += 1  # noqa: SIM113 - compiled code has no enumerate
@@ -256,7 +256,7 @@ def pass_kernel(
     r0, r1, s0, s1 = _rounding_keys(rounding_seed, ROUNDING, WRITTEN, STATE)
     matrix = None
     if DISTRIBUTION == "lowrank":
-        matrix = matrix_at(factor_rows + tensor * FACTOR_COLUMNS, values, of_seed, rank, chunk, CHUNK)
+        matrix = matrix_at(factor_rows + tensor * FACTOR_COLUMNS, values, of_seed, chunk, CHUNK)
 
     # Tiles [whole_begin, whole_end) are whole and aligned; the rest of [tile_begin, tile_end) is masked. Where a block of a
     # low-rank direction may lie in two rows, all are.
@@ -268,7 +268,7 @@ def pass_kernel(
     for tile in range(whole_begin, whole_end):
         _tile(
             src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
-            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix,
+            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
             DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False, PACKED,
         )  # fmt: skip
@@ -276,7 +276,7 @@ def pass_kernel(
         _tile(
             src, dst, state0, state1, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
             begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
-            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix,
+            k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
             DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True, False,
         )  # fmt: skip

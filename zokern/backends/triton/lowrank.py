@@ -43,9 +43,9 @@ def _times(e, start, factor):
 
 
 @triton.jit
-def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
+def matrix_at(row, values, of_seed, chunk, CHUNK: tl.constexpr):
     """Where a chunk begins in its stack of matrices, and its factors: for `low_rank`. row: of FactorTable.rows; values: the
-    address of place 0 of the first seed, which the next seed's is of_seed numbers behind; rank: None for 1."""
+    address of place 0 of the first seed, which the next seed's is of_seed numbers behind."""
     columns, rows, matrices = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     first = chunk.to(tl.int64) * CHUNK
     top = _fits(first, columns)  # among the rows of all matrices
@@ -56,7 +56,7 @@ def matrix_at(row, values, of_seed, rank, chunk, CHUNK: tl.constexpr):
     left = values + (tl.load(row + 3) + top)
     right = values + (tl.load(row + 4) + matrix * columns + column)
     of_column, of_row = _steps(column, columns, CHUNK), _steps(top - matrix * rows, rows, CHUNK)
-    strides = (matrices * rows, matrices * columns, of_seed.to(tl.int64), rank)  # from k to k + 1, from seed to seed
+    strides = (matrices * rows, matrices * columns, of_seed.to(tl.int64))  # from k to k + 1 twice, from seed to seed
     return left, right, columns, column, below, of_column, of_row, strides
 
 
@@ -99,11 +99,11 @@ def _one(at, j: tl.constexpr, begin, end):
 
 
 @triton.jit
-def _row(matrix, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr):
+def _row(matrix, rank, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr):
     """z of a seed, [BLOCK, 8]: of the elements of each block (its first index in the chunk: e) that lie in the row `down`
     below the chunk's first, from begin to before end. Rows behind the last are taken for the last."""
     left, right, columns, _, below, _, of_row, strides = matrix
-    between_left, between_right, _, rank = strides
+    between_left, between_right, _ = strides
     row = tl.minimum(down, below) if CUT else down
     further = _times(row, of_row[0], of_row[1]) - down  # matrices, less rows
     left += to_seed + row
@@ -118,15 +118,16 @@ def _row(matrix, e, down, to_seed, begin, end, WHOLE: tl.constexpr, CUT: tl.cons
 
 
 @triton.jit
-def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.constexpr):
-    """z of a seed on a tile, [BLOCK, 8] float32. start: the tile's first index in the chunk; to_seed: numbers from the
-    first seed's factors to its own. Whole tiles are of rows that hold blocks only; else a block is made row by row, of
+def low_rank(matrix, rank, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.constexpr):
+    """z of a seed on a tile, [BLOCK, 8] float32. rank: None for 1, and no part of `matrix`, since no function of Triton 3.6
+    or older returns None in a tuple. start: the tile's first index in the chunk; to_seed: numbers from the first seed's
+    factors to its own. Whole tiles are of rows that hold blocks only; else a block is made row by row, of
     which it is in two, or in up to five where these are short."""
     columns, column, of_column = matrix[2], matrix[3], matrix[5]
     e = start + lanes * 8
     down = _times(e, of_column[0], of_column[1])
     if not CUT or rows_hold_blocks(matrix):
-        z = _row(matrix, e, down, to_seed, 0, 8, True, CUT, PACKED)
+        z = _row(matrix, rank, e, down, to_seed, 0, 8, True, CUT, PACKED)
     else:
         step = tl.minimum(columns, 8).to(tl.int32)
         begin = tl.minimum((down + 1).to(tl.int64) * columns - column - e, 8).to(tl.int32) - step  # of its first row
@@ -134,7 +135,7 @@ def low_rank(matrix, start, lanes, to_seed, CUT: tl.constexpr, PACKED: tl.conste
         z = tl.zeros([lanes.shape[0], 8], tl.float32)
         for above in range(0, 7 + step, step):
             first, last = begin + above, begin + above + step
-            some = _row(matrix, e, down, to_seed, first, last, False, CUT, PACKED)
+            some = _row(matrix, rank, e, down, to_seed, first, last, False, CUT, PACKED)
             z = tl.where((j >= first[:, None]) & (j < last[:, None]), some, z)
             down += 1
     return z
