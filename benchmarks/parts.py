@@ -13,7 +13,7 @@ from zokern.bench import model
 from zokern.bench.plots import INK
 from zokern.bench.record import RESULTS
 
-ROOT = RESULTS.parents[1]
+ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 Record = Mapping[str, Any]
 Pages = Mapping[str, Mapping[str, Callable[[], str]]]  # {page, from the root: {marker: what lies between}}

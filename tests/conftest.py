@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 
 # The tests' tensors are too small to share among threads, whose waiting slows down the other processes of the suite, those
@@ -31,10 +32,20 @@ DATA = Path(__file__).parent / "data"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _heed_signals()
     # Not in pyproject.toml: pytest imports the category from there before coverage looks on.
     config.addinivalue_line("filterwarnings", "error::zokern.ZokernWarning")
     # Toy losses move toy weights far. That no default does is tested by counts (optim/test_moves.py).
     config.addinivalue_line("filterwarnings", "ignore:a step moves the trained weights:zokern.ZokernWarning")
+
+
+def _heed_signals() -> None:
+    """Where a shell runs the suite in the background or by nohup, its processes ignore these signals, and those that tests
+    start would too. A handler is not inherited: what is started has the default."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # the suite itself goes on, as nohup has it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

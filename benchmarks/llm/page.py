@@ -1,8 +1,9 @@
-"""Writes the tables and the picture of docs/llm.md from benchmarks/results/llm-cuda.json."""
+"""Writes the tables and the picture of docs/llm.md from the llm-cuda.json of each GPU."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -14,14 +15,15 @@ SHARES = (1 / 12, 1 / 4, 1 / 2, 1)  # of the budget, at which the table looks
 
 
 @functools.cache
-def stored() -> dict[str, Any]:
-    return load("llm-cuda.json")
+def stored(gpu: str = "") -> dict[str, Any]:
+    """gpu: the folder of results of another GPU than the first."""
+    return load(str(Path(gpu, "llm-cuda.json")))
 
 
-def finished() -> dict[str, Record]:
+def finished(gpu: str = "") -> dict[str, Record]:
     """The methods with a whole run, and their whole runs."""
     found = {}
-    for name, part in stored()["results"].items():
+    for name, part in stored(gpu)["results"].items():
         if name in METHODS and (whole := [run for run in part["runs"] if not run["cut"]]):
             found[name] = {**part, "runs": whole}
     return dict(sorted(found.items(), key=lambda item: -at(item[1], 1)))
@@ -33,26 +35,26 @@ def at(method: Record, share: float) -> float:
     return float(mean(look["accuracy"] for look in looks))
 
 
-def runs() -> str:
+def runs(gpu: str = "") -> str:
     """A line for each method."""
-    budget = stored()["settings"]["budget"]
+    budget = stored(gpu)["settings"]["budget"]
     head = ["method", "lr", *(f"{budget * share:,.0f}" for share in SHARES), "seeds", "ms a step", "seconds in all"]
     rows = []
-    for method in finished().values():
+    for method in finished(gpu).values():
         step = mean(run["seconds_per_step"] for run in method["runs"])
         steps = method["runs"][0]["steps"]
         shown = [f"{100 * at(method, share):.1f}" for share in SHARES]
         seeds = str(len(method["runs"]))
         rows.append([method["label"], f"{method['lr']:g}", *shown, seeds, f"{1e3 * step:.2f}", f"{steps * step:.0f}"])
-    start = f"{100 * stored()['results']['start']['test']['accuracy']:.1f}"
+    start = f"{100 * stored(gpu)['results']['start']['test']['accuracy']:.1f}"
     rows.append(["before tuning", "", *[start] * len(SHARES), "", "", ""])
     return table(head, rows, tight=True)
 
 
-def grids() -> str:
+def grids(gpu: str = "") -> str:
     """The validation loss of each lr that was tried."""
     lines = []
-    for method in finished().values():
+    for method in finished(gpu).values():
         tried = ", ".join(
             f"{p['lr']:g}: {p['loss']:.3f}" if p["loss"] else f"{p['lr']:g}: none" for p in method["grid"]
         )
@@ -60,8 +62,8 @@ def grids() -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    where, missing = stored(), [part.label for name, part in METHODS.items() if name not in finished()]
+def machine(gpu: str = "") -> str:
+    where, missing = stored(gpu), [part.label for name, part in METHODS.items() if name not in finished(gpu)]
     told = f" The time ended before these: {'; '.join(missing)}." if missing else ""
     return f"{made_on(where)}.{told}"
 
@@ -85,4 +87,8 @@ def draw() -> None:
     save(figure, "llm-cuda", metadata={"Software": None})
 
 
-PAGES = {"docs/llm.md": {"runs": runs, "grids": grids, "machine": machine}}
+LONGER = "h200"  # where lr was chosen in longer runs
+PARTS = {"runs": runs, "grids": grids, "machine": machine}
+PAGES = {
+    "docs/llm.md": {**PARTS, **{f"longer-{name}": functools.partial(make, LONGER) for name, make in PARTS.items()}}
+}

@@ -34,7 +34,8 @@ def as_micro_batches(shard: Any, make: Any, counting: list[int], dtype: torch.dt
     for step in range(3):
         own = losses_of(dist.get_rank(), step)
         scripts = [iter(losses_of(rank, step)) for rank in counting]
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             opt.step(seeing(model, step, own, []))
             theirs.step(lambda script: torch.tensor(next(script), dtype=torch.float64), scripts)
     return same(model, other)

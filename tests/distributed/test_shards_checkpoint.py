@@ -37,7 +37,8 @@ def save(folder: str, way: str) -> list[bool]:
         nested(model)
         opt = build_alone(METHODS[name], model)
         steps(name, opt, model, range(3))
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             checkpoint.save(both(model, opt, way), checkpoint_id=Path(folder) / name)
         found += [
             parts.is_dtensor(t) and (t.device_mesh, t.placements) == (p.device_mesh, p.placements)
@@ -56,7 +57,8 @@ def go_on(folder: str, way: str) -> list[str]:
         nested(model)
         opt, theirs = build_alone(METHODS[name], model, seed=99), build_alone(METHODS[name], other)
         read = both(model, opt, way)
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             checkpoint.load(read, checkpoint_id=Path(folder) / name)
         set_state_dict(model, opt, model_state_dict=read["w"], optim_state_dict=read["o"], options=WAYS[way])
         steps(name, opt, model, range(3, 5))

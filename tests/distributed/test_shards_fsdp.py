@@ -92,7 +92,8 @@ def compared(
     for step in range(2):
         seen: list[float] = []
         wanted: list[float] = []
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             opt.step(seeing(model, step, given(case, step), seen))
             theirs.step(seeing(other, step, given(case, step), wanted))
         if seen != pytest.approx(wanted, rel=rel):

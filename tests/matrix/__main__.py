@@ -6,9 +6,10 @@
 
 From the sdist a wheel is made for each Python, without the CUDA kernels, and installed into a new environment for each set
 of libraries. "oldest": of each library that pyproject.toml names the oldest version that it allows, that fits the others,
-and that exists built for this Python; "newest": the newest. There run the report and the CPU's tests, Triton's kernels in
-its interpreter among them, on a copy of the tests, so that nothing of the checkout is imported. Each cell is stored as it
-ends, and `python -m benchmarks.pages docs/install.md` tells of all. Needs the packages uv and build.
+and that exists built for this Python; "newest": the newest. There run the report, some of Triton's kernels, compiled for a
+GPU and emulated, and the CPU's tests, all of Triton's kernels in its interpreter among them, on a copy of the tests, so
+that nothing of the checkout is imported. Each cell is stored as it ends, and `python -m benchmarks.pages docs/install.md`
+tells of all. Needs the packages uv and build.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ PYTHONS = tuple(f"3.{minor}" for minor in range(10, 15))  # from the oldest that
 RESOLUTION = {"oldest": "lowest-direct", "newest": "highest"}  # uv's words
 SHOWN = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "lightning", "datasets", "numpy")
 TESTS = ("contract", "passes", "optim", "placement", "journal", "checking", "integrations", "finetune", "tasks")
+# Triton's kernels, compiled for a GPU, with fewer cases than `make ptx`: its interpreter takes what its compiler does not
+EMULATED = ("-m", "tests.ptx", "--backend", "triton", "--arch", "90", "--quick", "--no-registers")
+PYTEST = ("-m", "pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider")
 LAST = 30  # lines of a command that failed
 
 Cell = dict[str, Any]
@@ -121,7 +125,7 @@ def tried(python: Path, wheel: Path, libraries: str, tests: Sequence[str], work:
     venv, outside, report = work / "venv", copied(work / "outside"), work / "tests.xml"
     inside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     inside |= {"VIRTUAL_ENV": str(venv), "COLUMNS": "200"}
-    run(["uv", "venv", "--python", python, venv], log)
+    run(["uv", "venv", "--seed", "--python", python, venv], log)
     # The wheel's own requirements would be nobody's direct ones, of which alone uv takes the oldest; so they come first.
     chosen = ["--resolution", RESOLUTION[libraries], "--only-binary", ":all:", "--extra", "test"]
     run(["uv", "pip", "install", *chosen, "-r", ROOT / "pyproject.toml"], log, env=inside)
@@ -130,21 +134,10 @@ def tried(python: Path, wheel: Path, libraries: str, tests: Sequence[str], work:
     own = venv / "bin" / "python"
     versions = json.loads(run([own, "-c", VERSIONS, *SHOWN], log, cwd=work, env=inside))
     run([own, "-m", "zokern"], log, cwd=work, env=inside)
+    run([own, *EMULATED], log, cwd=outside, env=inside)
     begun = time.monotonic()
-    pytest = [
-        own,
-        "-m",
-        "pytest",
-        "-n",
-        "auto",
-        "--dist",
-        "loadfile",
-        "--no-loadscope-reorder",
-        "-p",
-        "no:cacheprovider",
-    ]
     try:
-        run([*pytest, f"--junitxml={report}", *tests], log, cwd=outside, env=inside)
+        run([own, *PYTEST, f"--junitxml={report}", *tests], log, cwd=outside, env=inside)
     except Failed:
         if not report.is_file():
             raise
@@ -159,11 +152,8 @@ def looked_at(version: str, wheel: Path, log: Path) -> Cell:
     """
     from packaging.specifiers import SpecifierSet
 
-    run(
-        [sys.executable, "-m", "ruff", "check", "--target-version", f"py{version.replace('.', '')}", "zokern"],
-        log,
-        cwd=ROOT,
-    )
+    target = f"py{version.replace('.', '')}"
+    run([sys.executable, "-m", "ruff", "check", "--target-version", target, "zokern"], log, cwd=ROOT)
     run([sys.executable, "-m", "mypy", "--python-version", version], log, cwd=ROOT)
     with zipfile.ZipFile(wheel) as file:
         (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))

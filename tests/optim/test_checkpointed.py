@@ -88,14 +88,16 @@ def test_a_run_goes_on_from_flattened_files(name, tmp_path):
 
 
 def save(path: Path, model: nn.Module, opt: Any, way: StateDictOptions) -> None:
-    with warnings.catch_warnings(action="ignore"):  # torch's own: one process
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: one process
         checkpoint.save(dict(zip("wo", get_state_dict(model, opt, options=way), strict=True)), checkpoint_id=path)
 
 
 def restore(path: Path, model: nn.Module, opt: Any, way: StateDictOptions) -> None:
     """As torch's pages do it: files are read into the state_dicts of a new model and optimizer."""
     both = dict(zip("wo", get_state_dict(model, opt, options=way), strict=True))
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         checkpoint.load(both, checkpoint_id=path)
     set_state_dict(model, opt, model_state_dict=both["w"], optim_state_dict=both["o"], options=way)
 

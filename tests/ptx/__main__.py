@@ -31,6 +31,9 @@ def main(
     peer: Annotated[str, typer.Option(help="The backend whose bits are right: cpu, or reference, slowly.")] = "cpu",
     seconds: Annotated[float | None, typer.Option(help="Stop after so long; what is left out is counted.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes at once; default: one for each processor.")] = None,
+    registers: Annotated[
+        bool, typer.Option(help="Wrong, too: registers that may be unset. Triton 3.6 and older leave some.")
+    ] = True,
     output: Annotated[Path | None, typer.Option(help="JSON of what was wrong and which code no case runs.")] = None,
 ) -> None:
     """Runs the CUDA and Triton kernels without a GPU, as the project's own host code launches them, in an interpreter of
@@ -59,6 +62,7 @@ def main(
     jobs = jobs or os.cpu_count() or 1
     targets, reasons = available(wanted, arch or (None if quick else ARCHS))
     given = ["--quick"] if quick else []
+    given += [] if registers else ["--no-registers"]
     given += ["--steps"] if (not quick if steps is None else steps) else []
     run(workers(targets, jobs, [*given, "--only", only, "--peer", peer]), jobs, begin + seconds if seconds else None)
     if targets:

@@ -285,6 +285,8 @@ def quick(backend: str) -> Iterator[Case]:
             if rule == "axpy":
                 yield chain
                 yield Case(rule, F16, F32, "normal", "stochastic", layout="rows", seed=1)
+                yield Case(rule, BF16, F32, "lowrank:1", k=2, layout="low_rows", seed=1)
+                yield Case(rule, BF16, F32, "lowrank:1", k=2, layout="low_tiny", stages=2, seed=1)
     if backend == "cuda":
         yield replace(edge, rule="axpy")
         yield replace(edge, limits=2, rounding="stochastic", device_seeds=True)

@@ -19,6 +19,7 @@ from .emulator import Emulator, allocation, watch
 from .parse import PtxError, split
 
 SAID = ("RULE", "DTYPE", "STATE", "DISTRIBUTION", "ROUNDING")  # constants that are part of a kernel's name
+SCRATCH = ("global_scratch_size", "profile_scratch_size")  # Triton 3.4 has the first; a kernel gets a pointer for each
 
 
 class Driver:
@@ -72,14 +73,15 @@ def install(emulator: Emulator) -> Any:
 
 
 def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, kwargs: Any) -> None:
-    bound, *_ = jit.device_caches[0][4](*args, **kwargs)
+    bound, *_ = jit.device_caches[0][-1](*args, **kwargs)
     bound = dict(bound)
     if callable(grid):
         grid = grid(bound)
     if any(n != 1 for n in grid[1:]):
         raise PtxError(f"a grid of {grid}")
     metadata, signature = compiled.metadata, compiled.src.signature
-    if metadata.global_scratch_size or metadata.profile_scratch_size:
+    scratch = [getattr(metadata, name) for name in SCRATCH if hasattr(metadata, name)]
+    if any(scratch):
         raise PtxError("a kernel with scratch memory")
     if getattr(metadata, "num_ctas", 1) != 1:
         raise PtxError("clusters")
@@ -96,10 +98,10 @@ def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, k
             (value,) = struct.unpack("<I", struct.pack("<f", value))
         values.append(int(value))
     params = sorted(kernel.params.values())
-    if len(params) != len(values) + 2:
-        raise PtxError(f"{len(params)} parameters for {len(values)} values and two scratch pointers")
+    if len(params) != len(values) + len(scratch):
+        raise PtxError(f"{len(params)} parameters for {len(values)} values and {len(scratch)} scratch pointers")
     raw = bytearray(kernel.param_bytes)
-    for (at, size), value in zip(params, [*values, 0, 0], strict=True):
+    for (at, size), value in zip(params, [*values, *scratch], strict=True):
         raw[at : at + size] = struct.pack("<Q", value & (1 << 64) - 1)[:size]
     emulator.run(name, grid[0], metadata.num_warps * 32, bytes(raw), more, metadata.shared)
 

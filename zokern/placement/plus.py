@@ -201,7 +201,8 @@ def _written_out(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> An
 
 def _refuse_write(by: str) -> NoReturn:
     """A graph would write to a sum that nothing else reads."""
-    raise RefusedCall(f"compiled code writes to a perturbed weight ({by}); use placement='shadow' for this model")
+    name = by.removeprefix("aten::")
+    raise RefusedCall(f"compiled code writes to a perturbed weight ({name}); use placement='shadow' for this model")
 
 
 def _sums(given: Any, by: str) -> Any:
