@@ -10,7 +10,9 @@ graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
 from typing import Any, NoReturn
 
 import torch
@@ -82,7 +84,9 @@ class PlusLowRank(nn.Parameter):
         return made  # without an __init__: nn.Parameter(one) would call it, with arguments of its own
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        TRACED[0] = True
+        if not TRACED[0]:
+            TRACED[0] = True
+            _run_as_it_is()
         if self.traced is not None:
             self.traced[0] = True
         return ["base", "left", "right", "scale", *(["decay"] if self.decay is not None else [])], None
@@ -203,6 +207,30 @@ def _refuse_write(by: str) -> NoReturn:
     """A graph would write to a sum that nothing else reads."""
     name = by.removeprefix("aten::")
     raise RefusedCall(f"compiled code writes to a perturbed weight ({name}); use placement='shadow' for this model")
+
+
+def _run_as_it_is() -> None:
+    """Tells torch's compiler to look through the functions of stand-ins only as parts of a model's code. Where it cannot
+    compile that code it lets it run, and would compile what that calls: these functions, which then take the run for a
+    trace, so that a write would go to a sum that nothing else reads."""
+    from torch._dynamo.eval_frame import skip_code
+
+    modules = {__name__, *(handler.__module__ for handler in HANDLERS.values())}
+    for module in map(vars, map(sys.modules.get, sorted(modules))):
+        for one in list(module.values()):
+            parts = [getattr(part, "__func__", part) for part in (vars(one).values() if isinstance(one, type) else [one])]
+            for part in parts:
+                if isinstance(part, FunctionType) and part.__module__ in modules:
+                    for code in _codes(part.__code__):
+                        skip_code(code)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Those of a function and of the functions inside."""
+    yield code
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _codes(one)
 
 
 def _sums(given: Any, by: str) -> Any:
