@@ -182,7 +182,11 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
         ({"zo": "mezzo"}, ValueError, "zo: there is no method 'mezzo'; is 'mezo' meant"),
         ({"zo": 3}, TypeError, "zo must be a method's name or a mapping with 'method', got int"),
         ({"zo": {"method": "hizoo", "epsilon": 1}}, TypeError, "zo: HiZOO has no setting 'epsilon'; is 'eps' meant"),
-        ({"zo": {"lr": 1e-3}}, ValueError, "zo has 'lr', which the trainer says itself"),
+        (
+            {"zo": {"lr": 1e-3}},
+            ValueError,
+            r"zo has 'lr', which TrainingArguments\(learning_rate=\) says; leave it out",
+        ),
         ({"zo": {"maximize": True}}, ValueError, "zo has 'maximize', which the trainer says itself; leave it out"),
         (
             {"zo": {"method": "fzoo", "qqq": 1}},

@@ -134,6 +134,7 @@ def tried(python: Path, wheel: Path, libraries: str, tests: Sequence[str], work:
     own = venv / "bin" / "python"
     versions = json.loads(run([own, "-c", VERSIONS, *SHOWN], log, cwd=work, env=inside))
     run([own, "-m", "zokern"], log, cwd=work, env=inside)
+    run([own, "-m", "zokern", "finetune", "--help"], log, cwd=work, env=inside)
     run([own, *EMULATED], log, cwd=outside, env=inside)
     begun = time.monotonic()
     try:

@@ -37,6 +37,8 @@ class Books:
             return
         own = vars(self._trainer)
         own.update(self._numbers)
-        for mode, metrics in self._lists.items():
-            for name, values in metrics.items():
-                own[LISTS][mode][name] = values
+        for mode, metrics in own.get(LISTS, {}).items():
+            kept = self._lists.get(mode, {})
+            for name in [name for name in metrics if name not in kept]:
+                del metrics[name]
+            metrics.update(kept)

@@ -11,6 +11,7 @@ from torch import nn
 from zokern.layers import RandomBlocks, find_blocks
 from zokern.optim import ENTRIES, LeZO, MeZO, ZerothOrderOptimizer
 
+SAID = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 ELSEWHERE = {"params", "module", "lr", "weight_decay", "maximize"}  # the trainer says these
 Groups = list[dict[str, Any]]
 
@@ -53,7 +54,8 @@ class Chosen(NamedTuple):
         allowed = {*MeZO.settings, "num_dropped"} if issubclass(made, LeZO) else set(made.settings)
         for one in settings:
             if one in ELSEWHERE:
-                raise ValueError(f"{name} has {one!r}, which the trainer says itself; leave it out")
+                said = f"TrainingArguments({SAID[one]}=) says" if one in SAID else "the trainer says itself"
+                raise ValueError(f"{name} has {one!r}, which {said}; leave it out")
             if one not in allowed:
                 hint = _closest(one, sorted(allowed - ELSEWHERE), "it has")
                 raise TypeError(f"{name}: {made.__name__} has no setting {one!r}; {hint}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
 from zokern._checks import ZokernWarning
-from zokern.integrations import limits, shown
+from zokern.integrations import limits, refused, shown
 
 try:
     from transformers import TrainerCallback
@@ -47,6 +48,8 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         trainer.begin_books()
         trainer._begun = True
         trainer.begin_together()
+        if (unused := refused.without_effect(args)) and state.is_world_process_zero:
+            print(f"zokern: without effect, as there are no gradients: {', '.join(unused)}", file=sys.stderr)
         limits.averages(trainer.callback_handler.callbacks, optimizer.options["fold_every"])
         limits.best(args.load_best_model_at_end, optimizer.options["fold_every"])
         shown.readers(trainer.callback_handler.callbacks, trainer.folded)

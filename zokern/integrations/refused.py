@@ -82,6 +82,17 @@ def arguments(args: Any) -> None:
             raise ValueError(f"loss_type={one!r} {DETACHED_LOSS[one]}")
 
 
+# Of TrainingArguments; what is about gradients, and Adam's own.
+WITHOUT_EFFECT = ("max_grad_norm", "gradient_checkpointing", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+
+
+def without_effect(args: Any) -> list[str]:
+    """Those that somebody has set to something, as `name=value`."""
+    default = {one.name: one.default for one in dataclasses.fields(args)}
+    values = {name: getattr(args, name) for name in WITHOUT_EFFECT if name in default}
+    return [f"{name}={value!r}" for name, value in values.items() if value and value != default[name]]
+
+
 def sharded(model: Any) -> None:
     """
     Raises:

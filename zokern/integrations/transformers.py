@@ -29,6 +29,7 @@ from zokern.integrations.chosen import Chosen
 from zokern.integrations.hooks import End, Hooks
 from zokern.integrations.notes import Notes
 from zokern.integrations.running import Journaled
+from zokern.integrations.shares import Shares
 from zokern.integrations.together import Nothing, Together, handing_out
 from zokern.optim import ZerothOrderOptimizer, pairing
 from zokern.scales import keep_codes
@@ -145,6 +146,7 @@ class ForwardOnly(Together):
         """Of a training: nothing is left of one that was broken off."""
         self._micro: list[Any] = []
         self._losses: list[Tensor] = []  # of the steps since the last line of the log
+        self._shares = Shares()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Collects a micro-batch; with the last one of a step makes the step. Returns its loss, 0 before."""
@@ -190,14 +192,17 @@ class ForwardOnly(Together):
 
     def step_options(self, batches: list[Any], num_items_in_batch: Any) -> dict[str, Any]:
         """How the optimizer's step puts micro-batches together: its arguments."""
-        return {"reduction": "sum" if self._is_share(num_items_in_batch) else "mean"}
+        return {"reduction": "sum" if self._is_share(batches, num_items_in_batch) else "mean"}
 
-    def _is_share(self, num_items_in_batch: Any) -> bool:
+    def _is_share(self, batches: list[Any], num_items_in_batch: Any) -> bool:
         """Whether compute_loss gives each micro-batch's share of the step's loss, and not a mean of its own."""
-        known = getattr(self, "loss_is_scaled_for_ga", None)  # from transformers 5.19 on
+        known = getattr(self, "loss_is_scaled_for_ga", None)  # transformers' from 5.19 on
         if known is not None:
             return bool(known)
-        return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+        if self.compute_loss_func is None and not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
+            return False
+        several = len(batches) > 1 or self.accelerator.num_processes > 1
+        return not several or self._shares.added(self, batches, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
         if "loss" in logs and self._losses:

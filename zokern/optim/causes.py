@@ -55,7 +55,8 @@ def half(dtype: torch.dtype) -> str:
     return (
         f"the closure returns its loss in {name}, whose neighbouring numbers at 1 are {step:g} apart: most differences "
         "between two probes are rounded away. Take the loss of float32 outputs, for example "
-        "cross_entropy(logits.float(), labels), or run the forward under autocast; loss.float() comes too late"
+        "cross_entropy(logits.float(), labels), or run the forward under autocast; loss.float() comes too late. With a "
+        "Trainer: compute_loss_func= with such a loss, or bf16=True"
     )
 
 

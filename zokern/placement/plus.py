@@ -218,7 +218,9 @@ def _run_as_it_is() -> None:
     modules = {__name__, *(handler.__module__ for handler in HANDLERS.values())}
     for module in map(vars, map(sys.modules.get, sorted(modules))):
         for one in list(module.values()):
-            parts = [getattr(part, "__func__", part) for part in (vars(one).values() if isinstance(one, type) else [one])]
+            parts = [
+                getattr(part, "__func__", part) for part in (vars(one).values() if isinstance(one, type) else [one])
+            ]
             for part in parts:
                 if isinstance(part, FunctionType) and part.__module__ in modules:
                     for code in _codes(part.__code__):
