@@ -16,6 +16,7 @@ from benchmarks.llm.search import next_lr
 from benchmarks.parts import Record, load
 from benchmarks.rewards.run import FORWARDS
 from benchmarks.rewards.run import METHODS as CLIMBERS
+from zokern.finetune import rate
 
 SAMPLES, REWARDS = "samples-cpu.json", "rewards-cpu.json"
 LONG = 2000  # forwards, above which a search counts as one of long runs
@@ -31,7 +32,7 @@ class Rule(NamedTuple):
     lr: Callable[[int, int, float], float]
 
 
-MEZO = Rule("MeZO, two-sided", "n directions", "0.04 n / P^0.4", lambda p, n, eps: 0.04 * n / p**0.4)
+MEZO = Rule("MeZO, two-sided", "n directions", "0.04 n / P^0.4", lambda p, n, eps: rate.mezo(p, n))
 RULES = {
     "mezo": MEZO,
     "mezo-onesided": MEZO._replace(label="MeZO, one-sided"),

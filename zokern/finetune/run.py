@@ -35,6 +35,7 @@ from zokern.finetune import (
     plots,
     preset,
     prompted,
+    rate,
     resuming,
     samples,
     surroundings,
@@ -210,6 +211,8 @@ def load(options: Options, say: Callable[[str, str], None], team: Team | None = 
     aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
     say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer, adapted.kind_of(task.model)))
+    if far := rate.note(optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model)):
+        say("", far)
     if team.size > 1:
         say("ranks", team.described(options))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
@@ -468,6 +471,8 @@ def _print(summary: Summary, say: Any) -> None:
     else:
         say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
+    if idle := rate.not_fallen(result.loss, result.steps):
+        say("", idle)
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
     if summary.samples:

@@ -1,0 +1,66 @@
+"""What a run says of its lr, and of having learnt nothing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import zokern
+from benchmarks.choose import searches
+from tests.finetune.test_measured import models_dir, options, table  # noqa: F401
+from tests.models import toy
+from zokern.finetune import finetune, rate
+from zokern.finetune.options import Options
+
+# ruff: noqa: F811 - fixtures of another file
+
+
+def test_an_lr_far_from_the_rules_is_told(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lr that it names is told of no more."""
+    options.method, options.lr, options.steps = "mezo", 1e-7, 2
+    finetune(options)
+    (ruled,) = re.findall(
+        r"lr 1e-07 is \S+ times what the rule says for so many parameters, (\S+) \(docs", said(capsys)
+    )
+    for lr in (float(ruled), float(ruled) * 2.5, float(ruled) / 2.5):
+        options.lr, options.force = lr, True
+        finetune(options)
+        assert "the rule says" not in said(capsys)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
+def test_the_rule_is_that_of_the_stored_searches() -> None:
+    assert rate.mezo(10**8, 4) == searches.RULES["mezo"].lr(10**8, 4, 1e-3) == pytest.approx(0.16 / 1e8**0.4)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda m: zokern.MeZO(m, 1.0, update="adam"), lambda m: zokern.HiZOO(m, 1.0), lambda m: zokern.FZOO(m, 1.0),
+        lambda m: zokern.LeZO(m, 1.0, num_dropped=1),
+    ],
+)  # fmt: skip
+def test_other_methods_have_no_rule(made: object) -> None:
+    optimizer = made(toy())  # type: ignore[operator]
+    assert rate.note(optimizer, 1.0, 1000, True) is None
+    assert rate.note(zokern.MeZO(toy(), 1.0), 1.0, 1000, True) is not None
+    assert rate.note(zokern.MeZO(toy(), 1.0), 1.0, 1000, False) is None  # an adapter
+
+
+def test_a_run_that_learnt_nothing_says_so(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    options.lr, options.steps = 1e-12, rate.STEPS
+    finetune(options)
+    assert "the held-out loss has not fallen: try --lr three times" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps", "told"),
+    [((1.0, 1.0), 20, True), ((1.0, 2.0), 20, True), ((1.0, 0.99), 20, False), ((1.0, 1.0), 19, False),
+     ((-1.0, -1.1), 20, False), ((-1.0, -1.0), 20, True), ((1.0, float("nan")), 20, True)],
+)  # fmt: skip
+def test_when_it_is_told(losses: tuple[float, float], steps: int, told: bool) -> None:
+    assert (rate.not_fallen(losses, steps) is not None) == told

@@ -1,0 +1,40 @@
+"""The lr to begin with, by rule of thumb, and what is said of a run that learns nothing (docs/choose.md, docs/faq.md)."""
+
+from __future__ import annotations
+
+from zokern.optim import MeZO, ZerothOrderOptimizer
+
+FAR = 3.0  # times more or less: the next lr of a usual search
+LARGEST = 4e8  # parameters; the searches went to 135 million
+FALLEN = 0.005  # of the loss, by which it has to fall in a run that learnt something
+STEPS = 20  # of a run that could have learnt
+
+
+def mezo(trained: int, directions: int) -> float:
+    """0.04 n / P^0.4, from the stored searches on models of 0.2 to 135 million parameters. trained: P; directions: n."""
+    return 0.04 * directions / float(trained**0.4)
+
+
+def note(optimizer: ZerothOrderOptimizer, lr: float, trained: int, every_weight: bool) -> str | None:
+    """Where lr is far from the rule's, what that says. It is for MeZO alone, on all weights, moved by plain updates."""
+    if type(optimizer) is not MeZO or not every_weight or not 0 < trained <= LARGEST or not lr:
+        return None
+    if (optimizer.options.get("update") or "sgd") != "sgd":
+        return None
+    ruled = mezo(trained, optimizer.options["num_samples"])
+    if 1 / FAR < lr / ruled < FAR:
+        return None
+    return (
+        f"lr {lr:g} is {lr / ruled:.2g} times what the rule says for so many parameters, {ruled:.2g} (docs/choose.md)"
+    )
+
+
+def not_fallen(losses: tuple[float, float], steps: int) -> str | None:
+    """Of a run whose held-out loss has not fallen. losses: before and after."""
+    before, after = losses
+    if steps < STEPS or after < before - FALLEN * abs(before):
+        return None
+    return (
+        "the held-out loss has not fallen: try --lr three times and a third of this one, and more --steps; a model that "
+        "was never pretrained learns little by forwards alone (docs/faq.md)"
+    )
