@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -38,3 +39,14 @@ def test_the_source_distribution_has_what_a_build_needs_and_no_more(tmp_path: Pa
     }
     assert len(needed) > 300
     assert packed - made_there == needed
+
+
+def test_a_checkout_is_imported_from_the_folder_above(tmp_path: Path) -> None:
+    """There Python sees the checkout's own folder, and would take it for a package without anything in it."""
+    (tmp_path / "zokern" / "zokern").mkdir(parents=True)
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import zokern; print(zokern.MeZO.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "MeZO\n", done.stderr
