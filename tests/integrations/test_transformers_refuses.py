@@ -223,6 +223,25 @@ def resumed(folder: Path, zo: Any, model: torch.nn.Module | None = None) -> None
     )
 
 
+def test_the_newest_checkpoint_is_of_an_earlier_run(tmp_path: Path) -> None:
+    """Two runs in one folder, the first was longer. What goes on: a checkpoint that the journal reaches, or no journal."""
+
+    def train(end: int, start: Any = None, **more: Any) -> Any:
+        args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=end)
+        trainer = ZOTrainer(llama(), args, train_dataset=rows(), **more)
+        trainer.train(resume_from_checkpoint=start)
+        return trainer
+
+    train(6)
+    train(4)
+    assert (tmp_path / "journal.1.zkj").exists()
+    with pytest.raises(zokern.journal.JournalError, match="is at step 6, and the journal ends after 4 steps"):
+        train(8, start=True)
+    assert train(8, start=True, journal=False).zo_optimizer.counters["steps"] == 8
+    assert train(8, start=str(tmp_path / "checkpoint-4")).zo_optimizer.counters["steps"] == 8
+    assert zokern.journal.replay(tmp_path / "journal.zkj", llama()) == 8
+
+
 def test_a_journal_that_is_gone_or_of_another_run(tmp_path: Path) -> None:
     """A run without states begins another one at its checkpoint; with states it is told; another run's is refused."""
     plain = tmp_path / "plain"
