@@ -223,6 +223,22 @@ def resumed(folder: Path, zo: Any, model: torch.nn.Module | None = None) -> None
     )
 
 
+def test_a_checkpoint_of_another_optimizer(tmp_path: Path) -> None:
+    """The Trainer's own optimizer's is refused, and what the message says in its place is done."""
+    from transformers import LlamaForCausalLM, Trainer
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    Trainer(llama(), args, train_dataset=rows()).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    args.max_steps = 4
+    way = r"from another optimizer, .* \(in the Trainer: from_pretrained\(checkpoint\), and no resume_from_checkpoint\)"
+    with pytest.raises(ValueError, match=way):
+        ZOTrainer(llama(), args, train_dataset=rows()).train(resume_from_checkpoint=checkpoint)
+    trainer = ZOTrainer(LlamaForCausalLM.from_pretrained(checkpoint), args, train_dataset=rows())
+    trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 4
+
+
 def test_the_newest_checkpoint_is_of_an_earlier_run(tmp_path: Path) -> None:
     """Two runs in one folder, the first was longer. What goes on: a checkpoint that the journal reaches, or no journal."""
 

@@ -543,6 +543,24 @@ def an_optimizer_is_copied_by_its_state(_: Path) -> Advice:
 
 
 @advice
+def from_another_optimizer_the_weights_alone_are_loaded(_: Path) -> Advice:
+    model, other = line(), line()
+    adam = torch.optim.Adam(model.parameters())
+    squares(model)().backward()
+    adam.step()
+
+    def right() -> bool:
+        other.load_state_dict(model.state_dict())
+        return moved(mezo(other), squares(other))
+
+    return Advice(
+        "no 'zokern' entry.* from another optimizer, load the model's weights alone and begin a new run",
+        lambda: mezo(other).load_state_dict(adam.state_dict()),
+        right,
+    )
+
+
+@advice
 def options_of_a_state_agree(_: Path) -> Advice:
     model = line()
     state = mezo(model, update="adam", betas=(0.5, 0.6)).state_dict()

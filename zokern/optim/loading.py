@@ -24,6 +24,10 @@ ENTRIES = (
     "method", "seed", "tensor_ids", "module", "names", "counters", "skipped", "options", "history",
 )  # fmt: skip
 NEVER_NEGATIVE = ("h", "v")  # curvatures and second moments
+ANEW = (
+    "load the model's weights alone and begin a new run (in the Trainer: from_pretrained(checkpoint), and no "
+    "resume_from_checkpoint)"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
     if own is None:
         raise ValueError(
             "state_dict has no 'zokern' entry: it was not saved by a zokern optimizer, or what it was passed through has "
-            "dropped it; save state_dict() as it is"
+            f"dropped it. Save state_dict() as it is; from another optimizer, {ANEW}"
         )
     _check(isinstance(own, Mapping), f"state_dict: 'zokern' is a {type(own).__name__}; it must be a dict")
     version = own.get("format")
