@@ -239,6 +239,27 @@ def test_a_checkpoint_of_another_optimizer(tmp_path: Path) -> None:
     assert trainer.zo_optimizer.counters["steps"] == 4
 
 
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"method": "mezo", "num_samples": 4}, "num_samples is 1 in state_dict and 4 here"),
+        ("fzoo", "state_dict is of MeZO, and this is FZOO"),
+    ],
+)
+def test_a_run_goes_on_with_other_settings(tmp_path: Path, other: Any, says: str) -> None:
+    from transformers import LlamaForCausalLM
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    ZOTrainer(llama(), args, train_dataset=rows()).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    args.max_steps = 4
+    with pytest.raises(ValueError, match=rf"{says}; .*from_pretrained\(checkpoint\), and no resume_from_checkpoint"):
+        ZOTrainer(llama(), args, train_dataset=rows(), zo=other).train(resume_from_checkpoint=checkpoint)
+    trainer = ZOTrainer(LlamaForCausalLM.from_pretrained(checkpoint), args, train_dataset=rows(), zo=other)
+    trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 4
+
+
 def test_the_newest_checkpoint_is_of_an_earlier_run(tmp_path: Path) -> None:
     """Two runs in one folder, the first was longer. What goes on: a checkpoint that the journal reaches, or no journal."""
 

@@ -571,6 +571,45 @@ def options_of_a_state_agree(_: Path) -> Advice:
     return Advice("betas is .* make them agree", load, lambda: load(betas=(0.5, 0.6)))
 
 
+def _of_a_run(**options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    model = line()
+    opt = mezo(model, **options)
+    opt.step(squares(model))
+    return model, opt.state_dict()
+
+
+@advice
+def other_options_begin_a_new_run_from_the_weights(_: Path) -> Advice:
+    model, state = _of_a_run()
+    return Advice(
+        "num_samples is 1 in state_dict and 4 here; make them agree, or load the model's weights alone and begin a new run",
+        lambda: mezo(model, num_samples=4).load_state_dict(state),
+        lambda: moved(mezo(model, num_samples=4), squares(model)),
+    )
+
+
+@advice
+def another_method_begins_a_new_run_from_the_weights(_: Path) -> Advice:
+    model, state = _of_a_run()
+    return Advice(
+        "state_dict is of MeZO, and this is FZOO; give that method, or load the model's weights alone and begin a new run",
+        lambda: zokern.FZOO(model, lr=1e-3).load_state_dict(state),
+        lambda: moved(zokern.FZOO(model, lr=1e-3), squares(model)),
+    )
+
+
+@advice
+def a_state_is_loaded_by_its_method(_: Path) -> Advice:
+    model, state = _of_a_run()
+
+    def right() -> bool:
+        opt = mezo(model)
+        opt.load_state_dict(state)
+        return moved(opt, squares(model))
+
+    return Advice("give that method", lambda: zokern.FZOO(model, lr=1e-3).load_state_dict(state), right)
+
+
 @advice
 def a_journal_that_exists_is_replaced_or_named_anew(path: Path) -> Advice:
     model = line()

@@ -80,7 +80,7 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
     missing = [name for name in ENTRIES if name not in own]
     _check(not missing, f"state_dict: 'zokern' has no {', '.join(map(repr, missing))}; load it whole, as it was saved")
     if own["method"] != ours.method:
-        raise ValueError(f"state_dict is of {own['method']}, and this is {ours.method}")
+        raise ValueError(f"state_dict is of {own['method']}, and this is {ours.method}; give that method, or {ANEW}")
     _check_options(own["options"], ours)
     ids = _tensor_ids(own["tensor_ids"], ours)
     _check_names(own, ours)
@@ -137,7 +137,9 @@ def _check_options(options: Any, ours: Ours) -> None:
     saved = ours.completed(options)
     for name, value in ours.options.items():
         if isinstance(saved.get(name), Tensor) or saved.get(name) != value:
-            raise ValueError(f"{name} is {saved.get(name)!r} in state_dict and {value!r} here; make them agree")
+            raise ValueError(
+                f"{name} is {saved.get(name)!r} in state_dict and {value!r} here; make them agree, or {ANEW}"
+            )
 
 
 def _tensor_ids(given: Any, ours: Ours) -> list[list[int]]:
