@@ -276,6 +276,7 @@ def test_the_newest_checkpoint_is_of_an_earlier_run(tmp_path: Path) -> None:
         train(8, start=True)
     assert train(8, start=True, journal=False).zo_optimizer.counters["steps"] == 8
     assert train(8, start=str(tmp_path / "checkpoint-4")).zo_optimizer.counters["steps"] == 8
+    (tmp_path / "journal.zkj.cut").unlink()  # what the journal had after the checkpoint; nothing reads it
     assert zokern.journal.replay(tmp_path / "journal.zkj", llama()) == 8
 
 
