@@ -68,7 +68,7 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
     if own is None:
         raise ValueError(
             "state_dict has no 'zokern' entry: it was not saved by a zokern optimizer, or what it was passed through has "
-            f"dropped it. Save state_dict() as it is; from another optimizer, {ANEW}"
+            f"dropped it; save state_dict() as it is. Coming from another optimizer, {ANEW}"
         )
     _check(isinstance(own, Mapping), f"state_dict: 'zokern' is a {type(own).__name__}; it must be a dict")
     version = own.get("format")
