@@ -227,6 +227,63 @@ def resumed(folder: Path, zo: Any, model: torch.nn.Module | None = None) -> None
     )
 
 
+def test_a_checkpoint_of_another_optimizer(tmp_path: Path) -> None:
+    """The Trainer's own optimizer's is refused, and what the message says in its place is done."""
+    from transformers import LlamaForCausalLM, Trainer
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    Trainer(llama(), args, train_dataset=rows()).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    args.max_steps = 4
+    way = r"from another optimizer, .* \(in the Trainer: from_pretrained\(checkpoint\), and no resume_from_checkpoint\)"
+    with pytest.raises(ValueError, match=way):
+        ZOTrainer(llama(), args, train_dataset=rows()).train(resume_from_checkpoint=checkpoint)
+    trainer = ZOTrainer(LlamaForCausalLM.from_pretrained(checkpoint), args, train_dataset=rows())
+    trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"method": "mezo", "num_samples": 4}, "num_samples is 1 in state_dict and 4 here"),
+        ("fzoo", "state_dict is of MeZO, and this is FZOO"),
+    ],
+)
+def test_a_run_goes_on_with_other_settings(tmp_path: Path, other: Any, says: str) -> None:
+    from transformers import LlamaForCausalLM
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    ZOTrainer(llama(), args, train_dataset=rows()).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    args.max_steps = 4
+    with pytest.raises(ValueError, match=rf"{says}; .*from_pretrained\(checkpoint\), and no resume_from_checkpoint"):
+        ZOTrainer(llama(), args, train_dataset=rows(), zo=other).train(resume_from_checkpoint=checkpoint)
+    trainer = ZOTrainer(LlamaForCausalLM.from_pretrained(checkpoint), args, train_dataset=rows(), zo=other)
+    trainer.train()
+    assert trainer.zo_optimizer.counters["steps"] == 4
+
+
+def test_the_newest_checkpoint_is_of_an_earlier_run(tmp_path: Path) -> None:
+    """Two runs in one folder, the first was longer. What goes on: a checkpoint that the journal reaches, or no journal."""
+
+    def train(end: int, start: Any = None, **more: Any) -> Any:
+        args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=end)
+        trainer = ZOTrainer(llama(), args, train_dataset=rows(), **more)
+        trainer.train(resume_from_checkpoint=start)
+        return trainer
+
+    train(6)
+    train(4)
+    assert (tmp_path / "journal.1.zkj").exists()
+    with pytest.raises(zokern.journal.JournalError, match="is at step 6, and the journal ends after 4 steps"):
+        train(8, start=True)
+    assert train(8, start=True, journal=False).zo_optimizer.counters["steps"] == 8
+    assert train(8, start=str(tmp_path / "checkpoint-4")).zo_optimizer.counters["steps"] == 8
+    (tmp_path / "journal.zkj.cut").unlink()  # what the journal had after the checkpoint; nothing reads it
+    assert zokern.journal.replay(tmp_path / "journal.zkj", llama()) == 8
+
+
 def test_a_journal_that_is_gone_or_of_another_run(tmp_path: Path) -> None:
     """A run without states begins another one at its checkpoint; with states it is told; another run's is refused."""
     plain = tmp_path / "plain"

@@ -94,9 +94,6 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
         next(model.parameters()).add_(1)
     refuse("weights are not those that the run had after 3 steps; load the checkpoint's", opt)
     refuse("seed is 0 there, 7 in this optimizer", optimizer(small(), seed=7))
-    opt = optimizer(small())
-    opt.resumed(9, 0)
-    refuse("until is 9, and the journal ends after 6 steps", opt)
     with pytest.raises(JournalError, match="is writing no journal; begin one with"):
         zokern.journal.mark(opt)
     opt = optimizer(model := small())
@@ -104,6 +101,31 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
         with pytest.raises(JournalError, match="is writing a journal already"), zokern.journal.append(opt, path):
             pass
         steps(model, opt, range(1))
+
+
+def test_of_another_run_that_was_longer(tmp_path: Path) -> None:
+    """What the message says to do is done: a checkpoint that the journal reaches, or no journal."""
+    path = tmp_path / "run.zkj"
+    model, state, end = run(path)
+    before = path.read_bytes()
+    longer, later, _ = run(tmp_path / "longer.zkj", at=9, end=9)
+    opt = optimizer(longer)
+    opt.load_state_dict(later)
+    with (
+        pytest.raises(JournalError, match="the optimizer is at step 9, and the journal ends after 6 steps: ") as told,
+        zokern.journal.append(opt, path),
+    ):
+        pass
+    assert "its checkpoint is of another run, such as an earlier one in the same folder" in str(told.value)
+    assert str(told.value).endswith("Load a checkpoint of step 6 or before, or go on without this journal")
+    assert path.read_bytes() == before
+    steps(longer, opt, range(9, 10))
+    assert opt.counters["steps"] == 10
+    opt = optimizer(model)
+    opt.load_state_dict(state)
+    with zokern.journal.append(opt, path):
+        steps(model, opt, range(3, 6))
+    assert same_bits(all_bits(model), end)
 
 
 def test_weights_at_the_start_are_compared_with_those_of_the_run(tmp_path: Path) -> None:

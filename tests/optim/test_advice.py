@@ -543,6 +543,24 @@ def an_optimizer_is_copied_by_its_state(_: Path) -> Advice:
 
 
 @advice
+def from_another_optimizer_the_weights_alone_are_loaded(_: Path) -> Advice:
+    model, other = line(), line()
+    adam = torch.optim.Adam(model.parameters())
+    squares(model)().backward()
+    adam.step()
+
+    def right() -> bool:
+        other.load_state_dict(model.state_dict())
+        return moved(mezo(other), squares(other))
+
+    return Advice(
+        "no 'zokern' entry.* Coming from another optimizer, load the model's weights alone and begin a new run",
+        lambda: mezo(other).load_state_dict(adam.state_dict()),
+        right,
+    )
+
+
+@advice
 def options_of_a_state_agree(_: Path) -> Advice:
     model = line()
     state = mezo(model, update="adam", betas=(0.5, 0.6)).state_dict()
@@ -551,6 +569,45 @@ def options_of_a_state_agree(_: Path) -> Advice:
         mezo(model, update="adam", **options).load_state_dict(state)
 
     return Advice("betas is .* make them agree", load, lambda: load(betas=(0.5, 0.6)))
+
+
+def _of_a_run(**options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    model = line()
+    opt = mezo(model, **options)
+    opt.step(squares(model))
+    return model, opt.state_dict()
+
+
+@advice
+def other_options_begin_a_new_run_from_the_weights(_: Path) -> Advice:
+    model, state = _of_a_run()
+    return Advice(
+        "num_samples is 1 in state_dict and 4 here; make them agree, or load the model's weights alone and begin a new run",
+        lambda: mezo(model, num_samples=4).load_state_dict(state),
+        lambda: moved(mezo(model, num_samples=4), squares(model)),
+    )
+
+
+@advice
+def another_method_begins_a_new_run_from_the_weights(_: Path) -> Advice:
+    model, state = _of_a_run()
+    return Advice(
+        "state_dict is of MeZO, and this is FZOO; give that method, or load the model's weights alone and begin a new run",
+        lambda: zokern.FZOO(model, lr=1e-3).load_state_dict(state),
+        lambda: moved(zokern.FZOO(model, lr=1e-3), squares(model)),
+    )
+
+
+@advice
+def a_state_is_loaded_by_its_method(_: Path) -> Advice:
+    model, state = _of_a_run()
+
+    def right() -> bool:
+        opt = mezo(model)
+        opt.load_state_dict(state)
+        return moved(opt, squares(model))
+
+    return Advice("give that method", lambda: zokern.FZOO(model, lr=1e-3).load_state_dict(state), right)
 
 
 @advice

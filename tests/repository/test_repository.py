@@ -72,6 +72,7 @@ PAGES = [
 ]
 EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py"))
 ONE_BY_ONE = "import json; own = {'__name__': '__main__'}; [exec(b, own) for b in json.load(open('blocks.json'))]"
+APART = "import json; [exec(b, {'__name__': '__main__'}) for b in json.load(open('blocks.json'))]"  # pasted alone
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, programs.Done]:
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
         assert blocks, page
         (folder / "blocks.json").write_text(json.dumps(blocks))
-        (folder / "blocks.py").write_text(ONE_BY_ONE)
+        (folder / "blocks.py").write_text(APART if page == "README.md" else ONE_BY_ONE)
         all_of_them[page] = programs.Program(["blocks.py"], folder)
     return programs.run(all_of_them)
 

@@ -21,6 +21,12 @@ from zokern.journal.run import OF_A_RUN, refuse_another_run
 from zokern.optim import frameworks
 from zokern.optim.base import ZerothOrderOptimizer
 
+_SHORT = (
+    "the optimizer is at step {until}, and the journal ends after {done} steps{why}: its checkpoint is of another run, "
+    "such as an earlier one in the same folder, or the journal's end is missing. Load a checkpoint of step {done} or "
+    "before, or go on without this journal"
+)
+
 
 @contextlib.contextmanager
 def append(
@@ -54,7 +60,9 @@ def append(
                     )
                 same["the number of steps done"] = steps
             with agreed(optimizer, "journal.append", path):  # who fails while others gather shards is not heard
-                mark = _mark_of(check(here, optimizer.weights(), steps), optimizer, steps, folded=arrived is not None)
+                mark = _mark_of(
+                    check(here, optimizer.weights(), steps, _SHORT), optimizer, steps, folded=arrived is not None
+                )
                 end, crc, waiting = _go_to(reader, steps, mark)
                 if arrived is None:
                     _refuse_other_waiting(optimizer, here, waiting)

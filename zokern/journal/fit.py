@@ -13,10 +13,13 @@ from zokern.journal.player import Player
 from zokern.journal.reader import Reader, Step
 
 _COPY = "take another copy"
+_SHORT = "until is {until}, and the journal ends after {done} steps{why}"
 
 
-def check(path: Path, params: Mapping[str, Tensor], until: int | None = None) -> Reader:
+def check(path: Path, params: Mapping[str, Tensor], until: int | None = None, short: str = _SHORT) -> Reader:
     """Reads the whole journal, so that what is wrong with it is known before anything is changed; returns its reader.
+
+    short: what is said of a journal that ends before `until`.
 
     Raises:
         JournalError: if it is damaged or malformed, or does not fit the parameters; with `until`, in the steps before that.
@@ -34,7 +37,7 @@ def check(path: Path, params: Mapping[str, Tensor], until: int | None = None) ->
             raise
     if until is not None and until > reader.done:
         why = f"; {reader.explain()}" if reader.torn else ""
-        raise JournalError(f"{reader.path}: until is {until}, and the journal ends after {reader.done} steps{why}")
+        raise JournalError(f"{reader.path}: {short.format(until=until, done=reader.done, why=why)}")
     return reader
 
 

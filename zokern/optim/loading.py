@@ -24,6 +24,10 @@ ENTRIES = (
     "method", "seed", "tensor_ids", "module", "names", "counters", "skipped", "options", "history",
 )  # fmt: skip
 NEVER_NEGATIVE = ("h", "v")  # curvatures and second moments
+ANEW = (
+    "load the model's weights alone and begin a new run (in the Trainer: from_pretrained(checkpoint), and no "
+    "resume_from_checkpoint)"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
     if own is None:
         raise ValueError(
             "state_dict has no 'zokern' entry: it was not saved by a zokern optimizer, or what it was passed through has "
-            "dropped it; save state_dict() as it is"
+            f"dropped it; save state_dict() as it is. Coming from another optimizer, {ANEW}"
         )
     _check(isinstance(own, Mapping), f"state_dict: 'zokern' is a {type(own).__name__}; it must be a dict")
     version = own.get("format")
@@ -76,7 +80,7 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
     missing = [name for name in ENTRIES if name not in own]
     _check(not missing, f"state_dict: 'zokern' has no {', '.join(map(repr, missing))}; load it whole, as it was saved")
     if own["method"] != ours.method:
-        raise ValueError(f"state_dict is of {own['method']}, and this is {ours.method}")
+        raise ValueError(f"state_dict is of {own['method']}, and this is {ours.method}; give that method, or {ANEW}")
     _check_options(own["options"], ours)
     ids = _tensor_ids(own["tensor_ids"], ours)
     _check_names(own, ours)
@@ -133,7 +137,9 @@ def _check_options(options: Any, ours: Ours) -> None:
     saved = ours.completed(options)
     for name, value in ours.options.items():
         if isinstance(saved.get(name), Tensor) or saved.get(name) != value:
-            raise ValueError(f"{name} is {saved.get(name)!r} in state_dict and {value!r} here; make them agree")
+            raise ValueError(
+                f"{name} is {saved.get(name)!r} in state_dict and {value!r} here; make them agree, or {ANEW}"
+            )
 
 
 def _tensor_ids(given: Any, ours: Ours) -> list[list[int]]:

@@ -75,7 +75,7 @@ def choose(
     except ValueError as error:
         return "shadow", f"16-bit weights stay exact; {error}"
     extra = stream.extra_bytes(module, prefetch=prefetch) / max(sum(p.nbytes for p in module.parameters()), 1)
-    return "stream", f"16-bit weights stay exact, for {extra:.1%} of the model's memory"
+    return "stream", f"16-bit weights stay exact; it takes {extra:.1%} more memory than the model alone"
 
 
 def _choose_sharded(module: nn.Module, scaled: bool) -> tuple[str, str]:
