@@ -154,7 +154,9 @@ def looked_at(version: str, wheel: Path, log: Path) -> Cell:
     from packaging.specifiers import SpecifierSet
 
     target = f"py{version.replace('.', '')}"
-    run([sys.executable, "-m", "ruff", "check", "--select", "E9,F", "--target-version", target, "zokern"], log, cwd=ROOT)
+    run(
+        [sys.executable, "-m", "ruff", "check", "--select", "E9,F", "--target-version", target, "zokern"], log, cwd=ROOT
+    )
     run([sys.executable, "-m", "mypy", "--python-version", version], log, cwd=ROOT)
     with zipfile.ZipFile(wheel) as file:
         (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))

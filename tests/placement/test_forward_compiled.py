@@ -15,7 +15,6 @@ import zokern
 from tests.models import all_bits, same_bits, seeded, small, tokens
 from tests.placement.test_forward import MODULES, losses_of
 
-
 RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
