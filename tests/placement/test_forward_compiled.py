@@ -14,8 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import zokern
 from tests.models import all_bits, same_bits, seeded, small, tokens
 from tests.placement.test_forward import MODULES, losses_of
-
-RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
+from zokern.placement.plus import RELEASE
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +51,8 @@ def compiled_and_not(model: nn.Module, call: Callable[[Any], Tensor], backend: s
     trained = called if way == "wrapped" else model
     assert losses_of(trained, lambda: call(called), "forward", 3, num_samples=2) == pytest.approx(wanted, rel=2e-5)
     assert len(set(wanted)) == len(wanted)
+    if RELEASE < (2, 13):
+        pytest.skip("PyTorch before 2.13 runs it uncompiled; the losses were right")
     return counter.frame_count - before
 
 
@@ -89,15 +90,15 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("make", [MODULES["written to"][0], Broken])
 def test_a_compiled_module_that_writes_to_its_weight(make):
-    """A graph would write to a sum of its own, which is refused. From 2.15 on torch's compiler does not pass that on, and
-    runs the module uncompiled, at every step and also for the next optimizer."""
+    """A graph would write to a sum of its own, which is refused. Some versions of torch's compiler do not pass that on, and
+    run the module uncompiled, at every step and also for the next optimizer."""
     _, x, _ = MODULES["written to"]
     plain, model = seeded(make), seeded(make)
     wanted = losses_of(plain, lambda: plain(x).square().mean(), "forward", lr=0.0)
     clean = all_bits(model)
     model.compile(backend="aot_eager")
     for _ in range(2):
-        if RELEASE < (2, 15):
+        if RELEASE in ((2, 13), (2, 14)):
             with pytest.raises(Exception, match=r"writes to a perturbed weight \(div_.*use placement='shadow'"):
                 losses_of(model, lambda: model(x).square().mean(), "forward", lr=0.0)
         else:

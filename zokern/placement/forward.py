@@ -187,7 +187,8 @@ class Forward(Shown):
         try:
             self._show(copies=True)
             self.saving, plus.USED[0] = False, False
-            yield
+            with plus.looked_through():
+                yield
             self.check_saved()
             self._check_used()
         finally:

@@ -10,8 +10,10 @@ graphs.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import CodeType, FunctionType
 from typing import Any, NoReturn
 
@@ -28,6 +30,8 @@ PARTS: set[Any] = set()  # those functions that only make other stand-ins
 USED = [False]  # whether anything was computed with a stand-in since somebody has set it back
 # Whether torch's compiler has ever made code that looks at stand-ins, which does not tell that it does.
 TRACED = [False]
+RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
+LEFT_ALONE = [False]  # whether it knows what it is not to compile
 
 _GETTERS = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
@@ -84,9 +88,8 @@ class PlusLowRank(nn.Parameter):
         return made  # without an __init__: nn.Parameter(one) would call it, with arguments of its own
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        if not TRACED[0]:
-            TRACED[0] = True
-            _run_as_it_is()
+        TRACED[0] = True
+        run_as_they_are()
         if self.traced is not None:
             self.traced[0] = True
         return ["base", "left", "right", "scale", *(["decay"] if self.decay is not None else [])], None
@@ -209,12 +212,22 @@ def _refuse_write(by: str) -> NoReturn:
     raise RefusedCall(f"compiled code writes to a perturbed weight ({name}); use placement='shadow' for this model")
 
 
-def _run_as_it_is() -> None:
-    """Tells torch's compiler to look through the functions of stand-ins only as parts of a model's code. Where it cannot
-    compile that code it lets it run, and would compile what that calls: these functions, which then take the run for a
-    trace, so that a write would go to a sum that nothing else reads."""
+def looked_through() -> AbstractContextManager[Any]:
+    """Around a closure. Before PyTorch 2.13 its compiler does not see that stand-ins are more than their weights where it
+    leaves a module uncompiled, so that the first probe would be another; there compiled code runs uncompiled."""
+    run_as_they_are()
+    return contextlib.nullcontext() if RELEASE >= (2, 13) else torch.compiler.set_stance("force_eager")
+
+
+def run_as_they_are() -> None:
+    """Tells torch's compiler, where it is there, to look through the functions of stand-ins only as parts of a model's code.
+    Where it cannot compile that code it lets it run, and would compile what that calls: these functions, which then take
+    the run for a trace, so that a write would go to a sum that nothing else reads."""
+    if LEFT_ALONE[0] or "torch._dynamo.eval_frame" not in sys.modules:
+        return
     from torch._dynamo.eval_frame import skip_code
 
+    LEFT_ALONE[0] = True
     modules = {__name__, *(handler.__module__ for handler in HANDLERS.values())}
     for module in map(vars, map(sys.modules.get, sorted(modules))):
         for one in list(module.values()):
