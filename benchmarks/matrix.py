@@ -20,19 +20,24 @@ def _row(cell: Record) -> list[str]:
     return [*(cell["versions"][name].partition("+")[0] for name in SHOWN), counts]
 
 
+def stored() -> Record | None:
+    """What `make matrix` has stored; None before it has run."""
+    return load(STORED) if (RESULTS / STORED).is_file() else None
+
+
 def matrix() -> str:
     """A line for each Python and set of libraries."""
-    if not (RESULTS / STORED).is_file():
+    run = stored()
+    if run is None:
         return "It has not run yet."
-    run = load(STORED)
     rows = [[*f"{name} ".split(" ")[:2], *_row(cell)] for name, cell in run["results"].items()]
     return table(["Python", "libraries", *SHOWN, "the CPU's tests"], rows, tight=True)
 
 
 def made() -> str:
-    if not (RESULTS / STORED).is_file():
-        return "It has not run yet."
-    run = load(STORED)
+    run = stored()
+    if run is None:
+        return ""
     missing = "" if run["complete"] else " **Not all of it has run.**"
     told = {f"{cell['zokern']} at {cell['commit'][:12]}" for cell in run["results"].values()}
     return f"zokern {', '.join(sorted(told))}; {run['date'][:10]}.{missing}"

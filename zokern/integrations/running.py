@@ -47,7 +47,10 @@ class Journaled:
             return
         with contextlib.ExitStack() as stack:
             if exists and (step or states):
-                stack.enter_context(journal.append(optimizer, path))
+                try:
+                    stack.enter_context(journal.append(optimizer, path))
+                except journal.JournalError as error:
+                    raise journal.JournalError(f"{error}. {_UNDER_A_TRAINER}") from error
             else:
                 if optimizer.rank == 0:
                     _rename(path)
@@ -64,6 +67,12 @@ class Journaled:
         stack, self._stack, self._optimizer = self._stack, None, None
         if stack is not None:
             stack.close()
+
+
+_UNDER_A_TRAINER = (
+    "Under the Trainer resume_from_checkpoint= takes the folder of another checkpoint, and journal=False goes on without a "
+    "journal"
+)
 
 
 def _of_the_first(optimizer: ZerothOrderOptimizer, *found: bool) -> list[bool]:

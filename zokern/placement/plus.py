@@ -220,9 +220,9 @@ def looked_through() -> AbstractContextManager[Any]:
 
 
 def run_as_they_are() -> None:
-    """Tells torch's compiler, where it is there, to look through the functions of stand-ins only as parts of a model's code.
-    Where it cannot compile that code it lets it run, and would compile what that calls: these functions, which then take
-    the run for a trace, so that a write would go to a sum that nothing else reads."""
+    """Tells torch's compiler, where it is there, to look through the functions of stand-ins only as parts of a model's
+    code. Where it cannot compile that code it lets it run, and would compile what that calls: these functions, which then
+    take the run for a trace, so that a write would go to a sum that nothing else reads."""
     if LEFT_ALONE[0] or "torch._dynamo.eval_frame" not in sys.modules:
         return
     from torch._dynamo.eval_frame import skip_code
