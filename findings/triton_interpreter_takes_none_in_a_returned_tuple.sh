@@ -21,9 +21,8 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
 venv/bin/pip install -qq --disable-pip-version-check torch==2.13.0 numpy==2.3.5
-for version in 3.6.0 3.7.0; do
-  venv/bin/pip install -qq --disable-pip-version-check --no-deps --target "triton-$version" "triton==$version"
-done
+PIP_TARGET=triton-3.6.0 venv/bin/pip install -qq --disable-pip-version-check --no-deps triton==3.6.0
+PIP_TARGET=triton-3.7.0 venv/bin/pip install -qq --disable-pip-version-check --no-deps triton==3.7.0
 
 cat > kernel.py <<'PYTHON'
 import os

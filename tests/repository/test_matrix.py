@@ -36,7 +36,7 @@ def test_cells_are_kept_from_call_to_call_and_told_on_the_page(tmp_path: Path, m
     options = argparse.Namespace(output=tmp_path / "matrix.json", tests=["tests/contract"])
     monkeypatch.setattr(benchmarks.matrix, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmarks.parts, "RESULTS", tmp_path)
-    assert benchmarks.matrix.matrix() == benchmarks.matrix.made() == "It has not run yet."
+    assert (benchmarks.matrix.matrix(), benchmarks.matrix.made()) == ("It has not run yet.", "")
     versions = {"python": "3.13.0", **dict.fromkeys(matrix.SHOWN, "1.0"), "torch": "2.8.0+cpu"}
     one = {"versions": versions, "passed": 2000, "skipped": 3, "failed": [], "seconds": 9}
 
