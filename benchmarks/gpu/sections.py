@@ -176,8 +176,8 @@ def tests(out: Path, jobs: int) -> list[Section]:
 
     # 85 s and 125 s on an H200 with 16 processors
     every = ("-m", "not gpu and not built and not slow_machine_code and not wheel", "-k", "cuda or triton")
-    return [section("tests-gpu", "the tests that need a GPU", 170, "-m", "gpu"),
-            section("tests", "the tests of every backend", 160, *every)]  # fmt: skip
+    return [section("tests-gpu", "the tests that need a GPU", 130, "-m", "gpu"),
+            section("tests", "the tests of every backend", 150, *every)]  # fmt: skip
 
 
 def equality(out: Path, name: str, elements: int, jobs: int, seconds: float) -> list[str]:
