@@ -735,3 +735,16 @@ def tensors_that_share_memory_are_passed_once(_: Path) -> Advice:
         lambda: zokern.add_noise_([t, t[2:6]], tensor_ids=[0, 1], seeds=[3], coefs=[1.0]),
         lambda: zokern.add_noise_([t], tensor_ids=[0], seeds=[3], coefs=[1.0]),
     )
+
+
+def test_a_batch_drawn_inside_the_closure_is_what_check_tells() -> None:
+    """As the warning of a skipped step says."""
+    model, data = torch.nn.Linear(4, 1), torch.randn(100, 4)
+
+    def drawing(scale: float = 1.0) -> torch.Tensor:
+        return scale * model(data[torch.randint(100, (8,))]).square().mean()
+
+    opt = zokern.MeZO(model, lr=1e-3)
+    with pytest.warns(zokern.ZokernWarning, match=r"drawn outside the closure: zokern\.check says"):
+        opt.step(lambda: drawing(float("inf")))
+    assert "not the same function twice" in str(zokern.check(opt, drawing))

@@ -345,8 +345,9 @@ class Skips:
             self._warned = True
             warnings.warn(
                 "a loss was not finite, so the update of that step was skipped. The weights are those before it (under "
-                "placement='inplace' to rounding). Further skips are only counted: see skipped_steps. In float16 try "
-                "bfloat16 or a smaller eps.",
+                "placement='inplace' to rounding). Further skips are only counted: see skipped_steps. Try a "
+                "lower lr or eps, and in float16 bfloat16. A batch is to be drawn outside the closure: zokern.check says "
+                "whether that is the same function twice",
                 ZokernWarning,
                 stacklevel=5,
             )
