@@ -133,7 +133,12 @@ def test_ways_that_differ_are_not_compared() -> None:
 
 
 def test_a_process_that_ends_early_is_told(options: dict[str, Any], tmp_path: Path) -> None:
-    process = beside.Process("finetune", {}, tmp_path, {})  # where there is no worker
-    with pytest.raises(SystemExit, match=r"the process of 'finetune' ended early, with code 1: .*benchmarks"):
+    other = tmp_path / "benchmarks" / "llm"
+    other.mkdir(parents=True)
+    for folder in (other.parent, other):
+        (folder / "__init__.py").touch()
+    (other / "beside_worker.py").write_text("raise SystemExit('other benchmarks')")
+    process = beside.Process("finetune", {}, tmp_path, {})
+    with pytest.raises(SystemExit, match=r"the process of 'finetune' ended early, with code 1: other benchmarks"):
         process.start()
     process.close()
