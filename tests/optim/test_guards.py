@@ -789,6 +789,7 @@ def test_a_whole_compiled_closure_under_stream_runs_quietly():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "a step moves")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")  # torch 2.15's
         for _ in range(2):
             opt.step(compiled)
             other.step(twin)
