@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,3 +210,12 @@ def test_on_a_gpu(placement: str) -> None:
     assert result.noise == 0.0
     assert not result.same_twice
     assert {row.state for row in result.rows} == {REACTS}
+
+
+def test_docs_show_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """All but its numbers, which are those of the page's day."""
+    page = (Path(__file__).parents[2] / "docs" / "check.md").read_text()
+    ((example, shown),) = re.findall(r"```python\n(.*?)```\n\nIt prints:\n\n```text\n(.*?)```", page, flags=re.DOTALL)
+    exec(example, {})
+    plain = [re.sub(r"\d+(\.\d+)?(e-\d+)?", "#", text) for text in (shown, capsys.readouterr().out)]
+    assert plain[0] == plain[1]

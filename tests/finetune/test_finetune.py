@@ -621,10 +621,17 @@ def test_the_display_is_a_panel_on_a_terminal_and_lines_elsewhere() -> None:
         console = Console(force_terminal=terminal, width=120, record=True, file=io.StringIO())
         with Display(console, 10, "title") as display:
             display.update(status)
+            display.assessed(5, status)
+            display.update(dataclasses.replace(status, step=6))
         text = console.export_text()
-        assert "step 5/10" in text
+        assert "step 6/10" in text
         assert "60.0 % (+10.0)" in text
         assert ("Ctrl-C" in text) == terminal
+        if not terminal:  # a value that only evaluations change stands in their lines alone
+            first, assessed, second = text.splitlines()
+            assert assessed == "step 5/10, held-out accuracy 60.0 % (+10.0)"
+            assert first.startswith("step 5/10, loss 0.5000, projected gradient -2, speed")
+            assert "accuracy" not in first + second
 
 
 def test_smoothing_starts_at_the_first_value_and_ignores_gaps() -> None:

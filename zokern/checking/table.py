@@ -30,8 +30,8 @@ def rendered(result: Result) -> RenderableType:
 
 def _tensors(result: Result) -> Table:
     table = Table()
-    for name in ("tensors", "dtype", "eps z moves", "loss"):
-        table.add_column(name, no_wrap=name in ("dtype", "eps z moves"), overflow="fold")
+    for name in ("tensors", "dtype", "changed by eps z", "loss"):
+        table.add_column(name, no_wrap=name in ("dtype", "changed by eps z"), overflow="fold")
     for (state, dtype, why, suspicious), rows in _grouped(result).items():
         said = f"{state}: {why}" if why else state
         if state == REACTS:
@@ -105,6 +105,7 @@ def _cost(cost: Cost, placement: str) -> Table:
     )
     table.add_row("a step", f"{cost.method}: {cost.forwards} forwards, about {cost.seconds:.3g} s of forwards here")
     table.add_row("", f"passes over the weights: {passes}")
-    table.add_row("", f"memory beside the forward: states {cost.states / 1e6:,.1f} MB; {memory}")
-    table.add_row("", f"trainable weights {cost.weights / 1e6:,.1f} MB; placement here: {placement}")
+    table.add_row("", f"memory beside the forward: {memory}")
+    sizes = f"trainable weights {cost.weights / 1e6:,.1f} MB, optimizer states {cost.states / 1e6:,.1f} MB"
+    table.add_row("", f"{sizes}; placement here: {placement}")
     return table

@@ -86,6 +86,13 @@ class Display:
         if not self.console.is_terminal:
             self.note(self._line())
 
+    def assessed(self, step: int, status: Status) -> None:
+        """The metric of `status` was measured after a step; elsewhere than in the panel that is a line of its own."""
+        self.status = status
+        if not self.console.is_terminal:
+            name = self._name()
+            self.note(f"step {step}/{self.total}, held-out {name} {self._figures()[name]}")
+
     def finish(self, status: Status) -> None:
         """The last state of the live panel; plain lines have said it already."""
         self.status = status
@@ -99,12 +106,15 @@ class Display:
         (begun, first), (ended, last) = self._marks[0], self._marks[-1]
         return (last - first) / (ended - begun) if last > first and ended > begun else 0.0
 
+    def _name(self) -> str:
+        return self.metric.replace("_", " ")
+
     def _figures(self) -> dict[str, str]:
         now, speed = self.status, self.steps_per_second() if self._marks else 0.0
         return {
             "loss": f"{now.loss:.4f}",
             "projected gradient": f"{now.projected_gradient:+.3g}",
-            self.metric.replace("_", " "): changed(self.metric, now.accuracy_before, now.accuracy),
+            self._name(): changed(self.metric, now.accuracy_before, now.accuracy),
             "speed": f"{speed:.2f} steps/s",
             "memory": f"{now.memory / 2**20:,.0f} MiB",
             "time left": clock((self.total - now.step) / speed) if speed else "?",
@@ -114,7 +124,8 @@ class Display:
         return f"{self.status.skipped} steps skipped: the loss was not finite" if self.status.skipped else ""
 
     def _line(self) -> str:
-        parts = [f"step {self.status.step}/{self.total}", *(f"{k} {v}" for k, v in self._figures().items())]
+        moving = {name: value for name, value in self._figures().items() if name != self._name()}
+        parts = [f"step {self.status.step}/{self.total}", *(f"{name} {value}" for name, value in moving.items())]
         return ", ".join(parts + ([self._skipped()] if self.status.skipped else []))
 
     def _panel(self) -> RenderableType:

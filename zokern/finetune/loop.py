@@ -255,6 +255,8 @@ class _Training:
         finally:
             self.evaluating += time.perf_counter() - start
         self.status.accuracy = accuracy
+        if self.step:
+            self.display.assessed(self.step, self.status)
         self.output.log({"kind": "eval", "step": self.step, "loss": loss, **scored(self.task.metric.name, accuracy),
                          "samples": said, **self._progress()})  # fmt: skip
         return accuracy, loss

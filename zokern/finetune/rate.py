@@ -29,10 +29,12 @@ def note(optimizer: ZerothOrderOptimizer, lr: float, trained: int, every_weight:
     )
 
 
-def not_fallen(losses: tuple[float, float], steps: int) -> str | None:
-    """Of a run whose held-out loss has not fallen. losses: before and after."""
+def not_learnt(losses: tuple[float, float], steps: int) -> str | None:
+    """Of a run that is too short, or whose held-out loss has not fallen. losses: before and after."""
     before, after = losses
-    if steps < STEPS or after < before - FALLEN * abs(before):
+    if steps < STEPS:
+        return f"{steps} steps show that all of it runs; whether it learns, some hundred show (docs/choose.md)"
+    if after < before - FALLEN * abs(before):
         return None
     return (
         "the held-out loss has not fallen: try --lr three times and a third of this one, and more --steps; a model that "

@@ -471,7 +471,7 @@ def _print(summary: Summary, say: Any) -> None:
     else:
         say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
-    if idle := rate.not_fallen(result.loss, result.steps):
+    if not result.interrupted and (idle := rate.not_learnt(result.loss, result.steps)):
         say("", idle)
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
