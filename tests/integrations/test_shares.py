@@ -148,21 +148,39 @@ def test_a_loss_that_is_no_number_decides_nothing(tmp_path: Path) -> None:
 
 
 def in_float32(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels)
+    """As docs/trainer.md has it."""
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def in_16_bits(folder: Path, function: Any = None, **given: Any) -> ZOTrainer:
+    args = arguments(folder, max_steps=2, logging_steps=1, learning_rate=0.0, **given)
+    model = classifier().to(torch.bfloat16)
+    return ZOTrainer(model, args, train_dataset=labelled(), compute_loss_func=function)
 
 
 @pytest.mark.filterwarnings("ignore:.*all its probes:zokern.ZokernWarning")
 def test_what_the_warning_of_16_bit_losses_says_helps(tmp_path: Path) -> None:
-    def in_16_bits(**more: Any) -> ZOTrainer:
-        args = arguments(tmp_path, max_steps=2, learning_rate=0.0, bf16=more.pop("bf16", False))
-        return ZOTrainer(classifier().to(torch.bfloat16), args, train_dataset=labelled(), **more)
-
     with pytest.warns(ZokernWarning, match=r"With a Trainer: compute_loss_func= with such a loss, or bf16=True"):
-        in_16_bits().train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ZokernWarning)
-        in_16_bits(compute_loss_func=in_float32).train()
-        in_16_bits(bf16=True).train()
+        in_16_bits(tmp_path).train()
+    for trainer in (in_16_bits(tmp_path, in_float32), in_16_bits(tmp_path, bf16=True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ZokernWarning)
+            trainer.train()
+        assert trainer.zo_optimizer.flat_steps == 0
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_16_bit_classifier_accumulates_with_a_loss_of_its_own_and_without(tmp_path: Path) -> None:
+    """transformers' own loss is a mean of each micro-batch, and the Trainer takes it for a share (its issue 47688)."""
+
+    def first(function: Any = None, **given: Any) -> float:
+        return logged(in_16_bits(tmp_path, function, bf16=True, **given))[0]
+
+    whole = first(per_device_train_batch_size=8)
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert first(in_float32, **parts) == pytest.approx(whole, abs=0.05)
+    assert first(**parts) == pytest.approx(whole, abs=0.05)
 
 
 def test_settings_without_effect_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,47 +181,6 @@ def test_losses_that_are_shares_are_added_and_means_are_averaged(tmp_path: Path,
     assert 2.5 < loss < 3.5
 
 
-def _in_float32(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
-    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
-def _classifier(folder: Path, function: Any = None, **given: Any) -> ZOTrainer:
-    """A tiny one in bfloat16, trained."""
-    torch.manual_seed(0)
-    shape = transformers.BertConfig(
-        vocab_size=19, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = transformers.BertForSequenceClassification(shape).bfloat16()
-    data = [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0] > 9)} for row in rows()]
-    args = arguments(folder, max_steps=8, logging_steps=1, learning_rate=1e-3, **given)
-    trainer = ZOTrainer(model, args, train_dataset=data, dropout=False, compute_loss_func=function)
-    trainer.train()
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    return trainer
-
-
-def test_a_classifier_in_16_bit_takes_its_loss_in_float32(tmp_path: Path) -> None:
-    """As docs/trainer.md says: by a function, or under autocast; without, many losses are equal."""
-    with pytest.warns(zokern.ZokernWarning, match="loss in bfloat16"):
-        plain = _classifier(tmp_path)
-    assert plain.zo_optimizer.flat_steps > 1
-    assert _classifier(tmp_path, _in_float32).zo_optimizer.flat_steps == 0
-    assert _classifier(tmp_path, bf16=True).zo_optimizer.flat_steps == 0
-
-
-def test_a_classifier_accumulates_with_a_loss_of_its_own_and_without(tmp_path: Path) -> None:
-    """transformers' own loss is a mean of each micro-batch, and the Trainer takes it for a share (its issue 47688)."""
-
-    def first(function: Any = None, **given: Any) -> float:
-        return float(_classifier(tmp_path, function, bf16=True, **given).state.log_history[0]["loss"])
-
-    whole = first(per_device_train_batch_size=8)
-    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert first(_in_float32, **parts) == pytest.approx(whole, abs=0.05)
-    assert first(**parts) == pytest.approx(whole, abs=0.05)
-
-
 def test_a_count_that_is_not_there(tmp_path: Path) -> None:
     """Rows without "labels" have no count, and a loss of their own is a mean."""
 
