@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,7 +289,7 @@ def check(
         torch.tensor([99, 0], device=DEVICE),
         None if enabled is None else torch.tensor([enabled], dtype=torch.int32, device=DEVICE),
     )
-    launch.run(rows, scalars.PassSpec(direction=DIRECTIONS[distribution], rounding=how), numbers)
+    launch.run(rows, replace(scalars.AXPY, direction=DIRECTIONS[distribution], rounding=how), numbers)
     for p, want, guard in zip(pieces, wanted, guards, strict=True):
         assert torch.equal(p.dst.cpu(), want), p
         start = p.dst.storage_offset()
@@ -353,7 +353,7 @@ def test_minus_zero_and_huge() -> None:
         torch.empty(1, 1, 0, device=DEVICE),
         torch.ones(1, 1, device=DEVICE),
     )
-    launch.run(table.build([x], [out], [0], [0], [0]), scalars.PassSpec(), empty)
+    launch.run(table.build([x], [out], [0], [0], [0]), scalars.AXPY, empty)
     assert torch.equal(bits_of(out), bits_of(x))
 
 
@@ -374,7 +374,7 @@ def test_backend_protocol() -> None:
     )  # fmt: skip
     shared, enabled = decays.unsqueeze(1), torch.ones(1, dtype=torch.int32)
     numbers = scalars.PassNumbers(torch.tensor(seeds), coefs.unsqueeze(1), shared, torch.tensor([8, 0]), enabled)
-    backend.run(make_table([piece]), scalars.PassSpec(rounding="stochastic"), numbers)
+    backend.run(make_table([piece]), replace(scalars.AXPY, rounding="stochastic"), numbers)
     assert torch.equal(piece.dst.cpu(), from_storage(want, torch.bfloat16))
 
 

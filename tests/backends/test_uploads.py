@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from zokern import backends, sweep
 from zokern.backends import native, triton
 from zokern.contract.rules import RULES
 from zokern.passes import operands, table
-from zokern.passes.spec import Chain, PassNumbers, PassSpec
+from zokern.passes.spec import AXPY, Chain, PassNumbers
 from zokern.sweep import Passes
 
 if triton.unavailable_reason() is not None:
@@ -112,7 +112,7 @@ def numbers(where: torch.device | str, seeds: int, rounding: bool, enabled: bool
 def test_a_pass_sends_its_numbers_at_once(
     gpu: ModuleType, given: Given, seeds: int, rounding: bool, enabled: bool
 ) -> None:
-    rows, kind = a_table(), PassSpec(rounding="stochastic" if rounding else "nearest")
+    rows, kind = a_table(), replace(AXPY, rounding="stochastic" if rounding else "nearest")
     for where, uploads in (("cpu", 1), (DEVICE, 0)):
         told = numbers(where, seeds, rounding, enabled)
         with Transfers() as transfers:
@@ -133,7 +133,7 @@ def test_a_pass_sends_its_numbers_at_once(
 def test_what_a_launch_of_cuda_takes_along_stays(given: Given) -> None:
     """One seed and the rounding seeds, where the host knows them; on the device they are read by address."""
     cuda, rows = backends.module("cuda"), a_table()
-    cuda.run(rows, PassSpec(rounding="stochastic"), numbers("cpu", 1, True, False))
+    cuda.run(rows, replace(AXPY, rounding="stochastic"), numbers("cpu", 1, True, False))
     made = given.passes[-1]
     assert (made["num_seeds"], made["seeds_on_host"], made["rounding_on_host"]) == (1, True, True)
     there = cuda.near(numbers("cpu", 3, True, True), DEVICE)
@@ -148,7 +148,7 @@ def test_what_a_launch_of_cuda_takes_along_stays(given: Given) -> None:
 def test_a_chain_sends_its_numbers_at_once(gpu: ModuleType, given: Given, where: torch.device | str) -> None:
     """Triton's table of addresses with them."""
     rule, enabled = RULES["axpy"], torch.ones(1, dtype=torch.int32).to(where)
-    stages = [(PassSpec(rule), numbers(where, k, True, False, start=10 * k)) for k in (1, 3)]
+    stages = [(replace(AXPY, rule=rule), numbers(where, k, True, False, start=10 * k)) for k in (1, 3)]
     rows = a_table()
     with Transfers() as transfers:
         gpu.run_chain(rows, Chain(stages, rule, True, enabled))
@@ -203,7 +203,7 @@ def test_numbers_arrive_as_they_were(buffers: list[Tensor]) -> None:
 
 def test_addresses_of_a_chain_are_those_of_its_numbers(given: Given, buffers: list[Tensor], monkeypatch) -> None:
     rule = RULES["axpy"]
-    stages = [(PassSpec(rule), numbers("cpu", k, k == 3, False, start=10 * k)) for k in (1, 3)]
+    stages = [(replace(AXPY, rule=rule), numbers("cpu", k, k == 3, False, start=10 * k)) for k in (1, 3)]
     rows = a_table()
     buffers.clear()
     backends.module("triton").run_chain(rows, Chain(stages, rule, False, torch.ones(1, dtype=torch.int32)))
@@ -228,7 +228,7 @@ def test_tables_of_two_dtypes_share_one_transfer(gpu: ModuleType, monkeypatch) -
     told = numbers("cpu", 3, True, True)
     both = operands.Operands(tensors, None, [], [0, 1], [0, 0], [0, 0])
     with Transfers() as transfers:
-        sweep.launch(both, PassSpec(rounding="stochastic"), told, name)
+        sweep.launch(both, replace(AXPY, rounding="stochastic"), told, name)
     assert len(transfers.seen) == 1
 
 
@@ -293,6 +293,6 @@ def test_a_launch_is_noted_with_its_stream(backend: str, given: Given, monkeypat
     if backend == "triton":  # which asks for a stream on GPUs alone, and makes such a device the current one
         monkeypatch.setattr(launch, "on_gpu", lambda device: True)
         monkeypatch.setattr(launch, "_launch_context", lambda device: nullcontext())
-    module.run(rows, PassSpec(), numbers("cpu", 1, False, False))
-    module.run_chain(rows, Chain([(PassSpec(rule), numbers("cpu", 1, False, False))], rule))
+    module.run(rows, AXPY, numbers("cpu", 1, False, False))
+    module.run_chain(rows, Chain([(replace(AXPY, rule=rule), numbers("cpu", 1, False, False))], rule))
     assert noted == [(rows, STREAM)] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import sys
@@ -33,6 +34,7 @@ except ImportError:
     BUILT = None
 SETS = BUILT.cpu_instruction_sets() if BUILT is not None else []
 F32, F16, BF16 = 0, 1, 2
+axpy = functools.partial(dataclasses.replace, scalars.AXPY)
 CHUNKS = 9  # of which threads take four at once: a pass on several
 
 needs_extension = pytest.mark.skipif(BUILT is None, reason="needs zokern._C")
@@ -167,9 +169,13 @@ class Case:
         self.rows = table.build([self.w], [self.w], [0], [0], [0], [[state] for state in self.states])
         numbers = self.numbers(rule)
         perturbs = scalars.rule_of_probes(rule)
-        self.made = native.make_pass(self.rows, scalars.PassSpec(rule), numbers)
+        self.made = native.make_pass(self.rows, axpy(rule=rule), numbers)
         self.chain = scalars.Chain(
-            [(scalars.PassSpec(rule), numbers), (scalars.PassSpec(perturbs), self.numbers(perturbs))], rule
+            [
+                (axpy(rule=rule), numbers),
+                (axpy(rule=perturbs), self.numbers(perturbs)),
+            ],
+            rule,
         )
         self.made_chain = native.make_chain(self.rows, self.chain)
         self.kept = numbers
@@ -279,13 +285,14 @@ class Uniform(Direction):
 
 def unrounded(spec: scalars.PassSpec) -> scalars.PassSpec:
     """A record that was not made by its class."""
+    spec = dataclasses.replace(spec)
     object.__setattr__(spec, "rounding", "up")
     return spec
 
 
 def test_a_record_refuses_a_rounding_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="rounding is 'up'; it must be one of 'nearest', 'stochastic'"):
-        scalars.PassSpec(rounding="up")
+        axpy(rounding="up")
 
 
 @needs_triton
@@ -298,9 +305,9 @@ def test_triton_refuses_what_it_does_not_know(what: str) -> None:
     rule = RULES["momentum"]
     unknown = changed("momentum", name="heavy_ball")
     kinds = {
-        "rule": scalars.PassSpec(unknown),
+        "rule": axpy(rule=unknown),
         "distribution": scalars.PassSpec(rule, Uniform()),
-        "rounding": unrounded(scalars.PassSpec(rule)),
+        "rounding": unrounded(axpy(rule=rule)),
     }
     w, m = torch.ones(100, dtype=torch.bfloat16), torch.ones(100)
     rows = table.build([w], [w], [0], [0], [0], [[m]])
@@ -354,9 +361,9 @@ def test_the_reference_backend_refuses_what_it_does_not_know() -> None:
     w = torch.ones(100)
     rows = table.build([w], [w], [0], [0], [0])
     for kind in (
-        scalars.PassSpec(changed("axpy", name="heavy_ball")),
-        scalars.PassSpec(direction=Uniform()),
-        unrounded(scalars.PassSpec()),
+        axpy(rule=changed("axpy", name="heavy_ball")),
+        axpy(direction=Uniform()),
+        unrounded(scalars.AXPY),
     ):
         with pytest.raises(ValueError, match="must be one of"):
             backends.module("reference").run(rows, kind, Case.numbers(RULES["axpy"]))

@@ -118,7 +118,7 @@ def test_what_is_minimised_is_minus_the_metric(models_dir: Path, monkeypatch: py
 
 
 def test_a_run_over_the_metric(options: Options, capsys: pytest.CaptureFixture) -> None:
-    options.minimise = "metric"
+    options.minimise, options.eps = "metric", 0.1  # accuracy takes some steps to one side, and some to the other
     finetune(options)
     assert "minus accuracy is minimised" in capsys.readouterr().out
     records = test_finetune.records(options.output)

@@ -30,7 +30,7 @@ from tests.finetune.test_finetune import command, models_dir, options, records, 
 from tests.finetune.test_resuming import alike, finished, no_pictures, resume, whole  # noqa: E402, F401
 from zokern import ZokernWarning, drawing  # noqa: E402
 from zokern.cli import app  # noqa: E402
-from zokern.finetune import Options, finetune, output, plots, stopping, tasks  # noqa: E402
+from zokern.finetune import Options, failures, finetune, output, plots, stopping, tasks  # noqa: E402
 
 draw = plots.save  # which a fixture replaces
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -271,6 +271,20 @@ def _(patch: pytest.MonkeyPatch) -> None:
         plain(self, name, value)
 
     patch.setattr(output.Output, "save_json", save)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("Error while serializing: I/O error: File too large (os error 27)\nmore",
+         "Error while serializing: I/O error: File too large (os error 27)"),
+        ('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
+         "No space left on device"),  # safetensors before 0.6
+        ("Error while deserializing header", None),
+    ],
+)  # fmt: skip
+def test_what_the_system_told_a_library(said: str, why: str | None) -> None:
+    assert failures.reason(RuntimeError(said)) == why
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from zokern.contract.rules import RULES
 from zokern.journal import checks
 from zokern.journal import format as journal_format
 from zokern.passes.operands import Operands
-from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.spec import AXPY, PassNumbers
 
 STORED = corpus.stored()
 INPUTS, SECONDS = 400, 20.0
@@ -162,7 +163,7 @@ def test_a_launch_refuses_numbers_that_are_not_there(
     tensors = [torch.zeros(40), torch.zeros(8)]
     states = [] if state is None else [[torch.zeros(t.shape, dtype=state) for t in tensors]]
     operands = Operands(tensors, None, states, [0, 1], [0, 0], [0, 1])
-    spec, rounding = PassSpec(RULES[rule]), torch.tensor([1, 2])
+    spec, rounding = replace(AXPY, rule=RULES[rule]), torch.tensor([1, 2])
     numbers = PassNumbers(torch.tensor([5]), torch.zeros(coefs), torch.zeros(shared), rounding)
     launch = partial(sweep.run_chain, operands, [(spec, numbers)], RULES[rule])
     with pytest.raises(ValueError, match=word):
@@ -177,7 +178,7 @@ def test_states_of_two_dtypes_are_refused_at_the_launch() -> None:
     operands = Operands(w, None, states, [0], [0], [0])
     numbers = PassNumbers(torch.tensor([5]), torch.zeros(1, 3, 1), torch.zeros(1, 7))
     with pytest.raises(ValueError, match=r"a state is .*bfloat16"):
-        sweep.run(operands, PassSpec(RULES["helene"]), numbers)
+        sweep.run(operands, replace(AXPY, rule=RULES["helene"]), numbers)
 
 
 def test_files_that_take_much_memory_to_read_are_refused(tmp_path: Path) -> None:

@@ -474,11 +474,9 @@ def test_what_has_changed_since_is_noticed(emulated, what) -> None:
 
 class StandIns:
     """PyTorch's calls for graphs, as CUDA has them: a capture that a call has broken cannot end. `log` has what was done.
+    end_fails: the capture ends with an error by itself."""
 
-    Names are those of PyTorch 2.8 and newer, or of the ones before. end_fails: the capture ends with an error by itself.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, new: bool = True, end_fails: bool = False) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, end_fails: bool = False) -> None:
         self.log: list[object] = []
         self.streams: list[object] = ["outer"]  # the last is current
         self.recording: list[object] = []
@@ -531,10 +529,7 @@ class StandIns:
         def zeros(*size: object, device: torch.device) -> Tensor:
             return torch.full((), 0.0)
 
-        names = ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"]
-        for name in names:
-            monkeypatch.delattr(torch._C, name, raising=False)
-        monkeypatch.setattr(torch._C, names[0 if new else 1], end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.used.remove(pool), raising=False)
         monkeypatch.setattr(torch, "zeros", zeros)
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -550,9 +545,8 @@ def waits() -> None:
     raise RuntimeError("the first error: operation not permitted when stream is capturing\nadvice")
 
 
-@pytest.mark.parametrize("new", [True, False], ids=["PyTorch 2.8", "PyTorch 2.6"])
-def test_a_capture_that_a_call_breaks_leaves_nothing_behind(new: bool, monkeypatch) -> None:
-    stand = StandIns(monkeypatch, new=new)
+def test_a_capture_that_a_call_breaks_leaves_nothing_behind(monkeypatch) -> None:
+    stand = StandIns(monkeypatch)
     one = cuda.CudaGraph(GPU, "pool")
     with pytest.raises(RuntimeError, match="the first error") as raised:
         one.capture(waits)
@@ -595,7 +589,7 @@ def test_what_follows_a_warm_up_waits_for_it(breaks: bool, monkeypatch) -> None:
 
 def test_the_calls_that_end_a_recording_are_there() -> None:
     """Private ones of PyTorch, which may be renamed: builds without CUDA have them by name."""
-    assert hasattr(torch._C, "_cuda_endAllocateToPool") or hasattr(torch._C, "_cuda_endAllocateCurrentStreamToPool")
+    assert hasattr(torch._C, "_cuda_endAllocateToPool")
     assert hasattr(torch._C, "_cuda_releasePool")
 
 

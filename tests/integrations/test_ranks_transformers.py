@@ -16,7 +16,8 @@ from tests.integrations.many import run
 from tests.integrations.tiny import arguments, equal, llama, rows, weights
 
 pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 MOMENTUM = {"method": "mezo", "update": "momentum", "eps": 1e-2, "seed": 3}
 
@@ -162,9 +163,14 @@ def shared(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     for method, own in DIRECTIONS.items():
         zo = {"method": method, "eps": 1e-2, "placement": "shadow", **own, **settings}
         found[method] = trained(
-            f"{folder}/{method}", zo=zo, learning_rate=1e-3, max_steps=3, include_num_input_tokens_seen="all"
-        )
+            f"{folder}/{method}", zo=zo, learning_rate=1e-3, max_steps=3, include_num_input_tokens_seen="all",
+            eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=1,
+        )  # fmt: skip
     return found
+
+
+def logged(found: dict[str, Any], name: str) -> list[float]:
+    return [line[name] for line in found["log"] if name in line]
 
 
 def test_shared_directions_have_the_bits_of_one_process(tmp_path: Path) -> None:
@@ -173,7 +179,8 @@ def test_shared_directions_have_the_bits_of_one_process(tmp_path: Path) -> None:
     for rank in run(3, shared, str(tmp_path / "shared"), {"parallel": "directions"}):
         for method, found in rank.items():
             assert equal(found["weights"], alone[method]["weights"]), method
-            assert found["log"][-1]["loss"] == alone[method]["log"][-1]["loss"]
+            assert logged(found, "loss") == logged(alone[method], "loss")
+            assert logged(found, "eval_loss") == pytest.approx(logged(alone[method], "eval_loss"))
             assert found["tokens"] == alone[method]["tokens"]
             assert found["forwards"] < alone[method]["forwards"]
 
@@ -194,6 +201,8 @@ def test_parts_of_the_batch_and_shares_of_the_directions(tmp_path: Path) -> None
         assert rank["tokens"] == alone["tokens"]
 
 
+# The Trainer before transformers 5.18 asks torch to load its optimizer's state to "cpu:0", which torch does not know.
+@pytest.mark.skipif(RELEASE < (5, 18), reason="needs transformers >= 5.18")
 @pytest.mark.parametrize("parallel", ["data", "directions"])
 def test_resumes_bit_for_bit_on_all_ranks(tmp_path: Path, parallel: str) -> None:
     zo = {**MOMENTUM, "num_samples": 2, "parallel": parallel, "placement": "shadow"}

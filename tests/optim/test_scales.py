@@ -131,12 +131,12 @@ class _Odd(Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, (4, 4), dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]
 
     def __init__(self, parts: dict[str, Tensor]) -> None:
-        self.names = list(parts)
+        self.parts = list(parts)
         for name, t in parts.items():
             setattr(self, name, t)
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return self.names, None
+        return self.parts, None
 
     @classmethod
     def __tensor_unflatten__(cls, parts: dict[str, Tensor], *_: object) -> _Odd:

@@ -20,7 +20,7 @@ from zokern.contract.rules import RULES
 from zokern.directions import DIRECTIONS
 from zokern.interrupts import HeldInterrupts, Waiting
 from zokern.passes import operators
-from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.spec import AXPY, PassNumbers
 from zokern.sweep import Member, Passes, Sweep
 
 SAMPLE = [
@@ -276,10 +276,10 @@ def test_what_broke_off_is_forgotten_by_the_next_pass(chained: bool, monkeypatch
     params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4).bfloat16())]
     swept = Sweep([Member(p, i, 0, "p") for i, p in enumerate(params)])
     numbers = PassNumbers(torch.tensor([1]), torch.zeros(1, 1, 1), torch.full((1, 1), 2.0), torch.tensor([3, 4]))
-    stages = [(PassSpec(), numbers)]
+    stages = [(AXPY, numbers)]
 
     def double() -> None:
-        passes.chain(swept, stages, RULES["axpy"]) if chained else passes.run(swept, PassSpec(), numbers)
+        passes.chain(swept, stages, RULES["axpy"]) if chained else passes.run(swept, AXPY, numbers)
 
     double()
     name = "run_chain" if chained else "run"

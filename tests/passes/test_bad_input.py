@@ -11,7 +11,7 @@ import zokern
 from tests.launching import launch, launch_chain
 from zokern import backends, sweep
 from zokern.passes import table
-from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.spec import AXPY, PassNumbers
 
 GOOD = {"tensor_ids": [0, 1], "seeds": [1], "coefs": [0.5]}
 CASES = {
@@ -181,7 +181,7 @@ def numbers_of(seeds: int) -> PassNumbers:
 )
 def test_a_chain_refuses_more_than_it_takes(stages: int, seeds: int, said: str, backend, device) -> None:
     weight = torch.zeros(100, device=device)
-    chain = [(PassSpec(), numbers_of(seeds))] * stages
+    chain = [(AXPY, numbers_of(seeds))] * stages
     with pytest.raises(ValueError, match=said):
         launch_chain([weight], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend=backend)
     assert not weight.any()
@@ -189,7 +189,7 @@ def test_a_chain_refuses_more_than_it_takes(stages: int, seeds: int, said: str, 
 
 def test_a_chain_takes_what_its_limits_say() -> None:
     one = torch.zeros(100)
-    for chain in ([(PassSpec(), numbers_of(4))] * 32, [(PassSpec(), numbers_of(64))] * 2):
+    for chain in ([(AXPY, numbers_of(4))] * 32, [(AXPY, numbers_of(64))] * 2):
         launch_chain([one], chain, tensor_ids=[0], offsets=[0], groups=[0], rule="axpy", backend="cpu")
     assert one.all()
 

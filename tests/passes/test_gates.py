@@ -13,7 +13,7 @@ from zokern import sweep
 from zokern.contract.rules import RULES
 from zokern.directions import DIRECTIONS, parse
 from zokern.passes.operands import Operands
-from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.spec import AXPY, PassNumbers, PassSpec
 from zokern.passes.table import CHUNK, SRC
 
 # Elements, the global index of the first, and the block: tensors of several chunks, and shards far from their beginning,
@@ -113,7 +113,7 @@ def test_without_directions_a_pass_copies(backend, device, dtype) -> None:
     gates, out = torch.tensor(GATES[0], device=device), [torch.ones_like(t) for t in src]
     given = numbers("axpy", device, 0)
     plain = PassNumbers(given.seeds, given.coefs, torch.ones_like(given.shared))
-    sweep.run(over(src, [], range(len(src)), gates, out), PassSpec(), plain, backend)
+    sweep.run(over(src, [], range(len(src)), gates, out), AXPY, plain, backend)
     for t, copy, (*_, block) in zip(src, out, PIECES, strict=True):
         wanted = t if GATES[0][block] else torch.ones_like(t)
         assert torch.equal(copy, wanted)

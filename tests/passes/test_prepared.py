@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.passes.test_chain import one_by_one
 from zokern.contract.rules import RULES
 from zokern.directions import DIRECTIONS
 from zokern.passes import operands, table
-from zokern.passes.spec import PassNumbers, PassSpec
+from zokern.passes.spec import AXPY, PassNumbers, PassSpec
 from zokern.placement import sites
 from zokern.sweep import Member, Passes, Sweep
 
@@ -51,7 +52,7 @@ def ones(rule: str) -> tuple[PassSpec, PassNumbers]:
     """Of two groups."""
     names = RULES[rule]
     coefs, shared = torch.full((2, len(names.coefs), 1), 0.25), torch.full((2, len(names.scalars)), 0.25)
-    return PassSpec(names), PassNumbers(torch.tensor([7]), coefs, shared)
+    return replace(AXPY, rule=names), PassNumbers(torch.tensor([7]), coefs, shared)
 
 
 def many(count: int) -> Sweep:
@@ -201,7 +202,7 @@ def told_of(rule: str, draw: random.Random) -> tuple[PassSpec, PassNumbers]:
     coefs = torch.rand(2, len(names.coefs), k, generator=generator) * 0.1
     shared = torch.rand(2, len(names.scalars), generator=generator) * 0.5 + 0.5
     seeds = torch.tensor([draw.randrange(1 << 62) for _ in range(k)])
-    return PassSpec(names), PassNumbers(seeds, coefs, shared)
+    return replace(AXPY, rule=names), PassNumbers(seeds, coefs, shared)
 
 
 def out_of_place(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -148,8 +149,8 @@ def test_report_notices_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     from zokern import report
     from zokern.backends import cpu
     from zokern.directions import DIRECTIONS
-    from zokern.passes.spec import PassSpec
+    from zokern.passes.spec import AXPY
 
-    right, wrong = cpu.run, PassSpec(direction=DIRECTIONS["rademacher"])
+    right, wrong = cpu.run, dataclasses.replace(AXPY, direction=DIRECTIONS["rademacher"])
     monkeypatch.setattr(cpu, "run", lambda table, kind, scalars: right(table, wrong, scalars))
     assert report.self_check("cpu", torch.device("cpu")) is not None

@@ -81,9 +81,7 @@ def of_shards(params: Sequence[Any], module: nn.Module | None, parallel: str | N
 
 def _root_of(mesh: Any) -> Any:
     """The mesh that a mesh is a part of."""
-    if hasattr(mesh, "_get_root_mesh"):
-        return mesh._get_root_mesh()
-    return dist.device_mesh._mesh_resources.get_root_mesh(mesh)  # torch before 2.8
+    return mesh._get_root_mesh()
 
 
 def _cut(mesh: Any, params: Sequence[Any], module: nn.Module | None) -> tuple[set[int], set[int]]:

@@ -80,9 +80,7 @@ _broken: list[torch.cuda.CUDAGraph] = []
 
 def end_recording(device: torch.device, pool: Any) -> None:
     """The allocator takes no more memory from `pool`, and frees it once no graph needs it."""
-    new = "_cuda_endAllocateToPool"  # the same call has another name before PyTorch 2.8
-    end = getattr(torch._C, new if hasattr(torch._C, new) else "_cuda_endAllocateCurrentStreamToPool")
-    end(device.index, pool)
+    torch._C._cuda_endAllocateToPool(device.index, pool)
     torch._C._cuda_releasePool(device.index, pool)
 
 

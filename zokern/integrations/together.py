@@ -39,6 +39,7 @@ class Together(Trainer):  # type: ignore[misc]
     _apart = False  # processes may have done unequal work since the last step
     _compared = False  # they have been handed the same batches, where they are to be
     _uneven = False  # they have unequal numbers of micro-batches
+    _counting = False  # the items of this process' batches alone
     _last: Any = None  # a micro-batch
 
     def join_ranks(self) -> None:
@@ -115,7 +116,7 @@ class Together(Trainer):  # type: ignore[misc]
 
     def get_tp_size(self) -> int:
         """How many processes have the same batches."""
-        return int(super().get_tp_size()) * self.parts.copies
+        return int(super().get_tp_size()) * (1 if self._counting else self.parts.copies)
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any, **named: Any) -> Any:
         """An epoch is as long for each process as for that with the most micro-batches.
@@ -140,7 +141,21 @@ class Together(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **named: Any) -> Any:
         if self._uneven:
             epoch_iterator = self._filled(epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, *args, **named)
+        if self.parts.copies == 1:
+            return super().get_batch_samples(epoch_iterator, *args, **named)
+        return self._counted_once(super().get_batch_samples, epoch_iterator, *args, **named)
+
+    def _counted_once(self, batch_samples: Any, *args: Any, **named: Any) -> Any:
+        """With the items of batches that differ: before transformers 5.19 the Trainer adds up those of all processes."""
+        averages, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        self._counting = True
+        try:
+            batches, items = batch_samples(*args, **named)
+        finally:
+            self._counting, self.args.average_tokens_across_devices = False, averages
+        if items is not None and averages:
+            items = self.accelerator.gather(items.to(self.args.device)).sum() // self.parts.copies
+        return batches, items
 
     def _filled(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """With micro-batches without rows at the end."""

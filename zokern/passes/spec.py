@@ -22,14 +22,15 @@ class PassSpec:
     """Which arithmetic.
 
     rounding: of 16-bit weights, "nearest" or "stochastic". square_of_sum: V is (sum_k coef_k z_k)^2 and not
-    sum_k coef_k z_k^2. keep_second: the second state is read but not written.
+    sum_k coef_k z_k^2. keep_second: the second state is read but not written. rule and direction have no defaults, as
+    torch.compile of PyTorch 2.10 cannot trace such a call.
 
     Raises:
         ValueError: for a rounding that there is not.
     """
 
-    rule: Rule = RULES["axpy"]
-    direction: Direction = DIRECTIONS["normal"]
+    rule: Rule
+    direction: Direction
     rounding: str = "nearest"
     square_of_sum: bool = False
     keep_second: bool = False
@@ -59,6 +60,7 @@ class PassSpec:
         return replace(self, rounding="nearest")
 
 
+AXPY = PassSpec(RULES["axpy"], DIRECTIONS["normal"])
 # The same few are asked for in every step.
 pass_spec = functools.lru_cache(maxsize=256)(PassSpec)
 

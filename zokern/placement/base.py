@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zokern.contract.rules import RULES
-from zokern.passes.spec import PassSpec, pass_spec
+from zokern.passes.spec import AXPY, pass_spec
 from zokern.passes.update import CPU, Terms, Update
 from zokern.sweep import NOTHING, Passes, Sweep
 
@@ -89,7 +89,7 @@ class Perturbing:
         self.before = weakref.ref(NOTHING)  # the last step's
         self.eps = self.still = torch.empty(0, dtype=torch.float32, device=CPU)
         self._ones: dict[tuple[int, torch.device], Tensor] = {}  # kept: a captured pass goes on reading them
-        self.spec = PassSpec()
+        self.spec = AXPY
 
     def leave(self) -> None:
         self.before, self.sweep = weakref.ref(self.sweep), NOTHING

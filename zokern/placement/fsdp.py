@@ -57,7 +57,7 @@ def states_of(modules: Sequence[Any]) -> list[Any]:
 
 
 def groups_of(state: Any) -> list[Any]:
-    """What gathers the weights of a state; torch 2.6 knows of one."""
+    """What gathers the weights of a state; PyTorch 2.10 knows of one."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
