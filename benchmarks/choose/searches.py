@@ -16,7 +16,7 @@ from benchmarks.llm.search import next_lr
 from benchmarks.parts import Record, load
 from benchmarks.rewards.run import FORWARDS
 from benchmarks.rewards.run import METHODS as CLIMBERS
-from zokern.finetune import rate
+from zokern.optim import rate
 
 SAMPLES, REWARDS = "samples-cpu.json", "rewards-cpu.json"
 LONG = 2000  # forwards, above which a search counts as one of long runs

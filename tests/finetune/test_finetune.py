@@ -621,7 +621,7 @@ def test_the_display_is_a_panel_on_a_terminal_and_lines_elsewhere() -> None:
         console = Console(force_terminal=terminal, width=120, record=True, file=io.StringIO())
         with Display(console, 10, "title") as display:
             display.update(status)
-            display.assessed(5, status)
+            display.assessed(5, status, 0.51)
             display.update(dataclasses.replace(status, step=6))
         text = console.export_text()
         assert "step 6/10" in text
@@ -629,7 +629,7 @@ def test_the_display_is_a_panel_on_a_terminal_and_lines_elsewhere() -> None:
         assert ("Ctrl-C" in text) == terminal
         if not terminal:  # a value that only evaluations change stands in their lines alone
             first, assessed, second = text.splitlines()
-            assert assessed == "step 5/10, held-out accuracy 60.0 % (+10.0)"
+            assert assessed == "step 5/10, held-out accuracy 60.0 % (+10.0), loss 0.5100"
             assert first.startswith("step 5/10, loss 0.5000, projected gradient -2, speed")
             assert "accuracy" not in first + second
 
@@ -714,6 +714,7 @@ def test_a_run_that_broke_off_goes_on_with_the_same_bits(options: Options, tmp_p
         file.truncate(journal.stat().st_size - 3)
     code, said = command("finetune", "--resume", "--output", tmp_path / "broken")
     assert (code, "at step 4 of 8" in said) == (0, True), said
+    assert "for more give --steps" not in said
     trained, resumed = tensors(whole.output.checkpoint), tensors(tmp_path / "broken" / "checkpoint")
     assert all(torch.equal(trained[name], resumed[name]) for name in trained)
     mine, theirs = (

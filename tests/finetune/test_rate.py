@@ -10,19 +10,21 @@ import zokern
 from benchmarks.choose import searches
 from tests.finetune.test_measured import models_dir, options, table  # noqa: F401
 from tests.models import toy
-from zokern.finetune import finetune, rate
+from zokern.finetune import finetune, learnt
 from zokern.finetune.options import Options
+from zokern.optim import rate
 
 # ruff: noqa: F811 - fixtures of another file
 
 
 def test_an_lr_far_from_the_rules_is_told(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    """The lr that it names is told of no more."""
+    """Before and after; the lr that it names is told of no more."""
     options.method, options.lr, options.steps = "mezo", 1e-7, 2
     finetune(options)
-    (ruled,) = re.findall(
+    ruled, again = re.findall(
         r"lr 1e-07 is \S+ times what the rule says for so many parameters, (\S+) \(docs", said(capsys)
     )
+    assert ruled == again
     for lr in (float(ruled), float(ruled) * 2.5, float(ruled) / 2.5):
         options.lr, options.force = lr, True
         finetune(options)
@@ -52,7 +54,7 @@ def test_other_methods_have_no_rule(made: object) -> None:
 
 
 def test_a_run_that_learnt_nothing_says_so(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    options.lr, options.steps = 1e-12, rate.STEPS
+    options.lr, options.steps = 1e-12, learnt.STEPS
     finetune(options)
     assert "the held-out loss has not fallen: try --lr three times" in said(capsys)
 
@@ -64,6 +66,6 @@ def test_a_run_that_learnt_nothing_says_so(options: Options, capsys: pytest.Capt
      ((-1.0, -1.1), 20, None), ((-1.0, -1.0), 20, "has not fallen"), ((1.0, float("nan")), 20, "has not fallen")],
 )  # fmt: skip
 def test_what_is_told_when(losses: tuple[float, float], steps: int, told: str | None) -> None:
-    said = rate.not_learnt(losses, steps)
+    said = learnt.not_learnt(losses, steps)
     assert (said is None) == (told is None)
     assert (told or "") in (said or "")

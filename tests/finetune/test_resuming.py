@@ -306,7 +306,7 @@ def test_what_the_summary_counts_and_since_when(
     for name, count in before["counters"].items():
         assert after["counters"][name] == (count if name in ("steps", "forwards") else count * 3 // 8), name
     # What --resume finds done is not done again.
-    resume(other)
+    assert "at step 8 of 8: all its steps are done; for more give --steps" in resume(other)
     again = summary(other.output)
     assert again["since_step"] == 8
     assert again["counters"] == {**before["counters"], "passes": 0, "launches": 0, "elements_moved": 0}
@@ -341,7 +341,7 @@ def test_steps_may_grow(schedule: str, options: Options, tmp_path: Path) -> None
         return
     mine, theirs = ([line for line in records(one.output) if line["step"] > 8] for one in (shorter, longer))
     assert [line["lr"] for line in mine] == [line["lr"] for line in theirs]
-    assert "lr goes from 0 to 0.000428571; the steps done keep theirs" in said
+    assert "and the next step has lr 0.000428571 in place of 0; the steps done keep theirs" in said
     stored = identity.load(shorter.output)
     assert (stored.options.steps, stored.ends) == (14, [8])
     said = resume(shorter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import zokern
 from tests.integrations.tiny import arguments, llama, rows
 from zokern import ZokernWarning
 from zokern.optim import pairing
@@ -192,9 +194,39 @@ def test_settings_without_effect_are_told(tmp_path: Path, capsys: pytest.Capture
     assert "without effect" not in capsys.readouterr().err
 
 
+def test_an_lr_far_from_the_rules_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adam's is; the one that the note names is not, nor is any where the rule does not apply."""
+
+    def said(lr: float, model: Any = None, zo: Any = None) -> list[str]:
+        args = arguments(tmp_path, max_steps=1, learning_rate=lr)
+        model = model or classifier()
+        ZOTrainer(model, args, train_dataset=labelled(), zo=zo).train()
+        return re.findall(r"zokern: lr \S+ is \S+ times what the rule says .*, (\S+) \(docs", capsys.readouterr().err)
+
+    for n in (1, 4):
+        zo = {"method": "mezo", "num_samples": n}
+        (ruled,) = said(1e-6, zo=zo)
+        assert float(ruled) == pytest.approx(0.04 * n / classifier().num_parameters() ** 0.4, rel=0.05)
+        assert said(float(ruled), zo=zo) == []
+    frozen = classifier()
+    frozen.classifier.weight.requires_grad_(False)
+    assert said(1e-6, frozen) == said(1e-6, zo={"method": "hizoo"}) == said(0.0) == []
+    own = zokern.MeZO(model := classifier(), lr=1e-6)
+    ZOTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=labelled(), optimizers=(own, None)).train()
+    assert "the rule" not in capsys.readouterr().err
+
+
+def test_the_log_counts_steps_that_are_too_large(tmp_path: Path) -> None:
+    trainer = of(tmp_path, 1)
+    trainer.args.learning_rate, trainer.args.max_steps = 10.0, 2
+    with pytest.warns(ZokernWarning, match="Further such steps are only counted: see large_steps"):
+        trainer.train()
+    assert trainer.state.log_history[1]["large_steps"] == trainer.zo_optimizer.large_steps == 2
+
+
 def test_the_note_on_dropout_names_what_a_trainer_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairing._announced.discard("paired")
     for dropout in (True, False):
         ZOTrainer(classifier(0.1), arguments(tmp_path, max_steps=1), train_dataset=labelled(), dropout=dropout).train()
-        assert ("under a Trainer dropout=False;" in capsys.readouterr().err) == dropout
+        assert ("under a Trainer dropout=False." in capsys.readouterr().err) == dropout
         pairing._announced.discard("paired")

@@ -554,7 +554,7 @@ def from_another_optimizer_the_weights_alone_are_loaded(_: Path) -> Advice:
         return moved(mezo(other), squares(other))
 
     return Advice(
-        "no 'zokern' entry.* Coming from another optimizer, load the model's weights alone and begin a new run",
+        "no 'zokern' entry. Coming from another optimizer, load the model's weights alone and begin a new run",
         lambda: mezo(other).load_state_dict(adam.state_dict()),
         right,
     )

@@ -86,12 +86,12 @@ class Display:
         if not self.console.is_terminal:
             self.note(self._line())
 
-    def assessed(self, step: int, status: Status) -> None:
-        """The metric of `status` was measured after a step; elsewhere than in the panel that is a line of its own."""
+    def assessed(self, step: int, status: Status, loss: float) -> None:
+        """The metric of `status`, and the loss of the same texts, after a step: elsewhere than in the panel a line."""
         self.status = status
         if not self.console.is_terminal:
             name = self._name()
-            self.note(f"step {step}/{self.total}, held-out {name} {self._figures()[name]}")
+            self.note(f"step {step}/{self.total}, held-out {name} {self._figures()[name]}, loss {loss:.4f}")
 
     def finish(self, status: Status) -> None:
         """The last state of the live panel; plain lines have said it already."""

@@ -256,7 +256,7 @@ class _Training:
             self.evaluating += time.perf_counter() - start
         self.status.accuracy = accuracy
         if self.step:
-            self.display.assessed(self.step, self.status)
+            self.display.assessed(self.step, self.status, loss)
         self.output.log({"kind": "eval", "step": self.step, "loss": loss, **scored(self.task.metric.name, accuracy),
                          "samples": said, **self._progress()})  # fmt: skip
         return accuracy, loss

@@ -20,6 +20,8 @@ from zokern.finetune.tasks import Task, evaluate
 from zokern.journal import tools
 from zokern.optim import ZerothOrderOptimizer
 
+ENDED = ": all its steps are done; for more give --steps"
+
 
 def check(output: Output, options: Options) -> None:
     """Raises FinetuneError, before anything is loaded, where there is nothing to go on from."""
@@ -95,14 +97,14 @@ def _look_back(
         say("", f"{output.directory / 'metrics.jsonl'}: {what}")
     since = max((record["step"] for record in kept if record["kind"] == "train"), default=0)
     output.go_on(kept, identity.file(found))
-    say("resumed", f"at step {done} of {options.steps}")
+    say("resumed", f"at step {done} of {options.steps}" + ("" if done < options.steps else ENDED))
     if found.grown and options.lr_schedule != "constant":
         rate, old = float(optimizer.param_groups[0]["lr"]), found.ends[-1]
         was, now = (rate * factor(options.lr_schedule, options.warmup_steps, n)(done) for n in (old, options.steps))
         say(
             "",
             f"--steps grows from {old} to {options.steps}: from here on the {options.lr_schedule} schedule is that of "
-            f"{options.steps} steps, and lr goes from {was:g} to {now:g}; the steps done keep theirs",
+            f"{options.steps} steps, and the next step has lr {now:g} in place of {was:g}; the steps done keep theirs",
         )
     return Begun(done, [losses[step] for step in range(since, done) if step in losses]), forwards, output.records
 

@@ -30,12 +30,12 @@ from zokern.finetune import (
     identity,
     images,
     launching,
+    learnt,
     methods,
     models,
     plots,
     preset,
     prompted,
-    rate,
     resuming,
     samples,
     surroundings,
@@ -54,7 +54,7 @@ from zokern.finetune.similar import Similarity
 from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Task, choose_packing, cut_notes
 from zokern.journal import tools as journal_tools
-from zokern.optim import ZerothOrderOptimizer
+from zokern.optim import ZerothOrderOptimizer, rate
 from zokern.optim.causes import announce_quantised
 from zokern.report import versions
 from zokern.tasks.metrics import named
@@ -82,9 +82,9 @@ class Summary:
     metric: str = "accuracy"  # what result.accuracy is
     packed: bool = False  # whether the texts of a batch were
     ranks: int = 1  # processes that trained together
-    samples: list[dict[str, Any]] = dataclasses.field(
-        default_factory=list
-    )  # some of the held-out texts, and what was said
+    # Some of the held-out texts, and what was said.
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    far: str | None = None  # where lr is far from the rule's, what that says
 
     @property
     def code(self) -> int:
@@ -211,7 +211,7 @@ def load(options: Options, say: Callable[[str, str], None], team: Team | None = 
     aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
     say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer, adapted.kind_of(task.model)))
-    if far := rate.note(optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model)):
+    if far := _far(optimizer, options, task):
         say("", far)
     if team.size > 1:
         say("ranks", team.described(options))
@@ -227,6 +227,10 @@ def line(console: Console, name: str, value: str) -> None:
 def _size(task: Task) -> int:
     """How many numbers the model has, with its adapter; without one, how many are trained."""
     return sum(p.numel() for p in task.model.parameters()) if adapted.is_adapted(task.model) else _tuned(task)
+
+
+def _far(optimizer: ZerothOrderOptimizer, options: Options, task: Task) -> str | None:
+    return rate.note(optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model))
 
 
 def _tuned(task: Task) -> int:
@@ -332,7 +336,8 @@ class _Run:
         summary = Summary(result, about["objective"], str(device), about["dtype"], _tuned(task), peak_memory(device),
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
                           self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
-                          task.packer is not None, team.size, samples.record(data.eval, *result.samples))  # fmt: skip
+                          task.packer is not None, team.size, samples.record(data.eval, *result.samples),
+                          _far(optimizer, options, task))  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -471,8 +476,10 @@ def _print(summary: Summary, say: Any) -> None:
     else:
         say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
-    if not result.interrupted and (idle := rate.not_learnt(result.loss, result.steps)):
+    if not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps)):
         say("", idle)
+    if summary.far:
+        say("", summary.far)
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
     if summary.samples:

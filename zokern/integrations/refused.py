@@ -71,8 +71,8 @@ def arguments(args: Any) -> None:
     default = {one.name: one.default for one in dataclasses.fields(args)}.get("optim")
     if args.optim != default:
         raise ValueError(
-            f"optim is {getattr(args.optim, 'value', args.optim)!r}, and the steps are zokern's; leave it out, and give "
-            "the method as zo="
+            f"optim is {getattr(args.optim, 'value', args.optim)!r}, and the steps are zokern's: leave it out. The method "
+            "is MeZO, or what ZOTrainer(..., zo=) names"
         )
     if getattr(args, "use_weighting", False):
         raise ValueError("use_weighting=True weighs pairs by detached probabilities, which forwards cannot leave out")

@@ -53,7 +53,7 @@ class ForwardOnly(Together):
     From `args`: learning_rate, lr_scheduler_type, warmup, weight_decay (of what the Trainer decays), accumulation by the
     Trainer's token counts, evaluation, callbacks, best model, label smoothing, bf16, torch_compile, resume. Gradients are
     never made: max_grad_norm and optim have nothing to do. Logged beside the loss: projected_gradient, forwards,
-    skipped_steps and flat_steps, all of the run so far.
+    skipped_steps, flat_steps and large_steps, all of the run so far.
 
     These are beside the trainer's own, and given by name; a class may have them as attributes.
 
@@ -218,7 +218,8 @@ class ForwardOnly(Together):
         logs["loss"] = float(finite.mean()) if len(finite) else float("nan")
         logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
         logs["forwards"] = optimizer.counters["forwards"]
-        logs["skipped_steps"], logs["flat_steps"] = optimizer.skipped_steps, optimizer.flat_steps
+        for name in ("skipped_steps", "flat_steps", "large_steps"):
+            logs[name] = getattr(optimizer, name)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """There are no gradients."""

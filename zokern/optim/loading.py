@@ -67,8 +67,8 @@ def read(given: Mapping[str, Any], ours: Ours) -> Saved:
     own = carried.entry(given)
     if own is None:
         raise ValueError(
-            "state_dict has no 'zokern' entry: it was not saved by a zokern optimizer, or what it was passed through has "
-            f"dropped it; save state_dict() as it is. Coming from another optimizer, {ANEW}"
+            f"state_dict has no 'zokern' entry. Coming from another optimizer, {ANEW}; of zokern's, what it was passed "
+            "through has dropped the entry: save state_dict() as it is"
         )
     _check(isinstance(own, Mapping), f"state_dict: 'zokern' is a {type(own).__name__}; it must be a dict")
     version = own.get("format")

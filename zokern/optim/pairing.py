@@ -42,8 +42,8 @@ def announce(module: nn.Module) -> None:
         _announced.add("paired")
         print(
             f"zokern: a {type(module).__name__} is in training mode and draws, so all forwards of a step start from "
-            "the same generator states (paired_randomness='auto'). model.eval() does without, under a Trainer "
-            "dropout=False; the method's setting paired_randomness=False draws anew",
+            "the same generator states (paired_randomness='auto'), and nothing has to be done. The papers train without "
+            "dropout: by model.eval(), under a Trainer dropout=False. The setting paired_randomness=False draws anew",
             file=sys.stderr,
         )
 

@@ -1,13 +1,12 @@
-"""The lr to begin with, by rule of thumb, and what is said of a run that learns nothing (docs/choose.md, docs/faq.md)."""
+"""The lr to begin with, by rule of thumb (docs/choose.md)."""
 
 from __future__ import annotations
 
-from zokern.optim import MeZO, ZerothOrderOptimizer
+from zokern.optim.base import ZerothOrderOptimizer
+from zokern.optim.mezo import MeZO
 
 FAR = 3.0  # times more or less: the next lr of a usual search
 LARGEST = 4e8  # parameters; the searches went to 135 million
-FALLEN = 0.005  # of the loss, by which it has to fall in a run that learnt something
-STEPS = 20  # of a run that could have learnt
 
 
 def mezo(trained: int, directions: int) -> float:
@@ -26,17 +25,4 @@ def note(optimizer: ZerothOrderOptimizer, lr: float, trained: int, every_weight:
         return None
     return (
         f"lr {lr:g} is {lr / ruled:.2g} times what the rule says for so many parameters, {ruled:.2g} (docs/choose.md)"
-    )
-
-
-def not_learnt(losses: tuple[float, float], steps: int) -> str | None:
-    """Of a run that is too short, or whose held-out loss has not fallen. losses: before and after."""
-    before, after = losses
-    if steps < STEPS:
-        return f"{steps} steps show that all of it runs; whether it learns, some hundred show (docs/choose.md)"
-    if after < before - FALLEN * abs(before):
-        return None
-    return (
-        "the held-out loss has not fallen: try --lr three times and a third of this one, and more --steps; a model that "
-        "was never pretrained learns little by forwards alone (docs/faq.md)"
     )
