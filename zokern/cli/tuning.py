@@ -41,7 +41,8 @@ def _rates() -> str:
 
 
 MORE = {  # what a run makes of settings besides
-    "lr": "The peak of the schedule. Billions of parameters want 1e-7 to 1e-6 with mezo. Default, for encoders of some ten "
+    "lr": "The peak of the schedule. Rule for mezo on all of P parameters, up to 400 million, with n directions: "
+    "0.04 n / P^0.4. Billions of parameters want 1e-7 to 1e-6. Default, for encoders of some ten "
     f"million parameters: {_rates()}. With an adapter and mezo: "
     f"{', '.join(f'{name} {kind.lr:g}' for name, kind in adapters.KINDS.items())}; with others in proportion.",
     "eps": f"With an adapter: {', '.join(f'{name} {kind.eps:g}' for name, kind in adapters.KINDS.items())}.",

@@ -55,7 +55,10 @@ def rebuild(
     from safetensors.torch import load_file, save_file
 
     if not Path(base).is_file():
-        raise JournalError(f"{base} is not a file; this journal needs a .safetensors file with the base weights")
+        raise JournalError(
+            f"{base} is not a file; this journal is of a loop in Python, and needs a .safetensors file with the base "
+            f"weights, as {Path(base) / 'model.safetensors'} may be one. --output is then such a file, too"
+        )
     try:
         tensors = load_file(base, device="cpu" if device == "auto" else device)
     except (OSError, SafetensorError) as error:
