@@ -59,12 +59,12 @@ def _share(low: float, high: float) -> str:
 
 
 def _grouped(result: Result) -> dict[Key, list[Row]]:
-    """Rows of which the same is said, faults first, reactions last."""
+    """Rows of which the same is said, faults first, then reactions."""
     found: dict[Key, list[Row]] = {}
     for row in result.rows:
         dtype = str(row.dtype).removeprefix("torch.")
         found.setdefault((row.state, dtype, row.why, row.suspicious), []).append(row)
-    order = (NO_EFFECT, NOT_TRAINED, NOT_LOOKED_AT, REACTS)
+    order = (REACTS, NO_EFFECT, NOT_TRAINED, NOT_LOOKED_AT)
     return {key: found[key] for key in sorted(found, key=lambda key: (not key[3], order.index(key[0])))}
 
 
