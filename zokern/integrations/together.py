@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -154,7 +155,8 @@ class Together(Trainer):  # type: ignore[misc]
         finally:
             self._counting, self.args.average_tokens_across_devices = False, averages
         if items is not None and averages:
-            items = self.accelerator.gather(items.to(self.args.device)).sum() // self.parts.copies
+            own = torch.as_tensor(items, device=self.args.device)
+            items = self.accelerator.gather(own).sum() // self.parts.copies
         return batches, items
 
     def _filled(self, iterator: Iterator[Any]) -> Iterator[Any]:
