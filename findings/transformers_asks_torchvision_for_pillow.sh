@@ -11,7 +11,8 @@
 #
 # In zokern: `zokern finetune` hands the message on, and docs/finetune.md says which versions want torchvision.
 #
-# Seen in transformers 5.10.4 and 5.17.0, and no more in 5.18.0, with torch 2.13.0 and pillow 12.0.0. Needs python3 with venv.
+# Seen in transformers 5.10.4 and 5.17.0, and no more in 5.18.0, with torch 2.13.0, numpy 2.3.5 and pillow 12.0.0. Needs
+# python3 with venv.
 # Subject: fine-tuning frameworks
 # 2026-11-30
 set -euo pipefail
