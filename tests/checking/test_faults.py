@@ -103,7 +103,7 @@ def test_inductors_freezing() -> None:
     model, x = norms(), inputs()
     torch._dynamo.reset()
     with config.patch(freezing=True):
-        result = zokern.check(model, loss(torch.compile(model), x), placement="inplace")
+        result = zokern.check(model, loss(torch.compile(model), x), placement="inplace", max_seconds=600.0)
     torch._dynamo.reset()
     assert accused(result) >= {"first.weight", "second.weight", "head.weight"}
     assert all("freezing" in row.why for row in result.without_effect)
