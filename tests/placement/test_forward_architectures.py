@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import zokern
 from tests.placement import architectures
 from zokern.noise import derive_seed
+from zokern.placement import plus
 
 transformers = pytest.importorskip("transformers")
 EPS, SEED = 0.02, 7
@@ -28,8 +29,7 @@ COPIED: dict[str, str] = {
     "Wav2Vec2": r"\.conv\.(weight|parametrizations)",
     "nn.TransformerEncoder": r"\.self_attn\.(in_proj_weight|out_proj\.weight)",  # handed over, not called
 }
-RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
-if RELEASE < (2, 11):  # transformers has an operator of its own there, in the place of grouped_mm
+if plus.RELEASE < (2, 11):  # transformers has an operator of its own there, in the place of grouped_mm
     for moe in ("GPT-OSS", "Jamba", "Qwen3-MoE", "Qwen3-Next", "Mixtral", "DeepSeek-V3"):
         COPIED[moe] = r"\.experts\.|" + COPIED.get(moe, "nothing")
 

@@ -82,11 +82,16 @@ class Together(Trainer):  # type: ignore[misc]
         if self.accelerator.num_processes == 1:
             yield
             return
-        averages, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         unlike = self._uneven or self.parts.copies > 1
+        with self._own_tokens(), parts.by_itself(self.accelerator) if unlike else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _own_tokens(self) -> Iterator[None]:
+        """Inside, the Trainer does as if each process counted its own alone."""
+        averages, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
-            with parts.by_itself(self.accelerator) if unlike else contextlib.nullcontext():
-                yield
+            yield
         finally:
             self.args.average_tokens_across_devices = averages
 
@@ -148,13 +153,13 @@ class Together(Trainer):  # type: ignore[misc]
 
     def _counted_once(self, batch_samples: Any, *args: Any, **named: Any) -> Any:
         """With the items of batches that differ: before transformers 5.19 the Trainer adds up those of all processes."""
-        averages, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         self._counting = True
         try:
-            batches, items = batch_samples(*args, **named)
+            with self._own_tokens():
+                batches, items = batch_samples(*args, **named)
         finally:
-            self._counting, self.args.average_tokens_across_devices = False, averages
-        if items is not None and averages:
+            self._counting = False
+        if items is not None and self.args.average_tokens_across_devices:
             own = torch.as_tensor(items, device=self.args.device)
             items = self.accelerator.gather(own).sum() // self.parts.copies
         return batches, items
