@@ -39,6 +39,7 @@ from zokern.finetune import (
     resuming,
     samples,
     surroundings,
+    unused,
     virtual,
 )
 from zokern.finetune import data as texts
@@ -165,7 +166,7 @@ def load(options: Options, say: Callable[[str, str], None], team: Team | None = 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     begun = time.perf_counter()
-    options = preset.applied(options)
+    asked, options = options, preset.applied(options)
     device = models.choose_device(team.local(options.device))
     if team.size > 1 and device.type == "cuda":
         torch.cuda.set_device(device)
@@ -189,6 +190,7 @@ def load(options: Options, say: Callable[[str, str], None], team: Team | None = 
         task.add(name, part)
     if (padded := choose_packing(task, options.packing)) is not None:
         data.notes.append(f"texts are padded (--packing {options.packing}): {padded}")
+    data.notes += unused.notes(asked, options)
     data.notes += cut_notes(task, longest(task.model, tokenizer) - virtual.room(task.model)) if task.cuts else []
     left_out: list[str] = []
     announce_quantised(task.model, left_out.append)  # here, and not by the optimizer too
