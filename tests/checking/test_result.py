@@ -18,6 +18,7 @@ from tests.checking.models import inputs, norms
 from tests.methods import METHODS
 from zokern.checking.result import NOT_LOOKED_AT, REACTS
 from zokern.checking.run import spread
+from zokern.checking.table import wrapped
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -182,6 +183,15 @@ def test_rich_prints_it_too() -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(zokern.check(model, model))
     assert "nothing suspicious was seen" in console.file.getvalue()
+
+
+@given(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=6).map(".".join), st.integers(4, 20))
+def test_names_go_on_after_a_dot(name: str, width: int) -> None:
+    shown = wrapped(name, width)
+    assert shown.replace("\n  ", "") == name
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert all(line.endswith(".") for line in shown.splitlines()[:-1])
+    assert wrapped("layers.*.weight (3)", 15) == "layers.*.weight\n  (3)"
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
-from tests.finetune import test_columns  # noqa: E402
-from zokern.cli import app  # noqa: E402
-from zokern.finetune import Options, finetune, unused  # noqa: E402
+from tests.finetune import test_columns
+from zokern.cli import app
+from zokern.finetune import Options, finetune, unused
 
 models_dir, options = test_columns.models_dir, test_columns.options
 CHANGES: dict[str, Any] = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -42,8 +44,32 @@ def _tensors(result: Result) -> Table:
         moved = [row.moved for row in rows if row.moved is not None]
         share = "" if not moved else _share(min(moved), max(moved))
         style = "red" if suspicious else "dim" if state in (NOT_TRAINED, NOT_LOOKED_AT) else ""
-        table.add_row(*(Text(text, style=style) for text in (_names(rows), dtype, share, said)))
+        table.add_row(_Names(_names(rows), style), *(Text(text, style=style) for text in (dtype, share, said)))
     return table
+
+
+class _Names:
+    """Lines with names of tensors. One that is too long for its column goes on after a dot, where it has one."""
+
+    def __init__(self, lines: list[str], style: str) -> None:
+        self.lines, self.style = lines, style
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        widest = max(map(cell_len, self.lines))
+        return Measurement(min(widest, 12), widest).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.lines:
+            yield Text(wrapped(line, options.max_width), style=self.style, overflow="fold")
+
+
+def wrapped(line: str, width: int) -> str:
+    done = [""]
+    for part in re.findall(r"[^. ]*[. ]?", line):
+        if done[-1].strip() and cell_len(done[-1] + part.rstrip()) > width:
+            done.append("  ")
+        done[-1] += part
+    return "\n".join(one.rstrip() for one in done)
 
 
 def _head(result: Result) -> str:
@@ -68,7 +94,7 @@ def _grouped(result: Result) -> dict[Key, list[Row]]:
     return {key: found[key] for key in sorted(found, key=lambda key: (not key[3], order.index(key[0])))}
 
 
-def _names(rows: list[Row]) -> str:
+def _names(rows: list[Row]) -> list[str]:
     """Names that differ in numbers alone are one: layers.*.key.bias (12)."""
     patterns: dict[str, list[str]] = {}
     for row in rows:
@@ -76,7 +102,7 @@ def _names(rows: list[Row]) -> str:
         patterns.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     shown = [f"{pattern} ({len(names)})" if len(names) > 1 else names[0] for pattern, names in patterns.items()]
     most = 12 if rows[0].suspicious else 6
-    return "\n".join(shown[:most] + ([f"and {len(shown) - most} kinds more"] if len(shown) > most else []))
+    return shown[:most] + ([f"and {len(shown) - most} kinds more"] if len(shown) > most else [])
 
 
 def _verdicts(result: Result) -> Table:
