@@ -22,6 +22,13 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert newest[1] == cited[1] == zokern.__version__
 
 
+def test_the_day_of_the_release_is_one() -> None:
+    newest = re.search(r"^## \S+ \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    cited = re.search(r"^date-released: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == ("unreleased" if cited is None else cited[1])
+
+
 def test_the_source_distribution_has_what_a_build_needs_and_no_more(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
