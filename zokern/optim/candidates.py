@@ -7,6 +7,7 @@ theta <- (1 - lr*weight_decay) theta - lr c v
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Hashable
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokern._checks import ZokernWarning
 from zokern.contract.streams import derive_seed
 from zokern.kinds import SHARE, Flag, Integer, Number
-from zokern.optim import curvature, state
+from zokern.optim import callers, curvature, state
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.drivers import Rounds
 from zokern.optim.ledger import Ledger
@@ -44,6 +46,13 @@ class _Candidates(ZerothOrderOptimizer):
 
     def settle(self) -> None:
         self.scaled = self.smoothing is not None
+        if self.curvature_dtype is not None and self.smoothing is None:
+            warnings.warn(
+                f"curvature_dtype is {self.curvature_dtype}, and without smoothing there is no curvature: give smoothing=, "
+                "as 1e-8, or leave curvature_dtype out",
+                ZokernWarning,
+                stacklevel=callers.level(),
+            )
         self.curvature_dtype = None if self.smoothing is None else self.curvature_dtype or torch.float32
         self.options["curvature_dtype"] = None if self.smoothing is None else str(self.curvature_dtype)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zokern._checks import ZokernWarning
 from zokern.kinds import Choice, Flag, Integer
+from zokern.optim import callers
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.common import RELEASED_LR, SCALES, Common
 from zokern.optim.drivers import Rounds
@@ -66,7 +67,7 @@ class ES(ZerothOrderOptimizer):
                 "ES maximizes what the closure returns, and the other methods minimize: pass maximize=True for a reward, "
                 "or maximize=False for a loss. In a later version, ES without it will minimize too",
                 ZokernWarning,
-                stacklevel=4,
+                stacklevel=callers.level(),
             )
 
     def forwards(self) -> int:

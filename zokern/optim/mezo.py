@@ -6,16 +6,18 @@ g = 1/n sum_k c_k z_k;    theta <- (1 - lr*weight_decay) theta - lr * update(g)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zokern._checks import ZokernWarning
 from zokern.contract.streams import derive_seed
 from zokern.kinds import Betas, Choice, Flag, Integer, Number
 from zokern.layers import RandomBlocks
-from zokern.optim import moments, state, update
+from zokern.optim import callers, moments, state, update
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.common import NUM_SAMPLES, SCALES
 from zokern.optim.drivers import Rounds
@@ -26,6 +28,7 @@ from zokern.settings import setting
 
 UPDATES = ("sgd", "momentum", "adam", "adamezo", "sign")
 STATES = {"momentum": ("m",), "adam": ("m", "v")}
+USED_BY = {"betas": ("momentum", "adam", "adamezo"), "delta": ("adam", "adamezo"), "horizon": ("adamezo",)}
 
 
 class MeZO(ZerothOrderOptimizer):
@@ -87,6 +90,15 @@ class MeZO(ZerothOrderOptimizer):
                 f"scale is 'released', which is for update='adamezo'; with update={self.rule!r} lr is the released code's "
                 "already: leave scale out"
             )
+        for name, updates in USED_BY.items():
+            value = getattr(self, name)
+            if self.rule not in updates and value != type(self).settings[name].default:
+                warnings.warn(
+                    f"{name} is {value}, and update={self.rule!r} does not use it: give update="
+                    f"{' or '.join(map(repr, updates))}, or leave {name} out",
+                    ZokernWarning,
+                    stacklevel=callers.level(),
+                )
         self._memory: moments.Memory | None = None
         if self.rule == "adam":
             self._memory = moments.AdamCounts()

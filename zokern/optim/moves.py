@@ -9,11 +9,9 @@ when parameters have become others.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from zokern import parts
 from zokern._checks import ZokernWarning
 from zokern.deltas import Delta
 from zokern.distributed import shards
+from zokern.optim import callers
 from zokern.optim.arriving import Arriving
 from zokern.optim.ledger import Ledger
 from zokern.optim.parameters import Active
@@ -31,7 +30,6 @@ from zokern.passes.update import CPU, Update, sent
 LIMIT = 0.25  # of rms
 FEW = 16  # rows, from which on torch is faster than Python
 CHUNK = 1 << 22  # elements that are squared at once
-OUTSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))  # whose lines no warning points at
 
 
 Numbers = Mapping[str, Any]
@@ -267,14 +265,5 @@ class Moves:
                 + (f"; {said}" if (said := advice()) else "")
                 + ". Further such steps are only counted: see large_steps.",
                 ZokernWarning,
-                stacklevel=_depth(),
+                stacklevel=callers.level(),
             )
-
-
-def _depth() -> int:
-    """The stacklevel of the caller's first line that is neither ours nor torch's."""
-    frame: Any = sys._getframe(1)
-    depth = 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(OUTSIDE):
-        frame, depth = frame.f_back, depth + 1
-    return depth
