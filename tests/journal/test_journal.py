@@ -233,6 +233,28 @@ def test_a_journal_may_begin_in_the_middle_of_a_run_without_states(tmp_path):
     assert same(weights(base), weights(model))
 
 
+def test_what_a_script_draws_is_asked_for_with_the_same_seed(tmp_path):
+    """An adapter of PEFT, made by the script: with another start it is refused, by the message's advice it is replayed."""
+    peft = pytest.importorskip("peft")
+    base, path = toy(), tmp_path / "run.zkj"
+
+    def adapted(seed):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["inner"]))
+
+    model, other, again = adapted(1), adapted(2), adapted(1)
+    optimizer = zokern.MeZO(model, 1e-2)
+    with journal.write(optimizer, path):
+        for _ in range(3):
+            optimizer.step(model)
+    with pytest.raises(journal.JournalError, match=r"give its base model\. What the script drew .* with the same seed"):
+        journal.replay(path, other)
+    with pytest.raises(journal.JournalError, match="which the model does not have; give the model that was trained, with"):
+        journal.replay(path, copy.deepcopy(base), verify=False)
+    assert journal.replay(path, again) == 3
+    assert same(weights(again), weights(model))
+
+
 def test_another_base_or_optimizer_is_refused(tmp_path):
     path, base, model = written(tmp_path)
     other = copy.deepcopy(base)

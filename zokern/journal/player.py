@@ -138,8 +138,9 @@ class Player:
                 continue
             if name not in self.params:
                 raise JournalError(
-                    f"{self.reader.path}: it moves the parameter {name!r}, which the model does not have; what the run "
-                    "added later is needed from the beginning: add_param_group before resume, all tensors for replay"
+                    f"{self.reader.path}: it moves the parameter {name!r}, which the model does not have; give the model "
+                    "that was trained, with its adapter. What the run added later is needed from the beginning: "
+                    "add_param_group before resume, all tensors for replay"
                 )
             p = self.params[name]
             if list(p.shape) != shape or str(p.dtype).removeprefix("torch.") != dtype:

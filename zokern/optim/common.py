@@ -41,7 +41,8 @@ class Common(Settings):
     )  # fmt: skip
     lr: InitVar[float | Tensor] = setting(
         kind=RATES["lr"],
-        help="Learning rate. Published for MeZO: 1e-6 or 1e-7 (all parameters), 1e-4 (LoRA).",
+        help="Learning rate. Published for MeZO: 1e-6 or 1e-7 (all of billions of parameters), 1e-4 (LoRA). Smaller models "
+        "want more: docs/choose.md.",
         kw_only=False, kept=False,
     )  # fmt: skip
     eps: InitVar[float] = setting(
