@@ -132,8 +132,8 @@ class RewardTrainer(ZOTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         made = super().create_optimizer(model)
         optimizer = self.zo_optimizer
-        if self.writer.samples and optimizer.paired_randomness == "auto" and not self.batched:
-            optimizer.paired_randomness = True
+        if self.writer.samples and optimizer.paired_randomness == "auto":
+            optimizer.paired_randomness = not self.batched  # rows of one generate() draw their own
         return made
 
     def _prepare_inputs(self, inputs: Any) -> Any:

@@ -18,6 +18,11 @@ BACKWARD = (
     "the closure runs backward, or returns a loss with a graph: zokern needs losses alone, and each step pays for "
     "gradients that nobody uses. Leave out backward() and enable_grad()"
 )
+DRAWS = (
+    "the closure draws from torch's random numbers, as a batch that is drawn in it does, or a dropout that is no module of "
+    "torch's: the forwards of a step compare what each of them drew. Draw the batch outside the closure; and have dropout "
+    "paired, by paired_randomness=True, or left out, by model.eval(). paired_randomness=False says that it is meant so"
+)
 AUTOMATIC = (
     "this is the closure of Lightning's automatic optimization, which runs a backward pass in every forward of the step, "
     "and of an accumulation shows the last batch alone. Make the module of zokern.integrations.lightning.ForwardOnly, as "

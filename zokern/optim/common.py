@@ -118,8 +118,8 @@ class Common(Settings):
         default="auto",
         kind=FlagOr("auto"),
         help="Whether all forwards of a step draw the same numbers from torch's generators: the i-th micro-batch of each "
-        "starts from the same states. auto does so while a module of the model is in training mode with active dropout; "
-        "True also pairs sampled rewards.",
+        "starts from the same states. auto does so while a module of the model is in training mode with active dropout, "
+        "and warns where the first forward draws otherwise; True also pairs that, as sampled rewards.",
         flags=None,
     )
     layers: RandomBlocks | None = setting(

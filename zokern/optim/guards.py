@@ -38,6 +38,7 @@ class Guards:
         self.wanted, self.sixteen_bit = wanted, sixteen_bit
         self._active: weakref.ref[Any] | None = None  # for which the placement was looked at
         self._draws: pairing.Draws | None = None
+        self._looking: pairing.Looking | None = None  # in the first probe of all
         self._grads: tuple[Tensor | None, Tensor | None] = None, None  # of the first and the last, before the forwards
         self.busy = False  # there is something to do after a forward
         self.due = False  # there may be something to tell
@@ -60,8 +61,8 @@ class Guards:
         if self.wanted == "auto" and (self._active is None or self._active() is not owner.active):
             self.decide(owner)
             self._active = weakref.ref(owner.active)
-        if self._first:
-            self._first = False
+        first, self._first = self._first, False
+        if first:
             if losses.batches is None and (steps := frameworks.loses_batches()):
                 self.warn("batches", causes.lost_batches(steps))
         watch, params = self.watch, owner.active.ends
@@ -72,11 +73,14 @@ class Guards:
         ):
             devices = {p.device for p in owner.active.sweep.params} or {params[0].device}
             self._draws = losses.draws = pairing.Draws(devices)
+        elif first and owner.paired_randomness == "auto":
+            self._looking = pairing.Looking({p.device for p in params})
         buffers = watch is not None and bool(watch.buffers.places)
         if watch is not None and buffers:
             watch.buffers.begin()
         sharded = watch is not None and bool(watch.sharded)
-        self.busy = buffers or sharded or self._draws is not None or "backward" in self._told
+        drawing = self._draws is not None or self._looking is not None
+        self.busy = buffers or sharded or drawing or "backward" in self._told
 
     def decide(self, owner: Any) -> None:
         """What "auto" is for the weights' types as they are now."""
@@ -136,6 +140,10 @@ class Guards:
             fsdp.let_go(self.watch.sharded)
         if self._draws is not None:
             self._draws.probed()
+        if self._looking is not None:
+            if self._looking.moved():
+                self.warn("draws", causes.DRAWS)
+            self._looking = None
         if self.watch is not None and self.watch.buffers.tensors:
             self.watch.buffers.put_back()
 

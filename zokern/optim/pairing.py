@@ -66,6 +66,21 @@ class Generators:
             generator.set_state(state)
 
 
+class Looking:
+    """Whether torch's generators move in a forward: something in it draws. False while a GPU's work is captured."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._generators = Generators(device for device in devices if device.type != "cuda" or not _captures())
+        self._before = self._generators.states()
+
+    def moved(self) -> bool:
+        return not all(map(torch.equal, self._before, self._generators.states()))
+
+
+def _captures() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
 class Draws:
     """Of one step: the generators' states at the start of each micro-batch of the first probe, and after it."""
 
