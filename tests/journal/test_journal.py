@@ -249,7 +249,9 @@ def test_what_a_script_draws_is_asked_for_with_the_same_seed(tmp_path):
             optimizer.step(model)
     with pytest.raises(journal.JournalError, match=r"give its base model\. What the script drew .* with the same seed"):
         journal.replay(path, other)
-    with pytest.raises(journal.JournalError, match="which the model does not have; give the model that was trained, with"):
+    with pytest.raises(
+        journal.JournalError, match="which the model does not have; give the model that was trained, with"
+    ):
         journal.replay(path, copy.deepcopy(base), verify=False)
     assert journal.replay(path, again) == 3
     assert same(weights(again), weights(model))

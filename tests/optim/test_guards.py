@@ -372,11 +372,48 @@ def test_without_it_each_forward_draws_anew():
     assert first != second
     model.eval()
     state = torch.get_rng_state()
-    mezo(model).step(lambda: torch.rand(()).double() + model())  # "auto" does nothing in eval mode
+    with pytest.warns(zokern.ZokernWarning, match="the closure draws from torch's random numbers"):
+        mezo(model).step(lambda: torch.rand(()).double() + model())  # "auto" does nothing in eval mode, but tells
     twice = torch.get_rng_state()
     torch.set_rng_state(state)
     torch.rand(())
     assert not torch.equal(twice, torch.get_rng_state())
+
+
+class OwnDropout(nn.Module):
+    """Nothing of it says that it draws: neither its modules' classes nor a number's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.inner(x), 0.5, self.training).square().mean()
+
+
+def test_draws_that_no_module_shows_are_told_and_the_advice_helps():
+    x, model = torch.ones(3, 4), OwnDropout()
+    opt = zokern.MeZO(model, lr=0.0)
+    with pytest.warns(zokern.ZokernWarning, match="the closure draws from torch's random numbers") as found:
+        opt.step(lambda: model(x))
+    assert len(found) == 1
+    opt.step(lambda: model(x))  # told once
+
+    def spread(model, **settings):
+        opt, found = zokern.MeZO(model, lr=0.0, **settings), []
+        for _ in range(20):
+            opt.step(lambda: model(x))
+            found.append(abs(float(opt.metrics["projected_gradient"])))
+        return max(found)
+
+    apart = spread(model, paired_randomness=False)
+    assert spread(model, paired_randomness=True) < 0.2 * apart
+    assert spread(model.eval()) < 0.2 * apart
+    data = torch.randn(50, 4)
+    with pytest.warns(zokern.ZokernWarning, match="Draw the batch outside the closure"):
+        mezo(model).step(lambda: model(data[torch.randint(50, (4,))]))
+    batch = data[torch.randint(50, (4,))]
+    mezo(model).step(lambda: model(batch))
 
 
 def test_sampled_rewards_are_paired_on_request():

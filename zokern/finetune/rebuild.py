@@ -56,8 +56,8 @@ def rebuild(
 
     if not Path(base).is_file():
         raise JournalError(
-            f"{base} is not a file; this journal is of a loop in Python or a Trainer, and needs a .safetensors file with the base "
-            f"weights, as {Path(base) / 'model.safetensors'} may be one. --output is then such a file, too"
+            f"{base} is not a file; this journal is of a loop in Python or a Trainer, and needs a .safetensors file "
+            f"with the base weights, as {Path(base) / 'model.safetensors'} may be one. --output is then such a file, too"
         )
     try:
         tensors = load_file(base, device="cpu" if device == "auto" else device)

@@ -121,8 +121,8 @@ def _expected(reader: Reader, params: Mapping[str, Tensor], until: int | None) -
     check_marks(reader)
     if not is_base(reader, params):
         raise JournalError(
-            f"{reader.path}: the weights given are not those that the run started from; give its base model. What the script "
-            "drew itself, an adapter's weights or a new head's, has to be the same: draw it with the same seed"
+            f"{reader.path}: the weights given are not those that the run started from; give its base model. What the "
+            "script drew itself, an adapter's weights or a new head's, has to be the same: draw it with the same seed"
         )
     if until is None:
         if reader.state != WHOLE:

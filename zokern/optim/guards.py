@@ -62,9 +62,8 @@ class Guards:
             self.decide(owner)
             self._active = weakref.ref(owner.active)
         first, self._first = self._first, False
-        if first:
-            if losses.batches is None and (steps := frameworks.loses_batches()):
-                self.warn("batches", causes.lost_batches(steps))
+        if first and losses.batches is None and (steps := frameworks.loses_batches()):
+            self.warn("batches", causes.lost_batches(steps))
         watch, params = self.watch, owner.active.ends
         self._grads = params[0].grad, params[-1].grad
         self._draws = losses.draws = None
