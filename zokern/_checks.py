@@ -17,6 +17,12 @@ MAX_INDEX = 1 << 45  # chunks are numbered in 32 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+_OFFLOADED = (
+    'load the model whole, on one device. Weights that are offloaded (accelerate\'s cpu_offload, a device_map with "disk") '
+    "are not at hand between forwards"
+)
+
+
 class ZokernWarning(UserWarning):
     """Something that zokern went on after, and that the user should know."""
 
@@ -101,7 +107,10 @@ def check_tensor(t: object, name: str) -> Tensor:
             "float64 tensors, or convert them."
         )
     if t.layout != torch.strided or t.device.type == "meta":
-        raise ValueError(f"{name} is {describe(t)} with layout {t.layout}; a pass needs a dense tensor with storage")
+        raise ValueError(
+            f"{name} is {describe(t)} with layout {t.layout}; a pass needs a dense tensor with storage"
+            + (f": {_OFFLOADED}" if t.device.type == "meta" else "")
+        )
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
         raise TypeError(
             f"{name} is a {type(t).__name__}; pass the plain tensor inside it (for a DTensor: to_local(), with `offsets` "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,14 @@ def test_runs_count_what_is_left_out_and_go_on(models_dir: Path, t5_dir: Path, t
     options.model = str(models_dir / "gpt")
     with pytest.raises(FinetuneError, match=r"--max-length is 64; allowed: at most 63, .* the prompt has up to 1"):
         finetune(options)
+
+
+def test_a_decoder_that_does_not_know_how_to_begin_is_told(t5_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(t5_dir, tmp_path / "t5")
+    for name in ("config.json", "generation_config.json"):
+        kept = json.loads((tmp_path / "t5" / name).read_text())
+        (tmp_path / "t5" / name).write_text(json.dumps({**kept, "decoder_start_token_id": None}))
+    with pytest.raises(
+        FinetuneError, match=r"T5ForConditionalGeneration's decoder cannot begin .*decoder_start_token_id"
+    ):
+        task_of(".", tmp_path / "t5", encoder=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -184,3 +185,36 @@ def test_seeds_differ_between_steps_samples_and_runs():
         for _ in range(3):
             opt.step(lambda m=model: seen.add(tuple(m[0].weight.flatten().tolist())) or 1.0)
     assert len(seen) == 2 * 3 * 2 * 2  # none of the 24 perturbed states comes twice
+
+
+def test_an_offloaded_model_is_told_what_to_do():
+    model = nn.Linear(3, 3, device="meta")
+    with pytest.raises(ValueError, match=r"weight is .* on meta .*: load the model whole, on one device"):
+        zokern.MeZO(model, lr=1e-3)
+    zokern.MeZO(model.to_empty(device="cpu"), lr=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_an_array_of_one_number_is_that_number(name):
+    found = []
+    for value in (0.25, np.array([0.25]), torch.tensor([0.25])):
+        model = linear(3, 2)
+        opt = zokern.MeZO(model, **{"lr": 0.5, "eps": 0.5, name: value})
+        opt.step(lambda model=model: sum(p.sum() for p in model.parameters()))
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_state_saved_after_freezing_is_loaded_as_the_message_says():
+    model, other, again = linear(3, 3, 2), linear(3, 3, 2), linear(3, 3, 2)
+    opt = zokern.MeZO(model, lr=1e-3)
+    frozen = next(iter(model.parameters()))
+    frozen.requires_grad_(False)
+    saved = opt.state_dict()
+    next(iter(other.parameters())).requires_grad_(False)
+    with pytest.raises(ValueError, match="make the optimizer first, and freeze then"):
+        zokern.MeZO(other, lr=1e-3).load_state_dict(saved)
+    opt = zokern.MeZO(again, lr=1e-3)
+    next(iter(again.parameters())).requires_grad_(False)
+    opt.load_state_dict(saved)

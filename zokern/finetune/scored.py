@@ -67,6 +67,19 @@ class Scored(Task):
                 f"{type(model).__name__} has no prepare_decoder_input_ids_from_labels, which says what its decoder reads; "
                 "give another encoder-decoder"
             )
+        if frame.encoder:
+            self._check_begins(model)
+
+    @staticmethod
+    def _check_begins(model: Any) -> None:
+        """Tried once, as each decoder has its own way to begin."""
+        try:
+            model.prepare_decoder_input_ids_from_labels(labels=torch.zeros(1, 1, dtype=torch.int64))
+        except ValueError as error:
+            raise FinetuneError(
+                f"{type(model).__name__}'s decoder cannot begin ({str(error).strip().splitlines()[0]}): give its "
+                'config.json what is missing, as "decoder_start_token_id"'
+            ) from error
 
     def lengths(self, name: str) -> list[int]:
         """Of each text, the tokens of its first row."""

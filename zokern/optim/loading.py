@@ -145,7 +145,11 @@ def _check_options(options: Any, ours: Ours) -> None:
 def _tensor_ids(given: Any, ours: Ours) -> list[list[int]]:
     ids = [_listed(group, f"tensor_ids[{g}]") for g, group in enumerate(_listed(given, "tensor_ids"))]
     shapes, wanted = list(map(len, ids)), list(map(len, ours.names))
-    _check(shapes == wanted, f"state_dict has groups of {shapes} parameters, this optimizer of {wanted}")
+    _check(
+        shapes == wanted,
+        f"state_dict has groups of {shapes} parameters, this optimizer of {wanted}: make it of the same. Where some were "
+        "frozen during the run, make the optimizer first, and freeze then",
+    )
     seen: dict[int, str] = {}
     for g, group in enumerate(ids):
         for i, one in enumerate(group):

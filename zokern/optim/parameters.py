@@ -7,10 +7,11 @@ given.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from zokern import _checks, deltas, parts
@@ -178,11 +179,14 @@ def check_parameter(p: Tensor, name: str) -> None:
         _checks.check_tensor(p, name)
 
 
-def check_group(group: Mapping[str, Any], index: int) -> None:
+def check_group(group: dict[str, Any], index: int) -> None:
+    """An array of one number becomes that number."""
     where = f" of group {index}" if index else ""
     for key, kind in RATES.items():
         if key in group:
             kind.check(group[key], key + where)
+            if isinstance(group[key], np.ndarray):
+                group[key] = group[key].item()
     if RATES.keys() <= group.keys():
         reach.check_group(group, where)
 
