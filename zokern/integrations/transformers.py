@@ -52,8 +52,8 @@ class ForwardOnly(Together):
 
     From `args`: learning_rate, lr_scheduler_type, warmup, weight_decay (of what the Trainer decays), accumulation by the
     Trainer's token counts, evaluation, callbacks, best model, label smoothing, bf16, torch_compile, resume. Gradients are
-    never made: max_grad_norm and optim have nothing to do. Logged beside the loss: projected_gradient, forwards,
-    skipped_steps, flat_steps and large_steps, all of the run so far.
+    never made: max_grad_norm and optim have nothing to do. Logged beside the loss: projected_gradient (not for ES,
+    which measures none), forwards, skipped_steps, flat_steps and large_steps, all of the run so far.
 
     These are beside the trainer's own, and given by name; a class may have them as attributes.
 
@@ -216,7 +216,8 @@ class ForwardOnly(Together):
         finite = losses[torch.isfinite(losses)]
         optimizer = self.zo_optimizer
         logs["loss"] = float(finite.mean()) if len(finite) else float("nan")
-        logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
+        if optimizer.measures_slope:
+            logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
         logs["forwards"] = optimizer.counters["forwards"]
         for name in ("skipped_steps", "flat_steps", "large_steps"):
             logs[name] = getattr(optimizer, name)
