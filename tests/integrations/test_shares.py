@@ -204,7 +204,9 @@ def test_an_lr_far_from_the_rules_is_told(tmp_path: Path, capsys: pytest.Capture
         args = arguments(tmp_path, max_steps=1, learning_rate=lr)
         model = model or classifier()
         ZOTrainer(model, args, train_dataset=labelled(), zo=zo).train()
-        return re.findall(r"zokern: lr \S+ is \S+ times what the rule says .*, (\S+) \(docs", capsys.readouterr().err)
+        return re.findall(
+            r"zokern: lr \S+ is \S+ times (?:smaller than )?(\S+), which the rule of thumb", capsys.readouterr().err
+        )
 
     for n in (1, 4):
         zo = {"method": "mezo", "num_samples": n}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokern.integrations import constructors, groups, refused, shown
+from zokern.integrations import beginning, constructors, groups, refused, shown
 from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen
 from zokern.integrations.hooks import End, Hooks
@@ -96,6 +96,7 @@ class ForwardOnly(Together):
         self.begin_books()
         self.notes = vars(self).get("notes") or Notes()
         self._stepped = self._begun = False  # a step was made; a training has begun
+        self._asked_lrs: list[float] | None = None  # those that a checkpoint's take the place of
         self._journaled, self._shown = Journaled(), shown.Shown()
         super().__init__(*args, **named)
         refused.arguments(self.args)
@@ -226,7 +227,7 @@ class ForwardOnly(Together):
         """There are no gradients."""
 
     def train(self, *args: Any, **named: Any) -> Any:
-        self._begun = False
+        self._begun, self._asked_lrs = False, None
         try:
             return super().train(*args, **named)
         finally:
@@ -255,6 +256,8 @@ class ForwardOnly(Together):
         if self._begun and checkpoint is not None:  # an attempt was given up, and another begins with a smaller batch
             self.end_run()
             self._load_from_checkpoint(checkpoint)  # the Trainer would load all but the weights
+        optimizer = refused.inner(self.optimizer)
+        self._asked_lrs = None if optimizer is None or checkpoint is None else beginning.lrs(optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
