@@ -634,6 +634,18 @@ def test_the_display_is_a_panel_on_a_terminal_and_lines_elsewhere() -> None:
             assert "accuracy" not in first + second
 
 
+def test_the_display_leaves_out_a_slope_that_is_not_measured(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ES's rewards have the mean 0. The stored lines have it as they always had."""
+    for method, shown in (("es", False), ("mezo", True)):
+        options.method, options.steps, options.log_every, options.force = method, 2, 1, True
+        finetune(options)
+        assert ("projected gradient" in capsys.readouterr().out) == shown
+        lines = [line for line in records(options.output) if line["kind"] == "train"]
+        assert all(isinstance(line["projected_gradient"], float) for line in lines)
+
+
 def test_smoothing_starts_at_the_first_value_and_ignores_gaps() -> None:
     assert plots.smooth([2.0, 2.0, float("nan"), 2.0]) == pytest.approx([2.0] * 4)
 

@@ -22,13 +22,13 @@ def test_an_lr_far_from_the_rules_is_told(options: Options, capsys: pytest.Captu
     options.method, options.lr, options.steps = "mezo", 1e-7, 2
     finetune(options)
     ruled, again = re.findall(
-        r"lr 1e-07 is \S+ times what the rule says for so many parameters, (\S+) \(docs", said(capsys)
+        r"lr 1e-07 is \S+ times smaller than (\S+), which the rule of thumb has for", said(capsys)
     )
     assert ruled == again
     for lr in (float(ruled), float(ruled) * 2.5, float(ruled) / 2.5):
         options.lr, options.force = lr, True
         finetune(options)
-        assert "the rule says" not in said(capsys)
+        assert "the rule of thumb" not in said(capsys)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -37,6 +37,21 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_rule_is_that_of_the_stored_searches() -> None:
     assert rate.mezo(10**8, 4) == searches.RULES["mezo"].lr(10**8, 4, 1e-3) == pytest.approx(0.16 / 1e8**0.4)
+
+
+@pytest.mark.parametrize(
+    ("lr", "trained", "told"),
+    [
+        (0.03, 1_530_000, "lr 0.03 is 220 times 0.00013, which the rule of thumb has for 1.53 million parameters: the run "
+         "may lose what the model has learnt; docs/choose.md#which-lr"),
+        (1e-7, 1_530_000, "lr 1e-07 is 1,300 times smaller than 0.00013, which the rule of thumb has for 1.53 million "
+         "parameters: the run may learn nothing in its steps; docs/choose.md#which-lr"),
+        (0.01, 2090, "lr 0.01 is 5.3 times 0.0019, which the rule of thumb has for 2,090 parameters: the run may lose what "
+         "the model has learnt; docs/choose.md#which-lr"),
+    ],
+)  # fmt: skip
+def test_the_note_has_plain_numbers(lr: float, trained: int, told: str) -> None:
+    assert rate.note(zokern.MeZO(toy(), lr), lr, trained, True) == told
 
 
 @pytest.mark.parametrize(

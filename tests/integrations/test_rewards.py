@@ -123,7 +123,9 @@ def test_climbs(tmp_path: Path, method: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a step moves", zokern.ZokernWarning)
         run.train()
-    rewards = [line["reward"] for line in run.state.log_history if "reward" in line]
+    lines = [line for line in run.state.log_history if "reward" in line]
+    assert all(("projected_gradient" in line) == (method != "es") for line in lines)  # ES measures no slope
+    rewards = [line["reward"] for line in lines]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
 
 
@@ -286,6 +288,8 @@ def test_what_a_run_refuses(tmp_path: Path) -> None:
             trainer(tmp_path, **more)
 
     refuse("model is a Linear, which does not generate", TypeError, model=torch.nn.Linear(2, 2))
+    refuse("batched must be True, False or a number, .*; got str", TypeError, batched="all")
+    refuse("journal is 'x.zkj'; it must be True or False", TypeError, journal="x.zkj")
     refuse("GenerationConfig has no 'max_tokens'", ValueError, generation={"max_tokens": 4})
     refuse("num_return_sequences must be 1", ValueError, generation={"num_return_sequences": 2})
     model = llama()

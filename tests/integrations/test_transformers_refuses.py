@@ -184,7 +184,9 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
     ("given", "error", "message"),
     [
         ({"zo": "mezzo"}, ValueError, "zo: there is no method 'mezzo'; is 'mezo' meant"),
-        ({"zo": 3}, TypeError, "zo must be a method's name or a mapping with 'method', got int"),
+        ({"zo": 3}, TypeError, "zo must be a method's name, or a mapping of its settings, .*; got int"),
+        ({"zo": zokern.HiZOO}, TypeError, 'zo has the class HiZOO; give its name: zo="hizoo"'),
+        ({"zo": {"method": zokern.ES}}, TypeError, "zo has the class ES; give its name: zo={'method': 'es', ...}"),
         ({"zo": {"method": "hizoo", "epsilon": 1}}, TypeError, "zo: HiZOO has no setting 'epsilon'; is 'eps' meant"),
         (
             {"zo": {"lr": 1e-3}},
@@ -204,6 +206,40 @@ def test_what_the_environment_has_chosen(engine: str) -> None:
 def test_the_method(tmp_path: Path, given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ZOTrainer(llama(), arguments(tmp_path), train_dataset=rows(), **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("journal", "x.zkj", r"journal is 'x.zkj'; it must be True or False: True writes args.output_dir/journal.zkj"),
+        ("journal", None, "journal is None; it must be True or False"),
+        ("dropout", 0.1, r"dropout is 0.1; it must be True or False: .* the model's probability, False leaves it out"),
+        ("dropout", 0, "dropout is 0; it must be True or False"),
+    ],
+)
+def test_what_is_true_or_false(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    """By name, and as a class has it; also of a trainer that comes first and does not know our arguments."""
+    from transformers import Seq2SeqTrainer
+
+    from zokern.integrations.transformers import ForwardOnly
+
+    args = arguments(tmp_path)
+    with pytest.raises(TypeError, match=message):
+        ZOTrainer(llama(), args, train_dataset=rows(), **{name: value})
+    with pytest.raises(TypeError, match=message):
+        type("Own", (ZOTrainer,), {name: value})(llama(), args, train_dataset=rows())
+    with pytest.raises(TypeError, match=message):
+        type("Mixed", (Seq2SeqTrainer, ForwardOnly), {})(llama(), args, train_dataset=rows(), **{name: value})
+
+
+def test_a_frozen_model(tmp_path: Path) -> None:
+    model = llama().requires_grad_(False)
+    for decay in (0.0, 0.1):
+        trainer = ZOTrainer(model, arguments(tmp_path, weight_decay=decay), train_dataset=rows())
+        with pytest.raises(
+            ValueError, match=f"none of its {len(list(model.parameters()))} tensors has requires_grad=True"
+        ):
+            trainer.train()
 
 
 def test_optimizers(tmp_path: Path) -> None:

@@ -505,7 +505,7 @@ def refused(match: str, error: type[Exception], method: str = "fzoo", model: Any
 
 def test_bad_input_is_refused_by_name():
     refused("batches are not given", ValueError, batches=None)
-    refused("batched must be an int", TypeError, batched="all")
+    refused("batched must be True, False or a number, .*; got str", TypeError, batched="all")
     refused("batched is 0", ValueError, batched=0)
     refused("got a tensor of shape \\(\\).*reduction='none'", TypeError, closure=lambda one: torch.tensor(1.0))
     refused("got a tensor of shape \\(3,\\)", TypeError, closure=lambda one: torch.ones(3))

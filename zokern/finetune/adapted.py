@@ -19,6 +19,7 @@ from zokern._checks import is_quantised
 from zokern.finetune import adapters
 from zokern.finetune.examples import PROMPTED
 from zokern.finetune.options import FinetuneError, Options
+from zokern.integrations import published
 
 TASKS = {"similarity": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS", **dict.fromkeys(PROMPTED, "CAUSAL_LM")}
 OUTPUTS = ("logits", "last_hidden_state")
@@ -63,15 +64,7 @@ def config_of(model: Any) -> Any:
 
 def kind_of(model: nn.Module) -> str:
     """The name in `adapters.KINDS` of a model's adapter; "" for no adapter."""
-    return name_of(config_of(model)) if is_adapted(model) else ""
-
-
-def name_of(config: Any) -> str:
-    """The name in `adapters.KINDS` of a configuration of PEFT's; for a kind that is not there, PEFT's own."""
-    name = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}.get(
-        config.peft_type.value, config.peft_type.value.lower()
-    )
-    return "dora" if getattr(config, "use_dora", False) else name
+    return published.name_of(config_of(model)) if is_adapted(model) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- making

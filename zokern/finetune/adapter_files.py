@@ -13,6 +13,7 @@ from torch import nn
 
 from zokern.finetune import adapted, adapters
 from zokern.finetune.options import FinetuneError, Options
+from zokern.integrations import published
 
 CONFIG = "adapter_config.json"
 
@@ -61,7 +62,7 @@ def take_up(model: nn.Module, path: str, objective: str, options: Options) -> nn
                 f"--model {path!r} is an adapter for {config.task_type}, and --objective {objective} needs "
                 f"{wanted}; {remedy}"
             )
-        kind = adapted.name_of(config)
+        kind = published.name_of(config)
         if kind not in adapters.KINDS or getattr(config, "prefix_projection", False):
             raise FinetuneError(
                 f"--model {path!r} is an adapter of a kind ({config.peft_type.value}) that the command does not train on; "

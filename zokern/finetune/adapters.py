@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from zokern.integrations.published import EPS
 from zokern.optim import ENTRIES
 
 if TYPE_CHECKING:
@@ -36,12 +37,12 @@ _NO_PAST = (
 )
 TEXTS_ONLY = "adapters are put on models of texts here; leave --adapter out"
 KINDS: dict[str, AdapterKind] = {
-    "lora": AdapterKind({"rank": 8, "alpha": 16, "targets": None}, 1e-4, 1e-2, MEZO),
-    "dora": AdapterKind({"rank": 8, "alpha": 16, "targets": None}, 1e-4, 1e-2, MEZO, like="lora"),
-    "vera": AdapterKind({"rank": 256, "targets": None}, 1e-4, 1e-2, MEZO, like="lora"),
-    "ia3": AdapterKind({}, 1e-4, 1e-2, MEZO, like="lora"),
-    "prefix": AdapterKind({"tokens": 5}, 1e-2, 1e-1, MEZO, in_blocks=False, not_for={"classifier": _NO_PAST}),
-    "prompt": AdapterKind({"tokens": 10}, 1e-4, 1e-2, BENCH, in_blocks=False),
+    "lora": AdapterKind({"rank": 8, "alpha": 16, "targets": None}, 1e-4, EPS["lora"], MEZO),
+    "dora": AdapterKind({"rank": 8, "alpha": 16, "targets": None}, 1e-4, EPS["dora"], MEZO, like="lora"),
+    "vera": AdapterKind({"rank": 256, "targets": None}, 1e-4, EPS["vera"], MEZO, like="lora"),
+    "ia3": AdapterKind({}, 1e-4, EPS["ia3"], MEZO, like="lora"),
+    "prefix": AdapterKind({"tokens": 5}, 1e-2, EPS["prefix"], MEZO, in_blocks=False, not_for={"classifier": _NO_PAST}),
+    "prompt": AdapterKind({"tokens": 10}, 1e-4, EPS["prompt"], BENCH, in_blocks=False),
 }
 
 

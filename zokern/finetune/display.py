@@ -19,11 +19,12 @@ from zokern.tasks.metrics import METRICS
 
 @dataclasses.dataclass
 class Status:
-    """The figures of the moment. loss is smoothed; accuracy is the last evaluation's metric; memory is in bytes."""
+    """The figures of the moment. loss is smoothed; accuracy is the last evaluation's metric; memory is in bytes.
+    projected_gradient: None where the method measures no slope; it is not shown then."""
 
     step: int = 0
     loss: float = float("nan")
-    projected_gradient: float = float("nan")
+    projected_gradient: float | None = float("nan")
     accuracy_before: float = float("nan")
     accuracy: float = float("nan")
     memory: int = 0
@@ -111,9 +112,10 @@ class Display:
 
     def _figures(self) -> dict[str, str]:
         now, speed = self.status, self.steps_per_second() if self._marks else 0.0
+        slope = now.projected_gradient
         return {
             "loss": f"{now.loss:.4f}",
-            "projected gradient": f"{now.projected_gradient:+.3g}",
+            **({} if slope is None else {"projected gradient": f"{slope:+.3g}"}),
             self._name(): changed(self.metric, now.accuracy_before, now.accuracy),
             "speed": f"{speed:.2f} steps/s",
             "memory": f"{now.memory / 2**20:,.0f} MiB",

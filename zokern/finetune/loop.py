@@ -283,11 +283,12 @@ class _Training:
         loss = finite.mean().item() if len(finite) else float("nan")
         if math.isfinite(loss):
             status.loss = 0.6 * status.loss + 0.4 * loss if math.isfinite(status.loss) else loss
-        status.projected_gradient = float(self.optimizer.metrics["projected_gradient"])
+        projected = float(self.optimizer.metrics["projected_gradient"])
+        status.projected_gradient = projected if self.optimizer.measures_slope else None
         status.step, status.memory = self.step, memory(self.task.device)
         status.skipped = self.optimizer.skipped_steps
         self.output.log({"kind": "train", "step": self.step, "loss": loss, "skipped": status.skipped,
-                         "projected_gradient": status.projected_gradient, **self._progress()})  # fmt: skip
+                         "projected_gradient": projected, **self._progress()})  # fmt: skip
         self.output.look()
         self.display.update(status)
         self.clock.seconds()

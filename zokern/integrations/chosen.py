@@ -36,8 +36,13 @@ class Chosen(NamedTuple):
         if zo is None or isinstance(zo, str):
             zo = {"method": zo or default}
         if not isinstance(zo, Mapping):
-            raise TypeError(f"zo must be a method's name or a mapping with 'method', got {type(zo).__name__}")
+            _refuse_class(zo, 'zo="{}"')
+            raise TypeError(
+                "zo must be a method's name, or a mapping of its settings, which may have the name as 'method'; got "
+                f"{type(zo).__name__}"
+            )
         method, settings = zo.get("method", default), {name: value for name, value in zo.items() if name != "method"}
+        _refuse_class(method, "zo={{'method': '{}', ...}}")
         if not isinstance(method, str) or method not in ENTRIES:
             raise ValueError(f"zo: there is no method {method!r}; {_closest(str(method), ENTRIES, 'the methods are')}")
         return cls.of_class(ENTRIES[method].cls, settings, "zo")
@@ -72,6 +77,16 @@ class Chosen(NamedTuple):
             made, blocks = MeZO, len(find_blocks(model))
             settings["layers"] = RandomBlocks(settings.pop("num_dropped", blocks * 3 // 4))
         return made(groups, lr=lr, module=model, maximize=maximize, **settings)
+
+
+def _refuse_class(given: Any, instead: str) -> None:
+    """
+    Raises:
+        TypeError: for a class of zokern's where its name is asked for. instead: what to give, with a place for the name.
+    """
+    name = next((name for name, entry in ENTRIES.items() if entry.cls is given), None)
+    if name is not None:
+        raise TypeError(f"zo has the class {given.__name__}; give its name: {instead.format(name)}")
 
 
 def _closest(name: str, known: Iterable[str], lead: str) -> str:

@@ -9,12 +9,24 @@ from typing import Any
 
 from zokern.integrations import refused
 
+# Arguments that are True or False, and what they do.
+BOOLS = {
+    "journal": "True writes args.output_dir/journal.zkj, which is always its place, False writes none",
+    "dropout": "True leaves it as the model has it, with the model's probability, False leaves it out",
+}
+
 
 def set_own(trainer: Any, named: dict[str, Any]) -> None:
-    """Takes the mixin's (`OWN`) out of the arguments, and sets them as attributes."""
+    """Takes the mixin's (`OWN`) out of the arguments, and sets them as attributes.
+
+    Raises:
+        TypeError: for one of BOOLS that is something else, also where a class has it as an attribute.
+    """
     for name in trainer.OWN:
         if name in named:
             setattr(trainer, name, named.pop(name))
+        if name in BOOLS and not isinstance(value := getattr(trainer, name), bool):
+            raise TypeError(f"{name} is {value!r}; it must be True or False: {BOOLS[name]}")
 
 
 def taking_own(cls: Any, mixin: Any) -> Callable[..., None]:

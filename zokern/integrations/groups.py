@@ -16,9 +16,16 @@ def of(trainer: Any, model: nn.Module, base: type) -> Groups:
     sentence-transformers, which has rates by name.
 
     Raises:
-        ValueError: for a trainer that has parameters in its groups which are none of the model's.
+        ValueError: for a model that is frozen, and for a trainer that has parameters in its groups which are none of the
+            model's.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    every = list(model.named_parameters())
+    trained = [(name, p) for name, p in every if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            f"model: none of its {len(every)} tensors has requires_grad=True, so nothing would be trained; call "
+            "requires_grad_() on what is to be"
+        )
     own = _own(trainer, model, base)
     if own is not None:
         return _named(own, trained, type(trainer).__name__)

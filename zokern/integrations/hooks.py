@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from zokern._checks import ZokernWarning
-from zokern.integrations import limits, refused, shown
-from zokern.optim import ZerothOrderOptimizer, rate
+from zokern.integrations import beginning, limits, shown
 
 try:
     from transformers import TrainerCallback
@@ -38,18 +36,6 @@ class End(TrainerCallback):  # type: ignore[misc]
         self.trainer.end_run()
 
 
-def _told(trainer: Any, optimizer: ZerothOrderOptimizer, args: Any) -> Iterator[str]:
-    """At the beginning of a training, of what somebody has set."""
-    if unused := refused.without_effect(args):
-        yield f"without effect, as there are no gradients: {', '.join(unused)}"
-    if trainer._chosen is not None and not trainer.maximize:  # its lr is the arguments'; the rule is of losses
-        params = list(trainer.model.parameters())
-        trained = [p for p in params if p.requires_grad]
-        far = rate.note(optimizer, args.learning_rate, sum(p.numel() for p in trained), len(trained) == len(params))
-        if far:
-            yield far
-
-
 class Hooks(TrainerCallback):  # type: ignore[misc]
     """trainer: a ForwardOnly."""
 
@@ -63,7 +49,7 @@ class Hooks(TrainerCallback):  # type: ignore[misc]
         trainer._begun = True
         trainer.begin_together()
         if state.is_world_process_zero:
-            for told in _told(trainer, optimizer, args):
+            for told in beginning.told(trainer, optimizer, args, state):
                 print(f"zokern: {told}", file=sys.stderr)
         limits.averages(trainer.callback_handler.callbacks, optimizer.options["fold_every"])
         limits.best(args.load_best_model_at_end, optimizer.options["fold_every"])

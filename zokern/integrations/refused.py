@@ -84,13 +84,20 @@ def arguments(args: Any) -> None:
 
 # Of TrainingArguments; what is about gradients, and Adam's own.
 WITHOUT_EFFECT = ("max_grad_norm", "gradient_checkpointing", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+# By the newer name; transformers gives both the same value, so that it cannot be told which was set.
+RENAMED = {"gradient_checkpointing": "activation_checkpointing"}
 
 
 def without_effect(args: Any) -> list[str]:
-    """Those that somebody has set to something, as `name=value`."""
+    """Those that somebody has set to something, as `name=value`; by both names, where there are two."""
     default = {one.name: one.default for one in dataclasses.fields(args)}
-    values = {name: getattr(args, name) for name in WITHOUT_EFFECT if name in default}
-    return [f"{name}={value!r}" for name, value in values.items() if value and value != default[name]]
+    found = []
+    for old in WITHOUT_EFFECT:
+        names = [name for name in (RENAMED.get(old), old) if name in default]
+        value = getattr(args, names[0]) if names else None
+        if value and value != default[names[0]]:
+            found.append(f"{' or '.join(names)}={value!r}")
+    return found
 
 
 def sharded(model: Any) -> None:

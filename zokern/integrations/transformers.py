@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokern.integrations import constructors, groups, refused, shown
+from zokern.integrations import beginning, constructors, groups, refused, shown
 from zokern.integrations.books import Books
 from zokern.integrations.chosen import Chosen
 from zokern.integrations.hooks import End, Hooks
@@ -52,8 +52,8 @@ class ForwardOnly(Together):
 
     From `args`: learning_rate, lr_scheduler_type, warmup, weight_decay (of what the Trainer decays), accumulation by the
     Trainer's token counts, evaluation, callbacks, best model, label smoothing, bf16, torch_compile, resume. Gradients are
-    never made: max_grad_norm and optim have nothing to do. Logged beside the loss: projected_gradient, forwards,
-    skipped_steps, flat_steps and large_steps, all of the run so far.
+    never made: max_grad_norm and optim have nothing to do. Logged beside the loss: projected_gradient (not for ES,
+    which measures none), forwards, skipped_steps, flat_steps and large_steps, all of the run so far.
 
     These are beside the trainer's own, and given by name; a class may have them as attributes.
 
@@ -96,6 +96,7 @@ class ForwardOnly(Together):
         self.begin_books()
         self.notes = vars(self).get("notes") or Notes()
         self._stepped = self._begun = False  # a step was made; a training has begun
+        self._asked_lrs: list[float] | None = None  # those that a checkpoint's take the place of
         self._journaled, self._shown = Journaled(), shown.Shown()
         super().__init__(*args, **named)
         refused.arguments(self.args)
@@ -216,7 +217,8 @@ class ForwardOnly(Together):
         finite = losses[torch.isfinite(losses)]
         optimizer = self.zo_optimizer
         logs["loss"] = float(finite.mean()) if len(finite) else float("nan")
-        logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
+        if optimizer.measures_slope:
+            logs["projected_gradient"] = float(optimizer.metrics["projected_gradient"])
         logs["forwards"] = optimizer.counters["forwards"]
         for name in ("skipped_steps", "flat_steps", "large_steps"):
             logs[name] = getattr(optimizer, name)
@@ -225,7 +227,7 @@ class ForwardOnly(Together):
         """There are no gradients."""
 
     def train(self, *args: Any, **named: Any) -> Any:
-        self._begun = False
+        self._begun, self._asked_lrs = False, None
         try:
             return super().train(*args, **named)
         finally:
@@ -254,6 +256,8 @@ class ForwardOnly(Together):
         if self._begun and checkpoint is not None:  # an attempt was given up, and another begins with a smaller batch
             self.end_run()
             self._load_from_checkpoint(checkpoint)  # the Trainer would load all but the weights
+        optimizer = refused.inner(self.optimizer)
+        self._asked_lrs = None if optimizer is None or checkpoint is None else beginning.lrs(optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
 
 

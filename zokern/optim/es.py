@@ -35,6 +35,7 @@ class ES(ZerothOrderOptimizer):
     """
 
     takes_rewards = True
+    measures_slope = False  # shaped rewards have no scale, and standardised ones the mean 0
     maximize: bool | None = again(Common, "maximize", default=None)
     num_directions: int = setting(
         default=30, kind=Integer(2, 1 << 16), help="Directions a step, N. Published: about 30."

@@ -6,6 +6,7 @@ closure returns, or their sum with reduction="sum"; micro-batches are then put t
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ def most_of(batched: object) -> int | None:
     """
     if isinstance(batched, bool):
         return None if batched else 0
+    if not isinstance(batched, numbers.Integral):
+        raise TypeError(
+            "batched must be True, False or a number, the most probes that one forward may take; got "
+            f"{type(batched).__name__}"
+        )
     return _checks.check_integer(batched, "batched", 1)
 
 

@@ -20,7 +20,8 @@ from zokern.passes.update import Update
 class Method:
     """takes_vector_losses: a closure may return the loss of each example. takes_rewards: it usually
     returns a reward or a metric, whose values may well be equal, and a run stored without `maximize` maximized. scaled:
-    directions are divided by the root of the state "h".
+    directions are divided by the root of the state "h". measures_slope: metrics["projected_gradient"] is the loss's slope,
+    and worth showing.
 
     During a step, `active` is what it moves and `numbers` where its numbers come from.
     """
@@ -28,6 +29,7 @@ class Method:
     takes_vector_losses = False
     takes_rewards = False
     scaled = False
+    measures_slope = True
     active: Active
     numbers: StepNumbers
 

@@ -41,9 +41,8 @@ def announce(module: nn.Module) -> None:
     if "paired" not in _announced:
         _announced.add("paired")
         print(
-            f"zokern: a {type(module).__name__} is in training mode and draws, so all forwards of a step start from "
-            "the same generator states (paired_randomness='auto'), and nothing has to be done. The papers train without "
-            "dropout: by model.eval(), under a Trainer dropout=False. The setting paired_randomness=False draws anew",
+            f"zokern: all is well: what a {type(module).__name__} draws is the same in all forwards of a step. The papers "
+            "train without dropout: by model.eval(), under a Trainer dropout=False",
             file=sys.stderr,
         )
 

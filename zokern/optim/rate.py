@@ -23,6 +23,18 @@ def note(optimizer: ZerothOrderOptimizer, lr: float, trained: int, every_weight:
     ruled = mezo(trained, optimizer.options["num_samples"])
     if 1 / FAR < lr / ruled < FAR:
         return None
-    return (
-        f"lr {lr:g} is {lr / ruled:.2g} times what the rule says for so many parameters, {ruled:.2g} (docs/choose.md)"
+    far, may = (
+        (f"{_plain(lr / ruled)} times", "lose what the model has learnt")
+        if lr > ruled
+        else (f"{_plain(ruled / lr)} times smaller than", "learn nothing in its steps")
     )
+    many = f"{_plain(trained / 1e6, 3)} million" if trained >= 1e6 else _plain(trained, 3)
+    return (
+        f"lr {lr:g} is {far} {ruled:.2g}, which the rule of thumb has for {many} parameters: the run may {may}; "
+        "docs/choose.md#which-lr"
+    )
+
+
+def _plain(number: float, digits: int = 2) -> str:
+    """1234.5 -> '1,200'."""
+    return f"{float(f'{number:.{digits}g}'):,.12g}"
