@@ -86,6 +86,7 @@ class Summary:
     # Some of the held-out texts, and what was said.
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     far: str | None = None  # where lr is far from the rule's, what that says
+    ruled: float | None = None  # and the rule's lr
 
     @property
     def code(self) -> int:
@@ -213,7 +214,7 @@ def load(options: Options, say: Callable[[str, str], None], team: Team | None = 
     aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
     say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer, adapted.kind_of(task.model)))
-    if far := _far(optimizer, options, task):
+    if far := _far(optimizer, options, task)[0]:
         say("", far)
     if team.size > 1:
         say("ranks", team.described(options))
@@ -231,8 +232,10 @@ def _size(task: Task) -> int:
     return sum(p.numel() for p in task.model.parameters()) if adapted.is_adapted(task.model) else _tuned(task)
 
 
-def _far(optimizer: ZerothOrderOptimizer, options: Options, task: Task) -> str | None:
-    return rate.note(optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model))
+def _far(optimizer: ZerothOrderOptimizer, options: Options, task: Task) -> tuple[str | None, float | None]:
+    """Where lr is far from the rule's: what that says, and the rule's lr."""
+    about = optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model)
+    return rate.note(*about), rate.ruled(*about)
 
 
 def _tuned(task: Task) -> int:
@@ -339,7 +342,7 @@ class _Run:
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
                           self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
                           task.packer is not None, team.size, samples.record(data.eval, *result.samples),
-                          _far(optimizer, options, task))  # fmt: skip
+                          *_far(optimizer, options, task))  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -478,7 +481,7 @@ def _print(summary: Summary, say: Any) -> None:
     else:
         say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
-    if not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps)):
+    if not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps, summary.ruled)):
         say("", idle)
     if summary.far:
         say("", summary.far)
