@@ -23,6 +23,7 @@ from zokern.finetune import (
     adapted,
     adapter_about,
     adapters,
+    between,
     choosing,
     display,
     examples,
@@ -51,6 +52,7 @@ from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output, claim
 from zokern.finetune.ranks import Team
+from zokern.finetune.records import Record
 from zokern.finetune.similar import Similarity
 from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Task, choose_packing, cut_notes
@@ -87,6 +89,7 @@ class Summary:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     far: str | None = None  # where lr is far from the rule's, what that says
     ruled: float | None = None  # and the rule's lr
+    better: Record | None = None  # an evaluation in between that was clearly better than the last one
 
     @property
     def code(self) -> int:
@@ -342,7 +345,8 @@ class _Run:
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
                           self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
                           task.packer is not None, team.size, samples.record(data.eval, *result.samples),
-                          *_far(optimizer, options, task))  # fmt: skip
+                          *_far(optimizer, options, task),
+                          between.better(output.records, result, task.metric.name, len(data.eval)))  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -481,6 +485,12 @@ def _print(summary: Summary, say: Any) -> None:
     else:
         say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
+    path = summary.output.journal
+    replay = f"zokern replay {shlex.quote(summary.model)} {shlex.quote(str(path))}" if path.exists() else None
+    if summary.better is not None:
+        best, again = between.said(summary.better, result, summary.metric, replay)
+        say("best", best)
+        say("", again)
     if not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps, summary.ruled)):
         say("", idle)
     if summary.far:
@@ -505,8 +515,6 @@ def _print(summary: Summary, say: Any) -> None:
     say("curves", str(summary.output.curves))
     loads = "PeftModel.from_pretrained" if summary.adapter else "from_pretrained"
     say("model", f"{summary.output.checkpoint} (loads with {loads})")
-    path = summary.output.journal
-    if path.exists():
+    if replay is not None:
         size = path.stat().st_size / 1000
-        again = f"zokern replay {shlex.quote(summary.model)} {shlex.quote(str(path))} -o DIRECTORY"
-        say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {again} makes the model again")
+        say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {replay} -o DIRECTORY makes the model again")
