@@ -518,3 +518,5 @@ def _print(summary: Summary, say: Any) -> None:
     if replay is not None:
         size = path.stat().st_size / 1000
         say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {replay} -o DIRECTORY makes the model again")
+    if result.interrupted and summary.output.resumable:
+        say("go on", summary.output.again)
