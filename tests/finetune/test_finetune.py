@@ -683,7 +683,7 @@ def test_a_replay_makes_the_checkpoint_again(kind: str, options: Options, models
         options.num_dropped = None  # one block
     summary = finetune(options)
     code, said = command("replay", options.model, summary.output.journal, "-o", tmp_path / "again")
-    assert (code, "8 steps replayed" in said) == (0, True), said
+    assert (code, f"8 steps replayed; the model is in {tmp_path / 'again'}/\n" in said) == (0, True), said
     trained, again = tensors(summary.output.checkpoint), tensors(tmp_path / "again")
     assert trained.keys() == again.keys()
     assert all(torch.equal(trained[name], again[name]) for name in trained)

@@ -72,7 +72,8 @@ def replay(
         end(f"stopped; {output} is {'as it was' if _identity(output) == before else 'the new model, whole'}", 130)
     for one in noted:
         print(f"note: {one.message}")
-    print(f"{done} steps replayed; the model is {output}" + ("" if done.verified else " (not verified)"))
+    place = f"in {output}/" if output.is_dir() else str(output)
+    print(f"{done} steps replayed; the model is {place}" + ("" if done.verified else " (not verified)"))
 
 
 def show_lines(found: dict[str, Any]) -> list[str]:
