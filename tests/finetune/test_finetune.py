@@ -138,8 +138,14 @@ def test_reads_files_with_chosen_columns(kind: str, tmp_path: Path) -> None:
         (
             "a.csv",
             "words,label\nhello,1\n",
-            r"a\.csv, line 2: no column 'text'; the columns are 'words', 'label'.*--text-column",
+            r"a\.csv, line 1: no column 'text'; the columns are 'words', 'label'.*--text-column",
         ),
+        (
+            "a.csv",
+            "\ntexts,label\na,1\n",
+            r"line 2: no column 'text'; is 'texts' meant\? The columns are 'texts', 'label'",
+        ),
+        ("a.tsv", "text\tlabels\na\t1\n", r"a\.tsv, line 1: no column 'label'; is 'labels' meant\? .*--label-column"),
         ("a.csv", "text,label\na,b,c,d\n", r"a\.csv, line 2: 4 values for 2 columns"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{oops\n', r"a\.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: a JSON object is needed, this is a list"),
