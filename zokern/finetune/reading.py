@@ -22,8 +22,8 @@ Row = dict[str, Any]
 class Table:
     """Rows, each with a number from which `place` makes what an error says of it.
 
-    names: the labels of a data set that numbers its classes, in their order. notes: what the run is to say. head: where the
-    columns have their names, if that is one place for all rows.
+    names: the labels of a data set that numbers its classes, in their order. notes: what the run is to say.
+    head: where the columns of all rows have their names.
     """
 
     rows: Iterable[tuple[int, Row]]
@@ -89,7 +89,7 @@ def _tsv(path: Path, text: str, options: Options) -> Table:
             quoted += any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells)
             rows.append((number, row))
     notes = [f'{path}: {quoted} texts stand in quotes with "" inside, and keep them: {remedy}'] if quoted else []
-    return _lines(path, rows, notes, head=begun)
+    return _lines(path, rows, notes, head=f"{path}, line {begun}")
 
 
 def _csv(path: Path, text: str, options: Options) -> Table:
@@ -122,7 +122,7 @@ def _csv(path: Path, text: str, options: Options) -> Table:
     records = [record for record in records if record[0] > first]
     rows = [(begun, _row(path, begun, head, fields, remedy)) for begun, _, fields in records]
     _find_swallowed(path, head, records, seen, options)
-    return _lines(path, rows, head=first)
+    return _lines(path, rows, head=f"{path}, line {first}")
 
 
 def _find_swallowed(
@@ -172,10 +172,8 @@ def _row(path: Path, line: int, head: list[str], fields: list[str], remedy: str)
     return dict(zip(head, fields, strict=True))
 
 
-def _lines(path: Path, rows: list[tuple[int, Row]], notes: list[str] | None = None, head: int | None = None) -> Table:
-    return Table(
-        rows, lambda number: f"{path}, line {number}", None, notes or [], f"{path}, line {head}" if head else ""
-    )
+def _lines(path: Path, rows: list[tuple[int, Row]], notes: list[str] | None = None, head: str = "") -> Table:
+    return Table(rows, lambda number: f"{path}, line {number}", None, notes or [], head)
 
 
 # -------------------------------------------------------------------------------------------------- JSON and parquet
