@@ -35,6 +35,7 @@ def test_the_command_of_the_summary_makes_the_better_weights_again(
     finetune(options)
     said = capsys.readouterr().out
     assert "accuracy 100.0 % after step 4, at the end 50.0 %: a lower --lr or a shorter run keeps it" in said
+    assert "docs/choose.md)" not in said.partition("\naccuracy")[2]  # no other advice beside it
     again = shlex.split(re.findall(r"the weights of step 4 again: zokern (.*)", said)[0])
     monkeypatch.chdir(tmp_path)
     code, said = command(*again)

@@ -487,11 +487,11 @@ def _print(summary: Summary, say: Any) -> None:
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
     path = summary.output.journal
     replay = f"zokern replay {shlex.quote(summary.model)} {shlex.quote(str(path))}" if path.exists() else None
-    if summary.better is not None:
+    if summary.better is not None:  # something was learnt, and more steps are no remedy
         best, again = between.said(summary.better, result, summary.metric, replay)
         say("best", best)
         say("", again)
-    if not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps, summary.ruled)):
+    elif not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps, summary.ruled)):
         say("", idle)
     if summary.far:
         say("", summary.far)
