@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -91,6 +92,12 @@ def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(repr(c) for c in choices)}")
     return str(value)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What to ask where a name is not known: "is 'lr' meant?"; "" where none is like it."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"is {close[0]!r} meant?" if close else ""
 
 
 def describe(t: Tensor) -> str:

@@ -10,7 +10,6 @@ command, and the row of the tables in docs/. A class takes the settings of its b
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 import textwrap
@@ -21,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from typing_extensions import dataclass_transform
 
+from zokern._checks import meant
 from zokern.kinds import Kind
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -155,11 +155,8 @@ class Settings:
             )
         for name in named:
             if name not in self.settings:
-                close = difflib.get_close_matches(name, self.settings, 1)
-                raise TypeError(
-                    f"{cls} has no setting {name!r}; "
-                    + (f"is {close[0]!r} meant?" if close else f"it has {', '.join(self.settings)}")
-                )
+                hint = meant(name, self.settings) or f"it has {', '.join(self.settings)}"
+                raise TypeError(f"{cls} has no setting {name!r}; {hint}")
         given = dict(zip(by_place, args, strict=False))
         if both := given.keys() & named.keys():
             raise TypeError(f"{cls} got {', '.join(sorted(both))} by place and by name")

@@ -88,7 +88,7 @@ def test_equal_parts_are_one_text_only_in_the_same_order() -> None:
     [
         (
             {"template": "{premise} {nope}"},
-            r"line 1: no column 'nope'; the columns are 'premise'.* Choose one with --template",
+            r"line 1: no column 'nope'; the columns are 'premise'.* \{nope\} in --template stands for a column: write one",
         ),
         (
             {"cut": "label"},

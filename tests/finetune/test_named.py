@@ -70,7 +70,7 @@ def test_an_empty_text_does_not_forbid_a_data_set(tmp_path: Path) -> None:
     name = saved(tmp_path / "d", train=part("t", 30, blank=(17,)), validation=part("v", 8, blank=(0, 1)))
     loaded = data.load(Options(data=name))
     assert (len(loaded.train), len(loaded.eval)) == (29, 6)
-    assert any("1 rows left out, as their text is empty: first" in n and "row 17" in n for n in loaded.notes)
+    assert any("1 row left out, as its text is empty: first" in n and "row 17" in n for n in loaded.notes)
 
 
 @pytest.mark.parametrize("key", ["validation", "valid", "dev", "validation_matched", "eval", "test"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -66,7 +67,7 @@ def test_a_signal_in_a_step_ends_a_run_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    half, before = dataclasses.replace(whole, output=tmp_path / "half"), signal.getsignal(number)
+    half, before = dataclasses.replace(whole, output=tmp_path / "the half"), signal.getsignal(number)
     with monkeypatch.context() as patch:
         signalled((tasks.Task, "loss"), 11, number, patch)
         code, said = command(*given(half))
@@ -77,7 +78,9 @@ def test_a_signal_in_a_step_ends_a_run_saved(
     assert json.loads((half.output / "run.json").read_text())["summary"]["interrupted"] is True
     transformers.AutoModelForSequenceClassification.from_pretrained(half.output / "checkpoint")
     assert signal.getsignal(number) is before
-    resume(half)
+    again = shlex.split(re.findall(r"^go on +zokern (finetune .*)$", said, re.MULTILINE)[0])
+    code, said = command(*again)
+    assert (code, "go on" in said) == (0, False), said
     alike(half.output, whole.output)
 
 

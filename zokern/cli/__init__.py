@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from zokern import bench as measuring
 from zokern.cli import journals
-from zokern.cli.printing import spell_out
+from zokern.cli.printing import plain_warnings, spell_out
 from zokern.cli.waiting import spin_briefly
 
 LATE = {"finetune": "zokern.cli.tuning", "bench": "zokern.bench.cli"}  # the modules whose `app` these commands are
@@ -30,6 +30,10 @@ class Late(TyperGroup):
             command = typer.main.get_command(importlib.import_module(LATE[name]).app)
         return name, command, rest
 
+    def invoke(self, ctx: Any) -> Any:
+        with plain_warnings():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="zokern",
@@ -37,7 +41,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Zeroth-order fine-tuning of PyTorch models: forward passes only, at the memory of inference.",
+    help="Zeroth-order fine-tuning of PyTorch models: forward passes only, at the memory of inference. Exit codes: 0, 1 "
+    "for an error, 2 for a wrong command line; the help of a command has its others.",
 )
 
 
@@ -56,7 +61,8 @@ def finetune() -> None:
     With no options: a sentence encoder learns to sort docstrings by topic, in about two minutes on two cores, offline.
     Several processes: torchrun --nproc-per-node 2 -m zokern finetune ... --parallel data (or directions).
     Ctrl-C, SIGTERM and SIGHUP stop the run and save what it has. --check looks at model and loss first. Exit codes: 0, 1
-    for an error or what --check finds wrong, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+    for an error or what --check finds wrong, 2 for a wrong command line, 130 after Ctrl-C, 143 after SIGTERM, 129 after
+    SIGHUP.
     """
     raise AssertionError("zokern.cli.tuning is called instead")
 

@@ -42,9 +42,9 @@ def replay(
 ) -> None:
     """Make the tuned model of a journal again, bit for bit, from its base model: no data, no forward passes.
 
-    Exit codes: 0, or 1 for an error. Without --no-verify and --until, 0 means that the bits are those of the training: a
-    journal that was cut off is refused. With --until that holds where the journal has a hash; where it has none, a warning
-    says so.
+    Exit codes: 0, 1 for an error, 2 for a wrong command line. Without --no-verify and --until, 0 means that the bits are
+    those of the training: a journal that was cut off is refused. With --until that holds where the journal has a hash;
+    where it has none, a warning says so.
     """
     from rich.progress import Progress
 
@@ -72,7 +72,8 @@ def replay(
         end(f"stopped; {output} is {'as it was' if _identity(output) == before else 'the new model, whole'}", 130)
     for one in noted:
         print(f"note: {one.message}")
-    print(f"{done} steps replayed; the model is {output}" + ("" if done.verified else " (not verified)"))
+    place = f"in {output}/" if output.is_dir() else str(output)
+    print(f"{done} steps replayed; the model is {place}" + ("" if done.verified else " (not verified)"))
 
 
 def show_lines(found: dict[str, Any]) -> list[str]:
@@ -112,7 +113,7 @@ def show(
 ) -> None:
     """Say what a journal is of, in which state it is, and draw its curves.
 
-    Exit codes: 0, or 1 for an error or a journal that is damaged; what can be read of that is shown.
+    Exit codes: 0, 1 for an error or a journal that is damaged, 2 for a wrong command line. What can be read is shown.
     """
     from zokern.journal import JournalError, tools
 
@@ -137,7 +138,7 @@ def diff(
 ) -> None:
     """Say where two runs first differ, and in what: settings, seed, lr, a scalar, the loss.
 
-    Exit codes: 0 if their steps are the same, 1 if they differ, 2 for an error.
+    Exit codes: 0 if their steps are the same, 1 if they differ, 2 for an error or a wrong command line.
     """
     from zokern.journal import JournalError, tools
 

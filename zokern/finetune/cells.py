@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from zokern._checks import meant
 from zokern.finetune.options import FinetuneError
 from zokern.finetune.reading import Row, Table
 
@@ -24,11 +25,18 @@ class Cells(NamedTuple):
     def raw(self, column: str, option: str) -> Any:
         """A value as it is; "" for an empty one."""
         if column not in self.row:
-            have = ", ".join(map(repr, self.row))
-            raise FinetuneError(f"{self.place}: no column {column!r}; the columns are {have}. Choose one with {option}")
+            raise FinetuneError(f"{self.table.head or self.place}: {self._lacks(column, option)}")
         value = self.row[column]
         empty = value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes empty cells as NaN
         return "" if empty else value
+
+    def _lacks(self, column: str, option: str) -> str:
+        have, hint = ", ".join(map(repr, self.row)), meant(column, self.row)
+        columns = f"{hint} The columns are {have}" if hint else f"the columns are {have}"
+        remedy = f"Choose one with {option}"
+        if option == "--template":
+            remedy = f"{{{column}}} in --template stands for a column: write one of these there"
+        return f"no column {column!r}; {columns}. {remedy}"
 
     def value(self, column: str, option: str) -> Any:
         """A string or a number."""

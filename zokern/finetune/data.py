@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from zokern.finetune import preset
 from zokern.finetune.embedded import TEXTS
 from zokern.finetune.examples import OWN, Text, key
-from zokern.finetune.labels import Classes, check_classes, few, order, whole
+from zokern.finetune.labels import Classes, check_classes, doubtful, few, lost_head, order, whole
 from zokern.finetune.named import read_named
 from zokern.finetune.options import FinetuneError, Options, names_a_file
 from zokern.finetune.reading import read_file
@@ -107,7 +108,10 @@ def load(options: Options, label2id: dict[str, int] | None = None, *, head: bool
     if options.objective not in OWN:
         classes = _classes(rest, train, source, options, label2id, head)
         if known is None:
-            notes.append(f"order of the labels: {classes.said}")
+            rows = Counter(label for _, label in train.pairs)
+            notes += [f"order of the labels: {classes.said}", *doubtful(rows)]
+            if classes.lost is not None:
+                notes.append(lost_head(classes, rows))
         labels = classes.labels
         rest, kept = (_renamed(pairs, classes.renamed) for pairs in (rest, kept))
         kept = _known(kept, labels, where, left_out.setdefault("eval", LeftOut()))

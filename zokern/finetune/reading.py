@@ -23,12 +23,14 @@ class Table:
     """Rows, each with a number from which `place` makes what an error says of it.
 
     names: the labels of a data set that numbers its classes, in their order. notes: what the run is to say.
+    head: where the columns of all rows have their names.
     """
 
     rows: Iterable[tuple[int, Row]]
     place: Callable[[int], str]
     names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    head: str = ""
     whole: bool = False  # one object that has all rows, as SQuAD's files are
 
 
@@ -87,7 +89,7 @@ def _tsv(path: Path, text: str, options: Options) -> Table:
             quoted += any(len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1] for cell in cells)
             rows.append((number, row))
     notes = [f'{path}: {quoted} texts stand in quotes with "" inside, and keep them: {remedy}'] if quoted else []
-    return _lines(path, rows, notes)
+    return _lines(path, rows, notes, head=f"{path}, line {begun}")
 
 
 def _csv(path: Path, text: str, options: Options) -> Table:
@@ -120,7 +122,7 @@ def _csv(path: Path, text: str, options: Options) -> Table:
     records = [record for record in records if record[0] > first]
     rows = [(begun, _row(path, begun, head, fields, remedy)) for begun, _, fields in records]
     _find_swallowed(path, head, records, seen, options)
-    return _lines(path, rows)
+    return _lines(path, rows, head=f"{path}, line {first}")
 
 
 def _find_swallowed(
@@ -170,8 +172,8 @@ def _row(path: Path, line: int, head: list[str], fields: list[str], remedy: str)
     return dict(zip(head, fields, strict=True))
 
 
-def _lines(path: Path, rows: list[tuple[int, Row]], notes: list[str] | None = None) -> Table:
-    return Table(rows, lambda number: f"{path}, line {number}", None, notes or [])
+def _lines(path: Path, rows: list[tuple[int, Row]], notes: list[str] | None = None, head: str = "") -> Table:
+    return Table(rows, lambda number: f"{path}, line {number}", None, notes or [], head)
 
 
 # -------------------------------------------------------------------------------------------------- JSON and parquet
@@ -244,4 +246,4 @@ def of_dataset(part: Any, where: str, options: Options) -> Table:
     names = getattr((part.features or {}).get(options.label_column), "names", None)
     if options.task is None and set(wanted) <= set(part.column_names):
         part = part.select_columns(wanted)  # pictures and the like need not be decoded
-    return Table(enumerate(part), lambda number: f"{where}, row {number}", names)
+    return Table(enumerate(part), lambda number: f"{where}, row {number}", names, head=where)

@@ -44,7 +44,15 @@ class LeftOut:
 
     def said(self) -> list[str]:
         """A sentence for each reason."""
-        return [f"{n} rows left out, {WHY[reason]}: first {self.first[reason]}" for reason, n in self.counts.items()]
+        return [f"{_left_out(n, WHY[reason])}: first {self.first[reason]}" for reason, n in self.counts.items()]
+
+
+def _left_out(count: int, why: str) -> str:
+    if count > 1:
+        return f"{count} rows left out, {why}"
+    for many, one in (("they have", "it has"), ("their", "its"), ("them", "it")):
+        why = why.replace(many, one)
+    return f"{count} row left out, {why}"
 
 
 @dataclass

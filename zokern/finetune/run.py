@@ -23,6 +23,7 @@ from zokern.finetune import (
     adapted,
     adapter_about,
     adapters,
+    between,
     choosing,
     display,
     examples,
@@ -51,6 +52,7 @@ from zokern.finetune.loop import Result, train
 from zokern.finetune.options import FinetuneError, Options
 from zokern.finetune.output import Output, claim
 from zokern.finetune.ranks import Team
+from zokern.finetune.records import Record
 from zokern.finetune.similar import Similarity
 from zokern.finetune.stopping import Stop, Stopped
 from zokern.finetune.tasks import Classifier, Task, choose_packing, cut_notes
@@ -86,6 +88,8 @@ class Summary:
     # Some of the held-out texts, and what was said.
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     far: str | None = None  # where lr is far from the rule's, what that says
+    ruled: float | None = None  # and the rule's lr
+    better: Record | None = None  # an evaluation in between that was clearly better than the last one
 
     @property
     def code(self) -> int:
@@ -213,7 +217,7 @@ def load(options: Options, say: Callable[[str, str], None], team: Team | None = 
     aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
     say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer, adapted.kind_of(task.model)))
-    if far := _far(optimizer, options, task):
+    if far := _far(optimizer, options, task)[0]:
         say("", far)
     if team.size > 1:
         say("ranks", team.described(options))
@@ -231,8 +235,10 @@ def _size(task: Task) -> int:
     return sum(p.numel() for p in task.model.parameters()) if adapted.is_adapted(task.model) else _tuned(task)
 
 
-def _far(optimizer: ZerothOrderOptimizer, options: Options, task: Task) -> str | None:
-    return rate.note(optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model))
+def _far(optimizer: ZerothOrderOptimizer, options: Options, task: Task) -> tuple[str | None, float | None]:
+    """Where lr is far from the rule's: what that says, and the rule's lr."""
+    about = optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model)
+    return rate.note(*about), rate.ruled(*about)
 
 
 def _tuned(task: Task) -> int:
@@ -339,7 +345,8 @@ class _Run:
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
                           self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
                           task.packer is not None, team.size, samples.record(data.eval, *result.samples),
-                          _far(optimizer, options, task))  # fmt: skip
+                          *_far(optimizer, options, task),
+                          between.better(output.records, result, task.metric.name, len(data.eval)))  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
         try:
@@ -478,7 +485,13 @@ def _print(summary: Summary, say: Any) -> None:
     else:
         say("held out", f"{summary.metric.replace('_', ' ')} {before} -> {after}")
     say("loss", f"{result.loss[0]:.4f} -> {result.loss[1]:.4f} held out")
-    if not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps)):
+    path = summary.output.journal
+    replay = f"zokern replay {shlex.quote(summary.model)} {shlex.quote(str(path))}" if path.exists() else None
+    if summary.better is not None:  # something was learnt, and more steps are no remedy
+        best, again = between.said(summary.better, result, summary.metric, replay)
+        say("best", best)
+        say("", again)
+    elif not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps, summary.ruled)):
         say("", idle)
     if summary.far:
         say("", summary.far)
@@ -502,8 +515,8 @@ def _print(summary: Summary, say: Any) -> None:
     say("curves", str(summary.output.curves))
     loads = "PeftModel.from_pretrained" if summary.adapter else "from_pretrained"
     say("model", f"{summary.output.checkpoint} (loads with {loads})")
-    path = summary.output.journal
-    if path.exists():
+    if replay is not None:
         size = path.stat().st_size / 1000
-        again = f"zokern replay {shlex.quote(summary.model)} {shlex.quote(str(path))} -o DIRECTORY"
-        say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {again} makes the model again")
+        say("journal", f"the whole fine-tune is {path}, {size:,.1f} kB; {replay} -o DIRECTORY makes the model again")
+    if result.interrupted and summary.output.resumable:
+        say("go on", summary.output.again)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from zokern._checks import meant
 from zokern.layers import RandomBlocks, find_blocks
 from zokern.optim import ENTRIES, LeZO, MeZO, ZerothOrderOptimizer
 
@@ -44,7 +44,8 @@ class Chosen(NamedTuple):
         method, settings = zo.get("method", default), {name: value for name, value in zo.items() if name != "method"}
         _refuse_class(method, "zo={{'method': '{}', ...}}")
         if not isinstance(method, str) or method not in ENTRIES:
-            raise ValueError(f"zo: there is no method {method!r}; {_closest(str(method), ENTRIES, 'the methods are')}")
+            hint = meant(str(method), ENTRIES) or f"the methods are {', '.join(ENTRIES)}"
+            raise ValueError(f"zo: there is no method {method!r}; {hint}")
         return cls.of_class(ENTRIES[method].cls, settings, "zo")
 
     @classmethod
@@ -62,7 +63,8 @@ class Chosen(NamedTuple):
                 said = f"TrainingArguments({SAID[one]}=) says" if one in SAID else "the trainer says itself"
                 raise ValueError(f"{name} has {one!r}, which {said}; leave it out")
             if one not in allowed:
-                hint = _closest(one, sorted(allowed - ELSEWHERE), "it has")
+                others = sorted(allowed - ELSEWHERE)
+                hint = meant(one, others) or f"it has {', '.join(others)}"
                 raise TypeError(f"{name}: {made.__name__} has no setting {one!r}; {hint}")
         return cls(made, dict(settings))
 
@@ -87,9 +89,3 @@ def _refuse_class(given: Any, instead: str) -> None:
     name = next((name for name, entry in ENTRIES.items() if entry.cls is given), None)
     if name is not None:
         raise TypeError(f"zo has the class {given.__name__}; give its name: {instead.format(name)}")
-
-
-def _closest(name: str, known: Iterable[str], lead: str) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return f"is {close[0]!r} meant?" if close else f"{lead} {', '.join(known)}"
