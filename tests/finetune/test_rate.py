@@ -72,7 +72,7 @@ def test_a_run_that_learnt_nothing_says_so(options: Options, capsys: pytest.Capt
     options.lr, options.steps = 1e-12, learnt.STEPS
     finetune(options)
     text = said(capsys)
-    ruled = re.findall(r"what the rule says for so many parameters, (\S+) \(docs", text)[-1]
+    ruled = re.findall(r"times smaller than (\S+), which the rule of thumb has for", text)[-1]
     assert f" fallen: try --lr {ruled}, which the rule says, and more --steps" in text  # and no other lr beside it
 
 

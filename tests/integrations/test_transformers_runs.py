@@ -22,6 +22,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from zokern import ZokernWarning  # noqa: E402
 from zokern.integrations.transformers import ForwardOnly, ZOTrainer  # noqa: E402
+from zokern.optim import pairing  # noqa: E402
 
 ADAM = {"update": "adam", "eps": 1e-2}
 
@@ -303,6 +304,40 @@ def test_noise_of_neftune_is_paired_unless_it_is_said_that_it_is_not(tmp_path: P
     trainer = ZOTrainer(llama(), args, train_dataset=rows(), zo={"paired_randomness": False})
     trainer.train()
     assert trainer.zo_optimizer.paired_randomness is False
+
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 32}
+SMALLER = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+DROPPING = {
+    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE)),
+    "roberta": lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SHAPE)),
+    "electra": lambda: transformers.ElectraForSequenceClassification(
+        transformers.ElectraConfig(**SHAPE, embedding_size=16)
+    ),
+    "distilbert": lambda: transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(vocab_size=32, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALLER)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, attention_dropout=0.1)),
+}
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_without_dropout_nothing_draws_and_with_it_forwards_draw_the_same(tmp_path: Path, family: str) -> None:
+    """Attention may take the share of its own dropout without calling it, as BERT's and GPT-2's do."""
+    model, ids = DROPPING[family](), torch.randint(3, 30, (2, 8))
+    trainer = ZOTrainer(model, arguments(tmp_path), train_dataset=rows(), dropout=False)
+    trainer.set_mode(model)
+    before = torch.get_rng_state()
+    model(input_ids=ids)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(map(pairing.draws, model.modules()))
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()  # as somebody may do by hand
+    model(input_ids=ids)
+    drew = not torch.equal(torch.get_rng_state(), before)
+    assert any(map(pairing.draws, model.modules())) or not drew
 
 
 def test_dropout_stays_left_out_when_a_callback_sets_the_mode(tmp_path: Path) -> None:

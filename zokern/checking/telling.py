@@ -12,7 +12,7 @@ from zokern.checking.result import NO_EFFECT, Finding, Row
 from zokern.checking.runs import Reacting, Runs
 from zokern.checking.subject import listed
 from zokern.contract.streams import matrices
-from zokern.optim.pairing import draws
+from zokern.optim.pairing import by_itself, draws
 from zokern.placement import Forward
 from zokern.sweep import Member
 
@@ -92,7 +92,8 @@ def active_dropout(module: nn.Module | None) -> list[str]:
     for name, child in () if module is None else module.named_modules():
         kind = type(child).__name__
         called = "dropout" in kind.lower()
-        if draws(child) or (called and child.training and getattr(child, "p", 0.0) > 0.0):
+        own = by_itself(child) or (draws(child) and not any(map(draws, child.children())))
+        if own or (called and child.training and getattr(child, "p", 0.0) > 0.0):
             found.append((name or "the model") + ("" if called else f" ({kind})"))
     return found
 

@@ -290,7 +290,8 @@ _look(ForwardOnly)
 
 
 def _quieten(model: nn.Module) -> None:
-    """Leaves out what draws, and nothing else of training mode."""
+    """Leaves out what draws, and nothing else of training mode. Of modules that have a dropout in them, only their own
+    mode: BERT's attention takes its dropout's share while it is in training mode itself."""
     for module in model.modules():
         if pairing.may_draw(module):
             module.training = False

@@ -22,11 +22,18 @@ def may_draw(module: nn.Module) -> bool:
     """Whether it may draw in training mode: a kind of dropout, or a module that calls one with a share of its own."""
     if isinstance(module, nn.modules.dropout._DropoutNd | nn.RReLU):
         return True
-    return any("drop" in name and isinstance(share, float) for name, share in vars(module).items())
+    return bool(_inside(module)) or any(
+        "drop" in name and isinstance(share, float) for name, share in vars(module).items()
+    )
 
 
 def draws(module: nn.Module) -> bool:
-    """Whether it does so now."""
+    """Whether it does so now, or may."""
+    return by_itself(module) or (module.training and any(child.p > 0.0 for child in _inside(module)))
+
+
+def by_itself(module: nn.Module) -> bool:
+    """Whether it draws now, as a kind of dropout or with a share of its own."""
     if not module.training:
         return False
     if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -34,6 +41,12 @@ def draws(module: nn.Module) -> bool:
     if isinstance(module, nn.RReLU):
         return module.lower < module.upper
     return any("drop" in name and isinstance(share, float) and share > 0.0 for name, share in vars(module).items())
+
+
+def _inside(module: nn.Module) -> list[nn.modules.dropout._DropoutNd]:
+    """A module's own dropouts, whose share it may use by itself, as BERT's attention does in training mode (transformers
+    5.24)."""
+    return [child for child in module.children() if isinstance(child, nn.modules.dropout._DropoutNd)]
 
 
 def announce(module: nn.Module) -> None:

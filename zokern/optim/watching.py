@@ -50,7 +50,7 @@ class Watch:
         named = dict(self.module.named_parameters())
         self.known = {id(p): name for name, p in named.items()}
         self._frozen = [p for p in named.values() if not p.requires_grad]
-        self.random = [m for m in modules if may_draw(m)]
+        self.random = sorted(filter(may_draw, modules), key=lambda m: any(True for _ in m.children()))  # leaves first
         self.sharded = fsdp.modules_of(self.module)
         self._prepared = False
         self.buffers = Buffers(self.module)
