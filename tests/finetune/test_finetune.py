@@ -515,9 +515,8 @@ def test_the_method_gets_all_its_settings(options: Options) -> None:
 
 
 OWN_SETTINGS: dict[str, dict] = {
-    "mezo": {"num_samples": 2, "one_sided": True, "update": "adam", "beta1": 0.5, "beta2": 0.75, "delta": 1e-3,
-             "horizon": 4},
-    "lezo": {"num_dropped": 1, "update": "momentum", "beta1": 0.5},
+    "mezo": {"num_samples": 2, "one_sided": True, "update": "adam", "beta1": 0.5, "beta2": 0.75, "delta": 1e-3},
+    "lezo": {"num_dropped": 1, "update": "adamezo", "beta1": 0.5, "horizon": 4},
     "hizoo": {"num_samples": 2, "smoothing": 1e-5, "curvature_dtype": "bfloat16"},
     "helene": {"num_samples": 2, "beta1": 0.5, "anneal_steps": 7.0, "hessian_interval": 3, "gamma": 2.0, "floor": 0.5,
                "delta": 1e-3},

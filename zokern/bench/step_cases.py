@@ -202,6 +202,9 @@ def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
         fold_every=FOLD_EVERY if case.way == FOLDS else 1,
     )  # fmt: skip
     made: ZerothOrderOptimizer = build(model, chosen)
+    made.paired_randomness = (
+        False  # nothing here draws, and a first step need not look for it: that is no step's memory
+    )
     return made
 
 
@@ -244,6 +247,8 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
 
 
 def smaller(case: Case, model: nn.Module) -> Case | None:
-    """What to time where a case does not fit: the same with its curvature in bfloat16, if that takes less."""
+    """What to time where a case does not fit: its curvature in bfloat16, if it has one and that takes less."""
+    if case.is_peer or "h" not in _optimizer(case, model).state_spec:
+        return None
     half = replace(case, curvature="bfloat16")
     return half if needed_bytes(half, model) < needed_bytes(case, model) else None

@@ -19,6 +19,7 @@ from zokern import parts
 from zokern import placement as placements
 from zokern._checks import ZokernWarning
 from zokern.optim import causes, frameworks, pairing, state
+from zokern.optim.examples import PerExample
 from zokern.optim.flat import COUNT, IN_A_ROW, LONGEST, STREAK, WHOLE, Flats
 from zokern.optim.ledger import Ledger
 from zokern.optim.losses import Losses
@@ -72,7 +73,9 @@ class Guards:
         ):
             devices = {p.device for p in owner.active.sweep.params} or {params[0].device}
             self._draws = losses.draws = pairing.Draws(devices)
-        elif first and owner.paired_randomness == "auto":
+        elif (
+            first and owner.paired_randomness == "auto" and not isinstance(losses, PerExample)
+        ):  # whose rows are tested
             self._looking = pairing.Looking({p.device for p in params})
         buffers = watch is not None and bool(watch.buffers.places)
         if watch is not None and buffers:
