@@ -202,9 +202,7 @@ def _optimizer(case: Case, model: nn.Module) -> ZerothOrderOptimizer:
         fold_every=FOLD_EVERY if case.way == FOLDS else 1,
     )  # fmt: skip
     made: ZerothOrderOptimizer = build(model, chosen)
-    made.paired_randomness = (
-        False  # nothing here draws, and a first step need not look for it: that is no step's memory
-    )
+    made.paired_randomness = False  # nothing here draws, and a first step that looks takes memory for it
     return made
 
 

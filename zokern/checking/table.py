@@ -64,6 +64,7 @@ class _Names:
 
 
 def wrapped(line: str, width: int) -> str:
+    """In lines of `width` cells, each but the last up to a dot or a blank; a part that is longer stays whole."""
     done = [""]
     for part in re.findall(r"[^. ]*[. ]?", line):
         if done[-1].strip() and cell_len(done[-1] + part.rstrip()) > width:

@@ -405,6 +405,10 @@ class Options:
 
         return identity.load(directory).options
 
+    def changed(self, name: str) -> bool:
+        """Whether a setting has another value than its default."""
+        return bool(getattr(self, name) != type(self).__dataclass_fields__[name].default)
+
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}

@@ -20,7 +20,7 @@ def applied(options: Options) -> Options:
     """With what --task or embedded texts say in place of every option that has its default; nothing else is changed."""
     if options.task is None:
         known = TEXTS.get(options.data)
-        if known is None or not known.template or options.template != Options().template:
+        if known is None or not known.template or options.changed("template"):
             return options
         return dataclasses.replace(options, template=known.template)
     preset = PRESETS[options.task]
@@ -28,11 +28,10 @@ def applied(options: Options) -> Options:
         "data": preset.hub, "template": preset.template, "cut": preset.cut, "choices": preset.choices,
         "answer": preset.answer, "metric": None if preset.metric == "accuracy" else preset.metric,
     }  # fmt: skip
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
-    changed = {name: value for name, value in said.items() if getattr(options, name) == defaults[name]}
-    if "template" not in changed and preset.cut not in placeholders(options.template):
-        changed.pop("cut", None)  # the template is the user's own
-    return dataclasses.replace(options, **changed)
+    taken = {name: value for name, value in said.items() if not options.changed(name)}
+    if "template" not in taken and preset.cut not in placeholders(options.template):
+        taken.pop("cut", None)  # the template is the user's own
+    return dataclasses.replace(options, **taken)
 
 
 def for_objective(options: Options) -> Options:
@@ -46,7 +45,7 @@ def for_objective(options: Options) -> Options:
             f"--task {options.task} cannot be done with --objective {options.objective}; {head}--model a language "
             "model, as an OPT or a T5"
         )
-    if options.text_column != Options().text_column or options.pair_column is not None:
+    if options.changed("text_column") or options.pair_column is not None:
         return options  # the columns are the user's own
     cut = None if options.cut == PRESETS[options.task].cut not in texts else options.cut
     return dataclasses.replace(options, text_column=texts[0], pair_column=texts[1] if len(texts) > 1 else None, cut=cut)

@@ -87,8 +87,7 @@ class Summary:
     ranks: int = 1  # processes that trained together
     # Some of the held-out texts, and what was said.
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    far: str | None = None  # where lr is far from the rule's, what that says
-    ruled: float | None = None  # and the rule's lr
+    far: rate.Far | None = None  # where lr is far from the rule's
     better: Record | None = None  # an evaluation in between that was clearly better than the last one
 
     @property
@@ -217,8 +216,8 @@ def load(options: Options, say: Callable[[str, str], None], team: Team | None = 
     aim = f", minus {task.metric.name} is minimised" if task.by_metric else ""
     say("objective", f"{objective} ({reason}){aim}")
     say("method", _method(options, optimizer, adapted.kind_of(task.model)))
-    if far := _far(optimizer, options, task)[0]:
-        say("", far)
+    if far := _far(optimizer, options, task):
+        say("", far.said())
     if team.size > 1:
         say("ranks", team.described(options))
     say("loaded in", f"{time.perf_counter() - begun:.1f} s")
@@ -235,10 +234,8 @@ def _size(task: Task) -> int:
     return sum(p.numel() for p in task.model.parameters()) if adapted.is_adapted(task.model) else _tuned(task)
 
 
-def _far(optimizer: ZerothOrderOptimizer, options: Options, task: Task) -> tuple[str | None, float | None]:
-    """Where lr is far from the rule's: what that says, and the rule's lr."""
-    about = optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model)
-    return rate.note(*about), rate.ruled(*about)
+def _far(optimizer: ZerothOrderOptimizer, options: Options, task: Task) -> rate.Far | None:
+    return rate.far(optimizer, options.lr, _tuned(task), not adapted.is_adapted(task.model))
 
 
 def _tuned(task: Task) -> int:
@@ -345,7 +342,7 @@ class _Run:
                           dict(optimizer.counters), int(optimizer.skipped_steps), options.model, output,
                           self.stop.asked, adapted.is_adapted(task.model), task.metric.name,
                           task.packer is not None, team.size, samples.record(data.eval, *result.samples),
-                          *_far(optimizer, options, task),
+                          _far(optimizer, options, task),
                           between.better(output.records, result, task.metric.name, len(data.eval)))  # fmt: skip
         output.save_json("run.json", _record(options, data, summary))
         title = f"{options.model}, {data.source}: {result.steps} steps of {options.method}"
@@ -491,10 +488,10 @@ def _print(summary: Summary, say: Any) -> None:
         best, again = between.said(summary.better, result, summary.metric, replay)
         say("best", best)
         say("", again)
-    elif not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps, summary.ruled)):
+    elif not result.interrupted and (idle := learnt.not_learnt(result.loss, result.steps, summary.far)):
         say("", idle)
     if summary.far:
-        say("", summary.far)
+        say("", summary.far.said())
     shares = {key: f"{seconds[key]:.1f} s ({percent(seconds[key] / inside)})" for key in ("forwards", "passes")}
     took = f"{clock(seconds['training'])} for {result.steps} steps"
     if summary.samples:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from zokern.finetune.examples import PROMPTED
 from zokern.finetune.options import Options, flag
 from zokern.kinds import placeholders
@@ -22,8 +20,7 @@ def notes(asked: Options, options: Options) -> list[str]:
 
     Options that are refused with another objective (examples.check) are not looked at.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
-    given = [name for name in _SERVES if getattr(asked, name) != defaults[name]]
+    given = [name for name in _SERVES if asked.changed(name)]
     found = [
         f"{_flag(name, asked)} has no effect: it is for --objective {' or '.join(_SERVES[name])}, and the objective is "
         f"{options.objective}"

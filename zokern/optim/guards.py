@@ -73,9 +73,7 @@ class Guards:
         ):
             devices = {p.device for p in owner.active.sweep.params} or {params[0].device}
             self._draws = losses.draws = pairing.Draws(devices)
-        elif (
-            first and owner.paired_randomness == "auto" and not isinstance(losses, PerExample)
-        ):  # whose rows are tested
+        elif first and owner.paired_randomness == "auto" and not isinstance(losses, PerExample):  # its rows are tested
             self._looking = pairing.Looking({p.device for p in params})
         buffers = watch is not None and bool(watch.buffers.places)
         if watch is not None and buffers:

@@ -45,8 +45,8 @@ def by_itself(module: nn.Module) -> bool:
 
 def _inside(module: nn.Module) -> list[nn.modules.dropout._DropoutNd]:
     """A module's own dropouts, whose share it may use by itself, as BERT's attention does in training mode (transformers
-    5.24)."""
-    return [child for child in module.children() if isinstance(child, nn.modules.dropout._DropoutNd)]
+    5.24). Asked in each step, and children() takes more than twice as long."""
+    return [child for child in module._modules.values() if isinstance(child, nn.modules.dropout._DropoutNd)]
 
 
 def announce(module: nn.Module) -> None:

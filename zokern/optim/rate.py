@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from zokern.optim.base import ZerothOrderOptimizer
 from zokern.optim.mezo import MeZO
 
@@ -14,31 +16,41 @@ def mezo(trained: int, directions: int) -> float:
     return 0.04 * directions / float(trained**0.4)
 
 
-def ruled(optimizer: ZerothOrderOptimizer, lr: float, trained: int, every_weight: bool) -> float | None:
-    """The rule's lr, where lr is far from it. It is for MeZO alone, on all weights, moved by plain updates."""
+class Far(NamedTuple):
+    """An lr that is far from the rule's."""
+
+    lr: float
+    ruled: float
+    trained: int
+
+    def said(self) -> str:
+        lr, ruled, trained = self
+        far, may = (
+            (f"{_plain(lr / ruled)} times", "lose what the model has learnt")
+            if lr > ruled
+            else (f"{_plain(ruled / lr)} times smaller than", "learn nothing in its steps")
+        )
+        many = f"{_plain(trained / 1e6, 3)} million" if trained >= 1e6 else _plain(trained, 3)
+        return (
+            f"lr {lr:g} is {far} {ruled:.2g}, which the rule of thumb has for {many} parameters: the run may {may}; "
+            "docs/choose.md#which-lr"
+        )
+
+
+def far(optimizer: ZerothOrderOptimizer, lr: float, trained: int, every_weight: bool) -> Far | None:
+    """None where lr is near the rule's. The rule is for MeZO alone, on all weights, moved by plain updates."""
     if type(optimizer) is not MeZO or not every_weight or not 0 < trained <= LARGEST or not lr:
         return None
     if (optimizer.options.get("update") or "sgd") != "sgd":
         return None
-    found = mezo(trained, optimizer.options["num_samples"])
-    return None if 1 / FAR < lr / found < FAR else found
+    ruled = mezo(trained, optimizer.options["num_samples"])
+    return None if 1 / FAR < lr / ruled < FAR else Far(lr, ruled, trained)
 
 
 def note(optimizer: ZerothOrderOptimizer, lr: float, trained: int, every_weight: bool) -> str | None:
     """What is said of an lr that is far from the rule's."""
-    found = ruled(optimizer, lr, trained, every_weight)
-    if found is None:
-        return None
-    far, may = (
-        (f"{_plain(lr / found)} times", "lose what the model has learnt")
-        if lr > found
-        else (f"{_plain(found / lr)} times smaller than", "learn nothing in its steps")
-    )
-    many = f"{_plain(trained / 1e6, 3)} million" if trained >= 1e6 else _plain(trained, 3)
-    return (
-        f"lr {lr:g} is {far} {found:.2g}, which the rule of thumb has for {many} parameters: the run may {may}; "
-        "docs/choose.md#which-lr"
-    )
+    found = far(optimizer, lr, trained, every_weight)
+    return None if found is None else found.said()
 
 
 def _plain(number: float, digits: int = 2) -> str:
