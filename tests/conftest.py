@@ -32,6 +32,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until the tests are collected: modules come, and nothing goes
     _heed_signals()
     # Not in pyproject.toml: pytest imports the category from there before coverage looks on.
     config.addinivalue_line("filterwarnings", "error::zokern.ZokernWarning")
@@ -55,9 +56,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    gc.enable()
+    _look_at_newer_only()
+
+
+_modules = 0  # how many there were when garbage was last looked for among all objects
+
+
+def _look_at_newer_only() -> None:
     """The suite's modules and thousands of tests stay to the end: garbage is looked for among newer objects only."""
+    global _modules
     gc.collect()
     gc.freeze()
+    _modules = len(sys.modules)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a test imported stays too, and what a file's fixtures left is taken for good: else a Trainer, which collects
+    garbage at each train(), looks through it for half a second."""
+    if len(sys.modules) != _modules or nextitem is None or nextitem.path != item.path:
+        _look_at_newer_only()
 
 
 @pytest.fixture(params=backends.BACKENDS)
