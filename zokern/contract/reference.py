@@ -78,7 +78,6 @@ def fma(a: Any, b: Any, c: Any) -> Array:
     with np.errstate(all="ignore"):
         p = np.asarray(a, np.float32).astype(np.float64) * np.asarray(b, np.float32).astype(np.float64)
         c64 = np.asarray(c, np.float32).astype(np.float64)
-        p, c64 = np.broadcast_arrays(p, c64)
         s = p + c64
         cc = s - p
         error = (p - (s - cc)) + (c64 - cc)  # Knuth's TwoSum: s + error == p + c exactly
