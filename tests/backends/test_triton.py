@@ -656,6 +656,7 @@ def test_interpreter_is_restored() -> None:
 
     names = ["_patch_lang", "_patch_lang_tensor", "_get_np_dtype"]
     before, patches = dict(vars(of_triton.interpreter_builder)), [getattr(of_triton, name) for name in names]
+    types = [tl.block_type.__init__, tl.tensor.__init__]
 
     @interpreter.exact_arithmetic()
     def fail() -> None:
@@ -667,6 +668,7 @@ def test_interpreter_is_restored() -> None:
         fail()
     assert vars(of_triton.interpreter_builder) == before
     assert [getattr(of_triton, name) for name in names] == patches
+    assert [tl.block_type.__init__, tl.tensor.__init__] == types
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter is patched")
@@ -683,3 +685,23 @@ def test_interpreter_patches_the_language_once_for_each_file_and_launch(monkeypa
     assert "triton.language.standard" in once
     assert checksum.normal_checksum(0, 3000, torch.device("cpu")) == first
     assert files == once
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter is patched")
+def test_interpreter_works_a_type_out_once(monkeypatch) -> None:
+    """In a launch, and not for each result of an operation."""
+    made: list[tuple[str, ...]] = []
+
+    def noting(init):
+        def noted(self, *args) -> None:
+            init(self, *args)
+            if not getattr(self, "dtype", self).is_ptr() and not getattr(self, "element_ty", tl.int1).is_ptr():
+                made.append((type(self).__name__, self.type.name if isinstance(self, tl.tensor) else self.name))
+
+        return noted
+
+    for cls in (tl.block_type, tl.tensor):
+        monkeypatch.setattr(cls, "__init__", noting(cls.__init__))
+    checksum.normal_checksum(0, 3000, torch.device("cpu"))
+    assert {name for name, _ in made} == {"block_type", "tensor"}
+    assert len(set(made)) == len(made) > 10

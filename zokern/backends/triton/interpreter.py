@@ -3,7 +3,8 @@
 The noise contract needs a fused multiply-add and a conversion to bfloat16 that rounds to nearest even. Depending on its
 version, the interpreter multiplies and adds with two roundings, and converts to bfloat16 wrongly on ties and carries.
 Triton 3.6's cannot make a tensor the bound of a loop where NumPy is 2.4 or later. `exact_arithmetic` puts these right
-inside a `with` block, leaves out two searches that take most of its time, and restores the interpreter afterwards.
+inside a `with` block, leaves out two searches and two kinds of repeated work that take most of its time, and restores the
+interpreter afterwards.
 Source: Boldo and Melquiond 2008 (rounding to odd makes a second rounding harmless); Knuth's TwoSum.
 """
 
@@ -90,6 +91,36 @@ def by_name(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return numpy_type
 
 
+def types_once(init: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    """Of block types, of which each operation makes several: what follows from elements and shape is worked out once."""
+    known: dict[tuple[object, ...], dict[str, Any]] = {}
+
+    def __init__(self: Any, element_ty: Any, shape: Any) -> None:
+        if type(element_ty) is not tl.dtype:  # a pointer, whose name does not say all
+            return init(self, element_ty, shape)
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in known:
+            init(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        vars(self).update(known[key])
+
+    return __init__
+
+
+def tensors_once(init: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    """Of tensors likewise: what follows from the type."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def __init__(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in known:
+            init(self, handle, type)
+            known[type.name] = vars(self).copy()
+        vars(self).update(known[type.name])
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    return __init__
+
+
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Inside, the interpreter's fma and its conversions between float32 and bfloat16 are those of a GPU, and a tensor of
@@ -101,6 +132,7 @@ def exact_arithmetic() -> Iterator[None]:
     original_fma, original_cast = interpreter_builder.create_fma, interpreter_builder.cast_impl
     original_options = interpreter_builder.options
     original_lang, original_type = interpreter._patch_lang, interpreter._get_np_dtype
+    original_block, original_tensor = tl.block_type.__init__, tl.tensor.__init__
 
     def create_fma(x: Any, y: Any, z: Any) -> Any:
         if z.data.dtype != np.float32:
@@ -125,6 +157,7 @@ def exact_arithmetic() -> Iterator[None]:
     interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
     interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._patch_lang, interpreter._get_np_dtype = once(original_lang), by_name(original_type)
+    tl.block_type.__init__, tl.tensor.__init__ = types_once(original_block), tensors_once(original_tensor)
     try:
         with np.errstate(all="ignore"):  # overflow to infinity and wrapping integers are meant
             yield
@@ -133,3 +166,4 @@ def exact_arithmetic() -> Iterator[None]:
         interpreter_builder.options = original_options
         interpreter._patch_lang_tensor = original_patch
         interpreter._patch_lang, interpreter._get_np_dtype = original_lang, original_type
+        tl.block_type.__init__, tl.tensor.__init__ = original_block, original_tensor
