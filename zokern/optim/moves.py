@@ -8,10 +8,11 @@ when parameters have become others.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,17 +101,14 @@ def added(update: Update, lr: Tensor) -> Tensor:
 def mean_square(params: Iterable[Tensor]) -> Tensor:
     """Of all elements that are not 0; 0 where there are none. float64, 0-d, on the first GPU that has any; never waits,
     but where tensors are sharded for the other ranks, which get the same bits."""
-    sums: dict[torch.device, list[Tensor]] = {}
+    whole: dict[torch.device, list[Tensor]] = {}
     sharded: dict[torch.device, list[Tensor]] = {}
     for p in params:
-        if isinstance(p, Delta):
-            continue
-        if parts.is_dtensor(p):
-            sharded.setdefault(p.device, []).append(p.detach())
-        else:
-            sums.setdefault(p.device, []).append(_squares(p.detach()))
+        if not isinstance(p, Delta):
+            (sharded if parts.is_dtensor(p) else whole).setdefault(p.device, []).append(p.detach())
+    sums = {device: list(_squares(tensors)) for device, tensors in whole.items()}
     for device, tensors in sharded.items():
-        own = torch.stack([_squares(parts.local(t)) for t in tensors])
+        own = torch.stack(_squares([parts.local(t) for t in tensors]))
         sums.setdefault(device, []).extend(shards.totals(tensors, own))
     home = next((device for device in sums if device.type != "cpu"), torch.device("cpu"))
     total = torch.zeros(2, dtype=torch.float64, device=home)
@@ -119,14 +117,23 @@ def mean_square(params: Iterable[Tensor]) -> Tensor:
     return total[0] / total[1].clamp(min=1.0)
 
 
-def _squares(t: Tensor) -> Tensor:
-    """The sum of its squares, and how many are not 0: float64 [2]."""
-    total = torch.zeros(2, dtype=torch.float64, device=t.device)
-    flat = t.reshape(1) if t.dim() == 0 else t
-    for piece in flat.split(max(1, CHUNK // max(1, flat[0].numel()))) if t.numel() else ():
-        norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
-        total += torch.stack((norm.to(torch.float64).square(), torch.count_nonzero(piece).to(torch.float64)))
-    return total
+def _squares(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of each of one device, the sum of its squares, and how many are not 0: float64 [2]."""
+    pieces = [_pieces(t) for t in tensors]
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for each in pieces for piece in each]
+    counts = [torch.count_nonzero(piece) for each in pieces for piece in each]
+    # What follows the reductions is done at once for all, as most tensors of a model are small.
+    both = torch.stack((torch.stack(norms).to(torch.float64).square(), torch.stack(counts).to(torch.float64)), dim=1)
+    if len(norms) == len(tensors):
+        return both.unbind()
+    of_each = both.split(list(map(len, pieces)))
+    return tuple(functools.reduce(torch.add, rows.unbind()) for rows in of_each)
+
+
+def _pieces(t: Tensor) -> Sequence[Tensor]:
+    if t.numel() <= CHUNK:
+        return (t,)
+    return t.split(max(1, CHUNK // t[0].numel()))
 
 
 class Moves:
