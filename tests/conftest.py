@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import os
 import signal
 import sys
@@ -19,38 +17,22 @@ if not torch.cuda.is_available() and "tests.ptx.plugin" not in sys.modules:
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests import devices
+from tests import devices, waste
 from tests.lost_gpu import pytest_runtest_protocol  # noqa: F401
+from tests.waste import pytest_collection_finish, pytest_runtest_teardown  # noqa: F401
 from zokern import backends
 from zokern.backends import native
-from zokern.contract import reference
 
 DATA = Path(__file__).parent / "data"
 
 
-def _kept(pure: Callable[..., Any]) -> Callable[..., Any]:
-    """The specification's random numbers depend on their arguments alone, and most of those that the suite asks for it has
-    asked for before: 32 MB of them at most are kept, of short tensors."""
-    known = functools.lru_cache(maxsize=1 << 12)(pure)
-
-    @functools.wraps(pure)
-    def again(*args: int) -> Any:
-        return known(*args).copy() if args[0] <= 2048 else pure(*args)
-
-    return again
-
-
-reference._normals = _kept(reference._normals)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    gc.disable()  # until the tests are collected: modules come, and nothing goes
+    waste.avoid()
     _heed_signals()
     # Not in pyproject.toml: pytest imports the category from there before coverage looks on.
     config.addinivalue_line("filterwarnings", "error::zokern.ZokernWarning")
@@ -71,30 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: at the end they would keep one process busy and leave the others idle."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
-
-
-def pytest_collection_finish() -> None:
-    gc.enable()
-    _look_at_newer_only()
-
-
-_modules = 0  # how many there were when garbage was last looked for among all objects
-
-
-def _look_at_newer_only() -> None:
-    """The suite's modules and thousands of tests stay to the end: garbage is looked for among newer objects only."""
-    global _modules
-    gc.collect()
-    gc.freeze()
-    _modules = len(sys.modules)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """What a test imported stays too, and what a file's fixtures left is taken for good: else a Trainer, which collects
-    garbage at each train(), looks through it for half a second."""
-    if len(sys.modules) != _modules or nextitem is None or nextitem.path != item.path:
-        _look_at_newer_only()
 
 
 @pytest.fixture(params=backends.BACKENDS)

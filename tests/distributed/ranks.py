@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from tests.methods import build
+from tests.waste import no_seeds_of_what_is_not_there
 
 # What a step and this module import besides: else each process would, for most of its time.
 BESIDES = ("zokern.backends.cpu", "zokern.backends.factored", "zokern.backends.transfer", "tests.distributed.ranks")
@@ -64,6 +65,7 @@ def _rank(
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
+    no_seeds_of_what_is_not_there()
     faulthandler.enable()  # a rank that a signal ends says where it was
     if join:
         meeting, patience = FileStore(store, world), datetime.timedelta(seconds=timeout)

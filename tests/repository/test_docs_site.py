@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +47,16 @@ def site(tmp_path: Path) -> Site:
     return built
 
 
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """What MkDocs logs."""
+    text = io.StringIO()
+    handler, logger = logging.StreamHandler(text), logging.getLogger("mkdocs")
+    logger.addHandler(handler)
+    yield text
+    logger.removeHandler(handler)
+
+
 def pages_of(nav: Any) -> Iterator[str]:
     for one in nav if isinstance(nav, list) else nav.values():
         if isinstance(one, str):
@@ -80,10 +92,10 @@ def test_what_is_not_understood_is_no_formula(tex: str, why: str) -> None:
         formulas.mathml(tex)
 
 
-def test_a_wrong_formula_fails_with_its_page(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_formula_fails_with_its_page(site: Site, logged: io.StringIO) -> None:
     with pytest.raises(Abort):
         site(**{"docs/index.md": "# A", "docs/part/page.md": "# B\n\nWith $\\nosuch$."})
-    assert r"part/page.md: '\\nosuch' has commands that are not known: \nosuch" in caplog.text
+    assert r"part/page.md: '\\nosuch' has commands that are not known: \nosuch" in logged.getvalue()
 
 
 def test_a_dollar_in_code_or_of_money_is_no_formula(config: Any) -> None:
@@ -112,14 +124,14 @@ def test_links_to_files_outside() -> None:
     assert at("noise.md", f"{code}\n<!-- c: begin -->\n| d |") == f"{code}\n\n| d |"
 
 
-def test_a_missing_file_outside_fails_with_the_pages_name(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_outside_fails_with_the_pages_name(site: Site, logged: io.StringIO) -> None:
     with pytest.raises(PluginError, match=r"docs/noise\.md links to \.\./none\.py, and there is no file none\.py"):
         outside.Links(ROOT, "noise.md").page_of("../none.py")
     with pytest.raises(PluginError, match="there is no file examples"):
         outside.Links(ROOT, "noise.md").page_of("../examples")
     with pytest.raises(Abort):
         site(**{"docs/index.md": "# A", "docs/a.md": "[a](../none.py)"})
-    assert "docs/a.md links to ../none.py, and there is no file none.py" in caplog.text
+    assert "docs/a.md links to ../none.py, and there is no file none.py" in logged.getvalue()
 
 
 def test_code_with_fences_stays_whole() -> None:
