@@ -97,7 +97,8 @@ def types_once(init: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any
 
     def __init__(self: Any, element_ty: Any, shape: Any) -> None:
         if type(element_ty) is not tl.dtype:  # a pointer, whose name does not say all
-            return init(self, element_ty, shape)
+            init(self, element_ty, shape)
+            return
         key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
         if key not in known:
             init(self, element_ty, shape)
