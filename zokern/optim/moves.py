@@ -133,7 +133,8 @@ def _squares(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _pieces(t: Tensor) -> Sequence[Tensor]:
     if t.numel() <= CHUNK:
         return (t,)
-    return t.split(max(1, CHUNK // t[0].numel()))
+    pieces: Sequence[Tensor] = t.split(max(1, CHUNK // t[0].numel()))
+    return pieces
 
 
 class Moves:
