@@ -1,3 +1,3 @@
 """The package version: one place, read by pyproject.toml without importing torch."""
 
-__version__ = "0.2.0"
+__version__ = "0.2.1"
