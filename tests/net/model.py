@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,12 @@ EXAMPLES = 2
 def whole(p: Tensor, example: int) -> Tensor:
     """sum (p - target)^2 in units of 2^-20, int64: exact, so that no order of summation matters."""
     seen = (p.to(torch.float64) * UNIT).round().to(torch.int64)
-    target = (torch.arange(p.numel(), device=p.device) * 389 + 97 * example) % 1021 - 510
-    return ((seen - target.view(p.shape)) ** 2).sum()
+    return ((seen - target(p.shape, p.device, example)) ** 2).sum()
+
+
+@functools.cache
+def target(shape: torch.Size, device: torch.device, example: int) -> Tensor:
+    return ((torch.arange(shape.numel(), device=device) * 389 + 97 * example) % 1021 - 510).view(shape)
 
 
 class Block(nn.Module):
