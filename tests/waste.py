@@ -1,7 +1,8 @@
 """What the suite would else do thousands of times for nothing, a quarter of its time. conftest.py has the hooks.
 
-- Garbage is looked for among objects that are newer than a file's first test and than what was imported. The modules of
-  the frameworks and the tests stay to the end, and a Trainer looks through all that there is at each train().
+- Garbage is looked for among objects that are newer than the file's first test, than what was imported, and than the test
+  before that had all looked through. The modules of the frameworks and the tests stay to the end, and a Trainer looks
+  through all that there is at each train().
 - The specification's normals depend on their arguments alone, and most of those that the suite asks for it had before.
 - torch.manual_seed keeps the seed for each kind of device that is not there, with the text of the whole stack.
 """
@@ -22,7 +23,7 @@ from zokern.contract import reference
 SHORT = 2048  # elements: of longer tensors nothing is kept
 KEPT = 1 << 12  # tensors, of 32 MB at most
 
-_modules = 0  # how many there were when garbage was last looked for among all objects
+_then = (0, 0)  # _now() when garbage was last looked for among all objects
 
 
 def avoid() -> None:
@@ -56,12 +57,17 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)  # the fixtures are gone
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    if len(sys.modules) != _modules or nextitem is None or nextitem.path != item.path:
+    if _now() != _then or nextitem is None or nextitem.path != item.path:
         _look_at_newer_only()
 
 
+def _now() -> tuple[int, int]:
+    """How many modules there are, and how often all objects were looked through."""
+    return len(sys.modules), gc.get_stats()[2]["collections"]
+
+
 def _look_at_newer_only() -> None:
-    global _modules
+    global _then
     gc.collect()
     gc.freeze()
-    _modules = len(sys.modules)
+    _then = _now()

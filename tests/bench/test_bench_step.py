@@ -249,6 +249,18 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.parametrize("others", [0, 7])
+def test_only_what_a_run_froze_is_unfrozen(others: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller who froze what is there, as servers do and this suite, would pay for it at each collection from then on."""
+    done: list[str] = []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: others)
+    for name in ("freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, lambda name=name: done.append(name))
+    monkeypatch.setattr(Run, "_all", lambda run: done.append("run"))
+    Run(settings(), tmp_path / "step.json").run()
+    assert done == ["freeze", "run", "unfreeze"][: 2 if others else 3]
+
+
 def test_record_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     Run(settings(), path).run()

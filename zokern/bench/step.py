@@ -60,13 +60,15 @@ class Turns:
         self.about: dict[str, dict[str, Any]] = {}  # of each model: "dtype", "parameters", "weights_bytes" and more
 
     def run(self) -> Any:
+        ours = gc.get_freeze_count() == 0  # else the caller's, which unfreeze() would take with it
         gc.freeze()  # what is there stays: each visit ends with a collection, which need not look at all of transformers
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error", ZokernWarning)  # a skipped update would be timed as if it were one
             try:
                 self._all()
             finally:
-                gc.unfreeze()
+                if ours:
+                    gc.unfreeze()
                 self._save(last=True)
         return self.stored()
 
