@@ -1,4 +1,4 @@
-"""What the suite would else do thousands of times for nothing, a quarter of its time. conftest.py has the hooks.
+"""What the suite would else do thousands of times for nothing, a seventh of its time. conftest.py has the hooks.
 
 - Garbage is looked for among objects that are newer than the file's first test, than what was imported, and than the test
   before that had all looked through. The modules of the frameworks and the tests stay to the end, and a Trainer looks

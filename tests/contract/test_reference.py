@@ -93,6 +93,22 @@ def test_fma_rounds_once_where_float64_rounds_twice() -> None:
     assert hard == round_to_float32(exact)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_fma_of_almost_a_tie(sign: float) -> None:
+    """float64 has no place for what decides: the addend is too small beside the product, and the product's end beside the
+    addend."""
+    x, tiny = sign * np.float32(1 + 2.0**-12), np.float32(2.0**-80)
+    down, up = 1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-23  # x^2 is halfway, and down is even
+    assert reference.fma(x, x, tiny) == up
+    assert reference.fma(x, x, -tiny) == down
+    assert reference.fma(-x, x, tiny) == -down
+    assert reference.fma(-x, x, -tiny) == -up
+    a, b = np.float32(2.0**-24 * (1 + 2.0**-23)), np.float32(1 - 2.0**-23)  # a b is 2^-70 less than 2^-24
+    odd = sign * np.float32(1 + 2.0**-23)
+    assert reference.fma(sign * a, b, odd) == odd
+    assert reference.fma(-sign * a, b, odd) == odd
+
+
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
 def test_fma_special_values(special: float) -> None:
     with np.errstate(all="ignore"):
