@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -28,7 +28,6 @@ _then = (0, 0)  # _now() when garbage was last looked for among all objects
 
 def avoid() -> None:
     """From the start of the suite on."""
-    gc.disable()  # until the tests are collected: modules come, and nothing goes
     reference._normals = kept(reference._normals)
     no_seeds_of_what_is_not_there()
 
@@ -50,8 +49,17 @@ def kept(normals: Callable[..., Any]) -> Callable[..., Any]:
     return again
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Modules come, and nothing goes."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
-    gc.enable()
     _look_at_newer_only()
 
 

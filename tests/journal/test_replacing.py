@@ -56,7 +56,7 @@ def killed(path: Path, place: str) -> None:
 @pytest.mark.parametrize("place", ["before the first step", "before it moves", "after it moved"])
 def test_killed(place: str, earlier: Path) -> None:
     before = earlier.read_bytes()
-    child = multiprocessing.get_context("fork").Process(target=killed, args=(earlier, place))
+    child = multiprocessing.get_context("fork").Process(target=killed, args=(earlier, place), daemon=True)
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL

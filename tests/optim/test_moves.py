@@ -152,6 +152,8 @@ def test_mean_square_leaves_zeros_out(dtype: torch.dtype, monkeypatch: pytest.Mo
     every = np.concatenate([t.double().numpy().reshape(-1) for t in tensors])
     assert float(mean_square(tensors)) == pytest.approx((every[every != 0] ** 2).mean(), rel=1e-5)
     assert float(mean_square([torch.zeros(4)])) == 0.0
+    assert float(mean_square([torch.zeros(0, 5), torch.tensor(3.0), torch.zeros(0)])) == 9.0
+    assert float(mean_square([])) == 0.0
 
 
 @CASES
