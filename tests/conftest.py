@@ -24,7 +24,12 @@ import pytest
 
 from tests import devices, waste
 from tests.lost_gpu import pytest_runtest_protocol  # noqa: F401
-from tests.waste import pytest_collection, pytest_collection_finish, pytest_runtest_teardown  # noqa: F401
+from tests.waste import (  # noqa: F401
+    pytest_collection,
+    pytest_collection_finish,
+    pytest_runtest_teardown,
+    pytest_xdist_make_scheduler,
+)
 from zokern import backends
 from zokern.backends import native
 

@@ -4,6 +4,7 @@
   before that had all looked through. The modules of the frameworks and the tests stay to the end, and a Trainer looks
   through all that there is at each train().
 - The specification's normals depend on their arguments alone, and most of those that the suite asks for it had before.
+- A server of ranks that have the frameworks imported (tests/integrations/many.py) is started by one process of the suite.
 - torch.manual_seed keeps the seed for each kind of device that is not there, with the text of the whole stack.
 """
 
@@ -22,6 +23,7 @@ from zokern.contract import reference
 
 SHORT = 2048  # elements: of longer tensors nothing is kept
 KEPT = 1 << 12  # tensors, of 32 MB at most
+WITH_FRAMEWORKS = "tests/integrations/test_ranks_"
 
 _then = (0, 0)  # _now() when garbage was last looked for among all objects
 
@@ -47,6 +49,21 @@ def kept(normals: Callable[..., Any]) -> Callable[..., Any]:
         return known(*args).copy() if args[0] <= SHORT else normals(*args)
 
     return again
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """--dist loadfile, with the files whose tests start such ranks as if they were one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return WITH_FRAMEWORKS if file.startswith(WITH_FRAMEWORKS) else file
+
+    return Files(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

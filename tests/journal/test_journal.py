@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import zokern
 from tests import devices, methods
-from tests.models import Toy, toy
+from tests.models import Toy, small, toy
 from tests.pairs import label, pairs
 from zokern import journal
 from zokern.cli import app
@@ -534,7 +534,7 @@ def train(path: Path, number: int, resume: bool) -> None:
     """In a process of its own, which may be killed at any time."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    model = toy(torch.bfloat16)
+    model = small(torch.bfloat16)
     optimizer = zokern.HiZOO(model, 1e-2, smoothing=1e-4, placement="shadow", layers=zokern.RandomBlocks(1))
     context: Callable[..., Any] = journal.resume if resume else journal.write
     with context(optimizer, path):
@@ -579,7 +579,7 @@ def killed_again_and_again(tmp_path: Path, number: int, kills: int, seconds: flo
     assert tools.first_difference(tmp_path / "whole.zkj", path) is None
     results = []
     for name in ("whole.zkj", "run.zkj"):
-        model = toy(torch.bfloat16)
+        model = small(torch.bfloat16)
         assert journal.replay(tmp_path / name, model) == number
         results.append(weights(model))
     assert same(*results)
