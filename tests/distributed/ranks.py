@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -66,6 +67,7 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     no_seeds_of_what_is_not_there()
+    gc.freeze()  # a Trainer collects garbage at each train(), for long among what the server imported
     faulthandler.enable()  # a rank that a signal ends says where it was
     if join:
         meeting, patience = FileStore(store, world), datetime.timedelta(seconds=timeout)

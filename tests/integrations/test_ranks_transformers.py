@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ def trained(folder: str, data: int = 24, zo: Any = MOMENTUM, cls: str = "ZOTrain
     """One training, in this process of however many there are."""
     from zokern.integrations import transformers
 
-    gc.collect = lambda *_: 0  # each train() collects garbage, a quarter of a second each time
     own = {name: given.pop(name) for name in ("callbacks", "optimizers") if name in given}
     resume, model = given.pop("resume", None), given.pop("model", None) or llama()
     args = arguments(Path(folder), **{"eval_strategy": "no", **given})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ st = pytest.importorskip("sentence_transformers")
 
 
 def quiet() -> None:
-    gc.collect = lambda *_: 0
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -106,28 +106,28 @@ def mean_square(params: Iterable[Tensor]) -> Tensor:
     for p in params:
         if not isinstance(p, Delta):
             (sharded if parts.is_dtensor(p) else whole).setdefault(p.device, []).append(p.detach())
-    sums = {device: list(_squares(tensors)) for device, tensors in whole.items()}
+    sums = {device: [_squares(tensors)] for device, tensors in whole.items()}
     for device, tensors in sharded.items():
-        own = torch.stack(_squares([parts.local(t) for t in tensors]))
-        sums.setdefault(device, []).extend(shards.totals(tensors, own))
+        own = _squares([parts.local(t) for t in tensors])
+        sums.setdefault(device, []).append(shards.totals(tensors, own))
     home = next((device for device in sums if device.type != "cpu"), torch.device("cpu"))
     total = torch.zeros(2, dtype=torch.float64, device=home)
     for each in sums.values():
-        total += sent(torch.stack(each).sum(dim=0), home)
+        total += sent(torch.cat(each).sum(dim=0), home)
     return total[0] / total[1].clamp(min=1.0)
 
 
-def _squares(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of each of one device, the sum of its squares, and how many are not 0: float64 [2]."""
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each of one device, the sum of its squares, and how many are not 0: float64 [T, 2]."""
     pieces = [_pieces(t) for t in tensors]
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for each in pieces for piece in each]
     counts = [torch.count_nonzero(piece) for each in pieces for piece in each]
     # What follows the reductions is done at once for all, as most tensors of a model are small.
     both = torch.stack((torch.stack(norms).to(torch.float64).square(), torch.stack(counts).to(torch.float64)), dim=1)
     if len(norms) == len(tensors):
-        return both.unbind()
+        return both
     of_each = both.split(list(map(len, pieces)))
-    return tuple(functools.reduce(torch.add, rows.unbind()) for rows in of_each)
+    return torch.stack([functools.reduce(torch.add, rows.unbind()) for rows in of_each])
 
 
 def _pieces(t: Tensor) -> Sequence[Tensor]:
