@@ -1,6 +1,6 @@
 // Passes run on the threads of torch's own operators. These wait for the next operator at full speed, for milliseconds,
 // so a thread of ours would share a core with one of them: 0.1 to 3 ms a pass on two cores. torch's team is OpenMP's,
-// and is reached through the entry point that compilers call, in whichever OpenMP library the process has loaded.
+// and is reached through the entry point that compilers call, in the OpenMP library that torch was bound to.
 //
 // Where there is none, and in a child of a fork, which has inherited a team without its threads and would wait for them
 // for ever, threads are started for the pass and joined at its end, 20 to 30 microseconds each. A child that loads this
@@ -30,8 +30,17 @@ using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<bool> forked{false};
 const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// In the linker's order: what the whole process sees, which may be a library that was preloaded, then torch's own
+// libraries. Its wheels for Arm show theirs to nobody else.
+Team openmp() {
+  void* found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (found == nullptr)
+    if (void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(torch, "GOMP_parallel");
+  return reinterpret_cast<Team>(found);
+}
+
 Team team() {
-  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const Team found = openmp();
   return watched == 0 && !forked ? found : nullptr;
 }
 #else

@@ -12,6 +12,7 @@ import zokern
 from zokern.backends import native
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason="needs the compiled module")
+ROOT = Path(__file__).parents[2]
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc and OpenMP's library")
 
 
@@ -50,6 +51,28 @@ def test_no_thread_is_started_beside_those_of_torch() -> None:
         assert seen <= before
     finally:
         torch.set_num_threads(threads_before)
+
+
+UNSEEN = """
+import ctypes
+whole = ctypes.CDLL
+class Local(whole):  # torch's libraries, opened so that the process does not see their names
+    def __init__(self, name, *args, **options):
+        super().__init__(name)
+ctypes.CDLL = Local
+import torch
+ctypes.CDLL = whole
+assert not hasattr(whole(None), "GOMP_parallel"), "OpenMP is seen: this test looks at nothing"
+from tests.backends import test_threads
+test_threads.test_no_thread_is_started_beside_those_of_torch()
+"""
+
+
+@LINUX
+def test_nor_where_torch_keeps_its_openmp_to_itself() -> None:
+    """As its wheels for Arm do."""
+    result = subprocess.run([sys.executable, "-c", UNSEEN], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
 
 
 IN_A_CHILD = """
