@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip install $(if $(CI),,--progress-bar raw)
 tell = $(if $(CI),$(3),$(PYTHON) tools/tell.py --log build/$(1).log $(2) $(3))
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz matrix test-kernels wheel test-wheel lint format docs docs-serve bench clean
+.PHONY: setup demo demo-lm test test-built coverage test-slow faults fuzz matrix arm test-kernels wheel test-wheel lint format docs docs-serve bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.torch:
@@ -83,6 +83,11 @@ test-kernels: setup
 matrix: setup
 	$(BIN)/python -m pip install --quiet "uv>=0.9" "build>=1.2"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.matrix $(MATRIX)
+
+# The CPU's tests on an emulated Arm processor, cross-compiled: about an hour. ARM="--processor neoverse-v1", --help: other selections.
+arm: setup
+	$(BIN)/python -m pip install --quiet "uv>=0.9" "build>=1.2"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.arm $(ARM)
 
 # A wheel with the CUDA kernels for machines without nvcc. setuptools would pack what earlier builds left; auditwheel
 # names the oldest Linux that the wheel runs on.

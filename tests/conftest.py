@@ -77,7 +77,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=["plain", "avx2", "avx512", "neon"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU backend on each set of instructions in turn; one that is not here is skipped."""
     name: str = request.param

@@ -39,12 +39,19 @@ class StandardFloats {
 #endif
 };
 
+// What every processor of this kind has.
+#if defined(__aarch64__)
+constexpr char kBaseline[] = "neon";
+#else
+constexpr char kBaseline[] = "plain";
+#endif
+
 const Kernels& kernels(const std::string& name) {
 #if defined(__x86_64__)
   if (name == "avx512") return kAvx512;
   if (name == "avx2") return kAvx2;
 #endif
-  if (name == "plain") return kPlain;
+  if (name == kBaseline) return kPlain;
   throw std::invalid_argument("unknown instruction set: " + name);
 }
 
@@ -91,7 +98,7 @@ std::vector<std::string> instruction_sets() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     names.push_back("avx2");
 #endif
-  names.push_back("plain");
+  names.push_back(kBaseline);
   return names;
 }
 

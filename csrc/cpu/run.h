@@ -8,7 +8,7 @@
 namespace zk {
 namespace cpu {
 
-// Instruction sets that were built and that this processor has, best first: "avx512", "avx2", "plain".
+// Instruction sets that were built and that this processor has, best first: "avx512", "avx2", "plain"; on Arm "neon".
 std::vector<std::string> instruction_sets();
 
 // By a rule's number. Throws std::invalid_argument, and changes nothing, for a number or a dtype that there is no code

@@ -23,50 +23,35 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import zokern
+from tests.outside import (
+    ROOT,
+    Cell,
+    Failed,
+    begun,
+    copied,
+    run,
+    say,
+    source_distribution,
+    tested,
+    told,
+    variables,
+    versions,
+)
 from zokern.bench.record import RESULTS, commit, store
 
-ROOT = Path(__file__).parents[2]
 PYTHONS = tuple(f"3.{minor}" for minor in range(10, 15))  # from the oldest that pyproject.toml allows
 RESOLUTION = {"oldest": "lowest-direct", "newest": "highest"}  # uv's words
 SHOWN = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "lightning", "datasets", "numpy")
 TESTS = ("contract", "passes", "optim", "placement", "journal", "checking", "integrations", "finetune", "tasks")
 # Triton's kernels, compiled for a GPU, with fewer cases than `make ptx`: its interpreter takes what its compiler does not
 EMULATED = ("-m", "tests.ptx", "--backend", "triton", "--arch", "90", "--quick", "--no-registers")
-PYTEST = ("-m", "pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider")
-LAST = 30  # lines of a command that failed
-
-Cell = dict[str, Any]
-
-
-class Failed(Exception):
-    """A command did; its text is which, and the end of what it said."""
-
-
-def run(command: Sequence[str | Path], log: Path, **options: Any) -> str:
-    """All that it printed, which is added to the log.
-
-    Raises:
-        Failed: where it ends with another exit code than 0.
-    """
-    done: subprocess.CompletedProcess[str] = subprocess.run(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
-    )
-    with log.open("a") as file:
-        print(f"$ {' '.join(map(str, command))}\n{done.stdout}", file=file)
-    if done.returncode:
-        words = " ".join([Path(command[0]).name, *map(str, command[1:3])])
-        raise Failed("\n".join([f"{words} ended with exit code {done.returncode}", *done.stdout.splitlines()[-LAST:]]))
-    return done.stdout
 
 
 def interpreters() -> dict[str, Path]:
@@ -88,43 +73,14 @@ def interpreters() -> dict[str, Path]:
     return {name: found[name][1] for name in sorted(found, key=lambda name: found[name][0])}
 
 
-def copied(folder: Path) -> Path:
-    """What the tests need of the checkout, without the package: the files that git knows."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if not name.startswith(("zokern/", "csrc/")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def counted(report: Path) -> Cell:
-    """Of a JUnit file: how many tests passed and were skipped, and the names of those that failed."""
-    found: Cell = {"passed": 0, "skipped": 0, "failed": []}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {part.tag for part in case}
-        if kinds & {"failure", "error"}:
-            found["failed"].append(f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}")
-        else:
-            found["skipped" if "skipped" in kinds else "passed"] += 1
-    return found
-
-
-VERSIONS = """
-import importlib.metadata as metadata, json, sys
-print(json.dumps({"python": sys.version.split()[0], **{name: metadata.version(name) for name in sys.argv[1:]}}))
-"""
-
-
 def tried(python: Path, wheel: Path, libraries: str, tests: Sequence[str], work: Path, log: Path) -> Cell:
     """A cell of the matrix, in a new environment.
 
     Raises:
         Failed: where nothing can be installed, the report fails, or pytest has no tests.
     """
-    venv, outside, report = work / "venv", copied(work / "outside"), work / "tests.xml"
-    inside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    inside |= {"VIRTUAL_ENV": str(venv), "COLUMNS": "200"}
+    venv, outside = work / "venv", copied(work / "outside")
+    inside = variables(venv)
     run(["uv", "venv", "--seed", "--python", python, venv], log)
     # The wheel's own requirements would be nobody's direct ones, of which alone uv takes the oldest; so they come first.
     chosen = ["--resolution", RESOLUTION[libraries], "--only-binary", ":all:", "--extra", "test"]
@@ -132,17 +88,11 @@ def tried(python: Path, wheel: Path, libraries: str, tests: Sequence[str], work:
     run(["uv", "pip", "install", "--no-deps", wheel], log, env=inside)
     run(["uv", "pip", "check"], log, env=inside)
     own = venv / "bin" / "python"
-    versions = json.loads(run([own, "-c", VERSIONS, *SHOWN], log, cwd=work, env=inside))
+    found = versions(own, SHOWN, log, inside)
     run([own, "-m", "zokern"], log, cwd=work, env=inside)
     run([own, "-m", "zokern", "finetune", "--help"], log, cwd=work, env=inside)
     run([own, *EMULATED], log, cwd=outside, env=inside)
-    begun = time.monotonic()
-    try:
-        run([own, *PYTEST, f"--junitxml={report}", *tests], log, cwd=outside, env=inside)
-    except Failed:
-        if not report.is_file():
-            raise
-    return {"versions": versions, **counted(report), "seconds": round(time.monotonic() - begun)}
+    return {"versions": found, **tested(own, tests, outside, log, inside)}
 
 
 def looked_at(version: str, wheel: Path, log: Path) -> Cell:
@@ -185,13 +135,10 @@ def main() -> int:
     at_hand = interpreters()
     options = parse(list(at_hand))
     kept = Kept(options, list(at_hand))
-    log = ROOT / "build" / "matrix.log"
-    log.parent.mkdir(exist_ok=True)
+    log = begun("matrix")
     with tempfile.TemporaryDirectory(prefix="zokern-matrix-") as name:
         folder = Path(name)
-        say(f"the sdist; all output is in {log}")
-        run(["pyproject-build", "--sdist", "--outdir", folder, ROOT], log)
-        (sdist,) = folder.glob("zokern-*.tar.gz")
+        sdist = source_distribution(folder, log)
         for version in options.python:
             say(f"Python {version}: a wheel from the sdist")
             out = folder / version
@@ -231,20 +178,6 @@ class Kept:
         self.cells = {name: cells[name] for name in order}
         store("matrix", torch.device("cpu"), self.settings, self.cells, self.path, complete={*self.all} <= {*cells})
         say(told(cell))
-
-
-def told(cell: Cell) -> str:
-    if "broke" in cell:
-        return f"  broke:\n{cell['broke']}"
-    if "not at hand" in cell:
-        return f"  {cell['not at hand']}"
-    shown = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
-    counts = f"{cell['passed']} passed, {cell['skipped']} skipped, {len(cell['failed'])} failed"
-    return "\n    ".join([f"  {counts} in {cell['seconds']} s: {shown}", *cell["failed"]])
-
-
-def say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 
 import benchmarks.matrix
 import benchmarks.parts
+from tests import outside
 from tests.matrix import __main__ as matrix
 
 
@@ -19,17 +20,17 @@ def test_a_cell_counts_its_tests_and_names_those_that_failed(tmp_path: Path) -> 
         '<skipped/></testcase><testcase classname="tests.one" name="c"><failure/></testcase>'
         '<testcase classname="tests.one" name="c"><error/></testcase></testsuite></testsuites>'
     )
-    assert matrix.counted(tmp_path / "a.xml") == {"passed": 1, "skipped": 1, "failed": ["tests/one::c", "tests/one::c"]}
+    assert outside.counted(tmp_path / "a.xml") == {"passed": 1, "skipped": 1, "failed": ["tests/one::c", "tests/one::c"]}
 
 
 def test_a_command_that_fails_is_told_with_the_end_of_what_it_said(tmp_path: Path) -> None:
-    with pytest.raises(matrix.Failed, match=r"^sh -c echo .* ended with exit code 3\nthe cause$"):
-        matrix.run(["sh", "-c", "echo the cause; exit 3"], tmp_path / "log")
+    with pytest.raises(outside.Failed, match=r"^sh -c echo .* ended with exit code 3\nthe cause$"):
+        outside.run(["sh", "-c", "echo the cause; exit 3"], tmp_path / "log")
     assert (tmp_path / "log").read_text().endswith("the cause\n\n")
 
 
-def broken() -> matrix.Cell:
-    raise matrix.Failed("uv pip install ended with exit code 1\nno wheel of torch")
+def broken() -> outside.Cell:
+    raise outside.Failed("uv pip install ended with exit code 1\nno wheel of torch")
 
 
 def test_cells_are_kept_from_call_to_call_and_told_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

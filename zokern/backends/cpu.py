@@ -1,4 +1,4 @@
-"""The compiled CPU backend: AVX-512, AVX2 or plain, chosen at run time; same bits on all.
+"""The compiled CPU backend: AVX-512, AVX2 or plain, chosen at run time, and NEON on Arm; same bits on all.
 
 $ZOKERN_CPU_ISA forces an instruction set. The number of threads is torch.get_num_threads().
 """

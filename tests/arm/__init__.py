@@ -1,0 +1,1 @@
+"""The CPU backend on Arm processors, tried without one."""
