@@ -24,7 +24,7 @@ NEEDED = {  # program: Debian's package
 TORCH = "torch==2.10.0"
 # Without pointer authentication, which Debian's Python uses where it is there, and which takes QEMU most of the time.
 PLAINEST = "neoverse-n1"
-BUILD = ("pip", "setuptools>=77", "wheel", "pybind11>=2.12")
+BUILD = ("setuptools>=77", "pybind11>=2.12")
 
 
 def missing() -> str | None:
@@ -55,7 +55,9 @@ class Machine:
 
     def variables(self, processor: str) -> dict[str, str]:
         """The environment of a process on that processor, by QEMU's name."""
-        return {**variables(self.venv), "QEMU_CPU": processor}
+        env = {**variables(self.venv), "QEMU_CPU": processor}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled each time, the libraries' sources would take most of it
+        return env
 
     def version(self) -> str:
         """QEMU's."""
@@ -75,7 +77,7 @@ class Machine:
             f'set(CMAKE_CXX_FLAGS_INIT "-idirafter {self.root}/usr/include")\n'  # Python's header includes one by processor
         )
         env = {**self.variables(PLAINEST), "CMAKE_TOOLCHAIN_FILE": str(described), "ZOKERN_CUDA": "off"}
-        command = [self.python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", out, sdist]
+        command = ["uv", "build", "--wheel", "--no-build-isolation", "--python", self.python, "--out-dir", out, sdist]
         run(command, self.log, cwd=self.folder, env=env)
         (wheel,) = out.glob("zokern-*.whl")
         return wheel

@@ -20,7 +20,11 @@ def test_a_cell_counts_its_tests_and_names_those_that_failed(tmp_path: Path) -> 
         '<skipped/></testcase><testcase classname="tests.one" name="c"><failure/></testcase>'
         '<testcase classname="tests.one" name="c"><error/></testcase></testsuite></testsuites>'
     )
-    assert outside.counted(tmp_path / "a.xml") == {"passed": 1, "skipped": 1, "failed": ["tests/one::c", "tests/one::c"]}
+    assert outside.counted(tmp_path / "a.xml") == {
+        "passed": 1,
+        "skipped": 1,
+        "failed": ["tests/one::c", "tests/one::c"],
+    }
 
 
 def test_a_command_that_fails_is_told_with_the_end_of_what_it_said(tmp_path: Path) -> None:
