@@ -164,11 +164,12 @@ ZK_FN void unpacked_signs(typename L::f32 (&z)[L::kVectors], uint64_t base, uint
   constexpr int kLanes = L::kWidth / L::kSub;
   constexpr int kShare = kLanes < 4 ? 8 : 32 / kLanes;  // vectors that share a word: all 8, or 32 bits' worth
   const Head head = chunk_head<kRademacher>(base, id, keys);
+  uint32_t w[1][4];
   ZK_UNROLL
   for (int s = 0; s < L::kSub; ++s) {
     const uint32_t first = b + uint32_t(s * kLanes);
-    uint32_t w[1][4];
-    block_words<typename L::Scalar>(w, uint32_t(base >> 7) + (first >> 4), head, keys);
+    if (s * kLanes % 16 == 0)  // b is a multiple of kWidth: the other groups lie in the block before
+      block_words<typename L::Scalar>(w, uint32_t(base >> 7) + (first >> 4), head, keys);
     ZK_UNROLL
     for (int v = 0; v < 8; v += kShare) {
       const uint32_t bit = 8 * (first & 15) + uint32_t(v * kLanes);  // of the vector's first element

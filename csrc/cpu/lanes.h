@@ -3,15 +3,16 @@
 //
 // One source for AVX-512 (W = 16), AVX2 with FMA (W = 8), and plain builds for any processor (W = 4: SSE2, NEON, or
 // what the compiler makes of it). Intrinsics appear only where vector types cannot say it: fused multiply-add,
-// 32x32->64 products of the even lanes, and float16 conversion. Included once per instruction set, in its own
-// namespace, so that no function compiled for one set can be linked into another.
+// 32x32->64 products of the even lanes, and float16 conversion; on 64-bit Arm, whose intrinsics for 16-bit numbers are
+// in neon.h, where compilers do not find the instruction. Included once per instruction set, in its own namespace, so
+// that no function compiled for one set can be linked into another.
 #pragma once
 #include <cstring>
 #include <utility>
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
+#elif defined(__aarch64__)
+#include "neon.h"
 #endif
 
 #include "../lowrank.h"
@@ -36,7 +37,6 @@ struct ScalarLanes {
   static ZK_FN u64 mul(u64 a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
   static ZK_FN u64 high(u64 p) { return p >> 32; }
   static ZK_FN u64 counter(uint32_t block, int) { return block; }
-  static ZK_FN u64 splat64(uint32_t x) { return x; }
   static ZK_FN u32 join(u64 a, u64) { return u32(a); }
 };
 
@@ -49,28 +49,49 @@ struct Lanes {
   static constexpr int W = 4;
 #endif
   using Scalar = ScalarLanes;
-  static constexpr int kSub = 2, kWidth = kSub * W, kHalves = 2 * kSub, kVectors = 8 * kSub;
+  static constexpr int kSub = 2, kWidth = kSub * W, kVectors = 8 * kSub;
   static constexpr int kTile = 8 * kWidth;
   typedef float f32 __attribute__((vector_size(4 * W)));
   typedef uint32_t u32 __attribute__((vector_size(4 * W)));
   typedef int32_t i32 __attribute__((vector_size(4 * W)));
-  typedef uint64_t u64 __attribute__((vector_size(4 * W)));
   typedef uint16_t u16 __attribute__((vector_size(2 * W)));
   using Word = u32;
   static constexpr int kPack = 1;
+#if defined(__aarch64__)
+  // Low and high words in vectors of their own: two unzips make them from products, where lanes of 64 bits would take a
+  // narrowing before each multiplication and a shift after it.
+  struct u64 {
+    u32 low, high;
+    friend ZK_FN u64 operator^(u64 a, u64 b) { return {a.low ^ b.low, b.high}; }
+    friend ZK_FN u64 operator^(u64 a, uint64_t b) { return {a.low ^ uint32_t(b), a.high}; }
+  };
+  static constexpr bool kArm = true;
+  static constexpr int kHalves = kSub;
+#else
+  typedef uint64_t u64 __attribute__((vector_size(4 * W)));
+  static constexpr bool kArm = false;
+  static constexpr int kHalves = 2 * kSub;
+#endif
 
   static ZK_FN u32 words(const Word* w) { return *w; }
   static ZK_FN void times(f32& z0, f32& z1, f32 r, f32 c, f32 s) { z0 = r * c, z1 = r * s; }
   static ZK_FN f32 all(float x) { return f32{} + x; }
   static ZK_FN u32 splat(uint32_t x) { return u32{} + x; }
-  static ZK_FN u64 splat64(uint32_t x) { return u64{} + uint64_t(x); }
   static ZK_FN u32 bits(f32 x) { return (u32)x; }
   static ZK_FN f32 as_float(u32 x) { return (f32)x; }
   static ZK_FN i32 as_int(u32 x) { return (i32)x; }
   static ZK_FN f32 to_float(i32 x) { return __builtin_convertvector(x, f32); }
   static ZK_FN f32 constant(uint32_t pattern) { return as_float(splat(pattern)); }
-  static ZK_FN u32 insert_mantissa(u32 x, uint32_t exponent) { return (x & 0x007fffffu) | exponent; }
-  static ZK_FN f32 signed_one(u32 x) { return as_float((x & 0x80000000u) | 0x3f800000u); }
+  // The bits of x under the mask, those of `other`, which has none there, elsewhere.
+  static ZK_FN u32 merge(u32 x, uint32_t mask, uint32_t other) {
+#if defined(__aarch64__)
+    return (u32)vbslq_u32(vdupq_n_u32(mask), (uint32x4_t)x, vdupq_n_u32(other));
+#else
+    return (x & mask) | other;
+#endif
+  }
+  static ZK_FN u32 insert_mantissa(u32 x, uint32_t exponent) { return merge(x, 0x007fffffu, exponent); }
+  static ZK_FN f32 signed_one(u32 x) { return as_float(merge(x, 0x80000000u, 0x3f800000u)); }
   static ZK_FN u32 iota() {
     u32 lanes{};
     for (int i = 0; i < W; ++i) lanes[i] = uint32_t(i);
@@ -79,7 +100,7 @@ struct Lanes {
 
   // Unsigned to float through 16-bit halves: both are exact, and the sum is the only rounding.
   static ZK_FN f32 to_float(u32 x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
     return __builtin_convertvector(x, f32);
 #else
     return to_float((i32)(x >> 16)) * 65536.f + to_float((i32)(x & 0xffffu));
@@ -90,7 +111,7 @@ struct Lanes {
   static ZK_FN f32 at_most(f32 x, f32 high) { return x < high ? x : high; }
   static ZK_FN f32 where_above(f32 x, f32 y, f32 above, f32 other) { return x > y ? above : other; }
 
-#if !defined(__AVX2__) && !(defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON))
+#if !defined(__AVX2__) && !defined(__aarch64__)
   // Not inlined: some twenty instructions at each of hundreds of places.
   static __attribute__((noinline)) f32 emulated_fma(f32 a, f32 b, f32 c) {
     // The exact product, a sum rounded to odd, one rounding to float: no double rounding (Boldo and Melquiond 2008).
@@ -111,14 +132,14 @@ struct Lanes {
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
     return _mm256_fmadd_ps(a, b, c);
-#elif defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)
+#elif defined(__aarch64__)
     return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return emulated_fma(a, b, c);
 #endif
   }
 
-  // Products of 32 bits by 32 bits in lanes of 64.
+  // Products of 32 bits by 32 bits.
   static ZK_FN u64 mul(u64 a, uint32_t b) {
 #if defined(__AVX512F__)
     return (u64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -126,18 +147,26 @@ struct Lanes {
     return (u64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(__SSE2__)
     return (u64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
-#elif defined(__ARM_NEON)
-    return (u64)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
+#elif defined(__aarch64__)
+    const uint32x4_t x = (uint32x4_t)a.low, y = vdupq_n_u32(b);
+    const uint32x4_t first = (uint32x4_t)vmull_u32(vget_low_u32(x), vget_low_u32(y));
+    const uint32x4_t last = (uint32x4_t)vmull_high_u32(x, y);
+    return {(u32)vuzp1q_u32(first, last), (u32)vuzp2q_u32(first, last)};
 #else
     return (a & 0xffffffffull) * uint64_t(b);
 #endif
   }
 
-  // Philox runs on even and odd blocks apart, in lanes of 64 bits, so that no product needs a shuffle.
+  // Where lanes have 64 bits, Philox runs on even and odd blocks apart, so that no product needs a shuffle.
   static ZK_FN u64 counter(uint32_t block, int half) {
+#if defined(__aarch64__)
+    const u32 c = iota() + (block + uint32_t(half * W));
+    return {c, c};
+#else
     u64 c{};
     for (int i = 0; i < W / 2; ++i) c[i] = block + uint32_t(half / 2 * W + 2 * i + half % 2);
     return c;
+#endif
   }
   // The high words of products, in the low halves. A shuffle where there is one: shifts share their port with the
   // multiplies that bound this loop. The upper halves are garbage either way.
@@ -146,15 +175,19 @@ struct Lanes {
     return (u64)_mm512_shuffle_epi32((__m512i)p, _MM_PERM_DDBB);
 #elif defined(__AVX2__)
     return (u64)_mm256_shuffle_epi32((__m256i)p, 0xf5);
+#elif defined(__aarch64__)
+    return {p.high, p.high};
 #else
     return p >> 32;
 #endif
   }
-  static ZK_FN u32 join(u64 even, u64 odd) {
+  static ZK_FN u32 join(u64 even, [[maybe_unused]] u64 odd) {
 #if defined(__AVX512F__)
     return (u32)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
 #elif defined(__AVX2__)
     return (u32)_mm256_blend_epi32((__m256i)even, _mm256_shuffle_epi32((__m256i)odd, 0xa0), 0xaa);
+#elif defined(__aarch64__)
+    return even.low;  // and odd is the same
 #else
     return (u32)((even & 0xffffffffull) | (odd << 32));
 #endif
@@ -172,10 +205,28 @@ struct Lanes {
 #endif
   }
 
+  // y[b] lane e is x[e] lane b, for four lanes.
+  template <class V>
+  static ZK_FN void transpose(V (&y)[4], const V* x) {
+    constexpr auto lanes = std::make_integer_sequence<int, W>();
+    const V a = zip(x[0], x[2], false, lanes), b = zip(x[0], x[2], true, lanes);
+    const V c = zip(x[1], x[3], false, lanes), d = zip(x[1], x[3], true, lanes);
+    y[0] = zip(a, c, false, lanes), y[1] = zip(a, c, true, lanes);
+    y[2] = zip(b, d, false, lanes), y[3] = zip(b, d, true, lanes);
+  }
   // x[e] lane b is element e of block b; afterwards x[v] lane l is element v*W + l. An 8 x W transposition as three
-  // rounds of zips: each moves one bit of e from the register number into the lane number.
+  // rounds of zips: each moves one bit of e from the register number into the lane number. On Arm (W = 4)
+  // two rounds do: elements are in the right halves of their blocks already.
   template <class V>
   static ZK_FN void to_memory_order(V* x) {
+    if constexpr (kArm) {
+      V low[4], high[4];
+      transpose(low, x);
+      transpose(high, x + 4);
+      x[0] = low[0], x[2] = low[1], x[4] = low[2], x[6] = low[3];
+      x[1] = high[0], x[3] = high[1], x[5] = high[2], x[7] = high[3];
+      return;
+    }
     constexpr auto lanes = std::make_integer_sequence<int, W>();
     ZK_UNROLL
     for (int round = 0; round < 3; ++round) {
@@ -263,12 +314,24 @@ struct Lanes {
     std::memcpy(&x, p, sizeof x);
     return x;
   }
-  static ZK_FN f32 load_one(const BFloat* p) { return as_float(wide16(p) << 16); }
+  static ZK_FN f32 load_one(const BFloat* p) {
+#if defined(__aarch64__)
+    uint16x4_t x;
+    std::memcpy(&x, p, sizeof x);
+    return (f32)vshll_n_u16(x, 16);
+#else
+    return as_float(wide16(p) << 16);
+#endif
+  }
   static ZK_FN f32 load_one(const Half* p) {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+    float16x4_t x;
+    std::memcpy(&x, p, sizeof x);
+    return (f32)vcvt_f32_f16(x);
 #else
     return widen_fp16<Lanes>(wide16(p));
 #endif
@@ -278,6 +341,8 @@ struct Lanes {
     return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0;
 #elif defined(__AVX2__)
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
+#elif defined(__aarch64__)
+    return vminvq_u32(vandq_u32(neon::ordered((neon::Floats)a), neon::ordered((neon::Floats)b))) == 0;
 #else
     const i32 either = (a != a) | (b != b);
     int32_t any = 0;
@@ -298,6 +363,52 @@ struct Lanes {
     load(x, whole);
   }
   static ZK_FN void round(Out<float>& out, const f32 (&x)[kVectors]) { std::memcpy(out.element, x, sizeof x); }
+#if defined(__aarch64__)
+  // f(i, a, b) is what is stored of the i-th two vectors; nan: whether there may be one, which f does not look at.
+  template <class T, class F>
+  static ZK_FN void round_pairs(Out<T>& out, const f32 (&x)[kVectors], bool nan, const F& f) {
+    ZK_UNROLL
+    for (int v = 0; v < kVectors; v += 2) {
+      const neon::Floats a = (neon::Floats)x[v], b = (neon::Floats)x[v + 1];
+      neon::Halves y = f(v / 2, a, b);
+      if (__builtin_expect(nan, 0)) y = neon::or_nan_bf16(y, a, b);
+      std::memcpy(out.element + v * W, &y, sizeof y);
+    }
+  }
+  // The 16 random bits of each element: a block's four words in turn serve its eight elements.
+  struct Random {
+    neon::Halves pair[kVectors / 2];
+    explicit ZK_FN Random(const u32 (&words)[kSub][4]) {
+      ZK_UNROLL
+      for (int s = 0; s < kSub; ++s) {
+        u32 blocks[4];
+        transpose(blocks, words[s]);
+        ZK_UNROLL
+        for (int b = 0; b < 4; ++b) pair[4 * s + b] = (neon::Halves)blocks[b];
+      }
+    }
+  };
+  static ZK_FN void round(Out<Half>& out, const f32 (&x)[kVectors]) {
+    round_pairs(out, x, false, [](int, neon::Floats a, neon::Floats b) ZK_LAMBDA { return neon::nearest_fp16(a, b); });
+  }
+  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[kVectors]) {
+    round_pairs(out, x, maybe_nan<Lanes>(x), [](int, neon::Floats a, neon::Floats b) ZK_LAMBDA {
+      return neon::nearest_bf16_no_nan(a, b);
+    });
+  }
+  static ZK_FN void round(Out<Half>& out, const f32 (&x)[kVectors], const u32 (&words)[kSub][4]) {
+    const Random random(words);
+    round_pairs(out, x, false, [&](int i, neon::Floats a, neon::Floats b) ZK_LAMBDA {
+      return neon::stochastic_fp16(a, b, random.pair[i]);
+    });
+  }
+  static ZK_FN void round(Out<BFloat>& out, const f32 (&x)[kVectors], const u32 (&words)[kSub][4]) {
+    const Random random(words);
+    round_pairs(out, x, maybe_nan<Lanes>(x), [&](int i, neon::Floats a, neon::Floats b) ZK_LAMBDA {
+      return neon::stochastic_bf16_no_nan(a, b, random.pair[i]);
+    });
+  }
+#else
   static ZK_FN void round(Out<Half>& out, const f32 (&x)[kVectors]) {
     ZK_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -343,9 +454,17 @@ struct Lanes {
         narrow16(p, stochastic_bf16_no_nan<Lanes>(x[v], r[v]), stochastic_bf16_no_nan<Lanes>(x[v + 1], r[v + 1]));
     }
   }
+#endif
   template <class T>
   static ZK_FN void store(T* p, const Out<T>& out) {
+#if defined(__aarch64__)
+    // Vector by vector, so that they come from registers: a tile's memcpy would be inlined as a copy of the stack.
+    ZK_UNROLL
+    for (int v = 0; v < int(sizeof out.element / 16); ++v)
+      std::memcpy(reinterpret_cast<char*>(p) + 16 * v, reinterpret_cast<const char*>(out.element) + 16 * v, 16);
+#else
     std::memcpy(p, out.element, sizeof out.element);
+#endif
   }
   template <class T>
   static ZK_FN void store_part(T* p, const Out<T>& out, int lo, int hi) {
