@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import benchmarks.arm.page
 import benchmarks.choose.page
 import benchmarks.convergence.page
 import benchmarks.drift.run
@@ -77,7 +78,7 @@ SUBJECTS = (
     benchmarks.machine_code.page, benchmarks.trainer.run,
     benchmarks.rewards.page, benchmarks.choose.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
-    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.matrix,
+    benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.matrix, benchmarks.arm.page,
     benchmarks.memory.page, benchmarks.front.page,
     docs.from_code,
 )  # fmt: skip

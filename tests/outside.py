@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,47 @@ class Failed(Exception):
     """A command did; its text is which, and the end of what it said."""
 
 
-def run(command: Sequence[str | Path], log: Path, **options: Any) -> str:
-    """All that it printed, which is added to the log.
+def run(
+    command: Sequence[str | Path], log: Path, seen: Callable[[str], None] = lambda line: None, **options: Any
+) -> str:
+    """All that it prints, which is added to the log as it comes, line by line.
+
+    Args:
+        seen: Called with each line.
 
     Raises:
         Failed: where it ends with another exit code than 0.
     """
-    done: subprocess.CompletedProcess[str] = subprocess.run(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
-    )
-    with log.open("a") as file:
-        print(f"$ {' '.join(map(str, command))}\n{done.stdout}", file=file)
-    if done.returncode:
-        words = " ".join([Path(command[0]).name, *map(str, command[1:3])])
-        raise Failed("\n".join([f"{words} ended with exit code {done.returncode}", *done.stdout.splitlines()[-LAST:]]))
-    return done.stdout
+    words, lines = [*map(str, command)], list[str]()
+    with (
+        log.open("a") as file,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options) as process,
+    ):
+        print(f"$ {' '.join(words)}", file=file, flush=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            file.write(line)
+            file.flush()
+            seen(line)
+        print(file=file)
+    if process.returncode:
+        told = f"{' '.join([Path(words[0]).name, *words[1:3]])} ended with exit code {process.returncode}"
+        raise Failed("\n".join([told, *"".join(lines).splitlines()[-LAST:]]))
+    return "".join(lines)
+
+
+class Told:
+    """Says how far pytest is, where that is a tenth further than what was said."""
+
+    def __init__(self) -> None:
+        self.said = 0
+
+    def __call__(self, line: str) -> None:
+        percent = re.search(r"\[ *(\d+)%\]$", line.rstrip())
+        if percent is not None and int(percent[1]) >= self.said + 10:
+            self.said = int(percent[1])
+            say(f"  {self.said} %")
 
 
 def begun(name: str) -> Path:
@@ -103,7 +130,8 @@ def tested(python: Path, tests: Sequence[str], outside: Path, log: Path, env: Ma
     """
     report, start = outside / "tests.xml", time.monotonic()
     try:
-        run([python, *PYTEST, f"--junitxml={report}", *tests], log, cwd=outside, env=env)
+        shown = {**env, "PYTHONUNBUFFERED": "1"}
+        run([python, *PYTEST, f"--junitxml={report}", *tests], log, Told(), cwd=outside, env=shown)
     except Failed:
         if not report.is_file():
             raise

@@ -15,7 +15,7 @@ from zokern import journal
 from zokern.optim import METHODS
 
 CASES = cases.every()
-# Of ES's standardised rewards the mean is nought, but for the order in which torch adds up: its builds for Arm have another.
+# The mean of ES's standardised rewards is nought but for the order in which torch adds up, another one on Arm.
 ROUNDED = {"es"} if platform.machine() not in ("x86_64", "AMD64") else set[str]()
 
 

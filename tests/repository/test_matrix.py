@@ -33,6 +33,12 @@ def test_a_command_that_fails_is_told_with_the_end_of_what_it_said(tmp_path: Pat
     assert (tmp_path / "log").read_text().endswith("the cause\n\n")
 
 
+def test_how_far_the_tests_are_is_told_in_tenths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = "".join(f"...... [ {percent:2}%]\n" for percent in (3, 12, 15, 22, 97, 100))
+    assert outside.run(["printf", lines.replace("%", "%%")], tmp_path / "log", outside.Told()) == lines
+    assert [line.split(" ", 1)[1].strip() for line in capsys.readouterr().out.splitlines()] == ["12 %", "22 %", "97 %"]
+
+
 def broken() -> outside.Cell:
     raise outside.Failed("uv pip install ended with exit code 1\nno wheel of torch")
 
