@@ -33,13 +33,13 @@ def instructions() -> str:
     """Of each rule and distribution a line, of each dtype and rounding a column."""
     run = load("arm-instructions.json")
     cells = {
-        (row["rule"], row["distribution"], row["dtype"], row["rounding"]): row["instructions_per_element"]
+        (row["rule"], row["distribution"], (row["dtype"], row["rounding"])): row["instructions_per_element"]
         for row in run["results"]
     }
     columns = [(dtype, rounding) for dtype, roundings in COLUMNS.items() for rounding in roundings]
-    lines = dict.fromkeys((rule, distribution) for rule, distribution, *_ in cells)
+    lines = dict.fromkeys((rule, distribution) for rule, distribution, _ in cells)
     rows = [
-        [f"`{rule}`, {CALLED[distribution]}", *(f"{cells[rule, distribution, *column]:.1f}" for column in columns)]
+        [f"`{rule}`, {CALLED[distribution]}", *(f"{cells[rule, distribution, column]:.1f}" for column in columns)]
         for rule, distribution in lines
     ]
     head = [dtype if rounding == "nearest" else f"{dtype}, stochastic" for dtype, rounding in columns]
@@ -49,7 +49,8 @@ def instructions() -> str:
 def counted() -> str:
     run = load("arm-instructions.json")
     s = run["settings"]
-    return f"{s['compiler']}, {s['cpu']}; commit {run['commit'][:12]}, {run['date'][:10]}. `python -m benchmarks.arm.run`"
+    made = f"commit {run['commit'][:12]}, {run['date'][:10]}. `python -m benchmarks.arm.run`"
+    return f"{s['module_compiler']}; QEMU {s['emulator'].split()[2]}, {s['cpu']}; {made}"
 
 
 PAGES = {

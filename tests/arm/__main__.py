@@ -68,6 +68,7 @@ def main() -> int:
         raise SystemExit(lacking)
     log = begun("arm")
     machine, cells = Machine(options.folder, log, options.torch), dict[str, Cell]()
+    of = {"zokern": zokern.__version__, "commit": commit()}  # the sources may move on meanwhile
     settings = {"tests": options.tests, "processors": options.processor}
     with tempfile.TemporaryDirectory(prefix="zokern-arm-") as name:
         try:
@@ -83,7 +84,7 @@ def main() -> int:
                     cell = tried(machine, processor, options.tests, Path(work), log)
                 except Failed as error:
                     cell = {"broke": str(error)}
-            cells[processor] = {**cell, "zokern": zokern.__version__, "commit": commit()}
+            cells[processor] = {**cell, **of}
             complete = len(cells) == len(options.processor)
             store("arm", torch.device("cpu"), settings, cells, options.output, complete=complete)
             say(told(cell))

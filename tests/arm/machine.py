@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.arm.run import EMULATOR
 from tests.outside import ROOT, run, say, variables
 
 SUITE = "trixie"
@@ -91,7 +92,7 @@ class Machine:
         # Called by any name, Python finds its libraries, or those of an environment, from there, and starts others by it.
         (python,) = self.root.glob("usr/bin/python3.[0-9]*[0-9]")
         script = self.root / "usr" / "bin" / "emulated"
-        script.write_text(f'#!/bin/sh\nexec {self.emulator} -L {self.root} -0 "$0" {python} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec "${{{EMULATOR}:-{self.emulator}}}" -L {self.root} -0 "$0" {python} "$@"\n')
         script.chmod(0o755)
 
     def _host(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import benchmarks.arm.page
+import benchmarks.arm.run
 import benchmarks.parts
 from tests.arm import __main__ as arm
 from tests.arm import machine as machines
@@ -68,7 +69,7 @@ def test_a_machine_is_made_once_and_a_half_made_part_anew(calls: Calls, tmp_path
     assert "--architectures=arm64" in calls[0][0]
     script = (one.root / "usr" / "bin" / "emulated").read_text()
     assert script.splitlines()[1] == (
-        f'exec {one.emulator} -L {one.root} -0 "$0" {one.root}/usr/bin/python3.13 "$@"'
+        f'exec "${{ZOKERN_QEMU:-{one.emulator}}}" -L {one.root} -0 "$0" {one.root}/usr/bin/python3.13 "$@"'
     ), "Python is found by its version, and is called by the name that the caller used"
     one.make()
     assert len(calls) == 4
@@ -133,3 +134,27 @@ def test_the_page_tells_what_was_stored(tmp_path: Path, monkeypatch: pytest.Monk
     assert "Not all" not in benchmarks.arm.page.made()
     (tmp_path / "arm.json").write_text(json.dumps({**record, "complete": False}))
     assert "**Not all of it has run.**" in benchmarks.arm.page.made()
+
+
+@pytest.mark.parametrize(
+    ("emulator", "told"), [("no-such-qemu", "apt install qemu-user"), ("sh", "make arm makes one")]
+)
+def test_the_counter_says_what_it_lacks(
+    emulator: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", "--folder", str(tmp_path), "--emulator", emulator])
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks.arm.run.main()
+    assert told in capsys.readouterr().err
+
+
+def test_every_pass_is_counted_and_told_in_its_place() -> None:
+    rows = benchmarks.parts.load("arm-instructions.json")["results"]
+    assert [tuple(row.values())[:4] for row in rows] == benchmarks.arm.run.passes()
+    lines = [re.split(r" *\| *", line.strip("| ")) for line in benchmarks.arm.page.instructions().splitlines()]
+    names, head = [line[0] for line in lines[2:]], lines[0]
+    for row in rows:
+        line = lines[2 + names.index(f"`{row['rule']}`, {benchmarks.arm.page.CALLED[row['distribution']]}")]
+        column = row["dtype"] + (", stochastic" if row["rounding"] == "stochastic" else "")
+        assert line[head.index(column)] == f"{row['instructions_per_element']:.1f}"
+    assert len(rows) == sum(len(line) - 1 for line in lines[2:]) == 45
