@@ -46,6 +46,8 @@ class Machine:
     def __init__(self, folder: Path, log: Path, torch: str = TORCH) -> None:
         self.folder, self.log, self.torch = folder.resolve(), log, torch
         self.root, self.host, self.venv = self.folder / "root", self.folder / "host", self.folder / "venv"
+        self.compiler = self.root / "usr" / "bin" / "compiler"
+        self.headers = f"-idirafter {self.root}/usr/include"  # Python's header includes another by the processor's name
         self.emulator, self.python = self.host / "usr" / "bin" / "qemu-aarch64", self.venv / "bin" / "python"
 
     def make(self) -> None:
@@ -56,7 +58,7 @@ class Machine:
 
     def variables(self, processor: str) -> dict[str, str]:
         """The environment of a process on that processor, by QEMU's name."""
-        env = {**variables(self.venv), "QEMU_CPU": processor}
+        env = {**variables(self.venv), "QEMU_CPU": processor, "CXX": str(self.compiler)}
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled each time, the libraries' sources would take most of it
         return env
 
@@ -74,8 +76,8 @@ class Machine:
         described.write_text(
             "set(CMAKE_SYSTEM_NAME Linux)\n"
             "set(CMAKE_SYSTEM_PROCESSOR aarch64)\n"
-            f"set(CMAKE_CXX_COMPILER {COMPILER})\n"
-            f'set(CMAKE_CXX_FLAGS_INIT "-idirafter {self.root}/usr/include")\n'  # Python's header includes one by processor
+            f"set(CMAKE_CXX_COMPILER {COMPILER})\n"  # by whose name CMake finds the linker and others
+            f'set(CMAKE_CXX_FLAGS_INIT "{self.headers}")\n'
         )
         env = {**self.variables(PLAINEST), "CMAKE_TOOLCHAIN_FILE": str(described), "ZOKERN_CUDA": "off"}
         command = ["uv", "build", "--wheel", "--no-build-isolation", "--python", self.python, "--out-dir", out, sdist]
@@ -91,9 +93,11 @@ class Machine:
         _debian("arm64", PACKAGES, self.root, self.log)
         # Called by any name, Python finds its libraries, or those of an environment, from there, and starts others by it.
         (python,) = self.root.glob("usr/bin/python3.[0-9]*[0-9]")
-        script = self.root / "usr" / "bin" / "emulated"
-        script.write_text(f'#!/bin/sh\nexec "${{{EMULATOR}:-{self.emulator}}}" -L {self.root} -0 "$0" {python} "$@"\n')
-        script.chmod(0o755)
+        run_by = f'"${{{EMULATOR}:-{self.emulator}}}" -L {self.root} -0 "$0"'
+        _script(self.root / "usr" / "bin" / "emulated", f'exec {run_by} {python} "$@"')
+        # For torch.compile, which asks for the instructions of the processor at hand.
+        others = 'for word; do shift; [ "$word" = -march=native ] || set -- "$@" "$word"; done'
+        _script(self.compiler, others, f'exec {COMPILER} {self.headers} "$@"')
 
     def _host(self) -> None:
         here = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True).stdout
@@ -109,6 +113,11 @@ class Machine:
 def _debian(architecture: str, packages: tuple[str, ...], folder: Path, log: Path) -> None:
     options = ["--variant=extract", f"--architectures={architecture}", f"--include={','.join(packages)}"]
     run(["mmdebstrap", *options, SUITE, folder], log)
+
+
+def _script(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
 
 
 def _once(folder: Path, what: str, make: Callable[[], None]) -> None:

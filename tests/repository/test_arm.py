@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,12 @@ def test_a_wheel_is_compiled_for_arm_by_this_machines_compiler(
     described = Path(env["CMAKE_TOOLCHAIN_FILE"]).read_text()
     assert "set(CMAKE_SYSTEM_PROCESSOR aarch64)" in described
     assert f"set(CMAKE_CXX_COMPILER {machines.COMPILER})" in described
+    assert env["CXX"] == str(one.compiler)
     assert one.version() == "10.0.13"
+    shown = one.compiler.read_text().replace(f"exec {machines.COMPILER}", "printf '<%s>'")
+    one.compiler.write_text(shown)
+    said = subprocess.run([one.compiler, "-O3", "-march=native", "a b.cpp"], capture_output=True, text=True, check=True)
+    assert said.stdout == f"<-idirafter><{one.root}/usr/include><-O3><a b.cpp>"
     assert one.variables("max")["QEMU_CPU"] == "max"
 
 
