@@ -84,7 +84,7 @@ matrix: setup
 	$(BIN)/python -m pip install --quiet "uv>=0.9" "build>=1.2"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.matrix $(MATRIX)
 
-# The CPU's tests on an emulated Arm processor, cross-compiled: about an hour. ARM="--processor neoverse-v1", --help: other selections.
+# The CPU's tests on an emulated Arm processor, cross-compiled: twenty minutes. ARM="--processor neoverse-v1", --help: other selections.
 arm: setup
 	$(BIN)/python -m pip install --quiet "uv>=0.9" "build>=1.2"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.arm $(ARM)

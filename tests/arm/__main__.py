@@ -1,6 +1,6 @@
 """The CPU backend on Arm, without an Arm machine: cross-compiled, and its tests run by QEMU.
 
-    make arm                                                    # all, about an hour on two cores
+    make arm                                                    # all, some twenty minutes on two cores
     python -m tests.arm --tests tests/contract tests/backends   # fewer tests
     python -m tests.arm --processor neoverse-v1                 # another processor, by QEMU's name
 

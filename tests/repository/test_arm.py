@@ -1,6 +1,6 @@
 """`make arm`: what it asks for, what it makes of a folder, how it calls the compiler and the tests, and what the page says.
 
-The emulation itself is make arm's: it takes an hour, a network and Debian's packages.
+The emulation itself is make arm's: it takes twenty minutes, a network and Debian's packages.
 """
 
 from __future__ import annotations
