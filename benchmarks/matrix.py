@@ -9,15 +9,26 @@ STORED = "matrix.json"
 SHOWN = ("torch", "triton", "transformers", "trl", "lightning", "peft", "numpy")
 
 
+def counts(cell: Record) -> str:
+    return f"{cell['passed']:,} passed" + (f", {len(cell['failed'])} failed" if cell["failed"] else "")
+
+
+def builds(run: Record) -> str:
+    """Which zokern ran, and the day."""
+    told = {f"{cell['zokern']} at {cell['commit'][:12]}" for cell in run["results"].values()}
+    return f"zokern {', '.join(sorted(told))}; {run['date'][:10]}"
+
+
+def missing(run: Record) -> str:
+    return "" if run["complete"] else " **Not all of it has run.**"
+
+
 def _row(cell: Record) -> list[str]:
     if "broke" in cell:
         return [*[""] * len(SHOWN), cell["broke"].partition("\n")[0]]
     if "not at hand" in cell:
         return [*[""] * len(SHOWN), f"not at hand, not run: {cell['not at hand']}"]
-    counts = f"{cell['passed']:,} passed"
-    if cell["failed"]:
-        counts += f", {len(cell['failed'])} failed"
-    return [*(cell["versions"][name].partition("+")[0] for name in SHOWN), counts]
+    return [*(cell["versions"][name].partition("+")[0] for name in SHOWN), counts(cell)]
 
 
 def stored() -> Record | None:
@@ -38,9 +49,7 @@ def made() -> str:
     run = stored()
     if run is None:
         return ""
-    missing = "" if run["complete"] else " **Not all of it has run.**"
-    told = {f"{cell['zokern']} at {cell['commit'][:12]}" for cell in run["results"].values()}
-    return f"zokern {', '.join(sorted(told))}; {run['date'][:10]}.{missing}"
+    return f"{builds(run)}.{missing(run)}"
 
 
 PAGES = {"docs/install.md": {"matrix": matrix, "matrix-made": made}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.matrix import builds, counts, missing
 from benchmarks.parts import load, table
 
 COLUMNS = {"float32": ("nearest",), "float16": ("nearest", "stochastic"), "bfloat16": ("nearest", "stochastic")}
@@ -15,18 +16,14 @@ def tests() -> str:
         if "broke" in cell:
             rows.append([processor, "", "", "", cell["broke"].partition("\n")[0]])
             continue
-        counts = f"{cell['passed']:,} passed" + (f", {len(cell['failed'])} failed" if cell["failed"] else "")
         found = cell["versions"]
-        rows.append([processor, cell["emulator"], found["python"], found["torch"].partition("+")[0], counts])
+        rows.append([processor, cell["emulator"], found["python"], found["torch"].partition("+")[0], counts(cell)])
     return table(["processor", "QEMU", "Python", "torch", "the CPU's tests"], rows, tight=True)
 
 
 def made() -> str:
     run = load("arm.json")
-    told = {f"{cell['zokern']} at {cell['commit'][:12]}" for cell in run["results"].values()}
-    missing = "" if run["complete"] else " **Not all of it has run.**"
-    folders = ", ".join(run["settings"]["tests"])
-    return f"zokern {', '.join(sorted(told))}; {run['date'][:10]}; of {folders}, without Triton's.{missing}"
+    return f"{builds(run)}; of {', '.join(run['settings']['tests'])}, without Triton's.{missing(run)}"
 
 
 def instructions() -> str:

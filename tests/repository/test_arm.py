@@ -46,9 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     return seen
 
 
-def test_what_is_lacking_is_told_with_its_remedy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_lacking_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: "here")
     assert machines.missing() is None
     monkeypatch.setattr("shutil.which", lambda name: None if name in ("mmdebstrap", "ninja") else "here")
