@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from . import build, triton_host
 from .runner import Worker, console, run
-from .target import Target, record, table
+from .target import AMD, Target, architecture, record, table
 
 BACKENDS, ARCHS = ["cuda", "triton"], [80, 90, 100, 120]
 
@@ -23,7 +23,8 @@ BACKENDS, ARCHS = ["cuda", "triton"], [80, 90, 100, 120]
 def main(
     backend: Annotated[list[str] | None, typer.Option(help="cuda or triton; default: both")] = None,
     arch: Annotated[
-        list[int] | None, typer.Option(help="80 for sm_80; default: 80, 90, 100, 120, and with --quick what is built")
+        list[str] | None,
+        typer.Option(help="80 for sm_80, gfx942 for AMD's; default: all six, with --quick what is built and AMD's."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fixed selection that takes seconds.")] = False,
     steps: Annotated[bool | None, typer.Option(help="Whole optimizer steps too; default: unless --quick.")] = None,
@@ -37,8 +38,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON of what was wrong and which code no case runs.")] = None,
 ) -> None:
     """Runs the CUDA and Triton kernels without a GPU, as the project's own host code launches them, in an interpreter of
-    PTX, and compares them with the CPU's kernels bit for bit. Every access is checked: bounds of each tensor, alignment,
-    state space, bytes never written, races, barriers. CUDA needs what `make setup` builds where nvcc is.
+    PTX, or of the machine code of AMD's gfx942 and gfx950, and compares them with the CPU's kernels bit for bit. Every
+    access is checked: bounds of each tensor, alignment, state space, bytes never written, races, barriers. CUDA needs what
+    `make setup` builds where nvcc is.
 
     A case is printed when it is wrong, with the instruction, how often, and an example. Its description finds it again:
 
@@ -60,7 +62,8 @@ def main(
     if jobs is not None and jobs < 1:
         raise typer.BadParameter(f"--jobs is {jobs}; it must be 1 or more")
     jobs = jobs or os.cpu_count() or 1
-    targets, reasons = available(wanted, arch or (None if quick else ARCHS))
+    archs = [architecture(name) for name in arch or []]
+    targets, reasons = available(wanted, archs or (None if quick else [*ARCHS, *AMD]), bool(backend and arch))
     given = ["--quick"] if quick else []
     given += [] if registers else ["--no-registers"]
     given += ["--steps"] if (not quick if steps is None else steps) else []
@@ -80,15 +83,20 @@ def main(
     raise typer.Exit(1 if wrong or (targets and not ran) else 2 if reasons else 0)
 
 
-def available(wanted: list[str], archs: list[int] | None) -> tuple[list[Target], dict[str, str]]:
-    """What can run, and why the rest cannot. Without `archs` those whose PTX is at hand."""
+def available(wanted: list[str], archs: list[int | str] | None, all_asked: bool) -> tuple[list[Target], dict[str, str]]:
+    """What can run, and why the rest cannot. Without `archs` those whose PTX is at hand, and AMD's. all_asked: whether each
+    backend was asked for on each architecture, or CUDA on NVIDIA's alone."""
     targets, reasons = [], {}
     for name in wanted:
         if (reason := (build if name == "cuda" else triton_host).unavailable_reason()) is not None:
             reasons[name] = reason
             continue
-        for arch in archs or (build.carried() if name == "cuda" else [90]):
+        for arch in archs or (build.carried() if name == "cuda" else [90, *AMD]):
             target = Target(name, arch)
+            if name == "cuda" and arch in AMD:
+                if all_asked:
+                    reasons[target.name] = "CUDA's kernels are for NVIDIA's GPUs; Triton's serve AMD's"
+                continue
             if (reason := unknown_architecture(target)) is not None:
                 reasons[target.name] = reason
             else:
@@ -97,7 +105,7 @@ def available(wanted: list[str], archs: list[int] | None) -> tuple[list[Target],
 
 
 def unknown_architecture(target: Target) -> str | None:
-    if target.backend == "triton" or target.arch in build.carried():
+    if target.backend == "triton" or not isinstance(target.arch, int) or target.arch in build.carried():
         return None
     nvcc = build.compiler("CUDA")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lint
 from .cases import Case
 from .emulator import Emulator
-from .mutants import instructions_by_block, mutants_of
-from .translate import translate
 
 CHECKSUMS = ((0, 1 << 21), (2**32 - 5000, 5000), (12345, 70000))  # first word, number of words
 
@@ -35,7 +32,7 @@ def compare(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) 
     if (launches := len(emulator.launches) - first) != (wanted := case.launches(name == "triton")):
         wrong.append(f"{launches} launches instead of {wanted}")
     kernels = {launch.kernel: emulator.sources[launch.kernel] for launch in emulator.launches[first:]}
-    return wrong + emulator.faults(first) + lint.in_ptx(kernels)
+    return wrong + emulator.faults(first) + emulator.interpreter.wrong_in(kernels)
 
 
 def notices(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) -> list[str]:
@@ -44,12 +41,13 @@ def notices(case: Case, name: str, backend: Any, peer: Any, emulator: Emulator) 
         return wrong
     launch = emulator.launches[-1]
     text, original = emulator.sources[launch.kernel], emulator.programs[launch.kernel]
-    where = instructions_by_block(text)
+    where = emulator.interpreter.instructions_by_block(text)
     executed = {i for block in launch.report.blocks for i in where[block]}
-    found = (m for m in mutants_of(launch.kernel, text, executed) if m.kind.endswith("fma without its product"))
+    every = emulator.interpreter.mutants_of(launch.kernel, text, executed)
+    found = (m for m in every if m.kind.endswith("fma without its product"))
     if (mutant := next(found, None)) is None:
         return [f"{launch.kernel} has nothing to be changed"]
-    emulator.programs[launch.kernel] = translate(mutant.apply(text))
+    emulator.programs[launch.kernel] = emulator.interpreter.translate(mutant.apply(text))
     try:
         noticed = compare(case, name, backend, peer, emulator)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cache
 from .faults import Report
-from .machine import Machine
 from .memory import Allocation
-from .translate import Program, translate
 
 
 @dataclass
@@ -27,18 +25,25 @@ class Launch:
 
 @dataclass
 class Emulator:
-    arch: int  # 90 for sm_90
+    arch: int | str  # 90 for sm_90, or AMD's gfx942
     launches: list[Launch] = field(default_factory=list)
-    programs: dict[str, Program] = field(default_factory=dict)  # by the kernel's name
-    sources: dict[str, str] = field(default_factory=dict)  # their PTX
+    programs: dict[str, Any] = field(default_factory=dict)  # by the kernel's name
+    sources: dict[str, str] = field(default_factory=dict)  # their PTX, or AMD's assembly
     covered: dict[str, set[int]] = field(default_factory=dict)  # blocks that ran
     allocations: list[Allocation] = field(default_factory=list)  # of the pass that is being launched
 
-    def program(self, name: str, text: Callable[[], str]) -> Program:
+    def program(self, name: str, text: Callable[[], str]) -> Any:
         if name not in self.programs:
             self.sources[name] = text()
-            self.programs[name] = translate(self.sources[name], cache.folder() / "programs")
+            self.programs[name] = self.interpreter.program(self.sources[name])
         return self.programs[name]
+
+    @property
+    def interpreter(self) -> Any:
+        """Of the architecture: tests/ptx/interpreter.py, or its like for AMD's."""
+        return importlib.import_module(
+            "tests.ptx.interpreter" if isinstance(self.arch, int) else "tests.gcn.interpreter"
+        )
 
     def run(
         self,
@@ -55,7 +60,8 @@ class Emulator:
             if a.size:
                 known.setdefault(a.address, a)
         start = time.perf_counter()
-        report = Machine(self.programs[name], grid, block, arguments, list(known.values()), shared).run()
+        machine = self.interpreter.Machine(self.programs[name], grid, block, arguments, list(known.values()), shared)
+        report = machine.run()
         self.launches.append(Launch(name, time.perf_counter() - start, report))
         self.covered.setdefault(name, set()).update(report.blocks)
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import typer
 from rich.table import Table
+
+AMD = ["gfx942", "gfx950"]
+
+
+def architecture(text: str) -> int | str:
+    """Of an option --arch."""
+    if text in AMD:
+        return text
+    if not text.isdigit():
+        raise typer.BadParameter(f"--arch is {text!r}; it must be a number, 90 for sm_90, or one of {', '.join(AMD)}")
+    return int(text)
 
 
 @dataclass
 class Target:
     backend: str
-    arch: int
+    arch: int | str
     cases: int = 0
     wrong: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -22,7 +34,11 @@ class Target:
 
     @property
     def name(self) -> str:
-        return f"{self.backend} sm_{self.arch}"
+        return f"{self.backend} {self.of_arch}"
+
+    @property
+    def of_arch(self) -> str:
+        return f"sm_{self.arch}" if isinstance(self.arch, int) else self.arch
 
     def coverage(self) -> float:
         """The part of the instructions that ran, of the kernels that ran."""
@@ -38,7 +54,7 @@ def table(targets: list[Target]) -> Table:
         kernels = f"{len(t.covered)}" + (f" of {t.kernels}" if t.kernels is not None else "")
         wrong = f"[red]{len(t.wrong)}[/]" if t.wrong else "0"
         part = f"{100 * t.coverage():.1f} %"
-        out.add_row(t.backend, f"sm_{t.arch}", str(t.cases), wrong, kernels, part, f"{t.seconds:.0f}")
+        out.add_row(t.backend, t.of_arch, str(t.cases), wrong, kernels, part, f"{t.seconds:.0f}")
     return out
 
 

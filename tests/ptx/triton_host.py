@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import cache
 from .emulator import Emulator, allocation, watch
-from .parse import PtxError, split
+from .parse import PtxError
 
 SAID = ("RULE", "DTYPE", "STATE", "DISTRIBUTION", "ROUNDING")  # constants that are part of a kernel's name
 SCRATCH = ("global_scratch_size", "profile_scratch_size")  # Triton 3.4 has the first; a kernel gets a pointer for each
@@ -25,10 +25,10 @@ SCRATCH = ("global_scratch_size", "profile_scratch_size")  # Triton 3.4 has the 
 class Driver:
     """Stands for Triton's driver: says which GPU to compile for."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int | str) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self._target = GPUTarget("cuda", arch, 32)
+        self._target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
     def get_current_target(self) -> Any:
         return self._target
@@ -68,6 +68,7 @@ def install(emulator: Emulator) -> Any:
     from zokern.backends.triton import launch
 
     backend.unavailable_reason = lambda device=None: None  # type: ignore[assignment]
+    launch.BLOCK = triton.runtime.driver.active.get_current_target().warp_size * launch.NUM_WARPS
     watch(launch, emulator)
     return backend
 
@@ -85,8 +86,9 @@ def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, k
         raise PtxError("a kernel with scratch memory")
     if getattr(metadata, "num_ctas", 1) != 1:
         raise PtxError("clusters")
-    name = _name(jit.__name__, compiled.asm["ptx"], tuple(str(bound[k]) for k in SAID if k in bound))
-    kernel = emulator.program(name, lambda: next(iter(split(compiled.asm["ptx"]).values()))).kernel
+    text = emulator.interpreter.text_of(compiled.asm)
+    name = _name(jit.__name__, text, tuple(str(bound[k]) for k in SAID if k in bound))
+    kernel = emulator.program(name, lambda: text).kernel
     values, more = [], []
     for key, value in bound.items():
         if signature[key] == "constexpr":
@@ -97,13 +99,14 @@ def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, k
         if signature[key] == "fp32":
             (value,) = struct.unpack("<I", struct.pack("<f", value))
         values.append(int(value))
-    params = sorted(kernel.params.values())
+    params = emulator.interpreter.params(kernel)
     if len(params) != len(values) + len(scratch):
         raise PtxError(f"{len(params)} parameters for {len(values)} values and {len(scratch)} scratch pointers")
     raw = bytearray(kernel.param_bytes)
     for (at, size), value in zip(params, [*values, *scratch], strict=True):
         raw[at : at + size] = struct.pack("<Q", value & (1 << 64) - 1)[:size]
-    emulator.run(name, grid[0], metadata.num_warps * 32, bytes(raw), more, metadata.shared)
+    threads = metadata.num_warps * metadata.warp_size
+    emulator.run(name, grid[0], threads, bytes(raw), more, metadata.shared)
 
 
 @functools.cache

@@ -16,13 +16,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("TRITON_INTERPRET", None)
 
+from .target import architecture
+
 Check = tuple[str, Callable[[], list[str]]]  # what is checked, and what is wrong with it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backend", choices=["cuda", "triton"])
-    parser.add_argument("arch", type=int)
+    parser.add_argument("arch", type=architecture)
     parser.add_argument("part", help="2/3: the second of three workers that share the cases")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--steps", action="store_true")

@@ -81,21 +81,41 @@ def in_pairs(target: Any, dtype: torch.dtype) -> bool:
     return has_packed_pairs(target) and dtype != torch.float32
 
 
-def _packed(table: Table) -> bool:
-    return not INTERPRETED and in_pairs(triton.runtime.driver.active.get_current_target(), table.dtype)
+def rounds_apart(target: Any) -> bool:
+    """Whether a float32 result has to be kept from the instruction that makes it and rounds it to 16 bits: rounding.py."""
+    return bool(target.backend == "hip")
 
 
-def options(rule: Rule, rounding: str, packed: bool, distribution: str) -> dict[str, object]:
+def current_target() -> Any:
+    """Triton's GPUTarget of the current GPU, None in its interpreter."""
+    return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
+def of_target(target: Any, dtype: torch.dtype) -> dict[str, bool]:
+    """Constants of a kernel that depend on the GPU."""
+    if target is None:
+        return {"PACKED": False, "APART": False}
+    return {"PACKED": in_pairs(target, dtype), "APART": rounds_apart(target)}
+
+
+def _at_most(registers: int, target: Any) -> dict[str, object]:
+    """maxnreg is an option of NVIDIA's GPUs alone."""
+    return (
+        {**LAUNCH_OPTIONS, "maxnreg": registers} if target is not None and target.backend == "cuda" else LAUNCH_OPTIONS
+    )
+
+
+def options(target: Any, rule: Rule, dtype: torch.dtype, rounding: str, distribution: str) -> dict[str, object]:
     """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill."""
+    packed = target is not None and in_pairs(target, dtype)
     most = packed and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
-    most = most or (distribution == "lowrank" and rule.name != "axpy" and torch.version.hip is None)
-    return {**LAUNCH_OPTIONS, "maxnreg": 128} if most else LAUNCH_OPTIONS
+    most = most or (distribution == "lowrank" and rule.name != "axpy")
+    return _at_most(128, target) if most else LAUNCH_OPTIONS
 
 
-def chain_options(distribution: str) -> dict[str, object]:
+def chain_options(target: Any, distribution: str) -> dict[str, object]:
     """The same of a chain, whose stages' numbers are all read at run time."""
-    most = distribution == "lowrank" and torch.version.hip is None
-    return {**LAUNCH_OPTIONS, "maxnreg": 168} if most else LAUNCH_OPTIONS
+    return _at_most(168, target) if distribution == "lowrank" else LAUNCH_OPTIONS
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -165,7 +185,7 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     stochastic_state = table.state_dtype != torch.float32 and spec.rule.written > 0
     for num_chunks, directions in launches(table, spec.direction, [numbers.seeds]):
         with _launch_context(device):
-            packed = _packed(table)
+            target = current_target()
             pass_kernel[(num_chunks,)](
                 table.tensors,
                 table.chunks,
@@ -186,8 +206,8 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
                 COLUMNS=COLUMNS,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
-                PACKED=packed,
-                **options(spec.rule, spec.rounding, packed, directions["DISTRIBUTION"]),
+                **of_target(target, table.dtype),
+                **options(target, spec.rule, table.dtype, spec.rounding, directions["DISTRIBUTION"]),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
@@ -205,6 +225,7 @@ def run_chain(table: Table, chain: Chain) -> None:
     stages = parcel.send(rows)
     for num_chunks, directions in launches(table, chain.stages[0][0].direction, there.seeds):
         with _launch_context(device):
+            target = current_target()
             chain_kernel[(num_chunks,)](
                 table.tensors,
                 table.chunks,
@@ -224,8 +245,8 @@ def run_chain(table: Table, chain: Chain) -> None:
                 STAGE_COLUMNS=STAGE_COLUMNS,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
-                PACKED=_packed(table),
-                **chain_options(directions["DISTRIBUTION"]),
+                **of_target(target, table.dtype),
+                **chain_options(target, directions["DISTRIBUTION"]),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
