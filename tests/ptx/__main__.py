@@ -24,7 +24,9 @@ def main(
     backend: Annotated[list[str] | None, typer.Option(help="cuda or triton; default: both")] = None,
     arch: Annotated[
         list[str] | None,
-        typer.Option(help="80 for sm_80, gfx942 for AMD's; default: all six, with --quick what is built and AMD's."),
+        typer.Option(
+            help="80 for sm_80, gfx942 for AMD's; default: all six, with --quick 90, gfx942 and, of CUDA, what is built."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fixed selection that takes seconds.")] = False,
     steps: Annotated[bool | None, typer.Option(help="Whole optimizer steps too; default: unless --quick.")] = None,
@@ -84,14 +86,14 @@ def main(
 
 
 def available(wanted: list[str], archs: list[int | str] | None, all_asked: bool) -> tuple[list[Target], dict[str, str]]:
-    """What can run, and why the rest cannot. Without `archs` those whose PTX is at hand, and AMD's. all_asked: whether each
+    """What can run, and why the rest cannot. Without `archs` those whose PTX is at hand, and one of AMD's. all_asked: whether each
     backend was asked for on each architecture, or CUDA on NVIDIA's alone."""
     targets, reasons = [], {}
     for name in wanted:
         if (reason := (build if name == "cuda" else triton_host).unavailable_reason()) is not None:
             reasons[name] = reason
             continue
-        for arch in archs or (build.carried() if name == "cuda" else [90, *AMD]):
+        for arch in archs or (build.carried() if name == "cuda" else [90, AMD[0]]):
             target = Target(name, arch)
             if name == "cuda" and arch in AMD:
                 if all_asked:

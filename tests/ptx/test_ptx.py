@@ -20,7 +20,7 @@ from tests.ptx import __main__ as command
 from tests.ptx import build, cache, compare, lint, mutants, runner, selection, triton_host
 from tests.ptx.cases import NUM_LIMITS
 from tests.ptx.runner import Worker
-from tests.ptx.target import Target
+from tests.ptx.target import Target, architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 REASONS = {"cuda": build.unavailable_reason(), "triton": triton_host.unavailable_reason()}
@@ -42,13 +42,20 @@ def python(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.built
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [("cuda", []), ("triton", ["--arch", "90"]), ("triton", ["--arch", "100", "--only", "axpy"])],
-    ids=["cuda", "triton-sm_90", "triton-sm_100"],
+    [
+        ("cuda", []),
+        ("triton", ["--arch", "90"]),
+        ("triton", ["--arch", "100", "--only", "axpy"]),
+        ("triton", ["--arch", "gfx942"]),
+        ("triton", ["--arch", "gfx950", "--only", "axpy"]),
+    ],
+    ids=["cuda", "triton-sm_90", "triton-sm_100", "triton-gfx942", "triton-gfx950"],
 )
 def test_kernels_have_the_bits_of_the_cpu_and_make_no_faulty_access(
     backend: str, options: list[str], tmp_path: Path
 ) -> None:
-    """CUDA's for the architectures whose PTX is in the objects. sm_100 has packed operations."""
+    """CUDA's for the architectures whose PTX is in the objects. sm_100 has packed operations, gfx950 more of
+    them than gfx942."""
     emulated(backend)
     out = tmp_path / "out"
     done = python("-m", "tests.ptx", "--quick", "--backend", backend, *options, "--jobs", "1", "--output", str(out))
@@ -57,7 +64,7 @@ def test_kernels_have_the_bits_of_the_cpu_and_make_no_faulty_access(
     wanted = [str(case) for case in selection.quick(backend) if "--only" not in options or options[-1] in str(case)]
     # And, where nothing is left out, a checksum, a kernel that was changed on purpose, and a look at all of CUDA's PTX.
     more = 0 if "--only" in options else 3 if backend == "cuda" else 2
-    assert [r["arch"] for r in records] == (build.carried() if backend == "cuda" else [int(options[1])])
+    assert [r["arch"] for r in records] == (build.carried() if backend == "cuda" else [architecture(options[1])])
     for record in records:
         assert record["cases"] == len(wanted) + more
         assert record["kernels"] >= (40 if backend == "cuda" else len(wanted))
@@ -76,6 +83,19 @@ def test_triton_has_no_sum_of_a_product_that_a_compiler_may_round_once(words: st
     done = python("-m", "tests.ptx", "--backend", "triton", *only)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(cases)} cases, 0 wrong" in done.stdout
+
+
+@pytest.mark.built
+@pytest.mark.parametrize(
+    "words", ["adam fp16 normal nearest K=1", "axpy fp16 nearest K=0", "sign fp16 nearest stages="]
+)
+def test_amd_rounds_to_float16_by_an_instruction_of_its_own(words: str) -> None:
+    """LLVM makes one of a float32 fma, or a product, and its conversion: v_fma_mixlo_f16, which the interpreter refuses."""
+    emulated("triton")
+    only = ("--arch", "gfx942", "--no-steps", "--only", words, "--jobs", "1", "--seconds", "20")
+    done = python("-m", "tests.ptx", "--backend", "triton", *only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 wrong" in done.stdout
 
 
 @pytest.mark.built
@@ -309,10 +329,22 @@ def test_the_command_teaches_and_refuses_what_it_does_not_know() -> None:
     shown = python("-m", "tests.ptx", "--help", COLUMNS="200").stdout
     for word in ("--quick", "--only", "--arch", "--output", "Exit status", "python -m tests.ptx --backend cuda"):
         assert word in shown
-    for option, value in (("--backend", "rocm"), ("--peer", "gpu"), ("--jobs", "0")):
+    for option, value in (("--backend", "rocm"), ("--peer", "gpu"), ("--jobs", "0"), ("--arch", "gfx90a")):
         refused = invoke(option, value)
         assert refused.exit_code == 2
         assert f"{option} is" in refused.stderr
+
+
+def test_amd_has_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told who asked for all that there is; who asks for CUDA on such an architecture is."""
+    for module in (build, triton_host):
+        monkeypatch.setattr(module, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(command, "unknown_architecture", lambda target: None)
+    targets, reasons = command.available(["cuda", "triton"], [90, "gfx942"], False)
+    assert ([t.name for t in targets], reasons) == (["cuda sm_90", "triton sm_90", "triton gfx942"], {})
+    targets, reasons = command.available(["cuda"], ["gfx942"], True)
+    assert targets == []
+    assert reasons == {"cuda gfx942": "CUDA's kernels are for NVIDIA's GPUs; Triton's serve AMD's"}
 
 
 def test_what_cannot_run_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +364,7 @@ def test_the_exit_status_says_whether_all_is_right(
     monkeypatch.setattr(
         command, "workers", lambda targets, *_: [worker(targets[0], {"total": len(events)}, *events, END)]
     )
-    done = invoke("--quick", "--backend", "triton", "--output", str(tmp_path / "out"))
+    done = invoke("--quick", "--backend", "triton", "--arch", "gfx942", "--output", str(tmp_path / "out"))
     assert done.exit_code == status, done.stdout
     assert ("no case ran" in done.stdout) == (not events)
     (record,) = json.loads((tmp_path / "out").read_text())
@@ -393,11 +425,15 @@ def test_the_check_of_the_checks_says_why_it_fails(said: list, found: bool, why:
 
     answers = iter(said)
     launch = SimpleNamespace(kernel="kernel", report=SimpleNamespace(blocks=["entry"]))
-    emulator: Any = SimpleNamespace(launches=[launch], sources={"kernel": "text"}, programs={"kernel": "right"})
+    interpreter = SimpleNamespace(
+        instructions_by_block=lambda text: {"entry": [0]},
+        mutants_of=lambda *given: [Mutant()] if found else [],
+        translate=lambda text: text,
+    )
+    emulator: Any = SimpleNamespace(
+        launches=[launch], sources={"kernel": "text"}, programs={"kernel": "right"}, interpreter=interpreter
+    )
     monkeypatch.setattr(compare, "compare", lambda *given: next(answers))
-    monkeypatch.setattr(compare, "instructions_by_block", lambda text: {"entry": [0]})
-    monkeypatch.setattr(compare, "mutants_of", lambda *given: [Mutant()] if found else [])
-    monkeypatch.setattr(compare, "translate", lambda text: text)
     case: Any = None
     assert compare.notices(case, "cuda", None, None, emulator) == why
     assert emulator.programs == {"kernel": "right"}
