@@ -56,14 +56,15 @@ CHANGES: list[Change] = [
 def mutants_of(name: str, text: str, executed: set[str]) -> Iterator[Mutant]:
     """All that a kernel has, in instructions that some case runs."""
     at = 0
-    for line in text.splitlines(keepends=True):
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         found = INSTRUCTION.match(line.rstrip("\n"))
         was = f"{found['opcode']} {found['rest'] or ''}".strip() if found else ""
-        if was in executed:
+        told = f"{was} (line {number})"
+        if told in executed:
             for kind, pattern, new in CHANGES:
                 becomes = re.sub(pattern, new, was, count=1)
                 if becomes != was:
-                    yield Mutant(name, kind, at, at + len(line), was, f"\t{becomes}\n")
+                    yield Mutant(name, kind, at, at + len(line), told, f"\t{becomes}\n")
         at += len(line)
 
 

@@ -32,7 +32,7 @@ class Instruction:
     opcode: str
     args: list[str]
     modifiers: dict[str, str]  # "offset": "16"; a word alone has ""
-    text: str
+    text: str  # with its line: registers are few, so that the same words stand in several places
 
 
 @dataclass
@@ -80,7 +80,7 @@ def parse(text: str) -> Kernel:
 
 def _blocks(code: str) -> tuple[list[Block], dict[str, int]]:
     blocks, labels = [Block()], dict[str, int]()
-    for line in code.splitlines():
+    for number, line in enumerate(code.splitlines(), 1):
         if label := LABEL.match(line):
             if blocks[-1].code or blocks[-1].end:
                 blocks.append(Block())
@@ -88,7 +88,7 @@ def _blocks(code: str) -> tuple[list[Block], dict[str, int]]:
         elif found := INSTRUCTION.match(line):
             if blocks[-1].end:
                 blocks.append(Block())
-            instruction = instruction_of(found["opcode"], found["rest"] or "")
+            instruction = instruction_of(found["opcode"], found["rest"] or "", number)
             if ENDS.fullmatch(instruction.opcode):
                 blocks[-1].end = instruction
             else:
@@ -96,11 +96,11 @@ def _blocks(code: str) -> tuple[list[Block], dict[str, int]]:
     return blocks, labels
 
 
-def instruction_of(opcode: str, rest: str) -> Instruction:
+def instruction_of(opcode: str, rest: str, line: int) -> Instruction:
     modifiers, operands = dict[str, str](), f"{rest} "
     while found := MODIFIER.search(operands):
         name, _, value = found[1].partition(":")
         modifiers[name] = value
         operands = operands[: found.start()] + operands[found.end() :]
     args = [a.strip() for a in OPERAND.findall(operands) if a.strip()]
-    return Instruction(opcode, args, modifiers, f"{opcode} {rest}".strip())
+    return Instruction(opcode, args, modifiers, f"{f'{opcode} {rest}'.strip()} (line {line})")

@@ -443,9 +443,11 @@ def test_mutants_change_instructions_that_some_case_runs() -> None:
     text = text_of(
         "v_fmaak_f32 v20, v10, v11, 0x3fc00000\ns_branch .LBB0_2\n.LBB0_1:\nv_xor_b32_e32 v5, v5, v0\n.LBB0_2:"
     )
-    (*_, first), second, _ = instructions_by_block(text), {"v_xor_b32_e32 v5, v5, v0"}, None
-    assert first == {"s_endpgm"}
-    found = list(mutants_of("k", text, {"v_fmaak_f32 v20, v10, v11, 0x3fc00000"}))
+    first, second, last = instructions_by_block(text)
+    assert len(first) == 8
+    assert last == {"s_endpgm (line 12)"}
+    (fma,) = (i for i in first if i.startswith("v_fmaak"))
+    found = list(mutants_of("k", text, {fma}))
     assert {m.kind for m in found} == {"fma without its sum", "fma without its product", "last bit of a constant"}
     assert "\tv_mov_b32_e32 v20, 0x3fc00000\n" in next(m for m in found if "product" in m.kind).apply(text)
     assert [m.becomes for m in mutants_of("k", text, second)] == ["\tv_or_b32_e32 v5, v5, v0\n"]

@@ -86,8 +86,9 @@ def main(
 
 
 def available(wanted: list[str], archs: list[int | str] | None, all_asked: bool) -> tuple[list[Target], dict[str, str]]:
-    """What can run, and why the rest cannot. Without `archs` those whose PTX is at hand, and one of AMD's. all_asked: whether each
-    backend was asked for on each architecture, or CUDA on NVIDIA's alone."""
+    """What can run, and why the rest cannot. Without `archs` those whose PTX is at hand, and one of AMD's.
+
+    all_asked: each backend was asked for on each architecture; else CUDA on NVIDIA's alone."""
     targets, reasons = [], {}
     for name in wanted:
         if (reason := (build if name == "cuda" else triton_host).unavailable_reason()) is not None:

@@ -33,7 +33,7 @@ def _stage(
     row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     WRITTEN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, CUT: tl.constexpr,
-    PACKED: tl.constexpr, APART: tl.constexpr,
+    PACKED: tl.constexpr, UNFUSED: tl.constexpr,
 ):  # fmt: skip
     """One pass on the tile's weights and states in registers, rounded as it would be stored; row is the stage's."""
     seeds = tl.load(row).to(tl.pointer_type(tl.int64))
@@ -72,7 +72,7 @@ def _stage(
             r0, r1 = _key(rounding_seed)
             w = round_stochastic(w, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE).to(tl.float32)
         else:
-            w = round_nearest(w, DTYPE, APART).to(tl.float32)
+            w = round_nearest(w, DTYPE, UNFUSED).to(tl.float32)
     if WRITTEN >= 1:
         x = _round_state(x, block, high, lanes, tensor_id, rounding_seed, STATE)
     if WRITTEN == 2:
@@ -87,7 +87,7 @@ def _chain_tile(
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, NUM_SHARED: tl.constexpr,
     PERTURBATION: tl.constexpr, STATES: tl.constexpr, WRITTEN: tl.constexpr, KEEP_SECOND: tl.constexpr,
     FORK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
-    STAGE_COLUMNS: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr, APART: tl.constexpr,
+    STAGE_COLUMNS: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr, UNFUSED: tl.constexpr,
 ):  # fmt: skip
     start = tile * (lanes.shape[0] * 8)
     block = first + tile * lanes.shape[0]
@@ -105,17 +105,17 @@ def _chain_tile(
                 w, x, y = _stage(
                     row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
                     PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
-                    0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, APART,
+                    0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, UNFUSED,
                 )  # fmt: skip
             else:
                 w, x, y = _stage(
                     row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
-                    RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, APART,
+                    RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, UNFUSED,
                 )  # fmt: skip
         else:
             w, x, y = _stage(
                 row, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
-                RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, APART,
+                RULE, A, HAS_G, HAS_V, NUM_SHARED, WRITTEN, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, UNFUSED,
             )  # fmt: skip
     if first_stage < fork:  # all exact: they have been rounded
         _store_tile(w_at, start, lanes, round_nearest(w, DTYPE), begin, end, CUT, DTYPE)
@@ -128,7 +128,7 @@ def _chain_tile(
             w, x, y = _stage(
                 stages + fork * STAGE_COLUMNS, group, w, x, y, block, high, lanes, tensor_id, matrix, rank, start,
                 PERTURBATION, "sum" if PERTURBATION == "scaled_axpy" else "direct", False, False, 1,
-                0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, APART,
+                0, DTYPE, STATE, DISTRIBUTION, CUT, PACKED, UNFUSED,
             )  # fmt: skip
             _store_tile(probe, start, lanes, round_nearest(w, DTYPE), begin, end, CUT, DTYPE)
 
@@ -140,7 +140,7 @@ def chain_kernel(
     PERTURBATION: tl.constexpr, STATES: tl.constexpr, WRITTEN: tl.constexpr, KEEP_SECOND: tl.constexpr,
     FORK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr,
     COLUMNS: tl.constexpr, PROBE: tl.constexpr, STAGE_COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    PACKED: tl.constexpr, APART: tl.constexpr,
+    PACKED: tl.constexpr, UNFUSED: tl.constexpr,
 ):  # fmt: skip
     """stages: int64 [length, STAGE_COLUMNS], rows as native.stage_rows makes them."""
     fork = length - (1 if FORK else 0)
@@ -177,12 +177,12 @@ def chain_kernel(
         _chain_tile(
             w_at, state0, state1, probe, tile, lanes, begin, end, first, high, tensor_id, group, stages, first_stage, fork,
             matrix, rank, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
-            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, False, PACKED, APART,
+            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, False, PACKED, UNFUSED,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _chain_tile(
             w_at, state0, state1, probe, cut + tl.where(cut >= whole_begin, whole_end - whole_begin, 0), lanes,
             begin, end, first, high, tensor_id, group, stages, first_stage, fork,
             matrix, rank, RULE, A, HAS_G, HAS_V, NUM_SHARED, PERTURBATION, STATES, WRITTEN, KEEP_SECOND, FORK,
-            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, True, False, APART,
+            DTYPE, STATE, DISTRIBUTION, STAGE_COLUMNS, True, False, UNFUSED,
         )  # fmt: skip

@@ -161,7 +161,7 @@ def _tile(
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr,
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_NOISE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr, APART: tl.constexpr,
+    HAS_NOISE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr, UNFUSED: tl.constexpr,
 ):  # fmt: skip
     """One tile: load, take every direction in registers, apply the rule, round once, store."""
     start = tile * (lanes.shape[0] * 8)
@@ -197,7 +197,7 @@ def _tile(
     if ROUNDING == "stochastic":
         out = round_stochastic(w, rounding_bits(block, high, lanes, tensor_id, r0, r1), DTYPE)
     elif ROUNDING == "nearest":
-        out = round_nearest(w, DTYPE, APART)
+        out = round_nearest(w, DTYPE, UNFUSED)
     else:
         tl.static_assert(False, "pass_kernel does not know the rounding " + ROUNDING)
     _store_tile(dst, start, lanes, out, begin, end, CUT, DTYPE)
@@ -217,7 +217,7 @@ def pass_kernel(
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_NOISE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
-    APART: tl.constexpr,
+    UNFUSED: tl.constexpr,
 ):  # fmt: skip
     """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none".
 
@@ -271,7 +271,7 @@ def pass_kernel(
             src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
             k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
-            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False, PACKED, APART,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False, PACKED, UNFUSED,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _tile(
@@ -279,5 +279,5 @@ def pass_kernel(
             begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
             k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
-            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True, False, APART,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True, False, UNFUSED,
         )  # fmt: skip

@@ -81,7 +81,7 @@ def in_pairs(target: Any, dtype: torch.dtype) -> bool:
     return has_packed_pairs(target) and dtype != torch.float32
 
 
-def rounds_apart(target: Any) -> bool:
+def has_fused_rounding(target: Any) -> bool:
     """Whether a float32 result has to be kept from the instruction that makes it and rounds it to 16 bits: rounding.py."""
     return bool(target.backend == "hip")
 
@@ -94,8 +94,8 @@ def current_target() -> Any:
 def of_target(target: Any, dtype: torch.dtype) -> dict[str, bool]:
     """Constants of a kernel that depend on the GPU."""
     if target is None:
-        return {"PACKED": False, "APART": False}
-    return {"PACKED": in_pairs(target, dtype), "APART": rounds_apart(target)}
+        return {"PACKED": False, "UNFUSED": False}
+    return {"PACKED": in_pairs(target, dtype), "UNFUSED": has_fused_rounding(target)}
 
 
 def _at_most(registers: int, target: Any) -> dict[str, object]:
