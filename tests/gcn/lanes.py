@@ -45,17 +45,19 @@ def write_lane(i: Instruction) -> Step:
 
 
 def from_lane(i: Instruction) -> Step:
-    """v_mov_b32_dpp: another lane's; 0 from where no lane is, or none that works. A row has 16 lanes."""
+    """v_mov_b32_dpp: another lane's. From where no lane is, or none that works, 0, or without bound_ctrl nothing. A row has
+    16 lanes."""
     to, source = first_of(i.args[0], "v", 1), first_of(i.args[1], "v", 1)
     rows, banks = (int(i.modifiers.pop(name), 0) for name in ("row_mask", "bank_mask"))
-    if banks != 0xF or i.modifiers.pop("bound_ctrl", None) != "1" or len(i.modifiers) != 1:
+    zeros = i.modifiers.pop("bound_ctrl", None)
+    if banks != 0xF or zeros not in (None, "1") or len(i.modifiers) != 1:
         raise PtxError(i.text)
     other = _lanes_of_dpp(*i.modifiers.popitem())
     written, lanes = (rows >> (OWN >> 4) & 1).astype(bool), np.maximum(other, 0)
 
     def step(w: Waves) -> None:
         there = (other >= 0) & w.active[:, lanes]
-        x = np.where(there, w.V[source][:, lanes], u4(0))
+        x = np.where(there, w.V[source][:, lanes], u4(0) if zeros else w.V[to])
         w.put(to, np.where(written, x, w.V[to]))
 
     return step

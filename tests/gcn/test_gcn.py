@@ -296,22 +296,25 @@ def test_single_lanes_are_read_and_written_whether_they_work_or_not() -> None:
     assert result(body).tolist() == [*range(63), 105]
 
 
-DPP: list[tuple[str, Callable[[int], int]]] = [
-    ("row_shr:8", lambda n: n - 8 if n % 16 >= 8 else 0),
-    ("row_shl:1", lambda n: n + 1 if n % 16 < 15 else 0),
+DPP: list[tuple[str, Callable[[int], int | None]]] = [
+    ("row_shr:8", lambda n: n - 8 if n % 16 >= 8 else None),
+    ("row_shl:1", lambda n: n + 1 if n % 16 < 15 else None),
     ("row_ror:4", lambda n: n // 16 * 16 + (n - 4) % 16),
     ("quad_perm:[1,0,3,2]", lambda n: n ^ 1),
-    ("row_bcast:15", lambda n: n // 16 * 16 - 1 if n >= 16 else 0),
-    ("row_bcast:31", lambda n: 31 if n >= 32 else 0),
+    ("row_bcast:15", lambda n: n // 16 * 16 - 1 if n >= 16 else None),
+    ("row_bcast:31", lambda n: 31 if n >= 32 else None),
 ]
 
 
 @pytest.mark.parametrize(("control", "source"), DPP, ids=[control for control, _ in DPP])
-def test_other_lanes(control: str, source: Callable[[int], int]) -> None:
-    ends = "row_mask:0xf bank_mask:0xf bound_ctrl:1"
-    assert result(f"v_mov_b32_dpp v20, v0 {control} {ends}").tolist() == [source(n) for n in range(64)]
-    some = f"v_mov_b32_e32 v20, 9\nv_mov_b32_dpp v20, v0 {control} {ends.replace('0xf', '0xa', 1)}"
-    assert result(some).tolist() == [source(n) if n // 16 % 2 else 9 for n in range(64)]
+def test_other_lanes(control: str, source: Callable[[int], int | None]) -> None:
+    """From where no lane is comes 0 with bound_ctrl, nothing without; rows that are left out keep what they have."""
+    sources, ends = [source(n) for n in range(64)], "row_mask:0xf bank_mask:0xf bound_ctrl:1"
+    assert result(f"v_mov_b32_dpp v20, v0 {control} {ends}").tolist() == [x or 0 for x in sources]
+    kept = f"v_mov_b32_e32 v20, 99\nv_mov_b32_dpp v20, v0 {control} {ends.removesuffix(' bound_ctrl:1')}"
+    assert result(kept).tolist() == [99 if x is None else x for x in sources]
+    some = f"v_mov_b32_e32 v20, 99\nv_mov_b32_dpp v20, v0 {control} {ends.replace('0xf', '0xa', 1)}"
+    assert result(some).tolist() == [x or 0 if n // 16 % 2 else 99 for n, x in enumerate(sources)]
 
 
 def test_waves_part_and_meet_again() -> None:
@@ -445,7 +448,7 @@ def test_mutants_change_instructions_that_some_case_runs() -> None:
     )
     first, second, last = instructions_by_block(text)
     assert len(first) == 8
-    assert last == {"s_endpgm (line 12)"}
+    assert last == {"s_endpgm (line 13)"}
     (fma,) = (i for i in first if i.startswith("v_fmaak"))
     found = list(mutants_of("k", text, {fma}))
     assert {m.kind for m in found} == {"fma without its sum", "fma without its product", "last bit of a constant"}

@@ -81,8 +81,7 @@ def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, k
     if any(n != 1 for n in grid[1:]):
         raise PtxError(f"a grid of {grid}")
     metadata, signature = compiled.metadata, compiled.src.signature
-    scratch = [getattr(metadata, name) for name in SCRATCH if hasattr(metadata, name)]
-    if any(scratch):
+    if any(getattr(metadata, name, 0) for name in SCRATCH):
         raise PtxError("a kernel with scratch memory")
     if getattr(metadata, "num_ctas", 1) != 1:
         raise PtxError("clusters")
@@ -100,10 +99,11 @@ def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, k
             (value,) = struct.unpack("<I", struct.pack("<f", value))
         values.append(int(value))
     params = emulator.interpreter.params(kernel)
-    if len(params) != len(values) + len(scratch):
-        raise PtxError(f"{len(params)} parameters for {len(values)} values and {len(scratch)} scratch pointers")
+    pointers = params[len(values) :]  # to scratch memory; Triton 3.6 tells of one of AMD's two
+    if len(params) < len(values) or len(pointers) > len(SCRATCH) or any(size != 8 for _, size in pointers):
+        raise PtxError(f"{len(params)} parameters for {len(values)} values and {len(SCRATCH)} scratch pointers")
     raw = bytearray(kernel.param_bytes)
-    for (at, size), value in zip(params, [*values, *scratch], strict=True):
+    for (at, size), value in zip(params, [*values, *(0 for _ in pointers)], strict=True):
         raw[at : at + size] = struct.pack("<Q", value & (1 << 64) - 1)[:size]
     threads = metadata.num_warps * metadata.warp_size
     emulator.run(name, grid[0], threads, bytes(raw), more, metadata.shared)

@@ -55,9 +55,9 @@ def round_stochastic(x, random, DTYPE: tl.constexpr):
 def round_nearest(x, DTYPE: tl.constexpr, UNFUSED: tl.constexpr = False):
     """float32 to DTYPE, nearest even: one conversion instruction, none for float32.
 
-    UNFUSED: x may not be computed and rounded by one instruction. LLVM makes one of a float32 fma and its conversion for
-    AMD's GPUs (v_fma_mixlo_f16), and sources disagree on whether that rounds to float32 in between, as it must here. An
-    empty line of assembly between the two costs nothing.
+    UNFUSED: x may not be computed and rounded by one instruction. For AMD's GPUs LLVM makes one of a float32 fma, or a
+    product, and its conversion (v_fma_mixlo_f16). Up to Triton 3.8 it loses the sign of a zero, and sources disagree on
+    whether it rounds to float32 in between. An empty line of assembly between the two costs nothing.
     """
     if UNFUSED and DTYPE.primitive_bitwidth == 16:
         x = tl.inline_asm_elementwise("", "=v,0", [x], dtype=tl.float32, is_pure=True, pack=1)
