@@ -20,7 +20,7 @@ from zokern.contract.rules import RULES
 
 from . import compilers, counts
 from .compilers import DTYPES, kind
-from .counts import AMD
+from .amd import AMD
 
 STORED = RESULTS / "machine_code.json"
 ARCHS = (80, 90, 100, 120)
