@@ -205,7 +205,7 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
         "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
         "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
         "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
-        "PACKED": packed,
+        "PACKED": packed, "APART": launch.apart(target, torch_dtype, distribution),
     }  # fmt: skip
     factors = {"factor_rows": "*i64", "values": "i64", "of_seed": "i32", "rank": "i32", "first_chunk": "i32"}
     if distribution == "lowrank1":  # of rank 1
@@ -221,6 +221,6 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    chosen = launch.options(rule, rounding, packed, str(constants["DISTRIBUTION"]))
+    chosen = launch.options(target, rule, rounding, packed, str(constants["DISTRIBUTION"]))
     assembly: dict[str, Any] = triton.compile(source, target=target, options=chosen).asm
     return assembly

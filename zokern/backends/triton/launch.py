@@ -81,21 +81,35 @@ def in_pairs(target: Any, dtype: torch.dtype) -> bool:
     return has_packed_pairs(target) and dtype != torch.float32
 
 
-def _packed(table: Table) -> bool:
-    return not INTERPRETED and in_pairs(triton.runtime.driver.active.get_current_target(), table.dtype)
+def apart(target: Any, dtype: torch.dtype, distribution: str) -> bool:
+    """Whether cosines and sines are kept apart (packed.py), so that LLVM packs them for AMD: 4 slots less an element. Of
+    float32 weights it does so by itself."""
+    return bool(target.backend == "hip" and dtype != torch.float32 and distribution == "normal")
 
 
-def options(rule: Rule, rounding: str, packed: bool, distribution: str) -> dict[str, object]:
-    """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill."""
+def _target() -> Any:
+    """Of the current device; None where nothing is compiled."""
+    return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
+def options(target: Any, rule: Rule, rounding: str, packed: bool, distribution: str) -> dict[str, object]:
+    """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill. LLVM
+    would take up to 113 for AMD; with 80 a SIMD holds six waves, not four, and an element takes no more instructions."""
+    if target is not None and target.backend == "hip":
+        return {**LAUNCH_OPTIONS, "waves_per_eu": 6}
     most = packed and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
-    most = most or (distribution == "lowrank" and rule.name != "axpy" and torch.version.hip is None)
-    return {**LAUNCH_OPTIONS, "maxnreg": 128} if most else LAUNCH_OPTIONS
+    most = most or (distribution == "lowrank" and rule.name != "axpy")
+    return {**LAUNCH_OPTIONS, "maxnreg": 128} if most and _by_ptxas(target) else LAUNCH_OPTIONS
 
 
-def chain_options(distribution: str) -> dict[str, object]:
+def chain_options(target: Any, distribution: str) -> dict[str, object]:
     """The same of a chain, whose stages' numbers are all read at run time."""
-    most = distribution == "lowrank" and torch.version.hip is None
-    return {**LAUNCH_OPTIONS, "maxnreg": 168} if most else LAUNCH_OPTIONS
+    most = distribution == "lowrank"
+    return {**LAUNCH_OPTIONS, "maxnreg": 168} if most and _by_ptxas(target) else LAUNCH_OPTIONS
+
+
+def _by_ptxas(target: Any) -> bool:
+    return target is not None and target.backend == "cuda"
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -165,7 +179,9 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     stochastic_state = table.state_dtype != torch.float32 and spec.rule.written > 0
     for num_chunks, directions in launches(table, spec.direction, [numbers.seeds]):
         with _launch_context(device):
-            packed = _packed(table)
+            target = _target()
+            packed = target is not None and in_pairs(target, table.dtype)
+            distribution = directions["DISTRIBUTION"]
             pass_kernel[(num_chunks,)](
                 table.tensors,
                 table.chunks,
@@ -187,7 +203,8 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 PACKED=packed,
-                **options(spec.rule, spec.rounding, packed, directions["DISTRIBUTION"]),
+                APART=target is not None and apart(target, table.dtype, distribution),
+                **options(target, spec.rule, spec.rounding, packed, distribution),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
@@ -205,6 +222,7 @@ def run_chain(table: Table, chain: Chain) -> None:
     stages = parcel.send(rows)
     for num_chunks, directions in launches(table, chain.stages[0][0].direction, there.seeds):
         with _launch_context(device):
+            target = _target()
             chain_kernel[(num_chunks,)](
                 table.tensors,
                 table.chunks,
@@ -224,8 +242,8 @@ def run_chain(table: Table, chain: Chain) -> None:
                 STAGE_COLUMNS=STAGE_COLUMNS,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
-                PACKED=_packed(table),
-                **chain_options(directions["DISTRIBUTION"]),
+                PACKED=target is not None and in_pairs(target, table.dtype),
+                **chain_options(target, directions["DISTRIBUTION"]),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
