@@ -198,14 +198,14 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     from zokern.passes.table import CHUNK, COLUMNS
 
     (torch_dtype,) = [known for known, named in launch.DTYPES.items() if named == dtype]
-    kernel, packed = kernels.pass_kernel, launch.in_pairs(target, torch_dtype)
+    kernel = kernels.pass_kernel
     signature = {"tensors": "*i64", "chunks": "*i32", "seeds": "*i64", "coefs": "*fp32", "shared": "*fp32",
                  "rounding_seed": "*i64", "enabled": "*i32", "num_seeds": "i32"}  # fmt: skip
     constants = launch.constants(rule) | {
         "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
         "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
         "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
-        "PACKED": packed, "APART": launch.apart(target, torch_dtype, distribution),
+        "PACKED": launch.in_pairs(target, torch_dtype), "APART": launch.apart(target, torch_dtype, distribution),
     }  # fmt: skip
     factors = {"factor_rows": "*i64", "values": "i64", "of_seed": "i32", "rank": "i32", "first_chunk": "i32"}
     if distribution == "lowrank1":  # of rank 1
@@ -221,6 +221,6 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    chosen = launch.options(target, rule, rounding, packed, str(constants["DISTRIBUTION"]))
+    chosen = launch.options(target, rule, torch_dtype, rounding, str(constants["DISTRIBUTION"]))
     assembly: dict[str, Any] = triton.compile(source, target=target, options=chosen).asm
     return assembly

@@ -72,7 +72,7 @@ def _launch_context(device: torch.device) -> AbstractContextManager[object]:
 
 def has_packed_pairs(target: Any) -> bool:
     """Whether a compiler's target (triton's GPUTarget) has float32 operations on two elements: packed.py."""
-    return bool(target.backend == "cuda" and 100 <= target.arch < 110)
+    return bool(_by_ptxas(target) and 100 <= target.arch < 110)
 
 
 def in_pairs(target: Any, dtype: torch.dtype) -> bool:
@@ -82,9 +82,9 @@ def in_pairs(target: Any, dtype: torch.dtype) -> bool:
 
 
 def apart(target: Any, dtype: torch.dtype, distribution: str) -> bool:
-    """Whether cosines and sines are kept apart (packed.py), so that LLVM packs them for AMD: 4 slots less an element. Of
-    float32 weights it does so by itself."""
-    return bool(target.backend == "hip" and dtype != torch.float32 and distribution == "normal")
+    """Whether cosines and sines are kept apart, so that LLVM pairs them for AMD (kernels.py). Of float32 weights it finds
+    the pairs."""
+    return bool(_by_llvm(target) and dtype != torch.float32 and distribution == "normal")
 
 
 def _target() -> Any:
@@ -92,12 +92,22 @@ def _target() -> Any:
     return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
 
 
-def options(target: Any, rule: Rule, rounding: str, packed: bool, distribution: str) -> dict[str, object]:
-    """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill. LLVM
-    would take up to 113 for AMD; with 80 a SIMD holds six waves, not four, and an element takes no more instructions."""
-    if target is not None and target.backend == "hip":
-        return {**LAUNCH_OPTIONS, "waves_per_eu": 6}
-    most = packed and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
+def _by_ptxas(target: Any) -> bool:
+    return target is not None and target.backend == "cuda"
+
+
+def _by_llvm(target: Any) -> bool:
+    return target is not None and target.backend == "hip"
+
+
+def options(target: Any, rule: Rule, dtype: torch.dtype, rounding: str, distribution: str) -> dict[str, object]:
+    """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill."""
+    if target is None:
+        return LAUNCH_OPTIONS
+    if apart(target, dtype, distribution):
+        # LLVM then looks for the fewest instructions within 128 registers: a further seed takes 3 % fewer.
+        return {**LAUNCH_OPTIONS, "waves_per_eu": 4}
+    most = in_pairs(target, dtype) and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
     most = most or (distribution == "lowrank" and rule.name != "axpy")
     return {**LAUNCH_OPTIONS, "maxnreg": 128} if most and _by_ptxas(target) else LAUNCH_OPTIONS
 
@@ -106,10 +116,6 @@ def chain_options(target: Any, distribution: str) -> dict[str, object]:
     """The same of a chain, whose stages' numbers are all read at run time."""
     most = distribution == "lowrank"
     return {**LAUNCH_OPTIONS, "maxnreg": 168} if most and _by_ptxas(target) else LAUNCH_OPTIONS
-
-
-def _by_ptxas(target: Any) -> bool:
-    return target is not None and target.backend == "cuda"
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -180,7 +186,6 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     for num_chunks, directions in launches(table, spec.direction, [numbers.seeds]):
         with _launch_context(device):
             target = _target()
-            packed = target is not None and in_pairs(target, table.dtype)
             distribution = directions["DISTRIBUTION"]
             pass_kernel[(num_chunks,)](
                 table.tensors,
@@ -202,9 +207,9 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
                 COLUMNS=COLUMNS,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
-                PACKED=packed,
-                APART=target is not None and apart(target, table.dtype, distribution),
-                **options(target, spec.rule, spec.rounding, packed, distribution),
+                PACKED=in_pairs(target, table.dtype),
+                APART=apart(target, table.dtype, distribution),
+                **options(target, spec.rule, table.dtype, spec.rounding, distribution),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))
@@ -242,7 +247,7 @@ def run_chain(table: Table, chain: Chain) -> None:
                 STAGE_COLUMNS=STAGE_COLUMNS,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
-                PACKED=target is not None and in_pairs(target, table.dtype),
+                PACKED=in_pairs(target, table.dtype),
                 **chain_options(target, directions["DISTRIBUTION"]),
             )
     if on_gpu(device):
