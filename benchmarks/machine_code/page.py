@@ -43,7 +43,7 @@ PASSES = {
 }
 
 
-def of_pass(rows: Sequence[Row], backend: str, arch: int, wanted: Sequence[str]) -> Row | None:
+def of_pass(rows: Sequence[Row], backend: str, arch: int | str, wanted: Sequence[str]) -> Row | None:
     """The row of a pass of PASSES; None where it was not compiled."""
     rule, dtype, distribution, rounding = wanted
     return find(rows, backend=backend, kernel="pass", arch=arch, rule=rule, dtype=dtype, state="float32",
