@@ -34,6 +34,7 @@ import benchmarks.llm.picture_cpu
 import benchmarks.lowrank.learning
 import benchmarks.lowrank.populations
 import benchmarks.lowrank.speed
+import benchmarks.machine_code.amd_page
 import benchmarks.machine_code.page
 import benchmarks.matrix
 import benchmarks.memory.page
@@ -75,7 +76,7 @@ SUBJECTS = (
     benchmarks.replay.run, benchmarks.drift.run, benchmarks.rounding.page, benchmarks.convergence.page,
     benchmarks.llm.beside_page, benchmarks.llm.demo, benchmarks.llm.page, benchmarks.llm.page_cpu,
     benchmarks.llm.papers, benchmarks.llm.picture_cpu,
-    benchmarks.machine_code.page, benchmarks.trainer.run,
+    benchmarks.machine_code.page, benchmarks.machine_code.amd_page, benchmarks.trainer.run,
     benchmarks.rewards.page, benchmarks.choose.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
     benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.matrix, benchmarks.arm.page,

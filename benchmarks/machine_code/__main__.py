@@ -1,10 +1,11 @@
 """Counts what a kernel costs in machine code, without a GPU: issue slots per element, registers, spills, access widths.
 
 python -m benchmarks.machine_code               # compiles for sm_90 and prints a table
+python -m benchmarks.machine_code --arch gfx942 # Triton's passes for AMD's MI300X
 python -m benchmarks.machine_code --measure     # every architecture, minutes, into benchmarks/results/machine_code.json
 
 A pass over 16-bit weights is at an H200's copy bandwidth only if it needs about 30 issue slots per element, so this is
-measured where it can be kept: in the compiled code. listing.py reads it, counts.py says what is counted.
+measured where it can be kept: in the compiled code. listing.py reads it, counts.py and amd.py say what is counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import rows
+from .amd import AMD
 from .compilers import CUDA_SOURCES, compile_cuda, compile_triton
 from .counts import Report
 
@@ -34,20 +36,40 @@ def table(reports: Iterable[Report]) -> str:
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, columns, strict=True)).rstrip() for row in lines)
 
 
+def architecture(text: str) -> int | str:
+    """Of --arch: a compute capability, or a name of AMD's.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if text in AMD:
+        return text
+    if text.removeprefix("sm_").isdigit():
+        return int(text.removeprefix("sm_"))
+    known = ", ".join(f"{name} ({gpu})" for name, gpu in AMD.items())
+    raise argparse.ArgumentTypeError(f"{text!r} is no architecture: give a compute capability such as 90, or {known}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.machine_code", description=__doc__, epilog="nvcc is for cuda only.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities (default: 90)")
-    parser.add_argument("--kernels", nargs="+", choices=["triton", "cuda"], default=["triton", "cuda"],
-                        help="which kernels to compile (default: both)")  # fmt: skip
+    parser.add_argument("--arch", type=architecture, nargs="+", default=[90],
+                        help=f"compute capabilities, {', '.join(AMD)} (default: 90)")  # fmt: skip
+    parser.add_argument("--kernels", nargs="+", choices=["triton", "cuda"],
+                        help="which kernels to compile (default: both, and Triton's for AMD)")  # fmt: skip
+    parser.add_argument("--only", default="", metavar="PATTERN",
+                        help="of Triton's kernels those in whose name this is found: 'axpy<bf16'")  # fmt: skip
     parser.add_argument("--source", type=Path, nargs="+", default=CUDA_SOURCES,
                         help="the .cu files (default: all with kernels of passes)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all counts to FILE")
     parser.add_argument("--measure", action="store_true", help="store every kernel on every architecture instead")
     options = parser.parse_args(arguments)
-    if "triton" in options.kernels and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    kernels = options.kernels or ["triton", "cuda"]
+    if of_amd := [arch for arch in options.arch if arch in AMD and "cuda" in (options.kernels or ())]:
+        parser.error(f"CUDA's kernels are not compiled for {', '.join(of_amd)}, which are AMD's: take --kernels triton")
+    if "triton" in kernels and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, so Triton would not compile: unset it")
     if options.measure:
         rows.measure()
@@ -55,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     reports: list[Report] = []
     for arch in options.arch:
-        if "triton" in options.kernels:
-            reports += compile_triton(arch)
-        if "cuda" in options.kernels:
+        if "triton" in kernels:
+            reports += compile_triton(arch, options.only)
+        if "cuda" in kernels and arch not in AMD:
             for source in options.source:
                 reports += compile_cuda(source, arch)
     print(table(reports))

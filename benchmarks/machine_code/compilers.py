@@ -5,10 +5,13 @@ Both are disassembled with the tools in Triton's wheel, or on PATH.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ import torch
 
 from zokern.contract.rules import RULES, Rule
 
-from .counts import AMD, WAVE, Report, analyse, analyse_amd
-from .listing import read_sass
+from . import amd
+from .amd import AMD, WAVE
+from .counts import Pipes, Report, analyse, further_factor
+from .listing import read_amd, read_sass
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_NAMES = ("axpy.cu", "hizoo.cu", "moments.cu", "chain.cu", "lowrank.cu", "lowrank_chain.cu")
@@ -117,32 +122,70 @@ def compile_cuda(source: Path, arch: int, stored: int | None = None) -> list[Rep
         return analyse_cubin(cubin, arch, stored=stored)
 
 
-def compile_triton(arch: int | str) -> list[Report]:
-    """The Triton passes that are counted, for sm_<arch> or AMD: the first-order one of every kind, the other rules of bf16
-    and fp32 weights with normals and float32 states."""
-    from triton.backends.compiler import GPUTarget
+def triton_passes() -> list[tuple[str, Rule, Any, str, str]]:
+    """Those that are counted, by name: rule, dtype, distribution and rounding.
 
+    The first-order one of every kind; the other rules of bf16 and fp32 weights, with normals and of low rank.
+    """
     from zokern.backends.triton import launch
 
-    target, reports = GPUTarget("hip", arch, WAVE) if arch == AMD else GPUTarget("cuda", arch, 32), list[Report]()
+    passes = []
     for rule in RULES.values():
         first_order = rule.name == "axpy"
         for dtype in [dtype for dtype in launch.DTYPES.values() if first_order or str(dtype) != "fp16"]:
-            for distribution in ("normal", "rademacher") if first_order else ("normal",):
+            for distribution in ("normal", "rademacher", "low_rank") if first_order else ("normal", "low_rank"):
                 for rounding in ("nearest",) if dtype.primitive_bitwidth == 32 else ("nearest", "stochastic"):
                     name = f"triton {rule.name}<{dtype}, {distribution}, {rounding}>"
-                    forms = compile_pass(target, rule, dtype, distribution, rounding)
-                    reports += _analyse_triton(name, arch, forms)
+                    passes.append((name, rule, dtype, distribution, rounding))
+    return passes
+
+
+def compile_triton(arch: int | str, only: str = "") -> list[Report]:
+    """The Triton passes that are counted, for sm_<arch> or AMD's; `only` those in whose name this pattern is found.
+
+    A pass of low rank is compiled for one factor, and for any number of them to see what a further one takes.
+    """
+    reports = []
+    for name, rule, dtype, distribution, rounding in triton_passes():
+        if re.search(only, name):
+            kind = "lowrank1" if distribution == "low_rank" else distribution
+            report = _analyse_triton(name, arch, compile_pass(target(arch), rule, dtype, kind, rounding))
+            if distribution == "low_rank":
+                further = _further_factor(name, arch, compile_pass(target(arch), rule, dtype, "lowrank", rounding))
+                report |= {"slots_per_extra_rank": math.fsum(further.values()), "pipes_per_extra_rank": further}
+            reports.append(report)
     return reports
 
 
-def _analyse_triton(name: str, arch: int | str, forms: dict[str, Any]) -> list[Report]:
-    if arch == AMD:
-        return [analyse_amd(name, forms["amdgcn"], stored_size(name))]
+def target(arch: int | str) -> Any:
+    """Triton's name of an architecture."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, WAVE) if arch in AMD else GPUTarget("cuda", arch, 32)
+
+
+def _analyse_triton(name: str, arch: int | str, forms: dict[str, Any]) -> Report:
+    if arch in AMD:
+        return amd.analyse(name, str(arch), forms["amdgcn"], forms["llir"], stored_size(name))
+    with _cubin(forms) as path:
+        (report,) = analyse_cubin(path, int(arch), name)
+    return report
+
+
+def _further_factor(name: str, arch: int | str, forms: dict[str, Any]) -> Pipes:
+    if arch in AMD:
+        return further_factor(name, read_amd(forms["amdgcn"]))
+    with _cubin(forms) as path:
+        (kernel,) = read_sass(_run("nvdisasm", "-c", str(path))).values()
+    return further_factor(name, kernel)
+
+
+@contextlib.contextmanager
+def _cubin(forms: dict[str, Any]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(forms["cubin"])
-        return analyse_cubin(path, int(arch), name)
+        yield path
 
 
 def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, rounding: str) -> dict[str, Any]:
@@ -162,7 +205,7 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
         "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
         "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
         "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
-        **launch.of_target(target, torch_dtype),
+        **launch.of_target(target, torch_dtype), "APART": launch.apart(target, torch_dtype, distribution),
     }  # fmt: skip
     factors = {"factor_rows": "*i64", "values": "i64", "of_seed": "i32", "rank": "i32", "first_chunk": "i32"}
     if distribution == "lowrank1":  # of rank 1

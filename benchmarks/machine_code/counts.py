@@ -28,7 +28,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from .listing import Code, Kernel, Loop, conversions, ffma, per_element, read_amd, stored
+from .listing import Code, Kernel, Loop, conversions, ffma, per_element, stored
 
 Report = dict[str, Any]
 Pipes = dict[str, float]
@@ -43,10 +43,17 @@ def analyse(name: str, arch: int, kernel: Kernel, stored_size: int, registers: i
     spills = sum(bool(re.match(r"LDL|STL", i.opcode)) for i in kernel.code())
     if "::low_rank" in name:
         counted = _low_rank_chain(name, kernel) if "_chain_kernel<" in name else _low_rank(name, kernel, stored_size)
+    elif "::chain_kernel<" in name:
+        counted = _chain(name, kernel)
     else:
-        counted = _chain(name, kernel) if "::chain_kernel<" in name else _pass(kernel, stored_size)
+        counted = of_triton(name, kernel, stored_size)
     resources = {"registers": registers, "stack_bytes": stack_bytes, "spills": spills}
     return {"name": name, "arch": arch, **resources, **counted}
+
+
+def of_triton(name: str, kernel: Kernel, stored_size: int) -> Report:
+    """What is counted of a pass by Triton, whoever's code it is, or of a dense one of CUDA's."""
+    return _rank_1(name, kernel, stored_size) if ", low_rank, " in name else _pass(kernel, stored_size)
 
 
 def _slots(pipes: Pipes) -> float | None:
@@ -231,6 +238,36 @@ def _low_rank(name: str, kernel: Kernel, stored_size: int) -> Report:
     )  # fmt: skip
 
 
+def _rank_1(name: str, kernel: Kernel, stored_size: int) -> Report:
+    """Triton's, which is compiled for one factor: its loop over seeds has none inside."""
+    found = []
+    for tile in kernel.loops:
+        for seeds in kernel.within(tile):
+            one = kernel.way(tile, lambda code: (stored(code), *_of_factors(code)))
+            if {i.stored for i in one} - {0} == {16} and _wide_loads(kernel.code(seeds.blocks)):
+                found.append((one, kernel.way(seeds, _of_factors)))
+    if len(found) != 1:
+        raise ValueError(f"{name} has {len(found)} loops over seeds in loops over whole tiles; it should have one")
+    one, seed = found[0]
+    elements, of_seed = stored(one) // stored_size, 4 * _wide_loads(seed)
+    return _report(elements, per_element(one, elements), per_element(seed, of_seed), one, _without(one, seed))
+
+
+def _without(code: Code, part: Code) -> Code:
+    """Of `code` what is not of `part`, which it has in one piece: a seed's number of U has four bytes, rightly."""
+    at = {id(i) for i in part}
+    return [i for i in code if id(i) not in at]
+
+
+def further_factor(name: str, kernel: Kernel) -> Pipes:
+    """Instructions per element of one factor more, of Triton's kernel of any rank."""
+    ways = [kernel.way(loop, _of_factors) for loop in kernel.loops if not kernel.within(loop)]
+    whole = [way for way in ways if _wide_loads(way) and not stored(way)]
+    if not whole:
+        raise ValueError(f"{name} has no loop over factors that reads whole blocks")
+    return min((per_element(way, 4 * _wide_loads(way)) for way in whole), key=lambda pipes: math.fsum(pipes.values()))
+
+
 def _low_rank_chain(name: str, kernel: Kernel) -> Report:
     stage, once = _tile(name, kernel)
     of_rules = _outermost(kernel, stage)  # a perturbation has fewer sums
@@ -247,37 +284,3 @@ def _low_rank_chain(name: str, kernel: Kernel) -> Report:
         8, per_element(one, 8), per_element(seed, 8), one + rounded + once, once,
         once=per_element(once, 8), stochastic=per_element(rounded, 8), per_extra_rank=_further_factor(kernel, own),
     )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------------------- AMD's code
-
-AMD, WAVE = "gfx942", 64  # MI300X
-
-
-def analyse_amd(name: str, assembly: str, stored_size: int) -> Report:
-    """The report of a Triton kernel.
-
-    Simpler than NVIDIA's: the hot loop is the one with 16-byte stores and none narrower, and all of it is counted except
-    the loop over further seeds inside it. A wave's instruction serves 64 lanes, each of which has eight elements; so
-    instructions / 8 are slots per element. Registers are vector registers; scalar ones spill to lanes of these.
-    """
-
-    def noise(code: Code) -> int:
-        """Conversions of integers, or where there are none (signs) fused multiply-adds."""
-        converted = sum(i.opcode.startswith("v_cvt_f32_") and "32_e" in i.opcode for i in code)
-        return converted or sum("fma" in i.opcode or "fmac" in i.opcode for i in code)
-
-    report: Report = {"name": name, "arch": AMD, "slots": None, "slots_per_extra_seed": None}
-    for key, of in (("registers", "vgpr_count"), ("spills", "vgpr_spill_count"), ("scalar_spills", "sgpr_spill_count")):
-        report[key] = int(re.search(rf"\.{of}:\s+(\d+)", assembly)[1])  # type: ignore[index]
-    kernel = read_amd(assembly)
-    for loop in kernel.loops:
-        within = kernel.within(loop)
-        code = kernel.code(sorted(loop.blocks.difference(*(other.blocks for other in within))))
-        if {i.stored for i in code} - {0} == {16}:
-            elements = stored(code) // stored_size
-            inner = max((kernel.code(sorted(other.blocks)) for other in within), key=noise, default=[])
-            pipes, extra = per_element(code, elements), per_element(inner, elements)
-            told = {"slots": _slots(pipes), "slots_per_extra_seed": _slots(extra), "vector_bytes": 16}
-            return report | told | {"pipes": _busiest_first(pipes)}
-    return report | {"vector_bytes": 0, "pipes": {}}

@@ -18,7 +18,7 @@ SASS = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
 )
 AMD = re.compile(r"^\t(?P<predicate>)(?P<opcode>[a-z]\w+)\s*(?P<operands>[^;]*)")
-LABEL = re.compile(r"^(\.L\w+):")
+LABEL, AMD_LABEL = re.compile(r"^(\.L\w+):"), re.compile(r"^(\.LBB\w+):")  # AMD's .Ltmp0 are for debuggers
 TARGET = re.compile(r"\(?(\.L\w+)\)?")
 # A CALL.REL.NOINC keeps no return address: ptxas leaves loops by it.
 BRANCH = re.compile(r"BRA|EXIT|RET|BRX|CALL\.REL\.NOINC|s_c?branch|s_endpgm|s_setpc|s_swappc")
@@ -31,19 +31,26 @@ PIPES = {
     "convert": r"I2FP|F2F|HADD2\.F32",
     "memory": r"LD|ST(?!L)|STL|ATOM|RED",
     "branch": r"BRA|BRX|BSSY|BSYNC|WARPSYNC|EXIT|CALL|RET|BREAK|s_c?branch|s_endpgm|s_setpc|s_swappc",
-    "barrier": r"BAR",
+    "barrier": r"BAR|s_barrier",
     "uniform": r"U[A-Z]|R2UR|S2UR",
     "int": r"IADD|LOP3|SHF|LEA|PRMT|SEL|ISETP|FSETP|FSEL|FMNMX|IMNMX|VIMNMX|VIADD|IABS|PLOP3|MOV|SHL|SHR|POPC|FLO|BFI",
     # AMD's
-    "wait": r"s_(waitcnt|nop|barrier|delay|sleep|clause)",
+    "wait": r"s_(waitcnt|nop|delay|sleep|clause)",
     "smem": r"s_(buffer_)?(load|store|scratch)",
     "salu": r"s_",
     "vmem": r"global_|buffer_|flat_|scratch_",
     "lds": r"ds_",
+    "spill": r"v_(read|write)lane|v_accvgpr",  # of scalar registers to lanes of a vector register and back; to AGPRs
+    "packed": r"v_pk_\w+_f32",  # two float32 results of one instruction
+    "product": r"v_(mul_(lo|hi)|mad_u64|mad_i64)_[ui](32|64)|v_mad_[ui]64_[ui]32",  # of 32-bit integers
+    "trans": r"v_(rcp|rsq|sqrt|log|exp|sin|cos)",
+    "cvt": r"v_cvt",
     "valu": r"v_",
 }
+FUSED = r"FFMA|v_(pk_)?fma(c|ak|mk)?_f32"
+FP32 = r"v_(fma(c|ak|mk)?|mul|add|sub|subrev|mad|mac)_f32"  # AMD's that are not packed
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes of an access, which else has 4
-AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1}
+AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
 
 # A listing has some hundred thousand instructions, of a few hundred opcodes.
@@ -54,7 +61,7 @@ def _pipe(opcode: str) -> str:
 
 @functools.cache
 def _global_bytes(opcode: str) -> int:
-    if found := re.match(r"(?:global|buffer|flat)_store_(\w+?)(?:_d16_hi)?$", opcode):
+    if found := re.match(r"(?:global|buffer|flat)_(?:load|store)_[us]?(dword\w*|short|byte)", opcode):
         return AMD_WIDTHS[found[1]]
     if not re.match(r"(LDG|STG)\b", opcode):
         return 0
@@ -75,16 +82,18 @@ class Instruction:
     @property
     def fp32_results(self) -> int:
         """Float32 sums and products that one thread gets from it."""
-        return {"fp32": 1, "fp32x2": 2}.get(self.pipe, 0)
+        if self.pipe == "valu":
+            return int(re.match(FP32, self.opcode) is not None)
+        return {"fp32": 1, "fp32x2": 2, "packed": 2}.get(self.pipe, 0)
 
     @property
     def global_bytes(self) -> int:
-        """Bytes that one thread loads or stores in global memory (of AMD's instructions: stores), 0 for other ones."""
+        """Bytes that one thread loads or stores in global memory, 0 for other ones."""
         return _global_bytes(self.opcode)
 
     @property
     def stored(self) -> int:
-        return 0 if self.opcode.startswith("LDG") else self.global_bytes
+        return 0 if re.match(r"LDG|[a-z]+_load", self.opcode) else self.global_bytes
 
     @property
     def falls_through(self) -> bool:
@@ -182,13 +191,23 @@ def read_sass(text: str) -> dict[str, Kernel]:
 
 def read_amd(assembly: str) -> Kernel:
     """Its code ends where the section of its description begins."""
-    return _kernel(assembly.partition("\t.section\t.rodata")[0], AMD)
+    return _in_order(_kernel(assembly.partition("\t.section\t.rodata")[0], AMD, AMD_LABEL))
 
 
-def _kernel(text: str, syntax: re.Pattern[str]) -> Kernel:
+def _in_order(kernel: Kernel) -> Kernel:
+    """The same with its blocks so that only a loop's way back leads backwards: LLVM puts blocks in front of the header."""
+    graph = networkx.DiGraph()
+    graph.add_node(0)
+    graph.add_edges_from((i, successor) for i, block in enumerate(kernel.blocks) for successor in block.successors)
+    order = list(networkx.dfs_postorder_nodes(graph, 0))[::-1]
+    place = {block: index for index, block in enumerate(order)}
+    return Kernel([Block(kernel.blocks[i].code, [place[s] for s in kernel.blocks[i].successors]) for i in order])
+
+
+def _kernel(text: str, syntax: re.Pattern[str], labelled: re.Pattern[str] = LABEL) -> Kernel:
     blocks, labels, ends = [Block()], dict[str, int](), dict[int, Instruction]()
     for line in text.splitlines():
-        if label := LABEL.match(line):
+        if label := labelled.match(line):
             if blocks[-1].code:
                 blocks.append(Block())
             labels[label[1]] = len(blocks) - 1
@@ -210,12 +229,12 @@ def _kernel(text: str, syntax: re.Pattern[str]) -> Kernel:
 
 def ffma(code: Code) -> int:
     """Fused multiply-adds; a packed one is two."""
-    return sum(i.fp32_results for i in code if i.opcode.startswith("FFMA"))
+    return sum(i.fp32_results for i in code if re.match(FUSED, i.opcode))
 
 
 def conversions(code: Code) -> int:
     """Integers converted to float32: three make two normals. None is packed, on any architecture so far."""
-    return sum(i.opcode.startswith("I2F") for i in code)
+    return sum(bool(re.match(r"I2F|v_cvt_f32_[ui]32", i.opcode)) for i in code)
 
 
 def stored(code: Code) -> int:

@@ -43,7 +43,7 @@ PASSES = {
 }
 
 
-def of_pass(rows: Sequence[Row], backend: str, arch: int, wanted: Sequence[str]) -> Row | None:
+def of_pass(rows: Sequence[Row], backend: str, arch: int | str, wanted: Sequence[str]) -> Row | None:
     """The row of a pass of PASSES; None where it was not compiled."""
     rule, dtype, distribution, rounding = wanted
     return find(rows, backend=backend, kernel="pass", arch=arch, rule=rule, dtype=dtype, state="float32",
@@ -172,7 +172,7 @@ def table_of_all(rows: Sequence[Row]) -> str:
     """Every kernel on every architecture as CSV: what it is, what was counted, by pipe, and what is predicted."""
     what = ("backend", "kernel", "rule", "dtype", "state", "distribution", "rounding", "seeds", "arch")
     counted = ("slots", "slots_per_extra_seed", "slots_per_extra_rank", "slots_stochastic", "slots_once", "registers",
-               "spills", "scalar_spills", "vector_bytes")  # fmt: skip
+               "scalar_registers", "spills", "scalar_spills", "vector_bytes")  # fmt: skip
     pipes = sorted({pipe for row in rows for pipe in row["pipes"]})
     forecasts = {f"predicted_{device}": (share, device) for device in model.DEVICES}
     forecasts |= {f"sweep_of_{SWEPT}_{device}": (gain, device) for device in model.DEVICES}

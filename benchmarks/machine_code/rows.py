@@ -2,8 +2,9 @@
 
 A row is one kernel on one architecture: slots, slots_per_extra_seed and pipes (pipes_extra: of a further seed) are
 instructions per element, vector_bytes is the width of a global access in the hot loop, arch is 90 for sm_90 or the name of
-an AMD target. Of a chain's kernel ("kernel": "chain") they are those of a stage, slots_stochastic those of a stage with
-stochastic rounding, slots_once those of the tile around the stages (counts.py). Kernels whose directions are of low rank
+an AMD target (amd.py), which has scalar_registers and scalar_spills too. Of a chain's kernel ("kernel": "chain") they are
+those of a stage, slots_stochastic those of a stage with stochastic rounding, slots_once those of the tile around the stages
+(counts.py). Kernels whose directions are of low rank
 ("distribution": "low_rank") have slots_per_extra_rank too.
 """
 
@@ -19,14 +20,14 @@ from benchmarks.parts import RESULTS
 from zokern.contract.rules import RULES
 
 from . import compilers, counts
+from .amd import AMD
 from .compilers import DTYPES, kind
-from .counts import AMD
 
 STORED = RESULTS / "machine_code.json"
 ARCHS = (80, 90, 100, 120)
-KEPT = ("arch", "slots", "slots_per_extra_seed", "registers", "spills", "scalar_spills", "vector_bytes", "pipes",
-        "pipes_extra", "slots_once", "pipes_once", "slots_stochastic", "pipes_stochastic", "slots_per_extra_rank",
-        "pipes_per_extra_rank")  # fmt: skip
+KEPT = ("arch", "slots", "slots_per_extra_seed", "registers", "scalar_registers", "spills", "scalar_spills",
+        "vector_bytes", "pipes", "pipes_extra", "slots_once", "pipes_once", "slots_stochastic", "pipes_stochastic",
+        "slots_per_extra_rank", "pipes_per_extra_rank")  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -49,7 +50,7 @@ def measure() -> None:
     rows: list[Row] = []
     for source, arch in track([(source, arch) for arch in ARCHS for source in compilers.CUDA_SOURCES], "CUDA"):
         rows += map(row, compilers.compile_cuda(source, arch))
-    for arch in track((*ARCHS, AMD), "Triton"):
+    for arch in track((*ARCHS, *AMD), "Triton"):
         rows += map(row, compilers.compile_triton(arch))
     told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", told)
@@ -60,7 +61,7 @@ def measure() -> None:
 
 def _order(row: Row) -> tuple[Any, ...]:
     dtypes = [list(DTYPES.values()).index(row[key]) for key in ("dtype", "state")]
-    arch = (*ARCHS, AMD).index(row["arch"])
+    arch = (*ARCHS, *AMD).index(row["arch"])
     kernel = (row["backend"], row["kernel"], RULES[row["rule"]].id, row["seeds"] != "one")
     return (*kernel, *dtypes, row["distribution"], row["rounding"], arch)
 

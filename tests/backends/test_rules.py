@@ -169,6 +169,19 @@ def test_bits(rule: str, backend: str, device: torch.device, dtype: torch.dtype)
 
 
 @RULE
+def test_bits_with_cosines_and_sines_apart(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton computes them for AMD's GPUs; the square of a sum where a rule has one."""
+    device = devices.device_of("triton")
+    from zokern.backends.triton import launch as triton
+
+    if not triton.INTERPRETED:
+        pytest.skip("a compiler's target decides")
+    monkeypatch.setattr(triton, "apart", lambda target, dtype, distribution: True)
+    for more in ({"rounding": "stochastic"}, {"square_of_sum": "V" in RULES[rule].coefs, "k": 2}):
+        check(rule, torch.bfloat16, torch.float32, "triton", device, pieces=SMALL_PIECES[:2], **more)
+
+
+@RULE
 def test_bits_of_several_signs(rule: str, backend: str, device: torch.device) -> None:
     check(
         rule, torch.bfloat16, torch.float32, backend, device, pieces=pieces_for(backend), k=3, distribution="rademacher"

@@ -332,6 +332,44 @@ def test_directions(k: int, dtype: torch.dtype, distribution: str) -> None:
     check([Piece(1300, 1, offset=4)], dtype, k=k, distribution=distribution)
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a compiler's target decides")
+@pytest.mark.parametrize(("dtype", "how"), DTYPE_ROUNDINGS, ids=DTYPE_IDS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_cosines_and_sines_apart(k: int, dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for AMD's GPUs: the same bits."""
+    monkeypatch.setattr(launch, "apart", lambda target, dtype, distribution: distribution == "normal")
+    used: list[Any] = []
+    grown = kernels.apart
+    monkeypatch.setattr(kernels, "apart", lambda x: used.append(x) or grown(x))
+    check([Piece(CHUNK + 2 * 1024 + 5, 1), Piece(2500, 2, offset=1021)], dtype, k=k, how=how)
+    assert len(used) > 3
+
+
+TARGETS = {
+    name: SimpleNamespace(backend="hip" if name.startswith("gfx") else "cuda", arch=arch)
+    for name, arch in (("gfx942", "gfx942"), ("gfx950", "gfx950"), ("sm_90", 90), ("sm_100", 100), ("sm_120", 120))
+}
+
+
+def test_what_a_pass_is_compiled_with_follows_its_target() -> None:
+    """Not PyTorch's build: a CUDA build compiles for AMD's GPUs too. maxnreg is NVIDIA's alone, waves_per_eu AMD's."""
+    bf16, fp32, axpy, helene = torch.bfloat16, torch.float32, RULES["axpy"], RULES["helene"]
+    for name, target in TARGETS.items():
+        amd = name.startswith("gfx")
+        assert launch.apart(target, bf16, "normal") == amd
+        assert not launch.apart(target, fp32, "normal")
+        assert not launch.apart(target, bf16, "lowrank")
+        assert launch.in_pairs(target, bf16) == (name == "sm_100")
+        assert ("maxnreg" in launch.options(target, helene, bf16, "nearest", "lowrank")) == (not amd)
+        assert ("maxnreg" in launch.options(target, helene, fp32, "nearest", "lowrank")) == (not amd)
+        assert "maxnreg" not in launch.options(target, axpy, bf16, "nearest", "lowrank")
+        assert ("maxnreg" in launch.chain_options(target, "lowrank")) == (not amd)
+        assert launch.chain_options(target, "normal") == launch.LAUNCH_OPTIONS
+        assert ("waves_per_eu" in launch.options(target, axpy, bf16, "nearest", "normal")) == amd
+        assert launch.options(target, axpy, fp32, "nearest", "normal") == launch.LAUNCH_OPTIONS
+    assert launch.options(None, helene, bf16, "stochastic", "lowrank") == launch.LAUNCH_OPTIONS
+
+
 def test_many_tensors_and_groups() -> None:
     """A table with rows of every size in several groups, in one launch."""
     sizes = [(i, 1 + 37 * i % 1500) for i in range(40)]

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .lowrank import FACTOR_COLUMNS, between_seeds, low_rank, matrix_at, rows_hold_blocks
-from .noise import direction, rounding_bits
-from .packed import fma, mul
+from .noise import direction, normal_halves, rounding_bits
+from .packed import apart, fma, mul, together
 from .rounding import round_nearest, round_stochastic
 from .rules import finish, start_of_squares
 
@@ -155,13 +155,38 @@ def _coefs(coefs, k, num_seeds, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.
 
 
 @triton.jit
+def _grow_apart(
+    w, a, g, v, block, high, lanes, tensor_id, k0, k1, ca, cg, cv, seeds, coefs, num_seeds,
+    A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
+):  # fmt: skip
+    """All directions of normals, as in `_tile`, with cosines and sines apart.
+
+    LLVM makes pairs of neighbours that are computed alike, and a cosine's neighbour is its sine, which is not: of 16-bit
+    weights it pairs next to nothing. Loops over tensors of one kind each show it the others.
+    """
+    w0, w1 = apart(w)
+    a0, a1 = apart(a)
+    g0, g1 = apart(g)
+    v0, v1 = apart(v)
+    z0, z1 = normal_halves(block, high, lanes, tensor_id, k0, k1)
+    w0, a0, g0, v0 = _grow(w0, a0, g0, v0, z0, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM, False)
+    w1, a1, g1, v1 = _grow(w1, a1, g1, v1, z1, ca, cg, cv, A, HAS_G, HAS_V, SQUARE_OF_SUM, False)
+    for k in range(1, num_seeds):
+        z0, z1 = normal_halves(block, high, lanes, tensor_id, *_key(seeds + k))
+        da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
+        w0, a0, g0, v0 = _grow(w0, a0, g0, v0, z0, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, False)
+        w1, a1, g1, v1 = _grow(w1, a1, g1, v1, z1, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, False)
+    return together(w0, w1), together(a0, a1), together(g0, g1), together(v0, v1)
+
+
+@triton.jit
 def _tile(
     src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
     k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
     RULE: tl.constexpr, A: tl.constexpr, HAS_G: tl.constexpr, HAS_V: tl.constexpr,
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_NOISE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr, UNFUSED: tl.constexpr,
+    HAS_NOISE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr, APART: tl.constexpr, UNFUSED: tl.constexpr,
 ):  # fmt: skip
     """One tile: load, take every direction in registers, apply the rule, round once, store."""
     start = tile * (lanes.shape[0] * 8)
@@ -178,6 +203,11 @@ def _tile(
             da, dg, dv = _coefs(coefs, k, num_seeds, A, HAS_G, HAS_V)
             w, a, g, v = _grow(w, a, g, v, z, da, dg, dv, A, HAS_G, HAS_V, SQUARE_OF_SUM, PACKED)
             k += 1  # noqa: SIM113 - compiled code has no enumerate
+    elif HAS_NOISE and APART:
+        w, a, g, v = _grow_apart(
+            w, a, g, v, block, high, lanes, tensor_id, k0, k1, ca, cg, cv, seeds, coefs, num_seeds,
+            A, HAS_G, HAS_V, SQUARE_OF_SUM,
+        )  # fmt: skip
     elif HAS_NOISE:
         # The first direction is apart so that its seed, and all that depends on it alone, leaves the loop over tiles.
         z = direction(block, high, lanes, tensor_id, k0, k1, DISTRIBUTION, PACKED)
@@ -217,7 +247,7 @@ def pass_kernel(
     STATES: tl.constexpr, WRITTEN: tl.constexpr, SQUARE_OF_SUM: tl.constexpr,
     DTYPE: tl.constexpr, STATE: tl.constexpr, DISTRIBUTION: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_NOISE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
-    UNFUSED: tl.constexpr,
+    APART: tl.constexpr, UNFUSED: tl.constexpr,
 ):  # fmt: skip
     """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none".
 
@@ -271,7 +301,7 @@ def pass_kernel(
             src, dst, state0, state1, tile, lanes, begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
             k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
-            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False, PACKED, UNFUSED,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, False, PACKED, APART, UNFUSED,
         )  # fmt: skip
     for cut in range(tile_begin, tile_end - (whole_end - whole_begin)):
         _tile(
@@ -279,5 +309,5 @@ def pass_kernel(
             begin, end, first, high, tensor_id, decay, p1, p2, p3, p4, p5, p6,
             k0, k1, ca, cg, cv, seeds, coefs, num_seeds, r0, r1, s0, s1, matrix, rank,
             RULE, A, HAS_G, HAS_V, STATES, WRITTEN, SQUARE_OF_SUM,
-            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True, False, UNFUSED,
+            DTYPE, STATE, DISTRIBUTION, ROUNDING, HAS_NOISE, True, False, False, UNFUSED,
         )  # fmt: skip

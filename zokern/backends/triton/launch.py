@@ -72,7 +72,7 @@ def _launch_context(device: torch.device) -> AbstractContextManager[object]:
 
 def has_packed_pairs(target: Any) -> bool:
     """Whether a compiler's target (triton's GPUTarget) has float32 operations on two elements: packed.py."""
-    return bool(target.backend == "cuda" and 100 <= target.arch < 110)
+    return bool(_by_ptxas(target) and 100 <= target.arch < 110)
 
 
 def in_pairs(target: Any, dtype: torch.dtype) -> bool:
@@ -81,41 +81,46 @@ def in_pairs(target: Any, dtype: torch.dtype) -> bool:
     return has_packed_pairs(target) and dtype != torch.float32
 
 
-def has_fused_rounding(target: Any) -> bool:
-    """Whether a float32 result has to be kept from the instruction that makes it and rounds it to 16 bits: rounding.py."""
-    return bool(target.backend == "hip")
-
-
-def current_target() -> Any:
-    """Triton's GPUTarget of the current GPU, None in its interpreter."""
-    return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+def apart(target: Any, dtype: torch.dtype, distribution: str) -> bool:
+    """Whether cosines and sines are kept apart, so that LLVM pairs them for AMD (kernels.py). Of float32 weights it finds
+    the pairs."""
+    return bool(_by_llvm(target) and dtype != torch.float32 and distribution == "normal")
 
 
 def of_target(target: Any, dtype: torch.dtype) -> dict[str, bool]:
-    """Constants of a kernel that depend on the GPU."""
-    if target is None:
-        return {"PACKED": False, "UNFUSED": False}
-    return {"PACKED": in_pairs(target, dtype), "UNFUSED": has_fused_rounding(target)}
+    """Constants of every kernel that depend on the GPU. UNFUSED: rounding.py."""
+    return {"PACKED": in_pairs(target, dtype), "UNFUSED": _by_llvm(target)}
 
 
-def _at_most(registers: int, target: Any) -> dict[str, object]:
-    """maxnreg is an option of NVIDIA's GPUs alone."""
-    return (
-        {**LAUNCH_OPTIONS, "maxnreg": registers} if target is not None and target.backend == "cuda" else LAUNCH_OPTIONS
-    )
+def current_target() -> Any:
+    """Triton's GPUTarget of the current GPU; None in its interpreter."""
+    return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
+def _by_ptxas(target: Any) -> bool:
+    return target is not None and target.backend == "cuda"
+
+
+def _by_llvm(target: Any) -> bool:
+    return target is not None and target.backend == "hip"
 
 
 def options(target: Any, rule: Rule, dtype: torch.dtype, rounding: str, distribution: str) -> dict[str, object]:
     """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill."""
-    packed = target is not None and in_pairs(target, dtype)
-    most = packed and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
+    if target is None:
+        return LAUNCH_OPTIONS
+    if apart(target, dtype, distribution):
+        # LLVM then looks for the fewest instructions within 128 registers: a further seed takes 3 % fewer.
+        return {**LAUNCH_OPTIONS, "waves_per_eu": 4}
+    most = in_pairs(target, dtype) and rounding == "stochastic" and len(rule.coefs) == 3 and not rule.direct
     most = most or (distribution == "lowrank" and rule.name != "axpy")
-    return _at_most(128, target) if most else LAUNCH_OPTIONS
+    return {**LAUNCH_OPTIONS, "maxnreg": 128} if most and _by_ptxas(target) else LAUNCH_OPTIONS
 
 
 def chain_options(target: Any, distribution: str) -> dict[str, object]:
     """The same of a chain, whose stages' numbers are all read at run time."""
-    return _at_most(168, target) if distribution == "lowrank" else LAUNCH_OPTIONS
+    most = distribution == "lowrank"
+    return {**LAUNCH_OPTIONS, "maxnreg": 168} if most and _by_ptxas(target) else LAUNCH_OPTIONS
 
 
 def constants(rule: Rule) -> dict[str, object]:
@@ -185,7 +190,7 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
     stochastic_state = table.state_dtype != torch.float32 and spec.rule.written > 0
     for num_chunks, directions in launches(table, spec.direction, [numbers.seeds]):
         with _launch_context(device):
-            target = current_target()
+            target, distribution = current_target(), directions["DISTRIBUTION"]
             pass_kernel[(num_chunks,)](
                 table.tensors,
                 table.chunks,
@@ -206,8 +211,9 @@ def run(table: Table, spec: PassSpec, numbers: PassNumbers) -> None:
                 COLUMNS=COLUMNS,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
+                APART=apart(target, table.dtype, distribution),
                 **of_target(target, table.dtype),
-                **options(target, spec.rule, table.dtype, spec.rounding, directions["DISTRIBUTION"]),
+                **options(target, spec.rule, table.dtype, spec.rounding, distribution),
             )
     if on_gpu(device):
         table.read_on(torch.cuda.current_stream(device))

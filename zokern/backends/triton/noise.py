@@ -16,7 +16,7 @@ import struct
 import triton
 import triton.language as tl
 
-from .packed import fma, mul
+from .packed import fma, mul, together
 
 PURPOSE_NORMAL = tl.constexpr(0)
 PURPOSE_ROUNDING = tl.constexpr(1)
@@ -106,10 +106,16 @@ def _words(first, high, lanes, tensor_id, purpose, k0, k1):
 
 
 @triton.jit
+def normal_halves(first, high, lanes, tensor_id, k0, k1, PACKED: tl.constexpr = False, purpose=PURPOSE_NORMAL):
+    """The tile's normals, those at even indices and those at odd ones, [BLOCK, 4] float32 each."""
+    return normal_pair(_words(first, high, lanes, tensor_id, purpose, k0, k1), PACKED)
+
+
+@triton.jit
 def normals(first, high, lanes, tensor_id, k0, k1, PACKED: tl.constexpr, purpose=PURPOSE_NORMAL):
     """The tile's normals, [BLOCK, 8] float32."""
-    z0, z1 = normal_pair(_words(first, high, lanes, tensor_id, purpose, k0, k1), PACKED)
-    return tl.reshape(tl.join(z0, z1), [lanes.shape[0], 8])
+    even, odd = normal_halves(first, high, lanes, tensor_id, k0, k1, PACKED, purpose)
+    return together(even, odd)
 
 
 @triton.jit

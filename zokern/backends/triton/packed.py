@@ -19,6 +19,18 @@ _MUL = tl.constexpr(_OPEN + "mul.rn.f32x2 a, a, b;\nmov.b64 {$0, $1}, a;\n}")
 
 
 @triton.jit
+def apart(x):
+    """The even columns of [BLOCK, 8] and the odd ones: of a direction cosines and sines. No number moves, as a thread has
+    all eight."""
+    return tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
+
+
+@triton.jit
+def together(even, odd):
+    return tl.reshape(tl.join(even, odd), [even.shape[0], 8])
+
+
+@triton.jit
 def fma(a, b, c, PACKED: tl.constexpr):
     """a*b + c with one rounding; a is a tensor, b and c tensors or scalars."""
     if PACKED:
