@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.machine_code import listing
 from tests.ptx import build, interpreted
+from zokern.contract.rules import RULES
 
 ELEMENTS = 1000
 # An element: 14 float32 results, of which 4 in two packed instructions, 2.5 wide products, 2 conversions, and the rest.
@@ -111,3 +115,32 @@ def test_the_kernels_do_what_was_counted() -> None:
                 if told.partition(":")[0] not in known
             ]
     assert wrong == []
+
+
+SCALAR = {"salu", "smem", "wait", "branch"}  # a loop's entry and exit are not counted, and waits go where they can
+
+
+@pytest.mark.built
+def test_amds_kernels_do_what_was_counted() -> None:
+    """The interpreter runs AMD's machine code itself, so each vector instruction and access of the loops is the same."""
+    pytest.importorskip("triton")
+    root = Path(__file__).resolve().parents[2]
+    stored = json.loads((root / "benchmarks" / "results" / "machine_code.json").read_text())["kernels"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ptx.counts", "triton", "gfx942"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    ran = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(ran) == 2 * len(RULES)
+    for run in ran:
+        name = f"triton {run['rule']}<bf16, normal, nearest>"
+        row = next(row for row in stored if (row["arch"], row["name"]) == ("gfx942", name))
+        counted = Counter(row["pipes"])
+        for pipe, count in row["pipes_extra"].items():
+            counted[pipe] += (run["seeds"] - 1) * count
+        executed = Counter[str]()
+        for opcode, times in run["executed"].items():
+            executed[listing.Instruction(False, opcode, "").pipe] += times / run["elements"]
+        told = {pipe: round(count, 3) for pipe, count in counted.items() if pipe not in SCALAR}
+        assert {pipe: round(count, 3) for pipe, count in executed.items() if pipe not in SCALAR} == told, (name, run["seeds"])
+        assert sum(told.values()) > 20

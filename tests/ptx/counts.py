@@ -1,32 +1,22 @@
-"""How often each PTX instruction runs, for interpreted.py: python -m tests.ptx.counts cuda 90
+"""How often each instruction runs, for interpreted.py: python -m tests.ptx.counts cuda 90
 
-A line of JSON for each rule: what ran, for how many elements, and how often each opcode did, all threads together. Passes
-over whole chunks of bfloat16 weights, float32 states, rounded to nearest, without decay, of one seed and of three.
+A line of JSON for each rule: what ran, for how many elements, and how often each opcode did, all threads together; of AMD's
+machine code, in loops. Passes over whole chunks of bfloat16 weights, float32 states, rounded to nearest, without decay, of
+one seed and of three.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 
-from .blocks import blocks_of
-from .parse import parse
+from .target import architecture
 
 SEEDS = (1, 3)
 
 
-def opcodes(text: str, runs: Counter[int]) -> Counter[str]:
-    """Of a kernel's text, by how often its blocks ran."""
-    found: Counter[str] = Counter()
-    for block in blocks_of(parse(text)):
-        for i in block.code:
-            found[".".join(i.parts)] += runs[block.index]
-    return found
-
-
 def main() -> None:
-    backend_name, arch = sys.argv[1], int(sys.argv[2])
+    backend_name, arch = sys.argv[1], architecture(sys.argv[2])
     from zokern.contract.rules import RULES
 
     from . import cuda_host, triton_host
@@ -41,7 +31,7 @@ def main() -> None:
             case = Case(rule, BF16, k=k, layout="chunks", seed=1)  # seed 1: no decay
             case.run(backend, case.tensors(), False)
             launch = emulator.launches[-1]
-            executed = opcodes(emulator.sources[launch.kernel], launch.report.runs)
+            executed = emulator.interpreter.opcodes(emulator.sources[launch.kernel], launch.report.runs)
             print(json.dumps({"rule": rule, "seeds": k, "elements": elements, "executed": executed}), flush=True)
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from . import cache, lint
+from .blocks import blocks_of
 from .machine import Machine
 from .mutants import instructions_by_block, mutants_of
-from .parse import split
+from .parse import parse, split
 from .translate import Program, translate
 
-__all__ = ["Machine", "instructions_by_block", "mutants_of", "params", "program", "text_of", "translate", "wrong_in"]
+__all__ = [
+    "Machine",
+    "instructions_by_block",
+    "mutants_of",
+    "opcodes",
+    "params",
+    "program",
+    "text_of",
+    "translate",
+    "wrong_in",
+]
 
 
 def text_of(forms: Mapping[str, Any]) -> str:
@@ -22,6 +34,15 @@ def text_of(forms: Mapping[str, Any]) -> str:
 def program(text: str) -> Program:
     """As `translate` makes it, from the cache where it has been there before."""
     return translate(text, cache.folder() / "programs")
+
+
+def opcodes(text: str, runs: Counter[int]) -> Counter[str]:
+    """How often each ran, of a kernel whose blocks ran so often."""
+    found: Counter[str] = Counter()
+    for block in blocks_of(parse(text)):
+        for i in block.code:
+            found[".".join(i.parts)] += runs[block.index]
+    return found
 
 
 def params(kernel: Any) -> list[tuple[int, int]]:

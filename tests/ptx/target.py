@@ -20,6 +20,10 @@ def architecture(text: str) -> int | str:
     return int(text)
 
 
+def name_of(arch: int | str) -> str:
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
 @dataclass
 class Target:
     backend: str
@@ -34,11 +38,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        return f"{self.backend} {self.of_arch}"
-
-    @property
-    def of_arch(self) -> str:
-        return f"sm_{self.arch}" if isinstance(self.arch, int) else self.arch
+        return f"{self.backend} {name_of(self.arch)}"
 
     def coverage(self) -> float:
         """The part of the instructions that ran, of the kernels that ran."""
@@ -54,7 +54,7 @@ def table(targets: list[Target]) -> Table:
         kernels = f"{len(t.covered)}" + (f" of {t.kernels}" if t.kernels is not None else "")
         wrong = f"[red]{len(t.wrong)}[/]" if t.wrong else "0"
         part = f"{100 * t.coverage():.1f} %"
-        out.add_row(t.backend, t.of_arch, str(t.cases), wrong, kernels, part, f"{t.seconds:.0f}")
+        out.add_row(t.backend, name_of(t.arch), str(t.cases), wrong, kernels, part, f"{t.seconds:.0f}")
     return out
 
 
