@@ -13,6 +13,75 @@ from typing import Any
 import pytest
 
 from benchmarks.machine_code import amd, counts, listing
+from tests.benchmarks.test_machine_code import measure, triton
+
+# kernel: issue slots per element for one seed, for each further seed; vector registers, of which 64 let a SIMD hold eight
+# waves, 96 five and 128 four; scalars that come back from a vector register, per element.
+LIMITS: dict[str, dict[str, tuple[float, float, int, float]]] = {
+    "gfx942": {
+        triton("axpy", "fp32"): (23.5, 25.5, 64, 0),
+        triton("axpy", "fp16"): (24, 24, 64, 0),
+        triton("axpy", "bf16"): (28, 24, 64, 0),
+        triton("axpy", "bf16", rounding="stochastic"): (34, 24, 64, 0),
+        triton("axpy", "bf16", "rademacher"): (20.5, 15.5, 64, 0),
+        triton("axpy", "bf16", "low_rank"): (16.5, 5, 64, 0),
+        triton("scaled_axpy", "bf16"): (36.5, 24, 72, 0),
+        triton("hizoo_restore", "bf16", rounding="stochastic"): (62, 26.5, 104, 1),
+        triton("helene", "bf16", rounding="stochastic"): (57, 26.5, 96, 3),
+        triton("adam", "bf16", rounding="stochastic"): (65.5, 25, 96, 2.5),
+    },
+    "gfx950": {
+        triton("axpy", "fp32"): (23.5, 25.5, 64, 0),
+        triton("axpy", "fp16"): (23, 24, 64, 0),
+        triton("axpy", "bf16"): (23, 24, 64, 0),
+        triton("axpy", "bf16", rounding="stochastic"): (34, 24, 72, 0),
+        triton("axpy", "bf16", "rademacher"): (15.5, 15.5, 64, 0),
+        triton("axpy", "bf16", "low_rank"): (12, 5, 64, 0),
+        triton("scaled_axpy", "bf16"): (31, 24, 72, 0),
+        triton("hizoo_restore", "bf16", rounding="stochastic"): (62, 26.5, 104, 1),
+        triton("helene", "bf16", rounding="stochastic"): (57.5, 26.5, 96, 3),
+        triton("adam", "bf16", rounding="stochastic"): (66, 25, 96, 2.5),
+    },
+}
+# Of the first-order rule all that is said above, and the rules with the most numbers.
+COMPILED = (
+    "triton axpy<(.*normal|bf16, (rademacher|low_rank), nearest)|scaled_axpy<bf16, normal, nearest|"
+    "(hizoo_restore|helene|adam)<bf16, normal, stochastic"
+)
+
+
+@pytest.fixture(scope="module", params=LIMITS)
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton")
+    return measure("triton", tmp_path_factory.mktemp(request.param), request.param, only=COMPILED)
+
+
+@pytest.mark.built
+def test_kernels_are_within_their_limits(reports: dict[str, dict[str, Any]]) -> None:
+    (arch,) = {report["arch"] for report in reports.values()}
+    for name, (slots, extra, registers, scalars) in LIMITS[arch].items():
+        report = reports[name]
+        assert 5 < report["slots"] <= slots, name
+        assert 4 < report["slots_per_extra_seed"] <= extra, name
+        assert report["registers"] <= registers, name
+        assert report["pipes"].get("spill", 0) <= scalars, name
+        if "low_rank" in name:
+            assert 1 < report["slots_per_extra_rank"] <= 2.5
+
+
+@pytest.mark.built
+def test_no_kernel_spills_or_waits_or_computes_other_bits(reports: dict[str, dict[str, Any]]) -> None:
+    assert len(reports) > 10
+    for name, report in reports.items():
+        assert report["deviations"] == [], name
+        nothing = ("spills", "stack_bytes", "barriers", "lds")
+        assert {key: report[key] for key in nothing} == dict.fromkeys(nothing, 0), name
+        assert set(report["accesses"]) == {16}, name
+        assert report["elements"] == 8, name
+        assert report["pipes_extra"].get("spill", 0) == 0, name
+        assert {"trans", "lds", "barrier"}.isdisjoint(report["pipes"] | report["pipes_extra"]), name
+        assert report["pipes"]["packed"] >= (1 if "rademacher" in name or "low_rank" in name else 7), name
+
 
 # ------------------------------------------------------------------------------------------------------------ listings
 
