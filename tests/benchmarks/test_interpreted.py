@@ -142,5 +142,8 @@ def test_amds_kernels_do_what_was_counted() -> None:
         for opcode, times in run["executed"].items():
             executed[listing.Instruction(False, opcode, "").pipe] += times / run["elements"]
         told = {pipe: round(count, 3) for pipe, count in counted.items() if pipe not in SCALAR}
-        assert {pipe: round(count, 3) for pipe, count in executed.items() if pipe not in SCALAR} == told, (name, run["seeds"])
+        assert {pipe: round(count, 3) for pipe, count in executed.items() if pipe not in SCALAR} == told, (
+            name,
+            run["seeds"],
+        )
         assert sum(told.values()) > 20

@@ -261,6 +261,8 @@ def test_a_further_factor_is_counted_in_the_kernel_of_any_rank() -> None:
         ("\ts_waitcnt vmcnt(0)", "\tv_fmac_f32_e32 v1, v2, v3", "16 fused multiply-adds were asked and 17 are done"),
         (f"{SUMS}\ts_cbranch_scc1 .LBB0_1", "\ts_cbranch_scc1 .LBB0_1", "16 fused multiply-adds were asked and 8 are done"),
         ("\ts_waitcnt vmcnt(0)", "\tv_mac_f32_e32 v1, v2, v3", "v_mac_f32_e32 rounds its product"),
+        ("\ts_waitcnt vmcnt(0)", "\tv_fma_mixlo_f16 v1, v2, v3, 0", "v_fma_mixlo_f16 may round once where two roundings"
+         " were asked"),
         ("\ts_waitcnt vmcnt(0)", "\tv_rsq_f32_e32 v1, v2", "v_rsq_f32_e32 is not correctly rounded"),
         ("\ts_waitcnt vmcnt(0)", "\tv_mul_f32_e64 v1, v2, v3 clamp", "v_mul_f32_e64 v1, v2, v3 clamp changes its result"),
         ("\ts_waitcnt vmcnt(0)", "\tv_add_f32_e64 v1, v2, v3 mul:2", "v_add_f32_e64 v1, v2, v3 mul:2 changes its result"),

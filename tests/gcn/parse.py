@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from benchmarks.machine_code import amd
 from tests.ptx.parse import PtxError
 
 INSTRUCTION = re.compile(r"\t(?P<opcode>[a-z]\w+)(?:\s+(?P<rest>[^;]*?))?\s*(?:;.*)?$")
@@ -12,11 +13,8 @@ LABEL = re.compile(r"(\.LBB\w+):")
 OPERAND = re.compile(r"(?:[^,\[|]|\[[^\]]*\]|\|[^|]*\|)+")
 MODIFIER = re.compile(r"\s((?:[a-z]\w*:(?:\[[^\]]*\]|\S+)|clamp|nt|sc0|sc1))(?=\s|$)")
 ENDS = re.compile(r"s_branch|s_cbranch_\w+|s_endpgm|s_barrier")
-# Of the mode that a kernel runs in: float32 and 16-bit floats are rounded to nearest even, subnormals kept.
-MODES = {
-    "float_round_mode_32": "0", "float_round_mode_16_64": "0", "float_denorm_mode_32": "3",
-    "float_denorm_mode_16_64": "3", "ieee_mode": "1", "dx10_clamp": "1", "fp16_overflow": "0",
-}  # fmt: skip
+# Of the mode that a kernel runs in; a float16 that is too large is an infinity.
+MODES = {name: str(wanted) for name, wanted in amd.MODES.items()} | {"dx10_clamp": "1", "fp16_overflow": "0"}
 # What a wave begins with, of which nothing else is emulated.
 BEGINS = {
     "user_sgpr_kernarg_segment_ptr": "1", "user_sgpr_dispatch_ptr": "0", "user_sgpr_queue_ptr": "0",

@@ -94,7 +94,7 @@ def available(wanted: list[str], archs: list[int | str] | None, all_asked: bool)
         if (reason := (build if name == "cuda" else triton_host).unavailable_reason()) is not None:
             reasons[name] = reason
             continue
-        for arch in archs or (build.carried() if name == "cuda" else [90, AMD[0]]):
+        for arch in archs or (build.carried() if name == "cuda" else [90, next(iter(AMD))]):
             target = Target(name, arch)
             if name == "cuda" and arch in AMD:
                 if all_asked:

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
-AMD = ["gfx942", "gfx950"]
+from benchmarks.machine_code.amd import AMD
 
 
 def architecture(text: str) -> int | str:
