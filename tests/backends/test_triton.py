@@ -347,7 +347,14 @@ def test_cosines_and_sines_apart(k: int, dtype: torch.dtype, how: str, monkeypat
 
 TARGETS = {
     name: SimpleNamespace(backend="hip" if name.startswith("gfx") else "cuda", arch=arch)
-    for name, arch in (("gfx942", "gfx942"), ("gfx950", "gfx950"), ("sm_90", 90), ("sm_100", 100), ("sm_120", 120))
+    for name, arch in (
+        ("gfx942", "gfx942"),
+        ("gfx950", "gfx950"),
+        ("gfx1250", "gfx1250"),
+        ("sm_90", 90),
+        ("sm_100", 100),
+        ("sm_120", 120),
+    )
 }
 
 
@@ -360,6 +367,8 @@ def test_what_a_pass_is_compiled_with_follows_its_target() -> None:
         assert not launch.apart(target, fp32, "normal")
         assert not launch.apart(target, bf16, "lowrank")
         assert launch.in_pairs(target, bf16) == (name == "sm_100")
+        unfused = [dtype for dtype in (fp32, bf16, torch.float16) if launch.of_target(target, dtype)["UNFUSED"]]
+        assert unfused == ([bf16] * (name == "gfx1250") + [torch.float16] if amd else [])
         assert ("maxnreg" in launch.options(target, helene, bf16, "nearest", "lowrank")) == (not amd)
         assert ("maxnreg" in launch.options(target, helene, fp32, "nearest", "lowrank")) == (not amd)
         assert "maxnreg" not in launch.options(target, axpy, bf16, "nearest", "lowrank")
@@ -367,6 +376,7 @@ def test_what_a_pass_is_compiled_with_follows_its_target() -> None:
         assert launch.chain_options(target, "normal") == launch.LAUNCH_OPTIONS
         assert ("waves_per_eu" in launch.options(target, axpy, bf16, "nearest", "normal")) == amd
         assert launch.options(target, axpy, fp32, "nearest", "normal") == launch.LAUNCH_OPTIONS
+    assert launch.of_target(None, torch.float16) == {"PACKED": False, "UNFUSED": False}
     assert launch.options(None, helene, bf16, "stochastic", "lowrank") == launch.LAUNCH_OPTIONS
 
 

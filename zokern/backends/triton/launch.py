@@ -88,8 +88,11 @@ def apart(target: Any, dtype: torch.dtype, distribution: str) -> bool:
 
 
 def of_target(target: Any, dtype: torch.dtype) -> dict[str, bool]:
-    """Constants of every kernel that depend on the GPU. UNFUSED: rounding.py."""
-    return {"PACKED": in_pairs(target, dtype), "UNFUSED": _by_llvm(target)}
+    """Constants of every kernel that depend on the GPU. UNFUSED (rounding.py): gfx1250 may fuse for bfloat16 too."""
+    fused = (
+        [torch.float16, torch.bfloat16] if _by_llvm(target) and target.arch.startswith("gfx125") else [torch.float16]
+    )
+    return {"PACKED": in_pairs(target, dtype), "UNFUSED": _by_llvm(target) and dtype in fused}
 
 
 def current_target() -> Any:
