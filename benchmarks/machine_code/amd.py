@@ -4,6 +4,10 @@ A wave's instruction serves 64 lanes, each of which has eight elements: instruct
 has what NVIDIA's has. registers: vector registers, of which 64 or fewer let a SIMD hold as many waves as it can;
 stack_bytes: scratch. Besides: scalar_registers; scalar_spills, to lanes of vector registers, anywhere in the kernel, and
 those in the hot loop are the pipe "spill"; lds, accesses to shared memory in the hot loop; and deviations.
+
+Pipes of vector instructions: "packed" makes two float32 results at once, "product" multiplies 32-bit integers, "cvt"
+converts, "trans" is transcendental, "valu" are the others. Not counted is what surrounds the loop over further seeds, once
+for a tile: with several seeds some scalars are fetched there too.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ stochastic rounding of weights. An element of a chain of n such stages takes
 
 A kernel of low-rank directions (csrc/cuda/lowrank.cu, lowrank_chain.cu) reads its directions: its loop over seeds has loops
 over further factors in it, for each way to read them. Counted is that of rows of whole blocks, with one factor; a further
-one takes slots_per_extra_rank.
+one takes slots_per_extra_rank. Triton's is compiled for one factor, and its loop over seeds has none inside; what a further
+factor takes is counted in the kernel that is compiled for any number.
 
 A report says of a kernel: name, arch, registers, stack_bytes, spills (loads and stores of local memory, anywhere in it);
 elements of an iteration, slots (issued instructions per element; of a chain, of a stage) and slots_per_extra_seed, None

@@ -249,7 +249,8 @@ def pass_kernel(
     HAS_NOISE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
     APART: tl.constexpr, UNFUSED: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none".
+    """Arguments as in launch.run, num_seeds = K at run time; HAS_NOISE is K > 0. A: "direct", "sum" or "none". APART: of
+    normals, which way whole tiles take; the bits are the same.
 
     factor_rows .. first_chunk: of a piece where DISTRIBUTION is "lowrank", None else."""
     if enabled is not None:  # noqa: SIM102 - decided by the compiler, the test below at run time
