@@ -2,7 +2,7 @@
 
 python -m benchmarks.machine_code               # compiles for sm_90 and prints a table
 python -m benchmarks.machine_code --arch gfx942 # Triton's passes for AMD's MI300X
-python -m benchmarks.machine_code --measure     # every architecture, minutes, into benchmarks/results/machine_code.json
+python -m benchmarks.machine_code --measure     # all of them, half an hour, into benchmarks/results/machine_code.json
 
 A pass over 16-bit weights is at an H200's copy bandwidth only if it needs about 30 issue slots per element, so this is
 measured where it can be kept: in the compiled code. listing.py reads it, counts.py and amd.py say what is counted.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from . import rows
 from .amd import AMD
-from .compilers import CUDA_SOURCES, compile_cuda, compile_triton
+from .compilers import CUDA_SOURCES, compile_cuda, compile_triton, triton_passes
 from .counts import Report
 
 
@@ -50,6 +51,21 @@ def architecture(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"{text!r} is no architecture: give a compute capability such as 90, or {known}")
 
 
+def pattern(text: str) -> str:
+    """Of --only.
+
+    Raises:
+        argparse.ArgumentTypeError: for what is no regular expression, or is found in no kernel's name.
+    """
+    try:
+        found = [name for name, *_ in triton_passes() if re.search(text, name)]
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is in no kernel's name; one is {triton_passes()[0][0]!r}")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.machine_code", description=__doc__, epilog="nvcc is for cuda only.",
@@ -59,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help=f"compute capabilities, {', '.join(AMD)} (default: 90)")  # fmt: skip
     parser.add_argument("--kernels", nargs="+", choices=["triton", "cuda"],
                         help="which kernels to compile (default: both, and Triton's for AMD)")  # fmt: skip
-    parser.add_argument("--only", default="", metavar="PATTERN",
+    parser.add_argument("--only", type=pattern, metavar="PATTERN",
                         help="of Triton's kernels those in whose name this is found: 'axpy<bf16'")  # fmt: skip
     parser.add_argument("--source", type=Path, nargs="+", default=CUDA_SOURCES,
                         help="the .cu files (default: all with kernels of passes)")  # fmt: skip
@@ -78,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports: list[Report] = []
     for arch in options.arch:
         if "triton" in kernels:
-            reports += compile_triton(arch, options.only)
+            reports += compile_triton(arch, options.only or "")
         if "cuda" in kernels and arch not in AMD:
             for source in options.source:
                 reports += compile_cuda(source, arch)

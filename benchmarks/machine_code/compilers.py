@@ -204,7 +204,7 @@ def compile_pass(target: Any, rule: Rule, dtype: Any, distribution: str, roundin
     constants = launch.constants(rule) | {
         "WRITTEN": rule.written, "SQUARE_OF_SUM": False, "DTYPE": dtype, "STATE": tl.float32,
         "DISTRIBUTION": distribution, "ROUNDING": rounding, "HAS_NOISE": True,
-        "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": target.warp_size * launch.NUM_WARPS,
+        "COLUMNS": COLUMNS, "CHUNK": CHUNK, "BLOCK": launch.block(target),
         **launch.of_target(target, torch_dtype), "APART": launch.apart(target, torch_dtype, distribution),
     }  # fmt: skip
     factors = {"factor_rows": "*i64", "values": "i64", "of_seed": "i32", "rank": "i32", "first_chunk": "i32"}

@@ -436,7 +436,7 @@ def test_unavailable_reason() -> None:
 @pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU's tile is one block per thread")
 @pytest.mark.parametrize("block", [16, 512, 2048])
 def test_tile_size_changes_no_bit(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "BLOCK", block)
+    monkeypatch.setattr(launch, "block", lambda target: block)
     pieces = [Piece(2 * block * 8 + 3, 1, offset=max(CHUNK - 8 * block - 2, 5))]
     check(pieces, torch.bfloat16, k=2, how="stochastic")
     check(pieces, torch.float32, distribution="rademacher")
@@ -458,7 +458,7 @@ def test_wide_accesses_are_aligned(
         return address
 
     monkeypatch.setattr(kernels, "_addresses", spy)
-    monkeypatch.setattr(launch, "BLOCK", 128)
+    monkeypatch.setattr(launch, "block", lambda target: 128)
     check([Piece(3 * 1024 + 5, 1, offset=offset, src_shift=shift)], dtype)  # three of the touched tiles are whole
     whole, accesses = 0 if shift else 3, 4 if dtype == torch.float32 else 2
     assert all((rows[:, 0] % 16 == 0).all() for rows in wide)

@@ -263,6 +263,9 @@ def test_a_further_factor_is_counted_in_the_kernel_of_any_rank() -> None:
         ("\ts_waitcnt vmcnt(0)", "\tv_mac_f32_e32 v1, v2, v3", "v_mac_f32_e32 rounds its product"),
         ("\ts_waitcnt vmcnt(0)", "\tv_fma_mixlo_f16 v1, v2, v3, 0", "v_fma_mixlo_f16 may round once where two roundings"
          " were asked"),
+        *[("\ts_waitcnt vmcnt(0)", f"\t{op} v1, v2, v3", f"{op} is none that is known to compute what was asked")
+          for op in ("v_fma_mix_f32", "v_pk_fma_f16", "v_dot2c_f32_f16", "v_mul_legacy_f32", "v_cvt_pkrtz_f16_f32",
+                     "s_setreg_imm32_b32")],
         ("\ts_waitcnt vmcnt(0)", "\tv_rsq_f32_e32 v1, v2", "v_rsq_f32_e32 is not correctly rounded"),
         ("\ts_waitcnt vmcnt(0)", "\tv_mul_f32_e64 v1, v2, v3 clamp", "v_mul_f32_e64 v1, v2, v3 clamp changes its result"),
         ("\ts_waitcnt vmcnt(0)", "\tv_add_f32_e64 v1, v2, v3 mul:2", "v_add_f32_e64 v1, v2, v3 mul:2 changes its result"),
@@ -287,6 +290,8 @@ def test_what_is_no_deviation() -> None:
     ("arguments", "told"),
     [
         (["--arch", "gfx90"], "'gfx90' is no architecture: give a compute capability such as 90, or gfx942 (MI300X)"),
+        (["--only", "axpy<bf61"], "'axpy<bf61' is in no kernel's name; one is 'triton axpy<fp32, normal, nearest>'"),
+        (["--only", "["], "'[' is no regular expression"),
         (["--arch", "gfx942", "--kernels", "cuda"], "CUDA's kernels are not compiled for gfx942, which are AMD's"),
     ],
 )

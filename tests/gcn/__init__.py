@@ -7,6 +7,9 @@ instruction is one function on all waves that are at the same place; a wave has 
 `PtxError`. Kernels in another mode than IEEE's (subnormals kept, rounded to nearest even) are refused. Reciprocals, which
 the hardware rounds in a way of its own, are made off by as much as it may be: nothing may depend on their last bit.
 
+A NaN is a NaN, whatever its payload. A kernel's first block loads arguments that newer firmware has loaded already; it is
+run, and must load the same.
+
 Not shown by it: waits (`s_waitcnt`) and other hazards, orders of memory accesses other than barriers', speed.
 
     parse                 the assembly to instructions, and those to basic blocks

@@ -19,14 +19,16 @@ Access = Callable[[Waves, Memory], None]
 u2, u4, u8, i4 = np.uint16, np.uint32, np.uint64, np.int32
 SCALAR = re.compile(r"s_load_dword(?:x(\d+))?")
 GLOBAL = re.compile(r"global_(load|store)_(\w+)")
-LDS = re.compile(r"ds_(read|write)(2?)(st64)?_(b16|b32|b64|b128|u16|u16_d16|u16_d16_hi|b16_d16_hi)")
+LDS = re.compile(r"ds_(?:(read)(2?)(st64)?_(b32|b64|b128|u16)|write(2?)(st64)?_(b16|b32|b64|b128|b16_d16_hi))")
 # Bytes of an element and how many; of what is narrower than a register, how it goes there.
 WIDTHS = {
     "dword": (4, 1), "dwordx2": (4, 2), "dwordx3": (4, 3), "dwordx4": (4, 4), "ushort": (2, 1), "ubyte": (1, 1),
-    "short": (2, 1), "byte": (1, 1), "short_d16": (2, 1), "short_d16_hi": (2, 1), "b32": (4, 1), "b64": (4, 2),
-    "b128": (4, 4), "b16": (2, 1), "u16": (2, 1), "u16_d16": (2, 1), "u16_d16_hi": (2, 1), "b16_d16_hi": (2, 1),
+    "short": (2, 1), "byte": (1, 1), "short_d16_hi": (2, 1), "b32": (4, 1), "b64": (4, 2), "b128": (4, 4), "b16": (2, 1),
+    "u16": (2, 1), "b16_d16_hi": (2, 1),
 }  # fmt: skip
-KEEPS_HALF = {"short_d16", "short_d16_hi", "u16_d16", "u16_d16_hi"}
+# Loads of half a register are unknown: what becomes of the other half depends on the memory's error correction.
+LOADED = {"dword", "dwordx2", "dwordx3", "dwordx4", "ushort", "ubyte"}
+STORED = {"dword", "dwordx2", "dwordx3", "dwordx4", "short", "byte", "short_d16_hi"}
 
 
 def decode(i: Instruction) -> Access | None:
@@ -40,7 +42,8 @@ def decode(i: Instruction) -> Access | None:
     if found := GLOBAL.fullmatch(i.opcode):
         return _global(i, found[1] == "load", found[2])
     if found := LDS.fullmatch(i.opcode):
-        return _shared(i, found[1] == "read", bool(found[2]), 64 if found[3] else 1, found[4])
+        two, stride = found[2] or found[5], 64 if found[3] or found[6] else 1
+        return _shared(i, found[1] is not None, bool(two), stride, found[4] or found[7])
     return None
 
 
@@ -101,12 +104,9 @@ def _store(w: Waves, memory: Memory, space: str, address: Any, size: int, values
         memory.store(space, address, size, values, mask, w.T, text)
 
 
-def _put_loaded(w: Waves, to: int, kind: str, values: list[Any]) -> None:
+def _put_loaded(w: Waves, to: int, values: list[Any]) -> None:
     for n, x in enumerate(values):
-        x = x.astype(u4)
-        if kind in KEEPS_HALF:
-            x = w.V[to] & u4(0xFFFF) | x << u4(16) if kind.endswith("hi") else w.V[to] & u4(0xFFFF0000) | x
-        w.put(to + n, x)
+        w.put(to + n, x.astype(u4))
 
 
 def _stored(kind: str, registers: list[Get]) -> Callable[[Waves], list[Any]]:
@@ -118,12 +118,12 @@ def _stored(kind: str, registers: list[Get]) -> Callable[[Waves], list[Any]]:
 
 
 def _global(i: Instruction, loads: bool, kind: str) -> Access:
-    if kind not in WIDTHS:
+    if kind not in (LOADED if loads else STORED):
         raise PtxError(i.text)
     size, count = WIDTHS[kind]
     if loads:
         to, address = first_of(i.args[0], "v", count), _address(i.args[1], i.args[2], i)
-        return lambda w, memory: _put_loaded(w, to, kind, _load(w, memory, "global", address(w), size, count, i.text))
+        return lambda w, memory: _put_loaded(w, to, _load(w, memory, "global", address(w), size, count, i.text))
     first, address = first_of(i.args[1], "v", count), _address(i.args[0], i.args[2], i)
     values = _stored(kind, [vector(f"v{first + n}", "u") for n in range(count)])
     return lambda w, memory: _store(w, memory, "global", address(w), size, values(w), i.text)
@@ -157,7 +157,7 @@ def _shared(i: Instruction, reads: bool, two: bool, stride: int, kind: str) -> A
             for offset in offsets:
                 address = base(w).astype(u8) + u8(SHARED + offset)
                 found += _load(w, memory, "shared", address, size, count, i.text)
-            _put_loaded(w, to, kind, found)
+            _put_loaded(w, to, found)
 
         return read
     given = [

@@ -10,6 +10,7 @@ from tests.ptx.parse import PtxError
 
 u2, u4, u8, i4 = np.uint16, np.uint32, np.uint64, np.int32
 f2, f4 = np.float16, np.float32
+TINY = np.finfo(f4).smallest_normal
 
 
 def _signaling(x: Any) -> Any:
@@ -35,13 +36,16 @@ def med3(a: Any, b: Any, c: Any) -> Any:
 
 
 def reciprocal(x: Any) -> Any:
-    """1/x, rounded down or up as x's bits have it: the hardware promises one unit in the last place."""
+    """1/x, rounded down or up as x's bits have it: the hardware promises one unit in the last place, and takes subnormals,
+    of x or of the result, for zeros."""
+    x = np.where(np.abs(x) < TINY, np.copysign(f4(0), x), x)
     y = f4(1) / x
+    y = np.where(np.abs(y) < TINY, np.copysign(f4(0), y), y)
     with np.errstate(invalid="ignore"):
         rest = np.float64(1) - x.astype(np.float64) * y.astype(np.float64)  # exact
     below = (rest > 0) == (x > 0)  # y, of 1/x
     other = (y.view(i4) + np.where(below == (y > 0), i4(1), i4(-1))).view(f4)
-    chosen = np.isfinite(x) & np.isfinite(y) & (rest != 0) & ((x.view(u4) * u4(0x9E3779B9) >> u4(31)) != 0)
+    chosen = np.isfinite(x) & np.isfinite(y) & (y != 0) & (rest != 0) & ((x.view(u4) * u4(0x9E3779B9) >> u4(31)) != 0)
     return np.where(chosen, other, y)
 
 
@@ -62,14 +66,21 @@ def to_f16(x: Any) -> Any:
 
 def permute(a: Any, b: Any, selector: Any) -> Any:
     """Bytes of a:b, b's the lower ones; 12 is 0, from 13 on 0xff."""
-    if ((selector >> u4(3) & u4(0x01010101)) & ~(selector >> u4(2)) & u4(0x01010101)).any():
+    picks = [selector >> u4(8 * n) & u4(0xFF) for n in range(4)]
+    if any(((pick > 7) & (pick < 12)).any() for pick in picks):
         raise PtxError("v_perm_b32 of a sign")
     both, r = a.astype(u8) << u8(32) | b, u4(0)
-    for n in range(4):
-        pick = selector >> u4(8 * n) & u4(0xFF)
+    for n, pick in enumerate(picks):
         byte = (both >> ((pick & u4(7)) << u4(3)).astype(u8)).astype(u4) & u4(0xFF)
         r = r | np.where(pick < 8, byte, np.where(pick == 12, u4(0), u4(0xFF))) << u4(8 * n)
     return r
+
+
+def shift_and_add(a: Any, b: Any, c: Any) -> Any:
+    """64 bits; the hardware shifts by 4 at most."""
+    if np.any(b > u4(4)):
+        raise PtxError("v_lshl_add_u64 by more than 4")
+    return (a << b.astype(u8)) + c
 
 
 def field(x: Any, at: Any, width: Any) -> Any:

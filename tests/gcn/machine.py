@@ -30,7 +30,7 @@ class Machine(Memory):
             raise PtxError(f"{kernel.name} takes {kernel.param_bytes} bytes, not {len(arguments)}")
         if block > kernel.max_threads or block % LANES:
             raise PtxError(f"{block} threads, but {kernel.name} was compiled for {kernel.max_threads}")
-        self.program, self.kernel = program, kernel
+        self.program, self.kernel, self._arguments = program, kernel, arguments
         super().__init__(grid, block, shared, 0, arguments, allocations)
 
     def start(self) -> Waves:
@@ -64,9 +64,19 @@ class Machine(Memory):
                     raise PtxError(f"{self.kernel.name} does not end")
                 for step in program.steps[at]:
                     step(waves, self)
+                if at == 0 and self.kernel.preloaded:
+                    self._check_preloaded(waves)
                 groups += self._next(waves, alive)
         self.write_back()
         return report
+
+    def _check_preloaded(self, waves: Waves) -> None:
+        """Firmware that fills these registers itself begins behind the first block, which must thus do the same."""
+        count = self.kernel.preloaded
+        wanted = np.frombuffer(self._arguments[: 4 * count], u4)[:, None]
+        end = self.kernel.blocks[0].end
+        if (waves.S[2 : 2 + count] != wanted).any() or end is None or end.opcode != "s_branch":
+            self.report.fault("preload", "the first block", 1, f"it does not load {count} words of the arguments")
 
     def _next(self, waves: Waves, alive: np.ndarray) -> list[Waves]:
         """Where waves go from the end of their block."""

@@ -1,6 +1,7 @@
 """How an instruction reads its operands: "v3", "s[4:5]", "vcc", "-v1", "|v1|", "0x3f800000", "1.0", and parts of words.
 
-A kind is what a number is taken for: u, i and f have 32 bits, q (unsigned) and l (signed) 64.
+A kind is what a number is taken for: u, i and f have 32 bits, q (unsigned) and l (signed) 64, h is a float16 in the lower
+half of a register.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .waves import EXEC, M0, VCC, Waves, pair
 
 Get = Callable[[Waves], Any]
 u4, u8 = np.uint32, np.uint64
-VIEWS = {"u": np.uint32, "i": np.int32, "f": np.float32, "q": np.uint64, "l": np.int64}
+VIEWS = {"u": np.uint32, "i": np.int32, "f": np.float32, "q": np.uint64, "l": np.int64, "h": np.uint32}
 NAMED = {"vcc": VCC, "vcc_lo": VCC, "vcc_hi": VCC + 1, "exec": EXEC, "exec_lo": EXEC, "exec_hi": EXEC + 1, "m0": M0}
 REGISTER = re.compile(r"([sv])(?:(\d+)|\[(\d+):(\d+)\])$")
 INTEGER = re.compile(r"-?\d+$|0x[0-9a-f]+$")
@@ -53,6 +54,8 @@ def constant(text: str, kind: str) -> Any:
     if DECIMAL.match(text):
         if kind in "ql":
             raise PtxError(f"{text} in 64 bits")
+        if kind == "h":
+            return u4(np.float16(float(text)).view(np.uint16))
         (value,) = struct.unpack("<I", struct.pack("<f", float(text)))
         return u4(value)
     if not INTEGER.match(text):
@@ -89,6 +92,8 @@ def vector(text: str, kind: str, selected: str = "DWORD") -> Get:
         return _float(text, kind, vector(text.strip("|"), kind, selected), np.abs)
     view, found = VIEWS[kind], register(text)
     if found is None:
+        if selected != "DWORD":
+            raise PtxError(f"a part of {text}")
         value = constant(text, kind).view(view)
         return lambda w: value
     file, i, count = found

@@ -9,10 +9,11 @@ from benchmarks.machine_code import amd
 from tests.ptx.parse import PtxError
 
 INSTRUCTION = re.compile(r"\t(?P<opcode>[a-z]\w+)(?:\s+(?P<rest>[^;]*?))?\s*(?:;.*)?$")
+RAW = re.compile(r"\t\.(long|byte|short|quad|ascii)\b")  # code that is no instruction
 LABEL = re.compile(r"(\.LBB\w+):")
 OPERAND = re.compile(r"(?:[^,\[|]|\[[^\]]*\]|\|[^|]*\|)+")
 MODIFIER = re.compile(r"\s((?:[a-z]\w*:(?:\[[^\]]*\]|\S+)|clamp|nt|sc0|sc1))(?=\s|$)")
-ENDS = re.compile(r"s_branch|s_cbranch_\w+|s_endpgm|s_barrier")
+ENDS = re.compile(r"s_branch|s_cbranch_(scc[01]|(vcc|exec)n?z)|s_endpgm|s_barrier")
 # Of the mode that a kernel runs in; a float16 that is too large is an infinity.
 MODES = {name: str(wanted) for name, wanted in amd.MODES.items()} | {"dx10_clamp": "1", "fp16_overflow": "0"}
 # What a wave begins with, of which nothing else is emulated.
@@ -46,6 +47,9 @@ class Kernel:
     param_bytes: int
     max_threads: int
     user_sgprs: int
+    preloaded: (
+        int  # scalar registers that newer firmware fills with the first arguments, and a kernel's first block else
+    )
     vgprs: int
     blocks: list[Block]
     labels: dict[str, int]  # block
@@ -70,6 +74,7 @@ def parse(text: str) -> Kernel:
         param_bytes=int(told["kernarg_size"]),
         max_threads=int(re.search(r"\.max_flat_workgroup_size:\s+(\d+)", about)[1]),  # type: ignore[index]
         user_sgprs=int(told["user_sgpr_count"]),
+        preloaded=int(told["user_sgpr_kernarg_preload_length"]),
         vgprs=int(told["next_free_vgpr"]),
         blocks=blocks,
         labels=labels,
@@ -83,6 +88,8 @@ def _blocks(code: str) -> tuple[list[Block], dict[str, int]]:
             if blocks[-1].code or blocks[-1].end:
                 blocks.append(Block())
             labels[label[1]] = len(blocks) - 1
+        elif RAW.match(line):
+            raise PtxError(f"{line.strip()} in the code")
         elif found := INSTRUCTION.match(line):
             if blocks[-1].end:
                 blocks.append(Block())

@@ -11,7 +11,7 @@ import numpy as np
 from tests.ptx.arithmetic import high
 from tests.ptx.parse import PtxError
 
-from .operands import Get, first_of, register, scalar
+from .operands import Get, first_of, scalar
 from .parse import Instruction
 from .waves import EXEC, UNKNOWN, Waves, pair
 
@@ -44,6 +44,12 @@ def _unknown(r: Any, *_: Any) -> Any:
     return np.full(np.shape(r), UNKNOWN, u1)
 
 
+def _field(a: Any, b: Any) -> Any:
+    """As below, without a sign."""
+    width = (b >> u4(16) & u4(0x7F)).astype(u8)
+    return ((a >> (b & u4(31))).astype(u8) & ((u8(1) << np.minimum(width, u8(32))) - u8(1))).astype(u4)
+
+
 def _signed_field(a: Any, b: Any) -> Any:
     """The lower half of b is where it begins, the upper half its width, of which 0 makes 0."""
     at, width = b & u4(31), b >> u4(16) & u4(0x7F)
@@ -73,7 +79,7 @@ TWO: dict[str, tuple[str, Callable[..., Any], Callable[..., Any] | None]] = {
     "s_ashr_i64": ("lu", lambda a, b: a >> (b & u4(63)).astype(i8), _not_zero),
     "s_lshl2_add_u32": ("uu", lambda a, b: (a << u4(2)) + b, _unknown),
     "s_lshl3_add_u32": ("uu", lambda a, b: (a << u4(3)) + b, _unknown),
-    "s_bfe_u32": ("uu", lambda a, b: a >> (b & u4(31)) & ((u4(1) << (b >> u4(16) & u4(31))) - u4(1)), _not_zero),
+    "s_bfe_u32": ("uu", _field, _not_zero),
     "s_bfe_i32": ("iu", _signed_field, _not_zero),
     "s_pack_ll_b32_b16": ("uu", lambda a, b: b << u4(16) | a & u4(0xFFFF), None),
     "s_min_i32": ("ii", np.minimum, _unknown),
@@ -120,12 +126,9 @@ def decode(i: Instruction) -> Step | None:
     raise PtxError(f"instruction {i.text}")
 
 
-def _put(text: str) -> Callable[[Waves, Any], None]:
-    found = register(text)
-    if found is None:
-        raise PtxError(f"result {text!r}")
-    to = first_of(text, "s", found[2])
-    if found[2] == 2:
+def _put(text: str, wide: bool) -> Callable[[Waves, Any], None]:
+    to = first_of(text, "s", 2 if wide else 1)
+    if wide:
         return lambda w, x: w.put_scalars(to, np.broadcast_to(x, w.numbers.shape))
 
     def put(w: Waves, x: Any) -> None:
@@ -140,7 +143,8 @@ def _two(i: Instruction) -> Step:
     kinds, f, condition = TWO[i.opcode]
     if len(i.args) != len(kinds) + 1:
         raise PtxError(i.text)
-    put, gets = _put(i.args[0]), [scalar(a, kind) for a, kind in zip(i.args[1:], kinds, strict=True)]
+    wide = kinds[0] in "ql"  # as the first operand, so the result
+    put, gets = _put(i.args[0], wide), [scalar(a, kind) for a, kind in zip(i.args[1:], kinds, strict=True)]
 
     def step(w: Waves) -> None:
         values = [get(w) for get in gets]
@@ -153,7 +157,7 @@ def _two(i: Instruction) -> Step:
 
 
 def _with_carry(i: Instruction) -> Step:
-    put, a, b, adds = _put(i.args[0]), scalar(i.args[1], "u"), scalar(i.args[2], "u"), i.opcode == "s_addc_u32"
+    put, a, b, adds = _put(i.args[0], False), scalar(i.args[1], "u"), scalar(i.args[2], "u"), i.opcode == "s_addc_u32"
 
     def step(w: Waves) -> None:
         x, y, c = a(w).astype(i8), b(w).astype(i8), w.condition().astype(i8)
@@ -172,7 +176,7 @@ def _half(text: str, kind: str) -> Get:
 
 
 def _short(i: Instruction) -> Step:
-    put, old, half = _put(i.args[0]), scalar(i.args[0], "i"), _half(i.args[1], "i")
+    put, old, half = _put(i.args[0], False), scalar(i.args[0], "i"), _half(i.args[1], "i")
     value = half(None)
     if i.opcode == "s_movk_i32":
         return lambda w: put(w, np.full(w.numbers.shape, value))
@@ -189,7 +193,7 @@ def _short(i: Instruction) -> Step:
 
 def _select(i: Instruction) -> Step:
     kind = "q" if i.opcode.endswith("64") else "u"
-    put, a, b = _put(i.args[0]), scalar(i.args[1], kind), scalar(i.args[2], kind)
+    put, a, b = _put(i.args[0], kind == "q"), scalar(i.args[1], kind), scalar(i.args[2], kind)
     return lambda w: put(w, np.where(w.condition(), a(w), b(w)))
 
 

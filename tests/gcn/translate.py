@@ -27,8 +27,18 @@ class Program:
 
 def translate(text: str) -> Program:
     kernel = parse(text)
-    steps = [[step for i in block.code if (step := _step(i)) is not None] for block in kernel.blocks]
+    ends = [block.end for block in kernel.blocks if block.end and block.end.args]
+    if unknown := [end.text for end in ends if end.args[0] not in kernel.labels]:
+        raise PtxError(f"{unknown[0]}: no such label")
+    steps = [[step for i in block.code if (step := _known(i)) is not None] for block in kernel.blocks]
     return Program(kernel, [len(b.code) + (b.end is not None) for b in kernel.blocks], steps)
+
+
+def _known(i: Instruction) -> Step | None:
+    try:
+        return _step(i)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise PtxError(f"{i.text}: {error!r}") from error
 
 
 def _step(i: Instruction) -> Step | None:

@@ -19,12 +19,13 @@ from .arithmetic import (
     minimum,
     permute,
     reciprocal,
+    shift_and_add,
     signed_field,
     to_bf16,
     to_f16,
     to_unsigned,
 )
-from .operands import Get, first_of, packed, vector, vectors
+from .operands import Get, first_of, packed, register, vector, vectors
 from .parse import Instruction
 from .waves import Waves, lanes_of, pair
 
@@ -81,17 +82,17 @@ ONE = {
     "v_cvt_f32_i32": ("i", lambda a: a.astype(f4)),
     "v_cvt_u32_f32": ("f", to_unsigned),
     "v_cvt_f16_f32": ("f", to_f16),
-    "v_cvt_f32_f16": ("u", lambda a: a.astype(u2).view(f2).astype(f4)),
+    "v_cvt_f32_f16": ("h", lambda a: a.astype(u2).view(f2).astype(f4)),
     "v_cvt_pk_f16_f32": ("ff", lambda a, b: to_f16(b) << u4(16) | to_f16(a)),
     "v_cvt_pk_bf16_f32": ("ff", lambda a, b: to_bf16(b) << u4(16) | to_bf16(a)),
-    "v_pack_b32_f16": ("uu", lambda a, b: (b & u4(0xFFFF)) << u4(16) | a & u4(0xFFFF)),
+    "v_pack_b32_f16": ("hh", lambda a, b: (b & u4(0xFFFF)) << u4(16) | a & u4(0xFFFF)),
 }  # fmt: skip
 WIDE = {  # 64 bits
     "v_mov_b64": ("q", lambda a: a),
     "v_lshlrev_b64": ("uq", lambda a, b: b << (a & u4(63)).astype(u8)),
     "v_lshrrev_b64": ("uq", lambda a, b: b >> (a & u4(63)).astype(u8)),
     "v_ashrrev_i64": ("ul", lambda a, b: b >> (a & u4(63)).astype(i8)),
-    "v_lshl_add_u64": ("quq", lambda a, b, c: (a << (b & u4(63)).astype(u8)) + c),
+    "v_lshl_add_u64": ("quq", shift_and_add),
 }
 PACKED = {"v_pk_fma_f32": (3, fma), "v_pk_mul_f32": (2, np.multiply), "v_pk_add_f32": (2, np.add)}
 UNORDERED = {"nge": "ge", "nlg": "lg", "ngt": "gt", "nle": "le", "neq": "eq", "nlt": "lt"}
@@ -183,10 +184,10 @@ def _compare(name: str, i: Instruction) -> Step:
     found = COMPARISON.fullmatch(name)
     assert found is not None
     condition, kind = found[1], KINDS[found[2] + found[3]]
-    if condition in UNORDERED:
+    if condition in UNORDERED and kind == "f":
         ordered = ORDERED[UNORDERED[condition]]
         f = lambda a, b: ~ordered(a, b)  # noqa: E731
-    elif condition in ORDERED and not (kind == "f" and condition == "ne"):
+    elif condition in ORDERED and condition not in (("ne",) if kind == "f" else ("lg", "o", "u")):
         f = ORDERED[condition]
     else:
         raise PtxError(i.text)
@@ -261,7 +262,14 @@ def _mixed_operand(text: str, half: bool, upper: bool, minus: bool) -> Get:
         if upper:
             raise PtxError(f"the upper half of {text} as float32")
         return vector(f"-{text}" if minus else text, "f")
-    word, sign = vector(text, "u", f"WORD_{int(upper)}"), u4(0x80000000 if minus else 0)
+    text, minus = (text[1:], not minus) if text.startswith("-") else (text, minus)
+    if register(text) is None:
+        if upper:
+            raise PtxError(f"the upper half of {text}")
+        word = vector(text, "h")
+    else:
+        word = vector(text, "u", f"WORD_{int(upper)}")
+    sign = u4(0x80000000 if minus else 0)
     return lambda w: (word(w).astype(u2).view(f2).astype(f4).view(u4) ^ sign).view(f4)
 
 

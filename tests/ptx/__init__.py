@@ -1,4 +1,5 @@
-"""The GPU kernels without a GPU: an interpreter of PTX that runs them as the project's own host code launches them.
+"""The GPU kernels without a GPU: an interpreter of PTX that runs them as the project's own host code launches them. AMD's
+machine code has one in tests/gcn, which the same commands run.
 
     make test-kernels                 # every case, every architecture, whole steps: python -m tests.ptx --help
     python -m tests.ptx --quick       # a selection, in seconds
@@ -15,6 +16,7 @@ Not shown by it: what ptxas makes of the PTX, orders of memory accesses other th
     parse, blocks, halves            PTX to instructions, and those to basic blocks with their live registers
     writer, floats, integers,        a block as a Python function on NumPy arrays, one element for each thread
     accesses, translate, arithmetic
+    interpreter                      all of it, for the emulator; tests/gcn has its like
     machine, memory, races, warps    threads, what they may touch, and the checks
     emulator, cuda_host,             the project's backends with the emulator in the place of a GPU
     triton_host, build, cache

@@ -12,12 +12,12 @@ from benchmarks.machine_code.amd import AMD
 
 
 def architecture(text: str) -> int | str:
-    """Of an option --arch."""
+    """Of an option --arch: 90 or sm_90, or AMD's."""
     if text in AMD:
         return text
-    if not text.isdigit():
+    if not text.removeprefix("sm_").isdigit():
         raise typer.BadParameter(f"--arch is {text!r}; it must be a number, 90 for sm_90, or one of {', '.join(AMD)}")
-    return int(text)
+    return int(text.removeprefix("sm_"))
 
 
 def name_of(arch: int | str) -> str:

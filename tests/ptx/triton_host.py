@@ -68,7 +68,6 @@ def install(emulator: Emulator) -> Any:
     from zokern.backends.triton import launch
 
     backend.unavailable_reason = lambda device=None: None  # type: ignore[assignment]
-    launch.BLOCK = triton.runtime.driver.active.get_current_target().warp_size * launch.NUM_WARPS
     watch(launch, emulator)
     return backend
 
@@ -99,11 +98,12 @@ def _launch(emulator: Emulator, jit: Any, compiled: Any, grid: Any, args: Any, k
             (value,) = struct.unpack("<I", struct.pack("<f", value))
         values.append(int(value))
     params = emulator.interpreter.params(kernel)
-    pointers = params[len(values) :]  # to scratch memory; Triton 3.6 tells of one of AMD's two
-    if len(params) < len(values) or len(pointers) > len(SCRATCH) or any(size != 8 for _, size in pointers):
-        raise PtxError(f"{len(params)} parameters for {len(values)} values and {len(SCRATCH)} scratch pointers")
+    # Pointers to scratch memory; Triton 3.6 tells of one of AMD's two.
+    pointers = sum(hasattr(metadata, name) for name in SCRATCH) if isinstance(emulator.arch, int) else len(SCRATCH)
+    if len(params) != len(values) + pointers:
+        raise PtxError(f"{len(params)} parameters for {len(values)} values and {pointers} scratch pointers")
     raw = bytearray(kernel.param_bytes)
-    for (at, size), value in zip(params, [*values, *(0 for _ in pointers)], strict=True):
+    for (at, size), value in zip(params, [*values, *[0] * pointers], strict=True):
         raw[at : at + size] = struct.pack("<Q", value & (1 << 64) - 1)[:size]
     threads = metadata.num_warps * metadata.warp_size
     emulator.run(name, grid[0], threads, bytes(raw), more, metadata.shared)
