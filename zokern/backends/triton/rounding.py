@@ -57,7 +57,7 @@ def round_nearest(x, DTYPE: tl.constexpr, UNFUSED: tl.constexpr = False):
 
     UNFUSED: x may not be computed and rounded by one instruction. For AMD's GPUs LLVM makes one of a float32 fma, or a
     product, and its conversion (v_fma_mixlo_f16). Up to Triton 3.8 it loses the sign of a zero, and sources disagree on
-    whether it rounds to float32 in between. An empty line of assembly between the two costs nothing.
+    whether it rounds to float32 in between. An empty line of assembly between the two keeps them apart.
     """
     if UNFUSED and DTYPE.primitive_bitwidth == 16:
         x = tl.inline_asm_elementwise("", "=v,0", [x], dtype=tl.float32, is_pure=True, pack=1)
