@@ -54,7 +54,7 @@ def _scalar_load(i: Instruction, count: int) -> Access:
         raise PtxError(i.text)
 
     def access(w: Waves, memory: Memory) -> None:
-        address, first = base(w) + offset(w).astype(u8), w.T[::LANES]
+        address, first = base(w) + offset(w).astype(u8), w.threads[::LANES]
         for n in range(count):
             (w.S[to + n],) = memory.load("generic", address + u8(4 * n), 4, 1, None, first, i.text)
 
@@ -89,8 +89,8 @@ def _load(w: Waves, memory: Memory, space: str, address: Any, size: int, count: 
         parts = [(0, count)]
     found = []
     for n, many in parts:
-        found += memory.load(space, address + u8(size * n), size, many, mask, w.T, text)
-    return [np.broadcast_to(x, w.T.shape).reshape(-1, LANES) for x in found]
+        found += memory.load(space, address + u8(size * n), size, many, mask, w.threads, text)
+    return [np.broadcast_to(x, w.threads.shape).reshape(-1, LANES) for x in found]
 
 
 def _store(w: Waves, memory: Memory, space: str, address: Any, size: int, values: list[Any], text: str) -> None:
@@ -99,9 +99,9 @@ def _store(w: Waves, memory: Memory, space: str, address: Any, size: int, values
     whole = address if mask is None else address[mask]
     if len(values) > 1 and (len(values) == 3 or (whole & u8(size * len(values) - 1)).any()):
         for n, v in enumerate(values):
-            memory.store(space, address + u8(size * n), size, [v], mask, w.T, text)
+            memory.store(space, address + u8(size * n), size, [v], mask, w.threads, text)
     else:
-        memory.store(space, address, size, values, mask, w.T, text)
+        memory.store(space, address, size, values, mask, w.threads, text)
 
 
 def _put_loaded(w: Waves, to: int, values: list[Any]) -> None:
@@ -137,7 +137,7 @@ def _atomic(i: Instruction) -> Access:
     address, value = _address(i.args[0], i.args[2], i), vector(i.args[1], "q" if size == 8 else "u")
 
     def access(w: Waves, memory: Memory) -> None:
-        memory.atomic_add("global", _lanes(w, address(w)), size, _lanes(w, value(w)), _mask(w), w.T, i.text)
+        memory.atomic_add("global", _lanes(w, address(w)), size, _lanes(w, value(w)), _mask(w), w.threads, i.text)
 
     return access
 

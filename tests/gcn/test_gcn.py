@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from tests.gcn import arithmetic
-from tests.gcn.machine import STEPS, Machine
+from tests.gcn.machine import Machine
 from tests.gcn.mutants import CHANGES, instructions_by_block, mutants_of
 from tests.gcn.parse import BEGINS, MODES
 from tests.gcn.translate import translate
 from tests.ptx.faults import Report
+from tests.ptx.groups import STEPS
 from tests.ptx.memory import Allocation
 from tests.ptx.parse import PtxError
 

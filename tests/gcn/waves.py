@@ -43,12 +43,12 @@ def bits(x: Any) -> Any:
 
 
 class Waves:
-    """`numbers`: of the waves, counted over all blocks; `at`: the block of the kernel that comes next."""
+    """numbers: of the waves, threads: of their lanes, counted over all blocks; at: the block of the kernel that is next."""
 
     def __init__(self, numbers: Any, scalars: Any, vectors: Any, scc: Any, at: int = 0, waiting: bool = False) -> None:
         self.numbers, self.S, self.V, self.scc = numbers, scalars, vectors, scc
         self.at, self.waiting = at, waiting
-        self.T = (numbers[:, None] * i4(LANES) + np.arange(LANES, dtype=i4)).reshape(-1)
+        self.threads = (numbers[:, None] * i4(LANES) + np.arange(LANES, dtype=i4)).reshape(-1)
         self.set_lanes()
 
     def set_lanes(self) -> None:

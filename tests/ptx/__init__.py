@@ -17,7 +17,7 @@ Not shown by it: what ptxas makes of the PTX, orders of memory accesses other th
     writer, floats, integers,        a block as a Python function on NumPy arrays, one element for each thread
     accesses, translate, arithmetic
     interpreter                      all of it, for the emulator; tests/gcn has its like
-    machine, memory, races, warps    threads, what they may touch, and the checks
+    groups, machine, memory, races,  threads, what they may touch, and the checks
     emulator, cuda_host,             the project's backends with the emulator in the place of a GPU
     triton_host, build, cache
     cases, selection, compare,       what is run, and what is right

@@ -12,7 +12,8 @@ import pytest
 
 from tests.ptx import memory as ptx_memory
 from tests.ptx.faults import Report
-from tests.ptx.machine import STEPS, Machine
+from tests.ptx.groups import STEPS
+from tests.ptx.machine import Machine
 from tests.ptx.memory import Allocation
 from tests.ptx.parse import PtxError, split
 from tests.ptx.translate import translate
