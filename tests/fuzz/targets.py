@@ -5,6 +5,7 @@ Each either does its work or raises JournalError; nothing else is right, and not
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,11 +82,21 @@ def _resume(path: Path, other: Path) -> None:
     before = path.read_bytes()
     try:
         with journal.resume(made, path):
-            made.step(lambda: sum(p.float().square().mean() for p in params.values()))  # type: ignore[arg-type]
+            step(made, params)
     finally:
         for kept in path.parent.glob(f"{path.name}.cut*"):
             kept.unlink()
         path.write_bytes(before)
+
+
+def step(made: zokern.optim.ZerothOrderOptimizer, params: dict[str, Tensor]) -> None:
+    """A step, or its refusal where the file has left weights too small for eps, which their dtype could not take away
+    again."""
+    try:
+        made.step(lambda: sum(p.float().square().mean() for p in params.values()))  # type: ignore[arg-type]
+    except ValueError as error:
+        if not re.match(r"eps( of group \d+)? is \S+, and the weights' rms is ", str(error)):
+            raise
 
 
 KINDS: dict[str, tuple[str, dict[str, object]]] = {

@@ -47,6 +47,28 @@ def test_taking_apart_and_putting_together_gives_the_file(name: str) -> None:
     assert records.changed(data, random.Random(1)) != data
 
 
+def test_an_optimizer_may_refuse_weights_that_a_file_has_left_too_small() -> None:
+    """For its eps, in their dtype; every other error of a step is a fault."""
+    params, made = targets.optimizer("mezo")
+    before = {name: p.detach().clone() for name, p in params.items()}
+    targets.step(made, params)
+    assert not any(torch.equal(p, before[name]) for name, p in params.items())
+    with pytest.raises(ValueError, match=r"^what is this\?$"):
+        targets.step(made, params | {"float32.5": _Angry()})  # type: ignore[dict-item]
+    params, made = targets.optimizer("mezo")
+    with torch.no_grad():
+        for p in params.values():
+            p.mul_(1e-6)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    targets.step(made, params)
+    assert all(torch.equal(p, before[name]) for name, p in params.items())
+
+
+class _Angry:
+    def float(self) -> None:
+        raise ValueError("what is this?")
+
+
 def test_changed_journals_are_refused_or_do_what_they_say(tmp_path: Path) -> None:
     """`make fuzz` does this with coverage and sanitizers, a million times."""
     rng, path, refused, did = random.Random(20261128), tmp_path / "run.zkj", 0, 0
