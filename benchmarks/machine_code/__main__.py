@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import rows
+from . import amd, rows
 from .amd import AMD
 from .compilers import CUDA_SOURCES, compile_cuda, compile_triton, triton_passes
 from .counts import Report
@@ -43,10 +43,8 @@ def architecture(text: str) -> int | str:
     Raises:
         argparse.ArgumentTypeError: for anything else.
     """
-    if text in AMD:
-        return text
-    if text.removeprefix("sm_").isdigit():
-        return int(text.removeprefix("sm_"))
+    if (found := amd.architecture(text)) is not None:
+        return found
     known = ", ".join(f"{name} ({gpu})" for name, gpu in AMD.items())
     raise argparse.ArgumentTypeError(f"{text!r} is no architecture: give a compute capability such as 90, or {known}")
 

@@ -28,6 +28,12 @@ MODES = {"float_denorm_mode_32": 3, "float_denorm_mode_16_64": 3, "float_round_m
          "ieee_mode": 1}  # fmt: skip
 
 
+def architecture(text: str) -> int | str | None:
+    """90 of "90" or "sm_90", or a name of AMD's; None of anything else."""
+    number = text.removeprefix("sm_")
+    return text if text in AMD else int(number) if number.isdigit() else None
+
+
 def analyse(name: str, arch: str, assembly: str, llir: str, stored_size: int) -> Report:
     """Counts a pass. llir: the LLVM IR that the assembly was made of."""
     kernel = read_amd(assembly)

@@ -79,16 +79,16 @@ def _mask(w: Waves) -> Any:
     return None if w.E is None else w.E.reshape(-1)
 
 
+def _pieces(address: Any, mask: Any, size: int, count: int) -> list[tuple[int, int]]:
+    """The first element of each access, and how many: one by one where all at once would need more alignment than one."""
+    there = address if mask is None else address[mask]
+    aligned = count == 1 or (count != 3 and not (there & u8(size * count - 1)).any())
+    return [(0, count)] if aligned else [(n, 1) for n in range(count)]
+
+
 def _load(w: Waves, memory: Memory, space: str, address: Any, size: int, count: int, text: str) -> list[Any]:
-    """Several dwords need the alignment of one alone."""
-    address, mask = _lanes(w, address), _mask(w)
-    whole = address if mask is None else address[mask]
-    if count > 1 and (count == 3 or (whole & u8(size * count - 1)).any()):
-        parts = [(n, 1) for n in range(count)]
-    else:
-        parts = [(0, count)]
-    found = []
-    for n, many in parts:
+    address, mask, found = _lanes(w, address), _mask(w), []
+    for n, many in _pieces(address, mask, size, count):
         found += memory.load(space, address + u8(size * n), size, many, mask, w.threads, text)
     return [np.broadcast_to(x, w.threads.shape).reshape(-1, LANES) for x in found]
 
@@ -96,12 +96,8 @@ def _load(w: Waves, memory: Memory, space: str, address: Any, size: int, count: 
 def _store(w: Waves, memory: Memory, space: str, address: Any, size: int, values: list[Any], text: str) -> None:
     address, mask = _lanes(w, address), _mask(w)
     values = [_lanes(w, v) for v in values]
-    whole = address if mask is None else address[mask]
-    if len(values) > 1 and (len(values) == 3 or (whole & u8(size * len(values) - 1)).any()):
-        for n, v in enumerate(values):
-            memory.store(space, address + u8(size * n), size, [v], mask, w.threads, text)
-    else:
-        memory.store(space, address, size, values, mask, w.threads, text)
+    for n, many in _pieces(address, mask, size, len(values)):
+        memory.store(space, address + u8(size * n), size, values[n : n + many], mask, w.threads, text)
 
 
 def _put_loaded(w: Waves, to: int, values: list[Any]) -> None:

@@ -11,7 +11,7 @@ from tests.ptx.parse import PtxError
 
 from .operands import first_of, scalar
 from .parse import Instruction
-from .waves import EXEC, LANES, Waves
+from .waves import LANES, Waves
 
 Step = Callable[[Waves], None]
 u4 = np.uint32
@@ -24,7 +24,7 @@ def first_lane(i: Instruction) -> Step:
 
     def step(w: Waves) -> None:
         lane = 0 if w.E is None else w.E.argmax(axis=1)
-        _set(w, to, w.V[source][np.arange(len(w.numbers)), lane])
+        w.put_scalar(to, w.V[source][np.arange(len(w.numbers)), lane])
 
     return step
 
@@ -32,7 +32,7 @@ def first_lane(i: Instruction) -> Step:
 def read_lane(i: Instruction) -> Step:
     """v_readlane_b32: of any lane, whether it works or not."""
     to, source, lane = first_of(i.args[0], "s", 1), first_of(i.args[1], "v", 1), scalar(i.args[2], "u")
-    return lambda w: _set(w, to, w.V[source][np.arange(len(w.numbers)), lane(w) & u4(63)])
+    return lambda w: w.put_scalar(to, w.V[source][np.arange(len(w.numbers)), lane(w) & u4(63)])
 
 
 def write_lane(i: Instruction) -> Step:
@@ -79,9 +79,3 @@ def _lanes_of_dpp(control: str, value: str) -> Any:
     if (control, value) == ("row_bcast", "31"):
         return np.where(OWN < 32, -1, 31)
     raise PtxError(f"{control}:{value}")
-
-
-def _set(w: Waves, i: int, x: Any) -> None:
-    w.S[i] = x
-    if i in (EXEC, EXEC + 1):
-        w.set_lanes()

@@ -130,13 +130,7 @@ def _put(text: str, wide: bool) -> Callable[[Waves, Any], None]:
     to = first_of(text, "s", 2 if wide else 1)
     if wide:
         return lambda w, x: w.put_scalars(to, np.broadcast_to(x, w.numbers.shape))
-
-    def put(w: Waves, x: Any) -> None:
-        w.S[to] = x.view(u4)
-        if to in (EXEC, EXEC + 1):
-            w.set_lanes()
-
-    return put
+    return lambda w, x: w.put_scalar(to, x.view(u4))
 
 
 def _two(i: Instruction) -> Step:
@@ -168,16 +162,14 @@ def _with_carry(i: Instruction) -> Step:
     return step
 
 
-def _half(text: str, kind: str) -> Get:
+def _half(text: str, kind: str) -> Any:
     """A constant of 16 bits, extended by its sign where the kind has one."""
     value = int(text, 0) & 0xFFFF
-    number = i4((value ^ 0x8000) - 0x8000) if kind == "i" else u4(value)
-    return lambda w: number
+    return i4((value ^ 0x8000) - 0x8000) if kind == "i" else u4(value)
 
 
 def _short(i: Instruction) -> Step:
-    put, old, half = _put(i.args[0], False), scalar(i.args[0], "i"), _half(i.args[1], "i")
-    value = half(None)
+    put, old, value = _put(i.args[0], False), scalar(i.args[0], "i"), _half(i.args[1], "i")
     if i.opcode == "s_movk_i32":
         return lambda w: put(w, np.full(w.numbers.shape, value))
     if i.opcode == "s_mulk_i32":
@@ -201,7 +193,12 @@ def _compare(i: Instruction) -> Step:
     found = COMPARISON.fullmatch(i.opcode)
     assert found is not None
     kind, f = KINDS[found[2] + found[3]], CONDITIONS[found[1]]
-    a, b = scalar(i.args[0], kind), _half(i.args[1], kind) if "cmpk" in i.opcode else scalar(i.args[1], kind)
+    a = scalar(i.args[0], kind)
+    if "cmpk" in i.opcode:
+        half = _half(i.args[1], kind)
+        b: Get = lambda w: half  # noqa: E731
+    else:
+        b = scalar(i.args[1], kind)
 
     def step(w: Waves) -> None:
         w.scc[:] = f(a(w), b(w))

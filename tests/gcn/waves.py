@@ -77,6 +77,11 @@ class Waves:
         lanes = np.broadcast_to(lanes, (len(self.numbers), LANES))
         self.put_scalars(i, mask_of(lanes if self.E is None else lanes & self.E))
 
+    def put_scalar(self, i: int, x: Any) -> None:
+        self.S[i] = x
+        if i in (EXEC, EXEC + 1):
+            self.set_lanes()
+
     def put_scalars(self, i: int, x: Any) -> None:
         self.S[i], self.S[i + 1] = halves(x)
         if i == EXEC:

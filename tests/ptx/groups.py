@@ -6,7 +6,8 @@ threads that are left wait.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
@@ -17,30 +18,31 @@ from .parse import PtxError
 STEPS = 2_000_000  # of a group: more than any kernel here takes
 
 
-class Group(Protocol):
-    at: int  # block of the program
-    threads: Any  # their numbers, counted over all blocks
-    waiting: bool  # at a barrier
+class Groups(Memory, ABC):
+    """What is left to a machine: the program, how groups begin, meet, run a block, and part at its end.
 
-
-class Groups(Memory):
-    """What is left to a machine: the program, how groups begin, meet, run a block, and part at its end."""
+    Of a group: `at`, the block of the program that is next; `threads`, their numbers, counted over all blocks; `waiting`,
+    at a barrier.
+    """
 
     program: Any
     kernel: Any
 
+    @abstractmethod
     def begin(self) -> Any:
-        raise NotImplementedError
+        """The group of all threads."""
 
+    @abstractmethod
     def together(self, groups: list[Any]) -> Any:
-        raise NotImplementedError
+        """One group of several at the same place."""
 
+    @abstractmethod
     def run_block(self, group: Any) -> None:
-        raise NotImplementedError
+        """The block where it is, without its end."""
 
+    @abstractmethod
     def following(self, group: Any, alive: Any) -> list[Any]:
         """Where a group goes from the end of its block; `alive` of threads that end becomes False."""
-        raise NotImplementedError
 
     def run(self, limit: int = STEPS) -> Report:
         program, report = self.program, self.report

@@ -8,16 +8,15 @@ from typing import Any
 import typer
 from rich.table import Table
 
+from benchmarks.machine_code import amd
 from benchmarks.machine_code.amd import AMD
 
 
 def architecture(text: str) -> int | str:
     """Of an option --arch: 90 or sm_90, or AMD's."""
-    if text in AMD:
-        return text
-    if not text.removeprefix("sm_").isdigit():
+    if (found := amd.architecture(text)) is None:
         raise typer.BadParameter(f"--arch is {text!r}; it must be a number, 90 for sm_90, or one of {', '.join(AMD)}")
-    return int(text.removeprefix("sm_"))
+    return found
 
 
 def name_of(arch: int | str) -> str:

@@ -26,9 +26,9 @@ class Driver:
     """Stands for Triton's driver: says which GPU to compile for."""
 
     def __init__(self, arch: int | str) -> None:
-        from triton.backends.compiler import GPUTarget
+        from benchmarks.machine_code.compilers import target
 
-        self._target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+        self._target = target(arch)
 
     def get_current_target(self) -> Any:
         return self._target

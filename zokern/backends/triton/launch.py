@@ -112,8 +112,6 @@ def _amd(target: Any) -> bool:
 
 def options(target: Any, rule: Rule, dtype: torch.dtype, rounding: str, distribution: str) -> dict[str, object]:
     """What a pass is compiled with. ptxas would take 96 registers or 80 for those with the most numbers, and spill."""
-    if target is None:
-        return LAUNCH_OPTIONS
     if apart(target, dtype, distribution):
         # LLVM then keeps to the registers of four waves of a SIMD, 128 on MI300X: HELENE's update takes 85 instead of 98.
         return {**LAUNCH_OPTIONS, "waves_per_eu": 4}
