@@ -72,13 +72,17 @@ def _rank(
     if join:
         meeting, patience = FileStore(store, world), datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=patience)
-        # A rank whose function exchanges nothing would end, and close its connections, while others still connect.
+        # A rank whose function raises at once would end, and close its connections, while others still connect.
         meeting.set(f"joined {rank}", "")
         meeting.wait([f"joined {other}" for other in range(world)], patience)
     try:
         _send(pipe, (function(*args), "", ""))
     except BaseException as error:
         _send(pipe, (None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+    else:
+        # Until every rank's is there, and the pipe closed: one that has made a group and is done with it would end, and
+        # close its connections, while others still connect to it.
+        pipe.poll(None)
     finally:
         pipe.close()
         if dist.is_initialized():
@@ -106,7 +110,7 @@ def outcomes(
         pipes: list[Connection] = []
         processes = []
         for rank in range(world):
-            ours, theirs = _server.Pipe(duplex=False)
+            ours, theirs = _server.Pipe()
             process = _server.Process(
                 target=_rank, args=(function, args, rank, world, store, timeout, join, theirs), daemon=True
             )
@@ -127,6 +131,8 @@ def outcomes(
                         found[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         found[rank] = (None, "the process ended", "")
+            for pipe in pipes:
+                pipe.close()
             for process in processes:
                 process.join(max(began + limit - time.monotonic(), 0.1))
         finally:
