@@ -16,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import os
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rich.progress import track
 
 from benchmarks import resident, study
 from benchmarks.memory.formulas import MEASURED
-from benchmarks.memory.shapes import SMALL, Shape
+from benchmarks.memory.shapes import SMALL
 from benchmarks.memory.worker import work
 from zokern.bench.record import RESULTS, store
 from zokern.cli.waiting import spin_briefly
@@ -34,12 +35,12 @@ TOKENS = ((16, 28), (16, 128))  # rows, tokens of each
 PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "peft", "zokern", "benchmarks.memory.worker"]
 
 
-def one(way: str, shape: Shape, rows: int, length: int, threads: int) -> dict[str, int]:
-    """Of a fresh process."""
+def one(done: Callable[..., None], threads: int, way: str, *args: Any) -> dict[str, int]:
+    """What done(pipe, threads, way, ...) sends, in a fresh process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     here, there = context.Pipe()
-    process = context.Process(target=work, args=(there, threads, way, shape, rows, length))
+    process = context.Process(target=done, args=(there, threads, way, *args))
     process.start()
     there.close()
     try:
@@ -66,26 +67,35 @@ def former(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def main(
+    about: str | None = __doc__,
+    name: str = "memory",
+    subjects: Mapping[str, Any] = SMALL,
+    ways: Collection[str] = tuple(MEASURED),
+    dtype: str = "float32",
+    done: Callable[..., None] = work,
+) -> None:
+    """name: of what is stored. done: a process's work, called with its pipe, the threads, a way, one of the subjects, rows
+    and their length."""
     args = study.parser(
-        __doc__, models=(list(SMALL), f"of {', '.join(SMALL)} (default: all)"), threads=(2, "of each process"),
+        about, models=(list(subjects), f"of {', '.join(subjects)} (default: all)"), threads=(2, "of each process"),
         redo=(False, "measure all anew"),
     ).parse_args()  # fmt: skip
-    if unknown := [name for name in args.models if name not in SMALL]:
-        raise SystemExit(f"--models: there is no {', '.join(unknown)}; there are {', '.join(SMALL)}")
+    if unknown := [one for one in args.models if one not in subjects]:
+        raise SystemExit(f"--models: there is no {', '.join(unknown)}; there are {', '.join(subjects)}")
     spin_briefly()  # the processes inherit both
     os.environ.update(resident.GIVES_BACK)
-    path = args.output or RESULTS / "memory-cpu.json"
-    settings = {"threads": args.threads, "dtype": "float32", "shapes": {name: s.facts() for name, s in SMALL.items()}}
+    path = args.output or RESULTS / f"{name}-cpu.json"
+    settings = {"threads": args.threads, "dtype": dtype, "shapes": {one: s.facts() for one, s in subjects.items()}}
     found = {} if args.redo else former(path, settings)
     wanted = [
-        (name, rows, length, way) for name, (rows, length), way in itertools.product(args.models, TOKENS, MEASURED)
-        if key(name, rows, length, way) not in found
+        (model, rows, length, way) for model, (rows, length), way in itertools.product(args.models, TOKENS, ways)
+        if key(model, rows, length, way) not in found
     ]  # fmt: skip
-    whole = len(SMALL) * len(TOKENS) * len(MEASURED)
-    for name, rows, length, way in track(wanted, description="memory", console=Console(stderr=True)):
-        found[key(name, rows, length, way)] = one(way, SMALL[name], rows, length, args.threads)
-        store("memory", torch.device("cpu"), settings, found, path, complete=len(found) == whole)
+    whole = len(subjects) * len(TOKENS) * len(ways)
+    for model, rows, length, way in track(wanted, description=name, console=Console(stderr=True)):
+        found[key(model, rows, length, way)] = one(done, args.threads, way, subjects[model], rows, length)
+        store(name, torch.device("cpu"), settings, found, path, complete=len(found) == whole)
     print(f"stored {path}: {len(found)} of {whole}")
 
 

@@ -9,6 +9,7 @@ A tiny model does the same before, so that code which is loaded for it is not co
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks import resident
 from benchmarks.memory.formulas import RANK
 from benchmarks.memory.shapes import Shape
 
+Made = Callable[[], tuple[Callable[[], Tensor], Callable[[], object]]]  # a model's loss, and its step
 STEPS, LR = 2, 1e-6
 TINY = Shape(64, 16, 16, 2, 2, 1)
 
@@ -81,16 +83,16 @@ def steps(way: str, shape: Shape, rows: int, length: int) -> tuple[Callable[[], 
     return loss, step_of(way, model, loss)
 
 
-def measure(way: str, shape: Shape, rows: int, length: int) -> dict[str, int]:
-    """Bytes."""
-    tried = steps(way, TINY, 2, 4)[1]
-    for _ in range(STEPS):
+def held(tiny: Made, whole: Made, count: int = STEPS) -> dict[str, int]:
+    """Bytes, over so many steps of `whole`; those of `tiny` are done before."""
+    tried = tiny()[1]
+    for _ in range(count):
         tried()
-    loss, step = steps(way, shape, rows, length)
+    loss, step = whole()
     with torch.no_grad():
         loss()
     base = resident.settle()
-    for _ in range(STEPS):
+    for _ in range(count):
         step()
     return {"resident": base, "extra": resident.peak() - base}
 
@@ -98,4 +100,4 @@ def measure(way: str, shape: Shape, rows: int, length: int) -> dict[str, int]:
 def work(to: Connection, threads: int, way: str, shape: Shape, rows: int, length: int) -> None:
     """The whole of the process."""
     torch.set_num_threads(threads)
-    to.send(measure(way, shape, rows, length))
+    to.send(held(partial(steps, way, TINY, 2, 4), partial(steps, way, shape, rows, length)))
