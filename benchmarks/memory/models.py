@@ -1,4 +1,4 @@
-"""Five published models' shapes, of five makes: what is measured of the placements. Random weights, as transformers builds them.
+"""Five published models' shapes, of five makes, that placements are measured on. Random weights, as transformers has them.
 
 Between them: one stack of blocks and two; a head that is the embedding and one of its own; products with and without
 biases, and GPT-2's three in one; keys of fewer heads; positions that are learnt; norms of both kinds.

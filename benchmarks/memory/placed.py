@@ -4,9 +4,9 @@
     python -m benchmarks.memory.placed --models GPT-2     # of one model
     python -m benchmarks.pages docs/memory.md             # the page
 
-Measured as benchmarks.memory.run does it, with bfloat16 weights: over inference, the resident set's peak of as many steps as
-there are until all has happened that may (two, and one more than a fold waits for). Said: zokern.check's number for the same
-optimizer. Stores benchmarks/results/memory-placed-cpu.json after each; all of it takes some 40 minutes.
+Measured as benchmarks.memory.run does it, with bfloat16 weights: over inference, the resident set's peak of as many steps
+as there are until all has happened that may (two, and one more than a fold waits for). Said: zokern.check's number for the
+same optimizer. Stores benchmarks/results/memory-placed-cpu.json after each; all of it takes some 40 minutes.
 """
 
 from __future__ import annotations

@@ -14,14 +14,10 @@ from zokern import placement
 from zokern.bench import models
 from zokern.bench.split import Graphed, Journalled, Stepper, Together, why_not_graphed
 from zokern.bench.step_peers import PEERS, Published
-from zokern.checking.cost import members_of
+from zokern.checking.cost import memory, states
 from zokern.finetune.methods import build
 from zokern.finetune.options import Options
 from zokern.optim import ZerothOrderOptimizer
-from zokern.placement import forward, sites, stream
-from zokern.placement.forward import Forward
-from zokern.placement.shadow import Shadow
-from zokern.placement.stream import Stream
 
 GRAPHED = "graphed"
 PIPELINED, PREFETCH, JOURNAL = "-pipelined", "-prefetch", "-journal"  # behind the name of a placement
@@ -222,8 +218,7 @@ def state_bytes(stepper: Stepper, model: nn.Module) -> int:
         return stepper.state_bytes()
     optimizer = optimizer_of(stepper)
     assert optimizer is not None
-    each = sum(dtype.itemsize for dtype, _ in optimizer.state_spec.values())
-    return each * sum(p.numel() for p in _trainable(model))
+    return states(optimizer)
 
 
 def needed_bytes(case: Case, model: nn.Module) -> int:
@@ -232,16 +227,9 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     if case.is_peer:
         return PEERS[case.method][case.way].needed_bytes(_trainable(model))
     optimizer = _optimizer(case, model)
-    copies = 0
-    if isinstance(optimizer._placement, Stream):
-        copies = stream.extra_bytes(model, prefetch=optimizer.prefetch)
-    elif isinstance(optimizer._placement, Forward):
-        together = optimizer.forwards() if case.way == TOGETHER else 1
-        waiting = FOLD_EVERY * optimizer.forwards() if case.way == FOLDS else 1
-        copies = together * forward.extra_bytes(optimizer._placement, members_of(optimizer), waiting)
-    elif isinstance(optimizer._placement, Shadow):
-        copies = sum(sites.padded_size(p) * p.element_size() for p in _trainable(model))
-    return state_bytes(optimizer, model) + copies
+    copies = memory(optimizer)[optimizer.placement]
+    assert copies is not None, "a placement that it has can serve the model"
+    return states(optimizer) + (optimizer.forwards() if case.way == TOGETHER else 1) * copies
 
 
 def smaller(case: Case, model: nn.Module) -> Case | None:

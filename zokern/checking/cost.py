@@ -12,6 +12,7 @@ from zokern.deltas import Delta
 from zokern.directions import rank
 from zokern.optim import ZerothOrderOptimizer, drivers
 from zokern.optim.numbers import HostNumbers
+from zokern.optim.update import Estimate
 from zokern.passes.update import Seed, Terms
 from zokern.placement import Forward, sites, stream
 from zokern.placement.forward import extra_bytes
@@ -39,33 +40,50 @@ class Cost:
 
 def cost(optimizer: ZerothOrderOptimizer, batches: int, forward_seconds: float) -> Cost:
     """batches: calls of the closure for each probe. forward_seconds: of one probe."""
-    probes, every = _probes(optimizer), optimizer.fold_every
-    trainable = [p for _, p in optimizer._parameters.trainable(optimizer)]
-    weights = sum(0 if isinstance(p, Delta) else p.nbytes for p in trainable)
-    states = sum(p.numel() * dtype.itemsize for p in trainable for dtype, _ in optimizer.state_spec.values())
-    copies = sites.sizes([Member(p, 0, 0, "") for p in trainable])
-    copied = sum(size * dtype.itemsize for (_, dtype), size in copies.items())
-    memory = {"inplace": 0, "shadow": copied if optimizer.module is not None else None, "stream": _streamed(optimizer)}
+    probes, every = _next(optimizer)[0], optimizer.fold_every
+    trainable = _trainable(optimizer)
     shown = sum(bool(terms) for terms in probes) + 1  # a copy is made for each probe of other weights, then the update
     passes: dict[str, float] = {"inplace": _moves(probes) + 1, "shadow": shown, "stream": shown}
     if any(isinstance(p, Delta) for p in trainable):  # nothing can be written to
-        passes, memory = {}, dict.fromkeys(memory)
+        passes = {}
     if rank(optimizer._passes.direction):
         passes["forward"] = 1 / every if every else 0
-        memory["forward"] = _forward(optimizer, probes)
     return Cost(
         type(optimizer).__name__,
         optimizer.forwards() * batches,
         passes,
-        weights,
-        states,
-        memory,
+        sum(0 if isinstance(p, Delta) else p.nbytes for p in trainable),
+        states(optimizer),
+        memory(optimizer),
         optimizer.forwards() * forward_seconds,
     )
 
 
-def _probes(optimizer: ZerothOrderOptimizer) -> list[Terms]:
-    """The next step's, in order. Where they depend on losses, every loss is another number."""
+def states(optimizer: ZerothOrderOptimizer) -> int:
+    """Bytes that the method keeps for the trainable weights from step to step."""
+    each = sum(dtype.itemsize for dtype, _ in optimizer.state_spec.values())
+    return each * sum(p.numel() for p in _trainable(optimizer))
+
+
+def memory(optimizer: ZerothOrderOptimizer) -> dict[str, int | None]:
+    """Bytes beside weights and states, by placement; None where it cannot serve this model."""
+    trainable = _trainable(optimizer)
+    copies = sites.sizes([Member(p, 0, 0, "") for p in trainable])
+    copied = sum(size * dtype.itemsize for (_, dtype), size in copies.items())
+    found = {"inplace": 0, "shadow": copied if optimizer.module is not None else None, "stream": _streamed(optimizer)}
+    if any(isinstance(p, Delta) for p in trainable):
+        found = dict.fromkeys(found)
+    if rank(optimizer._passes.direction):
+        found["forward"] = _forward(optimizer)
+    return found
+
+
+def _trainable(optimizer: ZerothOrderOptimizer) -> list[Tensor]:
+    return [p for _, p in optimizer._parameters.trainable(optimizer)]
+
+
+def _next(optimizer: ZerothOrderOptimizer) -> tuple[list[Terms], Estimate]:
+    """The next step's probes, in order, and what it makes of them. Every loss is another number."""
     probes: list[Terms] = []
 
     def note(terms: Terms) -> Tensor:
@@ -75,10 +93,9 @@ def _probes(optimizer: ZerothOrderOptimizer) -> list[Terms]:
     step = optimizer.counters["steps"]
     optimizer.numbers = HostNumbers(optimizer.param_groups, optimizer.seed, step, optimizer.schedule)
     try:
-        drivers.in_turn(optimizer.rounds(), note)
+        return probes, drivers.in_turn(optimizer.rounds(), note)
     finally:
         del optimizer.numbers
-    return probes
 
 
 def _moves(probes: list[Terms]) -> int:
@@ -92,16 +109,17 @@ def _moves(probes: list[Terms]) -> int:
     return moves
 
 
-def _forward(optimizer: ZerothOrderOptimizer, probes: list[Terms]) -> int | None:
-    """With the factors of all updates that wait; where only opt.fold() ends that, of one step's."""
+def _forward(optimizer: ZerothOrderOptimizer) -> int | None:
+    """With the factors of a probe beside those of all updates that wait; where only opt.fold() ends that, those that the
+    first step makes room for."""
     if optimizer.module is None or optimizer.scaled:
         return None
     placement = Forward()
     placement.bind(optimizer.module, Passes(optimizer._passes.direction, optimizer._passes.backend))
-    in_turn = max(map(len, probes))
-    directions = len({seed for terms in probes for seed in terms})
-    waiting = 0 if optimizer.fold_every == 1 else max(optimizer.fold_every, 1) * directions
-    return extra_bytes(placement, members_of(optimizer), max(waiting, in_turn, 1))
+    probes, estimate = _next(optimizer)
+    every, taken, probe = optimizer.fold_every, len(estimate.gradient), max(map(len, probes))
+    seeds = probe if every == 1 else max(every * taken, (every - 1) * taken + probe) if every else 2 * probe
+    return extra_bytes(placement, members_of(optimizer), seeds)
 
 
 def members_of(optimizer: ZerothOrderOptimizer) -> list[Member]:
