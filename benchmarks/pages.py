@@ -38,6 +38,7 @@ import benchmarks.machine_code.amd_page
 import benchmarks.machine_code.page
 import benchmarks.matrix
 import benchmarks.memory.page
+import benchmarks.memory.placed_page
 import benchmarks.ranks.scale
 import benchmarks.ranks.speed
 import benchmarks.replay.run
@@ -80,7 +81,7 @@ SUBJECTS = (
     benchmarks.rewards.page, benchmarks.choose.page,
     benchmarks.lowrank.learning, benchmarks.lowrank.speed, benchmarks.lowrank.populations, benchmarks.lengths.run,
     benchmarks.ranks.speed, benchmarks.ranks.scale, benchmarks.steps.host, benchmarks.matrix, benchmarks.arm.page,
-    benchmarks.memory.page, benchmarks.front.page,
+    benchmarks.memory.page, benchmarks.memory.placed_page, benchmarks.front.page,
     docs.from_code,
 )  # fmt: skip
 PAGES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"demo": demo_lines}}

@@ -99,7 +99,8 @@ def sentence() -> str:
         f"{size['inference']}. Without checkpointing LoRA with Adam takes {size['LoRA, Adam']}, and "
         f"{gigabytes('LoRA, Adam', TOKENS[0]):.0f} with {few} x {short} tokens; Adam {size['Adam, all bfloat16']} to "
         f"{size['Adam, mixed']}. This is computed; the formulas were held against measurements on a CPU, in float32 "
-        "and up to 135 million parameters ([memory](docs/memory.md))."
+        "and up to 135 million parameters, those of our placements in bfloat16 and up to 1.3 billion "
+        "([memory](docs/memory.md))."
     )
 
 

@@ -99,3 +99,8 @@ MODELS = {
         },
     ),
 }  # fmt: skip
+# Of all parameters, a head for two classes included.
+NUMBERS = {
+    "GPT-2": 124_439_808, "T5-base": 222_903_552, "RoBERTa-large": 355_361_794, "Qwen2.5-0.5B": 494_032_768,
+    "OPT-1.3B": 1_315_758_080,
+}  # fmt: skip

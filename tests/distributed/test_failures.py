@@ -8,6 +8,8 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tests.distributed.ranks import Outcome, outcomes, run
 from tests.methods import METHODS, build, equal, weights
 from tests.models import small, tokens
 
+HELD: list[Listener] = []  # by a rank, while it lives
 SHORT = 1.0  # seconds of exchange_timeout, where a rank is to be missed
 
 
@@ -655,3 +658,18 @@ def test_a_launcher_without_a_group_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError, match=r"torch\.distributed\.init_process_group\(\) before the optimizer is made"):
         zokern.MeZO(small(), 1e-2)
     zokern.MeZO(small(), 1e-2, process_group=None).step(lambda: torch.tensor(1.0))
+
+
+def answers_at_once(path: str) -> None:
+    if dist.get_rank() == 0:
+        HELD.append(Listener(path, "AF_UNIX"))  # which takes calls for as long as the process lives
+        return
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    time.sleep(0.3)  # in which one that does not wait has long ended
+    Client(path, "AF_UNIX").close()
+
+
+def test_a_rank_that_is_done_stays_until_all_are(tmp_path: Path) -> None:
+    """Else its connections would close while others still connect, in a group that it has made and does nothing with."""
+    assert run(2, answers_at_once, str(tmp_path / "s")) == [None, None]
