@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import zokern
 from benchmarks.memory import run, worker
 from benchmarks.memory.models import MODELS, Model
-from zokern.checking.cost import cost
+from zokern.checking.cost import needed
 from zokern.optim import ZerothOrderOptimizer
 
 DTYPE = torch.bfloat16
@@ -44,14 +44,6 @@ def optimizer_of(way: str, model: nn.Module) -> ZerothOrderOptimizer:
     return method(model, worker.LR, **options)
 
 
-def said(optimizer: ZerothOrderOptimizer) -> int:
-    """Bytes beside the weights: states, and the placement's."""
-    costs = cost(optimizer, 1, 0.0)
-    held = costs.memory[optimizer.placement]
-    assert held is not None, "an optimizer's own placement serves its model"
-    return costs.states + held
-
-
 def steps(way: str, model: Model, rows: int, length: int) -> tuple[Callable[[], Tensor], Callable[[], object]]:
     """A model's loss, and its step."""
     made = model.build(DTYPE)
@@ -68,7 +60,7 @@ def work(to: Connection, threads: int, way: str, model: Model, rows: int, length
     count = WAYS[way][1].get("fold_every", 1) + 1 if way != INFERENCE else worker.STEPS
     found = worker.held(partial(steps, way, model.tiny(), 2, 4), partial(steps, way, model, rows, length), count)
     if way != INFERENCE:
-        found["said"] = said(optimizer_of(way, model.build(DTYPE)))
+        found["said"] = needed(optimizer_of(way, model.build(DTYPE)))
     to.send(found)
 
 

@@ -81,12 +81,13 @@ def main(
         about, models=(list(subjects), f"of {', '.join(subjects)} (default: all)"), threads=(2, "of each process"),
         redo=(False, "measure all anew"),
     ).parse_args()  # fmt: skip
-    if unknown := [one for one in args.models if one not in subjects]:
+    if unknown := [model for model in args.models if model not in subjects]:
         raise SystemExit(f"--models: there is no {', '.join(unknown)}; there are {', '.join(subjects)}")
     spin_briefly()  # the processes inherit both
     os.environ.update(resident.GIVES_BACK)
     path = args.output or RESULTS / f"{name}-cpu.json"
-    settings = {"threads": args.threads, "dtype": dtype, "shapes": {one: s.facts() for one, s in subjects.items()}}
+    shapes = {model: subject.facts() for model, subject in subjects.items()}
+    settings = {"threads": args.threads, "dtype": dtype, "shapes": shapes}
     found = {} if args.redo else former(path, settings)
     wanted = [
         (model, rows, length, way) for model, (rows, length), way in itertools.product(args.models, TOKENS, ways)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from multiprocessing import Pipe
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +47,7 @@ def test_what_is_said_of_every_make_is_what_is_handed_out(name: str) -> None:
                 optimizer.step(closure)  # noqa: B023
 
         peak = peak_bytes(steps, CPU)
-        assert scalars(peak - forward - placed.said(placed.optimizer_of(way, made))), way
+        assert scalars(peak - forward - placed.needed(placed.optimizer_of(way, made))), way
 
 
 @pytest.mark.parametrize("way", [placed.INFERENCE, "forward, rank 1, fold_every=4"])
@@ -56,6 +59,19 @@ def test_a_measurement_is_of_a_whole_window(way: str, monkeypatch: pytest.Monkey
     found = here.recv()
     assert counts == [2 if way == placed.INFERENCE else 5]
     assert found.keys() == ({"extra"} if way == placed.INFERENCE else {"extra", "said"})
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+def test_the_command_teaches_its_options(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["placed.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("benchmarks.memory.placed", run_name="__main__")
+    assert "of GPT-2, T5-base, RoBERTa-large, Qwen2.5-0.5B, OPT-1.3B (default: all)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    monkeypatch.setattr(sys, "argv", ["placed.py", "--models", "GPT-3"])
+    with pytest.raises(SystemExit, match="there is no GPT-3; there are GPT-2"):
+        runpy.run_module("benchmarks.memory.placed", run_name="__main__")
 
 
 def test_the_stored_run_is_whole_and_holds_what_the_page_says() -> None:

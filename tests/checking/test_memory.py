@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import zokern
 from tests.methods import METHODS, build
 from zokern.bench.budget import peak_bytes
-from zokern.checking.cost import memory, states
+from zokern.checking.cost import memory, needed
 from zokern.optim import moves
 
 CPU = torch.device("cpu")
@@ -47,10 +47,7 @@ def taken(make: Callable[[nn.Module], zokern.optim.ZerothOrderOptimizer], count:
             opt.step(model)
 
     peak = peak_bytes(steps, CPU)
-    fresh = make(model)
-    held = memory(fresh)[fresh.placement]
-    assert held is not None
-    return peak - forward, held + states(fresh)
+    return peak - forward, needed(make(model))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from zokern import placement
 from zokern.bench import models
 from zokern.bench.split import Graphed, Journalled, Stepper, Together, why_not_graphed
 from zokern.bench.step_peers import PEERS, Published
-from zokern.checking.cost import memory, states
+from zokern.checking.cost import needed, states
 from zokern.finetune.methods import build
 from zokern.finetune.options import Options
 from zokern.optim import ZerothOrderOptimizer
@@ -227,9 +227,9 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     if case.is_peer:
         return PEERS[case.method][case.way].needed_bytes(_trainable(model))
     optimizer = _optimizer(case, model)
-    copies = memory(optimizer)[optimizer.placement]
-    assert copies is not None, "a placement that it has can serve the model"
-    return states(optimizer) + (optimizer.forwards() if case.way == TOGETHER else 1) * copies
+    of_states = states(optimizer)
+    together = optimizer.forwards() if case.way == TOGETHER else 1
+    return of_states + together * (needed(optimizer) - of_states)
 
 
 def smaller(case: Case, model: nn.Module) -> Case | None:

@@ -78,6 +78,13 @@ def memory(optimizer: ZerothOrderOptimizer) -> dict[str, int | None]:
     return found
 
 
+def needed(optimizer: ZerothOrderOptimizer) -> int:
+    """Bytes beside the weights: states, and what the optimizer's own placement takes."""
+    held = memory(optimizer)[optimizer.placement]
+    assert held is not None, "a placement that an optimizer has serves its model"
+    return states(optimizer) + held
+
+
 def _trainable(optimizer: ZerothOrderOptimizer) -> list[Tensor]:
     return [p for _, p in optimizer._parameters.trainable(optimizer)]
 
