@@ -125,7 +125,9 @@ def _forward(optimizer: ZerothOrderOptimizer) -> int | None:
     placement.bind(optimizer.module, Passes(optimizer._passes.direction, optimizer._passes.backend))
     probes, estimate = _next(optimizer)
     every, taken, probe = optimizer.fold_every, len(estimate.gradient), max(map(len, probes))
-    seeds = probe if every == 1 else max(every * taken, (every - 1) * taken + probe) if every else 2 * probe
+    seeds = (
+        probe if every == 1 else every * taken if every else 2 * probe
+    )  # no probe has more than a step's update takes
     return extra_bytes(placement, members_of(optimizer), seeds)
 
 
