@@ -117,17 +117,18 @@ def _moves(probes: list[Terms]) -> int:
 
 
 def _forward(optimizer: ZerothOrderOptimizer) -> int | None:
-    """With the factors of a probe beside those of all updates that wait; where only opt.fold() ends that, those that the
-    first step makes room for."""
+    """With fold_every=T the factors of T updates, the probe's among them, as none has more than an update; where only
+    opt.fold() ends that, those that the first step makes room for."""
     if optimizer.module is None or optimizer.scaled:
         return None
     placement = Forward()
     placement.bind(optimizer.module, Passes(optimizer._passes.direction, optimizer._passes.backend))
     probes, estimate = _next(optimizer)
     every, taken, probe = optimizer.fold_every, len(estimate.gradient), max(map(len, probes))
-    seeds = (
-        probe if every == 1 else every * taken if every else 2 * probe
-    )  # no probe has more than a step's update takes
+    if every > 1:
+        seeds = every * taken
+    else:
+        seeds = probe if every else 2 * probe
     return extra_bytes(placement, members_of(optimizer), seeds)
 
 
