@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.memory import formulas
 from benchmarks.memory.run import TOKENS, key
 from benchmarks.memory.shapes import LARGE, SMALL, Shape
-from benchmarks.parts import load, made_on, panels, plain, save, table
+from benchmarks.parts import load, made_on, panels, plain, save, signed, table
 from zokern.bench.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 
 ITEM = 2  # bytes of bfloat16, which the large models are computed in
@@ -81,7 +81,7 @@ def errors() -> str:
             for tokens in TOKENS:
                 ((real, made),) = [(a, b) for n, t, w, a, b in compared() if (n, t, w) == (name, tokens, way)]
                 share = (made - real) / (weights(shape) + real)
-                cells.append(f"{(made - real) / 2**20:+.0f} ({100 * share:+.1f} %)".replace("-", "−"))
+                cells.append(f"{signed((made - real) / 2**20, 0)} ({signed(100 * share, 1)} %)")
         rows.append(cells)
     head = ["way", *(f"{name}, {r} x {n}" for name in SMALL for r, n in TOKENS)]
     return table(head, rows)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 from benchmarks.memory.models import MODELS, NUMBERS
 from benchmarks.memory.page import ITEM
 from benchmarks.memory.placed import INFERENCE, WAYS
 from benchmarks.memory.run import TOKENS, key
-from benchmarks.parts import load, made_on, panels, plain, save, short_gpu, table
+from benchmarks.parts import load, made_on, panels, plain, save, short_gpu, signed, table
 from zokern.bench.plots import BLUE, GREEN, INK, ORANGE, PINK, RED, SKY
 
 MIB = 2**20
@@ -21,6 +22,8 @@ LABELS = {way: f"`{way}`" for way in WAYS} | {
     "forward, rank 1, fold_every=4": "`forward`, rank 1, `fold_every=4`",
     "HiZOO, stream": "`stream`, with HiZOO's curvature",
 }
+COPIES = [way for way in WAYS if not way.startswith("forward")]
+THIN, FOLDS = ["forward, rank 1"], ["forward, rank 1, fold_every=4"]
 GPU = "h200/step-cuda-opt-1.3b.json"
 GPU_CASES = {
     "inplace": "mezo inplace", "stream": "mezo stream", "stream, prefetch": "mezo stream-prefetch",
@@ -59,21 +62,11 @@ def placed() -> str:
 
 def far() -> str:
     """How far the numbers are apart."""
-    apart = {
-        (model, tokens, way): (measured - said) / MIB
-        for model in MODELS for tokens in TOKENS for way in WAYS
-        for said, measured in [found(model, tokens, way)]
-    }  # fmt: skip
-    copies = [gap for (_, _, way), gap in apart.items() if not way.startswith("forward")]
-    thin = [gap for (_, _, way), gap in apart.items() if way == "forward, rank 1"]
-    folds = [gap for (_, _, way), gap in apart.items() if "fold" in way]
-    shares = [
-        abs(gap) * MIB / weights(model) for (model, _, way), gap in apart.items() if not way.startswith("forward")
-    ]
+    most = max(abs(gap) * MIB / weights(model) for model, gap in _gaps(COPIES))
     return (
         f"With {' and '.join(f'{rows} x {length}' for rows, length in TOKENS)} tokens, what was measured is "
-        f"{_range(copies)} MiB from what is said, at most {100 * max(shares):.1f} % of the weights; for `forward` "
-        f"{_range(thin)}, and {_range(folds)} where updates wait."
+        f"{_range(COPIES)} MiB from what is said, at most {100 * most:.1f} % of the weights; for `forward` "
+        f"{_range(THIN)}, and {_range(FOLDS)} where updates wait."
     )
 
 
@@ -91,8 +84,17 @@ def gpu() -> str:
     )
 
 
-def _range(gaps: list[float]) -> str:
-    return f"{min(gaps):+.1f} to {max(gaps):+.1f}".replace("-", "−")
+def _gaps(ways: Collection[str]) -> list[tuple[str, float]]:
+    """Measured minus said, in MiB, beside the model: of these ways."""
+    return [
+        (model, (measured - said) / MIB)
+        for model in MODELS for tokens in TOKENS for said, measured in (found(model, tokens, way) for way in ways)
+    ]  # fmt: skip
+
+
+def _range(ways: Collection[str]) -> str:
+    gaps = [gap for _, gap in _gaps(ways)]
+    return f"{signed(min(gaps), 1)} to {signed(max(gaps), 1)}"
 
 
 def draw() -> None:

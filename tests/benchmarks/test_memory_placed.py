@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.memory import placed, placed_page
 from benchmarks.memory.models import MODELS, NUMBERS
+from benchmarks.memory.placed_page import COPIES
 from benchmarks.memory.run import TOKENS, key
 from tests.checking.test_memory import nothing_at_once, scalars
 from zokern.bench.budget import peak_bytes
@@ -21,7 +22,6 @@ __all__ = ["nothing_at_once"]
 pytest.importorskip("transformers")
 CPU = torch.device("cpu")
 ROWS, LENGTH = 16, 32  # whose forward takes more than what a first step does before it
-COPIES = [way for way in placed.WAYS if not way.startswith("forward")]
 
 
 @pytest.mark.parametrize("name", MODELS)

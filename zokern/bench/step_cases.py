@@ -14,7 +14,7 @@ from zokern import placement
 from zokern.bench import models
 from zokern.bench.split import Graphed, Journalled, Stepper, Together, why_not_graphed
 from zokern.bench.step_peers import PEERS, Published
-from zokern.checking.cost import needed, states
+from zokern.checking.cost import placed, states
 from zokern.finetune.methods import build
 from zokern.finetune.options import Options
 from zokern.optim import ZerothOrderOptimizer
@@ -227,9 +227,8 @@ def needed_bytes(case: Case, model: nn.Module) -> int:
     if case.is_peer:
         return PEERS[case.method][case.way].needed_bytes(_trainable(model))
     optimizer = _optimizer(case, model)
-    of_states = states(optimizer)
     together = optimizer.forwards() if case.way == TOGETHER else 1
-    return of_states + together * (needed(optimizer) - of_states)
+    return states(optimizer) + together * placed(optimizer)
 
 
 def smaller(case: Case, model: nn.Module) -> Case | None:

@@ -78,11 +78,16 @@ def memory(optimizer: ZerothOrderOptimizer) -> dict[str, int | None]:
     return found
 
 
-def needed(optimizer: ZerothOrderOptimizer) -> int:
-    """Bytes beside the weights: states, and what the optimizer's own placement takes."""
+def placed(optimizer: ZerothOrderOptimizer) -> int:
+    """Bytes beside weights and states that the optimizer's own placement takes."""
     held = memory(optimizer)[optimizer.placement]
     assert held is not None, "a placement that an optimizer has serves its model"
-    return states(optimizer) + held
+    return held
+
+
+def needed(optimizer: ZerothOrderOptimizer) -> int:
+    """Bytes beside the weights."""
+    return states(optimizer) + placed(optimizer)
 
 
 def _trainable(optimizer: ZerothOrderOptimizer) -> list[Tensor]:
