@@ -45,7 +45,8 @@ _server.set_forkserver_preload(
 
 class Outcome(NamedTuple):
     """What became of a rank. value: what its function returned. error: the exception's class and text, "" for none. where:
-    its traceback. code: of the process; minus the signal that ended it. seconds: that it took."""
+    its traceback, "" where the process ended without a word. code: of the process; minus the signal that ended it. seconds:
+    that it took, by its own clock where it had a word."""
 
     value: Any
     error: str
@@ -76,9 +77,11 @@ def _rank(
         meeting.set(f"joined {rank}", "")
         meeting.wait([f"joined {other}" for other in range(world)], patience)
     try:
-        _send(pipe, (function(*args), "", ""))
+        _send(pipe, (function(*args), "", "", time.monotonic()))
     except BaseException as error:
-        _send(pipe, (None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        # Its own clock, which is the machine's: whoever watches may see several at once, or the later one first.
+        ended = time.monotonic()
+        _send(pipe, (None, f"{type(error).__name__}: {error}", traceback.format_exc(), ended))
     else:
         # Until every rank's is there, and the pipe closed: one that has made a group and is done with it would end, and
         # close its connections, while others still connect to it.
@@ -89,7 +92,7 @@ def _rank(
             dist.destroy_process_group()
 
 
-def _send(pipe: Connection, found: tuple[Any, str, str]) -> None:
+def _send(pipe: Connection, found: tuple[Any, str, str, float]) -> None:
     """Tensors by value: a pipe's own way shares their memory, which is gone with the process that has it."""
     pipe.send_bytes(pickle.dumps(found))
 
@@ -103,7 +106,7 @@ def outcomes(
     join: into a group; else each does that itself.
     """
     began = time.monotonic()
-    found: list[tuple[Any, str, str]] = [(None, "", "")] * world
+    found: list[list[Any]] = [[None, "", ""]] * world
     ends = [began] * world
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
@@ -126,11 +129,10 @@ def outcomes(
                     pytest.fail(f"ranks {sorted(left.values())} of {function.__name__} were not done after {limit:g} s")
                 for pipe in [pipe for pipe in left if pipe in ready]:
                     rank = left.pop(pipe)
-                    ends[rank] = time.monotonic()
                     try:
-                        found[rank] = pickle.loads(pipe.recv_bytes())
+                        *found[rank], ends[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
-                        found[rank] = (None, "the process ended", "")
+                        found[rank], ends[rank] = [None, "the process ended", ""], time.monotonic()
             for pipe in pipes:
                 pipe.close()
             for process in processes:
@@ -149,8 +151,10 @@ def run(
     """What the function returned on each rank; fails with the traceback of each that raised."""
     found = outcomes(world, function, *args, timeout=timeout, limit=limit, join=join)
     failed = [rank for rank, outcome in enumerate(found) if outcome.error]
-    if failed:  # the first to fail first: what it says is the cause, and the others' lost connections come of it
-        failed.sort(key=lambda rank: found[rank].seconds)
+    if failed:
+        # The first to fail first: what it says is the cause, and the others' lost connections come of it. One that ended
+        # without a word is before all: its connections close before its pipe does.
+        failed.sort(key=lambda rank: (found[rank].where != "", found[rank].seconds))
         pytest.fail("\n".join(_told(rank, world, found[rank]) for rank in failed))
     return [outcome.value for outcome in found]
 

@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Listener, wait
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,14 @@ def leaves(error: str) -> None:
     dist.barrier()
 
 
+@pytest.mark.parametrize("late", [0.0, 0.5])
 @pytest.mark.parametrize(("error", "said"), [("the cause", "ValueError: the cause"), ("", "the process ended")])
-def test_a_test_of_ranks_that_fails_begins_with_the_rank_that_failed_first(error: str, said: str) -> None:
+def test_a_test_of_ranks_that_fails_begins_with_the_rank_that_failed_first(
+    error: str, said: str, late: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """late: whoever watches them comes when both have failed already."""
+    watched = "tests.distributed.ranks.wait"
+    monkeypatch.setattr(watched, lambda *args, **options: time.sleep(late) or wait(*args, **options))
     first = rf"^rank 1 of 2: {said}, .*, exit code {0 if error else 3}\n"
     with pytest.raises(pytest.fail.Exception, match=first) as told:
         run(2, leaves, error)
