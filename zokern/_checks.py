@@ -100,6 +100,12 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"is {close[0]!r} meant?" if close else ""
 
 
+def brief(value: object) -> str:
+    """As repr() has it, cut where that is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]} ..."
+
+
 def describe(t: Tensor) -> str:
     return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 

@@ -1,8 +1,10 @@
 """Coverage-guided fuzzing of the journal: reader, show, diff, replay and resume, with the sanitizers' build of the kernels.
 
-    make fuzz                              a million inputs, two processes
+    make fuzz                              a million inputs, two processes, an hour or two
     python -m tests.fuzz --runs 20000      fewer
+    python -m tests.fuzz --seconds 3600    for an hour
     python -m tests.fuzz --again FILE      an input that was found, once
+    python -m tests.fuzz.keep              of what was found, what reaches more than the stored ones do, for `make test`
 
 Needs the packages atheris, cmake and ninja. An input may not crash, hang, take 300 MB more than there
 is at the beginning, or end in another exception than JournalError. What does is kept below build/fuzz/.
@@ -47,11 +49,12 @@ def build() -> Path:
 
 
 def preloaded() -> str:
-    """The sanitizers' library with libFuzzer in it has to be there before Python is."""
-    found = importlib.util.find_spec("atheris")
-    assert found is not None
-    assert found.origin is not None
-    return str(Path(found.origin).parents[1] / "asan_with_fuzzer.so")
+    """The sanitizers' library with libFuzzer in it has to be there before Python is; libFuzzer looks for a mutator when it
+    is loaded, so what calls ours has to be there too."""
+    mutator = importlib.util.find_spec("atheris.custom_mutator")
+    assert mutator is not None
+    assert mutator.origin is not None
+    return f"{Path(mutator.origin).parents[1] / 'asan_with_fuzzer.so'} {mutator.origin}"
 
 
 def start(extension: Path, arguments: list[str], number: int) -> subprocess.Popen[bytes]:
@@ -79,27 +82,36 @@ def use(extension: Path) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """One process: inputs until there were as many as asked for."""
-    import atheris_no_libfuzzer as atheris
+    import atheris
     import torch
 
     torch.set_num_threads(1)
+    del os.environ["LD_PRELOAD"]  # what is begun here, to name the lines of a crash, is not Python
     use(Path(os.environ[WORKER]))
     importlib.import_module("zokern.optim")  # what is fuzzed is the journal: coverage of that
 
     with atheris.instrument_imports(include=["zokern.journal", "zokern.cli.journals"]):
-        from tests.fuzz import corpus, records, targets
+        from tests.fuzz import corpus, kept, records, targets
 
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    path, good = folder / "run.zkj", corpus.stored()["plain"]
+    path, stored = folder / "run.zkj", corpus.stored()
+    files = [one.read_bytes() for one in stored.values()]
 
     def one(data: bytes) -> None:
-        """An input stands for a file, and for what is done with it."""
-        rng = random.Random(data)
-        what = rng.random()
-        if what > 0.1:  # else its checksums are wrong, and the reader's first lines are tried
-            data = records.changed(data, rng) if what > 0.6 else records.repaired(data)
+        """An input is a journal."""
         path.write_bytes(data)
-        targets.all_of(path, good, targets.NAMES if args.again else [rng.choice(targets.NAMES)])
+        targets.all_of(path, stored["plain"])
+
+    def another(data: bytes, size: int, seed: int) -> bytes:
+        """Of it: what it says changed, most often; or its bytes, then mostly with right checksums."""
+        rng = random.Random(seed)
+        what = rng.random()
+        if what < 0.7:
+            return records.changed(data, rng)[:size]
+        if what < 0.8:
+            return records.spliced(data, rng.choice(files), rng)[:size]
+        data = atheris.Mutate(data, size)
+        return (records.repaired(data) if what < 0.97 else data)[:size]
 
     if args.again is not None:
         one(args.again.read_bytes())
@@ -108,16 +120,17 @@ def work(args: argparse.Namespace) -> None:
 
     inputs = FOUND / f"corpus{args.number}"
     inputs.mkdir(parents=True, exist_ok=True)
-    for name, stored in corpus.stored().items():
-        shutil.copy(stored, inputs / f"stored-{name}")
-        path.write_bytes(stored.read_bytes())
-        targets.all_of(path, good)  # all that is imported late is there
+    for name, data in kept.stored().items():
+        (inputs / name).write_bytes(data)
+    for name, file in stored.items():
+        shutil.copy(file, inputs / name)
+        one(file.read_bytes())  # all that is imported late is there
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     flags = [f"-runs={args.runs}", f"-timeout={SECONDS}", f"-rss_limit_mb={base + MORE_MB}", f"-max_len={MAX_BYTES}",
              f"-artifact_prefix={FOUND}/", f"-seed={args.seed + args.number}", "-print_final_stats=1"]  # fmt: skip
     if args.seconds:
         flags.append(f"-max_total_time={args.seconds}")
-    atheris.Setup([sys.argv[0], str(inputs), *flags], one)
+    atheris.Setup([sys.argv[0], str(inputs), *flags], one, custom_mutator=another)
     atheris.Fuzz()
 
 

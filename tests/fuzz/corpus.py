@@ -9,7 +9,7 @@ import contextlib
 import math
 from pathlib import Path
 
-from tests.fuzz.targets import CASES, optimizer
+from tests.fuzz.targets import CASES, begin
 from zokern import journal
 
 FOLDER = Path(__file__).parents[1] / "data" / "journals"
@@ -21,16 +21,15 @@ def stored() -> dict[str, Path]:
 
 
 def make(name: str, path: Path) -> None:
-    method, settings = CASES[name]
-    params, made = optimizer(method, **settings)
+    made, _, loss_of = begin(CASES[name])
     calls = [0]
 
     def closure() -> float:
         calls[0] += 1
         if calls[0] == 8:
             raise KeyboardInterrupt
-        loss = float(sum(p.detach().double().square().sum() for p in params.values()))
-        return math.nan if calls[0] == 4 else round(loss * 64) / 64
+        loss = round(float(loss_of()) * 1024) / 1024
+        return math.nan if calls[0] == 4 else loss
 
     with journal.write(made, path):
         while made.counters["steps"] < STEPS:
@@ -38,6 +37,9 @@ def make(name: str, path: Path) -> None:
                 made.step(closure)
             for group in made.param_groups:
                 group["lr"] *= 0.5
+        if made.count_waiting():
+            made.fold()
+            made.step(closure)
 
 
 def main() -> None:

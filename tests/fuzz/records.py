@@ -21,8 +21,10 @@ HOSTILE: list[Any] = [
     "int8", "normal", "rademacher", "m", "h", "v", "\x1b[2J", "a" * 300, [], {}, [0], [[]], [0, 0], [[0, 0]],
     [[0, 0], [0, 1]], [[1 << 40, 0]], {"": 0}, {"m": ["bfloat16", 0.0]}, {"h": ["bfloat16", 1.0]}, ["float32", 0.0],
     [1, 2], ["a", "b"],
-    float("inf"), float("nan"),
+    float("inf"), float("nan"), "lowrank:1", "lowrank:2", "lowrank:99", ["fold"], ["lowrank"], ["lowrank", "fold"], [1, 3],
+    "0" * 32,
 ]  # fmt: skip
+KEYS = ("stochastic", "rounded", "square_of_sum", "keep_second", "deferred", "folded", "features", "about", "colour")
 
 
 def build(header: bytes, bodies: list[bytes], version: int = 2) -> bytes:
@@ -81,6 +83,13 @@ def changed(data: bytes, rng: random.Random) -> bytes:
     return build(header, bodies, rng.choice((version, 1, 2)))
 
 
+def spliced(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """The beginning of one journal, with records of another after it."""
+    (header, first, version), (_, second, _) = take_apart(data), take_apart(other)
+    at = rng.randrange(len(second) + 1)
+    return build(header, first[: rng.randrange(len(first) + 1)] + second[at : at + rng.randint(1, 4)], version)
+
+
 def changed_bytes(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     what = rng.random()
@@ -99,26 +108,29 @@ def changed_json(text: bytes, rng: random.Random) -> bytes:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return changed_bytes(text, rng)
-    places = list(_places(value))
-    if not places:
+    found = list(places(value))
+    if not found:
         return json.dumps(rng.choice(HOSTILE)).encode()
-    holder, key = rng.choice(places)
+    holder, key = rng.choice(found)
     what = rng.random()
     if what < 0.1:
         del holder[key]
     elif what < 0.2 and isinstance(holder, list):
         holder.insert(key, copy.deepcopy(holder[key]))
+    elif what < 0.2:
+        holder[rng.choice(KEYS)] = copy.deepcopy(rng.choice(HOSTILE))
     elif what < 0.3 and isinstance(holder[key], int):
         holder[key] += rng.choice((-2, -1, 1, 2))
     elif what < 0.4:
-        other, theirs = rng.choice(places)
+        other, theirs = rng.choice(found)
         holder[key] = copy.deepcopy(other[theirs])
     else:
         holder[key] = copy.deepcopy(rng.choice(HOSTILE))
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Of JSON: each entry's holder and its key or index there, at any depth."""
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
-        yield from _places(value[key])
+        yield from places(value[key])

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,44 +17,108 @@ from torch import Tensor
 import zokern
 from zokern import journal
 from zokern.cli.journals import show_lines
+from zokern.hashing import hash_of
 from zokern.journal import tools
+from zokern.journal.format import FOLDS, LOW_RANK
+from zokern.optim import METHODS
 
 NAMES = ("show", "diff", "replay", "until", "resume")
 
 
+class Case(NamedTuple):
+    """blocks: on the matrices of a module, which directions of low rank, waiting updates and layers need."""
+
+    method: str
+    settings: dict[str, object]
+    blocks: bool = False
+
+
 def weights() -> dict[str, Tensor]:
-    """The corpus' parameters: sizes round a vector, in all dtypes."""
+    """The parameters of most cases: sizes round a vector, in all dtypes."""
     return {
         f"{str(dtype).removeprefix('torch.')}.{size}": (torch.arange(size) / 8.0 - 1.0).to(dtype)
         for dtype, size in ((torch.float32, 33), (torch.float32, 5), (torch.bfloat16, 17), (torch.float16, 9))
     }
 
 
-def optimizer(method: str, **settings: object) -> tuple[dict[str, Tensor], zokern.optim.ZerothOrderOptimizer]:
-    params = {name: torch.nn.Parameter(t) for name, t in weights().items()}
-    named = list(params.items())
-    groups = [{"params": named[:2]}, {"params": named[2:], "eps": 2e-3}]
+class Blocks(torch.nn.Module):
+    """What the corpus' other cases need: matrices, in blocks, whose forward can be perturbed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(5, 5), torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)])
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_((torch.arange(p.numel()).reshape(p.shape) - i) / 16.0)
+        self.blocks[1].bfloat16()
+
+    def forward(self) -> Tensor:
+        x = torch.arange(10.0).reshape(2, 5) / 8.0
+        for block in self.blocks:
+            x = torch.tanh(block(x.to(block.weight.dtype))).float()
+        return x.square().mean()
+
+
+class Run(NamedTuple):
+    """An optimizer, its parameters by name, and a loss of these."""
+
+    made: zokern.optim.ZerothOrderOptimizer
+    params: dict[str, torch.nn.Parameter]
+    loss: Callable[[], Tensor]
+
+
+def begin(case: Case) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dict(params), zokern.optim.METHODS[method](groups, 1e-2, **settings)
+        build = METHODS[case.method]
+        if case.blocks:
+            model = Blocks()
+            return Run(build(model, 1e-2, **case.settings), dict(model.named_parameters()), model)
+        params = {name: torch.nn.Parameter(t) for name, t in weights().items()}
+        named = list(params.items())
+        groups = [{"params": named[:2]}, {"params": named[2:], "eps": 2e-3}]
+        made = build(groups, 1e-2, **case.settings)
+    return Run(made, params, lambda: sum(p.float().square().mean() for p in params.values()))  # type: ignore[return-value]
 
 
-def all_of(path: Path, other: Path, names: Iterable[str] = NAMES) -> set[str]:
-    """Does what is named with a journal; says what was done without an error. other: a good journal, for comparisons."""
-    done = set()
-    for name in names:
-        do = {"show": _show, "diff": _diff, "replay": _replay, "until": _until, "resume": _resume}[name]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                do(path, other)
-        except journal.JournalError as error:
-            said = str(error)
-            if not said.isprintable() or str(path) not in said:
-                raise AssertionError(f"what is meant? {said!r}") from error
-            continue
-        done.add(name)
-    return done
+def tensors() -> dict[str, Tensor]:
+    """The weights that any of the cases starts from."""
+    return weights() | {name: p.detach() for name, p in Blocks().named_parameters()}
+
+
+class End(NamedTuple):
+    """Of one thing that was done with a journal. refused: by which message; "" where it was done. weights: their hash after
+    it, where it changes them and no forward does."""
+
+    refused: str = ""
+    weights: str = ""
+
+
+def all_of(path: Path, other: Path, names: Iterable[str] = NAMES) -> dict[str, End]:
+    """Does what is named with a journal. other: a good one, for comparisons.
+
+    Raises:
+        AssertionError: for a refusal that does not name the file, or would move a terminal's cursor.
+    """
+    return {name: _end(name, path, other) for name in names}
+
+
+def outline(ends: Mapping[str, End]) -> dict[str, str]:
+    """What was done, with the weights after it where it changes them: what stays the same whatever messages say."""
+    return {name: end.weights for name, end in ends.items() if not end.refused}
+
+
+def _end(name: str, path: Path, other: Path) -> End:
+    do = {"show": _show, "diff": _diff, "replay": _replay, "until": _until, "resume": _resume}[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return End(weights=do(path, other) or "")
+    except journal.JournalError as error:
+        said = str(error)
+        if not said.isprintable() or str(path) not in said:
+            raise AssertionError(f"what is meant? {said!r}") from error
+        return End(said)
 
 
 def _show(path: Path, other: Path) -> None:
@@ -65,52 +130,71 @@ def _diff(path: Path, other: Path) -> None:
     tools.first_difference(path, path)
 
 
-def _replay(path: Path, other: Path) -> None:
-    journal.replay(path, weights(), verify=False)
+def _replay(path: Path, other: Path) -> str:
+    params = tensors()
+    journal.replay(path, params, verify=False)
+    return _hash(params)
 
 
-def _until(path: Path, other: Path) -> None:
-    journal.replay(path, weights(), until=2)
+def _until(path: Path, other: Path) -> str:
+    params = tensors()
+    journal.replay(path, params, until=2)
+    return _hash(params)
+
+
+def _hash(params: dict[str, Tensor]) -> str:
+    """A NaN's other bits are the processor's own."""
+    return hash_of((name, torch.where(p.isnan(), torch.nan, p)) for name, p in params.items())
 
 
 def _resume(path: Path, other: Path) -> None:
-    header = journal.Reader(path).header
-    if header["method"] not in KINDS:
+    name = case_of(journal.Reader(path).header)
+    if not name:
         return
-    method, settings = KINDS[header["method"]]
-    params, made = optimizer(method, **settings)
-    before = path.read_bytes()
+    run, before = begin(CASES[name]), path.read_bytes()
     try:
-        with journal.resume(made, path):
-            step(made, params)
+        with journal.resume(run.made, path):
+            step(run)
     finally:
         for kept in path.parent.glob(f"{path.name}.cut*"):
             kept.unlink()
         path.write_bytes(before)
 
 
-def step(made: zokern.optim.ZerothOrderOptimizer, params: dict[str, Tensor]) -> None:
+def step(run: Run) -> None:
     """A step, or its refusal where the file has left weights too small for eps, which their dtype could not take away
     again."""
     try:
-        made.step(lambda: sum(p.float().square().mean() for p in params.values()))  # type: ignore[arg-type]
+        run.made.step(run.loss)
     except ValueError as error:
         if not re.match(r"eps( of group \d+)? is \S+, and the weights' rms is ", str(error)):
             raise
 
 
-KINDS: dict[str, tuple[str, dict[str, object]]] = {
-    "MeZO": ("mezo", {"update": "adamezo", "horizon": 3}),
-    "HiZOO": ("hizoo", {"smoothing": 0.1, "curvature_dtype": torch.bfloat16}),
-    "HELENE": ("helene", {"hessian_interval": 2}),
-    "ES": ("es", {"num_directions": 2}),
-    "FZOO": ("fzoo", {"candidates": 2}),
+CASES: dict[str, Case] = {
+    "mezo": Case("mezo", {"update": "adamezo", "horizon": 3}),
+    "hizoo": Case("hizoo", {"smoothing": 0.1, "curvature_dtype": torch.bfloat16}),
+    "helene": Case("helene", {"hessian_interval": 2}),
+    "es": Case("es", {"num_directions": 2}),
+    "fzoo": Case("fzoo", {"candidates": 2}),
+    "plain": Case("mezo", {"weight_decay": 0.1}),
+    "momentum": Case("mezo", {"update": "momentum"}),
+    "adam": Case("mezo", {"update": "adam", "num_samples": 2}),
+    "sign": Case("mezo", {"update": "sign", "distribution": "rademacher"}),
+    "gv": Case("mezo-gv", {"candidates": 2, "smoothing": 0.1}),
+    "lowrank": Case("mezo", {"distribution": "lowrank:2", "num_samples": 2, "placement": "inplace"}, True),
+    "folded": Case("mezo", {"distribution": "lowrank:1", "placement": "forward", "fold_every": 3}, True),
+    "lezo": Case("lezo", {"num_dropped": 1, "placement": "inplace"}, True),
 }
-CASES: dict[str, tuple[str, dict[str, object]]] = {
-    **{name.lower(): kind for name, kind in KINDS.items()},
-    "plain": ("mezo", {"weight_decay": 0.1}),
-    "momentum": ("mezo", {"update": "momentum"}),
-    "adam": ("mezo", {"update": "adam", "num_samples": 2}),
-    "sign": ("mezo", {"update": "sign", "distribution": "rademacher"}),
-    "gv": ("mezo-gv", {"candidates": 2, "smoothing": 0.1}),
-}
+OF_MEZO = {"adamezo": "mezo", "sgd": "plain", "momentum": "momentum", "adam": "adam", "sign": "sign"}  # by update
+OTHERS = {METHODS[case.method].__name__: name for name, case in CASES.items() if case.method != "mezo"}
+
+
+def case_of(header: Mapping[str, Any]) -> str:
+    """The case that a run with this header is taken up as; "" for none."""
+    features, method, update = header.get("features", []), header["method"], header["options"].get("update")
+    if method != "MeZO":
+        return OTHERS.get(method, "")
+    if FOLDS in features or LOW_RANK in features:
+        return "folded" if FOLDS in features else "lowrank"
+    return OF_MEZO.get(update, "") if isinstance(update, str) else ""

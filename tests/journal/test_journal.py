@@ -453,16 +453,16 @@ def record(body: bytes, crc: int) -> bytes:
     [
         (bytes([9]), r"kind 9 \(unknown\); install a newer zokern"),
         (bytes([6]), r"kind 6 \(ranks\); install a newer zokern"),
-        (bytes([5]), "index out of range"),
+        (bytes([5]), "malformed: it ends within a number; take another copy of it"),
         (bytes([2]) + b"{", "no JSON"),
         (bytes([2]) + b"[1]", "no JSON object"),
         (bytes([2]) + json.dumps({"numbers": 1 << 40}).encode(), "memory is no whole number"),
         (bytes([2]) + json.dumps({"numbers": -1}).encode(), "memory is no whole number"),
         (bytes([2]) + b'{"a":' * 100000, "no JSON"),
         (bytes([3, 5]), "refers to signature 5"),
-        (bytes([3]), "malformed"),
+        (bytes([3]), "malformed: it ends within a number"),
         (bytes([3 | 3 << 4, 0, 0]), "its flags are 3"),
-        (bytes([3, 0x80, 0x80, 0x80, 0x80, 0x80, 1]), "malformed"),
+        (bytes([3, 0x80, 0x80, 0x80, 0x80, 0x80, 1]), "malformed: a number of more than 32 bits"),
     ],
 )
 def test_a_hostile_record_with_a_right_checksum_is_refused(body, word, tmp_path):

@@ -6,8 +6,11 @@ import copy
 import json
 import os
 import random
+import re
+import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -325,6 +328,72 @@ def test_groups_that_come_later_are_in_the_journal(update, tmp_path):
     assert same(weights(resumed), weights(model))
 
 
+def test_what_the_last_wanted_step_lacks_is_known_before_the_first(tmp_path):
+    """With until, too, weights are whole where a journal does not fit them: it ends in the step that moves a new group."""
+    model, path = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), tmp_path / "a.zkj"
+    base = [p.detach().clone() for p in model.parameters()]
+    optimizer, late = zokern.MeZO(list(model[0].parameters()), 1e-2, update="adam"), 40
+    with journal.write(optimizer, path):
+        for t in range(late + 1):
+            if t == late:
+                optimizer.add_param_group({"params": list(model[1].parameters())})
+            optimizer.step(lambda: model(torch.ones(2, 3)).square().mean())
+    few = {f"parameter {i}": p.clone() for i, p in enumerate(base[:2])}
+    for until in (late + 1, None):
+        with pytest.raises(journal.JournalError, match="'parameter 2', which the model does not have"):
+            journal.replay(path, few, until=until, verify=False)
+        assert same(list(few.values()), base[:2])
+    assert journal.replay(path, few, until=late, verify=False) == late
+    assert not same(list(few.values()), base[:2])
+
+
+def test_a_hash_from_before_a_group_came_is_of_the_weights_that_were_there(tmp_path):
+    """The run is killed after it; it goes on as the message advises, and is verified where the hash is."""
+    path, x = tmp_path / "a.zkj", torch.ones(2, 3)
+    base = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    parts = list(base[0].parameters()), list(base[1].parameters())
+
+    def session(*, first: bool = False, second: str = "", changed: bool = False) -> list[torch.Tensor]:
+        model = copy.deepcopy(base)
+        optimizer = zokern.MeZO(list(model[0].parameters()), 1e-2)
+        late = {"params": list(model[1].parameters())}
+        if second == "before":
+            optimizer.add_param_group(late)
+        with journal.write(optimizer, path) if first else journal.resume(optimizer, path):
+            optimizer.step(lambda: model(x).square().mean())
+            if changed:
+                model[0].bias.data.add_(1)
+            if second == "inside":
+                optimizer.add_param_group(late)
+                optimizer.step(lambda: model(x).square().mean())
+                shutil.copy(path, tmp_path / "killed.zkj")
+        return weights(model)
+
+    def replayed(until: int, names: int = 4) -> list[torch.Tensor]:
+        some = {f"parameter {i}": p.detach().clone() for i, p in enumerate([*parts[0], *parts[1]][:names])}
+        assert journal.replay(path, some, until=until).verified
+        return list(some.values())
+
+    ended = session(first=True)
+    assert same(replayed(1), ended)  # more tensors than the run had
+    assert same(replayed(1, names=2), ended[:2])
+    session(second="inside")
+    (tmp_path / "killed.zkj").replace(path)  # as it was when the run was killed: its last hash is of one group
+    reader = journal.Reader(path)
+    assert [step.number for step in reader.steps()] == [0, 1, 2]
+    assert [mark.done for mark in reader.marks] == [1]
+    assert same(replayed(1), ended)
+    ended = session(second="before")
+    assert same(replayed(4), ended)
+    path.unlink()
+    session(first=True, changed=True)
+    for names in (2, 4):  # other weights are still noticed
+        with pytest.raises(journal.JournalError, match="the weights after 1 steps are not those that training had"):
+            replayed(1, names)
+    with pytest.raises(journal.JournalError, match="after 1 steps are not those that training had: something else"):
+        session(second="before")
+
+
 # ------------------------------------------------------------------------------------------------------ both formats
 
 
@@ -349,8 +418,62 @@ def test_features_that_a_reader_does_not_know_are_refused(tmp_path):
     header = {**journal.Reader(path).header, "features": ["folds"]}
     with path.open("wb") as file:
         journal_format.start(file, header)
-    with pytest.raises(journal.JournalError, match=r"needs the feature 'folds'.*install a newer zokern"):
+    with pytest.raises(
+        journal.JournalError, match=r"'folds', which this zokern does not know; install a newer zokern$"
+    ):
         journal.Reader(path)
+
+
+def rewritten(path: Path, **changes: Any) -> None:
+    """The journal with these entries in its header."""
+    text, bodies, version = records.take_apart(path.read_bytes())
+    path.write_bytes(records.build(json.dumps({**json.loads(text), **changes}).encode(), bodies, version))
+
+
+@pytest.mark.parametrize(
+    ("update", "changes", "said"),
+    [
+        ("sgd", {"options": {"num_samples": 3}}, "options: 'num_samples' is 3 there, 1 in this optimizer"),
+        ("sgd", {"options": {"colour": 3}}, "options: 'colour' is 3 there, missing in this optimizer"),
+        ("sgd", {"options": {"update": "s" * 999}}, f"options: 'update' is '{'s' * 99} ... there, 'sgd' in this optimizer"),
+        ("adam", {"states": {"m": ["float32", 1.0]}}, "states: 'm' is ['float32', 1.0] there, ['float32', 0.0] in this op"),
+        ("sgd", {"states": {"m": ["float32", 0.0]}}, "states: 'm' is ['float32', 0.0] there, missing in this optimizer"),
+        ("sgd", {"seed": 8}, "seed is 8 there, 0 in this optimizer"),
+        ("sgd", {"method": "HiZOO"}, "method is 'HiZOO' there, 'MeZO' in this optimizer"),
+    ],
+)  # fmt: skip
+def test_of_a_journal_of_another_run_the_first_difference_is_told(update, changes, said, tmp_path):
+    """Of its settings the one that differs, and no others."""
+    path, model = tmp_path / "run.zkj", torch.nn.Linear(2, 2)
+    optimizer = zokern.MeZO(model.parameters(), 1e-2, update=update)
+    with journal.write(optimizer, path):
+        pass
+    header = journal.Reader(path).header
+    rewritten(path, **{k: {**header[k], **v} if isinstance(v, dict) else v for k, v in changes.items()})
+    with (
+        pytest.raises(journal.JournalError, match=rf"{re.escape(said)}.*; make them agree$") as told,
+        journal.resume(optimizer, path),
+    ):
+        pass
+    assert "betas" not in str(told.value)
+    if update == "adam":
+        rewritten(path, states={})
+        missing = r"states: 'm' is missing there, \['float32', 0\.0\] in this optimizer; make them agree$"
+        with pytest.raises(journal.JournalError, match=missing), journal.resume(optimizer, path):
+            pass
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_a_step_whose_numbers_are_cut_off_is_malformed(length, tmp_path):
+    path, _, _ = written(tmp_path, 1)
+    text, bodies, version = records.take_apart(path.read_bytes())
+    (i,) = [i for i, body in enumerate(bodies) if body[0] == journal_format.STEP]
+    bodies[i] = bodies[i][:-length]
+    path.write_bytes(records.build(text, bodies, version))
+    with pytest.raises(
+        journal.JournalError, match="malformed: its length does not fit its mask; take another copy of it"
+    ):
+        list(journal.Reader(path).steps())
 
 
 # ------------------------------------------------------------------------------------------------------- while writing

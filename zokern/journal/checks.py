@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from zokern._checks import DTYPES, MAX_INDEX, MAX_SEED, MAX_TENSOR_ID
+from zokern._checks import DTYPES, MAX_INDEX, MAX_SEED, MAX_TENSOR_ID, brief
 from zokern.contract.rules import RULES
 from zokern.contract.streams import rank_of
 from zokern.journal.format import FEATURES, MAX_NUMBERS
@@ -27,6 +27,10 @@ _STATES = {name: sorted({dtype for rule in RULES.values() if name in rule.states
 _FLAGS = ("stochastic", "rounded", "square_of_sum", "keep_second", "deferred")
 
 
+class NewerError(ValueError):
+    """What a later zokern may know."""
+
+
 def header(value: Mapping[str, Any]) -> None:
     """The noise contract, the features, and all that a replay takes from a header."""
     needed = value.get("features", [])
@@ -34,13 +38,11 @@ def header(value: Mapping[str, Any]) -> None:
         raise ValueError("features is no list of names")
     unknown = sorted(set(needed) - FEATURES)
     if unknown:
-        raise ValueError(
-            f"it needs the feature {unknown[0]!r}, which this zokern does not know: install a newer zokern"
-        )
+        raise NewerError(f"it needs the feature {brief(unknown[0])}, which this zokern does not know")
     for name in ("contract", "method", "distribution", "placement"):
         _text(value.get(name), name)
     if value["contract"] != CONTRACT:
-        raise ValueError(f"its noise contract is {value['contract']!r}, and this zokern knows {CONTRACT!r}")
+        raise NewerError(f"its noise contract is {brief(value['contract'])}, and this zokern knows {CONTRACT!r}")
     rank_of(value["distribution"])
     _integer(value.get("seed"), "seed", 0, MAX_SEED)
     _integer(value.get("first_step"), "first_step", 0, MAX_STEP)
@@ -52,11 +54,11 @@ def header(value: Mapping[str, Any]) -> None:
         raise ValueError("about is no object")
     for name, state in value["states"].items():
         if name not in _STATES:
-            raise ValueError(f"a state is called {name!r}; passes keep {', '.join(_STATES)}")
+            raise ValueError(f"a state is called {brief(name)}; passes keep {', '.join(_STATES)}")
         if not isinstance(state, list) or len(state) != 2:
             raise ValueError(f"state {name!r} is no dtype with an initial value")
         if state[0] not in _STATES[name]:
-            raise ValueError(f"state {name!r} is {state[0]!r}; a pass keeps it in {' or '.join(_STATES[name])}")
+            raise ValueError(f"state {name!r} is {brief(state[0])}; a pass keeps it in {' or '.join(_STATES[name])}")
         _finite(state[1], f"the initial value of state {name!r}")
 
 
@@ -85,7 +87,7 @@ def layout(value: Mapping[str, Any]) -> None:
             numel *= _integer(size, f"params[{i}]: a size", 1, MAX_INDEX)
             _integer(numel, f"params[{i}]: its number of elements", 1, MAX_INDEX)
         if dtype not in _WEIGHTS:
-            raise ValueError(f"params[{i}]: dtype is {dtype!r}, which is none of {', '.join(_WEIGHTS)}")
+            raise ValueError(f"params[{i}]: dtype is {brief(dtype)}, which is none of {', '.join(_WEIGHTS)}")
         _integer(group, f"params[{i}]: group", 0, MAX_ROWS)
         if not (key is None or isinstance(key, (str, int)) or (isinstance(key, float) and math.isfinite(key))):
             raise ValueError(f"params[{i}]: row key is no name and no number")
@@ -122,7 +124,7 @@ def signature(value: Mapping[str, Any], states: Mapping[str, list[Any]], folds: 
             raise ValueError(f"passes[{i}]: a flag is neither true nor false")
         unknown = set(one) - {"rule", "seeds", "rows", *_FLAGS}
         if unknown:
-            raise ValueError(f"passes[{i}] has {sorted(unknown)[0]!r}, which this zokern does not know")
+            raise NewerError(f"passes[{i}] has {brief(sorted(unknown)[0])}, which this zokern does not know")
         if (one.get("keep_second") and rule.written < 2) or (one.get("square_of_sum") and "V" not in rule.coefs):
             raise ValueError(f"passes[{i}]: {rule.name} knows no such flag")
         if one.get("deferred") and (not folds or rule.name != "axpy"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from zokern.hashing import hash_of
 from zokern.journal.format import JournalError
-from zokern.journal.player import Player
+from zokern.journal.player import Player, names_of
 from zokern.journal.reader import Reader, Step
 
 _COPY = "take another copy"
@@ -28,17 +28,28 @@ def check(path: Path, params: Mapping[str, Tensor], until: int | None = None, sh
     if until is not None and until < reader.done:
         raise JournalError(f"{reader.path}: until is {until}, and the journal starts at step {reader.done}")
     player = Player(reader, params, lambda p, name: p)
-    try:
-        for step in reader.steps():
-            if until is None or step.number < until:
-                _check_step(player, step)
-    except JournalError:
-        if until is None or reader.done < until:
-            raise
+    for step in _readable(reader, until):
+        if until is None or step.number < until:
+            _check_step(player, step)
     if until is not None and until > reader.done:
         why = f"; {reader.explain()}" if reader.torn else ""
         raise JournalError(f"{reader.path}: {short.format(until=until, done=reader.done, why=why)}")
     return reader
+
+
+def _readable(reader: Reader, until: int | None) -> Iterator[Step]:
+    """Its steps; what follows after `until` of them may be damaged."""
+    steps = reader.steps()
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration:
+            return
+        except JournalError:
+            if until is None or reader.done < until:
+                raise
+            return
+        yield step
 
 
 def _check_step(player: Player, step: Step) -> None:
@@ -67,10 +78,15 @@ def check_marks(reader: Reader) -> None:
 
 
 def is_base(reader: Reader, params: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights that the run started from. Those of groups that came later are not in its hash."""
-    base = reader.header["base"]
-    if hash_of(params.items()) == base:
-        return True
+    """Whether these are the weights that the run started from."""
     step = next(Reader(reader.path).steps(), None)
-    first = [] if step is None else [name for _, name, *_ in step.layout["params"] if name in params]
-    return 0 < len(first) < len(params) and hash_of((name, params[name]) for name in first) == base
+    return has_hash(params, reader.header["base"], () if step is None else names_of(step.layout))
+
+
+def has_hash(params: Mapping[str, Tensor], wanted: str, names: Iterable[str]) -> bool:
+    """Whether a hash in the journal is of these weights. Those of groups that came after it are not in it: then of those
+    that have these names, which are all that its run had."""
+    if hash_of(params.items()) == wanted:
+        return True
+    own = [name for name in names if name in params]
+    return 0 < len(own) < len(params) and hash_of((name, params[name]) for name in own) == wanted

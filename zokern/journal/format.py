@@ -80,6 +80,8 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
     """The number at `at`, and where it ends. Raises IndexError at the end of data, ValueError beyond 32 bits."""
     n = shift = 0
     while True:
+        if at >= len(data):
+            raise IndexError("it ends within a number")
         byte = data[at]
         at += 1
         n |= (byte & 0x7F) << shift
@@ -113,12 +115,11 @@ def decode_step(body: bytes, frames: list[Frame]) -> tuple[int, int, Frame]:
     last = frames[signature]
     size = -(-len(last) // 8)
     bits = np.unpackbits(np.frombuffer(body[at : at + size], np.uint8), bitorder="little")
-    changed = bits[: len(last)].astype(bool)
-    values = np.frombuffer(body[at + size :], "<f4")
-    if len(bits) != 8 * size or bits[len(last) :].any() or len(values) != changed.sum():
+    changed, values = bits[: len(last)].astype(bool), body[at + size :]
+    if len(bits) != 8 * size or bits[len(last) :].any() or len(values) != 4 * changed.sum():
         raise ValueError("its length does not fit its mask")
     frame = last.copy()
-    frame[changed] = values
+    frame[changed] = np.frombuffer(values, "<f4")
     return signature, body[0] >> 4, frame
 
 

@@ -45,6 +45,7 @@ class Player:
         self.of: list[Member] = []
         self.last = 0  # the step that was played last
         self.checked: object = None  # the layout that was last looked at
+        self._names: set[str] = set()  # of all parameters that had been a run's at the last step
         self._parts: dict[int, parts.Part] = {}  # by the parameter's id
         self._chosen: dict[tuple[int, frozenset[int]], tuple[Any, Chosen, int]] = {}
 
@@ -127,6 +128,7 @@ class Player:
         if key not in self._chosen:
             if len(self._chosen) == _KEPT:
                 self._chosen.clear()
+            self._names.update(names_of(step.layout))
             self._chosen[key] = step.layout, *self._choose(step.layout, dropped)
         return dropped, *self._chosen[key][1:]
 
@@ -143,12 +145,16 @@ class Player:
                     "add_param_group before resume, all tensors for replay"
                 )
             p = self.params[name]
-            if list(p.shape) != shape or str(p.dtype).removeprefix("torch.") != dtype:
-                raise JournalError(
-                    f"{self.reader.path}: {name!r} is {shape} {dtype} there, and {list(p.shape)} {p.dtype} in the model"
-                )
+            here = list(p.shape), str(p.dtype).removeprefix("torch.")
+            if here != (shape, dtype):
+                told = f"{name!r} is {shape} {dtype} there, and {here[0]} {here[1]} in the model"
+                raise JournalError(f"{self.reader.path}: {told}")
             chosen.append((p, tensor_id, rows.setdefault((group, key), len(rows)), name))
         return chosen, len(rows)
+
+    def names(self) -> set[str]:
+        """Of all parameters that the run has had up to here."""
+        return self._names.union(names_of(self.reader.layout))
 
     def deferred(self, step: Step) -> list[PassNumbers]:
         """The updates of a step that wait."""
@@ -194,6 +200,10 @@ class Player:
             told = torch.tensor(rounding, dtype=torch.int64, device="cpu") if one.get("rounded") else None
             seeds_of = torch.tensor(seeds, dtype=torch.int64, device="cpu")
             yield one, spec, PassNumbers(seeds_of, coefs, shared, told)
+
+
+def names_of(layout: Mapping[str, Any]) -> list[str]:
+    return [name for _, name, *_ in layout.get("params", ())]
 
 
 def _rule_of(rules: set[Rule]) -> Rule | None:

@@ -46,7 +46,7 @@ from zokern.journal.format import (
 from zokern.journal.search import SEARCHED, begins_good, good_record
 
 WHOLE, UNVERIFIED, TORN, DAMAGED = "whole", "unverified", "torn", "damaged"
-_COPY = "take another copy of it"
+_COPY, _NEWER = "take another copy of it", "install a newer zokern"
 
 
 @dataclass
@@ -137,9 +137,7 @@ class Reader:
             )
         self.version = start[place - 1]
         if not 1 <= self.version <= VERSION:
-            raise self._fail(
-                f"format version {self.version}, this zokern reads 1 to {VERSION}", "install a newer zokern"
-            )
+            raise self._fail(f"format version {self.version}, this zokern reads 1 to {VERSION}", _NEWER)
         (length,) = struct.unpack("<I", start[place:])
         if length > min(MAX_JSON, self.size):
             raise self._fail(f"its header claims {length} bytes, and the file has {self.size}")
@@ -151,7 +149,7 @@ class Reader:
         try:
             checks.header(self.header)
         except ValueError as error:
-            raise self._fail(f"its header cannot be right: {error}") from error
+            raise self._fail(f"its header cannot be right: {error}", _remedy(error)) from error
         self.end = file.tell()
 
     def _json(self, text: bytes, what: str, at: int) -> dict[str, Any]:
@@ -188,9 +186,8 @@ class Reader:
                         if isinstance(error, JournalError):
                             raise
                         self.end = at
-                        raise self._fail(
-                            f"the record at byte {at}, after step {self.done}, is malformed: {error}"
-                        ) from error
+                        what = f"the record at byte {at}, after step {self.done}, is malformed: {error}"
+                        raise self._fail(what, _remedy(error)) from error
                     if step is not None:
                         broken, folded = bool(step.flags & BROKEN_OFF), step.fold
                         self.done += not broken and not step.fold
@@ -234,7 +231,7 @@ class Reader:
             self.state = WHOLE if value["step"] == self.done else UNVERIFIED
         else:
             name = RESERVED.get(kind, "unknown")
-            raise self._fail(f"the record at byte {at} is of kind {kind} ({name})", "install a newer zokern")
+            raise self._fail(f"the record at byte {at} is of kind {kind} ({name})", _NEWER)
 
     def _next(self, file: BinaryIO) -> bytes | None:
         """The next record's body; None at the end, or where what follows is torn."""
@@ -273,3 +270,7 @@ class Reader:
                 "take another copy, or replay only the steps before it with --until",
             )
         self.state = TORN
+
+
+def _remedy(error: Exception) -> str:
+    return _NEWER if isinstance(error, checks.NewerError) else _COPY

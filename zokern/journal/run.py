@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zokern._checks import brief
 from zokern._version import __version__
 from zokern.contract.streams import rank_of
 from zokern.hashing import hash_of
@@ -16,7 +17,7 @@ from zokern.journal import format as journal
 from zokern.journal.behind import LAG, check_lag
 from zokern.journal.beside import begun
 from zokern.journal.files import cut
-from zokern.journal.fit import check, check_marks, is_base
+from zokern.journal.fit import check, check_marks, has_hash, is_base
 from zokern.journal.format import BROKEN_OFF, FOLDS, LOW_RANK, SKIPPED, SYNC_SECONDS, JournalError
 from zokern.journal.player import Player, memory_of
 from zokern.journal.ranks import agreed, at_hand, is_first
@@ -164,9 +165,18 @@ def refuse_another_run(reader: Reader, optimizer: ZerothOrderOptimizer, names: I
         header["placement"] = wanted["placement"]
     for name in names:
         if header.get(name) != wanted[name]:
-            raise JournalError(
-                f"{reader.path}: {name} is {header.get(name)!r} there, {wanted[name]!r} in this optimizer; make them agree"
-            )
+            raise JournalError(f"{reader.path}: {_differs(name, header.get(name), wanted[name])}; make them agree")
+
+
+def _differs(name: str, there: Any, here: Any) -> str:
+    """Of settings, the first one that does."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        missing = object()
+        one = next(key for key in [*here, *there] if there.get(key, missing) != here.get(key, missing))
+        told = [f"{one!r} is {brief(there[one])}" if one in there else f"{one!r} is missing"]
+        told.append(brief(here[one]) if one in here else "missing")
+        return f"{name}: {told[0]} there, {told[1]} in this optimizer"
+    return f"{name} is {brief(there)} there, {brief(here)} in this optimizer"
 
 
 def _fitting(optimizer: ZerothOrderOptimizer, reader: Reader) -> Reader:
@@ -208,7 +218,7 @@ def _play(
     def compare() -> None:
         if looked_at and looked_at[0].records == reader.records:
             player.flush()
-            if hash_of(params.items()) != looked_at[0].hash:
+            if not has_hash(params, looked_at[0].hash, player.names()):
                 raise JournalError(
                     f"{reader.path}: the weights after {done} steps are not those that training had: something else "
                     "changed them while it was written, so the run cannot be taken up from it; load the base weights again"

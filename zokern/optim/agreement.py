@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zokern._checks import brief
 from zokern.distributed.exchange import Exchange, RankError
 from zokern.distributed.places import Places
 from zokern.hashing import hash_of
@@ -178,7 +179,7 @@ class Agreement:
             values = [one.get(name, "") for one in said]
             other = next((i for i, v in enumerate(values) if v != values[0] and "" not in (v, values[0])), 0)
             if other:
-                a, b = _short(values[0]), _short(values[other])
+                a, b = brief(values[0]), brief(values[other])
                 lines.append(f"{name} is {a} on {self.places.named(0)} and {b} on {self.places.named(other)}")
         raise RankError(
             f"the ranks do not do the same in step {self.where}: {'; '.join(lines) or 'one begins, and the others go on'}. "
@@ -230,11 +231,6 @@ class Agreement:
             )
             one["weights"] = ""
         self._differ(abouts)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]} ..."
 
 
 def _in_place(owner: Any) -> str:
