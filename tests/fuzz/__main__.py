@@ -100,7 +100,7 @@ def work(args: argparse.Namespace) -> None:
     def one(data: bytes) -> None:
         """An input is a journal."""
         path.write_bytes(data)
-        targets.all_of(path, stored["plain"])
+        targets.all_of(path, stored)
 
     def another(data: bytes, size: int, seed: int) -> bytes:
         """Of it: what it says changed, most often; or its bytes, then mostly with right checksums."""

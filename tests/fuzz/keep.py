@@ -26,7 +26,7 @@ class Looking:
     """What inputs reach, by the file that they are in."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.good = path, corpus.stored()["plain"]
+        self.path, self.good = path, corpus.stored()
 
     def at(self, data: bytes) -> Features:
         self.path.write_bytes(data)

@@ -7,7 +7,7 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zokern.journal import format as journal_format
@@ -103,14 +103,19 @@ def changed_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def changed_json(text: bytes, rng: random.Random) -> bytes:
-    """One value at any depth is another one, or is missing, or is there twice."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return changed_bytes(text, rng)
-    found = list(places(value))
-    if not found:
+    if not any(True for _ in places(value)):
         return json.dumps(rng.choice(HOSTILE)).encode()
+    change(value, rng)
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def change(value: Any, rng: random.Random, hostile: Sequence[Any] = HOSTILE) -> None:
+    """One entry at any depth is another one, or is missing, or is there twice."""
+    found = list(places(value))
     holder, key = rng.choice(found)
     what = rng.random()
     if what < 0.1:
@@ -118,19 +123,18 @@ def changed_json(text: bytes, rng: random.Random) -> bytes:
     elif what < 0.2 and isinstance(holder, list):
         holder.insert(key, copy.deepcopy(holder[key]))
     elif what < 0.2:
-        holder[rng.choice(KEYS)] = copy.deepcopy(rng.choice(HOSTILE))
+        holder[rng.choice(KEYS)] = copy.deepcopy(rng.choice(hostile))
     elif what < 0.3 and isinstance(holder[key], int):
         holder[key] += rng.choice((-2, -1, 1, 2))
     elif what < 0.4:
         other, theirs = rng.choice(found)
         holder[key] = copy.deepcopy(other[theirs])
     else:
-        holder[key] = copy.deepcopy(rng.choice(HOSTILE))
-    return json.dumps(value, separators=(",", ":")).encode()
+        holder[key] = copy.deepcopy(rng.choice(hostile))
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Of JSON: each entry's holder and its key or index there, at any depth."""
+    """Each entry's holder and its key or index there, at any depth of dicts and lists."""
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from places(value[key])

@@ -22,7 +22,7 @@ from zokern.journal import tools
 from zokern.journal.format import FOLDS, LOW_RANK
 from zokern.optim import METHODS
 
-NAMES = ("show", "diff", "replay", "until", "resume")
+NAMES = ("show", "diff", "replay", "until", "verified", "resume")
 
 
 class Case(NamedTuple):
@@ -94,13 +94,13 @@ class End(NamedTuple):
     weights: str = ""
 
 
-def all_of(path: Path, other: Path, names: Iterable[str] = NAMES) -> dict[str, End]:
-    """Does what is named with a journal. other: a good one, for comparisons.
+def all_of(path: Path, others: Mapping[str, Path], names: Iterable[str] = NAMES) -> dict[str, End]:
+    """Does what is named with a journal. others: good ones of each case, for comparisons.
 
     Raises:
         AssertionError: for a refusal that does not name the file, or would move a terminal's cursor.
     """
-    return {name: _end(name, path, other) for name in names}
+    return {name: _end(name, path, others) for name in names}
 
 
 def outline(ends: Mapping[str, End]) -> dict[str, str]:
@@ -108,12 +108,19 @@ def outline(ends: Mapping[str, End]) -> dict[str, str]:
     return {name: end.weights for name, end in ends.items() if not end.refused}
 
 
-def _end(name: str, path: Path, other: Path) -> End:
-    do = {"show": _show, "diff": _diff, "replay": _replay, "until": _until, "resume": _resume}[name]
+def _end(name: str, path: Path, others: Mapping[str, Path]) -> End:
+    do: dict[str, Callable[[], str | None]] = {
+        "show": lambda: _show(path),
+        "diff": lambda: _diff(path, others),
+        "replay": lambda: _replay(path, verify=False, fold=False),
+        "until": lambda: _replay(path, until=2),
+        "verified": lambda: _replay(path, fold=True),
+        "resume": lambda: _resume(path),
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return End(weights=do(path, other) or "")
+            return End(weights=do[name]() or "")
     except journal.JournalError as error:
         said = str(error)
         if not said.isprintable() or str(path) not in said:
@@ -121,24 +128,18 @@ def _end(name: str, path: Path, other: Path) -> End:
         return End(said)
 
 
-def _show(path: Path, other: Path) -> None:
+def _show(path: Path) -> None:
     assert all(line.isprintable() for line in show_lines(tools.summary(path)))
 
 
-def _diff(path: Path, other: Path) -> None:
-    tools.first_difference(path, other)
+def _diff(path: Path, others: Mapping[str, Path]) -> None:
+    tools.first_difference(path, others[case_of(journal.Reader(path).header) or "plain"])
     tools.first_difference(path, path)
 
 
-def _replay(path: Path, other: Path) -> str:
+def _replay(path: Path, **options: Any) -> str:
     params = tensors()
-    journal.replay(path, params, verify=False)
-    return _hash(params)
-
-
-def _until(path: Path, other: Path) -> str:
-    params = tensors()
-    journal.replay(path, params, until=2)
+    journal.replay(path, params, **options)
     return _hash(params)
 
 
@@ -147,7 +148,7 @@ def _hash(params: dict[str, Tensor]) -> str:
     return hash_of((name, torch.where(p.isnan(), torch.nan, p)) for name, p in params.items())
 
 
-def _resume(path: Path, other: Path) -> None:
+def _resume(path: Path) -> None:
     name = case_of(journal.Reader(path).header)
     if not name:
         return

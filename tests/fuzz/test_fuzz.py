@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import tarfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -12,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fuzz import corpus, records, targets
+from tests.fuzz import corpus, keep, kept, reach, records, targets
 from zokern import journal, sweep
 from zokern.contract.rules import RULES
 from zokern.journal import checks
 from zokern.journal import format as journal_format
+from zokern.journal.format import VERSION
 from zokern.passes.operands import Operands
 from zokern.passes.spec import AXPY, PassNumbers
 
@@ -34,7 +37,7 @@ def test_stored_journals_go_on_replaying(name: str, tmp_path: Path) -> None:
     assert journal.replay(STORED[name], targets.tensors(), fold=False).verified
     path = tmp_path / "run.zkj"
     path.write_bytes(STORED[name].read_bytes())
-    ends = targets.all_of(path, STORED["plain"])
+    ends = targets.all_of(path, STORED)
     assert list(ends) == list(targets.NAMES)
     assert not any(end.refused for end in ends.values())
     assert path.read_bytes() == STORED[name].read_bytes()
@@ -46,6 +49,93 @@ def test_taking_apart_and_putting_together_gives_the_file(name: str) -> None:
     data = STORED[name].read_bytes()
     assert records.repaired(data) == data
     assert records.changed(data, random.Random(1)) != data
+
+
+# ------------------------------------------------------------------------------------------------- what was found and kept
+
+
+def test_kept_inputs_end_as_they_did(tmp_path: Path) -> None:
+    """What was done on them is done, with the same weights, and what was refused is: their records say what none may."""
+    path, ends, files = tmp_path / "run.zkj", kept.ends(), kept.stored()
+    assert list(files) == [kept.name_of(data) for data in files.values()]
+    assert set(ends) == set(files)
+    for name, data in files.items():
+        path.write_bytes(data)
+        assert targets.outline(targets.all_of(path, STORED)) == ends[name], name
+        assert path.read_bytes() == data
+
+
+def test_what_is_kept_is_stored_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, ends = dict(kept.stored()), kept.ends()
+    before = {name: (kept.DATA / name).read_bytes() for name in ("fuzz.tar.xz", "fuzz.json")}
+    monkeypatch.setattr(kept, "DATA", tmp_path)
+    kept.store(sorted(files.values(), reverse=True), dict(sorted(ends.items(), reverse=True)))
+    assert (tmp_path / "fuzz.json").read_bytes() == before["fuzz.json"]
+    with tarfile.open(tmp_path / "fuzz.tar.xz") as archive:
+        assert archive.getnames() == list(files)
+
+
+class Letters:
+    """Reaches what letters the input has."""
+
+    def at(self, data: bytes) -> frozenset[str]:
+        return frozenset(data.decode())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "known", "wanted"),
+    [
+        (["a", "ab"], "", {"ab": "ab"}),  # the first one reaches nothing that the other does not
+        (["a", "ab", "bc"], "", {"a": "a", "bc": "c"} | {"a": "a", "bc": "bc"}),
+        (["a", "b"], "a", {"b": "b"}),
+        (["ab", "ab", "ba"], "", {"ab": "ab"}),
+        (["a", "b"], "ab", {}),
+        (["ab", "ac", "bd"], "", {"ac": "ac", "bd": "bd"}),
+    ],
+)
+def test_inputs_are_kept_that_each_reach_what_no_other_one_does(
+    inputs: list[str], known: str, wanted: dict[str, str]
+) -> None:
+    look: Any = Letters()
+    found = keep.needed([one.encode() for one in inputs], look, frozenset(known))
+    assert {data.decode(): "".join(sorted(own)) for data, own in found.items()} == wanted  # type: ignore[arg-type]
+
+
+def test_an_input_is_made_as_small_as_it_can_be() -> None:
+    """Records, entries and bytes that what is wanted does not need are gone."""
+
+    class Rows:
+        def at(self, data: bytes) -> frozenset[str]:
+            header, bodies, _ = records.take_apart(data)
+            whole = data == records.build(header, bodies)
+            said = header + b"".join(bodies)
+            return frozenset(word for word in ("first_step", "rows") if whole and word.encode() in said)
+
+    look: Any = Rows()
+    data = STORED["adam"].read_bytes()
+    small = keep.smaller(data, look, frozenset(["first_step"]))
+    header, bodies, version = records.take_apart(small)
+    assert (json.loads(header).keys(), bodies, version) == ({"first_step"}, [], VERSION)
+    small = keep.smaller(data, look, frozenset(["first_step", "rows"]))
+    header, bodies, _ = records.take_apart(small)
+    assert (json.loads(header).keys(), len(bodies)) == ({"first_step"}, 1)
+    assert len(small) < 80
+    assert keep.smaller(small, look, frozenset(["first_step", "rows"])) == small
+
+
+def test_what_is_reached_is_lines_and_ends(tmp_path: Path) -> None:
+    path = tmp_path / "run.zkj"
+    look = keep.Looking(path)
+    good, bad = look.at(STORED["plain"].read_bytes()), look.at(b"zkjrnl")
+    assert ("show", "") in good
+    assert ("show", ": not a zokern journal, or its header was cut off; give the file that the optimizer wrote") in bad
+    assert any(isinstance(one, tuple) and one[0] == "journal/player.py" for one in good)
+    assert not any(isinstance(one, tuple) and one[0] == "journal/player.py" for one in bad)
+    assert look.at(STORED["plain"].read_bytes()) == good
+    assert reach.masked("'a' is [3, {'b': 1}] there, -2.5e-3 here") == "'' is [] there, # here"
+
+
+# ------------------------------------------------------------------------------------------------------ changed at random
 
 
 def test_an_optimizer_may_refuse_weights_that_a_file_has_left_too_small() -> None:
@@ -78,7 +168,7 @@ def test_changed_journals_are_refused_or_do_what_they_say(tmp_path: Path) -> Non
     files, begun, tried = [path.read_bytes() for path in STORED.values()], time.monotonic(), 0
     while tried < INPUTS and (tried < 50 or time.monotonic() - begun < SECONDS):
         path.write_bytes(records.changed(rng.choice(files), rng))
-        end = targets.all_of(path, STORED["plain"])["replay"]
+        end = targets.all_of(path, STORED)["replay"]
         refused += bool(end.refused)
         did += not end.refused
         tried += 1

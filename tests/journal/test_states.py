@@ -463,6 +463,19 @@ def test_of_a_journal_of_another_run_the_first_difference_is_told(update, change
             pass
 
 
+@pytest.mark.parametrize("rounding", [5, "up", ["auto"], None, "x" * 999])
+def test_a_rounding_that_there_is_not_is_refused(rounding, tmp_path):
+    """A fold after the journal's last step goes by it."""
+    path, _, _ = written(tmp_path, 1)
+    options = journal.Reader(path).header["options"]
+    rewritten(path, options={**options, "rounding": rounding})
+    said = r"its header cannot be right: rounding is .{1,110}, which is none of auto, nearest, stochastic; take another"
+    with pytest.raises(journal.JournalError, match=said):
+        journal.Reader(path)
+    rewritten(path, options={**options, "rounding": "nearest"})
+    journal.Reader(path)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_a_step_whose_numbers_are_cut_off_is_malformed(length, tmp_path):
     path, _, _ = written(tmp_path, 1)

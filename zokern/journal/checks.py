@@ -12,7 +12,7 @@ from typing import Any
 
 from zokern._checks import DTYPES, MAX_INDEX, MAX_SEED, MAX_TENSOR_ID, brief
 from zokern.contract.rules import RULES
-from zokern.contract.streams import rank_of
+from zokern.contract.streams import ROUNDINGS, rank_of
 from zokern.journal.format import FEATURES, MAX_NUMBERS
 from zokern.passes.spec import MAX_PASS_SEEDS
 
@@ -50,6 +50,9 @@ def header(value: Mapping[str, Any]) -> None:
     for name in ("options", "states"):
         if not isinstance(value.get(name), dict):
             raise ValueError(f"{name} is no object")
+    rounding = value["options"].get("rounding", "auto")
+    if rounding not in ("auto", *ROUNDINGS):
+        raise ValueError(f"rounding is {brief(rounding)}, which is none of auto, {', '.join(ROUNDINGS)}")
     if not isinstance(value.get("about", {}), dict):
         raise ValueError("about is no object")
     for name, state in value["states"].items():

@@ -136,10 +136,16 @@ def _check_options(options: Any, ours: Ours) -> None:
     _check(isinstance(options, Mapping), f"state_dict: options is a {type(options).__name__}; it must be a dict")
     saved = ours.completed(options)
     for name, value in ours.options.items():
-        if isinstance(saved.get(name), Tensor) or saved.get(name) != value:
+        if _has_tensor(saved.get(name)) or saved.get(name) != value:  # != of a tensor is none
             raise ValueError(
-                f"{name} is {saved.get(name)!r} in state_dict and {value!r} here; make them agree, or {ANEW}"
+                f"{name} is {_checks.brief(saved.get(name))} in state_dict and {value!r} here; make them agree, or {ANEW}"
             )
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_has_tensor, value)))
 
 
 def _tensor_ids(given: Any, ours: Ours) -> list[list[int]]:
