@@ -1,4 +1,4 @@
-"""A state_dict that says what none says is refused, by its name, and nothing is changed; or it is loaded and a step done."""
+"""A state_dict that says what none says is refused by its name, and nothing is changed; or it is loaded, and goes on."""
 
 from __future__ import annotations
 
