@@ -106,6 +106,16 @@ def brief(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:100]} ..."
 
 
+def difference(name: str, a: object, b: object) -> tuple[str, str, str]:
+    """What differs, and the two values, in words; of settings, the first one that does."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        missing = object()
+        one = next(key for key in [*b, *a] if a.get(key, missing) != b.get(key, missing))
+        left, right = (brief(settings[one]) if one in settings else "missing" for settings in (a, b))
+        return f"{name}[{brief(one)}]", left, right
+    return name, brief(a), brief(b)
+
+
 def describe(t: Tensor) -> str:
     return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 

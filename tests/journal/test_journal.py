@@ -640,6 +640,11 @@ def test_diff_names_the_first_difference(tmp_path):
     assert (code, said) == (1, "the runs differ at step 2, in lr: 0.00999999978 and 0.0199999996\n")
     code, said = command("diff", paths[0], paths[2])
     assert (code, said) == (1, "the runs differ before the first step, in seed: 0 and 1\n")
+    optimizer = zokern.MeZO(toy(), 1e-2, num_samples=2)
+    with journal.write(optimizer, tmp_path / "3.zkj"):
+        pass
+    code, said = command("diff", paths[0], tmp_path / "3.zkj")
+    assert (code, said) == (1, "the runs differ before the first step, in options['num_samples']: 1 and 2\n")
     code, said = command("diff", paths[0], tmp_path / "none")
     assert (code, "cannot be read" in said) == (2, True)
 

@@ -433,11 +433,11 @@ def rewritten(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("update", "changes", "said"),
     [
-        ("sgd", {"options": {"num_samples": 3}}, "options: 'num_samples' is 3 there, 1 in this optimizer"),
-        ("sgd", {"options": {"colour": 3}}, "options: 'colour' is 3 there, missing in this optimizer"),
-        ("sgd", {"options": {"update": "s" * 999}}, f"options: 'update' is '{'s' * 99} ... there, 'sgd' in this optimizer"),
-        ("adam", {"states": {"m": ["float32", 1.0]}}, "states: 'm' is ['float32', 1.0] there, ['float32', 0.0] in this op"),
-        ("sgd", {"states": {"m": ["float32", 0.0]}}, "states: 'm' is ['float32', 0.0] there, missing in this optimizer"),
+        ("sgd", {"options": {"num_samples": 3}}, "options['num_samples'] is 3 there, 1 in this optimizer"),
+        ("sgd", {"options": {"colour": 3}}, "options['colour'] is 3 there, missing in this optimizer"),
+        ("sgd", {"options": {"update": "s" * 999}}, f"options['update'] is '{'s' * 99} ... there, 'sgd' in this optimizer"),
+        ("adam", {"states": {"m": ["float32", 1.0]}}, "states['m'] is ['float32', 1.0] there, ['float32', 0.0] in this op"),
+        ("sgd", {"states": {"m": ["float32", 0.0]}}, "states['m'] is ['float32', 0.0] there, missing in this optimizer"),
         ("sgd", {"seed": 8}, "seed is 8 there, 0 in this optimizer"),
         ("sgd", {"method": "HiZOO"}, "method is 'HiZOO' there, 'MeZO' in this optimizer"),
     ],
@@ -458,7 +458,7 @@ def test_of_a_journal_of_another_run_the_first_difference_is_told(update, change
     assert "betas" not in str(told.value)
     if update == "adam":
         rewritten(path, states={})
-        missing = r"states: 'm' is missing there, \['float32', 0\.0\] in this optimizer; make them agree$"
+        missing = r"states\['m'\] is missing there, \['float32', 0\.0\] in this optimizer; make them agree$"
         with pytest.raises(journal.JournalError, match=missing), journal.resume(optimizer, path):
             pass
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zokern._checks import brief
+from zokern._checks import difference
 from zokern._version import __version__
 from zokern.contract.streams import rank_of
 from zokern.hashing import hash_of
@@ -165,18 +165,8 @@ def refuse_another_run(reader: Reader, optimizer: ZerothOrderOptimizer, names: I
         header["placement"] = wanted["placement"]
     for name in names:
         if header.get(name) != wanted[name]:
-            raise JournalError(f"{reader.path}: {_differs(name, header.get(name), wanted[name])}; make them agree")
-
-
-def _differs(name: str, there: Any, here: Any) -> str:
-    """Of settings, the first one that does."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        missing = object()
-        one = next(key for key in [*here, *there] if there.get(key, missing) != here.get(key, missing))
-        told = [f"{one!r} is {brief(there[one])}" if one in there else f"{one!r} is missing"]
-        told.append(brief(here[one]) if one in here else "missing")
-        return f"{name}: {told[0]} there, {told[1]} in this optimizer"
-    return f"{name} is {brief(there)} there, {brief(here)} in this optimizer"
+            what, there, here = difference(name, header.get(name), wanted[name])
+            raise JournalError(f"{reader.path}: {what} is {there} there, {here} in this optimizer; make them agree")
 
 
 def _fitting(optimizer: ZerothOrderOptimizer, reader: Reader) -> Reader:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from zokern import drawing
+from zokern._checks import difference
 from zokern.journal.format import BROKEN_OFF, SKIPPED, JournalError
 from zokern.journal.reader import Reader, Step
 from zokern.optim import METHODS
@@ -105,7 +106,8 @@ def first_difference(a: Path, b: Path) -> str | None:
     a_run, b_run = _run_of(one), _run_of(two)
     for name in ("contract", "method", "options", "placement", "seed", "first_step", "base"):
         if a_run.get(name) != b_run.get(name):
-            return f"before the first step, in {name}: {a_run.get(name)!r} and {b_run.get(name)!r}"
+            where, *both = difference(name, a_run.get(name), b_run.get(name))
+            return f"before the first step, in {where}: {' and '.join(both)}"
     for first, second in itertools.zip_longest(one.steps(), two.steps()):
         if first is None or second is None:
             longer, step = (a, first) if second is None else (b, second)
