@@ -34,22 +34,24 @@ class Looking:
 
 
 def needed(inputs: list[bytes], look: Looking, known: Features) -> dict[bytes, Features]:
-    """Those inputs that reach what is not known, the first ones first, with what each is needed for: no other one kept here
-    reaches it."""
+    """Those inputs that reach what is not known, none that the others make needless; each with what it is there for, which
+    the ones before it do not reach."""
     reached: dict[bytes, Features] = {}
+    seen = set(known)
     for i, data in enumerate(inputs):
-        new = look.at(data) - known.union(*reached.values())
-        if new:
-            reached[data] = look.at(data) - known
+        here = look.at(data)
+        if here - seen:
+            reached[data] = here - known
+            seen |= here
         if i % 500 == 499:
             print(f"{i + 1} of {len(inputs)} looked at, {len(reached)} reach something new", flush=True)
     for data in sorted(reached, key=len, reverse=True):
         if reached[data] <= frozenset().union(*(other for one, other in reached.items() if one != data)):
             del reached[data]
-    return {
-        data: all_of_it - frozenset().union(*(other for one, other in reached.items() if one != data))
-        for data, all_of_it in reached.items()
-    }
+    wanted = dict[bytes, Features]()
+    for data, here in reached.items():
+        wanted[data] = here - frozenset().union(*wanted.values())
+    return wanted
 
 
 def smaller(data: bytes, look: Looking, wanted: Features) -> bytes:

@@ -86,11 +86,12 @@ class Letters:
     ("inputs", "known", "wanted"),
     [
         (["a", "ab"], "", {"ab": "ab"}),  # the first one reaches nothing that the other does not
-        (["a", "ab", "bc"], "", {"a": "a", "bc": "c"} | {"a": "a", "bc": "bc"}),
+        (["a", "ab", "bc"], "", {"a": "a", "bc": "bc"}),  # the longest one goes first
         (["a", "b"], "a", {"b": "b"}),
         (["ab", "ab", "ba"], "", {"ab": "ab"}),
         (["a", "b"], "ab", {}),
         (["ab", "ac", "bd"], "", {"ac": "ac", "bd": "bd"}),
+        (["abx", "aby"], "", {"abx": "abx", "aby": "y"}),  # what both reach is not lost where both are made smaller
     ],
 )
 def test_inputs_are_kept_that_each_reach_what_no_other_one_does(
