@@ -207,7 +207,7 @@ def test_a_journal_of_before_a_setting_was_there_goes_on(tmp_path: Path) -> None
     again = model()
     other = newer(again, 1e-2, factor=2.0)
     with (
-        pytest.raises(zokern.journal.JournalError, match=r"options is .*'factor': 1\.0.*there"),
+        pytest.raises(zokern.journal.JournalError, match=r"options\['factor'\] is 1\.0 there, 2\.0 in this opt"),
         zokern.journal.resume(other, path),
     ):
         pass
