@@ -6,8 +6,8 @@
     python -m tests.fuzz --again FILE      an input that was found, once
     python -m tests.fuzz.keep              of what was found, what reaches more than the stored ones do, for `make test`
 
-Needs the packages atheris, cmake and ninja. An input may not crash, hang, take 300 MB more than there
-is at the beginning, or end in another exception than JournalError. What does is kept below build/fuzz/.
+Needs the packages atheris, cmake and ninja. An input may not crash, hang, take 300 MB more than
+those before it, or end in another exception than JournalError. What does is kept below build/fuzz/.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def work(args: argparse.Namespace) -> None:
     def one(data: bytes) -> None:
         """An input is a journal."""
         path.write_bytes(data)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         targets.all_of(path, stored)
+        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+        assert more <= MORE_MB, f"the input took {more} MB more than all before it"
 
     def another(data: bytes, size: int, seed: int) -> bytes:
         """Of it: what it says changed, most often; or its bytes, then mostly with right checksums."""
@@ -125,9 +128,16 @@ def work(args: argparse.Namespace) -> None:
     for name, file in stored.items():
         shutil.copy(file, inputs / name)
         one(file.read_bytes())  # all that is imported late is there
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    flags = [f"-runs={args.runs}", f"-timeout={SECONDS}", f"-rss_limit_mb={base + MORE_MB}", f"-max_len={MAX_BYTES}",
-             f"-artifact_prefix={FOUND}/", f"-seed={args.seed + args.number}", "-print_final_stats=1"]  # fmt: skip
+    flags = [
+        f"-runs={args.runs}",
+        f"-timeout={SECONDS}",
+        f"-max_len={MAX_BYTES}",
+        f"-artifact_prefix={FOUND}/",
+        f"-seed={args.seed + args.number}",
+        "-print_final_stats=1",
+        f"-malloc_limit_mb={MORE_MB}",
+        "-rss_limit_mb=0",  # of the process, where tables of former inputs are kept; `one` looks at each input's
+    ]
     if args.seconds:
         flags.append(f"-max_total_time={args.seconds}")
     atheris.Setup([sys.argv[0], str(inputs), *flags], one, custom_mutator=another)
