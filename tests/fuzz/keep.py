@@ -1,7 +1,8 @@
-"""Keeps what a fuzz run found: python -m tests.fuzz.keep [FOLDER ...], by default all of build/fuzz.
+"""Keeps what a fuzz run found: python -m tests.fuzz.keep [FOLDER ...], by default all of build/fuzz, where that is there.
 
 Of all inputs there, those that reach what neither the runs' own journals nor the kept ones do, smallest first; each is made
-as small as it can be and still reach that. What was kept stays, as far as it reaches anything that the others do not.
+as small as it can be and still reach that. What was kept stays, as far as it reaches anything that the others do not;
+how each ends is written anew, as after a message has got other words.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Hashable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.fuzz import corpus, kept, records, targets
 from tests.fuzz.reach import features
@@ -30,7 +32,7 @@ class Looking:
 
     def at(self, data: bytes) -> Features:
         self.path.write_bytes(data)
-        return frozenset(features(partial(targets.all_of, self.path, self.good), self.path))
+        return frozenset(features(partial(targets.all_of, self.path, self.good)))
 
 
 def needed(inputs: list[bytes], look: Looking, known: Features) -> dict[bytes, Features]:
@@ -103,11 +105,12 @@ def inputs_of(folders: list[Path]) -> list[bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, default=[FOUND], help="of inputs (default: %(default)s)")
+    default = [FOUND] if FOUND.is_dir() else []  # without: what is kept is looked at again
+    parser.add_argument("folders", nargs="*", type=Path, default=default, help=f"of inputs (default: {FOUND})")
     args = parser.parse_args()
     missing = [str(folder) for folder in args.folders if not folder.is_dir()]
     if missing:
-        sys.exit(f"{missing[0]} is no folder; run python -m tests.fuzz first")
+        sys.exit(f"{missing[0]} is no folder; give one that has inputs, as python -m tests.fuzz leaves them in {FOUND}")
     with tempfile.TemporaryDirectory() as folder:
         look = Looking(Path(folder) / "run.zkj")
         known = frozenset().union(*(look.at(path.read_bytes()) for path in corpus.stored().values()))
@@ -116,7 +119,7 @@ def main() -> None:
         chosen = needed([*before, *found], look, known)
         print(f"{len(chosen)} are needed; each is made smaller", flush=True)
         small = [data if data in before else smaller(data, look, wanted) for data, wanted in chosen.items()]
-        ends: dict[str, dict[str, str]] = {}
+        ends: dict[str, dict[str, Any]] = {}
         for data in small:
             look.path.write_bytes(data)
             ends[kept.name_of(data)] = targets.outline(targets.all_of(look.path, look.good))

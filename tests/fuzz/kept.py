@@ -12,6 +12,7 @@ import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -26,13 +27,13 @@ def stored() -> dict[str, bytes]:
         return {one.name: archive.extractfile(one).read() for one in archive}  # type: ignore[union-attr]
 
 
-def ends() -> dict[str, dict[str, str]]:
+def ends() -> dict[str, dict[str, Any]]:
     """By name: targets.outline of it."""
-    found: dict[str, dict[str, str]] = json.loads((DATA / "fuzz.json").read_text())
+    found: dict[str, dict[str, Any]] = json.loads((DATA / "fuzz.json").read_text())
     return found
 
 
-def store(inputs: list[bytes], ends: Mapping[str, Mapping[str, str]]) -> None:
+def store(inputs: list[bytes], ends: Mapping[str, Mapping[str, Any]]) -> None:
     """Bytes that depend on the inputs alone."""
     with tarfile.open(DATA / "fuzz.tar.xz", "w:xz", preset=9) as archive:
         for data in sorted(inputs, key=lambda data: (len(data), data)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import zokern.cli.journals
+from tests.fuzz.targets import End, masked
 from zokern import journal
 
 Result = TypeVar("Result")
@@ -48,15 +48,7 @@ def traced(do: Callable[[], Result]) -> tuple[Result, set[Arc]]:
         sys.settrace(before)
 
 
-def masked(message: str) -> str:
-    """A message without what differs from input to input: numbers, what is quoted or in brackets."""
-    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "''", message)
-    numberless = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan", "#", unquoted)
-    return re.sub(r"[\[{(].*[\]})]", "[]", numberless)
-
-
-def features(do: Callable[[], dict[str, Any]], path: Path) -> set[Hashable]:
-    """do: targets.all_of on the input at `path`."""
+def features(do: Callable[[], dict[str, End]]) -> set[Hashable]:
+    """do: targets.all_of on an input."""
     ends, arcs = traced(do)
-    said = {(name, masked(end.refused.replace(str(path), ""))) for name, end in ends.items()}
-    return {*arcs, *said}
+    return {*arcs, *((name, masked(end.refused)) for name, end in ends.items())}

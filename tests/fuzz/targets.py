@@ -87,8 +87,8 @@ def tensors() -> dict[str, Tensor]:
 
 
 class End(NamedTuple):
-    """Of one thing that was done with a journal. refused: by which message; "" where it was done. weights: their hash after
-    it, where it changes them and no forward does."""
+    """Of one thing that was done with a journal. refused: by which message, after the file's name; "" where it was done.
+    weights: their hash after it, where it changes them and no forward does."""
 
     refused: str = ""
     weights: str = ""
@@ -103,9 +103,19 @@ def all_of(path: Path, others: Mapping[str, Path], names: Iterable[str] = NAMES)
     return {name: _end(name, path, others) for name in names}
 
 
-def outline(ends: Mapping[str, End]) -> dict[str, str]:
-    """What was done, with the weights after it where it changes them: what stays the same whatever messages say."""
-    return {name: end.weights for name, end in ends.items() if not end.refused}
+def outline(ends: Mapping[str, End]) -> dict[str, Any]:
+    """What was done, with the weights after it where it changes them; by which messages the rest was refused."""
+    return {
+        "done": {name: end.weights for name, end in ends.items() if not end.refused},
+        "refused": sorted({masked(end.refused) for end in ends.values() if end.refused}),
+    }
+
+
+def masked(message: str) -> str:
+    """Without what differs from input to input: numbers, what is quoted or in brackets."""
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "''", message)
+    numberless = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan", "#", unquoted)
+    return re.sub(r"[\[{(].*[\]})]", "[]", numberless)
 
 
 def _end(name: str, path: Path, others: Mapping[str, Path]) -> End:
@@ -125,7 +135,7 @@ def _end(name: str, path: Path, others: Mapping[str, Path]) -> End:
         said = str(error)
         if not said.isprintable() or str(path) not in said:
             raise AssertionError(f"what is meant? {said!r}") from error
-        return End(said)
+        return End(said.replace(str(path), ""))
 
 
 def _show(path: Path) -> None:

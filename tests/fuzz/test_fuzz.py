@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fuzz import corpus, keep, kept, reach, records, targets
+from tests.fuzz import corpus, keep, kept, records, targets
 from zokern import journal, sweep
 from zokern.contract.rules import RULES
 from zokern.journal import checks
@@ -55,7 +55,10 @@ def test_taking_apart_and_putting_together_gives_the_file(name: str) -> None:
 
 
 def test_kept_inputs_end_as_they_did(tmp_path: Path) -> None:
-    """What was done on them is done, with the same weights, and what was refused is: their records say what none may."""
+    """What was done on them is done, with the same weights, and what was refused is, for the same reason.
+
+    Where a message has got other words on purpose: python -m tests.fuzz.keep.
+    """
     path, ends, files = tmp_path / "run.zkj", kept.ends(), kept.stored()
     assert list(files) == [kept.name_of(data) for data in files.values()]
     assert set(ends) == set(files)
@@ -133,7 +136,7 @@ def test_what_is_reached_is_lines_and_ends(tmp_path: Path) -> None:
     assert any(isinstance(one, tuple) and one[0] == "journal/player.py" for one in good)
     assert not any(isinstance(one, tuple) and one[0] == "journal/player.py" for one in bad)
     assert look.at(STORED["plain"].read_bytes()) == good
-    assert reach.masked("'a' is [3, {'b': 1}] there, -2.5e-3 here") == "'' is [] there, # here"
+    assert targets.masked("'a' is [3, {'b': 1}] there, -2.5e-3 here") == "'' is [] there, # here"
 
 
 # ------------------------------------------------------------------------------------------------------ changed at random
