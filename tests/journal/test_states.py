@@ -463,6 +463,32 @@ def test_of_a_journal_of_another_run_the_first_difference_is_told(update, change
             pass
 
 
+def test_records_that_no_reader_would_take_are_not_written(tmp_path):
+    path, most = tmp_path / "run.zkj", journal_format.MAX_JSON
+    with path.open("wb", buffering=0) as file:
+        writer = journal_format.start(file, {})
+        before, crc = path.read_bytes(), writer.crc
+        for body, said in ((b"", "has 0 bytes"), (bytes(journal_format.MAX_RECORD + 1), "has 16777217 bytes")):
+            with pytest.raises(journal.JournalError, match=f"^a record {said}, and a journal takes 1 to 16777216$"):
+                writer.append_all([b"first", body])
+        for length in (most, most + 1):  # in quotes, of two bytes
+            with pytest.raises(
+                journal.JournalError, match=f"^a description has {length} bytes, and .* less than {most}$"
+            ):
+                writer.append_json(journal_format.LAYOUT, "a" * (length - 2))
+        assert (path.read_bytes(), writer.crc) == (before, crc)
+        writer.append_json(journal_format.LAYOUT, "a" * (most - 3))
+    assert path.stat().st_size == len(before) + 4 + 1 + most - 1 + 4  # a length, a kind, the text, a checksum
+
+
+def test_a_journal_that_goes_away_while_it_is_read_is_told(tmp_path):
+    path, _, _ = written(tmp_path, 1)
+    reader = journal.Reader(path)
+    path.unlink()
+    with pytest.raises(journal.JournalError, match=r"run\.zkj: cannot be read \(No such file or directory\)"):
+        list(reader.steps())
+
+
 @pytest.mark.parametrize("rounding", [5, "up", ["auto"], None, "x" * 999])
 def test_a_rounding_that_there_is_not_is_refused(rounding, tmp_path):
     """A fold after the journal's last step goes by it."""
