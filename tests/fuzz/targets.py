@@ -5,9 +5,10 @@ Each either does its work or raises JournalError; nothing else is right, and not
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def all_of(path: Path, others: Mapping[str, Path], names: Iterable[str] = NAMES)
     """Does what is named with a journal. others: good ones of each case, for comparisons.
 
     Raises:
-        AssertionError: for a refusal that does not name the file, or would move a terminal's cursor.
+        AssertionError: for a refusal that does not name the file, would move a terminal's cursor, or comes after weights
+            have been changed, but for one that says so.
     """
     return {name: _end(name, path, others) for name in names}
 
@@ -149,11 +151,24 @@ def _diff(path: Path, others: Mapping[str, Path]) -> None:
 
 def _replay(path: Path, **options: Any) -> str:
     params = tensors()
-    journal.replay(path, params, **options)
+    with _unchanged(params):
+        journal.replay(path, params, **options)
     return _hash(params)
 
 
-def _hash(params: dict[str, Tensor]) -> str:
+@contextlib.contextmanager
+def _unchanged(params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Where it is refused, but for weights that came out other than training had them."""
+    before = _hash(params)
+    try:
+        yield
+    except journal.JournalError as error:
+        if "are not those that training had" not in str(error) and _hash(params) != before:
+            raise AssertionError(f"weights are changed: {error}") from error
+        raise
+
+
+def _hash(params: Mapping[str, Tensor]) -> str:
     """A NaN's other bits are the processor's own."""
     return hash_of((name, torch.where(p.isnan(), torch.nan, p)) for name, p in params.items())
 
@@ -164,7 +179,7 @@ def _resume(path: Path) -> None:
         return
     run, before = begin(CASES[name]), path.read_bytes()
     try:
-        with journal.resume(run.made, path):
+        with _unchanged(run.params), journal.resume(run.made, path):
             step(run)
     finally:
         for kept in path.parent.glob(f"{path.name}.cut*"):
