@@ -3,7 +3,7 @@
     make fuzz                              a million inputs, two processes, an hour or two
     python -m tests.fuzz --runs 20000      fewer
     python -m tests.fuzz --seconds 3600    for an hour
-    python -m tests.fuzz --again FILE      an input that was found, once
+    python -m tests.fuzz --again FILE      an input that was found, once, with the lines of a crash
     python -m tests.fuzz.keep              of what was found, what reaches more than the stored ones do, for `make test`
 
 Needs the packages atheris, cmake and ninja. An input may not crash, hang, take 300 MB more than
@@ -48,20 +48,22 @@ def build() -> Path:
     return found
 
 
-def preloaded() -> str:
+def preloaded(*, mutates: bool) -> str:
     """The sanitizers' library with libFuzzer in it has to be there before Python is; libFuzzer looks for a mutator when it
-    is loaded, so what calls ours has to be there too."""
+    is loaded, so what calls ours has to be there too. Without that, the lines of a crash have names: what finds them is no
+    Python, which that needs, and has the same libraries preloaded."""
     mutator = importlib.util.find_spec("atheris.custom_mutator")
     assert mutator is not None
     assert mutator.origin is not None
-    return f"{Path(mutator.origin).parents[1] / 'asan_with_fuzzer.so'} {mutator.origin}"
+    sanitizers = str(Path(mutator.origin).parents[1] / "asan_with_fuzzer.so")
+    return f"{sanitizers} {mutator.origin}" if mutates else sanitizers
 
 
-def start(extension: Path, arguments: list[str], number: int) -> subprocess.Popen[bytes]:
+def start(extension: Path, arguments: list[str], number: int, *, mutates: bool) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         WORKER: str(extension),
-        "LD_PRELOAD": preloaded(),
+        "LD_PRELOAD": preloaded(mutates=mutates),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OMP_NUM_THREADS": "1",
@@ -86,7 +88,6 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    del os.environ["LD_PRELOAD"]  # what is begun here, to name the lines of a crash, is not Python
     use(Path(os.environ[WORKER]))
     importlib.import_module("zokern.optim")  # what is fuzzed is the journal: coverage of that
 
@@ -160,8 +161,8 @@ def main() -> int:
     passed = [f"--runs={args.runs}", f"--seconds={args.seconds}", f"--seed={args.seed}"]
     passed += [f"--again={args.again.resolve()}"] if args.again else []
     print(f"{jobs} processes, {args.runs} inputs each, seed {args.seed}", flush=True)
-    codes = [process.wait() for process in [start(extension, passed, i) for i in range(jobs)]]
-    print(f"exit codes {codes}" + ("" if not any(codes) else f"; what was found is in {FOUND}"))
+    codes = [process.wait() for process in [start(extension, passed, i, mutates=not args.again) for i in range(jobs)]]
+    print(f"exit codes {codes}" + (f"; what was found is in {FOUND}, run it with --again" if any(codes) else ""))
     return int(any(codes))
 
 

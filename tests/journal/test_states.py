@@ -17,6 +17,7 @@ import torch
 
 import zokern
 from tests.fuzz import records
+from tests.fuzz.targets import Blocks
 from tests.journal.test_journal import Toy, command, read_all, same, weights, written
 from tests.models import toy
 from tests.net import store
@@ -392,6 +393,39 @@ def test_a_hash_from_before_a_group_came_is_of_the_weights_that_were_there(tmp_p
             replayed(1, names)
     with pytest.raises(journal.JournalError, match="after 1 steps are not those that training had: something else"):
         session(second="before")
+
+
+@pytest.mark.parametrize("way", ["resume", "append"])
+def test_a_run_is_taken_up_while_many_directions_wait(way, tmp_path):
+    """More of a step than are ever searched for: the journal itself says which seeds they have."""
+    path, base = tmp_path / "run.zkj", Blocks()
+
+    def optimizer(model: Blocks) -> zokern.MeZO:
+        many = {"distribution": "lowrank:1", "placement": "forward", "fold_every": 3, "num_samples": 70}
+        return zokern.MeZO(model, 1e-3, **many)
+
+    model = copy.deepcopy(base)
+    run = optimizer(model)
+    with journal.write(run, path):
+        run.step(model)
+        run.step(model)
+        state, bare, there = copy.deepcopy(run.state_dict()), weights(model), path.read_bytes()
+        for _ in range(3):
+            run.step(model)
+    path.write_bytes(there)  # as it was when the run was killed
+    again = copy.deepcopy(base)
+    other = optimizer(again)
+    if way == "append":
+        with torch.no_grad():
+            for p, saved in zip(again.parameters(), bare, strict=True):
+                p.copy_(saved)
+        other.load_state_dict(state)
+    with getattr(journal, way)(other, path):
+        for _ in range(3):
+            other.step(again)
+    assert same(weights(again), weights(model))
+    assert journal.replay(path, base, fold=False).verified
+    assert same(weights(base), weights(model))
 
 
 # ------------------------------------------------------------------------------------------------------ both formats

@@ -18,6 +18,7 @@ from zokern.journal.reader import Mark, Reader
 from zokern.journal.record import Recorder
 from zokern.journal.recording import recording, refuse_second
 from zokern.journal.run import OF_A_RUN, refuse_another_run
+from zokern.journal.signatures import Directions
 from zokern.optim import frameworks
 from zokern.optim.base import ZerothOrderOptimizer
 
@@ -63,7 +64,8 @@ def append(
                 mark = _mark_of(
                     check(here, optimizer.weights(), steps, _SHORT), optimizer, steps, folded=arrived is not None
                 )
-                end, crc, waiting = _go_to(reader, steps, mark)
+                directions = Directions(optimizer.seed)
+                end, crc, waiting = _go_to(reader, steps, mark, directions)
                 if arrived is None:
                     _refuse_other_waiting(optimizer, here, waiting)
             layout, frames, recorder = reader.layout, list(reader.frames), None
@@ -71,7 +73,7 @@ def append(
                 if file is not None:
                     cut(path, file, end, warn=False)
                     recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout, lag)
-                    recorder.know(reader.signatures, frames)
+                    recorder.know(reader.signatures, frames, directions)
         with recording(optimizer, recorder, path):
             if recorder is not None and arrived is not None and not (mark is not None and mark.folded):
                 recorder.folded(arrived)
@@ -104,13 +106,14 @@ def _mark_of(reader: Reader, optimizer: ZerothOrderOptimizer, steps: int, *, fol
     return None
 
 
-def _go_to(reader: Reader, steps: int, mark: Mark | None) -> tuple[int, int, int]:
-    """Reads to the end of the mark, or of the last of so many steps. Where that is, with the checksum there, and how many
-    steps' updates wait there."""
+def _go_to(reader: Reader, steps: int, mark: Mark | None, directions: Directions) -> tuple[int, int, int]:
+    """Reads to the end of the mark, or of the last of so many steps, directions too. Where that is, with the checksum
+    there, and how many steps' updates wait there."""
     waiting = 0
     if mark is not None or steps > reader.done:
         for step in reader.steps() if mark is None else itertools.islice(reader.steps(), mark.records):
             if not step.flags & BROKEN_OFF:
+                directions.read(step)
                 waiting = waiting + 1 if any(one.get("deferred") for one in step.signature["passes"]) else 0
             if mark is None and reader.done == steps:
                 break

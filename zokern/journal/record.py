@@ -43,9 +43,11 @@ class Recorder:
         self.arrive: Callable[[], None] | None = None
         self._lrs: tuple[tuple[float | Tensor, ...], Tensor] = (), NAN
 
-    def know(self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame]) -> None:
-        """What the journal has where this one goes on: its first signatures, and each one's last numbers."""
-        self.signatures.know(signatures, frames)
+    def know(
+        self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame], directions: Directions
+    ) -> None:
+        """What the journal has where this one goes on (signatures.py)."""
+        self.signatures.know(signatures, frames, directions)
 
     def before_step(self) -> None:
         """Refuses, before anything is changed, a step whose record could not follow on the last one's."""

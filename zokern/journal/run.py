@@ -24,6 +24,7 @@ from zokern.journal.ranks import agreed, at_hand, is_first
 from zokern.journal.reader import Reader
 from zokern.journal.record import Recorder
 from zokern.journal.recording import recording, refuse_second
+from zokern.journal.signatures import Directions
 from zokern.optim import frameworks, state
 from zokern.optim.base import ZerothOrderOptimizer
 
@@ -146,13 +147,14 @@ def resume(
             with agreed(optimizer, "journal.resume", path):
                 reader, params = _fitting(optimizer, reader), optimizer.weights()
             with agreed(optimizer, "journal.resume", path):
-                end, crc, layout, frames = _play(optimizer, reader, params)
+                directions = Directions(optimizer.seed)
+                end, crc, layout, frames = _play(optimizer, reader, params, directions)
             recorder = None
             with agreed(optimizer, "journal.resume", path):
                 if file is not None:
                     cut(path, file, end, warn=reader.torn)
                     recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout, lag)
-                    recorder.know(reader.signatures, frames)
+                    recorder.know(reader.signatures, frames, directions)
         with recording(optimizer, recorder, path):
             yield optimizer.counters["steps"]
 
@@ -191,10 +193,10 @@ def _fitting(optimizer: ZerothOrderOptimizer, reader: Reader) -> Reader:
 
 
 def _play(
-    optimizer: ZerothOrderOptimizer, reader: Reader, params: Mapping[str, torch.Tensor]
+    optimizer: ZerothOrderOptimizer, reader: Reader, params: Mapping[str, torch.Tensor], directions: Directions
 ) -> tuple[int, int, dict[str, Any], list[journal.Frame]]:
-    """Does the steps of a journal again. Where its last step that was done ends, with the checksum, the layout and the
-    frames there."""
+    """Does the steps of a journal again, and has their directions read. Where its last step that was done ends, with the
+    checksum, the layout and the frames there."""
 
     def state_of(p: torch.Tensor, name: str) -> torch.Tensor:
         return state.of(optimizer.state, p, optimizer.state_spec)[name]
@@ -224,6 +226,7 @@ def _play(
                 player.play(broken)
             pending.clear()
             dropped = player.play(step)
+            directions.read(step)
             optimizer.remember_updates(step.number, player.deferred(step), folded=step.fold)
             kept = reader.end, reader.crc, reader.layout, list(reader.frames)
             skipped += bool(step.flags & SKIPPED)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zokern.contract.streams import derive_seed
 from zokern.journal import format as journal
+from zokern.journal.reader import Step
 from zokern.optim.events import StepEvent
 from zokern.passes.spec import PassNumbers, PassSpec
 
@@ -34,6 +35,13 @@ class Directions:
         if len(self.known) > 2 * KEPT:
             for seed in list(self.known)[:KEPT]:
                 del self.known[seed]
+
+    def read(self, step: Step) -> None:
+        """What a journal says of a step's updates that wait: a later step's pass has their directions."""
+        for one in step.signature["passes"]:
+            for age, k in one["seeds"] if one.get("deferred") else ():
+                at = step.number - age
+                self.learn({derive_seed(self.run_seed, at, k): k}, at)
 
     def name(self, seed: int, step: int) -> tuple[int, int]:
         """
@@ -68,8 +76,11 @@ class Signatures:
         self.frames: list[journal.Frame] = []
         self._quick: dict[Hashable, tuple[int, list[PassSpec]]] = {}  # specs are held: their ids stand for them
 
-    def know(self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame]) -> None:
-        """What the journal has where this one goes on: its first signatures, and each one's last numbers."""
+    def know(
+        self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame], directions: Directions
+    ) -> None:
+        """What the journal has where this one goes on: its first signatures, each one's last numbers, its directions."""
+        self.directions = directions
         self.numbers = {json.dumps(signature): i for i, signature in enumerate(signatures[: len(frames)])}
         self.frames = [np.array(frame) for frame in frames]
 
