@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -100,20 +101,30 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"is {close[0]!r} meant?" if close else ""
 
 
-def brief(value: object) -> str:
-    """As repr() has it, cut where that is long."""
+def brief(value: object, start: int = 0) -> str:
+    """As repr() has it, cut where that is long: from `start` on."""
     text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]} ..."
+    if len(text) <= 120:
+        return text
+    return f"{'... ' * bool(start)}{text[start : start + 100]}{' ...' * (start + 100 < len(text))}"
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
 
 
 def difference(name: str, a: object, b: object) -> tuple[str, str, str]:
-    """What differs, and the two values, in words; of settings, the first one that does."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        missing = object()
-        one = next(key for key in [*b, *a] if a.get(key, missing) != b.get(key, missing))
-        left, right = (brief(settings[one]) if one in settings else "missing" for settings in (a, b))
-        return f"{name}[{brief(one)}]", left, right
-    return name, brief(a), brief(b)
+    """What differs, and the two values, in words; of settings, the first one that does; of long texts, the place."""
+    while isinstance(a, dict) and isinstance(b, dict):
+        one = next(key for key in [*b, *a] if a.get(key, _MISSING) != b.get(key, _MISSING))
+        name, a, b = f"{name}[{brief(one)}]", a.get(one, _MISSING), b.get(one, _MISSING)
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(repr(a), repr(b), strict=False))
+    start = max(sum(1 for _ in alike) - 40, 0)
+    return name, brief(a, start), brief(b, start)
 
 
 def describe(t: Tensor) -> str:

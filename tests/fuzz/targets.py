@@ -82,9 +82,11 @@ def begin(case: Case) -> Run:
     return Run(made, params, lambda: sum(p.float().square().mean() for p in params.values()))  # type: ignore[return-value]
 
 
-def tensors() -> dict[str, Tensor]:
-    """The weights that any of the cases starts from."""
-    return weights() | {name: p.detach() for name, p in Blocks().named_parameters()}
+def tensors(header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that its case starts from."""
+    case = CASES.get(case_of(header))
+    blocks = case is not None and case.blocks
+    return {name: p.detach() for name, p in Blocks().named_parameters()} if blocks else weights()
 
 
 class End(NamedTuple):
@@ -150,7 +152,7 @@ def _diff(path: Path, others: Mapping[str, Path]) -> None:
 
 
 def _replay(path: Path, **options: Any) -> str:
-    params = tensors()
+    params = tensors(journal.Reader(path).header)
     with _unchanged(params):
         journal.replay(path, params, **options)
     return _hash(params)

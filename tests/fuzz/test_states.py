@@ -7,6 +7,7 @@ import random
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,8 +59,16 @@ def test_changed_states_are_refused_or_loaded() -> None:
     assert tried / 20 < taken < tried / 2
 
 
-@pytest.mark.parametrize("value", [torch.zeros(2), [0.9, torch.zeros(2)], [0.9, (torch.zeros(0),)]])
+ITSELF: list[Any] = [0.9]
+ITSELF.append(ITSELF)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.zeros(2), [0.9, torch.zeros(2)], [0.9, (torch.zeros(0),)], np.zeros(2), [0.9, np.zeros(2)], ITSELF],
+)
 def test_a_tensor_is_no_setting(value: Any) -> None:
+    """Nor what cannot be compared with one."""
     state = saved("adam")
     state["zokern"]["options"]["betas"] = value
     assert not load("adam", state, later=True)

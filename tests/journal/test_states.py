@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 
 import zokern
 from tests.fuzz import records
-from tests.fuzz.targets import Blocks
 from tests.journal.test_journal import Toy, command, read_all, same, weights, written
 from tests.models import toy
 from tests.net import store
@@ -346,86 +344,6 @@ def test_what_the_last_wanted_step_lacks_is_known_before_the_first(tmp_path):
         assert same(list(few.values()), base[:2])
     assert journal.replay(path, few, until=late, verify=False) == late
     assert not same(list(few.values()), base[:2])
-
-
-def test_a_hash_from_before_a_group_came_is_of_the_weights_that_were_there(tmp_path):
-    """The run is killed after it; it goes on as the message advises, and is verified where the hash is."""
-    path, x = tmp_path / "a.zkj", torch.ones(2, 3)
-    base = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    parts = list(base[0].parameters()), list(base[1].parameters())
-
-    def session(*, first: bool = False, second: str = "", changed: bool = False) -> list[torch.Tensor]:
-        model = copy.deepcopy(base)
-        optimizer = zokern.MeZO(list(model[0].parameters()), 1e-2)
-        late = {"params": list(model[1].parameters())}
-        if second == "before":
-            optimizer.add_param_group(late)
-        with journal.write(optimizer, path) if first else journal.resume(optimizer, path):
-            optimizer.step(lambda: model(x).square().mean())
-            if changed:
-                model[0].bias.data.add_(1)
-            if second == "inside":
-                optimizer.add_param_group(late)
-                optimizer.step(lambda: model(x).square().mean())
-                shutil.copy(path, tmp_path / "killed.zkj")
-        return weights(model)
-
-    def replayed(until: int, names: int = 4) -> list[torch.Tensor]:
-        some = {f"parameter {i}": p.detach().clone() for i, p in enumerate([*parts[0], *parts[1]][:names])}
-        assert journal.replay(path, some, until=until).verified
-        return list(some.values())
-
-    ended = session(first=True)
-    assert same(replayed(1), ended)  # more tensors than the run had
-    assert same(replayed(1, names=2), ended[:2])
-    session(second="inside")
-    (tmp_path / "killed.zkj").replace(path)  # as it was when the run was killed: its last hash is of one group
-    reader = journal.Reader(path)
-    assert [step.number for step in reader.steps()] == [0, 1, 2]
-    assert [mark.done for mark in reader.marks] == [1]
-    assert same(replayed(1), ended)
-    ended = session(second="before")
-    assert same(replayed(4), ended)
-    path.unlink()
-    session(first=True, changed=True)
-    for names in (2, 4):  # other weights are still noticed
-        with pytest.raises(journal.JournalError, match="the weights after 1 steps are not those that training had"):
-            replayed(1, names)
-    with pytest.raises(journal.JournalError, match="after 1 steps are not those that training had: something else"):
-        session(second="before")
-
-
-@pytest.mark.parametrize("way", ["resume", "append"])
-def test_a_run_is_taken_up_while_many_directions_wait(way, tmp_path):
-    """More of a step than are ever searched for: the journal itself says which seeds they have."""
-    path, base = tmp_path / "run.zkj", Blocks()
-
-    def optimizer(model: Blocks) -> zokern.MeZO:
-        many = {"distribution": "lowrank:1", "placement": "forward", "fold_every": 3, "num_samples": 70}
-        return zokern.MeZO(model, 1e-3, **many)
-
-    model = copy.deepcopy(base)
-    run = optimizer(model)
-    with journal.write(run, path):
-        run.step(model)
-        run.step(model)
-        state, bare, there = copy.deepcopy(run.state_dict()), weights(model), path.read_bytes()
-        for _ in range(3):
-            run.step(model)
-    path.write_bytes(there)  # as it was when the run was killed
-    again = copy.deepcopy(base)
-    other = optimizer(again)
-    if way == "append":
-        with torch.no_grad():
-            for p, saved in zip(again.parameters(), bare, strict=True):
-                p.copy_(saved)
-        other.load_state_dict(state)
-    with getattr(journal, way)(other, path):
-        for _ in range(3):
-            other.step(again)
-    assert same(weights(again), weights(model))
-    assert journal.replay(path, base, fold=False).verified
-    assert same(weights(base), weights(model))
 
 
 # ------------------------------------------------------------------------------------------------------ both formats

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def _go_to(reader: Reader, steps: int, mark: Mark | None, directions: Directions
     there, and how many steps' updates wait there."""
     waiting = 0
     if mark is not None or steps > reader.done:
-        for step in reader.steps() if mark is None else itertools.islice(reader.steps(), mark.records):
+        for step in reader.steps(None if mark is None else mark.end):
             if not step.flags & BROKEN_OFF:
                 directions.read(step)
                 waiting = waiting + 1 if any(one.get("deferred") for one in step.signature["passes"]) else 0

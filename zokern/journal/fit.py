@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from zokern.hashing import hash_of
 from zokern.journal.format import JournalError
-from zokern.journal.player import Player, names_of
+from zokern.journal.player import Player
 from zokern.journal.reader import Reader, Step
 
 _COPY = "take another copy"
@@ -77,16 +77,23 @@ def check_marks(reader: Reader) -> None:
             )
 
 
-def is_base(reader: Reader, params: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights that the run started from."""
-    step = next(Reader(reader.path).steps(), None)
-    return has_hash(params, reader.header["base"], () if step is None else names_of(step.layout))
+def is_base(reader: Reader, params: Mapping[str, Tensor], known: Collection[str] | None = None) -> bool:
+    """Whether these are the weights that the run started from. Those of groups that came later are not in its hash; they
+    have to be among those that are known, None: any."""
+    beginning = Reader(reader.path)
+    next(beginning.steps(), None)
+    return _has_hash(params, reader.header["base"], beginning.first, params if known is None else known)
 
 
-def has_hash(params: Mapping[str, Tensor], wanted: str, names: Iterable[str]) -> bool:
-    """Whether a hash in the journal is of these weights. Those of groups that came after it are not in it: then of those
-    that have these names, which are all that its run had."""
-    if hash_of(params.items()) == wanted:
-        return True
-    own = [name for name in names if name in params]
-    return 0 < len(own) < len(params) and hash_of((name, params[name]) for name in own) == wanted
+def has_hash(params: Mapping[str, Tensor], wanted: str, here: Reader, whole: Reader) -> bool:
+    """Whether a hash in the journal is of these weights. Those of groups that came after it are not in it: then it is of
+    those that the run had there. here: read up to there; whole: to the end, which has to tell of all others."""
+    return _has_hash(params, wanted, here.names or whole.first, whole.names)
+
+
+def _has_hash(params: Mapping[str, Tensor], wanted: str, own: Collection[str], known: Collection[str]) -> bool:
+    """Of all, or of `own` where all others are known. Every rank has the same names, so all gather the same tensors."""
+    found, own = [hash_of(params.items())], [name for name in own if name in params]
+    if 0 < len(own) < len(params) and all(name in known for name in params):
+        found.append(hash_of((name, params[name]) for name in own))
+    return wanted in found

@@ -45,7 +45,6 @@ class Player:
         self.of: list[Member] = []
         self.last = 0  # the step that was played last
         self.checked: object = None  # the layout that was last looked at
-        self._names: set[str] = set()  # of all parameters that had been a run's at the last step
         self._parts: dict[int, parts.Part] = {}  # by the parameter's id
         self._chosen: dict[tuple[int, frozenset[int]], tuple[Any, Chosen, int]] = {}
 
@@ -62,10 +61,10 @@ class Player:
     def _wait(self, members: list[Member], told: tuple[PassSpec, PassNumbers]) -> None:
         if not members:
             return
-        same = [(m.name, m.row) for m in self.members] == [(m.name, m.row) for m in members]
+        own = [[(m.name, m.row, m.tensor_id) for m in of] for of in (self.members, members)]
         seeds = sum(numbers.seeds.numel() for _, numbers in [*self.waiting, told])
         fits = len(self.waiting) < MAX_STAGES and seeds <= MAX_CHAIN_SEEDS
-        if not (same and fits and _rule_of({spec.rule for spec, _ in [*self.waiting, told]})):
+        if not (own[0] == own[1] and fits and _rule_of({spec.rule for spec, _ in [*self.waiting, told]})):
             self.flush()
         if not self.waiting:  # a rule that comes later may have states that the members so far have not
             self.members = members
@@ -128,7 +127,6 @@ class Player:
         if key not in self._chosen:
             if len(self._chosen) == _KEPT:
                 self._chosen.clear()
-            self._names.update(names_of(step.layout))
             self._chosen[key] = step.layout, *self._choose(step.layout, dropped)
         return dropped, *self._chosen[key][1:]
 
@@ -151,10 +149,6 @@ class Player:
                 raise JournalError(f"{self.reader.path}: {told}")
             chosen.append((p, tensor_id, rows.setdefault((group, key), len(rows)), name))
         return chosen, len(rows)
-
-    def names(self) -> set[str]:
-        """Of all parameters that the run has had up to here."""
-        return self._names.union(names_of(self.reader.layout))
 
     def deferred(self, step: Step) -> list[PassNumbers]:
         """The updates of a step that wait."""
@@ -202,10 +196,6 @@ class Player:
             yield one, spec, PassNumbers(seeds_of, coefs, shared, told)
 
 
-def names_of(layout: Mapping[str, Any]) -> list[str]:
-    return [name for _, name, *_ in layout.get("params", ())]
-
-
 def _rule_of(rules: set[Rule]) -> Rule | None:
     """The rule of a chain with stages of these rules, None where no chain has them all."""
     if {rule.name for rule in rules} == {"scaled_axpy"}:
@@ -235,7 +225,7 @@ def fresh_states(header: Mapping[str, Any]) -> States:
         dtype, initial = header["states"][name]
         key = id(p), name
         if key not in made:
-            made[key] = torch.full(parts.local(p).shape, initial, dtype=getattr(torch, dtype), device=p.device)
+            made[key] = torch.full(parts.local(p).shape, float(initial), dtype=getattr(torch, dtype), device=p.device)
         return made[key]
 
     return of

@@ -83,7 +83,8 @@ class Reader:
     """Reads a journal from its beginning, one record at a time; the header at once.
 
     After the last step, `state` is one of the four above, `end` is where the last good record ends, `crc` its checksum,
-    `size` the file's, `done` the number of steps, `records` also counts those that were broken off, and folds.
+    `size` the file's, `done` the number of steps, `records` also counts those that were broken off, and folds. `first`:
+    the names of the parameters that were trained in the beginning; `names`: of all that have been up to here.
     """
 
     path: Path
@@ -96,6 +97,8 @@ class Reader:
     done: int = 0
     records: int = 0
     layout: dict[str, Any] = field(default_factory=dict)
+    first: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
     marks: list[Mark] = field(default_factory=list)
     signatures: list[dict[str, Any]] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
@@ -163,8 +166,8 @@ class Reader:
             raise self._fail(f"the {what} at byte {at} is no JSON object")
         return value
 
-    def steps(self) -> Iterator[Step]:
-        """Every step in order. A torn end only sets `state`.
+    def steps(self, end: int | None = None) -> Iterator[Step]:
+        """Every step in order. A torn end only sets `state`. end: what the file has from this byte on is not read.
 
         Raises:
             JournalError: where it is damaged.
@@ -173,7 +176,7 @@ class Reader:
         try:
             with self.path.open("rb") as file:
                 file.seek(self.end)
-                while (body := self._next(file)) is not None:
+                while (end is None or self.end < end) and (body := self._next(file)) is not None:
                     at, kind = self.end, body[0] & 15
                     self.end, self.state = file.tell(), UNVERIFIED
                     step = None
@@ -213,7 +216,8 @@ class Reader:
         if kind == LAYOUT:
             layout = self._json(body[1:], "layout", at)
             checks.layout(layout)
-            self.layout = layout
+            names = frozenset(name for _, name, *_ in layout["params"])
+            self.layout, self.first, self.names = layout, self.first or names, self.names | names
         elif kind == SIGNATURE:
             signature = self._json(body[1:], "signature", at)
             numbers = checks.signature(signature, self.header["states"], FOLDS in self.header.get("features", []))

@@ -202,7 +202,7 @@ def _play(
         return state.of(optimizer.state, p, optimizer.state_spec)[name]
 
     looked_at = [mark for mark in reader.marks if not mark.broken_off][-1:]  # a broken off step's weights are gone
-    reader = Reader(reader.path)
+    whole, reader = reader, Reader(reader.path)
     player = Player(reader, params, state_of, optimizer.backend)
     done, skipped, pending = reader.done, 0, []
     kept = reader.end, reader.crc, reader.layout, list(reader.frames)
@@ -210,7 +210,7 @@ def _play(
     def compare() -> None:
         if looked_at and looked_at[0].records == reader.records:
             player.flush()
-            if not has_hash(params, looked_at[0].hash, player.names()):
+            if not has_hash(params, looked_at[0].hash, reader, whole):
                 raise JournalError(
                     f"{reader.path}: the weights after {done} steps are not those that training had: something else "
                     "changed them while it was written, so the run cannot be taken up from it; load the base weights again"
