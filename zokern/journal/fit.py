@@ -77,12 +77,11 @@ def check_marks(reader: Reader) -> None:
             )
 
 
-def is_base(reader: Reader, params: Mapping[str, Tensor], known: Collection[str] | None = None) -> bool:
-    """Whether these are the weights that the run started from. Those of groups that came later are not in its hash; they
-    have to be among those that are known, None: any."""
+def is_base(reader: Reader, params: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights that the run started from. Those of groups that came later are not in its hash."""
     beginning = Reader(reader.path)
     next(beginning.steps(), None)
-    return _has_hash(params, reader.header["base"], beginning.first, params if known is None else known)
+    return _has_hash(params, reader.header["base"], beginning.first, params)
 
 
 def has_hash(params: Mapping[str, Tensor], wanted: str, here: Reader, whole: Reader) -> bool:

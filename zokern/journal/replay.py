@@ -118,12 +118,7 @@ def _replay(
 def _expected(reader: Reader, params: Mapping[str, Tensor], until: int | None) -> str | None:
     """The hash that the weights must have in the end. None, with a warning, if there is none of `until`."""
     check_marks(reader)
-    if not is_base(reader, params, reader.names):
-        beside = [name for name in params if name not in reader.names]
-        if beside and is_base(reader, params):
-            raise JournalError(
-                f"{reader.path}: {beside[0]!r} is given, and the run has no such weights; give its base model and no more"
-            )
+    if not is_base(reader, params):
         raise JournalError(
             f"{reader.path}: the weights given are not those that the run started from; give its base model. What the "
             "script drew itself, an adapter's weights or a new head's, has to be the same: draw it with the same seed"
