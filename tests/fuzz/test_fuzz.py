@@ -254,6 +254,18 @@ def test_what_cannot_be_is_refused_before_a_pass(
     assert not any(t.any() for t in w.values())
 
 
+def test_a_state_may_begin_with_a_whole_number_of_any_size(tmp_path: Path) -> None:
+    """JSON has no other kind of number: what a float32 can hold is one, also beyond 64 bits."""
+    path, found = tmp_path / "run.zkj", []
+    for initial in (10**30, 1e30):
+        w = torch.ones(4097)
+        journal_with(path, {"m": ["float32", initial]}, layout_of(W), signature_of("momentum", 1, 7))
+        assert journal.replay(path, {"w": w}, verify=False) == 1
+        found.append(w)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], torch.ones(4097))
+
+
 def test_each_state_of_the_methods_is_one_that_a_journal_may_have() -> None:
     """The checks' table comes from the rules; a method whose states it refuses could write no journal."""
     for rule in RULES.values():
