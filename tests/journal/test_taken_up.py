@@ -151,6 +151,21 @@ def test_a_group_that_comes_before_the_first_step(steps: int, tmp_path: Path) ->
     assert same(weights(base), weights(model))
 
 
+def test_a_tensor_that_is_frozen_when_the_journal_begins(tmp_path: Path) -> None:
+    """The hash of what the run started from has it; what is trained then has not."""
+    path, model = tmp_path / "run.zkj", nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    given = {f"parameter {i}": p.detach().clone() for i, p in enumerate(model.parameters())}
+    model[0].bias.requires_grad_(False)
+    run = zokern.MeZO(list(model[0].parameters()), 1e-2)
+    with journal.write(run, path):
+        model[0].bias.requires_grad_(True)
+        run.step(lambda: model(X).square().mean())
+        run.add_param_group({"params": list(model[1].parameters())})
+        run.step(lambda: model(X).square().mean())
+    assert journal.replay(path, given).verified
+    assert same(list(given.values()), weights(model))
+
+
 def test_what_stands_between_the_last_step_and_a_hash_is_read_where_a_run_goes_on_there(tmp_path: Path) -> None:
     """A run is killed after the signature of a step; it is taken up, and left, there; its checkpoint goes on there."""
     path, model = tmp_path / "run.zkj", nn.Linear(3, 4)

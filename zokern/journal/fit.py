@@ -78,10 +78,11 @@ def check_marks(reader: Reader) -> None:
 
 
 def is_base(reader: Reader, params: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights that the run started from. Those of groups that came later are not in its hash."""
+    """Whether these are the weights that the run started from. Those of groups that came later are not in its hash; those
+    that were frozen when the journal began are, and the first step may have them."""
     beginning = Reader(reader.path)
     next(beginning.steps(), None)
-    return _has_hash(params, reader.header["base"], beginning.first, params)
+    return any(_has_hash(params, reader.header["base"], own, params) for own in (beginning.first, beginning.names))
 
 
 def has_hash(params: Mapping[str, Tensor], wanted: str, here: Reader, whole: Reader) -> bool:
