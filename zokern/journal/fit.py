@@ -82,18 +82,23 @@ def is_base(reader: Reader, params: Mapping[str, Tensor]) -> bool:
     that were frozen when the journal began are, and the first step may have them."""
     beginning = Reader(reader.path)
     next(beginning.steps(), None)
-    return any(_has_hash(params, reader.header["base"], own, params) for own in (beginning.first, beginning.names))
+    return _has_hash(params, reader.header["base"], dict.fromkeys((beginning.first, beginning.names)), params)
 
 
 def has_hash(params: Mapping[str, Tensor], wanted: str, here: Reader, whole: Reader) -> bool:
     """Whether a hash in the journal is of these weights. Those of groups that came after it are not in it: then it is of
     those that the run had there. here: read up to there; whole: to the end, which has to tell of all others."""
-    return _has_hash(params, wanted, here.names or whole.first, whole.names)
+    return _has_hash(params, wanted, [here.names or whole.first], whole.names)
 
 
-def _has_hash(params: Mapping[str, Tensor], wanted: str, own: Collection[str], known: Collection[str]) -> bool:
-    """Of all, or of `own` where all others are known. Every rank has the same names, so all gather the same tensors."""
-    found, own = [hash_of(params.items())], [name for name in own if name in params]
-    if 0 < len(own) < len(params) and all(name in known for name in params):
-        found.append(hash_of((name, params[name]) for name in own))
+def _has_hash(
+    params: Mapping[str, Tensor], wanted: str, parts: Collection[Collection[str]], known: Collection[str]
+) -> bool:
+    """Of all, or of a part where all others are known. Every rank has the same names, so all gather the same tensors, in
+    one order: none stops at the first hash that fits."""
+    found = [hash_of(params.items())]
+    for part in parts if all(name in known for name in params) else ():
+        own = [name for name in part if name in params]
+        if 0 < len(own) < len(params):
+            found.append(hash_of((name, params[name]) for name in own))
     return wanted in found
