@@ -24,8 +24,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.fuzz import kept
+from tests.fuzz.kept import FOUND
+
 ROOT = Path(__file__).parents[2]
-BUILD, FOUND = ROOT / "build" / "sanitized", ROOT / "build" / "fuzz"
+BUILD = ROOT / "build" / "sanitized"
 WORKER = "ZOKERN_FUZZ_WORKER"
 SECONDS, MORE_MB, MAX_BYTES = 20, 300, 1 << 16
 
@@ -92,7 +95,7 @@ def work(args: argparse.Namespace) -> None:
     importlib.import_module("zokern.optim")  # what is fuzzed is the journal: coverage of that
 
     with atheris.instrument_imports(include=["zokern.journal", "zokern.cli.journals"]):
-        from tests.fuzz import corpus, kept, records, targets
+        from tests.fuzz import corpus, records, targets
 
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     path, stored = folder / "run.zkj", corpus.stored()

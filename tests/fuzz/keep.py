@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz import corpus, kept, records, targets
+from tests.fuzz.kept import FOUND
 from tests.fuzz.reach import features
 from zokern.journal.format import VERSION
 
-FOUND = Path(__file__).parents[2] / "build" / "fuzz"
 Features = frozenset[Hashable]
 
 

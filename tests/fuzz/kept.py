@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parents[1] / "data"
+FOUND = Path(__file__).parents[2] / "build" / "fuzz"  # where a run leaves its inputs
 
 
 def name_of(data: bytes) -> str:

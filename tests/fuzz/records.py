@@ -107,15 +107,16 @@ def changed_json(text: bytes, rng: random.Random) -> bytes:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return changed_bytes(text, rng)
-    if not any(True for _ in places(value)):
+    if not change(value, rng):
         return json.dumps(rng.choice(HOSTILE)).encode()
-    change(value, rng)
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def change(value: Any, rng: random.Random, hostile: Sequence[Any] = HOSTILE) -> None:
-    """One entry at any depth is another one, or is missing, or is there twice."""
+def change(value: Any, rng: random.Random, hostile: Sequence[Any] = HOSTILE) -> bool:
+    """One entry at any depth is another one, or is missing, or is there twice. False where there is none."""
     found = list(places(value))
+    if not found:
+        return False
     holder, key = rng.choice(found)
     what = rng.random()
     if what < 0.1:
@@ -131,6 +132,7 @@ def change(value: Any, rng: random.Random, hostile: Sequence[Any] = HOSTILE) -> 
         holder[key] = copy.deepcopy(other[theirs])
     else:
         holder[key] = copy.deepcopy(rng.choice(hostile))
+    return True
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:

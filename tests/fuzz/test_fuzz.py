@@ -19,7 +19,6 @@ from zokern import journal, sweep
 from zokern.contract.rules import RULES
 from zokern.journal import checks
 from zokern.journal import format as journal_format
-from zokern.journal.format import VERSION
 from zokern.passes.operands import Operands
 from zokern.passes.spec import AXPY, PassNumbers
 
@@ -119,7 +118,7 @@ def test_an_input_is_made_as_small_as_it_can_be() -> None:
     data = STORED["adam"].read_bytes()
     small = keep.smaller(data, look, frozenset(["first_step"]))
     header, bodies, version = records.take_apart(small)
-    assert (json.loads(header).keys(), bodies, version) == ({"first_step"}, [], VERSION)
+    assert (json.loads(header).keys(), bodies, version) == ({"first_step"}, [], journal_format.VERSION)
     small = keep.smaller(data, look, frozenset(["first_step", "rows"]))
     header, bodies, _ = records.take_apart(small)
     assert (json.loads(header).keys(), len(bodies)) == ({"first_step"}, 1)

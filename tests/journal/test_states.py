@@ -367,9 +367,7 @@ def test_a_journal_of_format_1_is_written_on_as_that(name, tmp_path):
 
 def test_features_that_a_reader_does_not_know_are_refused(tmp_path):
     path, _, _ = written(tmp_path, 1)
-    header = {**journal.Reader(path).header, "features": ["folds"]}
-    with path.open("wb") as file:
-        journal_format.start(file, header)
+    rewritten(path, features=["folds"])
     with pytest.raises(
         journal.JournalError, match=r"'folds', which this zokern does not know; install a newer zokern$"
     ):

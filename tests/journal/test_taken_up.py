@@ -22,11 +22,9 @@ from zokern.journal import format as journal_format
 X = torch.ones(2, 3)
 
 
-def test_a_hash_from_before_a_group_came_is_of_the_weights_that_were_there(tmp_path):
+def test_a_hash_from_before_a_group_came_is_of_the_weights_that_were_there(tmp_path: Path) -> None:
     """The run is killed after it; it goes on as the message advises, and is verified where the hash is."""
-    path, x = tmp_path / "a.zkj", torch.ones(2, 3)
-    base = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    parts = list(base[0].parameters()), list(base[1].parameters())
+    path, base = tmp_path / "a.zkj", nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
 
     def session(*, first: bool = False, second: str = "", changed: bool = False) -> list[torch.Tensor]:
         model = copy.deepcopy(base)
@@ -35,17 +33,17 @@ def test_a_hash_from_before_a_group_came_is_of_the_weights_that_were_there(tmp_p
         if second == "before":
             optimizer.add_param_group(late)
         with journal.write(optimizer, path) if first else journal.resume(optimizer, path):
-            optimizer.step(lambda: model(x).square().mean())
+            optimizer.step(lambda: model(X).square().mean())
             if changed:
                 model[0].bias.data.add_(1)
             if second == "inside":
                 optimizer.add_param_group(late)
-                optimizer.step(lambda: model(x).square().mean())
+                optimizer.step(lambda: model(X).square().mean())
                 shutil.copy(path, tmp_path / "killed.zkj")
         return weights(model)
 
     def replayed(until: int, names: int = 4) -> list[torch.Tensor]:
-        some = {f"parameter {i}": p.detach().clone() for i, p in enumerate([*parts[0], *parts[1]][:names])}
+        some = {f"parameter {i}": p for i, p in enumerate(weights(base)[:names])}
         assert journal.replay(path, some, until=until).verified
         return list(some.values())
 
@@ -113,8 +111,8 @@ def test_a_model_with_more_weights_than_the_run_had_is_not_verified(tmp_path: Pa
     run = zokern.MeZO(model, 1e-2)
     with journal.write(run, path):
         run.step(model)
+    said = "the weights after 1 steps are not those that training had"
     for do in (journal.replay, lambda path, other: journal.resume(zokern.MeZO(other, 1e-2), path).__enter__()):
-        said = "the weights after 1 steps are not those that training had"
         with pytest.raises(journal.JournalError, match=said):
             do(path, Grown(beside=True))
 
@@ -137,9 +135,7 @@ def test_a_group_that_comes_before_the_first_step(steps: int, tmp_path: Path) ->
             journal.mark(run)
             run.add_param_group(later(model))
             run.step(lambda: model(X).square().mean())
-    given = {f"parameter {i}": p.detach().clone() for i, p in enumerate(base.parameters())}
-    if not steps:
-        given = dict(list(given.items())[:2])
+    given = {f"parameter {i}": p for i, p in enumerate(weights(base) if steps else weights(base[0]))}
     assert journal.replay(path, {k: v.clone() for k, v in given.items()}, until=0).verified
     assert journal.replay(path, given).verified
     assert same(list(given.values()), weights(model)[: len(given)])
@@ -154,7 +150,7 @@ def test_a_group_that_comes_before_the_first_step(steps: int, tmp_path: Path) ->
 def test_a_tensor_that_is_frozen_when_the_journal_begins(tmp_path: Path) -> None:
     """The hash of what the run started from has it; what is trained then has not."""
     path, model = tmp_path / "run.zkj", nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    given = {f"parameter {i}": p.detach().clone() for i, p in enumerate(model.parameters())}
+    given = {f"parameter {i}": p for i, p in enumerate(weights(model))}
     model[0].bias.requires_grad_(False)
     run = zokern.MeZO(list(model[0].parameters()), 1e-2)
     with journal.write(run, path):
@@ -191,13 +187,13 @@ def test_what_stands_between_the_last_step_and_a_hash_is_read_where_a_run_goes_o
         step(run, model)
         run.add_param_group({"params": [extra]})
         step(run, model)
-    given = {f"parameter {i}": p.detach().clone() for i, p in enumerate([*base.parameters(), torch.ones(2)])}
+    given = {f"parameter {i}": p for i, p in enumerate([*weights(base), torch.ones(2)])}
     assert journal.replay(path, given).verified
     assert same(list(given.values()), [*weights(model), extra.detach()])
 
 
 @pytest.mark.parametrize("way", ["resume", "append"])
-def test_a_run_is_taken_up_while_many_directions_wait(way, tmp_path):
+def test_a_run_is_taken_up_while_many_directions_wait(way: str, tmp_path: Path) -> None:
     """More of a step than are ever searched for: the journal itself says which seeds they have."""
     path, base = tmp_path / "run.zkj", Blocks()
 

@@ -71,8 +71,8 @@ def append(
             with agreed(optimizer, "journal.append", path):
                 if file is not None:
                     cut(path, file, end, warn=False)
-                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout, lag)
-                    recorder.know(reader.signatures, frames, directions)
+                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), directions, layout, lag)
+                    recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
             if recorder is not None and arrived is not None and not (mark is not None and mark.folded):
                 recorder.folded(arrived)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from zokern.hashing import hash_of
 from zokern.journal.format import JournalError
 from zokern.journal.player import Player
 from zokern.journal.reader import Reader, Step
+from zokern.parts import is_dtensor
 
 _COPY = "take another copy"
 _SHORT = "until is {until}, and the journal ends after {done} steps{why}"
@@ -92,13 +93,13 @@ def has_hash(params: Mapping[str, Tensor], wanted: str, here: Reader, whole: Rea
 
 
 def _has_hash(
-    params: Mapping[str, Tensor], wanted: str, parts: Collection[Collection[str]], known: Collection[str]
+    params: Mapping[str, Tensor], wanted: str, parts: Iterable[Collection[str]], known: Collection[str]
 ) -> bool:
-    """Of all, or of a part where all others are known. Every rank has the same names, so all gather the same tensors, in
-    one order: none stops at the first hash that fits."""
-    found = [hash_of(params.items())]
-    for part in parts if all(name in known for name in params) else ():
-        own = [name for name in part if name in params]
-        if 0 < len(own) < len(params):
-            found.append(hash_of((name, params[name]) for name in own))
-    return wanted in found
+    """Of all, or of a part where all others are known."""
+    tried: list[Collection[str]] = [params]
+    if all(name in known for name in params):
+        own = ([name for name in part if name in params] for part in parts)
+        tried += [part for part in own if 0 < len(part) < len(params)]
+    found = (hash_of((name, params[name]) for name in part) for part in tried)
+    # The ranks gather shards together: none stops at the first hash that fits, which another's may not.
+    return wanted in (list(found) if any(map(is_dtensor, params.values())) else found)

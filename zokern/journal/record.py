@@ -33,9 +33,9 @@ class Recorder:
     process ends.
     """
 
-    def __init__(self, writer: journal.Writer, run_seed: int, layout: Any, lag: int | float = LAG) -> None:
+    def __init__(self, writer: journal.Writer, directions: Directions, layout: Any, lag: int | float = LAG) -> None:
         self.writer, self.layout = writer, layout
-        self.signatures = Signatures(writer, Directions(run_seed))
+        self.signatures = Signatures(writer, directions)
         self.behind = Behind(lag)
         self.broken: int | None = None
         self.following: int | None = None
@@ -43,11 +43,9 @@ class Recorder:
         self.arrive: Callable[[], None] | None = None
         self._lrs: tuple[tuple[float | Tensor, ...], Tensor] = (), NAN
 
-    def know(
-        self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame], directions: Directions
-    ) -> None:
-        """What the journal has where this one goes on (signatures.py)."""
-        self.signatures.know(signatures, frames, directions)
+    def know(self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame]) -> None:
+        """What the journal has where this one goes on: its first signatures, and each one's last numbers."""
+        self.signatures.know(signatures, frames)
 
     def before_step(self) -> None:
         """Refuses, before anything is changed, a step whose record could not follow on the last one's."""

@@ -98,7 +98,8 @@ def write(
         with agreed(optimizer, "journal.write", path):
             if is_first(optimizer):
                 file, arrive = stack.enter_context(begun(path, force))
-                recorder = Recorder(journal.start(file, header, sync=sync), optimizer.seed, optimizer.layout(), lag)
+                directions = Directions(optimizer.seed)
+                recorder = Recorder(journal.start(file, header, sync=sync), directions, optimizer.layout(), lag)
                 recorder.writer.append_json(journal.LAYOUT, recorder.layout)
                 recorder.arrive = arrive
         with recording(optimizer, recorder, path):
@@ -153,8 +154,8 @@ def resume(
             with agreed(optimizer, "journal.resume", path):
                 if file is not None:
                     cut(path, file, end, warn=reader.torn)
-                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), optimizer.seed, layout, lag)
-                    recorder.know(reader.signatures, frames, directions)
+                    recorder = Recorder(journal.Writer(file, crc, reader.version, sync), directions, layout, lag)
+                    recorder.know(reader.signatures, frames)
         with recording(optimizer, recorder, path):
             yield optimizer.counters["steps"]
 

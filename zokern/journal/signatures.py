@@ -76,11 +76,8 @@ class Signatures:
         self.frames: list[journal.Frame] = []
         self._quick: dict[Hashable, tuple[int, list[PassSpec]]] = {}  # specs are held: their ids stand for them
 
-    def know(
-        self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame], directions: Directions
-    ) -> None:
-        """What the journal has where this one goes on: its first signatures, each one's last numbers, its directions."""
-        self.directions = directions
+    def know(self, signatures: Sequence[dict[str, Any]], frames: Sequence[journal.Frame]) -> None:
+        """What the journal has where this one goes on: its first signatures, and each one's last numbers."""
         self.numbers = {json.dumps(signature): i for i, signature in enumerate(signatures[: len(frames)])}
         self.frames = [np.array(frame) for frame in frames]
 
