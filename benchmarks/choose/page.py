@@ -9,10 +9,9 @@ from statistics import mean
 from benchmarks.choose import searches
 from benchmarks.choose.searches import LONG, RULES, SAMPLES, Found, found
 from benchmarks.convergence.page import stored as convergence
-from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import page as gpu
 from benchmarks.llm import stored_cpu
-from benchmarks.llm.methods import METHODS
+from benchmarks.llm.methods import METHODS, SEEDS
 from benchmarks.parts import Record, load, made_on, signed, table
 
 LABELS = {"mezo": "MeZO, two-sided"}  # where convergence.md's is too short

@@ -1,6 +1,6 @@
 """How many directions a step: one-sided MeZO with n of them on a small language model, for the same forwards.
 
-    python -m benchmarks.choose.run                       # a quarter of an hour on one core
+    python -m benchmarks.choose.run                       # half an hour on one core
     python -m benchmarks.choose.run --samples 1 4 16 --output FILE   # some of them
     python -m benchmarks.pages docs/choose.md             # its table anew
 
@@ -21,7 +21,9 @@ from rich.progress import Progress
 
 import zokern
 from benchmarks import study
-from benchmarks.convergence.run import SCHEDULE, SEEDS, TASKS, Cache, Method, Search, cache_home
+from benchmarks.convergence.methods import Method
+from benchmarks.convergence.run import TASKS, cache_home
+from benchmarks.convergence.search import CHOOSING, SCHEDULE, SEEDS, Cache, Search
 from benchmarks.convergence.tasks import LanguageModel
 from zokern.bench.record import store
 
@@ -59,7 +61,7 @@ def main() -> int:
             results[name] = found
             loss = found["final"]["loss"]
             progress.console.print(f"[bold]{found['label']}: {loss['mean']:.4f} +- {loss['std']:.4f}[/]")
-    settings = {**config, "schedule": SCHEDULE, "seeds": list(SEEDS)}
+    settings = {**config, "schedule": SCHEDULE, "seeds": list(SEEDS), "choosing": list(CHOOSING)}
     found = {"task": task.describe(), "start": start, "methods": results}
     path = store("samples", torch.device("cpu"), settings, found, options.output)
     print(f"stored {path}; now python -m benchmarks.pages docs/choose.md")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.convergence.page import stored as convergence
-from benchmarks.convergence.run import EPS
+from benchmarks.convergence.search import EPS
 from benchmarks.llm import page as gpu
 from benchmarks.llm import stored_cpu
 from benchmarks.llm.demo import FILE as DEMO

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import context, reviews
-from benchmarks.llm.methods import METHODS, Method, states, step
+from benchmarks.llm.methods import METHODS, SEEDS, Method, states, step
 from benchmarks.llm.packed import Reviews
 from benchmarks.llm.search import best, lower, next_lr, wants_lower
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 import zokern
-from benchmarks.convergence.run import BACKPROPAGATION, adam, lezo
+from benchmarks.convergence.methods import BACKPROPAGATION, ES, ES_N, adam, lezo, low_rank
 from zokern.optim.base import ZerothOrderOptimizer
 
 EPS = 1e-3
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,6 @@ class Method:
 
     def optimizer(self, model: nn.Module, lr: float, seed: int) -> Any:
         return self.build(model, lr=lr, eps=self.eps, seed=seed, **self.settings)
-
-
-def low_rank(model: nn.Module, rank: int, **options: Any) -> zokern.MeZO:
-    return zokern.MeZO(model, distribution=zokern.LowRank(rank), placement="forward", **options)
 
 
 def step(method: Method, optimizer: Any, loss: Callable[[], torch.Tensor]) -> None:
@@ -80,7 +77,6 @@ def states(optimizer: Any) -> dict[str, dict[str, float]]:
     }
 
 
-ES_N = 8
 METHODS: dict[str, Method] = {
     "mezo": Method("MeZO, two-sided", zokern.MeZO, 2, (1e-5, 3e-5, 1e-4)),
     "mezo-onesided": Method(
@@ -93,8 +89,7 @@ METHODS: dict[str, Method] = {
     "mezo-greedy": Method("MeZO-Greedy, M=4", zokern.MeZOGreedy, 5, (1e-5, 3e-5, 1e-4), {"candidates": 4}),
     "fzoo": Method("FZOO, N=8", zokern.FZOO, 9, (1e-6, 3e-6, 1e-5), {"candidates": 8}),
     "es": Method(
-        "ES, N=8 antithetic", zokern.ES, 2 * ES_N, (1e-6, 3e-6, 1e-5),
-        {"num_directions": ES_N, "antithetic": True, "maximize": True}, sign=-1.0,
+        f"ES, N={ES_N} antithetic", zokern.ES, 2 * ES_N, (1e-6, 3e-6, 1e-5), ES, sign=-1.0
     ),
     "lowrank": Method(
         "MeZO along rank 1, folded every 8", low_rank, 2, (1e-5, 3e-5, 1e-4), {"rank": 1, "fold_every": 8}

@@ -5,10 +5,9 @@ Also from what is there of them: what is missing is said.
 
 from __future__ import annotations
 
-from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import stored_cpu
 from benchmarks.llm.bench import CONTEXT
-from benchmarks.llm.methods import METHODS
+from benchmarks.llm.methods import METHODS, SEEDS
 from benchmarks.llm.search import best, next_lr, wants_lower
 from benchmarks.llm.stored_cpu import COST, NONE, RUNS, ends, losses, spread
 from benchmarks.parts import Record, made_on, table

@@ -38,10 +38,9 @@ if __name__ == "__main__":  # before torch is loaded; in hours there is other wo
 import torch
 
 from benchmarks import study
-from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import packed, reviews
 from benchmarks.llm.bench import BATCH, SEARCH_SEED, Bench, OutOfTime
-from benchmarks.llm.methods import METHODS
+from benchmarks.llm.methods import METHODS, SEEDS
 from benchmarks.llm.task import LONGEST
 from zokern.bench.record import RESULTS, commit, machine, store
 from zokern.finetune import surroundings

@@ -32,8 +32,9 @@ from torch import Tensor
 
 import zokern
 from benchmarks import study
-from benchmarks.convergence.run import BACKPROPAGATION, EPS, SEEDS, Settings, adam, lezo
+from benchmarks.convergence.methods import BACKPROPAGATION, Settings, adam, lezo
 from benchmarks.llm import reviews
+from benchmarks.llm.methods import EPS, SEEDS
 from benchmarks.llm.task import LONGEST, Batch, Sentiment, load
 from zokern.bench.record import RESULTS, store
 

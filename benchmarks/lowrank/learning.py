@@ -18,7 +18,8 @@ from rich.progress import Progress
 
 import zokern
 from benchmarks import study
-from benchmarks.convergence.run import EPS, SCHEDULE, TASKS, cache_home
+from benchmarks.convergence.run import TASKS, cache_home
+from benchmarks.convergence.search import EPS, SCHEDULE
 from benchmarks.convergence.tasks import Demo, LanguageModel, Task
 from benchmarks.parts import load, made_on, table
 from zokern.bench.record import store

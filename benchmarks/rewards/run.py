@@ -26,8 +26,8 @@ from torch import Tensor
 
 import zokern
 from benchmarks import study
-from benchmarks.convergence.run import SEEDS
 from benchmarks.llm.bench import SEARCH_SEED
+from benchmarks.llm.methods import SEEDS
 from benchmarks.llm.protocol import former
 from benchmarks.llm.search import best, next_lr
 from benchmarks.lowrank import populations

@@ -18,10 +18,9 @@ pytest.importorskip("peft")
 
 from benchmarks.choose import page, run, searches
 from benchmarks.choose.searches import RULES, found
-from benchmarks.convergence.run import SEEDS
 from benchmarks.convergence.tasks import Task
 from benchmarks.llm import demo
-from benchmarks.llm.methods import METHODS
+from benchmarks.llm.methods import METHODS, SEEDS
 from benchmarks.llm.search import best
 from benchmarks.parts import ROOT, load
 from tests.benchmarks.toy import CONFIG, Toy

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.convergence.run import SEEDS
 from benchmarks.llm import stored_cpu
-from benchmarks.llm.methods import METHODS
+from benchmarks.llm.methods import METHODS, SEEDS
 from benchmarks.llm.papers import pairs
 from benchmarks.parts import ROOT, load
 

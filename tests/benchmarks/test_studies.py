@@ -85,20 +85,20 @@ def test_drift_is_of_the_placements_that_write_to_the_weights() -> None:
 def search(tmp_path: Path) -> Any:
     """make(finished): a search over a toy task that keeps its runs in a folder, and how often the task was evaluated."""
     pytest.importorskip("transformers")
-    from benchmarks.convergence import run
+    from benchmarks.convergence import search
     from tests.benchmarks.toy import CONFIG, Toy
 
     def make(finished: bool) -> tuple[Any, Any]:
         task = Toy()
-        return run.Search(
-            "toy", "mezo", CONFIG, run.Cache(tmp_path, False, finished), task, Progress(disable=True)
+        return search.Search(
+            "toy", "mezo", CONFIG, search.Cache(tmp_path, False, finished), task, Progress(disable=True)
         ), task
 
     return make
 
 
 def test_a_search_chooses_the_lowest_validation_loss_and_is_resumed(search: Any) -> None:
-    from benchmarks.convergence.run import Unfinished
+    from benchmarks.convergence.search import Unfinished
 
     with pytest.raises(Unfinished):
         search(finished=True)[0].result()
