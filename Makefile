@@ -103,6 +103,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/jupytext --quiet --to py:percent --output build/notebook.py docs/notebook.ipynb
+	$(BIN)/mypy build/notebook.py
 	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
 
 format: setup

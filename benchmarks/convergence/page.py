@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import json
+from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.parts import Record, load, panels, plain, save, signed, table
 from zokern.bench.plots import INK
+from zokern.optim.registry import ENTRIES
 
 TITLES = {"demo": "Sentence encoder, topics of docstrings", "lm": "Language model, from prose to code"}
 AXES = {"forwards": "forwards (a forward and a backward of Adam: 3)", "seconds": "seconds of one core"}
 COLOURS = {
     "mezo": "#000000", "mezo-onesided": "#7f7f7f", "lezo": "#e6194b", "hizoo": "#f58231", "helene": "#bfa500",
     "mezo-gv": "#3cb44b", "mezo-greedy": "#9acd32", "fzoo": "#008b8b", "es": "#42c5f5", "mezo-momentum": "#4363d8",
-    "mezo-adam": "#911eb4", "mezo-adamezo": "#f032e6", "mezo-sign": "#9a6324",
+    "mezo-adam": "#911eb4", "mezo-adamezo": "#f032e6", "mezo-sign": "#9a6324", "mezo-rademacher": "#c2b280",
+    "lowrank": "#8b4513", "lowrank-onesided": "#d2691e", "lowrank-es": "#000080",
 }  # fmt: skip
 FIRST_ORDER = "adam"
+FAMILIES = {"mezo": ("mezo-onesided", "mezo-momentum", "mezo-adam"), "es": ("lowrank-es",)}  # on one method's page
 
 
 @functools.cache
@@ -34,11 +38,17 @@ def stored() -> dict[str, Any]:
 def _cells(method: Record, mezo: Record) -> list[str]:
     loss, other = method["final"]["loss"], mezo["final"]["loss"]
     cells = [method["label"], f"{method['lr']:.2g}", f"{loss['mean']:.3f} ± {loss['std']:.3f}"]
-    cells.append("" if method is mezo else signed(loss["mean"] - other["mean"], 3))
+    cells.append("" if method is mezo else apart(loss["each"], other["each"]))
     if "accuracy" in method["final"]:
         share = method["final"]["accuracy"]
         cells.append(f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}")
     return [*cells, f"{method['forwards_per_step']}", f"{method['seconds']:.1f}"]
+
+
+def apart(each: list[float], others: list[float]) -> str:
+    """The difference of two methods' losses, seed by seed: the batches of a seed are the same for all methods."""
+    differences = [a - b for a, b in zip(each, others, strict=True)]
+    return f"{signed(mean(differences), 3)} ± {stdev(differences):.3f}"
 
 
 def table_of(name: str) -> str:
@@ -46,7 +56,15 @@ def table_of(name: str) -> str:
     task = stored()["results"][name]
     methods, start = task["methods"], task["start"]["report"]
     scored = "accuracy" in start
-    head = ["method", "lr", "held-out loss", "minus MeZO's", *["accuracy, %"] * scored, "forwards a step", "seconds"]
+    head = [
+        "method",
+        "lr",
+        "held-out loss",
+        "minus MeZO's, by seeds",
+        *["accuracy, %"] * scored,
+        "forwards a step",
+        "seconds",
+    ]
     order = sorted(methods, key=lambda name: (name == FIRST_ORDER, methods[name]["final"]["loss"]["mean"]))
     before = ["before tuning", "", f"{start['loss']:.3f}", ""]
     before += [f"{100 * start['accuracy']:.1f}"] if scored else []
@@ -113,19 +131,39 @@ def draw_task(name: str, methods: Record) -> None:
     figure, (left, right) = panels(2, 13, 5.6)
     for axes, against in ((left, "forwards"), (right, "seconds")):
         _draw(axes, methods, list(methods), against, bands=False)
-    left.set_ylabel("held-out loss, mean of three seeds")
+    left.set_ylabel(f"held-out loss, mean of {len(stored()['settings']['seeds'])} seeds")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     figure.suptitle(TITLES[name], x=0.01, ha="left", fontsize=12)
     save(figure, f"convergence-{name}", metadata={"Software": None})
 
 
+def draw_seeds() -> None:
+    """Each seed's loss minus that of MeZO with the same seed: a point each, a bar for the mean."""
+    figure, at = panels(len(TITLES), 13, 5.6)
+    for axes, (name, title) in zip(at, TITLES.items(), strict=True):
+        methods = dict(stored()["results"][name]["methods"])
+        mezo, _ = methods.pop("mezo")["final"]["loss"]["each"], methods.pop(FIRST_ORDER)
+        order = sorted(methods, key=lambda one: -methods[one]["final"]["loss"]["mean"])
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for y, method in enumerate(order):
+            x = [a - b for a, b in zip(methods[method]["final"]["loss"]["each"], mezo, strict=True)]
+            axes.plot(x, [y] * len(x), "o", color=COLOURS[method], markersize=5, alpha=0.7)
+            axes.plot([mean(x)], [y], "|", color=COLOURS[method], markersize=16, markeredgewidth=2.5)
+        axes.set_yticks(range(len(order)), [methods[method]["label"] for method in order])
+        axes.set_xlabel("held-out loss minus that of MeZO with the same seed; better to the left")
+        axes.set_title(title, loc="left", fontsize=10)
+        plain(axes)
+        axes.grid(visible=False)
+    save(figure, "convergence-seeds", metadata={"Software": None})
+
+
 def draw_method(method: str, tasks: Record) -> None:
-    """One method against MeZO, versus forwards, on the tasks that it has finished."""
+    """One method, and its options, against MeZO, versus forwards, on the tasks that it has finished."""
     tasks = {name: task["methods"] for name, task in tasks.items() if method in task["methods"]}
     figure, at = panels(len(tasks), 4.5 * len(tasks), 3.4)
     for axes, (name, methods) in zip(at, tasks.items(), strict=True):
-        names = [n for n in dict.fromkeys(("mezo", method, FIRST_ORDER)) if n in methods]
+        names = [n for n in dict.fromkeys(("mezo", method, *FAMILIES.get(method, ()), FIRST_ORDER)) if n in methods]
         _draw(axes, methods, names, "forwards", bands=True)
         axes.set_title(TITLES[name], loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)
@@ -137,9 +175,9 @@ def draw() -> None:
     tasks = stored()["results"]
     for name, task in tasks.items():
         draw_task(name, task["methods"])
-    for method in dict.fromkeys(method for task in tasks.values() for method in task["methods"]):
-        if method != FIRST_ORDER:
-            draw_method(method, tasks)
+    draw_seeds()
+    for method in ENTRIES:  # those with a page of their own
+        draw_method(method, tasks)
 
 
 TABLES = {name: functools.partial(table_of, name) for name in TITLES}

@@ -207,4 +207,5 @@ class Search:
 
 
 def _spread(values: list[float]) -> Settings:
-    return {"mean": round(mean(values), 5), "std": round(stdev(values), 5), "each": [round(v, 5) for v in values]}
+    std = stdev(values) if all(map(math.isfinite, values)) else math.nan  # a seed that diverged leaves no spread
+    return {"mean": round(mean(values), 5), "std": round(std, 5), "each": [round(v, 5) for v in values]}

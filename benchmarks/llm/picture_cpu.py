@@ -14,7 +14,7 @@ from benchmarks.parts import Record, panels, plain, save
 
 PICTURE = "llm-cpu"
 OTHERS = {
-    "lowrank": "#8b4513", "lora-mezo": "#000080", "prefix-mezo": "#9370db", "lora-adam": "#ffb347", "adam": "#ff69b4",
+    "lora-mezo": "#000080", "prefix-mezo": "#9370db", "lora-adam": "#ffb347", "adam": "#ff69b4",
 }  # fmt: skip
 
 

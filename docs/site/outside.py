@@ -62,6 +62,7 @@ class Links:
         if path in ROOT_PAGES:
             return ROOT_PAGES[path]
         if path.startswith("docs/") and not path.endswith(".py"):
+            path = re.sub(r"\.ipynb$", ".md", path)  # of notebooks.py
             return path.removeprefix("docs/")  # MkDocs itself looks whether it is there
         if path.startswith("../") or not (self.root / path).is_file():
             raise PluginError(f"{self.path} links to {target}, and there is no file {path}")

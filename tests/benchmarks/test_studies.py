@@ -110,9 +110,65 @@ def test_a_search_chooses_the_lowest_validation_loss_and_is_resumed(search: Any)
     assert grown["size"] == pytest.approx(better)
     assert (found["label"], found["forwards_per_step"], found["steps"]) == ("MeZO", 2, 6)
     assert found["curve"]["forwards"] == [0, 6, 12]
-    assert len(found["final"]["loss"]["each"]) == 3
+    assert len(found["final"]["loss"]["each"]) == 5
     assert found["curve"]["loss"][0]["std"] == 0  # all seeds start at the same weights
     for finished in (True, False):
         again, task = search(finished)
         assert again.result() == found
         assert task.seen == 0
+
+
+def test_an_lr_is_chosen_by_the_mean_of_two_seeds(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which one alone would choose another, and of which one that has diverged rules an lr out."""
+    losses = {(1e-3, 0): 1.0, (1e-3, 1): 1.4, (1e-2, 0): 0.9, (1e-2, 1): 1.6, (1e-4, 0): 1.3, (1e-4, 1): 1.3}
+    one, _ = search(finished=False)
+    asked = []
+
+    def run(settings: Any, size: float, seed: int) -> Any:
+        asked.append((round(size, 6), seed))
+        part = {"loss": losses.get((round(size, 6), seed), float("inf"))}
+        return {"validation": part, "report": part, "curve": [{"forwards": 0, "seconds": 0.0, **part}], "lr": size,
+                "steps": 1, "seconds": 0.0, "wall_seconds": 0.0}  # fmt: skip
+
+    monkeypatch.setattr(one, "_run", run)
+    found = one.result()
+    assert found["size"] == 1e-3
+    assert {point["size"]: point["validation_loss"] for point in found["grid"]} == {1e-3: 1.2, 1e-2: 1.25, 1e-4: 1.3}
+    assert [seed for size, seed in asked if size == 1e-3] == [0, 1, 0, 1, 2, 3, 4]
+    losses[(1e-3, 1)] = float("nan")
+    one.grid.clear()
+    found = one.result()
+    assert found["size"] == 1e-2
+    assert found["grid"][0]["validation_loss"] is None
+
+
+def test_updates_that_wait_are_seen_by_evaluations(search: Any, tmp_path: Path) -> None:
+    """Six steps of eight that are folded together: no weight is written, and the curve is that of the updates."""
+    import torch
+    from torch import nn
+
+    from benchmarks.convergence.methods import METHODS, Method, low_rank
+    from benchmarks.convergence.search import Cache, Search
+    from tests.benchmarks.toy import CONFIG, Toy
+
+    class Wide(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Linear(4, 4)
+            self._start = [p.detach().clone() for p in self.model.parameters()]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        task = Wide()
+    ends = {}
+    for window in (1, 8):
+        settings = {"rank": 1, "fold_every": window}
+        known = {"waits": Method("waits", METHODS["lowrank"].build, 2, settings)}
+        cache = Cache(tmp_path / str(window), redo=False, finished=False)
+        one = Search("toy", "waits", CONFIG, cache, task, Progress(disable=True), known)
+        ends[window] = one._train(settings, "", 1e-2, 0)
+        assert one._travel(settings) > 0
+    assert known["waits"].build is low_rank
+    curves = {window: [point["loss"] for point in run["curve"]] for window, run in ends.items()}
+    assert curves[8] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[8][-1] < 0.99 * curves[8][0]

@@ -28,6 +28,7 @@ def test_toys(placement: str, dtype: torch.dtype, block: type[nn.Module]) -> Non
     assert result.ok
     assert result.placement == placement
     assert {row.state for row in result.rows} == {REACTS}
+    assert repr(result) == str(result)  # what a notebook shows
     assert result.looked_at == result.trainable == len(list(model.parameters()))
     assert result.same_twice
     assert result.noise == 0.0

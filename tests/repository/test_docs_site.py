@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import markdown
+import nbformat
 import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -66,7 +69,8 @@ def pages_of(nav: Any) -> Iterator[str]:
 
 
 def test_every_page_is_in_the_nav_once(config: Any) -> None:
-    docs = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    found = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+    docs = [str(path.relative_to(ROOT / "docs").with_suffix(".md")) for path in found]
     assert sorted(pages_of(config.nav)) == sorted([*docs, *outside.ROOT_PAGES.values()])
     assert config.not_in_nav.match_file("source/examples/mezo.py.md")
 
@@ -102,6 +106,32 @@ def test_a_dollar_in_code_or_of_money_is_no_formula(config: Any) -> None:
     text = "`$A` or `$B`, $x$, 5 $ or 6 $ and\n\n```sh\necho $C $D\n```\n\n$$y$$\n"
     made = markdown.markdown(text, extensions=config.markdown_extensions, extension_configs=config.mdx_configs)
     assert [(one[1], one[3]) for one in formulas.FOUND.finditer(made)] == [("span", "x"), ("div", "y")]
+
+
+# --------------------------------------------------------------------------------------------------------- a notebook
+
+
+def test_a_notebook_is_a_page(site: Site) -> None:
+    """Its links lead to pages, also from the README, its outputs are shown, and it can be had itself."""
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    v4 = nbformat.v4
+    outputs = [v4.new_output("stream", text="six of nine\n"), v4.new_output("display_data", {"image/png": pixel})]
+    cells = [v4.new_markdown_cell("# Six\n\n[On](other.md#part), $x$"), v4.new_code_cell("print(6)", outputs=outputs)]
+    text = nbformat.writes(v4.new_notebook(cells=cells))
+    files = {
+        "docs/deep/one.ipynb": text,
+        "docs/deep/other.md": "# A\n\n## Part\n",
+        "README.md": "[n](docs/deep/one.ipynb)",
+    }
+    built = site(**files)
+    page = (built / "deep" / "one.html").read_text()
+    assert 'href="other.html#part"' in page
+    assert "<math" in page
+    assert "six of nine" in page
+    (picture,) = re.findall(r'<img alt="png" src="(one/[^"]+\.png)"', page)
+    assert (built / "deep" / picture).read_bytes() == base64.b64decode(pixel)
+    assert 'href="deep/one.html"' in (built / "index.html").read_text()
+    assert json.loads((built / "deep" / "one.ipynb").read_text())["nbformat"] == 4
 
 
 # ------------------------------------------------------------------------------------------------------ outside docs/

@@ -49,9 +49,9 @@ class Finding:
     suspicious: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """What `zokern.check` returns; `str()` of it is the table, and rich prints it too.
+    """What `zokern.check` returns; `str()` of it is the table, which a notebook or a prompt shows, and rich prints it too.
 
     rows: every trainable tensor in the model's order, then what is not trained. verdicts: of the whole. loss: of the clean
     weights, its mean where the closure returns one for each example. same_twice: whether the closure, called twice as a
@@ -103,6 +103,8 @@ class Result:
         from zokern.checking.table import as_text  # rich is loaded by whoever looks
 
         return as_text(self)
+
+    __repr__ = __str__  # of forty rows' fields nobody sees anything
 
     def __rich__(self) -> object:
         from zokern.checking.table import rendered

@@ -19,7 +19,8 @@ Key = tuple[str, str, str, bool]
 
 
 def as_text(result: Result) -> str:
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    # In a notebook rich would show the text there, and leave the file empty.
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_jupyter=False)
     console.print(rendered(result))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
