@@ -45,16 +45,26 @@ def executed(notebook: Any) -> Any:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata = {}  # when it ran
-            kept = [one for one in cell.outputs if one.get("name") != "stderr"]
             for one in cell.outputs:
                 if "ZokernWarning" in str(one.get("text", "")):
                     raise ValueError(f"zokern warns of a cell:\n{cell.source}\n\n{one['text']}")
-            cell.outputs = kept
+            cell.outputs = joined([one for one in cell.outputs if one.get("name") != "stderr"])
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     return notebook
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """What was printed in one piece: a kernel sends it in pieces as time passes."""
+    made: list[Any] = []
+    for one in outputs:
+        if made and one.output_type == made[-1].output_type == "stream":
+            made[-1].text += one.text
+        else:
+            made.append(one)
+    return made
 
 
 def outline(notebook: Any) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -71,7 +71,10 @@ def test_a_cell_that_raises_is_told_and_nothing_is_stored(tmp_path: Any, monkeyp
     with pytest.raises(CellExecutionError, match="why"):
         notebook.main(["--output", str(path)])
     assert path.read_bytes() == before
-    nbformat.write(small("import sys\nprint('noise', file=sys.stderr)\nprint('said 1.5')", "[1, 2]"), path)
+    twice = (
+        "import sys, time\nprint('noise', file=sys.stderr)\nprint('said 1.5', flush=True)\ntime.sleep(0.5)\nprint('on')"
+    )
+    nbformat.write(small(twice, "[1, 2]"), path)
     assert notebook.main(["--output", str(path)]) == 0
     told = [lines for _, lines in notebook.outline(nbformat.read(path, as_version=4))]
-    assert told == [[("stream", "said #")], [("execute_result", "[# #]")]]
+    assert told == [[("stream", "said # on")], [("execute_result", "[# #]")]]
