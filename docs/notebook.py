@@ -85,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=NOTEBOOK, metavar="FILE", help="default: the notebook itself")
     options = parser.parse_args(arguments)
+    if not options.output.absolute().parent.is_dir():  # said before the run, not after it
+        parser.error(f"--output {options.output}: there is no folder {options.output.parent}")
     notebook = executed(nbformat.read(NOTEBOOK, as_version=4))
     nbformat.validate(notebook)
     nbformat.write(notebook, options.output)

@@ -76,5 +76,7 @@ def test_a_cell_that_raises_is_told_and_nothing_is_stored(tmp_path: Any, monkeyp
     )
     nbformat.write(small(twice, "[1, 2]"), path)
     assert notebook.main(["--output", str(path)]) == 0
+    with pytest.raises(SystemExit):
+        notebook.main(["--output", str(tmp_path / "none" / "a.ipynb")])
     told = [lines for _, lines in notebook.outline(nbformat.read(path, as_version=4))]
     assert told == [[("stream", "said # on")], [("execute_result", "[# #]")]]
