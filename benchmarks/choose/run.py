@@ -1,6 +1,6 @@
 """How many directions a step: one-sided MeZO with n of them on a small language model, for the same forwards.
 
-    python -m benchmarks.choose.run                       # half an hour on one core
+    python -m benchmarks.choose.run                       # a quarter of an hour on one core
     python -m benchmarks.choose.run --samples 1 4 16 --output FILE   # some of them
     python -m benchmarks.pages docs/choose.md             # its table anew
 

@@ -151,7 +151,7 @@ def draw_seeds() -> None:
             axes.plot(x, [y] * len(x), "o", color=COLOURS[method], markersize=5, alpha=0.7)
             axes.plot([mean(x)], [y], "|", color=COLOURS[method], markersize=16, markeredgewidth=2.5)
         axes.set_yticks(range(len(order)), [methods[method]["label"] for method in order])
-        axes.set_xlabel("held-out loss minus that of MeZO with the same seed; better to the left")
+        axes.set_xlabel("held-out loss minus MeZO's of the same seed; left is better")
         axes.set_title(title, loc="left", fontsize=10)
         plain(axes)
         axes.grid(visible=False)
@@ -159,12 +159,15 @@ def draw_seeds() -> None:
 
 
 def draw_method(method: str, tasks: Record) -> None:
-    """One method, and its options, against MeZO, versus forwards, on the tasks that it has finished."""
+    """One method, and its options, against MeZO, versus forwards, on the tasks that it has finished.
+
+    With a band of one deviation, where there are few lines.
+    """
     tasks = {name: task["methods"] for name, task in tasks.items() if method in task["methods"]}
     figure, at = panels(len(tasks), 4.5 * len(tasks), 3.4)
     for axes, (name, methods) in zip(at, tasks.items(), strict=True):
         names = [n for n in dict.fromkeys(("mezo", method, *FAMILIES.get(method, ()), FIRST_ORDER)) if n in methods]
-        _draw(axes, methods, names, "forwards", bands=True)
+        _draw(axes, methods, names, "forwards", bands=method not in FAMILIES)
         axes.set_title(TITLES[name], loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)
     at[0].set_ylabel("held-out loss")
