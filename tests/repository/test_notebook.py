@@ -32,8 +32,9 @@ def small(*sources: str) -> Any:
 
 
 @pytest.mark.slow
-def test_the_cells_run_and_say_what_is_stored(stored: Any) -> None:
+def test_the_cells_run_and_say_what_is_stored(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are of a machine's products and times; the words and the pictures are not."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other while other tests run waste both
     assert notebook.outline(notebook.executed(copy.deepcopy(stored))) == notebook.outline(stored)
 
 
