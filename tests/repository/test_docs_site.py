@@ -130,7 +130,7 @@ def test_a_notebook_is_a_page(site: Site) -> None:
     assert "six of nine" in page
     (picture,) = re.findall(r'<img alt="png" src="(one/[^"]+\.png)"', page)
     assert (built / "deep" / picture).read_bytes() == base64.b64decode(pixel)
-    assert 'href="deep/one.html"' in (built / "index.html").read_text()
+    assert '<a href="deep/one.html">n</a>' in (built / "index.html").read_text()
     assert json.loads((built / "deep" / "one.ipynb").read_text())["nbformat"] == 4
 
 
