@@ -34,21 +34,17 @@ def executed(notebook: Any) -> Any:
         nbclient.exceptions.CellExecutionError: with the cell, and what it raised.
         ValueError: for a warning of zokern.
     """
-    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(NOTEBOOK.name, total=cells)
-        client = NotebookClient(
-            notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}}
-        )
-        client.on_cell_executed = lambda **_: progress.advance(bar)
-        client.execute()
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.metadata = {}  # when it ran
-            for one in cell.outputs:
-                if "ZokernWarning" in str(one.get("text", "")):
-                    raise ValueError(f"zokern warns of a cell:\n{cell.source}\n\n{one['text']}")
-            cell.outputs = joined([one for one in cell.outputs if one.get("name") != "stderr"])
+        bar = progress.add_task(NOTEBOOK.name, total=len(code(notebook)))
+        NotebookClient(
+            notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}},
+            record_timing=False, coalesce_streams=True, on_cell_executed=lambda **_: progress.advance(bar),
+        ).execute()  # fmt: skip
+    for cell in code(notebook):
+        for one in cell.outputs:
+            if "ZokernWarning" in str(one.get("text", "")):
+                raise ValueError(f"zokern warns of a cell:\n{cell.source}\n\n{one['text']}")
+        cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -56,28 +52,21 @@ def executed(notebook: Any) -> Any:
     return notebook
 
 
-def joined(outputs: list[Any]) -> list[Any]:
-    """What was printed in one piece: a kernel sends it in pieces as time passes."""
-    made: list[Any] = []
-    for one in outputs:
-        if made and one.output_type == made[-1].output_type == "stream":
-            made[-1].text += one.text
-        else:
-            made.append(one)
-    return made
+def code(notebook: Any) -> list[Any]:
+    """Its cells with code."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def outline(notebook: Any) -> list[tuple[str, list[tuple[str, str]]]]:
     """(source, [(what kind, what text)]) of each cell with code: numbers, and how wide they make a table, left out."""
     found = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            told = []
-            for one in cell.outputs:
-                text = one.get("text") or one.get("data", {}).get("text/plain", "")
-                kind = "image" if "image/png" in one.get("data", {}) else one.output_type
-                told.append((kind, NUMBER.sub("#", BOX.sub(" ", text)).strip()))
-            found.append((cell.source, told))
+    for cell in code(notebook):
+        told = []
+        for one in cell.outputs:
+            text = one.get("text") or one.get("data", {}).get("text/plain", "")
+            kind = "image" if "image/png" in one.get("data", {}) else one.output_type
+            told.append((kind, NUMBER.sub("#", BOX.sub(" ", text)).strip()))
+        found.append((cell.source, told))
     return found
 
 

@@ -36,19 +36,19 @@ def stored() -> dict[str, Any]:
 
 
 def _cells(method: Record, mezo: Record) -> list[str]:
-    loss, other = method["final"]["loss"], mezo["final"]["loss"]
+    loss, differences = method["final"]["loss"], apart(method, mezo)
     cells = [method["label"], f"{method['lr']:.2g}", f"{loss['mean']:.3f} ± {loss['std']:.3f}"]
-    cells.append("" if method is mezo else apart(loss["each"], other["each"]))
+    cells.append("" if method is mezo else f"{signed(mean(differences), 3)} ± {stdev(differences):.3f}")
     if "accuracy" in method["final"]:
         share = method["final"]["accuracy"]
         cells.append(f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}")
     return [*cells, f"{method['forwards_per_step']}", f"{method['seconds']:.1f}"]
 
 
-def apart(each: list[float], others: list[float]) -> str:
+def apart(method: Record, other: Record) -> list[float]:
     """The difference of two methods' losses, seed by seed: the batches of a seed are the same for all methods."""
-    differences = [a - b for a, b in zip(each, others, strict=True)]
-    return f"{signed(mean(differences), 3)} ± {stdev(differences):.3f}"
+    pairs = zip(*(one["final"]["loss"]["each"] for one in (method, other)), strict=True)
+    return [a - b for a, b in pairs]
 
 
 def table_of(name: str) -> str:
@@ -56,15 +56,8 @@ def table_of(name: str) -> str:
     task = stored()["results"][name]
     methods, start = task["methods"], task["start"]["report"]
     scored = "accuracy" in start
-    head = [
-        "method",
-        "lr",
-        "held-out loss",
-        "minus MeZO's, by seeds",
-        *["accuracy, %"] * scored,
-        "forwards a step",
-        "seconds",
-    ]
+    head = ["method", "lr", "held-out loss", "minus MeZO's, by seeds"]
+    head += [*["accuracy, %"] * scored, "forwards a step", "seconds"]
     order = sorted(methods, key=lambda name: (name == FIRST_ORDER, methods[name]["final"]["loss"]["mean"]))
     before = ["before tuning", "", f"{start['loss']:.3f}", ""]
     before += [f"{100 * start['accuracy']:.1f}"] if scored else []
@@ -142,12 +135,11 @@ def draw_seeds() -> None:
     """Each seed's loss minus that of MeZO with the same seed: a point each, a bar for the mean."""
     figure, at = panels(len(TITLES), 13, 5.6)
     for axes, (name, title) in zip(at, TITLES.items(), strict=True):
-        methods = dict(stored()["results"][name]["methods"])
-        mezo, _ = methods.pop("mezo")["final"]["loss"]["each"], methods.pop(FIRST_ORDER)
-        order = sorted(methods, key=lambda one: -methods[one]["final"]["loss"]["mean"])
+        methods = stored()["results"][name]["methods"]
+        order = sorted(methods.keys() - {"mezo", FIRST_ORDER}, key=lambda one: -methods[one]["final"]["loss"]["mean"])
         axes.axvline(0, color=INK, linewidth=0.8)
         for y, method in enumerate(order):
-            x = [a - b for a, b in zip(methods[method]["final"]["loss"]["each"], mezo, strict=True)]
+            x = apart(methods[method], methods["mezo"])
             axes.plot(x, [y] * len(x), "o", color=COLOURS[method], markersize=5, alpha=0.7)
             axes.plot([mean(x)], [y], "|", color=COLOURS[method], markersize=16, markeredgewidth=2.5)
         axes.set_yticks(range(len(order)), [methods[method]["label"] for method in order])

@@ -25,7 +25,8 @@ def each(task: str, method: str) -> list[float]:
 
 
 def apart(task: str, method: str, other: str = "mezo") -> list[float]:
-    return [a - b for a, b in zip(each(task, method), each(task, other), strict=True)]
+    methods = TASKS[task]["methods"]
+    return page.apart(methods[method], methods[other])
 
 
 def level(differences: list[float]) -> bool:

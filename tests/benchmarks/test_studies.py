@@ -144,23 +144,11 @@ def test_an_lr_is_chosen_by_the_mean_of_two_seeds(search: Any, monkeypatch: pyte
 
 def test_updates_that_wait_are_seen_by_evaluations(search: Any, tmp_path: Path) -> None:
     """Six steps of eight that are folded together: no weight is written, and the curve is that of the updates."""
-    import torch
-    from torch import nn
-
     from benchmarks.convergence.methods import METHODS, Method, low_rank
     from benchmarks.convergence.search import Cache, Search
     from tests.benchmarks.toy import CONFIG, Toy
 
-    class Wide(Toy):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = nn.Linear(4, 4)
-            self._start = [p.detach().clone() for p in self.model.parameters()]
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        task = Wide()
-    ends = {}
+    task, ends = Toy(width=4), {}
     for window in (1, 8):
         settings = {"rank": 1, "fold_every": window}
         known = {"waits": Method("waits", METHODS["lowrank"].build, 2, settings)}

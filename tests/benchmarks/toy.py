@@ -18,10 +18,10 @@ class Toy(Task):
 
     seen = 0
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 1) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            super().__init__(nn.Linear(4, 1))
+            super().__init__(nn.Linear(4, width))
 
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)

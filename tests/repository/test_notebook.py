@@ -39,7 +39,7 @@ def test_the_cells_run_and_say_what_is_stored(stored: Any, monkeypatch: pytest.M
 
 
 def test_what_is_stored_is_of_one_whole_run_and_of_no_machine(stored: Any) -> None:
-    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    code = notebook.code(stored)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [one for cell in code for one in cell.outputs]
     assert any("image/png" in one.get("data", {}) for one in outputs)
@@ -50,7 +50,7 @@ def test_what_is_stored_is_of_one_whole_run_and_of_no_machine(stored: Any) -> No
 
 def test_the_run_learns(stored: Any) -> None:
     """What the notebook's picture shows: the loss held out falls."""
-    said = "".join(one.get("text", "") for cell in stored.cells if cell.cell_type == "code" for one in cell.outputs)
+    said = "".join(one.get("text", "") for cell in notebook.code(stored) for one in cell.outputs)
     losses = [float(found) for found in re.findall(r"(?:before|step \d+): loss ([\d.]+)", said)]
     assert len(losses) == 5
     assert losses[-1] < losses[0] - 0.02
